@@ -1,0 +1,1 @@
+"""What watches a run: TensorBoard, progress, CSV, early stopping."""

@@ -1,0 +1,1 @@
+"""From messages to counted bytes and back: codec stages, wire format, channel, ledger."""

@@ -1,0 +1,1 @@
+"""LightningDataModules: who gets which sample; the only place that reads data."""

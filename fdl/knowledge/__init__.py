@@ -1,0 +1,1 @@
+"""What specialists know of the proxy set: public encoder, confidence, calibration, aggregation."""

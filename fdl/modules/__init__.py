@@ -1,0 +1,1 @@
+"""LightningModules: specialists and students, usable unchanged with a plain Trainer."""
