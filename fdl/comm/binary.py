@@ -1,0 +1,82 @@
+"""The smallest pieces of the wire format: unsigned integers of few bytes, and a reader that trusts no length."""
+
+from __future__ import annotations
+
+from fdl.errors import RefusedError
+
+
+def varint(value: int) -> bytes:
+    """Encode an integer in [0, 2**64) in 7-bit groups, the lowest first: one byte below 128."""
+    if value < 128:
+        return bytes((value,))
+    groups = bytearray()
+    while value > 127:
+        groups.append(value & 127 | 128)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+class Reader:
+    """Reads a received buffer from its start, and refuses to read past its end."""
+
+    def __init__(self, data: bytes | memoryview):
+        self._data, self._position, self._end = memoryview(data), 0, len(data)
+
+    @property
+    def left(self) -> int:
+        """The bytes that have not been read yet."""
+        return self._end - self._position
+
+    def take(self, count: int) -> memoryview:
+        """Return the next `count` bytes without copying them.
+
+        Raises:
+            RefusedError: fewer are left.
+        """
+        start = self._position
+        if count > self._end - start:
+            raise RefusedError(f"cut short: {count} bytes announced, {self._end - start} left")
+        self._position = start + count
+        return self._data[start : start + count]
+
+    def byte(self) -> int:
+        """Return the next byte as a number."""
+        position = self._position
+        if position >= self._end:
+            raise RefusedError("cut short")
+        self._position = position + 1
+        return self._data[position]
+
+    def varint(self) -> int:
+        """Return the next integer that `varint` encoded."""
+        value, shift = 0, 0
+        while True:
+            group = self.byte()
+            value |= (group & 127) << shift
+            if group < 128:
+                break
+            shift += 7
+            if shift > 63:
+                raise RefusedError("an integer of more than 64 bits")
+        if value >> 64:
+            raise RefusedError("an integer of more than 64 bits")
+        return value
+
+    def text(self) -> str:
+        """Return the next string: its length in bytes, then UTF-8."""
+        try:
+            return str(self.take(self.varint()), "utf-8")
+        except UnicodeDecodeError:
+            raise RefusedError("a name that is not UTF-8") from None
+
+    def finish(self) -> None:
+        """Check that nothing is left."""
+        if self.left:
+            raise RefusedError(f"{self.left} bytes too many")
+
+
+def text(value: str) -> bytes:
+    """Encode a string as `Reader.text` reads it."""
+    encoded = value.encode()
+    return varint(len(encoded)) + encoded

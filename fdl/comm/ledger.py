@@ -1,0 +1,153 @@
+"""Who sent how many bytes, when, in which direction, and as what."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+DIRECTIONS = {"up": "upload_bytes", "down": "download_bytes", "setup": "setup_bytes"}
+
+
+class Row(NamedTuple):
+    """What crossed between the server and one client in one round, in one direction and of one kind.
+
+    Setup costs are rows of round 0 and direction ``"setup"``.
+    """
+
+    round: int
+    client: int
+    direction: str
+    kind: str
+    bytes: int
+    messages: int
+
+
+class Refusal(NamedTuple):
+    """A message that the receiver did not use; its bytes are counted all the same."""
+
+    round: int
+    client: int
+    reason: str
+
+
+class Ledger:
+    """Counts bytes by round, client, direction and kind.
+
+    Every row is kept. The rounds that are not being written to are held deflated, at a few bytes a row, so that
+    thousands of clients over hundreds of rounds stay small in memory and in a checkpoint; sums are kept as they grow.
+
+    Attributes:
+        refusals: in the order in which they happened.
+    """
+
+    def __init__(self):
+        self.refusals: list[Refusal] = []
+        self._routes: list[tuple[str, str]] = []  # (direction, kind), in order of their first appearance
+        self._open_round: int | None = None
+        self._open: dict[tuple[int, int], list[int]] = {}  # (client, route) → [bytes, messages]
+        self._closed: dict[int, str] = {}
+        self._by_route: list[int] = []
+        self._by_client: dict[int, dict[str, int]] = {}
+
+    def add(self, round: int, client: int, direction: str, kind: str, nbytes: int) -> None:
+        """Count one message.
+
+        Args:
+            round: the round, 0 for setup costs.
+            client: id of the client that sent or received it.
+            direction: ``"up"``, ``"down"`` or ``"setup"``.
+            kind: what it was, e.g. ``"responses"``.
+            nbytes: its bytes on the wire.
+        """
+        if round != self._open_round:
+            self._turn_to(round)
+        route = self._route(direction, kind)
+        cell = self._open.setdefault((client, route), [0, 0])
+        cell[0] += nbytes
+        cell[1] += 1
+        self._sum(client, route, nbytes)
+
+    def refuse(self, round: int, client: int, reason: str) -> None:
+        """Note that a client's message was not used; long reasons are cut."""
+        self.refusals.append(Refusal(round, client, reason[:300]))
+
+    def rows(self) -> list[Row]:
+        """Return every row, by round, then client, then in order of the first message of that direction and kind."""
+        rows = [self._rows_of(round, _unpack(packed)) for round, packed in self._closed.items()]
+        rows.append(self._rows_of(self._open_round, self._open))
+        return sorted((row for some in rows for row in some), key=lambda row: row[:2])
+
+    def totals(self) -> dict[str, int]:
+        """Return bytes so far: ``upload_bytes``, ``download_bytes`` and ``setup_bytes``."""
+        totals = dict.fromkeys(DIRECTIONS.values(), 0)
+        for (direction, _), nbytes in zip(self._routes, self._by_route):
+            totals[DIRECTIONS[direction]] += nbytes
+        return totals
+
+    def by_kind(self) -> dict[str, int]:
+        """Return bytes so far by direction and kind, e.g. ``{"up/responses": 120}``."""
+        return {f"{direction}/{kind}": nbytes for (direction, kind), nbytes in zip(self._routes, self._by_route)}
+
+    def by_client(self) -> dict[int, dict[str, int]]:
+        """Return bytes so far of every client by direction, e.g. ``{0: {"up": 120, "down": 0, "setup": 0}}``."""
+        return {client: dict(self._by_client[client]) for client in sorted(self._by_client)}
+
+    def state_dict(self) -> dict:
+        """Return numbers, strings and lists only, fit for JSON."""
+        rounds = self._closed | ({self._open_round: _pack(self._open)} if self._open else {})
+        return {
+            "routes": [list(route) for route in self._routes],
+            "rounds": [[round, rounds[round]] for round in sorted(rounds)],
+            "refusals": [list(refusal) for refusal in self.refusals],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Become the ledger that gave this state."""
+        self.__init__()
+        self._routes = [tuple(route) for route in state["routes"]]
+        self._by_route = [0] * len(self._routes)
+        self._closed = dict(state["rounds"])
+        self.refusals = [Refusal(*refusal) for refusal in state["refusals"]]
+        for packed in self._closed.values():
+            for (client, route), (nbytes, _) in _unpack(packed).items():
+                self._sum(client, route, nbytes)
+
+    def _route(self, direction: str, kind: str) -> int:
+        route = (direction, kind)
+        if route not in self._routes:
+            if direction not in DIRECTIONS:
+                raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+            self._routes.append(route)
+            self._by_route.append(0)
+        return self._routes.index(route)
+
+    def _sum(self, client: int, route: int, nbytes: int) -> None:
+        self._by_route[route] += nbytes
+        if client not in self._by_client:
+            self._by_client[client] = dict.fromkeys(DIRECTIONS, 0)
+        self._by_client[client][self._routes[route][0]] += nbytes
+
+    def _rows_of(self, round: int, cells: dict[tuple[int, int], list[int]]) -> list[Row]:
+        return [Row(round, client, *self._routes[route], *cell) for (client, route), cell in sorted(cells.items())]
+
+    def _turn_to(self, round: int) -> None:
+        """Make a round the one that is written to; a round that was closed is taken up again."""
+        if self._open:
+            self._closed[self._open_round] = _pack(self._open)
+        packed = self._closed.pop(round, None)
+        self._open_round, self._open = round, {} if packed is None else _unpack(packed)
+
+
+def _pack(cells: dict[tuple[int, int], list[int]]) -> str:
+    columns = np.array([(*key, *cell) for key, cell in sorted(cells.items())], "<i8").T
+    columns[0, 1:] = np.diff(columns[0])  # clients rise, so their differences deflate to next to nothing
+    return base64.b85encode(zlib.compress(columns.tobytes(), 1)).decode()
+
+
+def _unpack(packed: str) -> dict[tuple[int, int], list[int]]:
+    columns = np.frombuffer(zlib.decompress(base64.b85decode(packed)), "<i8").reshape(4, -1)
+    clients, routes, nbytes, messages = np.cumsum(columns[0]).tolist(), *columns[1:].tolist()
+    return {(client, route): [n, m] for client, route, n, m in zip(clients, routes, nbytes, messages)}

@@ -1,0 +1,130 @@
+"""The bytes of one message.
+
+    magic     3   b"FDL"
+    version   1
+    crc32     4   of everything after it
+    code      1   type of the message
+    client    4   who sent it, or whom it is for; `BROADCAST` when it is for every client
+    round     4
+    length    8   bytes after the header
+    meta          count, then for each: name, type, value
+    arrays        see fdl.comm.codec
+
+All integers are little-endian. Nothing in it is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+
+from fdl.comm.binary import Reader, text, varint
+from fdl.comm.codec import Codec
+from fdl.errors import RefusedError
+from fdl.messages import Message, Meta, message_type
+
+#: Stands in the header for the client's id of a message that goes to every client.
+BROADCAST = 0xFFFFFFFF
+
+_MAGIC = b"FDL\x01"
+_FIELDS = struct.Struct("<BIIQ")
+_FLOAT32, _FLOAT64 = struct.Struct("<f"), struct.Struct("<d")
+HEADER = len(_MAGIC) + 4 + _FIELDS.size
+
+
+def pack(message: Message, codec: Codec, *, client: int, round: int, rng: np.random.Generator | None = None) -> bytes:
+    """Return the bytes of a message.
+
+    Args:
+        message: what to send; it is not validated, the receiver does that.
+        codec: the chain to encode the arrays with.
+        client: id of the sending or receiving client, or `BROADCAST`.
+        round: 0 … 2**32 - 1.
+        rng: source of rounding noise, needed when `codec.draws`.
+
+    Raises:
+        UserError: a tensor has a dtype that cannot be sent.
+    """
+    body = [_encode_meta(message.meta()), *codec.chunks(message.fields(), rng)]
+    fields = _FIELDS.pack(message.code, client, round, sum(memoryview(part).nbytes for part in body))
+    checksum = zlib.crc32(fields)
+    for part in body:
+        checksum = zlib.crc32(part, checksum)
+    return b"".join((_MAGIC, checksum.to_bytes(4, "little"), fields, *body))
+
+
+def unpack(data: bytes, codec: Codec, *, limit: int, client: int, round: int) -> Message:
+    """Return the valid message that the bytes hold.
+
+    Args:
+        data: what `pack` returned, as it was received.
+        codec: an equal chain to the sender's.
+        limit: most bytes that the decoded arrays may have together.
+        client: whose message this must be.
+        round: the round that it must belong to.
+
+    Raises:
+        RefusedError: the bytes are damaged, belong to another client or round, or hold an unusable message.
+    """
+    reader = Reader(data)
+    if reader.take(len(_MAGIC)) != _MAGIC:
+        raise RefusedError("not a message of this version of fdl")
+    checksum = int.from_bytes(reader.take(4), "little")
+    if zlib.crc32(memoryview(data)[len(_MAGIC) + 4 :]) != checksum:
+        raise RefusedError("checksum does not match: the message was damaged on its way")
+    code, of_client, of_round, length = _FIELDS.unpack(reader.take(_FIELDS.size))
+    if of_client != client:
+        raise RefusedError(f"message of {_who(of_client)} where one of {_who(client)} was due")
+    if of_round != round:
+        raise RefusedError(f"message of round {of_round} in round {round}")
+    if length != reader.left:
+        raise RefusedError(f"{length} bytes announced, {reader.left} received")
+    kind = message_type(code)
+    meta = _decode_meta(reader)
+    message = kind.build(codec.decode(reader.take(reader.left), limit), meta)
+    message.validate()
+    return message
+
+
+def _who(client: int) -> str:
+    return "the server to all" if client == BROADCAST else f"client {client}"
+
+
+def _encode_meta(meta: Meta) -> bytes:
+    parts = [varint(len(meta))]
+    for name, value in meta.items():
+        parts.append(text(name))
+        if isinstance(value, int):
+            parts.append(b"i" + varint(2 * value if value >= 0 else -2 * value - 1))
+        elif isinstance(value, float):
+            short = abs(value) < 3e38 and _FLOAT32.unpack(_FLOAT32.pack(value))[0] == value
+            parts.append(b"f" + _FLOAT32.pack(value) if short else b"d" + _FLOAT64.pack(value))
+        else:
+            parts.append(b"s" + text(value))
+    return b"".join(parts)
+
+
+def _decode_meta(reader: Reader) -> Meta:
+    meta: Meta = {}
+    for _ in range(reader.varint()):
+        name, kind = reader.text(), reader.byte()
+        read = _META_READERS.get(kind)
+        if read is None or name in meta:
+            raise RefusedError("a number of unknown type, or sent twice")
+        meta[name] = read(reader)
+    return meta
+
+
+def _read_integer(reader: Reader) -> int:
+    value = reader.varint()
+    return -(value >> 1) - 1 if value & 1 else value >> 1
+
+
+_META_READERS = {
+    ord("i"): _read_integer,
+    ord("f"): lambda reader: _FLOAT32.unpack(reader.take(4))[0],
+    ord("d"): lambda reader: _FLOAT64.unpack(reader.take(8))[0],
+    ord("s"): Reader.text,
+}
