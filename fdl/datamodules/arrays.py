@@ -1,0 +1,176 @@
+"""Images and labels in NumPy's file formats."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdl.datamodules.base import Source
+from fdl.datamodules.images import ImageDataModule
+from fdl.datamodules.samples import TensorSamples
+from fdl.errors import UserError
+
+_TO_CHW: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "HW": lambda x: x[:, None],
+    "HWC": lambda x: x.transpose(0, 3, 1, 2),
+    "CHW": lambda x: x,
+}
+
+
+class Arrays(ImageDataModule):
+    """Images and labels from an .npz file, or from a folder of .npy files.
+
+    Images are [n, H, W], [n, H, W, C] or [n, C, H, W], uint8 (255 is white) or floating point; labels are whole
+    numbers from 0, [n]. Arrays that hold Python objects are not read.
+
+    Args:
+        path: an .npz file, or a folder with one .npy file a key, named after it.
+        x_train: key of the training images.
+        y_train: key of their labels; None for images that are only a proxy set.
+        x_test: key of the test images; None, or the default name missing, means that there is no test split.
+        y_test: key of their labels.
+        classes: key of the names of the classes; without it they are called 0, 1, ….
+        groups: key of the natural client or domain of each training image, [n] of any type.
+        layout: order of the dimensions of one image; ``"auto"`` looks for a dimension of 1 or 3.
+        common: the arguments of `ImageDataModule`.
+
+    Raises:
+        UserError: when the file is missing; from `setup`, naming file and key, for all that is wrong with its arrays.
+    """
+
+    name = "arrays"
+
+    def __init__(
+        self,
+        path: str,
+        x_train: str = "x_train",
+        y_train: str | None = "y_train",
+        x_test: str | None = "x_test",
+        y_test: str | None = "y_test",
+        classes: str | None = "classes",
+        groups: str | None = None,
+        layout: Literal["auto", "HW", "HWC", "CHW"] = "auto",
+        **common: Any,
+    ):
+        super().__init__(**common)
+        if layout not in ("auto", *_TO_CHW):
+            raise UserError(f"layout must be one of auto, {', '.join(_TO_CHW)}, got {layout!r}")
+        self._path, self._layout = Path(path).expanduser(), layout
+        self._keys = {
+            "x_train": x_train,
+            "y_train": y_train,
+            "x_test": x_test,
+            "y_test": y_test,
+            "classes": classes,
+            "groups": groups,
+        }
+        if not self._path.exists():
+            raise UserError(f"{self._path}: no such file or folder")
+        if self._path.is_file() and not zipfile.is_zipfile(self._path):
+            raise UserError(f"{self._path}: not an .npz file; for .npy files give the folder that holds them")
+
+    def load(self) -> Source:
+        """Read and check the arrays."""
+        arrays = self._read()
+        train = self._samples("train", arrays)
+        test = self._samples("test", arrays) if "x_test" in arrays else None
+        top = max((int(s.labels.max()) + 1 for s in (train, test) if s and s.labels is not None and len(s)), default=0)
+        classes = [str(name) for name in arrays.get("classes", range(top))]
+        if len(classes) < top:
+            raise self._wrong("classes", f"{len(classes)} names, but labels go up to {top - 1}")
+        if test is not None and test.input_shape != train.input_shape:
+            raise self._wrong("x_test", f"images of shape {test.input_shape}, but training has {train.input_shape}")
+        groups = arrays.get("groups")
+        if groups is not None and groups.shape != (len(train),):
+            raise self._wrong("groups", f"shape {groups.shape}, expected ({len(train)},)")
+        return Source(train, classes, test=test, groups=groups)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        """The arrays by our names for them; those that may be missing and are, are left out."""
+        if self._path.is_dir():
+            stored = {file.stem: file for file in sorted(self._path.glob("*.npy"))}
+            return {
+                role: self._array(role, lambda key: np.load(stored[key], allow_pickle=False))
+                for role in self._present(stored)
+            }
+        try:
+            with np.load(self._path, allow_pickle=False) as archive:
+                return {role: self._array(role, archive.__getitem__) for role in self._present(archive.files)}
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self._path}: cannot be read ({error})") from error
+
+    def _present(self, stored: Any) -> list[str]:
+        """Which of our arrays to read.
+
+        Raises:
+            UserError: when one that is needed is missing.
+        """
+        roles = {role: key for role, key in self._keys.items() if key is not None}
+        for role in ("x_test", "y_test", "classes"):
+            if roles.get(role) == role and role not in stored:
+                del roles[role]
+        if "x_test" not in roles:
+            roles.pop("y_test", None)
+        elif "y_test" not in roles:
+            raise self._wrong("x_test", "test images without labels; set y_test to their key, or x_test to null")
+        for role, key in roles.items():
+            if key not in stored:
+                raise UserError(f"{self._path}: no array {key!r} for {role}; there are {', '.join(stored) or 'none'}")
+        return list(roles)
+
+    def _array(self, role: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        try:
+            return read(self._keys[role])
+        except ValueError as error:  # objects, or a damaged header
+            raise self._wrong(role, f"not a plain array ({error})") from error
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise self._wrong(role, f"damaged ({error})") from error
+
+    def _samples(self, split: str, arrays: dict[str, np.ndarray]) -> TensorSamples:
+        x_role, y_role = f"x_{split}", f"y_{split}"
+        x = self._images(x_role, arrays[x_role])
+        if y_role not in arrays:
+            return self.in_memory(x, None)
+        y = arrays[y_role]
+        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+        if y.dtype.kind not in "iu" or y.ndim != 1:
+            raise self._wrong(y_role, f"labels must be whole numbers, one an image, got {y.dtype} of shape {y.shape}")
+        if len(y) != len(x):
+            raise self._wrong(y_role, f"{len(y)} labels for {len(x)} images in {self._keys[x_role]!r}")
+        if len(y) and int(y.min()) < 0:
+            raise self._wrong(y_role, f"labels must be ≥ 0, got {y.min()}")
+        return self.in_memory(x, torch.from_numpy(y.astype(np.int64)))
+
+    def _images(self, role: str, x: np.ndarray) -> Tensor:
+        """Images as [n, C, H, W]."""
+        if x.dtype != np.uint8 and x.dtype.kind != "f":
+            raise self._wrong(role, f"images must be uint8 or floating point, got {x.dtype}")
+        if x.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                x = x.astype(np.float32, copy=False)
+            if not np.isfinite(x).all():
+                count = int((~np.isfinite(x)).sum())
+                raise self._wrong(role, f"{count} values are not finite in single precision")
+        layout = self._layout if self._layout != "auto" else self._detected(role, x)
+        if x.ndim != len(layout) + 1:
+            raise self._wrong(role, f"layout {layout} needs {len(layout) + 1} dimensions, got shape {x.shape}")
+        return torch.from_numpy(np.ascontiguousarray(_TO_CHW[layout](x)))
+
+    def _detected(self, role: str, x: np.ndarray) -> str:
+        if x.ndim == 3:
+            return "HW"
+        fits = [name for name, axis in (("HWC", -1), ("CHW", 1)) if x.ndim == 4 and x.shape[axis] in (1, 3)]
+        if len(fits) == 1:
+            return fits[0]
+        problem = "either HWC or CHW" if fits else "not [n, H, W], nor with a dimension of 1 or 3 channels"
+        raise self._wrong(role, f"shape {x.shape} is {problem}; set layout to HW, HWC or CHW")
+
+    def _wrong(self, role: str, problem: str) -> UserError:
+        return UserError(f"{self._path}: {self._keys[role]!r}: {problem}")

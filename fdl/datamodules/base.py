@@ -1,0 +1,300 @@
+"""The data of a federation: a private pool, a public proxy set, validation and test."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from fdl.datamodules.partition import Partitioner
+from fdl.datamodules.samples import Batch, Samples
+from fdl.errors import UserError
+from fdl.seeding import numpy_stream, torch_stream
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a data set consists of before anything is held out.
+
+    Attributes:
+        train: its training samples.
+        classes: names of the classes, in the order of the labels.
+        test: its own test split, None where it has none.
+        validation: its own validation split, None where it has none.
+        groups: natural client or domain of each training sample, [n]; None where there are none.
+    """
+
+    train: Samples
+    classes: list[str]
+    test: Samples | None = None
+    validation: Samples | None = None
+    groups: np.ndarray | None = None
+
+
+class FederatedDataModule(LightningDataModule, ABC):
+    """Base of all data of a federation; also trains with a plain ``lightning.Trainer``.
+
+    A subclass writes `load`. Held-out sets are drawn from the training samples, stratified by class, in random order,
+    by streams that depend on `seed` alone: every method, number of clients and partition sees the same proxy set,
+    validation set and test set.
+
+    Args:
+        proxy: where the public proxy set comes from. A whole number: that many training samples, held out from the
+            private pool; a fraction below 1: that share; another data module: its training inputs, all of them; None
+            or 0: there is no proxy set. Its labels are dropped.
+        validation: labelled samples held out for model selection, a number or a fraction; None takes the source's
+            own validation split where it has one, and holds out nothing otherwise.
+        test: labelled samples held out for the report, only for a source without a test split of its own.
+        limit: use only this many training samples (before anything is held out), drawn in proportion to the classes.
+        seed: of the held-out sets.
+        batch_size: of the loaders for a plain Trainer.
+
+    Attributes:
+        train: the pooled private samples, labelled.
+        proxy: the public proxy set, unlabelled; empty where none was asked for.
+        validation: labelled; may be empty.
+        test: labelled.
+        classes: names of the classes.
+        num_classes: how many.
+        input_shape: of one input, (C, H, W).
+        groups: natural client or domain of each sample of `train`, None where the source has none.
+
+    Raises:
+        UserError: for values out of range; from `setup` when the source has too few samples or the proxy set another
+            input shape.
+    """
+
+    train: Samples
+    proxy: Samples
+    validation: Samples
+    test: Samples
+    classes: list[str]
+    groups: np.ndarray | None
+
+    def __init__(
+        self,
+        proxy: int | float | FederatedDataModule | None = None,
+        validation: int | float | None = None,
+        test: int | float | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+    ):
+        super().__init__()
+        self._public = proxy if isinstance(proxy, FederatedDataModule) else None
+        self._sizes = {
+            "test": _checked_size("test", test),
+            "proxy": None if self._public is not None else _checked_size("proxy", proxy),
+            "validation": _checked_size("validation", validation),
+        }
+        for key, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{key} must be at least 1, got {value}")
+        self._limit, self.seed, self.batch_size = limit, seed, batch_size
+        self._ready = False
+        self._fingerprint: str | None = None
+
+    @abstractmethod
+    def load(self) -> Source:
+        """Read the data set.
+
+        Raises:
+            UserError: naming the file and what is wrong with it.
+        """
+
+    def source(self) -> Source:
+        """The data set, at most `limit` training samples of it."""
+        source = self.load()
+        if self._limit is None or self._limit >= len(source.train):
+            return source
+        kept, _ = self._hold_out("limit", np.arange(len(source.train)), source.train, self._limit)
+        kept.sort()
+        groups = None if source.groups is None else source.groups[kept]
+        return replace(source, train=source.train.subset(kept), groups=groups)
+
+    def prepare_data(self) -> None:
+        """Download what is asked for; here only for a nested proxy set."""
+        if self._public is not None:
+            self._public.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data and hold out test, proxy set and validation; done once, whatever the stage.
+
+        Raises:
+            UserError: when data and settings do not fit together.
+        """
+        if self._ready:
+            return
+        source = self.source()
+        pool, counts = source.train, self._counts(source)
+        rows = np.arange(len(pool))
+        held_out = {}
+        for split, count in counts.items():
+            chosen, rows = self._hold_out(split, rows, pool, count)
+            held_out[split] = pool.subset(chosen)
+        self.train, self.classes = pool.subset(rows), list(source.classes)
+        self.groups = None if source.groups is None else source.groups[rows]
+        self.test = held_out["test"] if source.test is None else source.test
+        self.validation = held_out["validation"]
+        if source.validation is not None and self._sizes["validation"] is None:
+            self.validation = source.validation
+        self.proxy = held_out["proxy"].unlabelled() if self._public is None else self._from_public(self._public)
+        self.finish()
+        self._ready = True
+
+    def finish(self) -> None:
+        """What a subclass does to the four sets once they are there; here nothing."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, (C, H, W) for images."""
+        return self.train.input_shape
+
+    def partition(self, partitioner: Partitioner, clients: int, seed: int) -> list[np.ndarray]:
+        """Deal the private samples out to clients.
+
+        Args:
+            partitioner: decides who gets what.
+            clients: number of clients.
+            seed: the run's seed; the stream depends on nothing else.
+
+        Returns:
+            One sorted array of indices into `train` a client, disjoint.
+
+        Raises:
+            UserError: when the data cannot be dealt out so.
+        """
+        stream = numpy_stream(seed, "partition")
+        return partitioner.split(self.train.labels.numpy(), clients, stream, self.groups)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the contents and labels of all four sets, computed once; files are read to the last byte."""
+        if self._fingerprint is None:
+            digest = hashlib.blake2b(digest_size=16)
+            for split in ("train", "proxy", "validation", "test"):
+                samples: Samples = getattr(self, split)
+                digest.update(f"{split} {len(samples)} {samples.content_hash()}\n".encode())
+                if samples.labels is not None:
+                    digest.update(samples.labels.numpy())
+            groups = None if self.groups is None else self.groups.tolist()
+            digest.update(repr((self.classes, groups)).encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented batches of the pooled private samples."""
+        stream = torch_stream(self.seed, "loader")
+        batches = _Batches(self.train, torch_stream(self.seed, "augment"))
+        return DataLoader(batches, batch_size=self.batch_size, shuffle=True, generator=stream, collate_fn=_as_it_is)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Batches of the validation set; no loader where it is empty."""
+        return self._in_order(self.validation)
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Batches of the test set."""
+        return self._in_order(self.test)
+
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Unlabelled batches of the proxy set; no loader where it is empty."""
+        return self._in_order(self.proxy)
+
+    def _in_order(self, samples: Samples) -> DataLoader | list[DataLoader]:
+        # all by keyword: the Trainer builds the loader anew and would give a positional argument twice
+        return DataLoader(_Batches(samples), batch_size=self.batch_size, collate_fn=_as_it_is) if len(samples) else []
+
+    def _counts(self, source: Source) -> dict[str, int]:
+        """How many training samples to hold out for each split, checked against the source."""
+        total = len(source.train)
+        if source.train.labels is None:
+            raise UserError(f"{self.name}: the training samples have no labels; such data can only be a proxy set")
+        counts = {
+            split: round(size * total) if isinstance(size, float) else size or 0 for split, size in self._sizes.items()
+        }
+        if source.test is not None and self._sizes["test"] is not None:
+            raise UserError(f"{self.name}: test is set, but the data have a test split of {len(source.test)} already")
+        if source.test is None and counts["test"] == 0:
+            raise UserError(
+                f"{self.name}: the data have no test split; set test to how many samples to hold out for it"
+            )
+        if sum(counts.values()) >= total:
+            wanted = " + ".join(f"{split} {count}" for split, count in counts.items() if count)
+            raise UserError(f"{self.name}: {wanted} leave nothing to train on of {total} training samples")
+        return counts
+
+    def _hold_out(self, split: str, rows: np.ndarray, pool: Samples, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw `count` of the rows, in random order so that the order tells nothing of the labels; and the rest."""
+        labels = np.zeros(len(rows), dtype=np.int64) if pool.labels is None else pool.labels.numpy()[rows]
+        chosen = stratified(labels, count, numpy_stream(self.seed, f"hold out {split}"))
+        return rows[chosen], np.delete(rows, chosen)
+
+    def _from_public(self, public: FederatedDataModule) -> Samples:
+        """The inputs of another data set, in random order."""
+        inputs = public.source().train.unlabelled()
+        if inputs.input_shape != self.input_shape:
+            raise UserError(
+                f"proxy: {public.name} has inputs of shape {_shape(inputs.input_shape)}, but {self.name} has "
+                f"{_shape(self.input_shape)}; set size and channels in the proxy's args"
+            )
+        return inputs.subset(numpy_stream(self.seed, "proxy order").permutation(len(inputs)))
+
+
+def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw positions so that every class has its share, to within one sample.
+
+    Args:
+        labels: class of each sample, int [n].
+        count: how many to draw, ≤ n.
+        rng: the stream.
+
+    Returns:
+        Positions in random order, int64 [count].
+    """
+    classes, sizes = np.unique(labels, return_counts=True)
+    quotas = count * sizes / max(len(labels), 1)
+    takes = np.floor(quotas).astype(np.int64)
+    # what rounding down left over goes to the largest remainders, equal ones by chance
+    order = np.lexsort((rng.random(len(classes)), takes - quotas))
+    takes[order[: count - takes.sum()]] += 1
+    drawn = [rng.permutation(np.flatnonzero(labels == c))[:take] for c, take in zip(classes, takes)]
+    return rng.permutation(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
+
+
+class _Batches(Dataset):
+    """What a loader draws from; it fetches a batch in one piece."""
+
+    def __init__(self, samples: Samples, generator: torch.Generator | None = None):
+        self.samples, self.generator = samples, generator
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.samples.batch(torch.tensor(indices), self.generator)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _checked_size(key: str, value: int | float | None) -> int | float | None:
+    """A number of samples or, as a float, a share of them."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not value >= 0 or (isinstance(value, float) and value >= 1):
+        raise UserError(f"{key} must be a whole number of samples or a fraction below 1, got {value}")
+    return value
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,370 @@
+"""Who holds which sample: every way of dealing one pool of labelled samples out to clients.
+
+Every partitioner gives a disjoint cover: no sample twice, none lost. All randomness comes from the generator that is
+handed in, so the same stream gives the same split. Numpy only, so that a recipe is checked without importing torch.
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+
+from fdl.errors import UserError
+
+
+class Partitioner(ABC):
+    """Deals samples out to clients; a subclass writes `assign`."""
+
+    name: str
+
+    def split(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """Deal every sample to exactly one client.
+
+        Args:
+            labels: class of each sample, int [n].
+            clients: number of clients.
+            rng: the stream that decides.
+            groups: natural client or domain of each sample, [n] of any type; None where the data have none.
+
+        Returns:
+            One sorted array of int64 indices a client; disjoint, none empty, together 0 … n-1.
+
+        Raises:
+            UserError: when there are more clients than samples, or the settings leave a client without any.
+        """
+        labels = np.asarray(labels)
+        if clients < 1:
+            raise UserError(f"clients must be at least 1, got {clients}")
+        if clients > len(labels):
+            raise UserError(f"{clients} clients cannot share {len(labels)} samples: each needs at least one")
+        parts = [np.sort(part).astype(np.int64) for part in self.assign(labels, clients, rng, groups)]
+        empty = [i for i, part in enumerate(parts) if len(part) == 0]
+        if empty:
+            raise UserError(
+                f"{self.name} leaves {len(empty)} of {clients} clients without a sample (first: client {empty[0]}); "
+                "use fewer clients"
+            )
+        return parts
+
+    @abstractmethod
+    def assign(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> list[np.ndarray]:
+        """Give each client its indices, in any order; arguments as in `split`, already checked."""
+
+
+class IID(Partitioner):
+    """Equal shares drawn at random, the same distribution everywhere."""
+
+    name = "iid"
+
+    def assign(self, labels, clients, rng, groups):
+        """Cut one permutation into shares whose sizes differ by at most one."""
+        return np.array_split(rng.permutation(len(labels)), clients)
+
+
+class Dirichlet(Partitioner):
+    """Label skew: class shares drawn from a Dirichlet distribution, stronger for a smaller alpha.
+
+    With ``by="class"`` each class is shared out over clients by p ~ Dir(α·1_K) (Yurochkin et al. 2019; Lin et al.
+    2020, FedDF): sizes vary too, so a draw that leaves some client too few samples is repeated. With ``by="client"``
+    each client draws its own mixture of classes p ~ Dir(α·1_C) and all have equal sizes (Hsu et al. 2019); the last
+    clients take what is left of the classes, so they are less skewed. The same alpha means different things in both.
+
+    Args:
+        alpha: concentration, > 0; 100 is nearly uniform, 0.1 strong skew.
+        by: which of the two.
+        min_samples: fewest samples of a client for ``by="class"``; default 10, or a tenth of an equal share where that
+            is less, and at least 1.
+        balance: for ``by="class"``: give nothing more to a client that already holds an equal share (FedDF).
+        max_tries: how many draws before giving up.
+
+    Raises:
+        UserError: for values out of range; from `split` when no draw gave everybody enough.
+    """
+
+    name = "dirichlet"
+
+    def __init__(
+        self,
+        alpha: float,
+        by: Literal["class", "client"] = "class",
+        min_samples: int | None = None,
+        balance: bool = False,
+        max_tries: int = 10_000,
+    ):
+        _require_positive("alpha", alpha)
+        schemes = {"class": self._by_class, "client": self._by_client}
+        if by not in schemes:
+            raise UserError(f"by must be 'class' or 'client', got {by!r}")
+        if min_samples is not None:
+            _require_at_least_one("min_samples", min_samples)
+        _require_at_least_one("max_tries", max_tries)
+        if by == "client" and (balance or min_samples is not None):
+            raise UserError("balance and min_samples are for by: class; by: client gives everybody an equal share")
+        self.alpha, self.balance, self.max_tries = alpha, balance, max_tries
+        self.min_samples, self._draw = min_samples, schemes[by]
+
+    def assign(self, labels, clients, rng, groups):
+        """Draw how many samples of each class every client gets, then which."""
+        classes, sizes = np.unique(labels, return_counts=True)
+        counts = self._draw(sizes, clients, rng)
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for label, row in zip(classes, counts):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            for part, own in zip(parts, np.split(members, np.cumsum(row)[:-1])):
+                part.append(own)
+        return [np.concatenate(part) for part in parts]
+
+    def _by_class(self, sizes: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
+        """Counts [C, K] whose rows are drawn from Dir(α·1_K)."""
+        total = int(sizes.sum())
+        least = self.min_samples if self.min_samples is not None else max(1, min(10, total // (10 * clients)))
+        if least * clients > total:
+            raise UserError(f"{clients} clients with min_samples {least} need {least * clients} samples, got {total}")
+        best = 0
+        for _ in range(self.max_tries):
+            shares = rng.dirichlet(np.full(clients, self.alpha), len(sizes))
+            counts = self._balanced(shares, sizes, rng) if self.balance else _cut(shares, sizes[:, None])
+            smallest = int(counts.sum(0).min())
+            if smallest >= least:
+                return counts
+            best = max(best, smallest)
+        raise UserError(
+            f"no draw of {self.max_tries} gave each of {clients} clients {least} of the {total} samples with alpha "
+            f"{self.alpha:g} (the best left one with {best}); use a larger alpha, fewer clients, a smaller min_samples"
+            + ("" if self.balance else ", or balance: true")
+        )
+
+    @staticmethod
+    def _balanced(shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Counts [C, K], class by class in random order, none of a class to clients that hold an equal share."""
+        counts = np.zeros(shares.shape, dtype=np.int64)
+        equal = sizes.sum() / shares.shape[1]
+        for c in rng.permutation(len(sizes)):
+            wanting = counts.sum(0) < equal
+            share = shares[c] * wanting
+            # a very small alpha may have put all of the class on clients that are full
+            share = share / share.sum() if share.sum() > 0 else wanting / wanting.sum()
+            counts[c] = _cut(share[None], sizes[c])
+        return counts
+
+    def _by_client(self, sizes: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
+        """Counts [C, K] whose columns follow each client's own mixture as far as the classes last."""
+        left = sizes.copy()
+        counts = np.zeros((len(sizes), clients), dtype=np.int64)
+        for client, wanted in enumerate(_even(int(sizes.sum()), clients)):
+            mixture = rng.dirichlet(np.full(len(sizes), self.alpha))
+            while wanted > 0:
+                # what an exhausted class cannot give is taken from the others, in the same proportions
+                open_mixture = mixture * (left > 0)
+                if not open_mixture.sum() > 0:
+                    open_mixture = left.astype(float)
+                drawn = np.minimum(_cut((open_mixture / open_mixture.sum())[None], wanted)[0], left)
+                counts[:, client] += drawn
+                left -= drawn
+                wanted -= int(drawn.sum())
+        return counts
+
+
+class ClassSplit(Partitioner):
+    """Label skew: each client holds a fixed number of classes.
+
+    Classes are dealt so that each has the same number of owners, give or take one, and is shared equally among them
+    (#C = k in Li et al. 2022, NIID-Bench).
+
+    Args:
+        classes_per_client: how many classes a client holds, ≥ 1.
+
+    Raises:
+        UserError: for values out of range; from `split` when clients cannot cover all classes.
+    """
+
+    name = "class_split"
+
+    def __init__(self, classes_per_client: int = 2):
+        _require_at_least_one("classes_per_client", classes_per_client)
+        self.classes_per_client = classes_per_client
+
+    def assign(self, labels, clients, rng, groups):
+        """Choose owners for each class, least owned classes first, and share its samples among them."""
+        classes, sizes = np.unique(labels, return_counts=True)
+        each = self.classes_per_client
+        if each > len(classes):
+            raise UserError(f"classes_per_client is {each}, but the data have {len(classes)} classes")
+        if each * clients < len(classes):
+            raise UserError(
+                f"{clients} clients with classes_per_client {each} hold {each * clients} of {len(classes)} classes; "
+                "the samples of the others would be lost"
+            )
+        owners: list[list[int]] = [[] for _ in classes]
+        for client in range(clients):
+            order = np.lexsort((rng.random(len(classes)), [len(o) for o in owners]))
+            for c in order[:each]:
+                owners[c].append(client)
+        scarce = [(label, size, len(o)) for label, size, o in zip(classes, sizes, owners) if size < len(o)]
+        if scarce:
+            label, size, count = scarce[0]
+            raise UserError(
+                f"class {label} has {size} samples for {count} clients; use fewer clients or a smaller "
+                "classes_per_client"
+            )
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for label, own in zip(classes, owners):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            for client, share in zip(own, np.array_split(members, len(own))):
+                parts[client].append(share)
+        return [np.concatenate(part) for part in parts]
+
+
+class Shards(Partitioner):
+    """Label skew: samples sorted by class are cut into shards, and each client gets a few at random.
+
+    The split of McMahan et al. 2017 with two shards a client.
+
+    Args:
+        shards_per_client: how many, ≥ 1.
+
+    Raises:
+        UserError: for values out of range; from `split` when there are more shards than samples.
+    """
+
+    name = "shards"
+
+    def __init__(self, shards_per_client: int = 2):
+        _require_at_least_one("shards_per_client", shards_per_client)
+        self.shards_per_client = shards_per_client
+
+    def assign(self, labels, clients, rng, groups):
+        """Sort by class, samples of one class in random order, cut, and deal the shards."""
+        count = clients * self.shards_per_client
+        if count > len(labels):
+            raise UserError(
+                f"{clients} clients with shards_per_client {self.shards_per_client} need {count} samples, "
+                f"got {len(labels)}"
+            )
+        shuffled = rng.permutation(len(labels))
+        shards = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], count)
+        hands = rng.permutation(count).reshape(clients, self.shards_per_client)
+        return [np.concatenate([shards[i] for i in hand]) for hand in hands]
+
+
+class QuantitySkew(Partitioner):
+    """Size skew: the same distribution everywhere, but some clients hold much more than others.
+
+    Everybody first gets `min_samples`; the rest is shared by p ~ Dir(α·1_K), or by a power law p_i ∝ i^(-exponent)
+    over clients in random order.
+
+    Args:
+        alpha: concentration of the Dirichlet distribution, > 0.
+        exponent: of the power law, > 0; exactly one of the two is given.
+        min_samples: fewest samples of a client, ≥ 1.
+
+    Raises:
+        UserError: for values out of range; from `split` when there are too few samples for `min_samples`.
+    """
+
+    name = "quantity_skew"
+
+    def __init__(self, alpha: float | None = None, exponent: float | None = None, min_samples: int = 1):
+        if (alpha is None) == (exponent is None):
+            raise UserError(f"exactly one of alpha and exponent is needed, got alpha {alpha} and exponent {exponent}")
+        for key, value in (("alpha", alpha), ("exponent", exponent)):
+            if value is not None:
+                _require_positive(key, value)
+        _require_at_least_one("min_samples", min_samples)
+        self.alpha, self.exponent, self.min_samples = alpha, exponent, min_samples
+
+    def assign(self, labels, clients, rng, groups):
+        """Draw the sizes, then cut one permutation."""
+        spare = len(labels) - clients * self.min_samples
+        if spare < 0:
+            raise UserError(
+                f"{clients} clients with min_samples {self.min_samples} need {clients * self.min_samples} samples, "
+                f"got {len(labels)}"
+            )
+        if self.alpha is not None:
+            shares = rng.dirichlet(np.full(clients, self.alpha))
+        else:
+            weights = np.arange(1, clients + 1, dtype=float) ** -self.exponent
+            shares = rng.permutation(weights / weights.sum())
+        sizes = self.min_samples + _cut(shares[None], spare)[0]
+        return np.split(rng.permutation(len(labels)), np.cumsum(sizes)[:-1])
+
+
+class ByGroup(Partitioner):
+    """Natural clients: samples stay with the site, writer or domain that they came from.
+
+    With more groups than clients, whole groups are put together so that sizes are as equal as they can be; with
+    fewer, the largest groups are divided among several clients.
+
+    Raises:
+        UserError: from `split` when the data name no groups.
+    """
+
+    name = "by_group"
+
+    def assign(self, labels, clients, rng, groups):
+        """Merge or divide groups until there are as many as clients."""
+        if groups is None:
+            raise UserError("by_group needs data with a natural client or domain column, and these data have none")
+        _, codes = np.unique(groups, return_inverse=True)
+        members = [rng.permutation(np.flatnonzero(codes == g)) for g in range(codes.max() + 1)]
+        return _merged(members, clients) if len(members) > clients else _divided(members, clients)
+
+
+def _merged(members: list[np.ndarray], clients: int) -> list[np.ndarray]:
+    """Put each group, the largest first, to the client that holds least."""
+    heap = [(0, client) for client in range(clients)]
+    hands: list[list[np.ndarray]] = [[] for _ in range(clients)]
+    for group in sorted(members, key=len, reverse=True):
+        size, client = heapq.heappop(heap)
+        hands[client].append(group)
+        heapq.heappush(heap, (size + len(group), client))
+    return [np.concatenate(hand) for hand in hands]
+
+
+def _divided(members: list[np.ndarray], clients: int) -> list[np.ndarray]:
+    """Give each further client to the group that has most samples a client, and share every group equally."""
+    heap = [(-len(group), g, 1) for g, group in enumerate(members)]
+    heapq.heapify(heap)
+    for _ in range(clients - len(members)):
+        _, g, count = heapq.heappop(heap)
+        heapq.heappush(heap, (-len(members[g]) / (count + 1), g, count + 1))
+    counts = {g: count for _, g, count in heap}
+    return [part for g, group in enumerate(members) for part in np.array_split(group, counts[g])]
+
+
+def _cut(shares: np.ndarray, total: np.ndarray | int) -> np.ndarray:
+    """Whole counts by shares, each row summing to its total: cumulated shares are rounded, so nothing gets lost.
+
+    Args:
+        shares: rows that sum to one, [R, K].
+        total: what to share out, [R, 1] or one number.
+
+    Returns:
+        int64 [R, K].
+    """
+    edges = np.rint(np.cumsum(shares, axis=1) * total).astype(np.int64)
+    edges[:, -1:] = total
+    return np.diff(edges, axis=1, prepend=0)
+
+
+def _even(total: int, parts: int) -> list[int]:
+    """Whole numbers that sum to `total` and differ by at most one."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def _require_positive(key: str, value: float) -> None:
+    if not (value > 0 and np.isfinite(value)):
+        raise UserError(f"{key} must be a finite number > 0, got {value}")
+
+
+def _require_at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{key} must be at least 1, got {value}")
