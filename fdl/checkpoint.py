@@ -1,0 +1,162 @@
+"""Atomic checkpoints: a run killed at any moment goes on from its last good one.
+
+A checkpoint is one safetensors file. Tensors are stored under the path of the keys that lead to them, all else as JSON
+in a tensor of its own; nothing is pickled. The file's name carries a digest of its bytes, so that a truncated or
+altered file is known without trust in its contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from fdl.errors import UserError
+
+_JSON = "__json__"
+_TENSOR = "__tensor__"
+
+
+def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write the state after a round; older checkpoints beyond `keep` go only after the new one is safe on disk.
+
+    Args:
+        folder: the run's checkpoint folder, made when absent.
+        round: the round that has ended, 0 for the state before the first.
+        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None. Keys are strings.
+        keep: how many checkpoints to keep.
+
+    Returns:
+        The path of the new file.
+
+    Raises:
+        UserError: when the disk refuses; the checkpoints that were there are untouched.
+    """
+    data = pack(state)
+    path = folder / f"round-{round:06d}-{_digest(data)}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the checkpoint of round {round}: {error.strerror}") from error
+    for old in _files(folder)[keep:]:
+        if old != path:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
+    """Read the newest good checkpoint.
+
+    Returns:
+        The state, the file it came from, and a sentence for each newer file that was damaged.
+
+    Raises:
+        UserError: when there is no good checkpoint.
+    """
+    damaged = []
+    for path in _files(folder):
+        try:
+            data = path.read_bytes()
+            if _digest(data) != path.stem.rsplit("-", 1)[-1]:
+                raise ValueError("its bytes do not match the digest in its name")
+            return unpack(data), path, damaged
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            damaged.append(f"{path}: damaged checkpoint passed over: {error}")
+    raise UserError("\n".join([f"{folder}: there is no checkpoint to resume from", *damaged]))
+
+
+def exists(folder: Path) -> bool:
+    """Whether the folder holds any checkpoint, good or not."""
+    return bool(_files(folder))
+
+
+def pack(state: Mapping[str, Any]) -> bytes:
+    """Turn a nested state into the bytes of a safetensors file."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+
+    def strip(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            # tied weights are one storage: stored once, and both places point at it
+            key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else (path,)
+            if key not in seen:
+                seen[key] = path
+                tensors[path] = value.detach().cpu().contiguous()
+            return {_TENSOR: seen[key]}
+        if isinstance(value, Mapping):
+            if not all(isinstance(k, str) for k in value):
+                raise TypeError(f"{path}: the keys of a state must be strings")
+            return {k: strip(v, f"{path}/{k}" if path else k) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [strip(v, f"{path}/{i}") for i, v in enumerate(value)]
+        if value is None or isinstance(value, str | int | float | bool):
+            return value
+        raise TypeError(f"{path}: a state cannot hold {type(value).__name__}")
+
+    text = json.dumps(strip(state, ""), separators=(",", ":")).encode()
+    tensors[_JSON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return safetensors.torch.save(_unshared(tensors))
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """Turn the bytes of `pack` into the nested state; tuples come back as lists."""
+    tensors = safetensors.torch.load(data)
+    state = json.loads(tensors.pop(_JSON).numpy().tobytes())
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value[_TENSOR]] if _TENSOR in value else {k: fill(v) for k, v in value.items()}
+        return [fill(v) for v in value] if isinstance(value, list) else value
+
+    return fill(state)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that at any moment either the old or the whole new one is there.
+
+    Args:
+        path: the file; its folder exists.
+        data: its bytes.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy views of one storage apart, which safetensors refuses to store."""
+    owners: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if tensor.numel() and pointer in owners else tensor
+        owners.add(pointer)
+    return result
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*.safetensors"), reverse=True) if folder.is_dir() else []
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
