@@ -1,0 +1,201 @@
+"""Metrics of a model's answers, and of a federation as a whole.
+
+What a model answers is measured by torchmetrics; this file chooses the names and settings. Metrics of a federation
+are short formulas over numbers that a run has already recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_f1_score,
+)
+
+from fdl.catalog import suggest
+from fdl.errors import UserError
+
+# --- a model's answers
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    return multiclass_accuracy(logits, labels, logits.shape[1], average="micro", validate_args=False)
+
+
+def _top5(logits: Tensor, labels: Tensor) -> Tensor:
+    classes = logits.shape[1]
+    return multiclass_accuracy(logits, labels, classes, average="micro", top_k=min(5, classes), validate_args=False)
+
+
+def _macro_f1(logits: Tensor, labels: Tensor) -> Tensor:
+    return multiclass_f1_score(logits, labels, logits.shape[1], average="macro", validate_args=False)
+
+
+def _ece(logits: Tensor, labels: Tensor) -> Tensor:
+    # Softmax here: torchmetrics takes logits that happen to lie in [0, 1] for probabilities.
+    return multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], n_bins=15, validate_args=False)
+
+
+CLASSIFICATION_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "accuracy": _accuracy,
+    "nll": F.cross_entropy,
+    "macro_f1": _macro_f1,
+    "ece": _ece,
+    "top5": _top5,
+}
+"""Metrics of logits ``[n, C]`` against labels ``[n]`` by name.
+
+``accuracy`` and ``top5`` are shares of the rows; ``nll`` is in nats; ``macro_f1`` averages over the classes that occur
+among the labels or the predictions; ``ece`` is the expected calibration error over 15 equal bins.
+"""
+
+
+def classification(logits: Tensor, labels: Tensor, names: Sequence[str] = ("accuracy",)) -> dict[str, float]:
+    """Measure a classifier's answers.
+
+    Args:
+        logits: ``[n, C]``.
+        labels: ``[n]`` int64, on the same device.
+        names: which of `CLASSIFICATION_METRICS`.
+
+    Returns:
+        One number a name, in the order asked; ``nan`` for each where n is 0.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    for name in names:
+        if name not in CLASSIFICATION_METRICS:
+            raise UserError(f"unknown metric {name!r}{suggest(name, CLASSIFICATION_METRICS)}")
+    if not len(labels):
+        return dict.fromkeys(names, math.nan)
+    logits = logits.float()
+    return {name: CLASSIFICATION_METRICS[name](logits, labels).item() for name in names}
+
+
+# --- a federation
+
+
+def knowledge_transfer_efficiency(federated: float, central: float) -> float:
+    """Return the federated model's score as a share of the centralised model's, ``nan`` where the latter is 0.
+
+    Args:
+        federated: accuracy, or another score where more is better and 0 is worst.
+        central: the same score of a model trained on the pooled data.
+    """
+    return federated / central if central else math.nan
+
+
+def nll_transfer_efficiency(single: float, federated: float, central: float) -> float:
+    """Return which share of the way from one site's NLL to the centralised NLL the federation goes.
+
+    0 is a single site alone, 1 the centralised model; below 0 the federation harms. A ratio of NLLs or perplexities
+    has no such fixed points.
+
+    Args:
+        single: NLL of (the mean of) models trained at one site, in nats.
+        federated: NLL of the federated model.
+        central: NLL of a model trained on the pooled data.
+
+    Returns:
+        ``(single - federated) / (single - central)``, ``nan`` where the two ends are equal.
+    """
+    return (single - federated) / (single - central) if single != central else math.nan
+
+
+def equity(gains: Sequence[float]) -> dict[str, float]:
+    """Measure how evenly the participants gain.
+
+    Args:
+        gains: each participant's gain from taking part, e.g. its accuracy after minus before.
+
+    Returns:
+        ``variance`` of the gains (over the population, not an estimate), the ``minimum``, and ``jain``, the index
+        ``(Σ g)² / (N Σ g²)``: 1 where all gain equally, 1/N where one takes it all, ``nan`` where a gain is negative
+        or all are 0 (the index is not defined there). All are ``nan`` without participants.
+    """
+    if not gains:
+        return {"variance": math.nan, "minimum": math.nan, "jain": math.nan}
+    count, squares = len(gains), math.fsum(g * g for g in gains)
+    mean, minimum = math.fsum(gains) / count, min(gains)
+    return {
+        "variance": math.fsum((g - mean) ** 2 for g in gains) / count,
+        "minimum": minimum,
+        "jain": math.fsum(gains) ** 2 / (count * squares) if minimum >= 0 and squares else math.nan,
+    }
+
+
+def series(records: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """Pick one metric out of a run's records: round → value, of the rounds that measured it."""
+    return {record["round"]: record["metrics"][metric] for record in records if metric in record.get("metrics", {})}
+
+
+def traffic(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Pick the bytes sent since the start out of a run's records, up and down together, without set-up costs."""
+    return {
+        record["round"]: record["communication"]["upload_bytes"] + record["communication"]["download_bytes"]
+        for record in records
+    }
+
+
+def rounds_to_target(history: Mapping[int, float], target: float, window: int = 3) -> int | None:
+    """Return the first round whose running mean reaches the target.
+
+    The mean is over this and the ``window - 1`` measured rounds before it, so that one lucky round does not count.
+    Round 0, before the first exchange, is left out.
+
+    Args:
+        history: round → score, more is better, e.g. from `series`.
+        target: the score to reach.
+        window: how many measured rounds are averaged.
+
+    Returns:
+        The round, or None where the run ended before ("censored").
+    """
+    rounds = sorted(round for round in history if round > 0)
+    for end in range(window, len(rounds) + 1):
+        recent = [history[round] for round in rounds[end - window : end]]
+        if math.fsum(recent) >= target * window:
+            return rounds[end - 1]
+    return None
+
+
+def bytes_to_best(history: Mapping[int, float], sent: Mapping[int, int]) -> int | None:
+    """Return the bytes sent by the end of the best round, the earliest where several are equally good.
+
+    Args:
+        history: round → score, more is better, e.g. from `series`.
+        sent: round → bytes since the start, e.g. from `traffic`.
+
+    Returns:
+        The bytes, or None where nothing was measured.
+    """
+    rounds = sorted(round for round, score in history.items() if not math.isnan(score))
+    return sent[max(rounds, key=lambda round: history[round])] if rounds else None
+
+
+def strong_scaling_efficiency(alone: float, together: float, workers: int) -> float:
+    """Return ``T(1) / (N T(N))``: one fixed job shared by N workers; 1 is ideal.
+
+    Args:
+        alone: seconds that one worker takes for the job.
+        together: seconds that N workers take for the same job.
+        workers: N.
+    """
+    return alone / (workers * together)
+
+
+def weak_scaling_efficiency(alone: float, together: float) -> float:
+    """Return ``T(1) / T(N)``: N workers do N times the job; 1 is ideal.
+
+    Args:
+        alone: seconds that one worker takes for one job.
+        together: seconds that N workers take for N jobs.
+    """
+    return alone / together

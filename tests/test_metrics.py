@@ -1,0 +1,156 @@
+"""Model metrics against independent implementations; federated metrics against hand-worked numbers."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
+
+from fdl import metrics
+from fdl.errors import UserError
+
+EVERY = list(metrics.CLASSIFICATION_METRICS)
+
+
+@pytest.fixture(scope="module")
+def answers() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (360,), generator=generator)
+    logits = torch.randn(360, 10, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 10)
+    return logits, labels
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(right[which == b].sum() - confidence[which == b].sum()) for b in range(bins)]
+    return sum(gaps) / len(labels)
+
+
+def test_every_metric_equals_an_independent_implementation(answers):
+    logits, labels = answers
+    got = metrics.classification(logits, labels, EVERY)
+    z, y = logits.numpy(), labels.numpy()
+    expected = {
+        "accuracy": accuracy_score(y, z.argmax(1)),
+        "nll": -log_softmax(z.astype(np.float64), axis=1)[np.arange(len(y)), y].mean(),
+        "macro_f1": f1_score(y, z.argmax(1), average="macro"),
+        "ece": calibration_error(z, y),
+        "top5": top_k_accuracy_score(y, z, k=5),
+    }
+    assert list(got) == EVERY
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_macro_f1_leaves_out_classes_that_never_occur():
+    logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 0]), 10).float()
+    labels = torch.tensor([0, 1, 0, 0])
+    expected = f1_score(labels.numpy(), logits.argmax(1).numpy(), average="macro")
+    assert metrics.classification(logits, labels, ["macro_f1"])["macro_f1"] == pytest.approx(expected)
+
+
+def test_logits_within_0_and_1_are_still_logits():
+    logits = torch.rand(200, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(200) % 4
+    got = metrics.classification(logits, labels, ["ece"])["ece"]
+    assert got == pytest.approx(calibration_error(logits.numpy(), labels.numpy()), rel=1e-5)
+
+
+def test_top5_of_three_classes_is_one():
+    assert metrics.classification(torch.randn(6, 3), torch.arange(6) % 3, ["top5"]) == {"top5": 1.0}
+
+
+def test_half_precision_is_measured_in_float32(answers):
+    logits, labels = answers
+    half = logits.bfloat16()
+    assert metrics.classification(half, labels, EVERY) == metrics.classification(half.float(), labels, EVERY)
+
+
+def test_no_rows_give_nan():
+    got = metrics.classification(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), EVERY)
+    assert list(got) == EVERY
+    assert all(math.isnan(value) for value in got.values())
+
+
+def test_an_unknown_metric_is_named_with_a_suggestion(answers):
+    with pytest.raises(UserError, match="unknown metric 'acuracy'; did you mean 'accuracy'"):
+        metrics.classification(*answers, ["nll", "acuracy"])
+
+
+def test_accuracy_costs_less_than_a_third_of_a_millisecond(answers):
+    def once() -> float:
+        start = time.perf_counter()
+        metrics.classification(*answers, ["accuracy"])
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(50)) < 3e-4
+
+
+# --- a federation
+
+
+def test_transfer_efficiency_is_a_share_of_the_centralised_score():
+    assert metrics.knowledge_transfer_efficiency(80.69, 86) == pytest.approx(0.938, abs=5e-4)
+    assert metrics.knowledge_transfer_efficiency(71.36, 86) == pytest.approx(0.830, abs=5e-4)
+    assert math.isnan(metrics.knowledge_transfer_efficiency(0.5, 0.0))
+
+
+def test_nll_transfer_efficiency_is_0_alone_and_1_centralised():
+    assert metrics.nll_transfer_efficiency(2.0, 2.0, 1.0) == 0
+    assert metrics.nll_transfer_efficiency(2.0, 1.0, 1.0) == 1
+    assert metrics.nll_transfer_efficiency(2.0, 1.25, 1.0) == 0.75
+    assert metrics.nll_transfer_efficiency(2.0, 2.5, 1.0) == -0.5
+    assert math.isnan(metrics.nll_transfer_efficiency(1.0, 0.9, 1.0))
+
+
+def test_equity_of_equal_and_of_one_sided_gains():
+    assert metrics.equity([0.2] * 4) == pytest.approx({"variance": 0.0, "minimum": 0.2, "jain": 1.0})
+    assert metrics.equity([1.0, 0.0, 0.0, 0.0]) == pytest.approx({"variance": 3 / 16, "minimum": 0.0, "jain": 0.25})
+    gains = [0.1, 0.4, 0.25]
+    assert metrics.equity(gains)["variance"] == pytest.approx(np.var(gains))
+
+
+@pytest.mark.parametrize("gains", [[0.3, -0.1], [0.0, 0.0]])
+def test_jain_is_undefined_with_a_loser_or_without_gain(gains):
+    got = metrics.equity(gains)
+    assert math.isnan(got["jain"])
+    assert (got["minimum"], got["variance"]) == (min(gains), pytest.approx(np.var(gains)))
+
+
+def test_equity_of_nobody_is_undefined():
+    assert all(math.isnan(value) for value in metrics.equity([]).values())
+
+
+def test_rounds_to_target_wants_the_mean_of_three_rounds():
+    history = {0: 0.99, 1: 0.5, 2: 0.9, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.9}
+    assert metrics.rounds_to_target(history, 0.7) == 4
+    assert metrics.rounds_to_target(history, 0.75) == 6
+    assert metrics.rounds_to_target(history, 0.7, window=1) == 2
+    assert metrics.rounds_to_target(history, 0.85) is None
+    assert metrics.rounds_to_target({5: 0.7, 10: 0.7, 15: 0.7}, 0.7) == 15
+    assert metrics.rounds_to_target({1: 1.0, 2: 1.0}, 0.7) is None
+
+
+def record(round: int, accuracy: float | None, upload: int, download: int) -> dict:
+    measured = {} if accuracy is None else {"student/test/accuracy": accuracy}
+    sent = {"upload_bytes": upload, "download_bytes": download, "setup_bytes": 1000}
+    return {"round": round, "metrics": measured, "communication": sent}
+
+
+def test_bytes_to_best_counts_both_directions_up_to_the_earliest_best_round():
+    records = [record(0, None, 0, 0), record(1, 0.5, 10, 1), record(2, 0.9, 20, 2), record(3, 0.9, 30, 3)]
+    history, sent = metrics.series(records, "student/test/accuracy"), metrics.traffic(records)
+    assert history == {1: 0.5, 2: 0.9, 3: 0.9}
+    assert sent == {0: 0, 1: 11, 2: 22, 3: 33}
+    assert metrics.bytes_to_best(history, sent) == 22
+    assert metrics.bytes_to_best({1: math.nan, 2: 0.1}, sent) == 22
+    assert metrics.bytes_to_best({}, sent) is None
+
+
+def test_scaling_efficiencies():
+    assert metrics.strong_scaling_efficiency(alone=8.0, together=2.5, workers=4) == 0.8
+    assert metrics.weak_scaling_efficiency(alone=8.0, together=10.0) == 0.8
