@@ -1,0 +1,160 @@
+"""From a checked recipe to a federation ready to run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fdl.comm.channel import Channel
+from fdl.comm.codec import Codec
+from fdl.comm.ledger import Ledger
+from fdl.errors import UserError
+from fdl.executor import EXECUTORS
+from fdl.loop import FederatedLoop
+from fdl.participants import Client, Server
+from fdl.recipe import Component, Recipe, instantiate
+from fdl.runtime import Runtime
+from fdl.seeding import numpy_stream, stream_seed
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
+
+    from fdl.datamodules.base import FederatedDataModule
+    from fdl.knowledge.encoder import Encoder
+    from fdl.methods.base import Method
+
+
+def build(recipe: Recipe, folder: Path) -> FederatedLoop:
+    """Build everything a recipe names: data, participants, channel, method, callbacks.
+
+    Args:
+        recipe: checked, as `fdl.recipe.load` gives it.
+        folder: the run's folder; nothing is written yet.
+
+    Raises:
+        UserError: when parts do not fit together, naming their keys.
+    """
+    method: Method = instantiate(recipe.method, "method", "method")
+    data: FederatedDataModule = instantiate(recipe.data, "datamodule", "data")
+    data.prepare_data()
+    data.setup()
+    if "proxy" in method.requires and len(data.proxy) == 0:
+        raise UserError(f"data: the proxy set is empty, and method {method.name} needs one")
+    partitioner = instantiate(recipe.partition, "partitioner", "partition")
+    shares = data.partition(partitioner, recipe.federation.clients, recipe.seed)
+
+    runtime = Runtime(**vars(recipe.fabric), batch_size=recipe.evaluation.batch_size)
+    architectures = _architectures(recipe, data, runtime)
+    common: dict[str, Any] = {
+        "runtime": runtime,
+        "seed": recipe.seed,
+        "local": recipe.local,
+        "distil": recipe.distil,
+        "digest": recipe.digest or recipe.distil,
+        "proxy": data.proxy,
+        "num_classes": data.num_classes,
+        "encoder": _encoder(recipe, data, runtime),
+    }
+    clients = []
+    for id, share in enumerate(shares):
+        train, calibration = _hold_out(share, recipe, id)
+        clients.append(
+            Client(
+                id=id,
+                architecture=architectures[id % len(architectures)],
+                train=data.train.subset(train),
+                calibration=data.train.subset(calibration),
+                **common,
+            )
+        )
+    server = Server(
+        validation=data.validation,
+        test=data.test,
+        student=runtime.create("student", stream_seed(recipe.seed, "init")) if "student" in method.requires else None,
+        teacher=runtime.create("teacher", stream_seed(recipe.seed, "teacher")) if "teacher" in method.requires else None,
+        pooled=data.train if "pooled" in method.requires else None,
+        **common,
+    )
+    channel = Channel(
+        upload=_codec(recipe.channel.upload, "channel.upload"),
+        download=_codec(recipe.channel.download, "channel.download"),
+        ledger=Ledger(),
+        seed=recipe.seed,
+        limit=recipe.channel.limit,
+    )
+    callbacks = [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(recipe.callbacks)]
+    return FederatedLoop(
+        recipe=recipe,
+        folder=folder,
+        method=method,
+        server=server,
+        clients=clients,
+        channel=channel,
+        executor=EXECUTORS[recipe.executor](),
+        callbacks=callbacks,
+        fingerprint=_fingerprint(data, shares),
+    )
+
+
+def _architectures(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> list[str]:
+    """Register a factory for every architecture of the recipe; returns the specialists' keys in order."""
+    named = {"student": recipe.student, "teacher": recipe.teacher}
+    keys = []
+    for i, component in enumerate(recipe.specialists):
+        short = component.target.rsplit(".", 1)[-1]
+        key = f"{short}-{i}" if short in named else short
+        named[key] = component
+        keys.append(key)
+    places = ["student", "teacher", *(f"specialists.{i}" for i in range(len(keys)))]
+    for place, (key, component) in zip(places, named.items()):
+        if component is not None:
+            runtime.factories[key] = _factory(component, place, data)
+    return keys or ["student"]
+
+
+def _factory(component: Component, key: str, data: FederatedDataModule) -> Callable[[], LightningModule]:
+    """What builds one architecture for these data.
+
+    Raises:
+        UserError: when the recipe gives it another number of classes than the data have.
+    """
+    given = component.args.get("num_classes", data.num_classes)
+    if given != data.num_classes:
+        raise UserError(f"{key}.args.num_classes: {given}, but the data have {data.num_classes} classes")
+    return lambda: instantiate(
+        component, "module", key, num_classes=data.num_classes, input_shape=tuple(data.input_shape)
+    )
+
+
+def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Encoder | None:
+    """The frozen public encoder, fitted on public data where it has to be."""
+    if recipe.encoder is None:
+        return None
+    encoder = instantiate(
+        recipe.encoder, "encoder", "encoder", num_classes=data.num_classes, input_shape=tuple(data.input_shape)
+    )
+    encoder.fit(data.proxy)
+    return encoder
+
+
+def _hold_out(share: np.ndarray, recipe: Recipe, client: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split a client's indices into what it trains on and what it calibrates with; at least one to train on."""
+    shuffled = numpy_stream(recipe.seed, "calibration", 0, client).permutation(share)
+    held_out = min(round(recipe.federation.calibration * len(share)), len(share) - 1)
+    return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
+
+
+def _codec(stages: list[Component], key: str) -> Codec:
+    return Codec([instantiate(stage, "codec", f"{key}.{i}") for i, stage in enumerate(stages)])
+
+
+def _fingerprint(data: FederatedDataModule, shares: list[np.ndarray]) -> str:
+    """Of the data and of who holds which."""
+    digest = hashlib.blake2b(data.fingerprint().encode(), digest_size=16)
+    for share in shares:
+        digest.update(np.ascontiguousarray(share, dtype="<i8").tobytes() + b"/")
+    return digest.hexdigest()

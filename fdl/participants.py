@@ -1,0 +1,193 @@
+"""Client and server: who holds which data, model, random stream and state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fdl.modules.weights import load_into, state_of
+from fdl.runtime import Objective, Runtime
+from fdl.seeding import stream_seed, torch_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lightning import LightningModule
+    from torch import Tensor
+
+    from fdl.datamodules.samples import Samples
+    from fdl.knowledge.encoder import Encoder
+    from fdl.messages import Message
+    from fdl.recipe import Fit
+
+
+class Participant:
+    """One who computes: owns data, a state that is checkpointed, and its own streams of randomness.
+
+    Args:
+        id: the client's number, -1 for the server.
+        runtime: where it computes.
+        seed: the recipe's seed.
+        local: how it trains on private data.
+        distil: how the server trains the student on the proxy set.
+        digest: how a client learns from what the server sends back.
+        proxy: the public proxy set, unlabelled.
+        num_classes: the data's number of classes.
+        encoder: the frozen public encoder, None where the recipe names none.
+
+    Attributes:
+        round: the current round, set by the loop.
+        state: tensors, numbers and nested dicts of them that must survive a restart.
+        cache: what can be computed again; never saved.
+        metrics: what happened in the current turn; the loop logs it.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        runtime: Runtime,
+        seed: int,
+        local: Fit,
+        distil: Fit,
+        digest: Fit,
+        proxy: Samples | None,
+        num_classes: int,
+        encoder: Encoder | None = None,
+    ):
+        self.id, self.runtime, self.seed = id, runtime, seed
+        self.local, self.distil, self.digest = local, distil, digest
+        self.proxy, self.num_classes, self.encoder = proxy, num_classes, encoder
+        self.round = 0
+        self.state: dict[str, Any] = {}
+        self.cache: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
+
+    def begin(self, round: int) -> None:
+        """A new round has come."""
+        self.round, self.metrics = round, {}
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """This participant's stream for one purpose in the current round."""
+        return torch_stream(self.seed, purpose, self.round, self.id)
+
+    def fit(
+        self,
+        module: LightningModule,
+        samples: Samples,
+        config: Fit,
+        objective: Objective | None = None,
+        name: str = "fit",
+    ) -> dict[str, float]:
+        """Train a module; losses are also noted in `metrics` under `name`. Arguments as in `Runtime.fit`."""
+        losses = self.runtime.fit(module, samples, config, self.rng(name), objective, max(self.round, 1))
+        self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
+        return losses
+
+    def predict(self, module: LightningModule, samples: Samples, what: str = "logits") -> Tensor:
+        """Answer samples without gradients: float32 [n, …] on the CPU."""
+        return self.runtime.predict(module, samples, what)
+
+
+class Client(Participant):
+    """An institution: private data that never leave it, and a specialist of its own architecture.
+
+    Args:
+        architecture: the specialist's key among the runtime's architectures.
+        train: private labelled samples to train on.
+        calibration: private labelled samples held out from training, to calibrate confidence; may be empty.
+        participant: the arguments of `Participant`.
+    """
+
+    def __init__(self, *, architecture: str, train: Samples, calibration: Samples, **participant: Any):
+        super().__init__(**participant)
+        self.architecture, self.train, self.calibration = architecture, train, calibration
+
+    @property
+    def samples(self) -> int:
+        """How many private samples it trains on."""
+        return len(self.train)
+
+    def specialist(self) -> LightningModule:
+        """Its private model: the architecture's template, filled with this client's weights."""
+        module = self.runtime.template(self.architecture)
+        if self.runtime.holder(self.architecture) is not self:
+            if "specialist" not in self.state:
+                fresh = self.runtime.create(self.architecture, stream_seed(self.seed, "init", 0, self.id))
+                self.state["specialist"] = copy_of(fresh)
+            load_into(module, self.state["specialist"])
+            self.runtime.hold(self.architecture, self)
+        return module
+
+    def keep(self, module: LightningModule) -> None:
+        """Store the specialist's weights until the next turn."""
+        self.state["specialist"] = copy_of(module)
+
+    def load(self, tensors: Mapping[str, Tensor], architecture: str | None = None) -> LightningModule:
+        """Fill a template with weights that were sent, e.g. the global model's.
+
+        Args:
+            tensors: named weights and buffers.
+            architecture: whose template; default the client's own.
+        """
+        architecture = architecture or self.architecture
+        module = self.runtime.template(architecture)
+        load_into(module, tensors)
+        self.runtime.hold(architecture, None)
+        return module
+
+    def calibration_accuracy(self) -> float:
+        """Accuracy of the specialist on the held-out private share; chance where there is none."""
+        if len(self.calibration) == 0:
+            return 1.0 / self.num_classes
+        logits = self.predict(self.specialist(), self.calibration)
+        return float((logits.argmax(1) == self.calibration.labels).float().mean())
+
+
+class Server(Participant):
+    """The coordinator: public data, the student, and no private sample.
+
+    Args:
+        validation: labelled samples for model selection; never trained on.
+        test: labelled samples for the report.
+        student: the global model, None for a method that has none.
+        teacher: the large model of standard distillation, None otherwise.
+        pooled: all private samples, only for the methods that are the centralised reference.
+        participant: the arguments of `Participant`.
+    """
+
+    def __init__(
+        self,
+        *,
+        validation: Samples,
+        test: Samples,
+        student: LightningModule | None = None,
+        teacher: LightningModule | None = None,
+        pooled: Samples | None = None,
+        **participant: Any,
+    ):
+        super().__init__(id=-1, **participant)
+        self.validation, self.test = validation, test
+        self.student, self.teacher, self.pooled = student, teacher, pooled
+        self._said: dict[str, Message] = {}
+
+    def begin(self, round: int) -> None:
+        """A new round has come, and what was said in the last one is old."""
+        super().begin(round)
+        self._said = {}
+
+    def say(self, key: str, make: Callable[[], Message]) -> Message:
+        """The message that several clients get in this round, made once, so that it is encoded once.
+
+        Args:
+            key: what tells one message of the round from another.
+            make: makes the message.
+        """
+        if key not in self._said:
+            self._said[key] = make()
+        return self._said[key]
+
+
+def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A module's weights and buffers, copied to host memory."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in state_of(module).items()}

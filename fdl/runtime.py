@@ -1,0 +1,251 @@
+"""Devices, precision and the one training loop: the only file that touches Fabric.
+
+Clients are moved to the device, never `fabric.setup`: under a distributed strategy that would average the gradients
+of different institutions. There is one template module per architecture; a client's weights are copied into it when
+its turn comes, so that memory on the device does not grow with the number of clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fdl.errors import UserError
+from fdl.modules.optim import build_optimizer, build_scheduler
+from fdl.seeding import stream_seed
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
+
+    from fdl.datamodules.samples import Batch, Samples
+    from fdl.recipe import Fit
+
+Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
+"""What a fit minimises: (module, batch) to named losses, of which ``"loss"`` is differentiated."""
+
+
+def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """The default objective: the module's own training step on a labelled batch."""
+    return module.training_step(batch)
+
+
+class Runtime:
+    """Where and how participants compute.
+
+    Args:
+        accelerator: as Lightning's, e.g. ``"auto"``, ``"cpu"``, ``"gpu"``.
+        devices: number of devices.
+        num_nodes: number of machines.
+        strategy: as Lightning's.
+        precision: as Lightning's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
+        threads: torch's CPU threads; None leaves torch's choice.
+        batch_size: samples a forward pass of `predict`.
+    """
+
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        devices: int = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        precision: str = "32-true",
+        threads: int | None = None,
+        batch_size: int = 512,
+    ):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self.fabric = Fabric(
+            accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision
+        )
+        self.fabric.launch()
+        self.batch_size = batch_size
+        self.dry = False
+        self.factories: dict[str, Callable[[], LightningModule]] = {}
+        self._templates: dict[str, LightningModule] = {}
+        self._holders: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.fabric.device
+
+    # -- modules -------------------------------------------------------------------------------------------------
+
+    def create(self, architecture: str, seed: int) -> LightningModule:
+        """Build a module with weights drawn from `seed`, on the device, leaving torch's random state as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = self.factories[architecture]()
+        return self.place(module)
+
+    def place(self, module: LightningModule) -> LightningModule:
+        """Move a module to the device in the recipe's precision."""
+        return self.fabric.to_device(self.fabric.strategy.precision.convert_module(module))
+
+    def template(self, architecture: str) -> LightningModule:
+        """The one module of this architecture that clients take turns to fill with their weights."""
+        if architecture not in self._templates:
+            self._templates[architecture] = self.create(architecture, seed=0)
+        return self._templates[architecture]
+
+    def holder(self, architecture: str) -> Any:
+        """Whose weights the template holds now, None when nobody's."""
+        return self._holders.get(architecture)
+
+    def hold(self, architecture: str, owner: Any) -> None:
+        """Note whose weights the template holds."""
+        self._holders[architecture] = owner
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        module: nn.Module,
+        samples: Samples,
+        config: Fit,
+        generator: torch.Generator,
+        objective: Objective | None = None,
+        round: int = 1,
+    ) -> dict[str, float]:
+        """Train a module on samples.
+
+        Args:
+            module: the module to train, in place.
+            samples: what to train on.
+            config: epochs or steps, batch size, optimiser, schedule and clipping.
+            generator: the stream that orders (and augments) the samples.
+            objective: what to minimise; default the module's own `training_step`.
+            round: the round, for schedules that count rounds.
+
+        Returns:
+            The mean over steps of every named loss; empty when there was nothing to do.
+        """
+        if self.dry or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
+            return {}
+        objective = objective or training_step
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = build_optimizer(parameters, config.optimizer.target, config.optimizer.args)
+        scheduler, interval = self._schedule(optimizer, config, round)
+        optimizer = self.fabric.setup_optimizers(optimizer)
+        skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
+        convert = self.fabric.strategy.precision.convert_input
+        sums: dict[str, Tensor] = {}
+        steps = 0
+        if not module.training:  # walking over all submodules costs as much as a step of a small model
+            module.train()
+        for epoch_ended, indices in batches(len(samples), config, generator, skip_single):
+            batch = convert(self._to_device(samples.batch(indices, generator)))
+            with self.fabric.autocast():
+                losses = objective(module, batch)
+            self.fabric.backward(losses["loss"])
+            if config.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
+            optimizer.step()
+            for parameter in parameters:
+                parameter.grad = None
+            for name, value in losses.items():
+                value = value.detach()
+                sums[name] = sums[name] + value if name in sums else value
+            steps += 1
+            if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
+                scheduler.step()
+        if steps == 0:
+            raise UserError(
+                f"{len(samples)} sample(s) in batches of {config.batch_size} leave no batch of two, which batch "
+                "normalisation needs; use a module with group normalisation or give each client more samples"
+            )
+        return {name: float(value) / steps for name, value in sums.items()}
+
+    def _schedule(self, optimizer: torch.optim.Optimizer, config: Fit, round: int) -> tuple[Any, str]:
+        if config.scheduler is None:
+            return None, "step"
+        scheduler = build_scheduler(optimizer, config.scheduler.target, config.scheduler.args)
+        if config.scheduler.interval == "round":
+            for _ in range(round - 1):
+                optimizer.step()  # no gradients yet, so nothing moves; torch warns if a schedule steps before this
+                scheduler.step()
+        return scheduler, config.scheduler.interval
+
+    # -- inference -----------------------------------------------------------------------------------------------
+
+    def predict(self, module: nn.Module, samples: Samples, what: str = "logits") -> Tensor:
+        """One pass over samples without gradients.
+
+        Args:
+            module: a module whose forward gives an `Output`.
+            samples: what to answer.
+            what: the field of `Output` to collect, e.g. ``"logits"`` or ``"embedding"``.
+
+        Returns:
+            float32 tensor on the CPU, [n, …].
+        """
+        result: Tensor | None = None
+        convert = self.fabric.strategy.precision.convert_input
+        if module.training:
+            module.eval()
+        for start in range(0, len(samples), self.batch_size):
+            indices = torch.arange(start, min(start + self.batch_size, len(samples)))
+            inputs, _ = convert(self._to_device(samples.batch(indices)))
+            with torch.inference_mode(), self.fabric.autocast():
+                values = getattr(module(inputs), what)
+            if result is None:
+                # allocated outside inference mode: knowledge made of it is differentiated through later
+                result = torch.empty(len(samples), *values.shape[1:])
+            result[start : start + len(values)] = values.to("cpu", torch.float32)
+        return result if result is not None else torch.empty(0)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        return tuple(None if t is None else t.to(self.device, non_blocking=True) for t in batch)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Within this context `fit` does nothing, so that messages can be made, and measured, without training."""
+        self.dry = True
+        try:
+            yield
+        finally:
+            self.dry = False
+
+
+def batches(
+    count: int, config: Fit, generator: torch.Generator, skip_single: bool = False
+) -> Iterator[tuple[bool, Tensor]]:
+    """Draw shuffled batches for the configured epochs or steps.
+
+    Args:
+        count: number of samples.
+        config: gives `epochs` or `steps`, and `batch_size`.
+        generator: the stream of the shuffles.
+        skip_single: leave out batches of one sample, with which batch normalisation cannot train.
+
+    Yields:
+        Whether this batch ends an epoch, and its indices, int64 [≤ batch_size].
+    """
+    left = config.steps if config.steps is not None else -1
+    epochs = config.epochs if config.steps is None else -1
+    while left != 0 and epochs != 0:
+        order = torch.randperm(count, generator=generator).split(config.batch_size)
+        if skip_single and len(order[-1]) == 1:
+            order = order[:-1]
+        if not order:
+            return
+        for position, indices in enumerate(order):
+            yield position == len(order) - 1, indices
+            left -= 1
+            if left == 0:
+                return
+        epochs -= 1
+
+
+def seed_everything(seed: int, purpose: str, round: int = 0, client: int = -1) -> None:
+    """Seed torch's global streams (dropout, random initial weights) for one participant's turn."""
+    torch.manual_seed(stream_seed(seed, purpose, round, client))
