@@ -1,0 +1,80 @@
+"""The proxy set with answers in the place of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fdl.datamodules.samples import Batch, Samples
+from fdl.errors import UserError
+from fdl.losses import RESPONSE_LOSSES
+from fdl.runtime import Objective
+
+
+class Answered(Samples):
+    """Samples whose second element in a batch is what teachers answered.
+
+    Args:
+        samples: the inputs; their labels, if any, are not looked at.
+        answers: one row a sample, [n, C].
+        rows: which samples were answered, int64 [n]; None when all were, in order.
+    """
+
+    def __init__(self, samples: Samples, answers: Tensor, rows: Tensor | None = None):
+        self.samples = samples if rows is None else samples.subset(rows)
+        self.answers = answers
+        if len(self.samples) != len(answers):
+            raise ValueError(f"{len(answers)} answers for {len(self.samples)} samples")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs and of the answers."""
+        return self.samples.nbytes + self.answers.nbytes
+
+    @property
+    def labels(self) -> None:
+        """Answers are not labels."""
+        return None
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
+        """Inputs and their answers, [B, …] and [B, C]."""
+        inputs, _ = self.samples.batch(indices, generator)
+        return inputs, self.answers[indices]
+
+    def subset(self, indices: Tensor) -> Answered:
+        """The chosen samples with their answers."""
+        return Answered(self.samples.subset(indices), self.answers[indices])
+
+    def unlabelled(self) -> Samples:
+        """The inputs alone."""
+        return self.samples.unlabelled()
+
+    def content_hash(self) -> str:
+        """Hash of the inputs."""
+        return self.samples.content_hash()
+
+
+def response_objective(loss: str, temperature: float) -> Objective:
+    """What a model minimises when it learns from answers.
+
+    Args:
+        loss: a name among `RESPONSE_LOSSES`.
+        temperature: of the softmax over the learner's logits, > 0.
+
+    Raises:
+        UserError: for an unknown loss.
+    """
+    if loss not in RESPONSE_LOSSES:
+        raise UserError(f"loss must be one of {', '.join(RESPONSE_LOSSES)}, got {loss!r}")
+    function = RESPONSE_LOSSES[loss]
+
+    def objective(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        inputs, answers = batch
+        return {"loss": function(module(inputs).logits, answers, temperature)}
+
+    return objective

@@ -1,0 +1,63 @@
+"""What a federated algorithm is: five short functions and no state of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from fdl.messages import Message
+    from fdl.participants import Client, Server
+
+
+class Aggregate(Protocol):
+    """Sums uploads as they arrive, so that memory does not grow with the number of clients."""
+
+    def add(self, message: Message, client: int) -> None:
+        """Take in one upload.
+
+        Raises:
+            RefusedError: when it does not fit, before anything is changed.
+        """
+
+    def result(self) -> Any:
+        """What was learnt from all uploads together; None when there was none."""
+
+
+class Method(ABC):
+    """A federated algorithm; holds configuration only, all state lives in the participants.
+
+    `local_update` sees one client and one message, never the server or another client: the same code must be able to
+    run in another process, on another site.
+
+    Attributes:
+        name: the short name in recipes.
+        requires: the parts of a recipe that it needs, among student, specialists, proxy, teacher and pooled.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ("student",)
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """Prepare the server's state before the first round; clients are given for counting, not for reading."""
+
+    def setup_bytes(self, server: Server) -> dict[str, int]:
+        """What every client must be sent before the first round, in bytes by kind, e.g. the proxy set."""
+        return {}
+
+    def download(self, server: Server, client: int) -> Message | None:
+        """What the server sends to a client at the start of a round; the same object for all where it is the same."""
+        return None
+
+    @abstractmethod
+    def local_update(self, client: Client, download: Message | None) -> Message | None:
+        """One client's work in a round, and what it sends to the server."""
+
+    def aggregate(self, server: Server) -> Aggregate | None:
+        """An empty aggregate for one round; None for a method whose clients send nothing."""
+        return None
+
+    def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
+        """Learn from the aggregate; returns what is worth logging."""
+        return {}

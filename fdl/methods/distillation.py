@@ -1,0 +1,76 @@
+"""Standard distillation from one large teacher: what a single rich owner of all data would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fdl.errors import UserError
+from fdl.knowledge.targets import Answered, response_objective
+from fdl.losses import distillation
+from fdl.messages import Message
+from fdl.methods.base import Method
+from fdl.participants import Client, Server
+
+
+class Distillation(Method):
+    """Distil one large teacher, trained on all private data pooled, into the student (Hinton et al., 2015).
+
+    On the proxy set the loss is T² KL(teacher ‖ student); on the pooled private data, whose labels are known there, it
+    is (1 − weight) CE + weight T² KL.
+
+    Args:
+        transfer: what the student learns on: the public proxy set, or the private data themselves.
+        temperature: T > 0.
+        weight: share of the distillation term where there are labels, in [0, 1].
+        train_teacher: train the teacher on the pooled data first; false for a pretrained one.
+    """
+
+    name = "distillation"
+    requires: ClassVar[tuple[str, ...]] = ("student", "teacher", "proxy", "pooled")
+
+    def __init__(
+        self,
+        transfer: Literal["proxy", "private"] = "proxy",
+        temperature: float = 4.0,
+        weight: float = 0.9,
+        train_teacher: bool = True,
+    ):
+        if not temperature > 0:
+            raise UserError(f"temperature must be > 0, got {temperature}")
+        if not 0 <= weight <= 1:
+            raise UserError(f"weight must be in [0, 1], got {weight}")
+        self.transfer, self.temperature, self.weight = transfer, temperature, weight
+        self.train_teacher = train_teacher
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """Train the teacher, and let it answer the transfer set once."""
+        if self.train_teacher:
+            server.fit(server.teacher, server.pooled, server.local, name="teacher")
+        samples = server.proxy if self.transfer == "proxy" else server.pooled
+        server.state["answers"] = server.predict(server.teacher, samples)
+
+    def local_update(self, client: Client, download: Message | None) -> Message | None:
+        """Clients have nothing to do."""
+        return None
+
+    def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
+        """Train the student on the teacher's answers."""
+        answers = server.state["answers"]
+        if self.transfer == "proxy":
+            samples = Answered(server.proxy, torch.softmax(answers, dim=1))
+            objective = response_objective("kl", self.temperature)
+        else:
+            # labels travel beside the answers, as one more column
+            labels = server.pooled.labels.unsqueeze(1).to(answers.dtype)
+            samples, objective = Answered(server.pooled, torch.cat([answers, labels], dim=1)), self._labelled
+        server.fit(server.student, samples, server.distil, objective, name="distil")
+        return {}
+
+    def _labelled(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        inputs, columns = batch
+        logits = module(inputs).logits
+        return distillation(logits, columns[:, :-1], columns[:, -1].long(), alpha=self.weight, temperature=self.temperature)

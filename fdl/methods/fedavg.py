@@ -1,0 +1,53 @@
+"""Federated averaging, with an optimiser at the server."""
+
+from __future__ import annotations
+
+from fdl.knowledge.aggregation import ParameterMean
+from fdl.messages import Message, Parameters
+from fdl.methods.base import Method
+from fdl.modules.weights import load_into, state_of
+from fdl.participants import Client, Server
+from fdl.runtime import Objective
+from fdl.server_optimizers import Average, ServerOptimizer
+
+
+class FedAvg(Method):
+    """Average the clients' weights by their sample counts (McMahan et al., 2017).
+
+    Every client trains the student's architecture from the server's weights; w ← Σ n_k w_k / Σ n_k over the clients
+    that were heard. With a server optimiser the mean displacement is its pseudo-gradient (Reddi et al., 2021).
+
+    Args:
+        optimizer: what the server does with the mean; None takes it as it is.
+    """
+
+    name = "fedavg"
+
+    def __init__(self, optimizer: ServerOptimizer | None = None):
+        self.optimizer = optimizer or Average()
+
+    def download(self, server: Server, client: int) -> Message:
+        """The global weights, the same message for all clients of a round."""
+        return server.say("student", lambda: Parameters(state_of(server.student)))
+
+    def local_update(self, client: Client, download: Parameters) -> Parameters:
+        """Train the global model on private data and return its weights."""
+        module = client.load(download.tensors, "student")
+        client.fit(module, client.train, client.local, self.objective(module))
+        return Parameters(state_of(module), samples=client.samples)
+
+    def objective(self, module) -> Objective | None:
+        """What a client minimises; None for the module's own loss."""
+        return None
+
+    def aggregate(self, server: Server) -> ParameterMean:
+        """A mean weighted by sample counts."""
+        return ParameterMean(state_of(server.student))
+
+    def server_update(self, server: Server, knowledge: dict) -> dict[str, float]:
+        """Move the global weights towards, or with a plain average onto, the clients' mean."""
+        trained = {name for name, _ in server.student.named_parameters()}
+        moments = server.state.setdefault("optimizer", {})
+        tensors = self.optimizer.step(state_of(server.student), knowledge, trained, moments)
+        load_into(server.student, tensors)
+        return {}

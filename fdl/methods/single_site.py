@@ -1,0 +1,23 @@
+"""The floor: every institution alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fdl.messages import Message
+from fdl.methods.base import Method
+from fdl.participants import Client
+
+
+class SingleSite(Method):
+    """Every client trains its specialist on its own data and tells nobody."""
+
+    name = "single_site"
+    requires: ClassVar[tuple[str, ...]] = ("specialists",)
+
+    def local_update(self, client: Client, download: Message | None) -> Message | None:
+        """Train the specialist further."""
+        specialist = client.specialist()
+        client.fit(specialist, client.train, client.local)
+        client.keep(specialist)
+        return None
