@@ -1,0 +1,182 @@
+"""Image classifiers: one LightningModule over any network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from fdl.catalog import suggest
+from fdl.errors import UserError
+from fdl.losses import cross_entropy
+from fdl.modules.features import capture, capture_input, last_layer
+from fdl.modules.optim import build_optimizer, build_scheduler
+from fdl.modules.output import Output
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+class ImageClassifier(LightningModule):
+    """Trains a network on labelled images, with a plain Trainer or in a federation's rounds.
+
+    Federated rounds call `training_step` outside any Trainer, so steps return their numbers and only hooks that a
+    Trainer calls log them.
+
+    Args:
+        backbone: maps images ``[B, C, H, W]`` to logits ``[B, num_classes]``, or to (logits, embedding ``[B, D]``).
+        num_classes: number of classes.
+        input_shape: (C, H, W) of one image.
+        head: dotted name of the backbone's classification layer, whose input is the embedding. Default, where logits
+            come alone, the last linear layer (or else convolution) with `num_classes` outputs.
+        optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default Adam at 0.001. Federated
+            rounds use the recipe's ``local`` and ``distil`` settings instead.
+        scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`; ``interval`` is
+            ``"epoch"`` (default) or ``"step"``.
+
+    Attributes:
+        embedding_dim: D.
+
+    Raises:
+        UserError: the backbone cannot take such images, or answers in another shape.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        num_classes: int,
+        input_shape: tuple[int, int, int],
+        head: str | None = None,
+        optimizer: dict | None = None,
+        scheduler: dict | None = None,
+    ):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.num_classes, self.input_shape = num_classes, tuple(input_shape)
+        self.optimizer_config = optimizer or {"target": "adam", "args": {"lr": 1e-3}}
+        self.scheduler_config = scheduler
+        if head is not None and head not in dict(backbone.named_modules()):
+            raise UserError(
+                f"head: the network has no submodule {head!r}{suggest(head, dict(backbone.named_modules()))}"
+            )
+        self.embedding_dim = self._rehearse()
+
+    def forward(self, x: Tensor, features: Sequence[str] = ()) -> Output:
+        """Answer a batch.
+
+        Args:
+            x: ``[B, C, H, W]``, normalised as the model expects.
+            features: submodules of the backbone, by dotted name or glob, whose activations are wanted.
+
+        Raises:
+            UserError: a name in `features` matches nothing.
+        """
+        if not features:
+            return Output(*self._answer(x), {})
+        with capture(self.backbone, features) as seen:
+            logits, embedding = self._answer(x)
+        return Output(logits, embedding, seen)
+
+    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``loss``, the mean cross entropy of a labelled batch."""
+        x, labels = batch
+        return {"loss": cross_entropy(self(x).logits, labels)}
+
+    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``loss`` and ``accuracy`` of a labelled batch."""
+        x, labels = batch
+        logits = self(x).logits
+        return {"loss": cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``loss`` and ``accuracy`` of a labelled batch."""
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
+        """Answer a batch; labels, where there are any, are not looked at."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Build optimiser and schedule for a plain Trainer."""
+        optimizer = build_optimizer(
+            [p for p in self.parameters() if p.requires_grad],
+            self.optimizer_config["target"],
+            self.optimizer_config.get("args"),
+        )
+        if self.scheduler_config is None:
+            return optimizer
+        scheduler = build_scheduler(optimizer, self.scheduler_config["target"], self.scheduler_config.get("args"))
+        interval = self.scheduler_config.get("interval", "epoch")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int) -> None:
+        """Log the training loss, under a Trainer."""
+        self.log("train/loss", outputs["loss"], batch_size=len(batch[0]))
+
+    def on_validation_batch_end(
+        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log the validation metrics, under a Trainer; it averages them over the epoch."""
+        self.log_dict({f"validation/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
+
+    def on_test_batch_end(
+        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log the test metrics, under a Trainer; it averages them over the epoch."""
+        self.log_dict({f"test/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
+
+    def _answer(self, x: Tensor) -> Any:
+        if self.head is None:
+            return self.backbone(x)
+        with capture_input(self.backbone.get_submodule(self.head)) as seen:
+            logits = self.backbone(x)
+        if isinstance(logits, tuple):  # some networks add auxiliary logits while they train
+            logits = logits[0]
+        embedding = seen[-1]
+        return logits, embedding.mean((2, 3)) if embedding.ndim == 4 else embedding
+
+    def _rehearse(self) -> int:
+        """Send one blank image through, so that a model that does not fit fails here; returns the embedding's size."""
+        answer = self._try()
+        if isinstance(answer, Tensor):
+            self._check("logits", answer, self.num_classes)
+            self.head = last_layer(self.backbone, self.num_classes)
+            if self.head is None:
+                raise UserError(
+                    f"{self._label()} returns logits alone and no layer of it has {self.num_classes} outputs; "
+                    "name its head, or return (logits, embedding)"
+                )
+            answer = self._try()
+        logits, embedding = answer
+        self._check("logits", logits, self.num_classes)
+        self._check("an embedding", embedding, None)
+        return embedding.shape[1]
+
+    def _try(self) -> Any:
+        image = torch.zeros(1, *self.input_shape)
+        if (weight := next(self.backbone.parameters(), None)) is not None:
+            image = image.to(weight)
+        training = self.backbone.training
+        self.backbone.eval()
+        try:
+            with torch.no_grad():
+                return self._answer(image)
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            size = "×".join(map(str, self.input_shape))
+            raise UserError(f"{self._label()} cannot take images of {size} (channels×height×width): {error}") from error
+        finally:
+            self.backbone.train(training)
+
+    def _check(self, what: str, tensor: Tensor, columns: int | None) -> None:
+        if tensor.ndim != 2 or columns not in (None, tensor.shape[1]):
+            raise UserError(
+                f"{self._label()} answers one image with {what} of shape {list(tensor.shape)}, expected "
+                f"[1, {columns or 'D'}]"
+            )
+
+    def _label(self) -> str:
+        network = type(self.backbone).__name__
+        return f"{self.name} ({network})" if hasattr(self, "name") else network

@@ -1,0 +1,67 @@
+"""Optimisers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fdl.catalog import KINDS, find, suggest
+from fdl.errors import UserError
+
+
+def build_optimizer(
+    parameters: Iterable[Tensor] | Iterable[dict[str, Any]], target: str, args: Mapping[str, Any] | None = None
+) -> Optimizer:
+    """Build an optimiser.
+
+    Args:
+        parameters: tensors or parameter groups.
+        target: a class of ``torch.optim`` in lower case (``"sgd"``, ``"adamw"``, …) or a dotted path.
+        args: its further arguments.
+
+    Raises:
+        UserError: there is no such optimiser, it refuses its arguments, or it needs a closure to step (L-BFGS).
+    """
+    return _construct("optimizer", target, args or {}, list(parameters))
+
+
+def build_scheduler(optimizer: Optimizer, target: str, args: Mapping[str, Any] | None = None) -> LRScheduler:
+    """Build a learning-rate schedule.
+
+    Args:
+        optimizer: whose learning rates it sets.
+        target: a class of ``torch.optim.lr_scheduler`` in snake case (``"cosine_annealing_lr"``, …) or a dotted path.
+        args: its further arguments.
+
+    Raises:
+        UserError: there is no such schedule, it refuses its arguments, or it needs a metric to step.
+    """
+    return _construct("scheduler", target, args or {}, optimizer)
+
+
+def _construct(kind: str, target: str, args: Mapping[str, Any], first: Any) -> Any:
+    make, names = _resolve(kind, target)
+    if names is not None:
+        for name in args:
+            if name not in names:
+                raise UserError(f"{kind} {target} takes no {name!r}{suggest(str(name), names)}")
+    try:
+        return make(first, **args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{kind} {target} refuses its arguments: {error}") from error
+
+
+@cache
+def _resolve(kind: str, target: str) -> tuple[Callable[..., Any], tuple[str, ...] | None]:
+    """Return what a target means and the arguments it takes, None when it takes any."""
+    make = find(target, KINDS[kind]).load()
+    parameters = list(inspect.signature(make).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return make, None
+    return make, tuple(p.name for p in parameters[1:])

@@ -1,0 +1,60 @@
+"""A module's weights and buffers as named tensors, and back.
+
+What is averaged over clients: every floating-point tensor, which includes the running mean and variance of batch
+normalisation. Integer tensors are counters (``num_batches_tracked``) and are never averaged in floating point; the
+largest client's count stands for all. Their sum would count the same batches again each round, since every client
+starts from the count it was sent. Averaged running variances leave out how far the clients' means lie apart, so
+group normalisation serves non-IID federations better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters and persistent buffers by name.
+
+    The tensors are references into the module, detached from the graph: copy them before the module trains on.
+    """
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+@torch.no_grad()
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a module in place, so that optimisers and references to its parameters stay valid.
+
+    Nothing is changed when anything does not fit. Values are converted to the module's floating-point type and device.
+
+    Args:
+        module: filled.
+        tensors: exactly the names of `state_of`, with the same shapes.
+
+    Raises:
+        ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other not.
+    """
+    own = state_of(module)
+    if own.keys() != tensors.keys():
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        said = [
+            f"{word} {', '.join(map(repr, names))}"
+            for word, names in (("missing", missing), ("unknown", extra))
+            if names
+        ]
+        raise ValueError(f"tensors do not fit {type(module).__name__}: {'; '.join(said)}")
+    for name, target in own.items():
+        source = tensors[name]
+        if source.shape != target.shape:
+            raise ValueError(f"{name!r} has shape {list(source.shape)}, expected {list(target.shape)}")
+        if source.is_floating_point() != target.is_floating_point():
+            raise ValueError(f"{name!r} is {source.dtype}, expected {target.dtype}")
+    if own:
+        torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of scalars among a module's parameters, shared ones once; buffers are not counted."""
+    return sum(parameter.numel() for parameter in module.parameters())
