@@ -1,0 +1,174 @@
+"""What may watch a run, and when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from fdl.loop import FederatedLoop
+
+
+class Callback:
+    """Watches a run; every hook does nothing until a subclass overrides it.
+
+    A subclass may override hooks and add methods of its own, but none whose name begins with ``on_``: a mistyped hook
+    would never be called, so it is refused when the class is made, as is a hook that does not take its arguments.
+
+    Attributes:
+        name: the short name in recipes, and the key of this callback's state in a checkpoint.
+
+    Raises:
+        TypeError: at the making of a subclass with a mistyped hook.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for attribute in dir(cls):
+            if not attribute.startswith("on_"):
+                continue
+            if attribute not in HOOKS:
+                near = difflib.get_close_matches(attribute, HOOKS, n=1)
+                hint = f'did you mean "{near[0]}"? ' if near else ""
+                raise TypeError(f"{cls.__name__}.{attribute}: no such hook; {hint}hooks are {', '.join(HOOKS)}")
+            try:
+                inspect.signature(getattr(cls, attribute)).bind(*HOOKS[attribute])
+            except TypeError as error:
+                expected = ", ".join(HOOKS[attribute])
+                raise TypeError(f"{cls.__name__}.{attribute} must take ({expected}): {error}") from None
+
+    def on_fit_start(self, loop: FederatedLoop) -> None:
+        """Before the first round; after a resume `loop.history` holds the rounds that are done."""
+
+    def on_round_start(self, loop: FederatedLoop, round: int) -> None:
+        """Before a round's clients are sent anything."""
+
+    def on_client_end(self, loop: FederatedLoop, round: int, client: int, metrics: dict[str, float]) -> None:
+        """After a client's upload arrived, or was refused.
+
+        Args:
+            loop: the run.
+            round: the round, from 1.
+            client: the client's id.
+            metrics: what the client's turn gave, e.g. ``fit/loss``.
+        """
+
+    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+        """After a round was evaluated, before it is saved; `record` is the last of `loop.history`."""
+
+    def on_checkpoint(self, loop: FederatedLoop, path: Path) -> None:
+        """After a checkpoint was written to `path`."""
+
+    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+        """After the last round; `summary` is what ``summary.json`` will hold."""
+
+    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+        """When the run ends early, by an error or by Ctrl-C."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive a restart: tensors, numbers, strings and nested containers of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+HOOKS: dict[str, list[str]] = {
+    name: list(inspect.signature(hook).parameters) for name, hook in vars(Callback).items() if name.startswith("on_")
+}
+"""Every hook and the names of its parameters."""
+
+
+def _each(hook: str) -> Callable[..., None]:
+    """Return a hook that calls the hook of every callback in turn."""
+
+    @functools.wraps(getattr(Callback, hook))
+    def call(self: CallbackList, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            with _named(callback, hook):
+                getattr(callback, hook)(*arguments)
+
+    return call
+
+
+class CallbackList(Callback):
+    """Calls every callback in the order of the recipe.
+
+    An exception of a callback goes on to the caller with a note that names the callback. In `on_exception` every
+    callback is heard, and one that fails there does not hide the error that ended the run.
+
+    Args:
+        callbacks: in the order in which they are called.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback] = ()):
+        self.callbacks = list(callbacks)
+
+    def __iter__(self) -> Iterator[Callback]:
+        return iter(self.callbacks)
+
+    def __len__(self) -> int:
+        return len(self.callbacks)
+
+    on_fit_start = _each("on_fit_start")
+    on_round_start = _each("on_round_start")
+    on_client_end = _each("on_client_end")
+    on_round_end = _each("on_round_end")
+    on_checkpoint = _each("on_checkpoint")
+    on_fit_end = _each("on_fit_end")
+
+    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+        """When the run ends early; every callback is told, whatever the others do."""
+        for callback in self.callbacks:
+            try:
+                callback.on_exception(loop, error)
+            except Exception as second:
+                _note(error, f'callback "{_name(callback)}" failed as well, in on_exception: {second!r}')
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return every callback's state by its name; the second of a name is called ``name.2``, and so on."""
+        return {key: state for key, callback in self._keys().items() if (state := callback.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give every callback its state back; one that has none in `state` starts afresh."""
+        for key, callback in self._keys().items():
+            if key in state:
+                with _named(callback, "load_state_dict"):
+                    callback.load_state_dict(state[key])
+
+    def _keys(self) -> dict[str, Callback]:
+        keys: dict[str, Callback] = {}
+        counts: dict[str, int] = {}
+        for callback in self.callbacks:
+            name = _name(callback)
+            counts[name] = counts.get(name, 0) + 1
+            keys[name if counts[name] == 1 else f"{name}.{counts[name]}"] = callback
+        return keys
+
+
+def _name(callback: Callback) -> str:
+    return callback.name or type(callback).__name__
+
+
+@contextmanager
+def _named(callback: Callback, hook: str) -> Iterator[None]:
+    """Add the callback's name to whatever it raises."""
+    try:
+        yield
+    except BaseException as error:
+        _note(error, f'in {hook} of callback "{_name(callback)}"')
+        raise
+
+
+def _note(error: BaseException, text: str) -> None:
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    else:  # Python 3.10 keeps no notes of its own; printers of tracebacks that know them read this attribute
+        error.__notes__ = [*getattr(error, "__notes__", []), text]

@@ -1,0 +1,77 @@
+"""The rounds as a table that any tool reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdl.callbacks.base import Callback
+from fdl.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from fdl.loop import FederatedLoop
+
+FILE = "metrics.csv"
+
+
+class CsvLog(Callback):
+    """Writes metrics.csv, a row a round.
+
+    Columns: ``round``; how many clients were in the ``cohort``, ``dropped`` out and were ``refused``; the round's
+    metrics under their own names; cumulative ``communication/…`` in bytes and ``seconds/…``. A metric that first
+    appears in a later round adds a column, empty above. A resumed run rewrites the file from the rounds of its
+    checkpoint, so that it ends with the same table as a run without interruption.
+    """
+
+    name = "csv"
+
+    def __init__(self) -> None:
+        self.columns: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def on_fit_start(self, loop: FederatedLoop) -> None:
+        """Write the rounds that are done, none in a new run."""
+        loop.folder.mkdir(parents=True, exist_ok=True)
+        self.columns, self.rows = [], []
+        for record in loop.history:
+            self._take(record)
+        self._rewrite(loop.folder / FILE)
+
+    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+        """Add the round's row."""
+        path = loop.folder / FILE
+        if self._take(record):
+            self._rewrite(path)
+        else:
+            with open(path, "a", newline="", encoding="utf-8") as file:
+                file.write(self._text(self.rows[-1:]))
+
+    def _take(self, record: dict[str, Any]) -> bool:
+        """Keep a record's row; returns whether it brought new columns."""
+        row = flatten(record)
+        new = [column for column in row if column not in self.columns]
+        self.columns += new
+        self.rows.append(row)
+        return bool(new)
+
+    def _rewrite(self, path: Path) -> None:
+        header = {column: column for column in self.columns}
+        write_atomically(path, self._text([header, *self.rows] if header else []).encode())
+
+    def _text(self, rows: Iterable[dict[str, Any]]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerows(rows)
+        return text.getvalue()
+
+
+def flatten(record: dict[str, Any]) -> dict[str, Any]:
+    """Turn a round's record into one flat row of numbers; clients' own metrics are left to summary.json."""
+    row = {"round": record["round"]}
+    row |= {key: len(record[key]) for key in ("cohort", "dropped", "refused")}
+    row |= record["metrics"]
+    for part in ("communication", "seconds"):
+        row |= {f"{part}/{key}": value for key, value in record[part].items()}
+    return row

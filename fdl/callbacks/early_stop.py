@@ -1,0 +1,77 @@
+"""End a run whose metric no longer improves."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from fdl.callbacks.base import Callback
+from fdl.errors import UserError
+
+if TYPE_CHECKING:
+    from fdl.loop import FederatedLoop
+
+
+class EarlyStopping(Callback):
+    """Ends the run when a metric has not improved for some rounds.
+
+    Args:
+        monitor: a metric of the round's record, e.g. ``"student/validation/accuracy"``. It is read in rounds that are
+            evaluated.
+        mode: whether more or less of it is better.
+        patience: rounds without improvement after which the run ends.
+        min_delta: by how much a value must exceed the best one to count as better.
+
+    Raises:
+        UserError: when an argument is out of range; during the run, when an evaluated round lacks the metric.
+    """
+
+    name = "early_stopping"
+
+    def __init__(
+        self,
+        monitor: str = "student/validation/accuracy",
+        mode: Literal["max", "min"] = "max",
+        patience: int = 5,
+        min_delta: float = 0.0,
+    ):
+        if mode not in ("max", "min"):
+            raise UserError(f'mode must be "max" or "min", got {mode!r}')
+        if patience < 1:
+            raise UserError(f"patience must be at least 1 round, got {patience}")
+        if not min_delta >= 0:
+            raise UserError(f"min_delta must be ≥ 0, got {min_delta}")
+        self.monitor, self.mode, self.patience, self.min_delta = monitor, mode, patience, min_delta
+        self.best: float | None = None
+        self.best_round = 0
+
+    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+        """Compare the metric with its best and ask the loop to stop when patience is at an end."""
+        round, metrics = record["round"], record["metrics"]
+        if self.monitor not in metrics:
+            if round % loop.recipe.evaluation.every == 0:
+                known = ", ".join(sorted(metrics)) or "none"
+                raise UserError(f'early_stopping: round {round} has no metric "{self.monitor}"; it has: {known}')
+            return
+        value = metrics[self.monitor]
+        if self._improves(value):
+            self.best, self.best_round = value, round
+        elif round - self.best_round >= self.patience:
+            best = "been a number" if self.best is None else f"improved on {self.best:.6g} of round {self.best_round}"
+            loop.stop(f"{self.monitor} has not {best} for {round - self.best_round} rounds")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and its round."""
+        return {"best": self.best, "best_round": self.best_round}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the best value and its round."""
+        self.best, self.best_round = state["best"], state["best_round"]
+
+    def _improves(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        if self.best is None:
+            return True
+        gain = value - self.best if self.mode == "max" else self.best - value
+        return gain > self.min_delta

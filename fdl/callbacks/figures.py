@@ -1,0 +1,88 @@
+"""Figures for TensorBoard, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_ROWS, MAX_COLUMNS = 100, 26
+"""Beyond either, cells get no numbers, as nobody could read them."""
+
+
+def label_histogram(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Draw who holds how many samples of which class, as a heat-map.
+
+    Args:
+        counts: int [clients, classes].
+        classes: a name a class.
+
+    Returns:
+        A figure with a row a client, and each client's total beside its number.
+    """
+    names = [f"client {i}  (n = {total:,})" for i, total in enumerate(counts.sum(1).tolist())]
+    figure, axes = _canvas(counts.shape)
+    # small counts must differ from none at all, beside a client that holds a thousand times as much
+    _heat_map(axes, np.sqrt(counts / max(counts.max(), 1)), counts, "Blues")
+    _label(axes, rows=names, columns=list(classes))
+    axes.set_xlabel("class")
+    axes.set_title("Training samples by client and class")
+    return figure
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
+    """Draw a confusion matrix: colour by share of the true class, numbers by count.
+
+    Args:
+        matrix: int [classes, classes], true by predicted.
+        classes: a name a class.
+        title: above the figure.
+    """
+    figure, axes = _canvas(matrix.shape)
+    _heat_map(axes, matrix / np.maximum(matrix.sum(1, keepdims=True), 1), matrix, "Greens")
+    _label(axes, rows=list(classes), columns=list(classes))
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title)
+    return figure
+
+
+def _canvas(shape: tuple[int, ...]) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure  # not pyplot: it would look for a display and keep every figure alive
+
+    rows, columns = shape
+    if _numbered(shape):
+        width, height = 2.0 + 0.52 * columns, 1.4 + 0.30 * rows
+    else:
+        width, height = min(3.0 + 0.10 * columns, 14.0), min(2.0 + 0.10 * rows, 14.0)
+    figure = Figure(figsize=(max(width, 6.0), max(height, 3.0)), dpi=100, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _numbered(shape: tuple[int, ...]) -> bool:
+    return shape[0] <= MAX_ROWS and shape[1] <= MAX_COLUMNS
+
+
+def _heat_map(axes: Axes, shades: np.ndarray, counts: np.ndarray, colours: str) -> None:
+    """Colour cells by `shades` in [0, 1]; write non-zero `counts` into them where there is room."""
+    axes.imshow(shades, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    if not _numbered(counts.shape):
+        return
+    for row, column in zip(*np.nonzero(counts)):
+        ink = "white" if shades[row, column] > 0.6 else "black"
+        axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=ink, fontsize=8)
+
+
+def _label(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Name the ticks, thinned out so that they do not overlap."""
+    width, height = (side * 72 for side in axes.figure.get_size_inches())  # in points
+    for axis, names, room in ((axes.yaxis, rows, height / 12), (axes.xaxis, columns, width / 22)):
+        step = -(-len(names) // int(room))
+        axis.set_ticks(range(0, len(names), step), labels=list(names)[::step], fontsize=8)
+    if max(map(len, columns)) * 5 > 0.75 * width / len(columns) and len(columns[-1]) > 3:
+        axes.tick_params(axis="x", rotation=60)

@@ -1,0 +1,81 @@
+"""A run as TensorBoard shows it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fdl.callbacks import figures
+from fdl.callbacks.base import Callback
+from fdl.callbacks.events import MANY_CLIENTS, Curves, hyperparameters, log_hparams, open_writer
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from fdl.loop import FederatedLoop
+
+
+class TensorBoard(Callback):
+    """Writes curves by round and by bytes, figures, hyperparameters and the recipe for TensorBoard.
+
+    Events go to ``tensorboard/`` in the run's folder. At the start: the recipe as text and who holds how many samples
+    of which class; every round: what `fdl.callbacks.events.Curves` lists; at the end: the student's confusion matrix
+    on the test set, and hyperparameters with the final metrics. A resumed run shows every round once.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self) -> None:
+        self._writer: SummaryWriter | None = None
+
+    def on_fit_start(self, loop: FederatedLoop) -> None:
+        """Write the recipe and the clients' labels; after a resume, the rounds that are done once more."""
+        self._writer = open_writer(loop.folder / "tensorboard")
+        self._writer.add_text("recipe", f"```yaml\n{loop.recipe.to_yaml()}```")
+        self._label_histogram(loop)
+        self._curves = Curves(self._writer, many=len(loop.clients) > MANY_CLIENTS)
+        for record in loop.history:
+            self._curves.log(record)
+
+    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+        """Write the round's curves."""
+        self._curves.log(record)
+
+    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+        """Write the confusion matrix and the hyperparameters."""
+        self._confusion(loop)
+        sent = [f"communication/{key}" for key in ("upload_bytes", "download_bytes")]
+        log_hparams(self._writer, hyperparameters(loop.recipe.to_dict()), [*summary["metrics"], *sent])
+        self._close()
+
+    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+        """Write out what is buffered."""
+        self._close()
+
+    def _label_histogram(self, loop: FederatedLoop) -> None:
+        classes = loop.server.num_classes
+        counts = [client.train.labels.bincount(minlength=classes).numpy() for client in loop.clients]
+        figure = figures.label_histogram(np.stack(counts), _names(classes))
+        self._writer.add_figure("clients/labels", figure, 0, close=False)
+
+    def _confusion(self, loop: FederatedLoop) -> None:
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+        server = loop.server
+        if server.student is None or len(server.test) == 0:
+            return
+        predicted = server.predict(server.student, server.test).argmax(1)
+        matrix = multiclass_confusion_matrix(predicted, server.test.labels, server.num_classes)
+        title = f"Student on the test set after round {loop.round}"
+        figure = figures.confusion(matrix.numpy(), _names(server.num_classes), title)
+        self._writer.add_figure("student/test/confusion", figure, loop.round, close=False)
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _names(classes: int) -> list[str]:
+    return [str(i) for i in range(classes)]
