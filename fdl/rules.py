@@ -1,0 +1,143 @@
+"""What keys of a recipe mean together: combinations that no single key shows to be wrong.
+
+A rule speaks of keys that are right by themselves, so each is silent where one of them is not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fdl.catalog import KINDS, find, short_names, suggest
+from fdl.components import instantiate
+from fdl.errors import UserError
+from fdl.source import lookup
+
+Problems = list[tuple[str, str]]
+
+
+def violations(tree: dict[str, Any], known: set[str]) -> Problems:
+    """Apply all rules.
+
+    Args:
+        tree: a filled recipe without interpolations, each of its keys checked.
+        known: keys already known to be wrong.
+
+    Returns:
+        Pairs of key and problem.
+    """
+    problems: Problems = []
+    sections = {key.partition(".")[0] for key in known}
+    for rule in (_name, _fits, _cohort, _required_parts, _metrics, _comparison):
+        problems += rule(tree, sections)
+    return problems + _constructed(tree, known | {key for key, _ in problems})
+
+
+def _name(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Names that become folders."""
+    if "name" in broken:
+        return []
+    variants = (tree.get("compare") or {}).get("variants", {}) if "compare" not in broken else {}
+    named = {"name": tree["name"], **{f"compare.variants.{v}": v for v in variants}}
+    return [
+        (k, f"{v!r} names a folder: letters, digits, '.', '_', '+' and '-' only, not beginning with a dot")
+        for k, v in named.items()
+        if not re.fullmatch(r"[\w+-][\w.+-]*", str(v))
+    ]
+
+
+def _fits(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Epochs or steps, not both."""
+    return [
+        (part, f"give epochs or steps, not both; to count steps, set {part}.epochs to null")
+        for part in ("local", "distil", "digest")
+        if part not in broken and tree[part] and None not in (tree[part]["epochs"], tree[part]["steps"])
+    ]
+
+
+def _cohort(tree: dict[str, Any], broken: set[str]) -> Problems:
+    if "federation" in broken:
+        return []
+    clients, share = tree["federation"]["clients"], tree["federation"]["participation"]
+    if int(share * clients + 0.5) >= 1:
+        return []
+    message = f"{share:g} of {clients} clients selects nobody; {1 / clients:.2g} selects one"
+    return [("federation.participation", message)]
+
+
+def _required_parts(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """The parts that the method says it needs."""
+    if "method" in broken:
+        return []
+    method = find(tree["method"]["target"], KINDS["method"])
+    if method.definition is not None:
+        requires = method.definition.constant("requires")
+    else:
+        requires = getattr(method.load(), "requires", ())
+    return [
+        (part, f"missing: method {tree['method']['target']} needs {part}")
+        for part in requires or ()
+        if part in tree and part not in broken and not tree[part]
+    ]
+
+
+def _comparison(tree: dict[str, Any], broken: set[str]) -> Problems:
+    compare = tree.get("compare") if "compare" not in broken else None
+    if compare is None:
+        return []
+    problems = []
+    if not compare["seeds"] or len(set(compare["seeds"])) < len(compare["seeds"]):
+        problems.append(("compare.seeds", f"expected different seeds, at least one; got {compare['seeds']}"))
+    known = {*compare["variants"], *short_names(KINDS["method"])}
+    for part in ("reference", "bytes_reference"):
+        if compare[part] not in known:
+            hint = suggest(compare[part], known)
+            problems.append((f"compare.{part}", f"{compare[part]!r} is neither a variant nor a method{hint}"))
+    return problems
+
+
+def _metrics(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Names of metrics are keys of a literal, read without importing torchmetrics."""
+    if "evaluation" in broken:
+        return []
+    table = lookup("fdl.metrics").names["CLASSIFICATION_METRICS"]
+    known = [node.value for node in table.keys]
+    return [
+        (f"evaluation.metrics.{i}", f"unknown metric {metric!r}{suggest(metric, known)}")
+        for i, metric in enumerate(tree["evaluation"]["metrics"])
+        if metric not in known
+    ]
+
+
+def _constructed(tree: Mapping[str, Any], broken: set[str]) -> Problems:
+    """Construct those built-in parts that need no torch, so that their constructors' checks come early too."""
+    problems = []
+
+    def attempt(component: Mapping[str, Any], kind: str, where: str) -> Any:
+        if any(k == where or k.startswith(f"{where}.") for k in broken):
+            return None
+        if not find(component["target"], KINDS[kind]).path.startswith("fdl."):
+            return None
+        try:
+            return instantiate(component, kind, where)
+        except UserError as error:
+            problems.append(tuple(str(error).split(": ", 1)))
+        return None
+
+    if isinstance(tree.get("partition"), Mapping):
+        attempt(tree["partition"], "partitioner", "partition")
+    channel = tree.get("channel", {})
+    for direction in ("upload", "download"):
+        stages = channel.get(direction)
+        if not isinstance(stages, list):
+            continue
+        made = [attempt(stage, "codec", f"channel.{direction}.{i}") for i, stage in enumerate(stages)]
+        if all(stage is not None for stage in made):
+            from fdl.comm.codec import Codec
+
+            try:
+                Codec(made)
+            except UserError as error:
+                problems.append((f"channel.{direction}", str(error)))
+    return problems
