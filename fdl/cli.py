@@ -1,0 +1,216 @@
+"""The command line. Nothing here imports torch before a recipe has been read and found right."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fdl import __version__
+from fdl.errors import UserError
+from fdl.terminal import console, log_to_stderr
+
+LISTS = (
+    "methods",
+    "modules",
+    "datamodules",
+    "partitioners",
+    "codecs",
+    "confidences",
+    "encoders",
+    "server_optimizers",
+    "callbacks",
+    "optimizers",
+    "schedulers",
+    "recipes",
+    "keys",
+)
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        options, overrides = _parse(argv)
+        log_to_stderr()
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(
+                0, str(Path.cwd())
+            )  # a recipe's own plug-ins lie here; `python -m` adds this, `fdl` does not
+        return COMMANDS[options.command](options, overrides, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Run a federation."""
+    from fdl import recipe, runs
+
+    loaded = recipe.load(options.recipe, overrides)
+    folder = _folder(options, loaded)
+    try:
+        summary = runs.fit(loaded, folder, options.resume)
+    except KeyboardInterrupt:
+        if not runs.has_checkpoint(folder):
+            raise
+        command = [*argv] if options.resume else [*argv, "--resume"]
+        print(
+            f"interrupted; the run is saved in {folder}. To go on:\n  {_program()} {shlex.join(command)}",
+            file=sys.stderr,
+        )
+        return 130
+    from fdl.report import print_table
+
+    print_table(summary, console(), folder)
+    return 0
+
+
+def check(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Build everything a recipe names and show it; nothing is trained or written."""
+    from fdl import recipe
+
+    loaded = recipe.load(options.recipe, overrides)
+    print(loaded.to_yaml())
+    from fdl.inspection import describe
+
+    print(describe(loaded, _folder(options, loaded)))
+    return 0
+
+
+def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Run several variants over several seeds and tabulate them."""
+    from fdl.compare import compare as run_all
+
+    try:
+        run_all(options.recipe, overrides, options.methods, options.seeds, options.output_dir)
+    except KeyboardInterrupt:
+        print(f"interrupted. To go on, give the same command:\n  {_program()} {shlex.join(argv)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Print what can stand in a recipe: name, one line, and where it is defined."""
+    from fdl.listing import section
+
+    for name in [options.kind] if options.kind else LISTS:
+        print(section(name, title=options.kind is None))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], Sequence[str]], int]] = {
+    "fit": fit,
+    "check": check,
+    "compare": compare,
+    "list": show_list,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}\n{self.prog} --help tells more")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options and overrides, which may stand in any order."""
+    options, rest = _parser().parse_known_args(argv)
+    given = getattr(options, "overrides", [])
+    if wrong := [text for text in rest if text.startswith("-")]:
+        raise UserError(_explain_option(wrong[0], rest + given))
+    return options, given + rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_program(),
+        description="Federated distillation of foundation models.",
+        epilog="Keys of a recipe: fdl list keys. What can be plugged in: fdl list.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fdl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, help: str, *example: str) -> argparse.ArgumentParser:
+        epilog = "examples:\n" + "\n".join(f"  python -m fdl {line}" for line in example)
+        form = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=form, allow_abbrev=False
+        )
+
+    def recipe_options(sub: argparse.ArgumentParser, many: bool = False) -> None:
+        action, hint = ("append", "; may be given several times") if many else ("store", "")
+        sub.add_argument(
+            "--recipe", required=True, action=action, metavar="FILE", help=f"the recipe, a YAML file{hint}"
+        )
+        sub.add_argument("--output-dir", type=Path, metavar="DIR", help="exactly this folder; default <output>/<name>")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; the later wins")
+
+    sub = command(
+        "fit",
+        "Run a federation.",
+        "fit --recipe recipes/quickstart.yaml",
+        "fit --recipe recipes/quickstart.yaml federation.rounds=10 specialists.1.args.hidden=[32]",
+    )
+    recipe_options(sub)
+    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+    recipe_options(
+        command(
+            "check",
+            "Build everything, show models, data and bytes a round, train nothing.",
+            "check --recipe recipes/quickstart.yaml",
+        )
+    )
+
+    sub = command(
+        "compare",
+        "Run several methods over several seeds and tabulate them; what is complete is not run again.",
+        "compare --recipe recipes/quickstart.yaml --methods centralized,fedavg --seeds 0,1,2",
+    )
+    recipe_options(sub, many=True)
+    sub.add_argument("--methods", type=_names, metavar="A,B", help="variants of the recipe, or methods")
+    sub.add_argument("--seeds", type=_seeds, metavar="0,1", help="default: compare.seeds of the recipe")
+
+    sub = command("list", "Print what can stand in a recipe, and where it is defined.", "list methods", "list keys")
+    plural = lambda kind: kind if kind in LISTS else f"{kind}s"  # noqa: E731
+    sub.add_argument("kind", nargs="?", type=plural, choices=LISTS, metavar="kind", help=", ".join(LISTS))
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas, got {text!r}") from None
+
+
+def _explain_option(option: str, others: list[str]) -> str:
+    """What an unknown option may have meant: a key of the recipe, or another option."""
+    from fdl.catalog import suggest
+    from fdl.recipe import Recipe
+    from fdl.schema import keys
+
+    name, _, value = option.lstrip("-").partition("=")
+    paths = [path for path, *_ in keys(Recipe)]
+    word = name.replace("-", "_")
+    path = next((p for p in paths if word == p), None) or next((p for p in paths if p.endswith(f".{word}")), None)
+    if path:
+        value = value or next((other for other in others if "=" not in other and not other.startswith("-")), "…")
+        return f"unknown option {option}; keys of the recipe are set without dashes: {path}={value}"
+    options = ["--recipe", "--resume", "--output-dir", "--methods", "--seeds"]
+    return f"unknown option {option}{suggest(f'--{name}', options, few=0)}"
+
+
+def _folder(options: argparse.Namespace, recipe) -> Path:
+    return options.output_dir or Path(recipe.output) / recipe.name
+
+
+def _program() -> str:
+    """How fdl was started, for messages that show a command."""
+    return "fdl" if Path(sys.argv[0]).name == "fdl" else "python -m fdl"

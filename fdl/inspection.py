@@ -1,0 +1,88 @@
+"""What ``fdl check`` prints: the federation that a recipe builds, and what a round will send."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.filesize import decimal
+
+from fdl.build import build
+from fdl.estimate import estimate_bytes
+from fdl.listing import columns
+
+if TYPE_CHECKING:
+    from fdl.datamodules.samples import Samples
+    from fdl.loop import FederatedLoop
+    from fdl.recipe import Recipe
+
+_MOST_CLASSES = 20
+
+
+def describe(recipe: Recipe, folder: Path) -> str:
+    """Build a recipe's federation and describe it; nothing is trained or written.
+
+    Args:
+        recipe: the checked recipe.
+        folder: the folder that a run would use.
+    """
+    loop = build(recipe, folder)
+    return "\n".join([*_clients(loop), "", *_server(loop, folder)])
+
+
+def _clients(loop: FederatedLoop) -> list[str]:
+    """A row a client: model, data, and bytes of a round."""
+    sizes = estimate_bytes(loop)
+    header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
+    rows: list[tuple[object, ...]] = [header]
+    for client in loop.clients:
+        rows.append(
+            (
+                client.id,
+                client.architecture,
+                f"{_parameters(loop.runtime.template(client.architecture)):,}",
+                f"{len(client.train):,}",
+                f"{len(client.calibration):,}",
+                decimal(sizes["down"][client.id]),
+                decimal(sizes["up"][client.id]),
+                _histogram(client.train, client.num_classes),
+            )
+        )
+    down, up = (sum(sizes[direction].values()) for direction in ("down", "up"))
+    share = loop.recipe.federation.participation
+    text = f"round 1 sends {decimal(down)} down and {decimal(up)} up if all clients take part"
+    if share < 1:
+        text += f"; {share:g} of them do"
+    return [*columns(rows, right=(0, 2, 3, 4, 5, 6)), text]
+
+
+def _server(loop: FederatedLoop, folder: Path) -> list[str]:
+    """The server's models and data, and where the run would lie."""
+    server = loop.server
+    lines = []
+    for name, module in (("student", server.student), ("teacher", server.teacher)):
+        if module is not None:
+            lines.append((name, f"{_parameters(module):,} parameters"))
+    for name, samples in (("proxy", server.proxy), ("validation", server.validation), ("test", server.test)):
+        lines.append((name, f"{0 if samples is None else len(samples):,} samples"))
+    costs = loop.method.setup_bytes(server)
+    if costs:
+        parts = ", ".join(f"{kind} {decimal(nbytes)}" for kind, nbytes in costs.items())
+        lines.append(("before round 1", f"every client is sent {parts}"))
+    lines += [("device", str(loop.runtime.device)), ("folder", str(folder))]
+    return columns(lines)
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _histogram(samples: Samples, classes: int) -> str:
+    if samples.labels is None:
+        return "unlabelled"
+    counts = torch.bincount(samples.labels, minlength=classes).tolist()
+    if classes <= _MOST_CLASSES:
+        return " ".join(f"{count:>4}" for count in counts)
+    held = sorted((count for count in counts if count), reverse=True)
+    return f"{len(held)} of {classes} classes, {held[-1]} to {held[0]} each" if held else "none"

@@ -1,0 +1,39 @@
+"""Where the command line writes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDE = 160
+
+
+def console() -> Console:
+    """Standard output for tables: as wide as the terminal, or wide enough where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _WIDE)
+
+
+def log_to_stderr() -> None:
+    """Show what fdl logs on standard error; of others, warnings only."""
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Stderr) for handler in root.handlers):
+        root.addHandler(_Stderr())
+    logging.getLogger("fdl").setLevel(logging.INFO)
+
+
+class _Stderr(logging.StreamHandler):
+    """Looks `sys.stderr` up for every message, so that a live progress bar can put messages above itself."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _):
+        """A stream handler sets this once; it is always looked up instead."""

@@ -1,0 +1,482 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+
+from fdl import runs
+from fdl.__main__ import main
+from fdl.recipe import load
+
+RECIPE = """\
+# python -m fdl fit --recipe recipes/small.yaml
+method: fedavg
+data: digits
+partition: {target: dirichlet, args: {alpha: 0.5}}
+federation: {clients: 3, rounds: 2}
+student: {target: mlp, args: {hidden: [8]}}
+callbacks: []
+fabric: {accelerator: cpu}
+compare:
+  seeds: [0, 1]
+  variants:
+    fedavg: {}
+    slow: {local.optimizer.args.lr: 0.01}
+    centralized: {method: centralized}
+"""
+
+
+class Federation:
+    """Stands in for `fdl.build.build`: counts what is run and leaves the files that a loop leaves."""
+
+    def __init__(self):
+        self.runs, self.error = [], None
+
+    def build(self, recipe, folder):
+        federation = self
+
+        class Loop:
+            def run(self, resume=False):
+                federation.runs.append((recipe, resume))
+                (folder / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+                (folder / runs.CHECKPOINTS / "round-000001-0.safetensors").touch()
+                if federation.error is not None:
+                    raise federation.error
+                return summary(recipe)
+
+        return Loop()
+
+
+def summary(recipe) -> dict:
+    sent = {"upload_bytes": 1000, "download_bytes": 500, "setup_bytes": 0}
+    metrics = {"student/test/accuracy": 0.5 + recipe.seed / 10, "student/validation/accuracy": 0.5}
+    rounds = recipe.federation.rounds
+    record = {"round": rounds, "metrics": metrics, "communication": sent, "cohort": [0], "dropped": [], "refused": {}}
+    record |= {"clients": {}, "seconds": {"clients": 1.0}}
+    return {
+        "name": recipe.name,
+        "method": recipe.method.target,
+        "seed": recipe.seed,
+        "rounds": rounds,
+        "metrics": metrics,
+        "best": {"round": rounds, "metrics": metrics, "communication": sent},
+        "history": [record],
+        "communication": {**sent, "by_kind": {}},
+        "time": {"total_s": 1.0, "clients_s": 1.0, "server_s": 0.0, "evaluate_s": 0.0},
+        "participants": [],
+    }
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "small.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def federation(here, monkeypatch):
+    fake = Federation()
+    module = types.ModuleType("fdl.build")
+    module.build = fake.build
+    monkeypatch.setitem(sys.modules, "fdl.build", module)
+    return fake
+
+
+def fdl(capsys, line: str) -> tuple[int, str, str]:
+    code = main(line.split())
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+FIT = "fit --recipe recipes/small.yaml"
+
+
+# --- what goes wrong before anything runs
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", ["the following arguments are required: command"]),
+        ("fitt", ["invalid choice: 'fitt'"]),
+        ("fit", ["the following arguments are required: --recipe"]),
+        ("fit --recipe", ["argument --recipe: expected one argument"]),
+        ("fit --recipe nothing.yaml", ["nothing.yaml: there is no such recipe file", "recipes/small.yaml"]),
+        ("fit --recipe recipes/smal.yaml", ["did you mean recipes/small.yaml?"]),
+        ("fit --recipe recipes", ["recipes: there is no such recipe file"]),
+        (f"{FIT} --rounds 5", ["unknown option --rounds", "set without dashes: federation.rounds=5"]),
+        (f"{FIT} --rounds=5", ["set without dashes: federation.rounds=5"]),
+        (f"{FIT} --local.batch_size=5", ["set without dashes: local.batch_size=5"]),
+        (f"{FIT} --resum", ["unknown option --resum; did you mean '--resume'?"]),
+        (f"{FIT} federation.rounds", ["override 'federation.rounds': expected key=value"]),
+        (f"{FIT} federation.rouds=1", ["federation.rouds: unknown key; did you mean 'rounds'?"]),
+        (f"{FIT} partition.args.alpha=0", ["partition.args.alpha: alpha must be"]),
+        (f"check{FIT[3:]} student=mlpp", ["student: unknown module 'mlpp'; did you mean 'mlp'?"]),
+        (f"compare{FIT[3:]} --seeds a", ["argument --seeds: expected whole numbers with commas, got 'a'"]),
+        (
+            f"compare{FIT[3:]} --methods fedvg",
+            ["'fedvg' is neither a variant of this recipe nor a method", "'fedavg'?"],
+        ),
+        (f"compare{FIT[3:]} --methods distillation", ["teacher: missing: method distillation needs teacher"]),
+        (f"{FIT} --resume", ["runs/small: there is no checkpoint to resume from"]),
+        (f"{FIT} --output-dir recipes/small.yaml", ["recipes/small.yaml: is a file, expected a folder"]),
+        ("list method-s", ["invalid choice: 'method-ss'", "'methods'"]),
+    ],
+)
+def test_mistakes_end_with_one_message_and_code_2(federation, capsys, line, words):
+    code, out, err = fdl(capsys, line)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ") and err.count("error: ") == 1
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert federation.runs == [] and not Path("runs").exists()
+
+
+def test_a_process_ends_with_the_code(here):
+    command = [sys.executable, "-m", "fdl", *FIT.split(), "seed=x"]
+    result = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert result.returncode == 2
+    expected = "error: recipes/small.yaml: one problem\n  - seed: expected int, got 'x' (from the override 'seed=x')\n"
+    assert result.stderr == expected
+
+
+@pytest.mark.parametrize("line", ["--help", "fit --help", "list", f"{FIT} seed=x", "compare --recipe nothing.yaml"])
+def test_no_torch_for_help_lists_and_mistakes(here, line):
+    code = f"""
+        import sys
+        from fdl.__main__ import main
+        try:
+            main({line.split()!r})
+        except SystemExit:
+            pass
+        print([name for name in ("torch", "lightning", "sklearn", "rich") if name in sys.modules], file=sys.stderr)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=_environment())
+    assert result.stderr.splitlines()[-1] == "[]"
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(runs.__file__).parents[1])}
+
+
+# --- help and lists
+
+
+@pytest.mark.parametrize("command", ["fit", "check", "compare", "list"])
+def test_every_command_has_help_with_an_example(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"python -m fdl {command}" in capsys.readouterr().out
+
+
+def test_list_prints_name_line_and_place(here, capsys):
+    code, out, _ = fdl(capsys, "list methods")
+    assert code == 0
+    line = next(line for line in out.splitlines() if line.startswith("fedavg "))
+    assert "Average the clients' weights" in line and "fdl/methods/fedavg.py:" in line
+
+
+def test_list_recipes_shows_their_first_comment(here, capsys):
+    assert fdl(capsys, "list recipes")[1].split(None, 1) == [
+        "recipes/small.yaml",
+        "python -m fdl fit --recipe recipes/small.yaml\n",
+    ]
+
+
+def test_list_keys_and_singular_names(here, capsys):
+    keys = fdl(capsys, "list keys")[1]
+    assert "federation.participation" in keys and "share of the clients asked in a round" in keys
+    assert fdl(capsys, "list codec") == fdl(capsys, "list codecs")
+
+
+def test_list_shows_everything(here, capsys):
+    out = fdl(capsys, "list")[1]
+    for word in (
+        "methods\n",
+        "  fedprox",
+        "optimizers\n",
+        "  adamw",
+        "recipes\n",
+        "  recipes/small.yaml",
+        "keys\n",
+        "  seed",
+    ):
+        assert word in out
+
+
+# --- fit and its folder
+
+
+def test_fit_leaves_recipe_and_summary(federation, capsys):
+    code, out, err = fdl(capsys, f"{FIT} federation.rounds=3 seed=1")
+    assert (code, err) == (0, "")
+    assert "0.6000" in out and "runs/small" in out
+    assert (
+        load("runs/small/recipe.yaml")
+        == federation.runs[0][0]
+        == load("recipes/small.yaml", ["federation.rounds=3", "seed=1"])
+    )
+    assert json.loads(Path("runs/small/summary.json").read_text())["seed"] == 1
+
+
+def test_output_dir_is_taken_literally(federation, capsys):
+    fdl(capsys, f"{FIT} --output-dir elsewhere/deep seed=1")
+    assert Path("elsewhere/deep/summary.json").is_file() and not Path("runs").exists()
+
+
+def test_overrides_may_stand_anywhere(federation, capsys):
+    assert fdl(capsys, "fit seed=3 --recipe recipes/small.yaml federation.rounds=4 --output-dir x name=n")[0] == 0
+    recipe = federation.runs[0][0]
+    assert (recipe.seed, recipe.federation.rounds, recipe.name) == (3, 4, "n")
+
+
+def test_a_finished_run_of_the_same_recipe_is_replaced(federation, capsys):
+    fdl(capsys, FIT)
+    Path("runs/small/metrics.csv").write_text("old")
+    Path("runs/small/notes.txt").write_text("mine")
+    assert fdl(capsys, FIT)[0] == 0
+    assert [resume for _, resume in federation.runs] == [False, False]
+    assert not Path("runs/small/metrics.csv").exists() and Path("runs/small/notes.txt").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_another_recipe_is_never_overwritten(federation, capsys, finished):
+    fdl(capsys, FIT)
+    if not finished:
+        Path("runs/small/summary.json").unlink()
+    code, _, err = fdl(capsys, f"{FIT} federation.clients=4 partition.args.alpha=1.0")
+    assert code == 2 and len(federation.runs) == 1
+    assert (
+        "differs in:\n  - partition.args.alpha: 0.5 there, 1.0 here\n  - federation.clients: 3 there, 4 here\n" in err
+    )
+    assert "--output-dir" in err
+
+
+def test_more_rounds_need_resume(federation, capsys):
+    fdl(capsys, FIT)
+    code, _, err = fdl(capsys, f"{FIT} federation.rounds=5")
+    assert code == 2 and "--resume goes on with it to more rounds" in err
+    assert fdl(capsys, f"{FIT} federation.rounds=5 --resume")[0] == 0
+    assert federation.runs[-1][1] is True
+    assert json.loads(Path("runs/small/summary.json").read_text())["rounds"] == 5
+    code, _, err = fdl(capsys, f"{FIT} --resume")
+    assert code == 2 and "federation.rounds: 5 there, 2 here" in err
+
+
+def test_what_does_not_change_the_result_may_change(federation, capsys):
+    fdl(capsys, FIT)
+    Path("runs/small/summary.json").unlink()
+    line = f"{FIT} --resume callbacks=[csv] checkpoint.keep=5 fabric.threads=1 output=runs compare=null"
+    assert fdl(capsys, line)[0] == 0
+    assert load("runs/small/recipe.yaml").checkpoint.keep == 5
+
+
+def test_resume_with_a_changed_recipe_names_the_keys(federation, capsys):
+    fdl(capsys, FIT)
+    Path("runs/small/summary.json").unlink()
+    code, _, err = fdl(capsys, f"{FIT} --resume local.batch_size=8")
+    assert code == 2 and "cannot resume" in err and "local.batch_size: 32 there, 8 here" in err
+
+
+def test_resume_of_a_complete_run_prints_it_again(federation, capsys):
+    first = fdl(capsys, FIT)[1]
+    code, again, _ = fdl(capsys, f"{FIT} --resume")
+    assert code == 0 and again == first and len(federation.runs) == 1
+
+
+def test_resume_without_checkpoint(federation, capsys):
+    Path("empty").mkdir()
+    code, _, err = fdl(capsys, f"{FIT} --resume --output-dir empty")
+    assert code == 2 and "empty: there is no checkpoint to resume from; start the run without --resume" in err
+
+
+def test_an_unfinished_run_is_not_overwritten(federation, capsys):
+    federation.error = RuntimeError("a crash")
+    with pytest.raises(RuntimeError):
+        main(FIT.split())
+    federation.error = None
+    code, _, err = fdl(capsys, FIT)
+    assert code == 2 and "unfinished run" in err and "--resume" in err
+    assert fdl(capsys, f"{FIT} --resume")[0] == 0
+
+
+def test_a_run_that_never_reached_a_checkpoint_is_begun_anew(federation, capsys):
+    fdl(capsys, FIT)
+    Path("runs/small/summary.json").unlink()
+    for file in Path("runs/small/checkpoints").iterdir():
+        file.unlink()
+    assert fdl(capsys, FIT)[0] == 0
+
+
+def test_a_damaged_stored_recipe_is_explained(federation, capsys):
+    Path("runs/small").mkdir(parents=True)
+    Path("runs/small/recipe.yaml").write_text("a: [")
+    code, _, err = fdl(capsys, FIT)
+    assert code == 2 and "runs/small/recipe.yaml: cannot be read" in err
+
+
+def test_a_recipe_stored_before_a_key_existed_is_still_the_same(federation, capsys):
+    fdl(capsys, FIT)
+    path = Path("runs/small/recipe.yaml")
+    path.write_text(path.read_text().replace("digest: null\n", ""))
+    assert fdl(capsys, f"{FIT} --resume")[0] == 0
+
+
+def test_a_folder_that_cannot_be_made(federation, capsys):
+    Path("file").touch()
+    code, _, err = fdl(capsys, f"{FIT} --output-dir file/below")
+    assert code == 2 and "error: file/below: cannot be written: Not a directory" in err and federation.runs == []
+
+
+def test_plugins_beside_the_recipe_are_found(federation, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", os.getcwd())])
+    Path("cli_plugins.py").write_text("from fdl.methods.fedavg import FedAvg\nclass Mine(FedAvg):\n    pass\n")
+    assert fdl(capsys, f"{FIT} method=cli_plugins.Mine")[0] == 0
+    assert federation.runs[0][0].method.target == "cli_plugins.Mine"
+    code, _, err = fdl(capsys, f"{FIT} method=cli_plugin.Mine")
+    assert code == 2 and "there is no module 'cli_plugin'; did you mean 'cli_plugins'?" in err
+
+
+def test_ctrl_c_says_how_to_go_on(federation, capsys):
+    federation.error = KeyboardInterrupt()
+    code, _, err = fdl(capsys, f"{FIT} --output-dir x specialists=[mlp]")
+    assert code == 130
+    assert err.splitlines()[-1] == (
+        "  python -m fdl fit --recipe recipes/small.yaml --output-dir x 'specialists=[mlp]' --resume"
+    )
+    code, _, err = fdl(capsys, f"{FIT} --resume --output-dir x specialists=[mlp]")
+    assert code == 130 and err.count("--resume") == 1
+
+
+def test_ctrl_c_before_the_first_checkpoint(federation, capsys, monkeypatch):
+    def interrupted(recipe, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fdl.build"], "build", interrupted)
+    assert fdl(capsys, FIT) == (130, "", "interrupted\n")
+    assert not Path("runs").exists()
+
+
+def test_a_follower_of_another_process_touches_nothing(federation, capsys, monkeypatch):
+    """Fabric starts the same command again for every further device; only the first one may prepare the folder."""
+    fdl(capsys, FIT)
+    Path("runs/small/summary.json").unlink()
+    before = Path("runs/small/recipe.yaml").stat().st_mtime_ns
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert fdl(capsys, FIT)[0] == 0
+    assert Path("runs/small/recipe.yaml").stat().st_mtime_ns == before and not Path("runs/small/summary.json").exists()
+
+
+# --- compare
+
+COMPARE = "compare --recipe recipes/small.yaml"
+
+
+def test_compare_runs_every_variant_and_seed(federation, capsys):
+    code, out, _ = fdl(capsys, f"{COMPARE} federation.rounds=4")
+    assert code == 0
+    found = [
+        (r.name, r.method.target, r.seed, r.federation.rounds, r.local.optimizer.args["lr"]) for r, _ in federation.runs
+    ]
+    assert found == [
+        ("small-fedavg-seed-0", "fedavg", 0, 4, 0.1),
+        ("small-fedavg-seed-1", "fedavg", 1, 4, 0.1),
+        ("small-slow-seed-0", "fedavg", 0, 4, 0.01),
+        ("small-slow-seed-1", "fedavg", 1, 4, 0.01),
+        ("small-centralized-seed-0", "centralized", 0, 4, 0.1),
+        ("small-centralized-seed-1", "centralized", 1, 4, 0.1),
+    ]
+    assert Path("runs/small/compare/slow/seed-1/summary.json").is_file()
+    for file in ("compare.csv", "compare.md"):
+        assert "slow" in Path("runs/small/compare", file).read_text()
+    assert "0.5500 ± 0.0707" in out  # mean and deviation of 0.5 and 0.6
+    assert any(Path("runs/small/compare/tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_compare_does_not_repeat_what_is_complete(federation, capsys):
+    federation.error = KeyboardInterrupt()
+    code, _, err = fdl(capsys, COMPARE)
+    assert code == 130 and err.splitlines()[-1] == f"  python -m fdl {COMPARE}"
+    federation.error = None
+    fdl(capsys, COMPARE)
+    assert [resume for _, resume in federation.runs[1:]] == [True, False, False, False, False, False]
+    count = len(federation.runs)
+    code, _, err = fdl(capsys, f"{COMPARE} --seeds 0,1,2 --methods slow")
+    assert code == 0 and err.count("complete already") == 2
+    assert [r.seed for r, _ in federation.runs[count:]] == [2]
+
+
+def test_adding_a_variant_repeats_nothing(federation, capsys):
+    fdl(capsys, COMPARE)
+    count = len(federation.runs)
+    path = Path("recipes/small.yaml")
+    path.write_text(path.read_text() + "    prox: {method: fedprox}\n")
+    fdl(capsys, COMPARE)
+    assert [r.method.target for r, _ in federation.runs[count:]] == ["fedprox"] * 2
+
+
+def test_compare_takes_methods_that_are_no_variants(federation, capsys):
+    fdl(capsys, f"{COMPARE} --methods fedprox,slow --seeds 5")
+    assert [(r.method.target, r.local.optimizer.args["lr"], r.seed) for r, _ in federation.runs] == [
+        ("fedprox", 0.1, 5),
+        ("fedavg", 0.01, 5),
+    ]
+
+
+def test_compare_of_several_recipes(federation, capsys):
+    Path("recipes/other.yaml").write_text(RECIPE.partition("compare:")[0])
+    code, out, _ = fdl(capsys, f"{COMPARE} --recipe recipes/other.yaml --seeds 0 --output-dir all")
+    assert code == 0
+    places = sorted(str(path.parent) for path in Path("all").rglob("summary.json"))
+    assert places == [
+        "all/other/fedavg/seed-0",
+        "all/small/centralized/seed-0",
+        "all/small/fedavg/seed-0",
+        "all/small/slow/seed-0",
+    ]
+    assert "small/slow" in out and "other" in out
+
+
+def test_compare_names_the_run_that_fails(federation, capsys):
+    from fdl.errors import UserError
+
+    federation.error = UserError("data: no samples")
+    code, _, err = fdl(capsys, f"{COMPARE} --seeds 4")
+    assert code == 2 and "error: fedavg, seed 4: data: no samples" in err
+
+
+def test_compare_of_a_changed_recipe_is_refused(federation, capsys):
+    fdl(capsys, COMPARE)
+    code, _, err = fdl(capsys, f"{COMPARE} local.batch_size=8")
+    assert code == 2 and "fedavg, seed 0" in err and "local.batch_size: 32 there, 8 here" in err
+
+
+# --- check
+
+
+def test_check_builds_and_trains_nothing(here, capsys):
+    code, out, _ = fdl(capsys, "check --recipe recipes/small.yaml")
+    assert code == 0
+    assert "alpha: 0.5" in out  # the resolved recipe
+    rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["student"]]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    parameters = 64 * 8 + 8 + 8 * 10 + 10
+    assert all(row[2] == f"{parameters:,}" for row in rows)
+    train, held_out = ([int(row[i].replace(",", "")) for row in rows] for i in (3, 4))
+    assert sum(train) + sum(held_out) == 1797 - 400 - 100 - 360
+    assert [sum(map(int, row[-10:])) for row in rows] == train
+    facts = dict(line.split(None, 1) for line in out.splitlines() if len(line.split()) > 1)
+    assert facts["student"] == f"{parameters} parameters"
+    assert facts["proxy"] == "400 samples" and facts["test"] == "360 samples"
+    assert "up if all clients take part" in out
+    assert sorted(path.name for path in here.iterdir()) == ["recipes"]
