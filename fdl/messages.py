@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -106,11 +106,14 @@ class Parameters(Message):
         meta = dict(meta)
         samples = _take_meta(meta, "samples", int)
         _nothing_left(meta)
-        return cls({name: _to_torch(array) for name, array in fields.items()}, samples)
+        return cls(_side_by_side(fields) or {name: _to_torch(array) for name, array in fields.items()}, samples)
 
     def validate(self) -> None:
         """Every number is finite."""
         _check_samples(self.samples)
+        whole = as_one(self.tensors.values())
+        if whole is not None and math.isfinite(whole.sum()):
+            return
         for name, tensor in self.tensors.items():
             _check_finite(f"tensor {name!r}", tensor)
 
@@ -245,6 +248,43 @@ class Responses(Message):
             confidence.validate()
             if len(confidence.codes) != len(values):
                 raise RefusedError(f"{len(values)} responses with {len(confidence.codes)} confidences")
+
+
+def as_one(tensors: Iterable[Tensor]) -> Tensor | None:
+    """All tensors as one vector, without a copy, where they lie side by side in one storage, as decoded ones do.
+
+    Small models consist of small tensors, for which calling an operation costs more than the operation itself.
+
+    Returns:
+        A view of all elements in order; None where there is no such view.
+    """
+    tensors = list(tensors)
+    if not tensors:
+        return None
+    first = tensors[0]
+    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    for tensor in tensors:
+        if (
+            tensor.dtype != first.dtype
+            or tensor.storage_offset() != end
+            or not tensor.is_contiguous()
+            or tensor.untyped_storage().data_ptr() != storage
+        ):
+            return None
+        end += tensor.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
+
+
+def _side_by_side(fields: Mapping[str, np.ndarray]) -> dict[str, Tensor] | None:
+    """Float32 arrays that fill one buffer, in order, as tensors that share its storage; None for any others."""
+    arrays = list(fields.values())
+    base = arrays[0].base if arrays else None
+    if not isinstance(base, bytearray) or any(a.base is not base or a.dtype != np.float32 for a in arrays):
+        return None
+    if sum(a.nbytes for a in arrays) != len(base):
+        return None
+    parts = torch.frombuffer(base, dtype=torch.float32).split([a.size for a in arrays])
+    return {name: part.view(array.shape) for (name, array), part in zip(fields.items(), parts)}
 
 
 def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdl.errors import UserError
 from fdl.modules.optim import build_optimizer, build_scheduler
+from fdl.modules.weights import pin
 from fdl.seeding import stream_seed
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ class Runtime:
         self.factories: dict[str, Callable[[], LightningModule]] = {}
         self._templates: dict[str, LightningModule] = {}
         self._holders: dict[str, Any] = {}
+        self._optimizers: WeakKeyDictionary[nn.Module, dict[int, tuple]] = WeakKeyDictionary()
 
     @property
     def device(self) -> torch.device:
@@ -81,9 +85,11 @@ class Runtime:
     def create(self, architecture: str, seed: int) -> LightningModule:
         """Build a module with weights drawn from `seed`, on the device, leaving torch's random state as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             module = self.factories[architecture]()
-        return self.place(module)
+        module = self.place(module)
+        pin(module)
+        return module
 
     def place(self, module: LightningModule) -> LightningModule:
         """Move a module to the device in the recipe's precision."""
@@ -130,10 +136,8 @@ class Runtime:
         if self.dry or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
             return {}
         objective = objective or training_step
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        optimizer = build_optimizer(parameters, config.optimizer.target, config.optimizer.args)
+        parameters, optimizer = self._optimizer(module, config)
         scheduler, interval = self._schedule(optimizer, config, round)
-        optimizer = self.fabric.setup_optimizers(optimizer)
         skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
         convert = self.fabric.strategy.precision.convert_input
         sums: dict[str, Tensor] = {}
@@ -163,13 +167,35 @@ class Runtime:
             )
         return {name: float(value) / steps for name, value in sums.items()}
 
-    def _schedule(self, optimizer: torch.optim.Optimizer, config: Fit, round: int) -> tuple[Any, str]:
+    def _optimizer(self, module: nn.Module, config: Fit) -> tuple[list[nn.Parameter], _FabricOptimizer]:
+        """The module's trainable parameters and a fresh optimiser of them.
+
+        A template is trained for one client after another. Its optimiser is built once and then emptied: building one
+        costs as much as half a step of a small model.
+        """
+        known = self._optimizers.setdefault(module, {})
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if id(config) in known:
+            _, before, optimizer, settings = known[id(config)]
+            if len(before) == len(parameters) and all(a is b for a, b in zip(before, parameters)):
+                optimizer.state.clear()
+                for group, original in zip(optimizer.param_groups, settings):
+                    group.update(original)
+                return parameters, optimizer
+        optimizer = build_optimizer(parameters, config.optimizer.target, config.optimizer.args)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer = self.fabric.setup_optimizers(optimizer)
+        if config.scheduler is None:  # a schedule wraps the optimiser's methods, so such a one is not used again
+            known[id(config)] = config, parameters, optimizer, settings
+        return parameters, optimizer
+
+    def _schedule(self, optimizer: _FabricOptimizer, config: Fit, round: int) -> tuple[Any, str]:
         if config.scheduler is None:
             return None, "step"
-        scheduler = build_scheduler(optimizer, config.scheduler.target, config.scheduler.args)
+        scheduler = build_scheduler(optimizer.optimizer, config.scheduler.target, config.scheduler.args)
         if config.scheduler.interval == "round":
             for _ in range(round - 1):
-                optimizer.step()  # no gradients yet, so nothing moves; torch warns if a schedule steps before this
+                optimizer.optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
                 scheduler.step()
         return scheduler, config.scheduler.interval
 
@@ -248,4 +274,8 @@ def batches(
 
 def seed_everything(seed: int, purpose: str, round: int = 0, client: int = -1) -> None:
     """Seed torch's global streams (dropout, random initial weights) for one participant's turn."""
-    torch.manual_seed(stream_seed(seed, purpose, round, client))
+    number = stream_seed(seed, purpose, round, client)
+    # torch.manual_seed formats a stack trace for every kind of device that is not there, which costs more than a step
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
