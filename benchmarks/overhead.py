@@ -1,0 +1,184 @@
+"""What the framework costs: FedAvg on digits in fdl, in a bare PyTorch loop, and in pfl-research.
+
+    python benchmarks/overhead.py [--repeats 5] [--pfl-python PYTHON] [--output FILE.md]
+
+The job: scikit-learn's digits, MLP 64-128-64-10, 10 of 10 and 10 of 50 clients, IID, SGD 0.1, batch 32, one local
+epoch, 20 rounds, the global model evaluated on the test set every round, one CPU thread. Equal work is asserted before
+anything is timed: fdl and the bare loop end with the same weights, and pfl takes the same number of steps. fdl counts
+every byte it encodes; nobody writes to disk while the clock runs. Times are medians over repeats, the systems taking
+turns; figures are comparable within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fdl.build import build
+from fdl.loop import FederatedLoop
+from fdl.recipe import load
+from fdl.seeding import torch_stream
+
+RECIPE = Path(__file__).with_name("overhead.yaml")
+ROUNDS = 20
+
+
+def federation(clients: int, folder: Path) -> FederatedLoop:
+    """The job in fdl, built and ready."""
+    overrides = [f"federation.clients={clients}", f"federation.participation={10 / clients}"]
+    return build(load(RECIPE, overrides), folder)
+
+
+def run_fdl(loop: FederatedLoop) -> float:
+    """Seconds of all rounds; setting up and the checkpoint at the end are left out."""
+    loop.set_up()
+    start = time.perf_counter()
+    for round in range(1, ROUNDS + 1):
+        loop.run_round(round)
+    return time.perf_counter() - start
+
+
+def run_bare(loop: FederatedLoop) -> tuple[float, dict[str, torch.Tensor]]:
+    """Seconds of the same rounds as anybody would write them by hand, and the weights they end with."""
+    model = nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    names = list(model.state_dict())
+    weights = dict(zip(names, (p.detach().clone() for p in loop.server.student.parameters())))
+    data = [everything(client.train) for client in loop.clients]
+    inputs, labels = everything(loop.server.test)
+    cohorts = [loop.cohort(round)[0] for round in range(1, ROUNDS + 1)]
+    start = time.perf_counter()
+    for round, cohort in enumerate(cohorts, 1):
+        total = sum(len(data[client][1]) for client in cohort)
+        mean = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        for client in cohort:
+            x, y = data[client]
+            model.load_state_dict(weights)
+            model.train()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            generator = torch_stream(loop.recipe.seed, "fit", round, client)
+            for indices in torch.randperm(len(y), generator=generator).split(32):
+                loss = nn.functional.cross_entropy(model(x[indices]), y[indices])
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, weight in model.state_dict().items():
+                mean[name] += weight * (len(y) / total)
+        weights = mean
+        model.load_state_dict(weights)
+        model.eval()
+        with torch.inference_mode():
+            accuracy = (model(inputs).argmax(1) == labels).float().mean().item()
+    assert accuracy > 0.1
+    return time.perf_counter() - start, weights
+
+
+def everything(samples) -> tuple[torch.Tensor, torch.Tensor]:
+    """All inputs, flat, and labels."""
+    x, y = samples.batch(torch.arange(len(samples)))
+    return x.flatten(1), y
+
+
+def run_pfl(python: str, loop: FederatedLoop, folder: Path) -> tuple[float, int]:
+    """Seconds and steps of the same job in pfl-research."""
+    parts = [everything(client.train) for client in loop.clients]
+    x_test, y_test = everything(loop.server.test)
+    np.savez(
+        folder / "digits.npz",
+        x_train=torch.cat([x for x, _ in parts]).numpy(),
+        y_train=torch.cat([y for _, y in parts]).numpy(),
+        share=np.repeat(np.arange(len(parts)), [len(y) for _, y in parts]),
+        x_test=x_test.numpy(),
+        y_test=y_test.numpy(),
+    )
+    script = Path(__file__).with_name("pfl_digits.py")
+    command = [python, str(script), str(folder / "digits.npz"), str(len(parts)), "10", str(ROUNDS)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1"})
+    result = json.loads(answer.stdout.strip().splitlines()[-1])
+    return result["seconds"], result["steps"]
+
+
+def steps(loop: FederatedLoop) -> int:
+    """Optimiser steps of the whole job."""
+    return sum(
+        -(-loop.clients[client].samples // 32) for round in range(1, ROUNDS + 1) for client in loop.cohort(round)[0]
+    )
+
+
+def assert_equal_work(loop: FederatedLoop, weights: dict[str, torch.Tensor]) -> None:
+    """The two loops ended with the same model, so they did the same."""
+    for ours, bare in zip(loop.server.student.parameters(), weights.values()):
+        torch.testing.assert_close(ours.detach(), bare, rtol=1e-4, atol=1e-5)
+
+
+def measure(clients: int, repeats: int, pfl_python: str | None) -> list[str]:
+    """Rows of the table for one number of clients."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        loop = federation(clients, folder / "first")
+        bare = federation(clients, folder / "bare")
+        run_fdl(loop)
+        assert_equal_work(loop, run_bare(bare)[1])
+        sent = loop.ledger.totals()
+        jobs: dict[str, Callable[[int], float]] = {
+            "bare PyTorch": lambda i: run_bare(bare)[0],
+            "fdl": lambda i: run_fdl(federation(clients, folder / f"fdl-{i}")),
+        }
+        if pfl_python:
+            # pfl draws its own cohorts, so at 10 of 50 its clients differ in size by one sample at most
+            assert abs(run_pfl(pfl_python, bare, folder)[1] - steps(bare)) <= 0.02 * steps(bare)
+            jobs["pfl-research 0.6"] = lambda i: run_pfl(pfl_python, bare, folder)[0]
+        seconds: dict[str, list[float]] = {job: [] for job in jobs}
+        for i in range(repeats):
+            for job, run in jobs.items():
+                seconds[job].append(run(i))
+    reference = seconds["bare PyTorch"]
+    rows = []
+    for job, values in seconds.items():
+        ratios = sorted(value / other for value, other in zip(values, reference))
+        each = [1000 * value / ROUNDS for value in values]
+        rows.append(
+            f"| 10 of {clients} | {job} | {statistics.median(each):.2f} [{min(each):.2f}–{max(each):.2f}] "
+            f"| {statistics.median(ratios):.2f} [{ratios[0]:.2f}–{ratios[-1]:.2f}] "
+            f"| {sent['upload_bytes'] + sent['download_bytes'] if job == 'fdl' else 'not counted'} |"
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pfl-python", help="interpreter of an environment that has pfl 0.6 (its own torch pins)")
+    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    table = [
+        f"FedAvg on digits, {ROUNDS} rounds, one thread, torch {torch.__version__}, {arguments.repeats} repeats.",
+        "",
+        "| clients | system | ms a round, median [min–max] | ratio to bare, median [min–max] | bytes sent |",
+        "|---|---|---|---|---|",
+    ]
+    for clients in (10, 50):
+        table += measure(clients, arguments.repeats, arguments.pfl_python)
+    if arguments.pfl_python is None:
+        table += ["", "pfl-research was not run: no `--pfl-python` was given."]
+    text = "\n".join(table)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
