@@ -50,9 +50,7 @@ def run_fdl(loop: FederatedLoop) -> float:
 
 def run_bare(loop: FederatedLoop) -> tuple[float, dict[str, torch.Tensor]]:
     """Seconds of the same rounds as anybody would write them by hand, and the weights they end with."""
-    model = nn.Sequential(
-        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
     names = list(model.state_dict())
     weights = dict(zip(names, (p.detach().clone() for p in loop.server.student.parameters())))
     data = [everything(client.train) for client in loop.clients]

@@ -29,9 +29,7 @@ class MLP(nn.Module):
     def __init__(self):
         super().__init__()
         self.steps = 0
-        self.net = nn.Sequential(
-            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
-        )
+        self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def loss(self, x, y, eval=False):
         """Mean cross-entropy of one batch."""

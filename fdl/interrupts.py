@@ -39,4 +39,5 @@ class Interrupts:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        log.warning("%s: stopping after this round, once it is saved; again to stop at once", signal.Signals(number).name)
+        name = signal.Signals(number).name
+        log.warning("%s: stopping after this round, once it is saved; again to stop at once", name)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl import snapshot
 from fdl.callbacks.base import Callback, CallbackList
+from fdl.cohort import draw
 from fdl.errors import RefusedError
 from fdl.evaluation import evaluate
 from fdl.interrupts import Interrupts
 from fdl.report import summarise
 from fdl.runtime import seed_everything
-from fdl.seeding import numpy_stream
+from fdl.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from fdl.comm.channel import Channel
@@ -60,7 +59,7 @@ class FederatedLoop:
         self.rounds, self.round = recipe.federation.rounds, 0
         self.resumed_from: int | None = None
         self.history: list[dict[str, Any]] = []
-        self.seconds: dict[str, float] = {}
+        self.seconds = Stopwatch()
         self.stopped: str | None = None
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -72,8 +71,8 @@ class FederatedLoop:
         """
         if resume:
             snapshot.restore(self)
-        self.callbacks.on_fit_start(self)
         try:
+            self.callbacks.on_fit_start(self)
             with Interrupts() as interrupts:
                 if not resume:
                     self.set_up()
@@ -82,11 +81,11 @@ class FederatedLoop:
                         snapshot.save(self)
                         raise KeyboardInterrupt
                     self.run_round(self.round + 1)
+            summary = summarise(self)
+            self.callbacks.on_fit_end(self, summary)
         except BaseException as error:
             self.callbacks.on_exception(self, error)
             raise
-        summary = summarise(self)
-        self.callbacks.on_fit_end(self, summary)
         return summary
 
     def run_round(self, round: int) -> None:
@@ -102,7 +101,7 @@ class FederatedLoop:
 
         # 2  every client works on its own data and answers; an answer that cannot be used is refused and counted
         aggregate = self.method.aggregate(self.server)
-        with self.timed("clients"):
+        with self.seconds("clients"):
             for client, upload in self.executor(self.method, present):
                 record["clients"][str(client.id)] = client.metrics
                 try:
@@ -118,7 +117,7 @@ class FederatedLoop:
         knowledge = aggregate.result() if aggregate is not None else None
 
         # 4  the server learns from it
-        with self.timed("server"):
+        with self.seconds("server"):
             if aggregate is None or knowledge is not None:
                 seed_everything(self.recipe.seed, "server", round)
                 self.server.metrics.update(self.method.server_update(self.server, knowledge))
@@ -127,7 +126,7 @@ class FederatedLoop:
         # evaluate, log, save
         last = round == self.rounds
         if last or round % self.recipe.evaluation.every == 0:
-            with self.timed("evaluate"):
+            with self.seconds("evaluate"):
                 evaluate(self.server, self.clients, self.recipe.evaluation, record)
         record["communication"], record["seconds"] = self.ledger.totals(), dict(self.seconds)
         self.history.append(record)
@@ -142,13 +141,8 @@ class FederatedLoop:
             participant.begin(round)
 
     def cohort(self, round: int) -> tuple[list[int], list[int]]:
-        """Who takes part in a round, and who of them drops out before answering; both sorted."""
-        federation = self.recipe.federation
-        size = int(federation.participation * len(self.clients) + 0.5)
-        stream = numpy_stream(self.recipe.seed, "cohort", round)
-        chosen = sorted(stream.choice(len(self.clients), size=size, replace=False).tolist())
-        lost = stream.random(size) < federation.dropout
-        return chosen, [client for client, gone in zip(chosen, lost) if gone]
+        """Who is asked in a round, and who of them drops out."""
+        return draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
 
     def send(self, client: int) -> Message | None:
         """Carry the server's word of this round to a client."""
@@ -158,19 +152,10 @@ class FederatedLoop:
         """Ask the loop to end after this round."""
         self.stopped = reason
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the wall time of a block to a part of the run."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
     def set_up(self) -> None:
         """Prepare the first round: the method's first state, what must be sent in advance, a first checkpoint."""
         self.begin(0)
-        with self.timed("server"):
+        with self.seconds("server"):
             seed_everything(self.recipe.seed, "setup")
             self.method.setup(self.server, self.clients)
             for kind, size in self.method.setup_bytes(self.server).items():

@@ -150,7 +150,7 @@ class Runtime:
                 losses = objective(module, batch)
             self.fabric.backward(losses["loss"])
             if config.gradient_clip is not None:
-                nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
+                self.fabric.clip_gradients(module, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
             optimizer.step()
             for parameter in parameters:
                 parameter.grad = None
@@ -182,7 +182,9 @@ class Runtime:
                 for group, original in zip(optimizer.param_groups, settings):
                     group.update(original)
                 return parameters, optimizer
-        optimizer = build_optimizer(parameters, config.optimizer.target, config.optimizer.args)
+        # a fused kernel unscales gradients by itself, which clipping under 16-mixed cannot
+        fused = self.fabric.strategy.precision.precision != "16-mixed"
+        optimizer = build_optimizer(parameters, config.optimizer.target, config.optimizer.args, fused)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer = self.fabric.setup_optimizers(optimizer)
         if config.scheduler is None:  # a schedule wraps the optimiser's methods, so such a one is not used again

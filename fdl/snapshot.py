@@ -18,7 +18,7 @@ log = logging.getLogger("fdl")
 def save(loop: FederatedLoop) -> None:
     """Write a checkpoint of the loop as it is between two rounds."""
     student = loop.server.student
-    with loop.timed("checkpoint"):
+    with loop.seconds("checkpoint"):
         state = {
             "round": loop.round,
             "fingerprint": loop.fingerprint,
@@ -47,7 +47,8 @@ def restore(loop: FederatedLoop) -> None:
     if state["fingerprint"] != loop.fingerprint:
         raise UserError(f"{path}: the data, or who holds which of them, changed since this checkpoint was written")
     loop.round = loop.resumed_from = state["round"]
-    loop.history, loop.seconds, loop.stopped = state["history"], state["seconds"], state["stopped"]
+    loop.history, loop.stopped = state["history"], state["stopped"]
+    loop.seconds.update(state["seconds"])
     if loop.server.student is not None:
         load_into(loop.server.student, state["student"])
     loop.server.state = state["server"]

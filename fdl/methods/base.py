@@ -33,11 +33,12 @@ class Method(ABC):
 
     Attributes:
         name: the short name in recipes.
-        requires: the parts of a recipe that it needs, among student, specialists, proxy, teacher and pooled.
+        requires: the parts of a recipe that it needs, among student, specialists, proxy, teacher and pooled; a
+            constructor may add to it. Clients of a method without specialists have the student's architecture.
     """
 
     name: ClassVar[str]
-    requires: ClassVar[tuple[str, ...]] = ("student",)
+    requires: tuple[str, ...] = ("student",)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Prepare the server's state before the first round; clients are given for counting, not for reading."""

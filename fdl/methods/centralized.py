@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from fdl.messages import Message
 from fdl.methods.base import Method
@@ -17,7 +17,7 @@ class Centralized(Method):
     """
 
     name = "centralized"
-    requires: ClassVar[tuple[str, ...]] = ("student", "pooled")
+    requires = ("student", "pooled")
 
     def local_update(self, client: Client, download: Message | None) -> Message | None:
         """Clients have nothing to do."""

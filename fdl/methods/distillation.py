@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Distillation(Method):
     """
 
     name = "distillation"
-    requires: ClassVar[tuple[str, ...]] = ("student", "teacher", "proxy", "pooled")
+    requires = ("student", "teacher", "proxy", "pooled")
 
     def __init__(
         self,
@@ -73,4 +73,5 @@ class Distillation(Method):
     def _labelled(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, columns = batch
         logits = module(inputs).logits
-        return distillation(logits, columns[:, :-1], columns[:, -1].long(), alpha=self.weight, temperature=self.temperature)
+        answers, labels = columns[:, :-1], columns[:, -1].long()
+        return distillation(logits, answers, labels, alpha=self.weight, temperature=self.temperature)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +30,12 @@ class FedDF(Method):
     """
 
     name = "feddf"
-    requires: ClassVar[tuple[str, ...]] = ("student", "proxy")
+    requires = ("student", "proxy")
 
     def __init__(self, architectures: Literal["student", "specialists"] = "student"):
         self.heterogeneous = architectures == "specialists"
+        if self.heterogeneous:
+            self.requires = (*self.requires, "specialists")
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Draw first weights for every architecture that clients train."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -33,7 +33,7 @@ class FederatedDistillation(Method):
     """
 
     name = "federated_distillation"
-    requires: ClassVar[tuple[str, ...]] = ("student", "specialists", "proxy")
+    requires = ("student", "specialists", "proxy")
 
     def __init__(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from fdl.messages import Message
 from fdl.methods.base import Method
 from fdl.participants import Client
@@ -13,7 +11,7 @@ class SingleSite(Method):
     """Every client trains its specialist on its own data and tells nobody."""
 
     name = "single_site"
-    requires: ClassVar[tuple[str, ...]] = ("specialists",)
+    requires = ("specialists",)
 
     def local_update(self, client: Client, download: Message | None) -> Message | None:
         """Train the specialist further."""

@@ -70,7 +70,10 @@ def test_fedprox_pulls_the_second_step_back_by_mu_times_the_first(tmp_path):
 
 
 def test_fedprox_without_mu_is_fedavg(tmp_path):
-    prox, avg = run(FedProx(mu=0.0), tmp_path / "a", local=3, rounds=3), run(FedAvg(), tmp_path / "b", local=3, rounds=3)
+    prox, avg = (
+        run(FedProx(mu=0.0), tmp_path / "a", local=3, rounds=3),
+        run(FedAvg(), tmp_path / "b", local=3, rounds=3),
+    )
     assert torch.equal(student(prox), student(avg))
     assert prox.ledger.totals() == avg.ledger.totals()
 
