@@ -6,6 +6,7 @@ moves the float32 result by its last bit at most. A message that does not fit is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -204,6 +205,8 @@ class ParameterMean:
         self._check(parameters)
         tensors = parameters.tensors
         whole = as_one([tensors[name] for name in self._sums])
+        if whole is None or not math.isfinite(whole.sum()):
+            parameters.validate()
         if whole is not None:
             self._sum.add_(whole.detach().cpu(), alpha=parameters.samples)
         else:
@@ -237,6 +240,8 @@ class ParameterMean:
         tensors = parameters.tensors
         if parameters.samples < 1:
             raise RefusedError(f"parameters that were trained on {parameters.samples} samples")
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == self._like:
+            return
         missing, extra = sorted(self._like.keys() - tensors.keys()), sorted(tensors.keys() - self._like.keys())
         if missing or extra:
             raise RefusedError(f"tensors missing: {missing[:3]}, unknown: {extra[:3]}")
