@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
@@ -43,12 +45,18 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     data.prepare_data()
     data.setup()
     if "proxy" in method.requires and len(data.proxy) == 0:
-        raise UserError(f"data: the proxy set is empty, and method {method.name} needs one")
+        raise UserError(f"data.args.proxy: the proxy set is empty, and method {recipe.method.target} needs one")
+    if "specialists" in method.requires and not recipe.specialists:
+        raise UserError(f"specialists: missing: method {recipe.method.target} needs them with these arguments")
     partitioner = instantiate(recipe.partition, "partitioner", "partition")
-    shares = data.partition(partitioner, recipe.federation.clients, recipe.seed)
+    try:
+        shares = data.partition(partitioner, recipe.federation.clients, recipe.seed)
+    except UserError as error:
+        raise UserError(f"partition: {error}") from error
 
-    runtime = Runtime(**vars(recipe.fabric), batch_size=recipe.evaluation.batch_size)
-    architectures = _architectures(recipe, data, runtime)
+    runtime = _runtime(recipe)
+    specialists = _architectures(recipe, data, runtime)
+    architectures = specialists if "specialists" in method.requires else ["student"]
     common: dict[str, Any] = {
         "runtime": runtime,
         "seed": recipe.seed,
@@ -74,9 +82,10 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     server = Server(
         validation=data.validation,
         test=data.test,
-        student=runtime.create("student", stream_seed(recipe.seed, "init")) if "student" in method.requires else None,
-        teacher=runtime.create("teacher", stream_seed(recipe.seed, "teacher")) if "teacher" in method.requires else None,
+        student=_model("student", "init", method, recipe, runtime),
+        teacher=_model("teacher", "teacher", method, recipe, runtime),
         pooled=data.train if "pooled" in method.requires else None,
+        classes=data.classes,
         **common,
     )
     channel = Channel(
@@ -85,6 +94,7 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         ledger=Ledger(),
         seed=recipe.seed,
         limit=recipe.channel.limit,
+        bandwidth=Bandwidth(recipe.channel.bandwidth, recipe.channel.clients),
     )
     callbacks = [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(recipe.callbacks)]
     return FederatedLoop(
@@ -100,20 +110,40 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     )
 
 
+def _runtime(recipe: Recipe) -> Runtime:
+    """The devices that the recipe asks for.
+
+    Raises:
+        UserError: when this machine does not have them.
+    """
+    try:
+        return Runtime(**vars(recipe.fabric), batch_size=recipe.evaluation.batch_size)
+    except (MisconfigurationException, ImportError, RuntimeError, ValueError) as error:
+        settings = ", ".join(f"{key}={value}" for key, value in vars(recipe.fabric).items() if value is not None)
+        raise UserError(f"fabric: {error} ({settings})") from error
+
+
 def _architectures(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> list[str]:
     """Register a factory for every architecture of the recipe; returns the specialists' keys in order."""
-    named = {"student": recipe.student, "teacher": recipe.teacher}
-    keys = []
-    for i, component in enumerate(recipe.specialists):
-        short = component.target.rsplit(".", 1)[-1]
-        key = f"{short}-{i}" if short in named else short
-        named[key] = component
-        keys.append(key)
-    places = ["student", "teacher", *(f"specialists.{i}" for i in range(len(keys)))]
-    for place, (key, component) in zip(places, named.items()):
+    for part, component in (("student", recipe.student), ("teacher", recipe.teacher)):
         if component is not None:
-            runtime.factories[key] = _factory(component, place, data)
-    return keys or ["student"]
+            runtime.factories[part] = _factory(component, part, data)
+    keys: list[str] = []
+    for i, component in enumerate(recipe.specialists):
+        if component in recipe.specialists[:i]:  # the same architecture: one template serves both
+            keys.append(keys[recipe.specialists.index(component)])
+            continue
+        model = component.args.get("model")  # timm's and torchvision's names say more; what follows a dot is a tag
+        name = model.partition(".")[0] if isinstance(model, str) else component.target.rpartition(".")[2]
+        key = f"{name}-{i}" if name in {"student", "teacher", *keys} else name
+        runtime.factories[key] = _factory(component, f"specialists.{i}", data)
+        keys.append(key)
+    return keys
+
+
+def _model(part: str, purpose: str, method: Method, recipe: Recipe, runtime: Runtime) -> LightningModule | None:
+    """The server's student or teacher, where the method needs one."""
+    return runtime.create(part, stream_seed(recipe.seed, purpose)) if part in method.requires else None
 
 
 def _factory(component: Component, key: str, data: FederatedDataModule) -> Callable[[], LightningModule]:

@@ -77,6 +77,7 @@ KINDS: dict[str, Kind] = {
         Kind("codec", "fdl.comm.stage.Stage", ("fdl.comm",)),
         Kind("confidence", "fdl.knowledge.confidence.Confidence", ("fdl.knowledge",)),
         Kind("encoder", "fdl.knowledge.encoder.Encoder", ("fdl.knowledge",), supplied=_DATA),
+        Kind("option", "fdl.knowledge.option.Option", ("fdl.knowledge",)),
         Kind("server_optimizer", "fdl.server_optimizers.ServerOptimizer", ("fdl.server_optimizers",)),
         Kind("callback", "fdl.callbacks.base.Callback", ("fdl.callbacks",)),
         Kind("optimizer", "torch.optim.Optimizer", ("torch.optim",), ("params",), ("params",), "step", str.lower),

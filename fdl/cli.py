@@ -20,6 +20,7 @@ LISTS = (
     "codecs",
     "confidences",
     "encoders",
+    "options",
     "server_optimizers",
     "callbacks",
     "optimizers",

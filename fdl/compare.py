@@ -118,7 +118,7 @@ def plan(
 
 def _publish(results: Sequence[dict[str, Any]], settings: Compare, folder: Path) -> None:
     """Write the table as CSV and Markdown and all runs' hyperparameters for TensorBoard; print the table."""
-    from fdl import report
+    from fdl import compare_report as report
 
     variants = {result["variant"] for result in results}
     reference = settings.reference if settings.reference in variants else None

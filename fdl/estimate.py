@@ -4,36 +4,64 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fdl.errors import RefusedError
+from fdl.modules.weights import load_into
+from fdl.participants import copy_of
+
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
 
 
-def estimate_bytes(loop: FederatedLoop) -> dict[str, dict[int, int]]:
-    """Make and encode the messages of a first round with untrained models.
+def estimate_bytes(loop: FederatedLoop, round: int = 1) -> dict[str, dict[int, int]]:
+    """Rehearse rounds with all clients and untrained models, and really encode their messages.
 
     Sizes are exact where a codec's output does not depend on the values; an entropy stage usually does a little better
-    once models are trained.
+    once models are trained. What comes after the first round may differ from it, since the server then has something
+    to say.
 
     Args:
         loop: freshly built; left as it was.
+        round: the round to measure; those before it are rehearsed too.
 
     Returns:
         ``{"down": {client: bytes}, "up": {client: bytes}}``.
     """
-    before, server_state = loop.ledger.state_dict(), dict(loop.server.state)
-    loop.begin(1)
+    server = loop.server
+    ledger, server_state = loop.ledger.state_dict(), dict(server.state)
+    client_states = [dict(client.state) for client in loop.clients]
+    student = None if server.student is None else copy_of(server.student)
     with loop.runtime.rehearsal():
-        loop.method.setup(loop.server, loop.clients)
-        for client in loop.clients:
-            state = dict(client.state)
-            for _, upload in loop.executor(loop.method, [(client, loop.send(client.id))]):
-                loop.channel.upload(upload, client.id, 1)
-            client.state = state
+        loop.begin(0)
+        loop.method.setup(server, loop.clients)
+        for number in range(1, round + 1):
+            _rehearse(loop, number, learn=number < round)
     sizes: dict[str, dict[int, int]] = {d: {client.id: 0 for client in loop.clients} for d in ("down", "up")}
     for row in loop.ledger.rows():
-        if row.direction in sizes:
+        if row.direction in sizes and row.round == round:
             sizes[row.direction][row.client] += row.bytes
-    loop.ledger.load_state_dict(before)
-    loop.server.state = server_state
+    loop.ledger.load_state_dict(ledger)
+    server.state = server_state
+    if student is not None:
+        load_into(server.student, student)
+    for client, state in zip(loop.clients, client_states):
+        client.state = state
+        loop.runtime.hold(client.architecture, None)
     loop.begin(0)
     return sizes
+
+
+def _rehearse(loop: FederatedLoop, round: int, learn: bool) -> None:
+    """One round of messages; `learn` lets the server take them in, so that it can answer in the next."""
+    loop.begin(round)
+    aggregate = loop.method.aggregate(loop.server) if learn else None
+    for client in loop.clients:
+        for _, upload in loop.executor(loop.method, [(client, loop.send(client.id))]):
+            try:
+                received = loop.channel.upload(upload, client.id, round)
+                if aggregate is not None and received is not None:
+                    aggregate.add(received, client.id)
+            except RefusedError:  # as in a run: the bytes were sent, and the round goes on
+                continue
+    knowledge = None if aggregate is None else aggregate.result()
+    if knowledge is not None:
+        loop.method.server_update(loop.server, knowledge)

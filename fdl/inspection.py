@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fdl.recipe import Recipe
 
 _MOST_CLASSES = 20
+_Sizes = dict[str, dict[int, int]]
 
 
 def describe(recipe: Recipe, folder: Path) -> str:
@@ -32,8 +33,8 @@ def describe(recipe: Recipe, folder: Path) -> str:
 
 
 def _clients(loop: FederatedLoop) -> list[str]:
-    """A row a client: model, data, and bytes of a round."""
-    sizes = estimate_bytes(loop)
+    """A row a client: model, data, and the most bytes of a round."""
+    first, later = estimate_bytes(loop), estimate_bytes(loop, round=2)
     header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
     rows: list[tuple[object, ...]] = [header]
     for client in loop.clients:
@@ -44,17 +45,30 @@ def _clients(loop: FederatedLoop) -> list[str]:
                 f"{_parameters(loop.runtime.template(client.architecture)):,}",
                 f"{len(client.train):,}",
                 f"{len(client.calibration):,}",
-                decimal(sizes["down"][client.id]),
-                decimal(sizes["up"][client.id]),
+                *(
+                    decimal(max(sizes[direction][client.id] for sizes in (first, later)))
+                    for direction in ("down", "up")
+                ),
                 _histogram(client.train, client.num_classes),
             )
         )
-    down, up = (sum(sizes[direction].values()) for direction in ("down", "up"))
-    share = loop.recipe.federation.participation
-    text = f"round 1 sends {decimal(down)} down and {decimal(up)} up if all clients take part"
-    if share < 1:
-        text += f"; {share:g} of them do"
-    return [*columns(rows, right=(0, 2, 3, 4, 5, 6)), text]
+    return [*columns(rows, right=(0, 2, 3, 4, 5, 6)), *_traffic(first, later, loop.recipe.federation.participation)]
+
+
+def _traffic(first: _Sizes, later: _Sizes, participation: float) -> list[str]:
+    """What all clients together receive and send."""
+    if not any(size for sizes in (first, later) for clients in sizes.values() for size in clients.values()):
+        return ["nothing is sent"]
+    asked = "" if participation == 1 else f", of whom {participation:g} are asked"
+    if first == later:
+        lines = [f"a round of all clients{asked} sends {_both(first)}"]
+    else:
+        lines = [f"the first round of all clients{asked} sends {_both(first)}", f"a later round sends {_both(later)}"]
+    return [*lines, "(untrained models' messages: training changes what is entropy-coded or sent only on change)"]
+
+
+def _both(sizes: _Sizes) -> str:
+    return " and ".join(f"{decimal(sum(sizes[direction].values()))} {direction}" for direction in ("down", "up"))
 
 
 def _server(loop: FederatedLoop, folder: Path) -> list[str]:
@@ -66,7 +80,7 @@ def _server(loop: FederatedLoop, folder: Path) -> list[str]:
             lines.append((name, f"{_parameters(module):,} parameters"))
     for name, samples in (("proxy", server.proxy), ("validation", server.validation), ("test", server.test)):
         lines.append((name, f"{0 if samples is None else len(samples):,} samples"))
-    costs = loop.method.setup_bytes(server)
+    costs = {kind: nbytes for kind, nbytes in loop.method.setup_bytes(server).items() if nbytes}
     if costs:
         parts = ", ".join(f"{kind} {decimal(nbytes)}" for kind, nbytes in costs.items())
         lines.append(("before round 1", f"every client is sent {parts}"))

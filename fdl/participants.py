@@ -93,7 +93,8 @@ class Client(Participant):
     """An institution: private data that never leave it, and a specialist of its own architecture.
 
     Args:
-        architecture: the specialist's key among the runtime's architectures.
+        architecture: its key among the runtime's architectures: its specialist's, or the student's where the method
+            lets all clients train that.
         train: private labelled samples to train on.
         calibration: private labelled samples held out from training, to calibrate confidence; may be empty.
         participant: the arguments of `Participant`.
@@ -153,6 +154,7 @@ class Server(Participant):
         student: the global model, None for a method that has none.
         teacher: the large model of standard distillation, None otherwise.
         pooled: all private samples, only for the methods that are the centralised reference.
+        classes: names of the classes; None calls them 0, 1, ….
         participant: the arguments of `Participant`.
     """
 
@@ -164,11 +166,13 @@ class Server(Participant):
         student: LightningModule | None = None,
         teacher: LightningModule | None = None,
         pooled: Samples | None = None,
+        classes: list[str] | None = None,
         **participant: Any,
     ):
         super().__init__(id=-1, **participant)
         self.validation, self.test = validation, test
         self.student, self.teacher, self.pooled = student, teacher, pooled
+        self.classes = classes or [str(i) for i in range(self.num_classes)]
         self._said: dict[str, Message] = {}
 
     def begin(self, round: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fdl.catalog import KINDS, find, short_names, suggest
+from fdl.comm.bandwidth import Bandwidth
 from fdl.components import instantiate
 from fdl.errors import UserError
 from fdl.source import lookup
@@ -29,7 +30,7 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
     """
     problems: Problems = []
     sections = {key.partition(".")[0] for key in known}
-    for rule in (_name, _fits, _cohort, _required_parts, _metrics, _comparison):
+    for rule in (_name, _fits, _cohort, _links, _devices, _required_parts, _metrics, _comparison):
         problems += rule(tree, sections)
     return problems + _constructed(tree, known | {key for key, _ in problems})
 
@@ -64,6 +65,41 @@ def _cohort(tree: dict[str, Any], broken: set[str]) -> Problems:
         return []
     message = f"{share:g} of {clients} clients selects nobody; {1 / clients:.2g} selects one"
     return [("federation.participation", message)]
+
+
+def _devices(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """What the executor can use."""
+    if broken & {"fabric", "executor"}:
+        return []
+    reason = f"the {tree['executor']} executor uses one device in one process"
+    fabric = tree["fabric"]
+    problems = [
+        (f"fabric.{key}", f"{reason}, got {fabric[key]!r}")
+        for key in ("devices", "num_nodes")
+        if str(fabric[key]) != "1"
+    ]
+    if fabric["strategy"] != "auto":
+        problems.append(("fabric.strategy", f"{reason}, so it must be auto; got {fabric['strategy']!r}"))
+    return problems
+
+
+def _links(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """The clients' links make sense, and are those of clients that there are."""
+    if "channel" in broken:
+        return []
+    try:
+        own = Bandwidth(tree["channel"]["bandwidth"], tree["channel"]["clients"]).clients
+    except UserError as error:
+        where, _, message = str(error).partition(": ")
+        return [(f"channel.{where}", message)]
+    if "federation" in broken:
+        return []
+    count = tree["federation"]["clients"]
+    return [
+        (f"channel.clients.{client}", f"there is no such client: the ids are 0 … {count - 1}")
+        for client in own
+        if client >= count
+    ]
 
 
 def _required_parts(tree: dict[str, Any], broken: set[str]) -> Problems:

@@ -7,15 +7,19 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fdl.callbacks.base import Callback
 from fdl.errors import UserError
 from fdl.recipe import Recipe, difference
 from fdl.schema import fill
+
+if TYPE_CHECKING:
+    from fdl.loop import FederatedLoop
 
 RECIPE, SUMMARY, CHECKPOINTS = "recipe.yaml", "summary.json", "checkpoints"
 _WRITTEN = (RECIPE, SUMMARY, "metrics.csv", CHECKPOINTS, "tensorboard", ".*.partial")
@@ -59,12 +63,27 @@ def fit(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, Any]:
     from fdl.report import write_summary
 
     loop = build(recipe, folder)
-    if leader:
-        _begin(recipe, folder, resume)
+    if leader and resume:
+        loop.callbacks.append(_Supersede(recipe, folder))
+    elif leader:
+        _begin(recipe, folder)
     summary = loop.run(resume=resume)
     if leader:
+        _note(recipe, folder)
         write_summary(folder / SUMMARY, summary)
     return summary
+
+
+class _Supersede(Callback):
+    """Keeps the earlier run's recipe and summary until the resumed run has saved a round of its own."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.recipe, self.folder = recipe, folder
+
+    def on_checkpoint(self, loop: FederatedLoop, path: Path) -> None:
+        """From here on the folder is the resumed run's."""
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        _note(self.recipe, self.folder)
 
 
 def refuse(recipe: Recipe, folder: Path, resume: bool) -> None:
@@ -135,15 +154,23 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / SUMMARY}: cannot be read: {error}; delete it to run again") from error
 
 
-def _begin(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """Clear away an earlier run of the same recipe, unless it goes on, and note the recipe."""
+def _begin(recipe: Recipe, folder: Path) -> None:
+    """Clear away an earlier run of the same recipe, and note the recipe."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in _WRITTEN:
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
+    _note(recipe, folder)
+
+
+def _note(recipe: Recipe, folder: Path) -> None:
+    """Store the recipe with the run."""
     from fdl.checkpoint import write_atomically
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (SUMMARY,) if resume else _WRITTEN:
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_atomically(folder / RECIPE, recipe.to_yaml().encode())
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error

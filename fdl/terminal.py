@@ -23,7 +23,9 @@ def log_to_stderr() -> None:
     """Show what fdl logs on standard error; of others, warnings only."""
     root = logging.getLogger()
     if not any(isinstance(handler, _Stderr) for handler in root.handlers):
-        root.addHandler(_Stderr())
+        handler = _Stderr()
+        handler.addFilter(lambda record: not record.name.startswith("lightning"))  # it has a handler of its own
+        root.addHandler(handler)
     logging.getLogger("fdl").setLevel(logging.INFO)
 
 

@@ -163,6 +163,21 @@ def test_an_unusable_upload_is_refused_and_the_round_goes_on(tmp_path, harm):
 
 
 @pytest.mark.parametrize("make", METHODS)
+def test_estimated_bytes_of_a_later_round_are_those_that_are_sent(tmp_path, make):
+    loop = federation(make(), tmp_path / "estimate", rounds=2)
+    estimate = estimate_bytes(loop, round=2)
+    real = federation(make(), tmp_path / "real", rounds=2)
+    real.run()
+    sent = {d: {0: 0, 1: 0} for d in ("up", "down")}
+    for row in real.ledger.rows():
+        if row.round == 2:
+            sent[row.direction][row.client] += row.bytes
+    assert estimate == sent
+    loop.run()
+    assert outcome(loop) == outcome(real)
+
+
+@pytest.mark.parametrize("make", METHODS)
 def test_estimated_bytes_are_those_of_the_first_round_and_nothing_is_trained(tmp_path, make):
     loop = federation(make(), tmp_path / "estimate")
     estimate = estimate_bytes(loop)

@@ -63,7 +63,7 @@ def test_yaml_and_back(tmp_path):
         "channel.upload=[{target: quantize, args: {bits: 4}}, zstd]",
         "compare={variants: {fedprox: {method: fedprox, federation.rounds: 7}}}",
         "digest={steps: 10}",
-        "fabric.devices=auto",
+        "fabric.threads=2",
         "name=there-and-back",
     )
     assert result.local.scheduler == Scheduler("step_lr", {"step_size": 2}, "round")
@@ -645,3 +645,17 @@ def test_every_key_has_help():
 def test_bounds(bounds, inside, outside, text):
     assert all(v in bounds for v in inside) and not any(v in bounds for v in outside)
     assert str(bounds) == text
+
+
+def test_an_override_need_not_suit_a_variant_that_is_not_run():
+    tree = {
+        "method": "single_site",
+        "data": "digits",
+        "specialists": ["mlp"],
+        "local": {"optimizer": {"target": "adam", "args": {"lr": 0.1}}},
+        "compare": {"variants": {"other": {"local.optimizer": {"target": "sgd", "args": {"lr": 0.1}}}}},
+    }
+    override = "local.optimizer.args.betas=[0.9,0.99]"  # which sgd does not know
+    assert from_mapping(tree, [override]).local.optimizer.args["betas"] == [0.9, 0.99]
+    with pytest.raises(RecipeError, match="betas"):
+        from_mapping(tree, [override], variant=tree["compare"]["variants"]["other"])

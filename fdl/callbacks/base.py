@@ -111,6 +111,10 @@ class CallbackList(Callback):
     def __init__(self, callbacks: Sequence[Callback] = ()):
         self.callbacks = list(callbacks)
 
+    def append(self, callback: Callback) -> None:
+        """Add a callback, called after all others."""
+        self.callbacks.append(callback)
+
     def __iter__(self) -> Iterator[Callback]:
         return iter(self.callbacks)
 

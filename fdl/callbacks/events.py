@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 MANY_CLIENTS = 50
 """Beyond this many, clients are shown as a distribution and no longer one curve each."""
 
-NOT_HYPERPARAMETERS = ("name", "output", "callbacks", "checkpoint", "evaluation", "fabric", "executor", "compare")
+NOT_HYPERPARAMETERS = (
+    "name",
+    "output",
+    "callbacks",
+    "checkpoint",
+    "evaluation",
+    "fabric",
+    "executor",
+    "compare",
+    "channel.limit",
+)
 
 
 def open_writer(folder: Path) -> SummaryWriter:
@@ -117,6 +127,8 @@ def hyperparameters(recipe: Mapping[str, Any]) -> dict[str, str | float]:
     flat: dict[str, str | float] = {}
 
     def walk(key: str, value: Any) -> None:
+        if key in NOT_HYPERPARAMETERS:
+            return
         if isinstance(value, dict):
             value = dict(value)
             if "target" in value:
@@ -132,8 +144,7 @@ def hyperparameters(recipe: Mapping[str, Any]) -> dict[str, str | float]:
             flat[key] = str(value)
 
     for key, value in recipe.items():
-        if key not in NOT_HYPERPARAMETERS:
-            walk(key, value)
+        walk(key, value)
     return flat
 
 

@@ -54,9 +54,9 @@ class TensorBoard(Callback):
         self._close()
 
     def _label_histogram(self, loop: FederatedLoop) -> None:
-        classes = loop.server.num_classes
-        counts = [client.train.labels.bincount(minlength=classes).numpy() for client in loop.clients]
-        figure = figures.label_histogram(np.stack(counts), _names(classes))
+        classes = loop.server.classes
+        counts = [client.train.labels.bincount(minlength=len(classes)).numpy() for client in loop.clients]
+        figure = figures.label_histogram(np.stack(counts), classes)
         self._writer.add_figure("clients/labels", figure, 0, close=False)
 
     def _confusion(self, loop: FederatedLoop) -> None:
@@ -68,14 +68,10 @@ class TensorBoard(Callback):
         predicted = server.predict(server.student, server.test).argmax(1)
         matrix = multiclass_confusion_matrix(predicted, server.test.labels, server.num_classes)
         title = f"Student on the test set after round {loop.round}"
-        figure = figures.confusion(matrix.numpy(), _names(server.num_classes), title)
+        figure = figures.confusion(matrix.numpy(), server.classes, title)
         self._writer.add_figure("student/test/confusion", figure, loop.round, close=False)
 
     def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-
-def _names(classes: int) -> list[str]:
-    return [str(i) for i in range(classes)]
