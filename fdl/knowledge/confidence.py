@@ -118,7 +118,7 @@ class Entropy(Confidence):
     name = "entropy"
 
     def __init__(self, temperature: float = 0.25):
-        self.temperature = _positive("temperature", temperature)
+        self.temperature = positive("temperature", temperature)
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
         """``-H(softmax(z)) / t``."""
@@ -136,7 +136,7 @@ class MaxProbability(Confidence):
     name = "max_probability"
 
     def __init__(self, power: float = 1.0):
-        self.power = _positive("power", power)
+        self.power = positive("power", power)
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
         """``a · log max_c p_c``."""
@@ -153,7 +153,7 @@ class Margin(Confidence):
     name = "margin"
 
     def __init__(self, temperature: float = 0.25):
-        self.temperature = _positive("temperature", temperature)
+        self.temperature = positive("temperature", temperature)
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
         """``(p_first - p_second) / t``."""
@@ -181,7 +181,8 @@ class Product(Confidence):
         return torch.stack([factor.log_weights(client, logits) for factor in self.factors]).sum(0)
 
 
-def _positive(name: str, value: float) -> float:
+def positive(name: str, value: float) -> float:
+    """Return a constructor's argument as a float, or raise UserError where it is not finite and above 0."""
     if not 0 < value < float("inf"):
         raise UserError(f"{name} must be a number > 0, got {value}")
     return float(value)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
-from fdl.knowledge.confidence import ClientView, Confidence, _positive, public_space
+from fdl.knowledge.confidence import ClientView, Confidence, positive, public_space
 from fdl.knowledge.encoder import Encoder
 
 _REFERENCES = 1000
@@ -63,8 +63,8 @@ class Density(Confidence):
         if centroids_per_class < 1:
             raise UserError(f"centroids_per_class must be at least 1, got {centroids_per_class}")
         self.method, self.k, self.centroids_per_class = method, k, centroids_per_class
-        self.sharpness = _positive("sharpness", sharpness)
-        self.scale = None if scale is None else _positive("scale", scale)
+        self.sharpness = positive("sharpness", sharpness)
+        self.scale = None if scale is None else positive("scale", scale)
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
         """Log-weights as said above; the floor for a client without data.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.knowledge.confidence import ClientView, Confidence, _positive, public_space
+from fdl.knowledge.confidence import ClientView, Confidence, positive, public_space
 
 
 class DomainClassifier(Confidence):
@@ -31,8 +31,8 @@ class DomainClassifier(Confidence):
     needs_encoder = True
 
     def __init__(self, strength: float = 5.0, sharpness: float = 1.0, by_size: bool = True):
-        self.strength = _positive("strength", strength)
-        self.sharpness = _positive("sharpness", sharpness)
+        self.strength = positive("strength", strength)
+        self.sharpness = positive("sharpness", sharpness)
         self.by_size = by_size
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
