@@ -16,6 +16,7 @@ from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
 from fdl.errors import UserError
 from fdl.executor import EXECUTORS
+from fdl.knowledge.encoder import Frozen
 from fdl.loop import FederatedLoop
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Recipe, instantiate
@@ -167,6 +168,8 @@ def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Enc
     encoder = instantiate(
         recipe.encoder, "encoder", "encoder", num_classes=data.num_classes, input_shape=tuple(data.input_shape)
     )
+    if isinstance(encoder, Frozen):
+        encoder.module = runtime.place(encoder.module)
     encoder.fit(data.proxy)
     return encoder
 

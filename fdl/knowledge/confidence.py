@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -70,10 +71,17 @@ def public_space(client: ClientView) -> Encoder:
     if client.encoder is not None:
         return client.encoder
     if "encoder" not in client.cache:
-        encoder = PCA()
-        encoder.fit(client.proxy)
+        key = client.proxy.content_hash()
+        encoder = _FITTED.get(key)
+        if encoder is None:
+            encoder = _FITTED[key] = PCA()
+            encoder.fit(client.proxy)
         client.cache["encoder"] = encoder
     return client.cache["encoder"]
+
+
+_FITTED: WeakValueDictionary[str, PCA] = WeakValueDictionary()
+"""Encoders by the proxy set they were fitted on: sites that are simulated in one process fit one, not one each."""
 
 
 class Uniform(Confidence):
