@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
     from fdl.participants import Client
 
-STUDENT, SPECIALISTS, VALIDATION = "student/test/accuracy", "specialists/test/accuracy", "student/validation/accuracy"
+STUDENT, SPECIALISTS = "student/test/accuracy", "specialists/test/accuracy"
+VALIDATION, VALIDATION_NLL = "student/validation/accuracy", "student/validation/nll"
 
 _TITLES = {"nll": "NLL", "ece": "ECE", "macro_f1": "macro F1", "top5": "top-5 accuracy"}
 """Metrics as people write them, where it is not their name."""
@@ -46,14 +47,15 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
 
     Returns:
         ``name``, ``method``, ``seed``, ``rounds`` (done), ``metrics`` (of the last round), ``best`` (the round of the
-        highest accuracy on validation data, the earliest of equals, else the last: its ``round``, ``metrics`` and
+        highest accuracy on validation data, of equals the one of the lowest NLL where that is measured, else the
+        earliest; the last round where nothing was validated: its ``round``, ``metrics`` and
         ``communication``), ``history`` (all records), ``communication`` (with ``by_kind``), ``time``, ``memory``
         (``peak_device_bytes`` is None without a CUDA device), ``participants`` and ``environment``.
     """
     history = loop.history
     last = history[-1] if history else {"round": 0, "metrics": {}, "communication": loop.ledger.totals()}
     measured = [r for r in history if not math.isnan(r["metrics"].get(VALIDATION, math.nan))]
-    best = max(measured, key=lambda r: r["metrics"][VALIDATION]) if measured else last
+    best = max(measured, key=_validated) if measured else last
     parts = {f"{part}_s": loop.seconds.get(part, 0.0) for part in ("clients", "server", "evaluate")}
     total = sum(loop.seconds.values()) if total_seconds is None else total_seconds
     return {
@@ -70,6 +72,12 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         "participants": _participants(loop),
         "environment": _environment(loop.runtime.device),
     }
+
+
+def _validated(record: Mapping[str, Any]) -> tuple[float, float]:
+    """How good a round was on validation data: small sets often tie in accuracy, hardly ever in likelihood."""
+    metrics = record["metrics"]
+    return metrics[VALIDATION], -metrics.get(VALIDATION_NLL, 0.0)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

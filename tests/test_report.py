@@ -59,6 +59,13 @@ def test_best_round_is_the_first_of_the_highest_validation_accuracy(loop):
     assert best == {key: record(2)[key] for key in ("round", "metrics", "communication")}
 
 
+def test_of_rounds_that_tie_the_most_likely_is_the_best(loop):
+    for one in loop.history:
+        one["metrics"][VALIDATION] = 0.9
+        one["metrics"]["student/validation/nll"] = {1: 0.3, 2: 0.2, 3: 0.4}[one["round"]]
+    assert report.summarise(loop)["best"]["round"] == 2
+
+
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_without_validation_the_last_round_is_the_best(loop, value):
     for one in loop.history:
