@@ -55,13 +55,13 @@ def _rehearse(loop: FederatedLoop, round: int, learn: bool) -> None:
     loop.begin(round)
     aggregate = loop.method.aggregate(loop.server) if learn else None
     for client in loop.clients:
-        for _, upload in loop.executor(loop.method, [(client, loop.send(client.id))]):
-            try:
+        try:
+            for _, upload in loop.executor(loop.method, [(client, loop.send(client.id))]):
                 received = loop.channel.upload(upload, client.id, round)
                 if aggregate is not None and received is not None:
                     aggregate.add(received, client.id)
-            except RefusedError:  # as in a run: the bytes were sent, and the round goes on
-                continue
+        except RefusedError:  # as in a run: the bytes were sent, and the round goes on
+            continue
     knowledge = None if aggregate is None else aggregate.result()
     if knowledge is not None:
         loop.method.server_update(loop.server, knowledge)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,21 +96,19 @@ class FederatedLoop:
         record: dict[str, Any] = {"round": round, "cohort": cohort, "dropped": dropped, "refused": {}, "clients": {}}
 
         # 1  the cohort is sent what the server has to say; who drops out receives it and is not heard again
-        turns = ((self.clients[i], self.send(i)) for i in cohort)
-        present = (turn for turn in turns if turn[0].id not in dropped)
+        turns = self._turns(cohort, dropped, record)
 
         # 2  every client works on its own data and answers; an answer that cannot be used is refused and counted
         aggregate = self.method.aggregate(self.server)
         with self.seconds("clients"):
-            for client, upload in self.executor(self.method, present):
+            for client, upload in self.executor(self.method, turns):
                 record["clients"][str(client.id)] = client.metrics
                 try:
                     received = self.channel.upload(upload, client.id, round)
                     if aggregate is not None and received is not None:
                         aggregate.add(received, client.id)
                 except RefusedError as refusal:
-                    self.ledger.refuse(round, client.id, refusal.reason)
-                    record["refused"][str(client.id)] = refusal.reason
+                    self._refuse(client.id, refusal, record)
                 self.callbacks.on_client_end(self, round, client.id, client.metrics)
 
         # 3  what they know together; nothing, when nobody was heard
@@ -147,6 +145,22 @@ class FederatedLoop:
     def send(self, client: int) -> Message | None:
         """Carry the server's word of this round to a client."""
         return self.channel.download(self.method.download(self.server, client), client, self.server.round)
+
+    def _turns(
+        self, cohort: Sequence[int], dropped: Sequence[int], record: dict[str, Any]
+    ) -> Iterator[tuple[Client, Message | None]]:
+        for client in cohort:
+            try:
+                download = self.send(client)
+            except RefusedError as refusal:  # whom the server's word does not reach has nothing to answer
+                self._refuse(client, refusal, record)
+                continue
+            if client not in dropped:
+                yield self.clients[client], download
+
+    def _refuse(self, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
+        self.ledger.refuse(record["round"], client, refusal.reason)
+        record["refused"][str(client)] = refusal.reason
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after this round."""

@@ -136,7 +136,9 @@ def _title(metric: str) -> str:
 def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What it took, in rows of two."""
     sent, time = summary["communication"], summary["time"]
-    setup = [kind.removeprefix("setup/") for kind in sent["by_kind"] if kind.startswith("setup/")]
+    setup = [
+        kind.removeprefix("setup/") for kind, size in sent["by_kind"].items() if size and kind.startswith("setup/")
+    ]
     titles = {
         "upload_bytes": "Sent up by clients",
         "download_bytes": "Sent down to clients",

@@ -35,7 +35,6 @@ FREE = (
     "fabric.devices",
     "fabric.num_nodes",
     "fabric.strategy",
-    "fabric.threads",
 )
 
 

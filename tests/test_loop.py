@@ -162,6 +162,20 @@ def test_an_unusable_upload_is_refused_and_the_round_goes_on(tmp_path, harm):
     assert sum(row.client == 1 and row.direction == "up" and row.bytes > 0 for row in loop.ledger.rows()) == 1
 
 
+def test_a_download_that_does_not_arrive_leaves_its_client_out(tmp_path):
+    loop = federation(FedAvg(), tmp_path, rounds=1)
+    transmit = loop.channel.transmit
+
+    def cut(data, client, round, direction):
+        data = transmit(data, client, round, direction)
+        return data[:10] if (client, direction) == (1, "down") else data
+
+    loop.channel.transmit = cut
+    loop.run()
+    torch.testing.assert_close(weight(loop.server.student), torch.tensor([[0.5, 0.0], [-0.5, 0.0]]))
+    assert list(loop.history[0]["refused"]) == ["1"] and list(loop.history[0]["clients"]) == ["0"]
+
+
 @pytest.mark.parametrize("make", METHODS)
 def test_estimated_bytes_of_a_later_round_are_those_that_are_sent(tmp_path, make):
     loop = federation(make(), tmp_path / "estimate", rounds=2)

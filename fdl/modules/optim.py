@@ -65,7 +65,7 @@ def _construct(kind: str, target: str, args: Mapping[str, Any], first: Any) -> A
                 raise UserError(f"{kind} {target} takes no {name!r}{suggest(str(name), names)}")
     try:
         return make(first, **args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{kind} {target} refuses its arguments: {error}") from error
 
 
