@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -24,6 +24,7 @@ Form = Literal["logits", "probabilities", "embeddings"]
 
 _FORMS = get_args(Form)  # the order is the wire format: new forms go to the end
 _TYPES: dict[int, type[Message]] = {}
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Message(ABC):
@@ -49,6 +50,17 @@ class Message(ABC):
     @abstractmethod
     def meta(self) -> Meta:
         """Return the numbers and short strings to send."""
+
+    def narrowed(self, share: float) -> Message | None:
+        """Return the message with about this share of its content, the most useful part, for a link of few bytes.
+
+        Args:
+            share: in (0, 1).
+
+        Returns:
+            None where nothing can be left out, or nothing would be left.
+        """
+        return None
 
     @classmethod
     @abstractmethod
@@ -206,6 +218,29 @@ class Responses(Message):
             meta |= {"lo": float(self.confidence.lo), "step": float(self.confidence.step)}
         return meta
 
+    def narrowed(self, share: float) -> Responses | None:
+        """The rows with the highest confidence, or with the clearest answer where none is sent, in their order."""
+        keep = self.clearest(share)
+        return self.taken(keep) if len(keep) else None
+
+    def clearest(self, share: float) -> Tensor:
+        """Places, rising, of the share of answers that are most sure of themselves; of embeddings, evenly spread."""
+        total = len(self.values)
+        count = int(share * total)
+        if self.confidence is not None:
+            certainty = self.confidence.codes.float()
+        elif self.form == "embeddings":
+            return torch.arange(count) * total // max(count, 1)
+        else:
+            values = self.values.detach().float()
+            certainty = (values if self.form == "probabilities" else torch.softmax(values, dim=1)).amax(dim=1)
+        return certainty.cpu().argsort(descending=True, stable=True)[:count].sort().values
+
+    def taken(self, keep: Tensor) -> Responses:
+        """Only the answers at some places (int64)."""
+        rows = keep if self.rows is None else self.rows[keep]
+        return replace(self, values=self.values[keep], rows=rows, confidence=_taken(self.confidence, keep))
+
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Responses:
         """Inverse of `fields` and `meta`."""
@@ -262,38 +297,44 @@ def as_one(tensors: Iterable[Tensor]) -> Tensor | None:
     if not tensors:
         return None
     first = tensors[0]
-    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    dtype, size = first.dtype, 0
+    start = end = first.data_ptr()
     for tensor in tensors:
-        if (
-            tensor.dtype != first.dtype
-            or tensor.storage_offset() != end
-            or not tensor.is_contiguous()
-            or tensor.untyped_storage().data_ptr() != storage
-        ):
+        if tensor.dtype is not dtype or tensor.data_ptr() != end or not tensor.is_contiguous():
             return None
-        end += tensor.numel()
-    return first.as_strided((end - first.storage_offset(),), (1,))
+        size += tensor.numel()
+        end = start + size * first.itemsize
+    storage = first.untyped_storage()
+    # neighbours in memory need not belong together
+    if end > storage.data_ptr() + storage.nbytes():
+        return None
+    return first.as_strided((size,), (1,))
 
 
 def _side_by_side(fields: Mapping[str, np.ndarray]) -> dict[str, Tensor] | None:
     """Float32 arrays that fill one buffer, in order, as tensors that share its storage; None for any others."""
-    arrays = list(fields.values())
-    base = arrays[0].base if arrays else None
-    if not isinstance(base, bytearray) or any(a.base is not base or a.dtype != np.float32 for a in arrays):
-        return None
-    if sum(a.nbytes for a in arrays) != len(base):
-        return None
-    parts = torch.frombuffer(base, dtype=torch.float32).split([a.size for a in arrays])
-    return {name: part.view(array.shape) for (name, array), part in zip(fields.items(), parts)}
+    base, offset, tensors = None, 0, {}
+    for name, array in fields.items():
+        if base is None:
+            base = array.base
+            if type(base) is not bytearray or not base or len(base) % 4:
+                return None
+            whole = torch.frombuffer(base, dtype=torch.float32)
+        if array.base is not base or array.dtype is not _FLOAT32:
+            return None
+        shape = array.shape
+        strides = (1,) if len(shape) == 1 else tuple([stride // 4 for stride in array.strides])
+        tensors[name] = whole.as_strided(shape, strides, offset)
+        offset += array.size
+    return tensors if base is not None and 4 * offset == len(base) else None
 
 
 def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
     try:
-        return tensor.numpy()
+        return tensor.numpy(force=True)
     except (TypeError, RuntimeError):
+        if tensor.dtype == torch.bfloat16:
+            return tensor.detach().cpu().contiguous().view(torch.int16).numpy().view(BFLOAT16)
         raise UserError(f"tensor {name!r} of {tensor.dtype} and layout {tensor.layout} cannot be sent") from None
 
 
@@ -324,3 +365,248 @@ def _check_finite(what: str, tensor: Tensor) -> None:
     # A sum is finite only if every term is; it may overflow without that, so a bad sum proves nothing.
     if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise RefusedError(f"{what:.100} is not finite")
+
+
+@dataclass(frozen=True, eq=False)
+class Features(Message):
+    """Activations of named layers for rows of the proxy set, pooled to one vector a row.
+
+    Attributes:
+        layers: by name of the layer, float [n, d]; every layer may have its own d.
+        rows: int64 [n], the rows of the proxy set, or None for the whole set in order.
+        confidence: the sender's log-weight of every row, or None; then that of the responses it is sent with counts.
+    """
+
+    kind: ClassVar[str] = "features"
+    code: ClassVar[int] = 3
+
+    layers: Mapping[str, Tensor]
+    rows: Tensor | None = None
+    confidence: Confidences | None = None
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """One array a layer; rows in the narrowest integers that hold them; the confidence's codes."""
+        fields = {f"layer/{name}": _to_numpy(name, values) for name, values in self.layers.items()}
+        if self.rows is not None:
+            fields["rows"] = _narrow("rows", self.rows)
+        return fields | _codes(self.confidence)
+
+    def meta(self) -> Meta:
+        """The confidence's scale."""
+        return _scale(self.confidence)
+
+    def taken(self, keep: Tensor) -> Features:
+        """Only the rows at some places (int64)."""
+        layers = {name: values[keep] for name, values in self.layers.items()}
+        rows = keep if self.rows is None else self.rows[keep]
+        return Features(layers, rows, _taken(self.confidence, keep))
+
+    @classmethod
+    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Features:
+        """Inverse of `fields` and `meta`."""
+        fields, meta = dict(fields), dict(meta)
+        names = [name for name in fields if name.startswith("layer/")]
+        layers = {name.removeprefix("layer/"): _to_torch(fields.pop(name)) for name in names}
+        most = max((len(values) if values.ndim else 0 for values in layers.values()), default=0)
+        rows = _take_integers(fields, "rows", most)
+        confidence = _take_confidence(fields, meta)
+        _nothing_left(meta)
+        _nothing_left(fields)
+        return cls(layers, rows, confidence)
+
+    def validate(self) -> None:
+        """At least one layer; finite matrices, rows and confidence of one length."""
+        if not self.layers:
+            raise RefusedError("features without a layer")
+        count = len(next(iter(self.layers.values())))
+        for name, values in self.layers.items():
+            if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
+                raise RefusedError(
+                    f"features of {name!r:.80} must be a matrix of real numbers, got {values.dtype} "
+                    f"{list(values.shape)}"
+                )
+            if len(values) != count:
+                raise RefusedError(f"layer {name!r:.80} has {len(values)} rows, another has {count}")
+            _check_finite(f"layer {name!r:.80}", values)
+        if self.rows is not None:
+            if self.rows.dtype != torch.int64 or self.rows.shape != (count,):
+                raise RefusedError(f"{count} features need as many int64 rows, got {list(self.rows.shape)}")
+            if self.rows.numel() and self.rows.min() < 0:
+                raise RefusedError("a proxy row is negative")
+        _check_confidence(self.confidence, count, "features")
+
+
+@dataclass(frozen=True, eq=False)
+class Prototypes(Message):
+    """Centroids of a sender's own data, a few for each class or concept.
+
+    Attributes:
+        values: float [m, d].
+        labels: int64 [m], the class of each; -1 throughout where there are no classes.
+        counts: int64 [m], how many samples each stands for, at least 1.
+        confidence: the sender's log-weight of every prototype, or None.
+    """
+
+    kind: ClassVar[str] = "prototypes"
+    code: ClassVar[int] = 4
+
+    values: Tensor
+    labels: Tensor
+    counts: Tensor
+    confidence: Confidences | None = None
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """The values; labels and counts in the narrowest integers that hold them; the confidence's codes."""
+        fields = {"values": _to_numpy("values", self.values)}
+        fields |= {"labels": _narrow("labels", self.labels), "counts": _narrow("counts", self.counts)}
+        return fields | _codes(self.confidence)
+
+    def meta(self) -> Meta:
+        """The confidence's scale."""
+        return _scale(self.confidence)
+
+    @classmethod
+    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Prototypes:
+        """Inverse of `fields` and `meta`."""
+        fields, meta = dict(fields), dict(meta)
+        if "values" not in fields:
+            raise RefusedError("prototypes without values")
+        values = _to_torch(fields.pop("values"))
+        labels, counts = (_take_integers(fields, name, values.numel()) for name in ("labels", "counts"))
+        if labels is None or counts is None:
+            raise RefusedError("prototypes without labels or counts")
+        confidence = _take_confidence(fields, meta)
+        _nothing_left(meta)
+        _nothing_left(fields)
+        return cls(values, labels, counts, confidence)
+
+    def validate(self) -> None:
+        """A finite matrix; labels from -1, counts from 1 and confidence of the same length."""
+        values = self.values
+        if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
+            raise RefusedError(f"prototypes must be a matrix of real numbers, got {values.dtype} {list(values.shape)}")
+        _check_finite("prototypes", values)
+        for name, numbers, least in (("labels", self.labels, -1), ("counts", self.counts, 1)):
+            if numbers.dtype != torch.int64 or numbers.shape != values.shape[:1]:
+                raise RefusedError(f"{len(values)} prototypes need as many int64 {name}, got {list(numbers.shape)}")
+            if numbers.numel() and numbers.min() < least:
+                raise RefusedError(f"{name} of prototypes must be at least {least}, got {int(numbers.min())}")
+        _check_confidence(self.confidence, len(values), "prototypes")
+
+
+@dataclass(frozen=True, eq=False)
+class Standing(Message):
+    """Which answers of a client are in force, in a few bytes: no others are sent while these still hold.
+
+    From the server it says of which round it holds answers; from a client, that these still are what it would say.
+
+    Attributes:
+        round: the round in which the answers were sent, 0 for none.
+        wanted: from the server, whether it wants others at all; from a client always true.
+    """
+
+    kind: ClassVar[str] = "standing"
+    code: ClassVar[int] = 5
+
+    round: int
+    wanted: bool = True
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """No arrays."""
+        return {}
+
+    def meta(self) -> Meta:
+        """Both numbers."""
+        return {"round": int(self.round), "wanted": int(self.wanted)}
+
+    @classmethod
+    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Standing:
+        """Inverse of `meta`."""
+        meta = dict(meta)
+        round, wanted = _take_meta(meta, "round", int), _take_meta(meta, "wanted", int)
+        _nothing_left(meta)
+        _nothing_left(fields)
+        if wanted not in (0, 1):
+            raise RefusedError(f"'wanted' must be 0 or 1, got {wanted}")
+        return cls(round, bool(wanted))
+
+    def validate(self) -> None:
+        """No negative round."""
+        if self.round < 0:
+            raise RefusedError(f"round is negative: {self.round}")
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """Several messages that go together; each is packed and counted by itself, under its own kind.
+
+    Attributes:
+        parts: at most one of each type.
+    """
+
+    parts: tuple[Message, ...]
+
+    def __post_init__(self) -> None:
+        """Parts are found by their type, so there is one of each."""
+        if len({type(part) for part in self.parts}) < len(self.parts):
+            raise ValueError(f"a bundle of several {', '.join(part.kind for part in self.parts)}")
+
+    def narrowed(self, share: float) -> Bundle | None:
+        """As `Message.narrowed`: features stay those of the answers that are kept; other parts stay as they are."""
+        parts = parts_of(self)
+        keep = parts[Responses].clearest(share) if Responses in parts else ()
+        if len(keep) == 0:
+            return None
+        rows = {type: parts[type].taken(keep) for type in (Responses, Features) if type in parts}
+        return Bundle(tuple((parts | rows).values()))
+
+
+def parts_of(message: Message | Bundle | None) -> dict[type[Message], Message]:
+    """The parts of a bundle, or a single message, by type; nothing for None."""
+    if message is None:
+        return {}
+    return {type(part): part for part in (message.parts if isinstance(message, Bundle) else (message,))}
+
+
+def _narrow(name: str, integers: Tensor) -> np.ndarray:
+    """Integers in the narrowest type that holds them all."""
+    array = _to_numpy(name, integers)
+    if array.size == 0:
+        return array.astype(np.uint8)
+    return array.astype(np.result_type(np.min_scalar_type(array.min()), np.min_scalar_type(array.max())))
+
+
+def _take_integers(fields: dict[str, np.ndarray], name: str, most: int) -> Tensor | None:
+    """A vector of integers, widened; its length is looked at before that."""
+    array = fields.pop(name, None)
+    if array is None:
+        return None
+    if array.dtype.kind not in "iu" or array.size > most:
+        raise RefusedError(f"{name!r} must be at most {most} whole numbers, got {array.size} of {array.dtype}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _taken(confidence: Confidences | None, keep: Tensor) -> Confidences | None:
+    return None if confidence is None else replace(confidence, codes=confidence.codes[keep])
+
+
+def _codes(confidence: Confidences | None) -> dict[str, np.ndarray]:
+    return {} if confidence is None else {"codes": _to_numpy("codes", confidence.codes)}
+
+
+def _scale(confidence: Confidences | None) -> Meta:
+    return {} if confidence is None else {"lo": float(confidence.lo), "step": float(confidence.step)}
+
+
+def _take_confidence(fields: dict[str, np.ndarray], meta: Meta) -> Confidences | None:
+    codes = fields.pop("codes", None)
+    if codes is None:
+        return None
+    return Confidences(_to_torch(codes), _take_meta(meta, "lo", float), _take_meta(meta, "step", float))
+
+
+def _check_confidence(confidence: Confidences | None, count: int, what: str) -> None:
+    if confidence is not None:
+        confidence.validate()
+        if len(confidence.codes) != count:
+            raise RefusedError(f"{count} {what} with {len(confidence.codes)} confidences")

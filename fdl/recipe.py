@@ -73,6 +73,8 @@ class Channel:
     upload: list[Component] = key([], "codec stages from client to server, in order", kind="codec")
     download: list[Component] = key([], "codec stages from server to client, in order", kind="codec")
     limit: int = key(1 << 31, "bytes beyond which a message is refused", bounds=_COUNT)
+    bandwidth: Any = key("unlimited", "the clients' links: unlimited, moderate, severe, or figures")
+    clients: Any = key({}, "by client id, links that differ from bandwidth")
 
 
 @dataclass
@@ -223,6 +225,10 @@ def from_mapping(
     for variant_name, mapping in _variants(raw):
         inside, broken = _applied(tree, [*_changes(mapping), *parsed])
         broken += _checked(inside, name)[1]
+        if broken and parsed:  # `fdl compare` says which override does not suit a variant; a single fit is none
+            alone, wrong = _applied(tree, _changes(mapping))
+            wrong += _checked(alone, name)[1]
+            broken = [problem for problem in broken if problem in wrong]
         where = f"compare.variants.{variant_name}"
         found += [(where, f"{k}: {message}") for k, message in dict.fromkeys(broken) if (k, message) not in found]
     if found or problems:
@@ -254,7 +260,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _changes(variant: Mapping[str, Any] | None) -> list[Override]:
-    return [Override(str(k), v, f"{k}: {v}") for k, v in (variant or {}).items()]
+    return [Override(str(k), _plain(v), f"{k}: {v}") for k, v in (variant or {}).items()]
 
 
 def _applied(tree: Mapping[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -29,6 +29,7 @@ def save(loop: FederatedLoop) -> None:
             "server": loop.server.state,
             "clients": {str(client.id): client.state for client in loop.clients if client.state},
             "ledger": loop.ledger.state_dict(),
+            "channel": loop.channel.state_dict(),
             "callbacks": loop.callbacks.state_dict(),
         }
         path = checkpoint.save(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
@@ -55,5 +56,6 @@ def restore(loop: FederatedLoop) -> None:
     for client in loop.clients:
         client.state = state["clients"].get(str(client.id), {})
     loop.ledger.load_state_dict(state["ledger"])
+    loop.channel.load_state_dict(state["channel"])
     loop.callbacks.load_state_dict(state["callbacks"])
     log.info("resuming after round %d of %d from %s", loop.round, loop.rounds, path)

@@ -40,6 +40,11 @@ class Reader:
         self._position = start + count
         return self._data[start : start + count]
 
+    def rest(self) -> memoryview:
+        """Return all that is left, without copying it."""
+        start, self._position = self._position, self._end
+        return self._data[start:]
+
     def byte(self) -> int:
         """Return the next byte as a number."""
         position = self._position

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fdl.comm.stage import ArrayStage, Coded, Spec
+from fdl.comm.stage import ArrayStage, Coded, Spec, Turn
 from fdl.floats import BFLOAT16, narrow, widen
 
 
@@ -15,19 +15,19 @@ class Cast(ArrayStage):
 
     to: ClassVar[np.dtype]
 
-    def encode(self, array: np.ndarray, rng: np.random.Generator | None) -> Coded:
+    def encode(self, array: np.ndarray, turn: Turn) -> Coded:
         """Round to the narrow format."""
         return Coded(1, narrow(widen(array), self.to))
 
-    def layout(self, spec: Spec, variant: int) -> tuple[Spec, ...]:
+    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
         """One array of the same shape."""
         if variant != 1:
             raise self.unknown(variant)
         return (Spec(self.to, spec.shape),)
 
-    def decode(self, spec: Spec, variant: int, main: np.ndarray, sides: tuple[np.ndarray, ...]) -> np.ndarray:
+    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
         """Widen to the original dtype."""
-        return narrow(widen(main), spec.dtype)
+        return narrow(widen(coded.main), spec.dtype)
 
 
 class Float16(Cast):

@@ -1,11 +1,13 @@
 """A chain of stages, and the layout of a message's arrays in bytes.
 
     signature   2 bytes   checksum of the chain, so that two sites with different recipes notice
-    count       varint    number of arrays
-    schema      for each array: name, dtype and rank in one byte, extents, one byte per array stage (the variant, 0 for
-                an array that the stage left alone)
+    length      varint    bytes of the schema
+    schema      number of arrays; for each: name, dtype and rank in one byte, extents, for each array stage the
+                variant in one byte, 0 for an array that it left alone, and the sizes that only the data could tell
     streams     up to three, each present when the schema says that it holds anything: the arrays that were left
                 alone, the main parts of the others, their sides
+
+Clients send the same schema round after round, so what was worked out for one is kept.
 
 Arrays share a stream by role, so a model of 200 tensors pays for one code table and not for 200. The schema gives
 every length but that of a compressed stream. In a stream the arrays with the widest elements come first, which keeps
@@ -15,15 +17,18 @@ every array aligned without padding.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fdl.comm.binary import Reader, text, varint
-from fdl.comm.stage import ArrayStage, EntropyStage, Spec, Stage
+from fdl.comm.stage import ArrayStage, Coded, EntropyStage, Spec, Stage, Turn
 from fdl.errors import RefusedError, UserError
 from fdl.floats import BFLOAT16
+
+if TYPE_CHECKING:
+    from fdl.comm.memory import Memory
 
 _INTEGERS = ["|b1", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8"]
 # The order is the wire format: new dtypes go to the end.
@@ -31,7 +36,10 @@ _DTYPES = [np.dtype(d) for d in [*_INTEGERS, "<f2", "<f4", "<f8"]] + [BFLOAT16]
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _MAX_RANK = 15
 _MAX_ARRAYS = 1 << 16
+_MAX_KNOWN, _MAX_KEY = 16, 1 << 16
 _ALONE, _MAIN, _SIDE = 0, 1, 2
+_ROWS = "rows"
+_BEYOND = "decoded size is beyond the limit of {} bytes"
 
 
 class StageReport(NamedTuple):
@@ -43,12 +51,31 @@ class StageReport(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One array stage to undo: what the array was, and how many of the following parts are its sides."""
+    """One array stage to undo: what the array was, what the stage chose, how many of the following parts are sides."""
 
     stage: ArrayStage
     spec: Spec
     variant: int
+    extents: tuple[int, ...]
     sides: int
+
+
+class _Layout(NamedTuple):
+    """What a schema says.
+
+    Attributes:
+        arrays: for each array its name, the index of its main part among all parts, and the steps to undo.
+        streams: for each role its size in bytes, and index, dtype, shape and place of its parts.
+        total: bytes of the decoded arrays.
+        plain: whether there is nothing to undo, so that the parts are the arrays.
+        flags: names of the boolean arrays.
+    """
+
+    arrays: tuple[tuple[str, int, tuple[_Step, ...]], ...]
+    streams: tuple[tuple[int, tuple[tuple[int, np.dtype, tuple[int, ...], int], ...]], ...]
+    total: int
+    plain: bool
+    flags: tuple[str, ...]
 
 
 class Codec:
@@ -59,6 +86,9 @@ class Codec:
 
     Attributes:
         last_report: what each stage did to the message encoded last.
+        signature: two bytes that tell this chain from another.
+        draws: whether encoding needs random numbers.
+        remembers: whether a stage keeps something from message to message.
 
     Raises:
         UserError: the stages do not make a chain; the message counts positions from 0.
@@ -79,72 +109,129 @@ class Codec:
                     f"stage {position} ({stage.name}) does the same work as stage {position - 1} ({before.name}): "
                     "keep one of them"
                 )
+            stage.follows(stages[:position])
         self.stages = tuple(stages)
         self.last_report: tuple[StageReport, ...] = ()
         self._array_stages = [s for s in stages if isinstance(s, ArrayStage)]
         self._entropy = stages[-1] if stages and isinstance(stages[-1], EntropyStage) else None
+        self.remembers = any(stage.remembers for stage in self._array_stages)
+        self.draws = any(stage.draws() for stage in self._array_stages)
         signature = ",".join(s.signature for s in stages)
-        self._signature = (zlib.crc32(signature.encode()) & 0xFFFF).to_bytes(2, "little")
+        self.signature = (zlib.crc32(signature.encode()) & 0xFFFF).to_bytes(2, "little")
+        self._schemas: dict[tuple, bytes] = {}  # of arrays that no stage touches, after signature and length
+        self._layouts: dict[bytes, _Layout] = {}
 
     def __repr__(self) -> str:
-        return " → ".join(stage.signature for stage in self.stages) or "raw"
+        return " → ".join(map(str, self.stages)) or "raw"
 
-    @property
-    def draws(self) -> bool:
-        """Whether encoding needs random numbers."""
-        return any(stage.draws() for stage in self._array_stages)
-
-    def encode(self, fields: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> bytes:
+    def encode(
+        self,
+        fields: Mapping[str, np.ndarray],
+        rng: np.random.Generator | None = None,
+        round: int = 0,
+        memory: Memory | None = None,
+    ) -> bytes:
         """Return the arrays as bytes; arguments as in `chunks`."""
-        return b"".join(self.chunks(fields, rng))
+        return b"".join(self.chunks(fields, rng, round, memory)[0])
 
-    def chunks(self, fields: Mapping[str, np.ndarray], rng: np.random.Generator | None = None) -> list:
-        """Return the buffers whose concatenation is the encoded message.
+    def chunks(
+        self,
+        fields: Mapping[str, np.ndarray],
+        rng: np.random.Generator | None = None,
+        round: int = 0,
+        memory: Memory | None = None,
+    ) -> tuple[list, int]:
+        """Return the buffers whose concatenation is the encoded message, and how many bytes they are.
 
         Uncompressed arrays are not copied, so join the buffers before the arrays change.
 
         Args:
             fields: arrays of booleans, integers or real numbers (`fdl.floats.BFLOAT16` included), any shape.
             rng: source of rounding noise; needed when `draws`.
+            round: the current round.
+            memory: of the link that the message goes over, for a chain that `remembers`; without it every message is
+                like the first.
 
         Raises:
             UserError: an array has a dtype or rank that cannot be sent.
         """
-        if len(fields) > _MAX_ARRAYS:
-            raise UserError(f"a message holds at most {_MAX_ARRAYS} arrays, got {len(fields)}")
-        schema = [self._signature, varint(len(fields))]
+        if not self.stages:
+            return self._raw(fields)
+        arrays = [a if a.flags.c_contiguous else np.array(a, order="C") for a in fields.values()]
         streams: tuple[list[np.ndarray], ...] = ([], [], [])
         saved = [0] * len(self._array_stages)
+        schema = self._code(fields, arrays, streams, saved, Turn(rng, round), memory)
+        buffers = [self.signature, varint(len(schema)), schema]
+        before = after = 0
+        for members in streams:
+            size = sum([array.nbytes for array in members])
+            if size:
+                before += size
+                after += self._write(buffers, members, size)
+        self._report(before + sum(saved), saved, after)
+        return buffers, 2 + len(buffers[1]) + len(schema) + after
+
+    def _raw(self, fields: Mapping[str, np.ndarray]) -> tuple[list, int]:
+        """`chunks` of a chain without stages: small models send such messages by the thousand, so calls count."""
+        arrays, key, size, width, rising = [], [], 0, 16, False
         for name, array in fields.items():
             if not array.flags.c_contiguous:
                 array = np.array(array, order="C")
+            dtype = array.dtype
+            arrays.append(array)
+            key += (name, dtype, array.shape)
+            size += array.nbytes
+            rising |= dtype.itemsize > width
+            width = dtype.itemsize
+        known = tuple(key)
+        head = self._schemas.get(known)
+        if head is None:
+            schema = self._code(fields, arrays, ([], [], []), [], Turn(), None)
+            head = _remember(self._schemas, known, self.signature + varint(len(schema)) + schema)
+        if rising:
+            arrays.sort(key=_width)
+        return [head, *arrays], len(head) + size
+
+    def _code(
+        self,
+        names: Iterable[str],
+        arrays: Sequence[np.ndarray],
+        streams: tuple[list[np.ndarray], ...],
+        saved: list[int],
+        turn: Turn,
+        memory: Memory | None,
+    ) -> bytes:
+        """Send arrays through the stages into streams, add up what each stage saved; return their schema."""
+        if len(arrays) > _MAX_ARRAYS:
+            raise UserError(f"a message holds at most {_MAX_ARRAYS} arrays, got {len(arrays)}")
+        schema = [varint(len(arrays))]
+        rows = dict(zip(names, arrays)).get(_ROWS) if memory is not None else None
+        for name, array in zip(names, arrays):
             code = _CODES.get(array.dtype)
             if code is None or array.ndim > _MAX_RANK:
                 raise UserError(f"array {name!r} of dtype {array.dtype} and rank {array.ndim} cannot be sent")
             schema += (text(name), bytes((code | array.ndim << 4,)), *map(varint, array.shape))
-            main, role = array, _ALONE
+            turn.rows = _names_rows(rows, name)
+            main, role, complete = array, _ALONE, False
             for index, stage in enumerate(self._array_stages):
-                spec, variant = Spec(main.dtype, main.shape), 0
-                if stage.touches(spec):
-                    coded = stage.encode(main, rng)
-                    gain = main.nbytes - coded.main.nbytes - sum(side.nbytes for side in coded.sides)
-                    if gain > 0:
-                        variant, main, role = coded.variant, coded.main, _MAIN
+                spec = Spec(main.dtype, main.shape)
+                touches = stage.touches(spec) and not (complete and stage.omits)
+                coded = stage.encode(main, _turn(stage, name, turn, memory)) if touches else None
+                if coded is not None:
+                    gain = main.nbytes - coded.main.nbytes - sum([side.nbytes for side in coded.sides])
+                    if gain + stage.margin > 0:
+                        main, role, complete = coded.main, _MAIN, complete or coded.complete
+                        schema += (bytes((coded.variant,)), *map(varint, coded.extents))
                         streams[_SIDE].extend(coded.sides)
                         saved[index] += gain
-                schema.append(bytes((variant,)))
+                        continue
+                schema.append(b"\0")
             streams[role].append(main)
-        buffers = [b"".join(schema)]
-        before = after = 0
-        for arrays in streams:
-            size = sum(array.nbytes for array in arrays)
-            if size:
-                before += size
-                after += self._write(buffers, sorted(arrays, key=_width), size)
-        self._report(before + sum(saved), saved, after)
-        return buffers
+        return b"".join(schema)
 
-    def decode(self, blob: bytes | memoryview, limit: int) -> dict[str, np.ndarray]:
+    def decode(
+        self, blob: bytes | memoryview, limit: int, round: int = 0, memory: Memory | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the arrays, writable, with the names, dtypes, shapes and order of the sender.
 
         Every length is checked against `limit` and against what is left of the blob before memory is taken for it.
@@ -152,29 +239,62 @@ class Codec:
         Args:
             blob: what `encode` of an equal chain returned.
             limit: most bytes that the decoded arrays may have together.
+            round: the current round.
+            memory: of the link that the message came over, for a chain that `remembers`.
 
         Raises:
             RefusedError: anything else.
         """
         reader = Reader(blob)
-        if reader.take(2) != self._signature:
+        if reader.take(2) != self.signature:
             raise RefusedError(f"encoded with another codec chain than {self}")
-        plans: dict[str, tuple[int, list[_Step]]] = {}
+        schema = bytes(reader.take(reader.varint()))
+        layout = self._layouts.get(schema)
+        if layout is None:
+            layout = _remember(self._layouts, schema, self._layout(Reader(schema), limit))
+        elif layout.total > limit:
+            raise RefusedError(_BEYOND.format(limit))
+        parts = self._read_streams(reader, layout)
+        reader.finish()
+        if layout.plain:
+            fields = {name: parts[index] for name, index, _ in layout.arrays}
+        else:
+            fields = self._restore(parts, layout, Turn(None, round), memory)
+        for name in layout.flags:
+            if fields[name].size and fields[name].view(np.uint8).max() > 1:
+                raise RefusedError("a boolean that is neither 0 nor 1")
+        return fields
+
+    def _layout(self, reader: Reader, limit: int) -> _Layout:
+        """Read a schema."""
+        arrays: dict[str, tuple[str, int, tuple[_Step, ...]]] = {}
         parts: list[tuple[int, Spec]] = []
+        flags = []
         count, total = reader.varint(), 0
         if count > _MAX_ARRAYS:
             raise RefusedError(f"{count} arrays announced, the most is {_MAX_ARRAYS}")
         for _ in range(count):
             name, spec = self._read_spec(reader, limit)
-            if name in plans:
+            if name in arrays:
                 raise RefusedError(f"two arrays of the name {name[:80]!r}")
             total += spec.nbytes
             if total > limit:
-                raise RefusedError(f"decoded size is beyond the limit of {limit} bytes")
-            plans[name] = len(parts), self._plan(reader, spec, parts)
-        arrays = self._read_streams(reader, parts)
+                raise RefusedError(_BEYOND.format(limit))
+            if spec.dtype == np.bool_:
+                flags.append(name)
+            arrays[name] = name, len(parts), tuple(self._plan(reader, spec, parts))
         reader.finish()
-        return {name: self._restore(arrays, first, steps) for name, (first, steps) in plans.items()}
+        streams = []
+        for role in (_ALONE, _MAIN, _SIDE):
+            members = [(index, spec) for index, (part_role, spec) in enumerate(parts) if part_role == role]
+            members.sort(key=_member_width)
+            placed, offset = [], 0
+            for index, spec in members:
+                placed.append((index, *spec, offset))
+                offset += spec.nbytes
+            streams.append((offset, tuple(placed)))
+        plain = not any(steps for _, _, steps in arrays.values())
+        return _Layout(tuple(arrays.values()), tuple(streams), total, plain, tuple(flags))
 
     @staticmethod
     def _read_spec(reader: Reader, limit: int) -> tuple[str, Spec]:
@@ -184,7 +304,7 @@ class Codec:
         spec = Spec(_DTYPES[code & 15], tuple(reader.varint() for _ in range(code >> 4)))
         # An empty array takes no memory, but numpy still multiplies its other extents.
         if Spec(spec.dtype, tuple(extent for extent in spec.shape if extent)).nbytes > limit:
-            raise RefusedError(f"decoded size is beyond the limit of {limit} bytes")
+            raise RefusedError(_BEYOND.format(limit))
         return name, spec
 
     def _plan(self, reader: Reader, spec: Spec, parts: list[tuple[int, Spec]]) -> list[_Step]:
@@ -195,46 +315,49 @@ class Codec:
             if variant:
                 if not stage.touches(spec):
                     raise RefusedError(f"{stage.name} does not apply to {spec.dtype} of rank {len(spec.shape)}")
-                main, *extra = stage.layout(spec, variant)
-                if main.nbytes + sum(side.nbytes for side in extra) >= spec.nbytes:
+                extents = tuple(reader.varint() for _ in range(stage.extents))
+                main, *extra = stage.layout(spec, variant, extents)
+                if main.nbytes + sum(side.nbytes for side in extra) >= spec.nbytes + stage.margin:
                     raise RefusedError(f"{stage.name} would enlarge an array")
-                steps.append(_Step(stage, spec, variant, len(extra)))
+                steps.append(_Step(stage, spec, variant, extents, len(extra)))
                 spec, sides = main, sides + [(_SIDE, side) for side in extra]
         parts += [(_MAIN if steps else _ALONE, spec), *sides]
         return steps
 
-    def _read_streams(self, reader: Reader, parts: list[tuple[int, Spec]]) -> list[np.ndarray]:
-        """Return the parts as arrays that share one buffer for each stream."""
-        arrays: list[np.ndarray] = [None] * len(parts)
-        for role in (_ALONE, _MAIN, _SIDE):
-            members = [(index, spec) for index, (part_role, spec) in enumerate(parts) if part_role == role]
-            size = sum(spec.nbytes for _, spec in members)
+    def _read_streams(self, reader: Reader, layout: _Layout) -> dict[int, np.ndarray]:
+        """Return the parts by index, as arrays that share one buffer for each stream."""
+        parts: dict[int, np.ndarray] = {}
+        for role, (size, members) in enumerate(layout.streams):
+            if not members:
+                continue
             buffer = self._read(reader, size) if size else b""
             if role == _ALONE:
                 buffer = bytearray(buffer)  # these are the results: writable, aligned, no part of what was received
-            offset = 0
-            for index, (dtype, shape) in sorted(members, key=_member_width):
-                array = np.ndarray(shape, dtype, buffer, offset)
-                if dtype == np.bool_ and array.size and array.view(np.uint8).max() > 1:
-                    raise RefusedError("a boolean that is neither 0 nor 1")
-                offset += array.nbytes
-                arrays[index] = array
-        return arrays
+            for index, dtype, shape, offset in members:
+                parts[index] = np.ndarray(shape, dtype, buffer, offset)
+        return parts
 
     @staticmethod
-    def _restore(arrays: list[np.ndarray], first: int, steps: list[_Step]) -> np.ndarray:
-        array, end = arrays[first], first + 1 + sum(step.sides for step in steps)
-        for stage, spec, variant, sides in reversed(steps):
-            array = stage.decode(spec, variant, array, tuple(arrays[end - sides : end]))
-            end -= sides
-        return array
+    def _restore(
+        parts: dict[int, np.ndarray], layout: _Layout, turn: Turn, memory: Memory | None
+    ) -> dict[str, np.ndarray]:
+        """Undo the stages, with the rows before the arrays that they name rows of."""
+        fields: dict[str, np.ndarray] = {name: parts[first] for name, first, _ in layout.arrays}
+        for name, first, steps in sorted(layout.arrays, key=_rows_first):
+            turn.rows = _names_rows(fields.get(_ROWS), name) if memory is not None else None
+            end = first + 1 + sum([step.sides for step in steps])
+            for stage, spec, variant, extents, sides in reversed(steps):
+                coded = Coded(variant, fields[name], tuple([parts[i] for i in range(end - sides, end)]), extents)
+                fields[name] = stage.decode(spec, coded, _turn(stage, name, turn, memory))
+                end -= sides
+        return fields
 
     def _write(self, buffers: list, arrays: list[np.ndarray], size: int) -> int:
-        """Append one stream; return its bytes.
+        """Append one stream, the widest elements first; return its bytes.
 
         Before an entropy stage's stream stands its compressed length, or 0 where the bytes are left as they are.
         """
-        arrays = [array for array in arrays if array.nbytes]
+        arrays = sorted([array for array in arrays if array.nbytes], key=_width)
         if self._entropy is None:
             buffers += arrays
             return size
@@ -268,3 +391,25 @@ def _width(array: np.ndarray) -> int:
 
 def _member_width(member: tuple[int, Spec]) -> int:
     return -member[1].dtype.itemsize
+
+
+def _rows_first(array: tuple[str, int, tuple[_Step, ...]]) -> bool:
+    return array[0] != _ROWS
+
+
+def _names_rows(rows: np.ndarray | None, name: str) -> np.ndarray | None:
+    """The rows, if they are numbers that can name the rows of another array."""
+    return rows if rows is not None and name != _ROWS and rows.ndim == 1 and rows.dtype.kind in "iu" else None
+
+
+def _turn(stage: ArrayStage, array: str, about: Turn, memory: Memory | None) -> Turn:
+    return about if memory is None or not stage.remembers else memory.turn(array, stage.name, about)
+
+
+def _remember(known: dict, key: Any, value: Any) -> Any:
+    """Keep what was worked out, as long as there is not much of it: a hostile sender never repeats himself."""
+    if len(key) <= _MAX_KEY:
+        if len(known) >= _MAX_KNOWN:
+            known.clear()
+        known[key] = value
+    return value

@@ -6,7 +6,7 @@ import zlib
 
 import zstandard
 
-from fdl.comm.stage import EntropyStage
+from fdl.comm.stage import EntropyStage, Stage
 from fdl.errors import RefusedError, UserError
 
 
@@ -64,3 +64,38 @@ class Zstd(EntropyStage):
         if len(expanded) != size:
             raise RefusedError(f"zstd: the frame does not hold exactly {size} bytes")
         return expanded
+
+
+class Best(EntropyStage):
+    """Try several entropy coders on every stream and send the shortest result; one byte says whose it is.
+
+    Args:
+        stages: the coders to try.
+    """
+
+    name = "best"
+
+    def __init__(self, stages: list[Stage]):
+        for stage in stages:
+            if not isinstance(stage, EntropyStage) or isinstance(stage, Best):
+                raise UserError(f"stages must be entropy coders such as deflate, got {stage}")
+        if not 2 <= len(stages) <= 256:
+            raise UserError(f"stages must be 2 coders at least, got {len(stages)}")
+        self.stages = list(stages)
+
+    @property
+    def signature(self) -> str:
+        """The coders in their order, which is how they are numbered."""
+        return f"{self.name}({'|'.join(stage.signature for stage in self.stages)})"
+
+    def compress(self, data: bytes | memoryview) -> bytes:
+        """Return the number of the coder that did best, then its result."""
+        results = [stage.compress(data) for stage in self.stages]
+        number = min(range(len(results)), key=lambda i: len(results[i]))
+        return bytes((number,)) + results[number]
+
+    def expand(self, data: memoryview, size: int) -> bytes:
+        """Return exactly `size` bytes."""
+        if not data or data[0] >= len(self.stages):
+            raise RefusedError(f"best: no coder number {data[0] if data else ''}".rstrip())
+        return self.stages[data[0]].expand(data[1:], size)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fdl.comm.bandwidth import Link
 
 DIRECTIONS = {"up": "upload_bytes", "down": "download_bytes", "setup": "setup_bytes"}
 
@@ -33,6 +37,16 @@ class Refusal(NamedTuple):
     reason: str
 
 
+class Note(NamedTuple):
+    """How a message was coded that was too large for its link as the recipe has it."""
+
+    round: int
+    client: int
+    direction: str
+    coding: str
+    share: float
+
+
 class Ledger:
     """Counts bytes by round, client, direction and kind.
 
@@ -41,10 +55,15 @@ class Ledger:
 
     Attributes:
         refusals: in the order in which they happened.
+        notes: of messages that were coded more cheaply than the recipe says, likewise.
+        links: gives the link of a client (its id) in a direction, for the time that transfers take; None when no link
+            takes any.
     """
 
     def __init__(self):
         self.refusals: list[Refusal] = []
+        self.notes: list[Note] = []
+        self.links: Callable[[int, str], Link] | None = None
         self._routes: list[tuple[str, str]] = []  # (direction, kind), in order of their first appearance
         self._open_round: int | None = None
         self._open: dict[tuple[int, int], list[int]] = {}  # (client, route) → [bytes, messages]
@@ -74,6 +93,35 @@ class Ledger:
         """Note that a client's message was not used; long reasons are cut."""
         self.refusals.append(Refusal(round, client, reason[:300]))
 
+    def note(self, round: int, client: int, direction: str, coding: str, share: float = 1.0) -> None:
+        """Note that a message was coded otherwise than the recipe says.
+
+        Args:
+            round: the round.
+            client: id of the client that sent or received it.
+            direction: ``"up"`` or ``"down"``.
+            coding: the chain that it was coded with.
+            share: of its rows that were sent.
+        """
+        self.notes.append(Note(round, client, direction, coding, share))
+
+    def transfer_seconds(self, round: int) -> float:
+        """Return how long the transfers of a round take over the clients' links, 0 for the setup.
+
+        Every message takes latency + 8·bytes/rate. A client's messages come one after the other, and clients do not
+        wait for each other, so this is the time of the slowest client.
+        """
+        if self.links is None:
+            return 0.0
+        seconds: dict[int, float] = {}
+        cells = self._open if round == self._open_round else {}
+        if round in self._closed:
+            cells = _unpack(self._closed[round])
+        for (client, route), (nbytes, messages) in cells.items():
+            time = self.links(client, self._routes[route][0]).seconds(nbytes, messages)
+            seconds[client] = seconds.get(client, 0.0) + time
+        return max(seconds.values(), default=0.0)
+
     def rows(self) -> list[Row]:
         """Return every row, by round, then client, then in order of the first message of that direction and kind."""
         rows = [self._rows_of(round, _unpack(packed)) for round, packed in self._closed.items()]
@@ -102,15 +150,19 @@ class Ledger:
             "routes": [list(route) for route in self._routes],
             "rounds": [[round, rounds[round]] for round in sorted(rounds)],
             "refusals": [list(refusal) for refusal in self.refusals],
+            "notes": [list(note) for note in self.notes],
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Become the ledger that gave this state."""
+        links = self.links
         self.__init__()
+        self.links = links
         self._routes = [tuple(route) for route in state["routes"]]
         self._by_route = [0] * len(self._routes)
         self._closed = dict(state["rounds"])
         self.refusals = [Refusal(*refusal) for refusal in state["refusals"]]
+        self.notes = [Note(*note) for note in state.get("notes", ())]
         for packed in self._closed.values():
             for (client, route), (nbytes, _) in _unpack(packed).items():
                 self._sum(client, route, nbytes)

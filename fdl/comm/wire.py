@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,16 +26,31 @@ from fdl.comm.codec import Codec
 from fdl.errors import RefusedError
 from fdl.messages import Message, Meta, message_type
 
+if TYPE_CHECKING:
+    from fdl.comm.ladder import Ladder
+    from fdl.comm.memory import Memory
+
 #: Stands in the header for the client's id of a message that goes to every client.
 BROADCAST = 0xFFFFFFFF
 
 _MAGIC = b"FDL\x01"
+_HEADER = struct.Struct("<4sIBIIQ")
 _FIELDS = struct.Struct("<BIIQ")
 _FLOAT32, _FLOAT64 = struct.Struct("<f"), struct.Struct("<d")
-HEADER = len(_MAGIC) + 4 + _FIELDS.size
+_FOREIGN = "not a message of this version of fdl"
+_SUMMED = len(_MAGIC) + 4
+HEADER = _HEADER.size
 
 
-def pack(message: Message, codec: Codec, *, client: int, round: int, rng: np.random.Generator | None = None) -> bytes:
+def pack(
+    message: Message,
+    codec: Codec,
+    *,
+    client: int,
+    round: int,
+    rng: np.random.Generator | None = None,
+    memory: Memory | None = None,
+) -> bytes:
     """Return the bytes of a message.
 
     Args:
@@ -43,47 +59,54 @@ def pack(message: Message, codec: Codec, *, client: int, round: int, rng: np.ran
         client: id of the sending or receiving client, or `BROADCAST`.
         round: 0 … 2**32 - 1.
         rng: source of rounding noise, needed when `codec.draws`.
+        memory: the sender's, for a chain that remembers.
 
     Raises:
         UserError: a tensor has a dtype that cannot be sent.
     """
-    body = [_encode_meta(message.meta()), *codec.chunks(message.fields(), rng)]
-    fields = _FIELDS.pack(message.code, client, round, sum(memoryview(part).nbytes for part in body))
-    checksum = zlib.crc32(fields)
-    for part in body:
-        checksum = zlib.crc32(part, checksum)
-    return b"".join((_MAGIC, checksum.to_bytes(4, "little"), fields, *body))
+    meta = _encode_meta(message.meta())
+    buffers, size = codec.chunks(message.fields(), rng, round, memory)
+    fields = _FIELDS.pack(message.code, client, round, len(meta) + size)
+    checksum = zlib.crc32(meta, zlib.crc32(fields))
+    for buffer in buffers:
+        checksum = zlib.crc32(buffer, checksum)
+    return b"".join([_MAGIC, checksum.to_bytes(4, "little"), fields, meta, *buffers])
 
 
-def unpack(data: bytes, codec: Codec, *, limit: int, client: int, round: int) -> Message:
+def unpack(
+    data: bytes, codec: Codec | Ladder, *, limit: int, client: int, round: int, memory: Memory | None = None
+) -> Message:
     """Return the valid message that the bytes hold.
 
     Args:
         data: what `pack` returned, as it was received.
-        codec: an equal chain to the sender's.
+        codec: an equal chain to the sender's, or the ladder that it was chosen from.
         limit: most bytes that the decoded arrays may have together.
         client: whose message this must be.
         round: the round that it must belong to.
+        memory: the receiver's, for a chain that remembers; the message is in its draft until it is committed.
 
     Raises:
         RefusedError: the bytes are damaged, belong to another client or round, or hold an unusable message.
     """
-    reader = Reader(data)
-    if reader.take(len(_MAGIC)) != _MAGIC:
-        raise RefusedError("not a message of this version of fdl")
-    checksum = int.from_bytes(reader.take(4), "little")
-    if zlib.crc32(memoryview(data)[len(_MAGIC) + 4 :]) != checksum:
+    if len(data) < HEADER:
+        raise RefusedError("cut short" if _MAGIC.startswith(data[:4]) else _FOREIGN)
+    magic, checksum, code, of_client, of_round, length = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise RefusedError(_FOREIGN)
+    view = memoryview(data)
+    if zlib.crc32(view[_SUMMED:]) != checksum:
         raise RefusedError("checksum does not match: the message was damaged on its way")
-    code, of_client, of_round, length = _FIELDS.unpack(reader.take(_FIELDS.size))
     if of_client != client:
         raise RefusedError(f"message of {_who(of_client)} where one of {_who(client)} was due")
     if of_round != round:
         raise RefusedError(f"message of round {of_round} in round {round}")
-    if length != reader.left:
-        raise RefusedError(f"{length} bytes announced, {reader.left} received")
+    if length != len(data) - HEADER:
+        raise RefusedError(f"{length} bytes announced, {len(data) - HEADER} received")
     kind = message_type(code)
+    reader = Reader(view[HEADER:])
     meta = _decode_meta(reader)
-    message = kind.build(codec.decode(reader.take(reader.left), limit), meta)
+    message = kind.build(codec.decode(reader.rest(), limit, round, memory), meta)
     message.validate()
     return message
 

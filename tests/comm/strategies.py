@@ -7,13 +7,18 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fdl.comm.arithmetic import Range
+from fdl.comm.cache import Cache
 from fdl.comm.cast import BFloat16, Float16
 from fdl.comm.codec import Codec
-from fdl.comm.entropy import Deflate, Zstd
+from fdl.comm.delta import Delta
+from fdl.comm.entropy import Best, Deflate, Zstd
+from fdl.comm.labels import OneHot, Simplex
 from fdl.comm.quantize import Quantize
+from fdl.comm.sparsify import RandomK, TopK
 from fdl.floats import BFLOAT16
 
-LOSSLESS = [Codec(), Codec([Deflate()]), Codec([Zstd()])]
+LOSSLESS = [Codec(), *(Codec([entropy]) for entropy in (Deflate(), Zstd(), Range(), Best([Deflate(), Range()])))]
 NARROWING = [
     Float16(),
     BFloat16(),
@@ -21,7 +26,18 @@ NARROWING = [
     Quantize(8, granularity="tensor"),
 ]
 LOSSY = [Codec([stage, *entropy]) for stage in NARROWING for entropy in ([], [Deflate()], [Zstd()])]
-CHAINS = LOSSLESS + LOSSY
+FURTHER = [
+    Codec([Quantize(8), Range()]),
+    Codec([Delta(), Best([Deflate(), Range(), Zstd()])]),
+    Codec([Delta(), TopK(0.3), Quantize(4, "stochastic"), Deflate()]),
+    Codec([Cache(0.01, 3), Quantize(8), Range()]),
+    Codec([TopK(0.2, error_feedback=True)]),
+    Codec([RandomK(0.3, unbiased=True), Float16(), Deflate()]),
+    Codec([RandomK(0.3, error_feedback=True), Quantize(2)]),
+    Codec([OneHot(), Delta(), Range()]),
+    Codec([Simplex(4), Delta(), Zstd()]),
+]
+CHAINS = LOSSLESS + LOSSY + FURTHER
 
 INTEGERS = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 FLOATS = ["float16", "float32", "float64"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fdl.comm.cast import BFloat16, Float16
-from fdl.comm.stage import Spec
+from fdl.comm.stage import Spec, Turn
 from fdl.floats import BFLOAT16, is_float, narrow, widen
 
 BITS = hnp.arrays(np.uint32, st.integers(1, 50), elements=st.integers(0, 2**32 - 1))
@@ -71,10 +71,10 @@ def test_float16_saturates_finite_values_only():
 @pytest.mark.parametrize("stage, precision", [(Float16(), 2**-11), (BFloat16(), 2**-8)])
 def test_cast_error_is_as_documented(stage, precision, dtype):
     x = np.random.default_rng(0).normal(0, 10, (50, 7)).astype(dtype)
-    coded = stage.encode(x, None)
+    coded = stage.encode(x, Turn())
     spec = Spec(x.dtype, x.shape)
     assert (Spec(coded.main.dtype, coded.main.shape),) == stage.layout(spec, coded.variant)
-    back = stage.decode(spec, coded.variant, coded.main, ())
+    back = stage.decode(spec, coded, Turn())
     assert back.dtype == x.dtype
     assert coded.main.itemsize == 2
     assert (np.abs(back - x) <= precision * np.abs(x) + 1e-7).all()

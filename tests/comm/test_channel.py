@@ -6,14 +6,16 @@ import weakref
 import pytest
 import torch
 
+from fdl import checkpoint
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
+from fdl.comm.delta import Delta
 from fdl.comm.entropy import Deflate
 from fdl.comm.ledger import Ledger, Row
 from fdl.comm.quantize import Quantize
 from fdl.comm.wire import BROADCAST, pack
 from fdl.errors import RefusedError, UserError
-from fdl.messages import Parameters, Responses
+from fdl.messages import Bundle, Features, Parameters, Responses
 from fdl.seeding import numpy_stream
 
 
@@ -183,3 +185,73 @@ def test_setup_costs_have_their_own_account():
 def test_bad_limit():
     with pytest.raises(UserError, match="limit must be at least 1 byte, got 0"):
         channel(limit=0)
+
+
+REMEMBERING = [Delta(), Quantize(4)]
+
+
+def test_chains_that_remember_give_each_client_its_own_past():
+    link = channel(download=REMEMBERING)
+    first, second = weights(0), weights(1)
+    for client in (0, 1):
+        link.download(first, client, 1)
+    link.download(second, 0, 2)  # client 1 sits this round out
+    got = {client: link.download(second, client, 3).tensors["w"] for client in (0, 1)}
+    error = {client: (w - second.tensors["w"]).abs().max() for client, w in got.items()}
+    assert error[0] < 0.1 * error[1]  # its second message of the same tells what the first one lost
+    addresses = {(client, round): data[9:13] for client, round, _, data in link.crossed}
+    assert addresses[0, 1] == bytes(4)
+    assert addresses[1, 1] == bytes([1, 0, 0, 0])
+
+
+def test_a_lost_or_damaged_message_leaves_both_ends_in_step():
+    damaged = set()
+    link = channel(REMEMBERING, change=lambda data, round, **rest: flip(data) if round in damaged else data)
+    spared = channel(REMEMBERING)
+    for round in range(1, 8):
+        message = weights(round // 3)
+        if round in (1, 3, 4):
+            damaged.add(round)
+            with pytest.raises(RefusedError, match="checksum"):
+                link.upload(message, 0, round)
+        else:
+            got = link.upload(message, 0, round)
+            assert torch.equal(got.tensors["w"], spared.upload(message, 0, round).tensors["w"])
+            assert (got.tensors["w"] - message.tensors["w"]).abs().max() < 0.3
+
+
+def test_a_message_that_is_not_usable_is_not_remembered():
+    link = channel(REMEMBERING)
+    link.upload(weights(0), 0, 1)
+    before = checkpoint.pack(link.state_dict())
+    with pytest.raises(RefusedError, match="not finite"):
+        link.upload(Parameters({"w": torch.full((40, 10), float("nan"))}), 0, 2)
+    assert checkpoint.pack(link.state_dict()) == before
+    assert link.upload(weights(0), 0, 3) is not None
+
+
+def test_parts_of_a_bundle_are_packed_counted_and_remembered_by_kind():
+    link = channel([Delta()])
+    answers = Responses(torch.rand(40, 10), "logits")
+    features = Features({"a": torch.rand(40, 10)})
+    for round in (1, 2):
+        got = link.upload(Bundle((answers, features)), 0, round)
+        assert [part.kind for part in got.parts] == ["responses", "features"]
+        assert torch.allclose(got.parts[0].values, answers.values)
+        assert torch.allclose(got.parts[1].layers["a"], features.layers["a"])
+    assert link.ledger.by_kind().keys() == {"up/responses", "up/features"}
+    assert link.state_dict().keys() == {"up/0/responses", "up/0/features"}
+
+
+def test_resume_is_exact():
+    chain = [Delta(), Quantize(4, "stochastic", schedule=[(3, 2)])]
+    straight, resumed = channel(chain, chain), channel(chain, chain)
+    for round in range(1, 6):
+        for client in (0, 3):
+            for send in ("upload", "download"):
+                a, b = (getattr(link, send)(weights(round), client, round) for link in (straight, resumed))
+                assert torch.equal(a.tensors["w"], b.tensors["w"])
+        state = checkpoint.unpack(checkpoint.pack({"channel": resumed.state_dict()}))["channel"]
+        resumed = channel(chain, chain)
+        resumed.load_state_dict(state)
+    assert channel().state_dict() == {}

@@ -12,18 +12,18 @@ from fdl.comm.cast import Float16
 from fdl.comm.codec import Codec
 from fdl.comm.entropy import Deflate, Zstd
 from fdl.comm.quantize import Quantize
-from fdl.comm.stage import ArrayStage, Coded, Spec
+from fdl.comm.stage import ArrayStage, Coded, Spec, Turn
 from fdl.errors import RefusedError, UserError
 from fdl.floats import BFLOAT16, is_float
-from tests.comm.strategies import CHAINS, LOSSLESS, LOSSY, allocates_at_most, as_float64, fields, same
+from tests.comm.strategies import CHAINS, FURTHER, LOSSLESS, LOSSY, allocates_at_most, as_float64, fields, same
 
 LIMIT = 1 << 20
 RNG = np.random.default_rng(0)
 
 
 def blob(codec, schema, *streams):
-    """A message by hand: the chain's signature, then the schema, then streams."""
-    return codec._signature + schema + b"".join(streams)
+    """A message by hand: the chain's signature, the schema and its length, then streams."""
+    return codec.signature + varint(len(schema)) + schema + b"".join(streams)
 
 
 @pytest.mark.parametrize("codec", LOSSLESS, ids=repr)
@@ -81,17 +81,17 @@ def test_layout_by_hand():
     schema = bytes([2, 1]) + b"w" + bytes([10 | 2 << 4, 1, 2]) + bytes([1]) + b"n" + bytes([4])
     # the eight-byte counter stands first in the stream, so that it is aligned
     stream = np.int64(7).tobytes() + arrays["w"].tobytes()
-    assert Codec().encode(arrays) == signature + schema + stream
+    assert Codec().encode(arrays) == signature + bytes([len(schema)]) + schema + stream
 
 
 def test_quantised_layout_by_hand():
     codec = Codec([Quantize(4)])
     arrays = {"a": np.arange(16, dtype=np.float32), "b": np.arange(16, dtype=np.float32) * 2, "n": np.array([5], "u1")}
-    signature = (zlib.crc32(b"quantize/4/row") & 0xFFFF).to_bytes(2, "little")
-    schema = b"\x03" + b"\x01a\x1a\x10\x01" + b"\x01b\x1a\x10\x01" + b"\x01n\x15\x01\x00"
+    signature = (zlib.crc32(b"quantize/row") & 0xFFFF).to_bytes(2, "little")
+    schema = b"\x03" + b"\x01a\x1a\x10\x03" + b"\x01b\x1a\x10\x03" + b"\x01n\x15\x01\x00"
     codes = bytes([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE])
     ends = np.array([0, 15, 0, 30], np.float16).tobytes()
-    assert codec.encode(arrays) == signature + schema + b"\x05" + codes + codes + ends
+    assert codec.encode(arrays) == signature + bytes([len(schema)]) + schema + b"\x05" + codes + codes + ends
 
 
 @pytest.mark.parametrize("stage", [Deflate(), Zstd()], ids=lambda stage: stage.name)
@@ -106,11 +106,11 @@ def test_two_hundred_tensors_share_two_streams():
     rng = np.random.default_rng(0)
     arrays = {f"layer{i:03d}": rng.normal(size=(8, 32)).astype(np.float32) for i in range(200)}
     coded = Codec([Quantize(8), Deflate()]).encode(arrays)
-    parts = [Quantize(8).encode(array, None) for array in arrays.values()]
+    parts = [Quantize(8).encode(array, Turn()) for array in arrays.values()]
     streams = (b"".join(p.main.tobytes() for p in parts), b"".join(p.sides[0].tobytes() for p in parts))
     deflated = [len(Deflate().compress(stream)) for stream in streams]
-    schema = 2 + 2 + 200 * (1 + 8 + 1 + 2 + 1)
-    assert len(coded) == schema + sum(n + len(varint(n)) for n in deflated)
+    schema = 2 + 200 * (1 + 8 + 1 + 2 + 1)
+    assert len(coded) == 2 + len(varint(schema)) + schema + sum(n + len(varint(n)) for n in deflated)
 
 
 def test_report():
@@ -120,7 +120,7 @@ def test_report():
     quantised, entropy = codec.last_report
     assert quantised == ("quantize", 4000 + 32, 1000 + 40 + 32)
     assert entropy[:2] == ("zstd", 1072)
-    assert entropy.bytes_out == len(coded) - (2 + 1 + (2 + 1 + 2 + 1) + (2 + 1 + 1 + 1))
+    assert entropy.bytes_out == len(coded) - (2 + 1 + 1 + (2 + 1 + 2 + 1) + (2 + 1 + 1 + 1))
     assert Codec().last_report == ()
     assert repr(codec) == "quantize/8/row → zstd"
 
@@ -145,16 +145,16 @@ class LargerHalf(ArrayStage):
     name = "larger_half"
     phase = 10
 
-    def encode(self, array, rng):
+    def encode(self, array, turn):
         keep = np.sort(np.argsort(-np.abs(array.reshape(-1)), kind="stable")[: array.size // 2])
         return Coded(1, array.reshape(-1)[keep], (keep.astype(np.uint16),))
 
-    def layout(self, spec, variant):
+    def layout(self, spec, variant, extents=()):
         return Spec(spec.dtype, (spec.size // 2,)), Spec(np.dtype(np.uint16), (spec.size // 2,))
 
-    def decode(self, spec, variant, main, sides):
+    def decode(self, spec, coded, turn):
         out = np.zeros(spec.size, spec.dtype)
-        out[sides[0]] = main
+        out[coded.sides[0]] = coded.main
         return out.reshape(spec.shape)
 
 
@@ -198,9 +198,13 @@ def test_what_cannot_be_sent():
 
 def test_another_chain_is_noticed():
     arrays = {"x": np.random.default_rng(0).random((20, 20)).astype(np.float32)}
-    signatures = {codec._signature for codec in CHAINS}
-    assert len(signatures) == 3 * (1 + 2 + 4 + 1)  # rounding is the sender's own business
-    for codec in (Codec(), Codec([Quantize(4)]), Codec([Quantize(8, granularity="tensor")])):
+    signatures = [{codec.signature for codec in chains} for chains in (LOSSLESS, LOSSY, FURTHER)]
+    assert list(map(len, signatures)) == [
+        5,
+        3 * (2 + 1 + 1),
+        9,
+    ]  # a message tells its bits, and rounding is the sender's own
+    for codec in (Codec(), Codec([Float16()]), Codec([Quantize(8, granularity="tensor")])):
         with pytest.raises(RefusedError, match="another codec chain"):
             codec.decode(Codec([Quantize(8)]).encode(arrays), LIMIT)
 
@@ -210,41 +214,73 @@ MATRIX = FLOAT32 | 2 << 4
 
 
 @pytest.mark.parametrize(
-    "codec, schema, reason",
+    "codec, schema, stream, reason",
     [
-        (Codec(), b"", "cut short"),
-        (Codec(), varint(1 << 40), "arrays announced"),
-        (Codec(), varint(3), "cut short"),
-        (Codec(), b"\xff" * 9 + b"\x7f", "64 bits"),
-        (Codec(), b"\xff" * 30, "64 bits"),
-        (Codec(), b"\x01" + varint(1 << 60) + b"x", "cut short"),
-        (Codec(), b"\x01" + text("x") + bytes([MATRIX]) + varint(1 << 30) + varint(1 << 30), "beyond the limit"),
-        (Codec(), b"\x01" + text("x") + bytes([FLOAT32 | 15 << 4]) + varint((1 << 64) - 1) * 15, "beyond the limit"),
-        (Codec(), b"\x01" + text("x") + bytes([MATRIX]) + varint(1 << 62) + b"\0", "beyond the limit"),
-        (Codec(), b"\x01" + text("x") + bytes([MATRIX]) + varint(400) + varint(600), "cut short"),
-        (Codec(), b"\x02" + (text("x") + bytes([MATRIX]) + varint(400) + varint(400)) * 2, "two arrays"),
-        (Codec(), b"\x02" + b"".join(text(n) + bytes([MATRIX, 200, 4, 200, 4]) for n in "xy"), "beyond the limit"),
-        (Codec(), b"\x01" + text("x") + bytes([13]), "unknown dtype 13"),
-        (Codec(), b"\x01\x02\xff\xfe\x00", "not UTF-8"),
-        (Codec(), b"\x00" + b"\x00", "1 bytes too many"),
-        (Codec(), b"\x01" + text("x") + bytes([BOOL | 1 << 4, 2, 1, 2]), "neither 0 nor 1"),
-        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([MATRIX, 20, 20, 3]), "no variant 3"),
-        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([INT64 | 1 << 4, 20, 1]), "does not apply to int64"),
-        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([FLOAT32, 1]), "does not apply to float32 of rank 0"),
-        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([FLOAT32 | 1 << 4, 8, 1]), "does not apply"),
-        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([MATRIX, 0, 20, 1]), "does not apply"),
-        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([MATRIX, 20, 1, 2]), "would enlarge"),
-        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([MATRIX, 20, 20, 1]) + bytes(479), "cut short"),
-        (Codec([Deflate()]), b"\x01" + text("x") + bytes([MATRIX, 9, 9]) + varint(324), "not shorter"),
-        (Codec([Zstd()]), b"\x01" + text("x") + bytes([MATRIX, 9, 9]) + varint(300) + bytes(10), "cut short"),
-        (Codec([Deflate()]), b"\x01" + text("x") + bytes([MATRIX, 9, 9]) + varint(9) + bytes(9), "deflate"),
+        (Codec(), b"", b"", "cut short"),
+        (Codec(), varint(1 << 40), b"", "arrays announced"),
+        (Codec(), varint(3), b"", "cut short"),
+        (Codec(), b"\xff" * 9 + b"\x7f", b"", "64 bits"),
+        (Codec(), b"\xff" * 30, b"", "64 bits"),
+        (Codec(), b"\x01" + varint(1 << 60) + b"x", b"", "cut short"),
+        (Codec(), b"\x01" + text("x") + bytes([MATRIX]) + varint(1 << 30) + varint(1 << 30), b"", "beyond the limit"),
+        (
+            Codec(),
+            b"\x01" + text("x") + bytes([FLOAT32 | 15 << 4]) + varint((1 << 64) - 1) * 15,
+            b"",
+            "beyond the limit",
+        ),
+        (Codec(), b"\x01" + text("x") + bytes([MATRIX]) + varint(1 << 62) + b"\0", b"", "beyond the limit"),
+        (Codec(), b"\x01" + text("x") + bytes([MATRIX]) + varint(400) + varint(600), b"", "cut short"),
+        (Codec(), b"\x02" + (text("x") + bytes([MATRIX]) + varint(400) + varint(400)) * 2, b"", "two arrays"),
+        (Codec(), b"\x02" + b"".join(text(n) + bytes([MATRIX, 200, 4, 200, 4]) for n in "xy"), b"", "beyond the limit"),
+        (Codec(), b"\x01" + text("x") + bytes([13]), b"", "unknown dtype 13"),
+        (Codec(), b"\x01\x02\xff\xfe\x00", b"", "not UTF-8"),
+        (Codec(), b"\x00" + b"\x00", b"", "1 bytes too many"),
+        (Codec(), b"\x01" + text("x") + bytes([BOOL | 1 << 4, 2]), b"\1\2", "neither 0 nor 1"),
+        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([MATRIX, 20, 20, 9]), b"", "no variant 9"),
+        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([INT64 | 1 << 4, 20, 1]), b"", "does not apply to int64"),
+        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([FLOAT32, 1]), b"", "does not apply to float32 of rank 0"),
+        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([FLOAT32 | 1 << 4, 8, 1]), b"", "does not apply"),
+        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([MATRIX, 0, 20, 1]), b"", "does not apply"),
+        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([MATRIX, 20, 1, 2]), b"", "would enlarge"),
+        (Codec([Quantize(8)]), b"\x01" + text("x") + bytes([MATRIX, 20, 20, 1]), bytes(479), "cut short"),
+        (Codec([Deflate()]), b"\x01" + text("x") + bytes([MATRIX, 9, 9]), varint(324), "not shorter"),
+        (Codec([Zstd()]), b"\x01" + text("x") + bytes([MATRIX, 9, 9]), varint(300) + bytes(10), "cut short"),
+        (Codec([Deflate()]), b"\x01" + text("x") + bytes([MATRIX, 9, 9]), varint(9) + bytes(9), "deflate"),
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_hostile_messages_are_refused_without_memory(codec, schema, reason):
-    data = blob(codec, schema)
+def test_hostile_messages_are_refused_without_memory(codec, schema, stream, reason):
+    data = blob(codec, schema, stream)
     with allocates_at_most(100_000), pytest.raises(RefusedError, match=reason):
         codec.decode(data, LIMIT)
+
+
+def test_a_layout_is_known_only_once_it_was_read_to_its_end():
+    codec = Codec([Quantize(8)])
+    good = codec.encode({"x": np.ones((20, 20), np.float32)})
+    for _ in range(2):
+        for schema in (b"\x02" + good[4:11], good[3:11] + b"\0", b"\x01" + text("x") + bytes([MATRIX, 200, 200])):
+            with pytest.raises(RefusedError):
+                codec.decode(blob(codec, schema, good[11:]), LIMIT)
+    assert not codec._layouts
+    for _ in range(2):
+        assert codec.decode(good, 1600)["x"].sum() == 400
+        with pytest.raises(RefusedError, match="beyond the limit of 1599 bytes"):
+            codec.decode(good, 1599)
+    assert len(codec._layouts) == 1
+
+
+def test_known_layouts_do_not_pile_up():
+    codec = Codec()
+    for n in range(1, 200):
+        codec.decode(codec.encode({"x": np.ones(n, np.float32)}), LIMIT)
+    assert len(codec._layouts) <= 16
+    assert len(codec._schemas) <= 16
+    for count in (1, 3000):
+        arrays = {f"{'x' * 30}{i}": np.ones(2, np.float32) for i in range(count)}
+        assert all(same(a, b) for a, b in zip(codec.decode(codec.encode(arrays), LIMIT).values(), arrays.values()))
+    assert max(map(len, codec._layouts)) <= 1 << 16
 
 
 @pytest.mark.parametrize(
@@ -301,7 +337,7 @@ def test_damage_that_no_checksum_caught_is_refused_or_decodes_within_the_limit(c
 @given(data=st.binary(max_size=100), which=st.sampled_from(CHAINS))
 def test_random_bytes_are_refused_or_small(data, which):
     try:
-        back = which.decode(which._signature + data, 10_000)
+        back = which.decode(which.signature + data, 10_000)
     except RefusedError:
         return
     assert sum(array.nbytes for array in back.values()) <= 10_000

@@ -9,11 +9,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl.comm.entropy import Deflate, Zstd
+from fdl.comm.arithmetic import Range
+from fdl.comm.entropy import Best, Deflate, Zstd
+from fdl.comm.quantize import Quantize
 from fdl.errors import RefusedError, UserError
 from tests.comm.strategies import allocates_at_most
 
-STAGES = [Deflate(), Zstd(), Zstd(level=19)]
+STAGES = [Deflate(), Zstd(), Range(), Best([Zstd(), Range(), Deflate()]), Zstd(level=19)]
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
@@ -47,11 +49,12 @@ def test_other_sizes_cuts_and_tails_are_refused(stage):
     data = bytes(range(200)) * 20
     coded = stage.compress(data)
     assert stage.expand(memoryview(coded), len(data)) == data
+    coder = "|".join([stage.name, *(inner.name for inner in getattr(stage, "stages", ()))])
     for size in (1, len(data) - 1, len(data) + 1, 10 * len(data)):
-        with pytest.raises(RefusedError, match=stage.name):
+        with pytest.raises(RefusedError, match=coder):
             stage.expand(memoryview(coded), size)
     for damaged in (coded + b"\0", coded + coded, b"", *(coded[:end] for end in range(0, len(coded), 7))):
-        with pytest.raises(RefusedError, match=stage.name):
+        with pytest.raises(RefusedError, match=coder):
             stage.expand(memoryview(damaged), len(data))
 
 
@@ -83,7 +86,7 @@ def test_zstd_frame_that_asks_for_a_wide_window_is_refused():
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=200), size=st.integers(1, 5000))
 def test_random_bytes_are_refused_or_expand_to_the_size(data, size):
-    for stage in STAGES[:2]:
+    for stage in STAGES[:4]:
         with contextlib.suppress(RefusedError):
             assert len(stage.expand(memoryview(data), size)) == size
 
@@ -91,3 +94,71 @@ def test_random_bytes_are_refused_or_expand_to_the_size(data, size):
 def test_bad_level():
     with pytest.raises(UserError, match="level must be in 1 … 22, got 0"):
         Zstd(level=0)
+
+
+def entropy_bytes(data):
+    p = np.bincount(data) / data.size
+    return -(p[p > 0] * np.log2(p[p > 0])).sum() * data.size / 8
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3, 4.0, 40.0])
+def test_range_is_within_one_percent_of_the_entropy(spread):
+    codes = np.clip(np.random.default_rng(0).normal(100, spread, 200_000), 0, 255).astype(np.uint8)
+    best = entropy_bytes(codes)
+    size = len(Range().compress(codes.tobytes()))
+    assert best <= size <= 1.01 * best + 300
+    assert len(Best([Deflate(), Range()]).compress(codes.tobytes())) <= size + 1
+
+
+def test_range_spends_fractions_of_a_bit():
+    flags = (np.random.default_rng(0).random(80_000) < 0.01).astype(np.uint8)
+    size = len(Range().compress(flags.tobytes()))
+    assert size <= 1.01 * entropy_bytes(flags) + 12
+    assert size < len(Deflate().compress(flags.tobytes())) / 10  # Huffman: a bit at least
+
+
+def test_range_of_one_symbol_is_its_table():
+    assert len(Range().compress(b"\x07" * 100_000)) == 3 + 2 + 3
+    assert Range().expand(memoryview(b"\x05\x07\x07\x01"), 5) == b"\x07" * 5
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "table"),
+        (b"\x64\x05\x06\x01", "table"),
+        (b"\x64\x05\x04\x01", "stream"),
+        (b"\x63\x00\x00\x01", "exactly"),
+        (b"\x64\x00\x01\xff\xff\xff\x01\x01", "stream"),  # a frequency beyond all
+        (b"\x64\x00\x01\x00\x00", "stream"),  # frequencies that sum to nothing
+        (b"\x64\x00\x01\x01\x01abc", "stream"),  # no whole words
+        (b"\x64\x00\x01\x01\x01\1\0\0\0\0\0\0\0", "stream"),  # a last word of zero
+        (b"\x64\x00\x00\x01\1\0\0\0", "exactly"),
+        (b"\x64\x00\x01\x01\x01" + b"\1\2\3\4" * 50, "exactly"),
+    ],
+)
+def test_damaged_range_streams(data, reason):
+    with pytest.raises(RefusedError, match=f"range: .*{reason}"):
+        Range().expand(memoryview(data), 100)
+
+
+def test_range_takes_little_memory():
+    data = np.random.default_rng(0).binomial(9, 0.5, 2_000_000).astype(np.uint8).tobytes()
+    coded = Range().compress(data)
+    with allocates_at_most(5_000_000):
+        assert Range().expand(memoryview(coded), len(data)) == data
+
+
+def test_best_names_the_coder_and_costs_one_byte():
+    repeats, flags = b"abcdefgh" * 500, (np.random.default_rng(0).random(4000) < 0.01).astype(np.uint8).tobytes()
+    stage = Best([Zstd(), Range()])
+    for data, number in ((repeats, 0), (flags, 1)):
+        coded = stage.compress(data)
+        assert coded == bytes([number]) + stage.stages[number].compress(data)
+        assert len(coded) == 1 + min(len(s.compress(data)) for s in stage.stages)
+    with pytest.raises(RefusedError, match="best: no coder number 2"):
+        stage.expand(memoryview(b"\x02abc"), 10)
+    assert str(stage) == "best(zstd|range)"
+    for stages in ([Deflate()], [], [Deflate(), Quantize(8)], [Deflate(), stage]):
+        with pytest.raises(UserError, match="stages must be"):
+            Best(stages)

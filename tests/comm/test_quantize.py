@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl.comm.quantize import Quantize
-from fdl.comm.stage import Spec
+from fdl.comm.quantize import Quantize, _outwards
+from fdl.comm.stage import Spec, Turn
 from fdl.errors import RefusedError, UserError
 from tests.comm.strategies import as_float64, float_arrays
 
@@ -18,11 +18,11 @@ def through(stage, x, rng=None):
     """Encode, check that the parts are as announced, decode."""
     spec = Spec(x.dtype, x.shape)
     before = x.tobytes()
-    coded = stage.encode(x, rng)
+    coded = stage.encode(x, Turn(rng))
     assert x.tobytes() == before
     parts = (coded.main, *coded.sides)
     assert [Spec(part.dtype, part.shape) for part in parts] == list(stage.layout(spec, coded.variant))
-    back = stage.decode(spec, coded.variant, coded.main, coded.sides)
+    back = stage.decode(spec, coded, Turn())
     assert back.dtype == x.dtype
     assert back.shape == x.shape
     return back, coded
@@ -44,7 +44,7 @@ def test_codes_and_packing_by_hand():
 def test_ends_by_hand():
     x = np.array([[0.0, 10.0, 5.0, 2.5], [-1.0, -1.0, -1.0, -1.0], [0.25, 0.5, 0.75, 1.0]], np.float32)
     back, coded = through(Quantize(2), x)
-    assert coded.variant == HALF
+    assert coded.variant == HALF + 2 * BITS.index(2)
     assert coded.sides[0].tolist() == [[0.0, -1.0, 0.25], [10.0, -1.0, 1.0]]
     step = np.float32(10 / 3)
     # 5.0 lies on the border of codes 1 and 2, which goes up; 2.5 is 0.75 steps, code 1
@@ -138,18 +138,38 @@ def test_stochastic_rounding_is_unbiased_with_the_variance_of_the_formula(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_the_largest_noise_does_not_lift_the_row_s_end(bits):
     class Largest:
-        def random(self, shape, dtype):
-            return np.full(shape, 1 - 2**-24, dtype)
+        bit_generator = property(lambda self: self)
+
+        def random_raw(self, size):
+            return np.full(size, 2**64 - 1, np.uint64)
 
     x = np.array([np.linspace(0, 2**bits - 1, 20)], np.float32)
     back, _ = through(Quantize(bits, "stochastic"), x, Largest())
     assert back[0, -1] == x[0, -1]
 
 
+def test_bits_follow_the_schedule_and_a_message_tells_them():
+    x = np.random.default_rng(0).random((20, 30), dtype=np.float32)
+    stage, spec = Quantize(2, schedule=[(3, 8), (5, 1)]), Spec(x.dtype, x.shape)
+    assert [stage.bits_in(round) for round in range(7)] == [2, 2, 2, 8, 8, 1, 1]
+    for round, bits in enumerate([2, 2, 2, 8, 8, 1, 1]):
+        coded = stage.encode(x, Turn(round=round))
+        plain = Quantize(bits).encode(x, Turn())
+        assert coded.main.size == 600 * bits // 8
+        assert np.array_equal(coded.main, plain.main)
+        # no receiver needs the schedule, nor the round
+        assert np.array_equal(Quantize(4).decode(spec, coded, Turn()), Quantize(bits).decode(spec, plain, Turn()))
+    assert str(stage) == "quantize/2,3:8,5:1/row"
+    assert stage.signature == Quantize(8).signature
+    for schedule, message in (([(1, 3)], "8, 4, 2 or 1 bits"), ([(4, 8), (2, 4)], "order"), ([(2, 8), (2, 4)], "once")):
+        with pytest.raises(UserError, match=f"schedule must .*{message}"):
+            Quantize(8, schedule=schedule)
+
+
 def test_stochastic_rounding_repeats_with_its_stream():
     x = np.random.default_rng(0).random((20, 30), dtype=np.float32)
     stage = Quantize(2, "stochastic")
-    first, second, other = (stage.encode(x, np.random.default_rng(seed)).main for seed in (7, 7, 8))
+    first, second, other = (stage.encode(x, Turn(np.random.default_rng(seed))).main for seed in (7, 7, 8))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
     assert stage.draws()
@@ -180,10 +200,24 @@ def test_scales_are_half_precision_where_that_is_harmless(low, high, variant, bi
     x = np.array([np.linspace(low, high, 33)] * 2, np.float32)
     back, coded = through(Quantize(bits), x)
     if bits > 1:
-        assert coded.variant == variant
+        assert coded.variant == variant + 2 * BITS.index(bits)
     step = (np.float64(x.max()) - x.min()) / (2**bits - 1)
     assert np.isfinite(back).all()
     assert np.abs(back.astype(np.float64) - x).max() <= step / 2 * (1 + 1 / 64) + np.spacing(np.float32(high))
+
+
+def test_half_precision_ends_go_outwards_at_every_magnitude():
+    rng = np.random.default_rng(0)
+    low = rng.choice([-1, 1], 4000) * 10.0 ** rng.uniform(-9, 4, 4000)
+    ends = np.stack([low, low + np.abs(low)])
+    ends[:, :6] = [[0, -0.0, 2**-14, -(2**-14), 2**-24, 1e-30], [0, 0, 2**-14, 0, 2**-24, 2e-30]]
+    rounded = _outwards(ends, np.float16)
+    assert (rounded[0] <= ends[0]).all()
+    assert (rounded[1] >= ends[1]).all()
+    inwards = np.nextafter(rounded, np.array([[np.inf], [-np.inf]], np.float16))
+    exact = rounded == ends
+    assert (exact[0] | (inwards[0] > ends[0])).all()  # the nearest such number
+    assert (exact[1] | (inwards[1] < ends[1])).all()
 
 
 @pytest.mark.filterwarnings("error")
@@ -207,5 +241,5 @@ def test_bad_arguments_and_variants():
         Quantize(8, "up")
     with pytest.raises(UserError, match="granularity must be"):
         Quantize(8, granularity="column")
-    with pytest.raises(RefusedError, match="quantize has no variant 3"):
-        Quantize(8).layout(Spec(np.dtype(np.float32), (4, 4)), 3)
+    with pytest.raises(RefusedError, match="quantize has no variant 9"):
+        Quantize(8).layout(Spec(np.dtype(np.float32), (4, 4)), 9)

@@ -46,7 +46,7 @@ def forge(body, code=1, client=3, round=7, length=None):
 def test_header_by_hand():
     data = packed(Parameters({"w": torch.tensor([1.0, 2.0])}, samples=9))
     signature = struct.pack("<H", zlib.crc32(b"") & 0xFFFF)
-    body = b"\x01\x07samplesi\x12" + signature + b"\x01\x01w\x1a\x02" + struct.pack("<2f", 1, 2)
+    body = b"\x01\x07samplesi\x12" + signature + b"\x05\x01\x01w\x1a\x02" + struct.pack("<2f", 1, 2)
     assert HEADER == 25
     assert data == forge(body)
     assert torch.equal(unpacked(data).tensors["w"], torch.tensor([1.0, 2.0]))
@@ -132,7 +132,8 @@ def test_reasons():
 
 
 def test_lengths_beyond_the_limit_take_no_memory():
-    body = b"\x01" + text("samples") + b"i\0" + RAW._signature + b"\x01" + text("w") + b"\x2a" + varint(1 << 14) * 2
+    schema = b"\x01" + text("w") + b"\x2a" + varint(1 << 14) * 2
+    body = b"\x01" + text("samples") + b"i\0" + RAW.signature + varint(len(schema)) + schema
     with allocates_at_most(50_000), pytest.raises(RefusedError, match="beyond the limit"):
         unpacked(forge(body))
     with allocates_at_most(50_000), pytest.raises(RefusedError, match="cut short"):
@@ -165,7 +166,7 @@ def test_float32_numbers_take_four_bytes():
 @settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=200), code=st.integers(0, 3), which=st.sampled_from(CHAINS))
 def test_forged_messages_are_refused_or_valid(data, code, which):
-    for body in (data, b"\x01\x07samplesi\x12" + which._signature + data):
+    for body in (data, b"\x01\x07samplesi\x12" + which.signature + data):
         try:
             unpacked(forge(body, code=code), which, limit=10_000)
         except RefusedError:
