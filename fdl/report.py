@@ -67,7 +67,7 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         "best": {key: best[key] for key in ("round", "metrics", "communication")},
         "history": history,
         "communication": {**loop.ledger.totals(), "by_kind": loop.ledger.by_kind()},
-        "time": {"total_s": total, **parts},
+        "time": {"total_s": total, **parts, "transfer_s": last["communication"].get("transfer_s", 0.0)},
         "memory": _memory(),
         "participants": _participants(loop),
         "environment": _environment(loop.runtime.device),
@@ -154,6 +154,8 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("Rounds", str(summary["rounds"])))
     parts = ", ".join(f"{part} {time[f'{part}_s']:.1f}" for part in ("clients", "server", "evaluate"))
     rows.append(("Seconds", f"{time['total_s']:.1f}  ({parts})"))
+    if time.get("transfer_s"):
+        rows.append(("Seconds on the links", f"{time['transfer_s']:.1f}  (simulated)"))
     return rows
 
 

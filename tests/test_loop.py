@@ -238,3 +238,17 @@ def test_errors_of_a_client_name_it(tmp_path):
     loop.method.local_update = mistake
     with pytest.raises(UserError, match=r"client 0 \(linear\) in round 1: too few samples"):
         loop.run()
+
+
+def test_transfer_times_add_up_over_rounds(tmp_path):
+    from fdl.comm.bandwidth import Bandwidth
+
+    loop = federation(FedAvg(), tmp_path, rounds=3)
+    loop.channel.bandwidth = Bandwidth({"bits_per_second": 8000, "latency": 0.5})
+    loop.ledger.links = loop.channel.bandwidth.link
+    loop.run()
+    one = [row.bytes for row in loop.ledger.rows() if row.round == 1 and row.client == 0]
+    expected = sum(0.5 + 8 * size / 8000 for size in one)  # two messages, one after the other
+    times = [record["communication"]["transfer_s"] for record in loop.history]
+    assert times[0] == pytest.approx(expected, rel=0.02)
+    assert times[2] == pytest.approx(3 * times[0], rel=0.02)

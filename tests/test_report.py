@@ -42,7 +42,10 @@ def test_summary_has_its_stable_keys(loop):
 
 
 def test_times_are_the_parts_and_their_sum_unless_the_total_is_given(loop):
-    assert report.summarise(loop)["time"] == {"total_s": 1.875, "clients_s": 1.0, "server_s": 0.5, "evaluate_s": 0.25}
+    parts = {"clients_s": 1.0, "server_s": 0.5, "evaluate_s": 0.25, "transfer_s": 0.0}
+    assert report.summarise(loop)["time"] == {"total_s": 1.875, **parts}
+    loop.history[-1]["communication"]["transfer_s"] = 4.5
+    assert report.summarise(loop)["time"]["transfer_s"] == 4.5
     assert report.summarise(loop, 9.0)["time"]["total_s"] == 9.0
 
 
