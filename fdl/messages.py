@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
@@ -120,14 +121,21 @@ class Parameters(Message):
         _nothing_left(meta)
         return cls(_side_by_side(fields) or {name: _to_torch(array) for name, array in fields.items()}, samples)
 
-    def validate(self) -> None:
-        """Every number is finite."""
+    @cached_property
+    def whole(self) -> Tensor | None:
+        """All tensors, in order, as one vector, where they lie side by side; see `as_one`."""
+        return as_one(self.tensors.values())
+
+    @cached_property
+    def _checked(self) -> None:
         _check_samples(self.samples)
-        whole = as_one(self.tensors.values())
-        if whole is not None and math.isfinite(whole.sum()):
-            return
-        for name, tensor in self.tensors.items():
-            _check_finite(f"tensor {name!r}", tensor)
+        if self.whole is None or not math.isfinite(self.whole.sum()):
+            for name, tensor in self.tensors.items():
+                _check_finite(f"tensor {name!r}", tensor)
+
+    def validate(self) -> None:
+        """Every number is finite. Looked at once: a message does not change."""
+        return self._checked
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdl.errors import UserError
 from fdl.modules.optim import build_optimizer, build_scheduler
-from fdl.modules.weights import pin
+from fdl.modules.weights import pin, trainable
 from fdl.seeding import stream_seed
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Runtime:
         costs as much as half a step of a small model.
         """
         known = self._optimizers.setdefault(module, {})
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = trainable(module)
         if id(config) in known:
             _, before, optimizer, settings = known[id(config)]
             if len(before) == len(parameters) and all(a is b for a, b in zip(before, parameters)):

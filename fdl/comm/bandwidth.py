@@ -80,6 +80,13 @@ class Bandwidth:
         """
         return self._clients.get(client, self._common)["down" if direction == "setup" else direction]
 
+    @property
+    def timed(self) -> bool:
+        """Whether any link takes time."""
+        return any(
+            link.seconds(1, 1) > 0 for links in (self._common, *self._clients.values()) for link in links.values()
+        )
+
     def limited(self, direction: str) -> bool:
         """Tell whether any client has a budget in a direction."""
         return any(links[direction].bytes_per_round < math.inf for links in (self._common, *self._clients.values()))

@@ -56,7 +56,7 @@ class Channel:
         self._codecs = {"up": upload, "down": download}
         self._ladders = {d: Ladder(codec) for d, codec in self._codecs.items() if self.bandwidth.limited(d)}
         self.ledger, self._seed, self._limit = ledger, seed, limit
-        ledger.links = self.bandwidth.link
+        ledger.links = self.bandwidth.link if self.bandwidth.timed else None
         self._memories: dict[tuple[str, int, str], Memory] = {}
         self._round = -1
         self._spent: dict[tuple[str, int], int] = {}

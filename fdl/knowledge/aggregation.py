@@ -6,7 +6,6 @@ moves the float32 result by its last bit at most. A message that does not fit is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -183,13 +182,9 @@ class ParameterMean:
     def __init__(self, like: Mapping[str, Tensor]):
         self._like = {name: (tensor.shape, tensor.dtype) for name, tensor in like.items()}
         self.samples = 0
-        averaged = {name: shape for name, (shape, dtype) in self._like.items() if dtype.is_floating_point}
-        sizes = [shape.numel() for shape in averaged.values()]
-        # one vector, of which every sum is a view: a model that comes in one piece is added in one piece
-        self._sum = torch.zeros(sum(sizes), dtype=torch.float64)
-        self._sums = {
-            name: part.view(shape) for (name, shape), part in zip(averaged.items(), self._sum.split(sizes))
-        }
+        self._averaged = {name: shape for name, (shape, dtype) in self._like.items() if dtype.is_floating_point}
+        # one vector for all sums: a model that comes in one piece is added, and divided, in one piece
+        self._sum = torch.zeros(sum(shape.numel() for shape in self._averaged.values()), dtype=torch.float64)
         self._largest: dict[str, Tensor] = {}
 
     def add(self, parameters: Parameters, client: int) -> None:
@@ -203,17 +198,21 @@ class ParameterMean:
             RefusedError: they do not fit; the mean is as it was.
         """
         self._check(parameters)
+        parameters.validate()
         tensors = parameters.tensors
-        whole = as_one([tensors[name] for name in self._sums])
-        if whole is None or not math.isfinite(whole.sum()):
-            parameters.validate()
+        whole = (
+            parameters.whole
+            if list(tensors) == list(self._averaged)
+            else as_one([tensors[name] for name in self._averaged])
+        )
         if whole is not None:
             self._sum.add_(whole.detach().cpu(), alpha=parameters.samples)
         else:
-            for name, total in self._sums.items():
+            for name, total in self._named(self._sum).items():
                 total.add_(tensors[name].detach().cpu(), alpha=parameters.samples)
-        for name in self._like.keys() - self._sums.keys():
-            self._keep_largest(name, tensors[name].detach().cpu())
+        if len(self._averaged) < len(self._like):
+            for name in self._like.keys() - self._averaged.keys():
+                self._keep_largest(name, tensors[name].detach().cpu())
         self.samples += parameters.samples
 
     def merge(self, other: ParameterMean) -> None:
@@ -229,10 +228,18 @@ class ParameterMean:
         """The mean by name, in the dtypes of `like`; None when nobody was added."""
         if self.samples == 0:
             return None
+        mean = self._sum / self.samples
+        dtypes = {dtype for name, (_, dtype) in self._like.items() if name in self._averaged}
+        means = self._named(mean.to(dtypes.pop()) if len(dtypes) == 1 else mean)
         return {
-            name: (self._sums[name] / self.samples).to(dtype) if name in self._sums else self._largest[name].clone()
+            name: means[name].to(dtype) if name in means else self._largest[name].clone()
             for name, (_, dtype) in self._like.items()
         }
+
+    def _named(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector of all averaged elements, by tensor."""
+        parts = vector.split([shape.numel() for shape in self._averaged.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self._averaged.items(), parts)}
 
     def _check(self, parameters: Parameters) -> None:
         if not isinstance(parameters, Parameters):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 _PINNED: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_PINNED_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's parameters and persistent buffers by name.
@@ -38,6 +40,13 @@ def pin(module: nn.Module) -> None:
         module: it must not be moved, converted or given other parameters afterwards.
     """
     _PINNED[module] = state_of(module)
+    _PINNED_PARAMETERS[module] = list(module.parameters())
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that ask for gradients now, shared ones once."""
+    parameters = _PINNED_PARAMETERS.get(module)
+    return [p for p in (module.parameters() if parameters is None else parameters) if p.requires_grad]
 
 
 @torch.no_grad()
