@@ -116,7 +116,7 @@ def test_a_run_ends_with_a_table_and_leaves_its_files(straight):
     keys = "name method seed rounds metrics best history communication time memory participants environment"
     assert " ".join(found) == keys
     assert set(found["communication"]) == {"upload_bytes", "download_bytes", "setup_bytes", "by_kind"}
-    assert set(found["time"]) == {"total_s", "clients_s", "server_s", "evaluate_s"}
+    assert set(found["time"]) == {"total_s", "clients_s", "server_s", "evaluate_s", "transfer_s"}
     assert set(found["memory"]) == {"peak_rss_bytes", "peak_device_bytes"}
     assert set(found["best"]) == {"round", "metrics", "communication"}
     assert set(found["participants"][0]) == {"id", "samples", "architecture", "parameters", "metrics"}
@@ -141,7 +141,8 @@ def test_bytes_add_up(straight):
     sent = found["communication"]
     for direction, key in (("up", "upload_bytes"), ("down", "download_bytes"), ("setup", "setup_bytes")):
         assert sum(v for kind, v in sent["by_kind"].items() if kind.startswith(f"{direction}/")) == sent[key]
-    assert found["history"][-1]["communication"] == {k: v for k, v in sent.items() if k != "by_kind"}
+    totals = {key: value for key, value in sent.items() if key != "by_kind"}
+    assert found["history"][-1]["communication"] == {**totals, "transfer_s": found["time"]["transfer_s"]}
     assert sent["setup_bytes"] == 4 * 100 * 64 * 4  # four clients get 100 images of 64 floats
 
 
