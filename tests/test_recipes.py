@@ -67,7 +67,7 @@ def test_a_recipe_builds_what_it_names(path, overrides, tmp_path):
     assert all(len(client.train) for client in loop.clients)
     total = sum(len(client.train) + len(client.calibration) for client in loop.clients)
     held_out = len(loop.server.proxy) + len(loop.server.validation)
-    assert total + held_out == {"digits": 1797 - 360}.get(recipe.data.target, 400)
+    assert total + held_out == {"digits": 1797 - 360, "rotated_digits": 1797 - 360}.get(recipe.data.target, 400)
     if loop.server.student is not None:
         images, labels = loop.server.test.batch(torch.arange(2))
         output = loop.server.student.eval()(images)

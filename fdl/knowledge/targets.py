@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,15 @@ class Answered(Samples):
         samples: the inputs; their labels, if any, are not looked at.
         answers: one row a sample, [n, C].
         rows: which samples were answered, int64 [n]; None when all were, in order.
+        more: further tensors with one row a sample, which a batch hands out after the answers.
     """
 
-    def __init__(self, samples: Samples, answers: Tensor, rows: Tensor | None = None):
+    def __init__(self, samples: Samples, answers: Tensor, rows: Tensor | None = None, more: Sequence[Tensor] = ()):
         self.samples = samples if rows is None else samples.subset(rows)
-        self.answers = answers
-        if len(self.samples) != len(answers):
-            raise ValueError(f"{len(answers)} answers for {len(self.samples)} samples")
+        self.answers, self.more = answers, tuple(more)
+        for column in (answers, *self.more):
+            if len(self.samples) != len(column):
+                raise ValueError(f"{len(column)} answers for {len(self.samples)} samples")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -34,7 +36,7 @@ class Answered(Samples):
     @property
     def nbytes(self) -> int:
         """Bytes of the inputs and of the answers."""
-        return self.samples.nbytes + self.answers.nbytes
+        return self.samples.nbytes + sum(column.nbytes for column in (self.answers, *self.more))
 
     @property
     def labels(self) -> None:
@@ -42,13 +44,14 @@ class Answered(Samples):
         return None
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Inputs and their answers, [B, …] and [B, C]."""
+        """Inputs and their answers, [B, …] and [B, C], and what more there is."""
         inputs, _ = self.samples.batch(indices, generator)
-        return inputs, self.answers[indices]
+        return inputs, self.answers[indices], *(column[indices] for column in self.more)
 
     def subset(self, indices: Tensor) -> Answered:
         """The chosen samples with their answers."""
-        return Answered(self.samples.subset(indices), self.answers[indices])
+        more = [column[indices] for column in self.more]
+        return Answered(self.samples.subset(indices), self.answers[indices], more=more)
 
     def unlabelled(self) -> Samples:
         """The inputs alone."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 
 from fdl.errors import UserError
 from fdl.knowledge.aggregation import Knowledge, ResponseMean
-from fdl.knowledge.calibration import fit_temperature
+from fdl.knowledge.answering import Answering
+from fdl.knowledge.collection import Collected, Collection
 from fdl.knowledge.confidence import Confidence
+from fdl.knowledge.curriculum import Curriculum
+from fdl.knowledge.features import FeatureMean, FeatureTransfer
+from fdl.knowledge.frequency import OnChange
+from fdl.knowledge.learner import Teaching
+from fdl.knowledge.memory import LastAnswers
+from fdl.knowledge.personal import AdaptiveWeights, Gains, Similarity
+from fdl.knowledge.prototypes import PrototypePool, PrototypeTransfer
+from fdl.knowledge.subsampling import AnswerCache, rows_of_round
 from fdl.knowledge.targets import Answered, response_objective
-from fdl.losses import RESPONSE_LOSSES
-from fdl.messages import Confidences, Responses
+from fdl.losses import RESPONSE_LOSSES, entropy_reduction
+from fdl.messages import Bundle, Message, Responses, Standing, parts_of
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
 
@@ -21,7 +31,8 @@ class FederatedDistillation(Method):
     """Private specialists of any architecture answer the proxy set; the student is distilled from what they agree on.
 
     Up go responses and, row by row, each client's confidence in them; down go responses. Neither data nor weights
-    leave a site. Answers are weighted by softmax over clients of their confidences, which are log-weights.
+    leave a site. Answers are weighted by softmax over clients of their confidences, which are log-weights. Everything
+    below `feedback` is off unless it is named.
 
     Args:
         confidence: how much a client's answer to a proxy sample counts; None weighs all alike.
@@ -30,10 +41,22 @@ class FederatedDistillation(Method):
         calibrate: divide each specialist's logits by a temperature fitted on its held-out private share.
         loss: response loss of the student and of specialists that learn from what comes back.
         feedback: what clients receive from the second round on: the aggregate, the student's answers, or nothing.
+        alpha: weight of the response loss beside those of features and prototypes, ≥ 0.
+        sharpen: temperature of DS-FL's entropy reduction of the aggregate, e.g. 0.1; None leaves it.
+        features: activations that go up, too.
+        prototypes: centroids of the clients' data that go up, too.
+        adapter: maps each participant's features, and prototypes of its embedding, to the student's space; without
+            such it has nothing to do.
+        weights: clients' weights that follow the phase of training.
+        personal: each client gets its own mixture of the others' answers, in the place of the aggregate.
+        curriculum: in what order the student meets the proxy samples.
+        subsample: share of the proxy set that is answered in a round, the same samples by all clients.
+        cache: for how many rounds a sample's answers go on teaching; 1 is for their own round only.
+        frequency: when a client has something new to say.
     """
 
     name = "federated_distillation"
-    requires = ("student", "specialists", "proxy")
+    requires: ClassVar[tuple[str, ...]] = ("student", "specialists", "proxy")
 
     def __init__(
         self,
@@ -43,59 +66,123 @@ class FederatedDistillation(Method):
         calibrate: bool = False,
         loss: str = "kl",
         feedback: Literal["aggregate", "student", "none"] = "aggregate",
+        alpha: float = 1.0,
+        sharpen: float | None = None,
+        features: FeatureTransfer | None = None,
+        prototypes: PrototypeTransfer | None = None,
+        adapter: Literal["identity", "linear", "affine", "film", "low_rank"] = "identity",
+        weights: AdaptiveWeights | None = None,
+        personal: Similarity | None = None,
+        curriculum: Curriculum | None = None,
+        subsample: float = 1.0,
+        cache: int = 1,
+        frequency: OnChange | None = None,
     ):
-        if not temperature > 0:
-            raise UserError(f"temperature must be > 0, got {temperature}")
+        for key, value in (("temperature", temperature), ("sharpen", sharpen)):
+            if value is not None and not value > 0:
+                raise UserError(f"{key} must be > 0, got {value}")
+        if not 0 < subsample <= 1:
+            raise UserError(f"subsample must be in (0, 1], got {subsample}")
+        if cache < 1:
+            raise UserError(f"cache must be at least 1 round, got {cache}")
         self.objective = response_objective(loss, temperature)
         self.form = RESPONSE_LOSSES[loss].form
-        if self.form == "logits" and space == "probabilities":
-            raise UserError(f"loss {loss} compares logits, so space must be logits, got {space}")
-        self.confidence, self.space, self.temperature = confidence, space, temperature
-        self.calibrate, self.feedback = calibrate, feedback
+        if self.form == "logits" and (space == "probabilities" or sharpen is not None):
+            raise UserError(f"loss {loss} compares logits, so space must be logits, unsharpened; got {space}")
+        self.confidence, self.space, self.feedback, self.sharpen = confidence, space, feedback, sharpen
+        self.weights, self.personal, self.subsample, self.cache = weights, personal, subsample, cache
+        self.features = features if features is not None and features.weight > 0 else None
+        self.prototypes = prototypes if prototypes is not None and prototypes.weight > 0 else None
+        self.curriculum = curriculum if curriculum is not None and curriculum.start < 1 else None
+        self.frequency = frequency if frequency is not None and frequency.threshold > 0 else None
+        what = self.features, self.prototypes
+        self.answering = Answering(space, calibrate, confidence, *what, subsample, self.frequency)
+        self.teaching = Teaching(loss, temperature, alpha, *what, adapter)
+        if personal is not None and feedback == "none":
+            raise UserError("personal says what comes back, but feedback is none")
+        if personal is not None and personal.by == "prototypes" and self.prototypes is None:
+            raise UserError("personal compares prototypes, but prototypes are switched off")
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """Count the participants where an adapter has parameters for each."""
+        if self.teaching.adapts:
+            server.state["participants"] = len(clients)
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
-        """The proxy set, and the public encoder where confidence is measured in its space."""
+        """The proxy set, and the public encoder where confidence or prototypes are measured in its space."""
         costs = {"proxy": server.proxy.nbytes}
-        if self.confidence is not None and self.confidence.needs_encoder and server.encoder is not None:
+        users = (self.confidence, self.prototypes)
+        if server.encoder is not None and any(user is not None and user.needs_encoder for user in users):
             costs["encoder"] = server.encoder.nbytes()
         return costs
 
-    def download(self, server: Server, client: int) -> Responses | None:
-        """What the server holds for true of the proxy set, the same message for all clients of a round."""
-        if "answers" not in server.state:
-            return None
-        return server.say("answers", lambda: Responses(server.state["answers"], form=self.form))
+    def download(self, server: Server, client: int) -> Message | Bundle | None:
+        """What the server holds for true of the proxy set, one message for all clients unless it is personal."""
+        answers = None
+        if self.personal is not None:
+            answers = self.personal.mixture(client, self._last(server), lambda: self._mean(server), self._answers)
+        if answers is None and "answers" in server.state:
+            rows = server.state.get("rows")
+            answers = server.say("answers", lambda: Responses(server.state["answers"], form=self.form, rows=rows))
+        if self.frequency is None:
+            return answers
+        standing = self.frequency.standing(server, self._last(server).round(client))
+        return Bundle((standing,) if answers is None else (answers, standing))
 
-    def local_update(self, client: Client, download: Responses | None) -> Responses:
+    def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle:
         """Learn from what came back, train on private data, answer the proxy set."""
+        received = parts_of(download)
+        answers, standing = received.get(Responses), received.get(Standing)
+        if self.frequency is not None and self.frequency.idle(client, standing):
+            return Standing(standing.round)
         specialist = client.specialist()
-        if download is not None:
-            answered = Answered(client.proxy, download.values, download.rows)
+        if answers is not None:
+            answered = Answered(client.proxy, answers.values, answers.rows)
             client.fit(specialist, answered, client.digest, self.objective, name="digest")
         client.fit(specialist, client.train, client.local)
         client.keep(specialist)
-        logits = client.predict(specialist, client.proxy)
-        if self.calibrate and len(client.calibration):
-            held_out = client.predict(specialist, client.calibration)
-            logits = logits / fit_temperature(held_out, client.calibration.labels)
-        confidence = None
-        if self.confidence is not None:
-            confidence = Confidences.quantize(self.confidence.log_weights(client, logits))
-        values = logits if self.space == "logits" else torch.softmax(logits, dim=1)
-        return Responses(values, form=self.space, confidence=confidence, samples=client.samples)
+        return self.answering.upload(client, specialist, standing)
 
-    def aggregate(self, server: Server) -> ResponseMean:
-        """A mean over clients, weighted row by row."""
-        return ResponseMean(len(server.proxy), server.num_classes, self.space)
+    def aggregate(self, server: Server) -> Collection:
+        """Means over clients, weighted row by row."""
+        count, seed, width = len(server.proxy), server.seed, self.teaching.width
+        # who leaves out a confidence that all must send would have log-weight 0, more than most honest ones
+        weighted = None if self.weights is not None and self.confidence is None else self.confidence is not None
+        return Collection(
+            self._mean(server, weighted),
+            FeatureMean(count, width, seed, self.teaching.adapts) if self.features else None,
+            PrototypePool(server, self.prototypes, width) if self.prototypes else None,
+            self.weights.current(server) if self.weights else None,
+            Gains(server) if self.weights else None,
+            self._last(server) if self.personal or self.frequency else None,
+            rows_of_round(server, self.subsample),
+            reuse=self.frequency is not None,
+        )
 
-    def server_update(self, server: Server, knowledge: Knowledge) -> dict[str, float]:
-        """Distil the student from the aggregate, and keep what is to be sent back."""
-        values = knowledge.values
-        targets = torch.softmax(values, dim=1) if self.space != self.form else values
-        server.fit(server.student, Answered(server.proxy, targets), server.distil, self.objective, name="distil")
-        if self.feedback == "aggregate":
-            server.state["answers"] = targets
-        elif self.feedback == "student":
+    def server_update(self, server: Server, knowledge: Collected) -> dict[str, float]:
+        """Distil the student from what was collected, and keep what is to be sent back."""
+        fresh = self._answers(knowledge.responses)
+        rows, targets = AnswerCache(self.cache).update(server, fresh)
+        self.teaching.teach(server, knowledge, targets, rows, self.curriculum)
+        if self.feedback != "none":
+            server.state["answers"], server.state["rows"] = fresh.values, fresh.rows
+        if self.feedback == "student":
             logits = server.predict(server.student, server.proxy)
-            server.state["answers"] = logits if self.form == "logits" else torch.softmax(logits, dim=1)
-        return {}
+            answers = logits if self.form == "logits" else torch.softmax(logits, dim=1)
+            server.state["answers"] = answers if fresh.rows is None else answers[fresh.rows]
+        log = self.weights.update(server, knowledge.gains) if self.weights else {}
+        return log | (self.frequency.watch(server) if self.frequency else {})
+
+    def _mean(self, server: Server, weighted: bool | None = None) -> ResponseMean:
+        return ResponseMean(len(server.proxy), server.num_classes, self.space, weighted)
+
+    def _last(self, server: Server) -> LastAnswers:
+        return LastAnswers(server, None if self.frequency is None else self.frequency.expiry)
+
+    def _answers(self, knowledge: Knowledge) -> Responses:
+        """What clients say together, in the form that the loss compares, of those samples that anybody answered."""
+        values = knowledge.values if self.form == self.space else knowledge.probabilities
+        values = values if self.sharpen is None else entropy_reduction(knowledge.probabilities, self.sharpen)
+        answered = knowledge.coverage > 0
+        rows = None if bool(answered.all()) else answered.nonzero().squeeze(1)
+        return Responses(values if rows is None else values[rows], self.form, rows)

@@ -5,10 +5,13 @@ of client 1 W₁ = [[0, -½], [0, ½]]. σ(1) = 0.731059 is a specialist's proba
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fdl.knowledge.confidence import SampleCount
+from fdl.messages import Confidences
 from fdl.methods.centralized import Centralized
 from fdl.methods.distillation import Distillation
 from fdl.methods.fedavg import FedAvg
@@ -168,3 +171,20 @@ def test_distillation_on_private_data_without_weight_is_centralised_training(tmp
     labelled = run(Distillation(transfer="private", weight=0.0), tmp_path / "a", rounds=2)
     central = run(Centralized(), tmp_path / "b", rounds=2)
     torch.testing.assert_close(student(labelled), student(central))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_confidence_is_sent_by_all_or_by_none(tmp_path, asked):
+    loop = federation(FederatedDistillation(SampleCount() if asked else None), tmp_path)
+    update = loop.method.local_update
+
+    def cheat(client, download):
+        message = update(client, download)
+        if client.id == 1:
+            confidence = None if asked else Confidences.quantize(torch.full((2,), 30.0))
+            message = replace(message, confidence=confidence)
+        return message
+
+    loop.method.local_update = cheat
+    loop.run()
+    assert list(loop.history[0]["refused"]) == ["1"]

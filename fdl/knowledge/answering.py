@@ -1,0 +1,71 @@
+"""What a client says of the proxy set in a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning import LightningModule
+
+from fdl.knowledge.calibration import fit_temperature
+from fdl.knowledge.confidence import Confidence
+from fdl.knowledge.extraction import extract
+from fdl.knowledge.features import FeatureTransfer
+from fdl.knowledge.frequency import OnChange
+from fdl.knowledge.prototypes import PrototypeTransfer
+from fdl.knowledge.subsampling import rows_of_round
+from fdl.messages import Bundle, Confidences, Message, Responses, Standing
+from fdl.participants import Client
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a client makes its upload of what its specialist knows; settings only.
+
+    Args:
+        space: what is sent, probabilities or logits.
+        calibrate: divide logits by a temperature fitted on the held-out private share.
+        confidence: how much each answer counts; None sends none.
+        features: the activations that go with them, None for none.
+        prototypes: the centroids that go with them, None for none.
+        subsample: share of the proxy set that is answered.
+        frequency: when there is something new to say; None for always.
+    """
+
+    space: Literal["probabilities", "logits"]
+    calibrate: bool
+    confidence: Confidence | None
+    features: FeatureTransfer | None
+    prototypes: PrototypeTransfer | None
+    subsample: float
+    frequency: OnChange | None
+
+    def upload(self, client: Client, specialist: LightningModule, standing: Standing | None) -> Message | Bundle:
+        """Answer the proxy set, or say that nothing has changed.
+
+        Args:
+            client: who answers.
+            specialist: its model, trained.
+            standing: which of its answers the server holds, None where nobody asks.
+        """
+        names = None if self.features is None and self.prototypes is None else []
+        known = extract(client, specialist, client.proxy, self.features.names(client) if self.features else names)
+        logits = known.logits
+        if self.calibrate and len(client.calibration):
+            held_out = client.predict(specialist, client.calibration)
+            logits = logits / fit_temperature(held_out, client.calibration.labels)
+        rows = rows_of_round(client, self.subsample)
+        if self.frequency is not None and self.frequency.unchanged(client, standing, logits, rows):
+            return Standing(standing.round)
+        chosen = slice(None) if rows is None else rows
+        values = logits if self.space == "logits" else torch.softmax(logits, dim=1)
+        sure = None
+        if self.confidence is not None:
+            sure = Confidences.quantize(self.confidence.log_weights(client, logits)[chosen])
+        parts: list[Message] = [Responses(values[chosen], self.space, rows, sure, client.samples)]
+        if self.features is not None:
+            parts.append(self.features.message(client, known, rows))
+        if self.prototypes is not None:
+            parts.append(self.prototypes.message(client, lambda: extract(client, specialist, client.train, []), known))
+        return parts[0] if len(parts) == 1 else Bundle(tuple(parts))

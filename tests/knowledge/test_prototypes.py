@@ -1,0 +1,122 @@
+"""Centroids with counts, and to which of them proxy samples belong."""
+
+import numpy as np
+import pytest
+import torch
+
+from fdl.errors import UserError
+from fdl.knowledge.encoder import Pixels
+from fdl.knowledge.extraction import Extracted
+from fdl.knowledge.prototypes import PrototypeKnowledge, PrototypePool, PrototypeTransfer, centroids
+from fdl.messages import Prototypes
+from tests.knowledge.clients import client
+
+POINTS = np.array([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 4.0], [5.0, 5.0]], np.float32)
+GROUPS = np.array([0, 0, 0, 0, 3])
+
+
+def test_one_centroid_is_the_mean_and_two_find_the_clusters():
+    values, groups, members = centroids(POINTS, GROUPS, 1)
+    assert groups.tolist() == [0, 3] and members.tolist() == [0, 0, 0, 0, 1]
+    torch.testing.assert_close(values, torch.tensor([[5.0, 1.5], [5.0, 5.0]]))
+    values, groups, members = centroids(POINTS, GROUPS, 2)
+    assert groups.tolist() == [0, 0, 3]
+    assert sorted(values[:2].tolist()) == [[0.0, 1.0], [10.0, 2.0]]
+    torch.testing.assert_close(values[members[:4]], torch.tensor([[0.0, 1], [0, 1], [10, 2], [10, 2]]))
+
+
+def test_weights_move_centroids_and_equal_points_are_one():
+    values, _, _ = centroids(POINTS[:2], GROUPS[:2], 1, np.array([3.0, 1.0]))
+    torch.testing.assert_close(values, torch.tensor([[0.0, 0.5]]))
+    same = np.repeat(POINTS[:1], 4, axis=0)
+    assert len(centroids(same, np.zeros(4, int), 3)[0]) == 1
+
+
+def extracted(logits, embedding):
+    return Extracted(torch.as_tensor(logits), torch.as_tensor(embedding), {})
+
+
+def test_a_client_sends_means_counts_and_how_sure_it_is():
+    owner = client(POINTS[:3], POINTS, torch.tensor([0, 0, 1]), encoder=Pixels())
+    sure = extracted(torch.tensor([[0.0, 0.0], [0.0, 0.0], [-50.0, 50.0]]), torch.zeros(3, 1))
+    got = PrototypeTransfer(count=1).message(owner, lambda: sure, sure)
+    assert got.values.tolist() == [[0.0, 1.0], [10.0, 0.0]]
+    assert got.labels.tolist() == [0, 1] and got.counts.tolist() == [2, 1]
+    torch.testing.assert_close(got.confidence.values(), torch.tensor([-0.6931, 0.0]), atol=2e-3, rtol=0)
+    got.validate()
+    concepts = PrototypeTransfer(count=1, by="concept").message(owner, lambda: sure, sure)
+    assert concepts.labels.tolist() == [-1] and concepts.counts.tolist() == [3]
+
+
+def test_in_the_embedding_space_they_are_standardised_over_the_proxy_set():
+    owner = client(POINTS[:2], POINTS, torch.tensor([0, 1]))
+    own = extracted(torch.zeros(2, 2), torch.tensor([[3.0], [7.0]]))
+    proxy = extracted(torch.zeros(2, 2), torch.tensor([[1.0], [5.0]]))
+    got = PrototypeTransfer(count=1, space="embedding").message(owner, lambda: own, proxy)
+    assert got.values.flatten().tolist() == [0.0, 2.0]
+
+
+def test_a_client_without_data_sends_none():
+    owner = client(POINTS[:0], POINTS, encoder=Pixels())
+    got = PrototypeTransfer().message(owner, lambda: None, extracted(torch.zeros(5, 2), torch.zeros(5, 7)))
+    assert got.values.shape == (0, 2)
+    got.validate()
+
+
+def server(seed=0):
+    owner = client(POINTS, POINTS, encoder=Pixels())
+    owner.seed = seed
+    return owner
+
+
+def prototypes(values, labels, counts):
+    return Prototypes(torch.tensor(values), torch.tensor(labels), torch.tensor(counts))
+
+
+def test_the_server_merges_by_class_and_counts():
+    pool = PrototypePool(server(), PrototypeTransfer(count=1), 64)
+    pool.add(prototypes([[0.0, 0.0], [1.0, 1.0]], [0, 1], [1, 5]), 1)
+    pool.add(prototypes([[4.0, 0.0]], [0], [3]), 0)
+    got = pool.result()
+    assert got.labels.tolist() == [0, 1] and got.participants is None
+    torch.testing.assert_close(got.values, torch.tensor([[3.0, 0.0], [1.0, 1.0]]))
+    assert got.weights.tolist() == [4, 5]
+    assert PrototypePool(server(), PrototypeTransfer(), 64).result() is None
+
+
+def test_in_their_own_spaces_clients_stay_apart():
+    pool = PrototypePool(server(), PrototypeTransfer(count=1, space="embedding"), 8)
+    pool.add(prototypes([[0.0, 1.0, 2.0]], [1], [2]), 7)
+    pool.add(prototypes([[1.0], [2.0]], [0, 1], [1, 1]), 3)
+    got = pool.result()
+    assert got.participants.tolist() == [3, 3, 7] and got.values.shape == (3, 8)
+    assert got.labels.tolist() == [0, 1, 1]
+
+
+def test_samples_belong_by_answers_and_nearness():
+    known = PrototypeKnowledge(
+        torch.tensor([[0.0], [4.0], [9.0]]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 3.0, 1.0])
+    )
+    probabilities = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    near = known.assignment(probabilities, torch.tensor([[3.0], [0.0]]))
+    torch.testing.assert_close(near, torch.tensor([[0.0, 0.7, 0.3], [1 / 3, 1 / 3, 1 / 3]]))
+    by_weight = known.assignment(probabilities, None)
+    torch.testing.assert_close(by_weight[0], torch.tensor([0.7 * 0.25, 0.7 * 0.75, 0.3]))
+    concepts = PrototypeKnowledge(known.values, torch.tensor([-1, -1, -1]), known.weights)
+    assert concepts.assignment(probabilities, torch.tensor([[8.0], [1.0]])).tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"count": 0}, "count must be"),
+        ({"space": "private"}, "space must be"),
+        ({"by": "site"}, "by must be"),
+        ({"loss": "l7"}, "loss must be"),
+        ({"weight": -1.0}, "weight must be"),
+        ({"temperature": 0.0}, "temperature must be"),
+    ],
+)
+def test_settings_are_checked(settings, reason):
+    with pytest.raises(UserError, match=reason):
+        PrototypeTransfer(**settings)
