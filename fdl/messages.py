@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
@@ -124,7 +124,14 @@ class Parameters(Message):
     @cached_property
     def whole(self) -> Tensor | None:
         """All tensors, in order, as one vector, where they lie side by side; see `as_one`."""
-        return as_one(self.tensors.values())
+        return self.tensors.whole if isinstance(self.tensors, _Pieces) else as_one(self.tensors.values())
+
+    @cached_property
+    def layout(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every tensor, in order."""
+        if isinstance(self.tensors, _Pieces):
+            return [(name, shape, torch.float32) for name, shape in self.tensors.shapes.items()]
+        return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()]
 
     @cached_property
     def _checked(self) -> None:
@@ -319,22 +326,53 @@ def as_one(tensors: Iterable[Tensor]) -> Tensor | None:
     return first.as_strided((size,), (1,))
 
 
-def _side_by_side(fields: Mapping[str, np.ndarray]) -> dict[str, Tensor] | None:
+class _Pieces(Mapping[str, Tensor]):
+    """Named float32 tensors that fill one vector in order; views are made when somebody asks for one.
+
+    The server adds up whole models and asks for none.
+
+    Args:
+        whole: the vector.
+        shapes: by name, in order.
+    """
+
+    def __init__(self, whole: Tensor, shapes: dict[str, tuple[int, ...]]):
+        self.whole, self.shapes = whole, shapes
+
+    @cached_property
+    def _views(self) -> dict[str, Tensor]:
+        parts = self.whole.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Names and views, at a dict's speed."""
+        return self._views.items()
+
+
+def _side_by_side(fields: Mapping[str, np.ndarray]) -> _Pieces | None:
     """Float32 arrays that fill one buffer, in order, as tensors that share its storage; None for any others."""
-    base, offset, tensors = None, 0, {}
+    base, size, shapes = None, 0, {}
     for name, array in fields.items():
         if base is None:
             base = array.base
-            if type(base) is not bytearray or not base or len(base) % 4:
+            if type(base) is not bytearray or not base:
                 return None
-            whole = torch.frombuffer(base, dtype=torch.float32)
         if array.base is not base or array.dtype is not _FLOAT32:
             return None
-        shape = array.shape
-        strides = (1,) if len(shape) == 1 else tuple([stride // 4 for stride in array.strides])
-        tensors[name] = whole.as_strided(shape, strides, offset)
-        offset += array.size
-    return tensors if base is not None and 4 * offset == len(base) else None
+        shapes[name] = array.shape
+        size += array.size
+    if base is None or 4 * size != len(base):
+        return None
+    return _Pieces(torch.frombuffer(base, dtype=torch.float32), shapes)
 
 
 def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:

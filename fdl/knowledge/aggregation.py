@@ -181,6 +181,7 @@ class ParameterMean:
 
     def __init__(self, like: Mapping[str, Tensor]):
         self._like = {name: (tensor.shape, tensor.dtype) for name, tensor in like.items()}
+        self._layout = [(name, tuple(shape), dtype) for name, (shape, dtype) in self._like.items()]
         self.samples = 0
         self._averaged = {name: shape for name, (shape, dtype) in self._like.items() if dtype.is_floating_point}
         # one vector for all sums: a model that comes in one piece is added, and divided, in one piece
@@ -247,7 +248,7 @@ class ParameterMean:
         tensors = parameters.tensors
         if parameters.samples < 1:
             raise RefusedError(f"parameters that were trained on {parameters.samples} samples")
-        if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == self._like:
+        if parameters.layout == self._layout:
             return
         missing, extra = sorted(self._like.keys() - tensors.keys()), sorted(tensors.keys() - self._like.keys())
         if missing or extra:

@@ -62,7 +62,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other not.
     """
-    own = state_of(module)
+    own, tensors = state_of(module), dict(tensors.items())
     if own.keys() != tensors.keys():
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         said = [
