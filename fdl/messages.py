@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import ItemsView, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fdl.errors import RefusedError, UserError
 from fdl.floats import BFLOAT16
+from fdl.pieces import Pieces, as_one
 
 Meta = dict[str, int | float | str]
 Form = Literal["logits", "probabilities", "embeddings"]
@@ -124,12 +125,12 @@ class Parameters(Message):
     @cached_property
     def whole(self) -> Tensor | None:
         """All tensors, in order, as one vector, where they lie side by side; see `as_one`."""
-        return self.tensors.whole if isinstance(self.tensors, _Pieces) else as_one(self.tensors.values())
+        return self.tensors.whole if isinstance(self.tensors, Pieces) else as_one(self.tensors.values())
 
     @cached_property
     def layout(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every tensor, in order."""
-        if isinstance(self.tensors, _Pieces):
+        if isinstance(self.tensors, Pieces):
             return [(name, shape, torch.float32) for name, shape in self.tensors.shapes.items()]
         return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()]
 
@@ -300,65 +301,7 @@ class Responses(Message):
                 raise RefusedError(f"{len(values)} responses with {len(confidence.codes)} confidences")
 
 
-def as_one(tensors: Iterable[Tensor]) -> Tensor | None:
-    """All tensors as one vector, without a copy, where they lie side by side in one storage, as decoded ones do.
-
-    Small models consist of small tensors, for which calling an operation costs more than the operation itself.
-
-    Returns:
-        A view of all elements in order; None where there is no such view.
-    """
-    tensors = list(tensors)
-    if not tensors:
-        return None
-    first = tensors[0]
-    dtype, size = first.dtype, 0
-    start = end = first.data_ptr()
-    for tensor in tensors:
-        if tensor.dtype is not dtype or tensor.data_ptr() != end or not tensor.is_contiguous():
-            return None
-        size += tensor.numel()
-        end = start + size * first.itemsize
-    storage = first.untyped_storage()
-    # neighbours in memory need not belong together
-    if end > storage.data_ptr() + storage.nbytes():
-        return None
-    return first.as_strided((size,), (1,))
-
-
-class _Pieces(Mapping[str, Tensor]):
-    """Named float32 tensors that fill one vector in order; views are made when somebody asks for one.
-
-    The server adds up whole models and asks for none.
-
-    Args:
-        whole: the vector.
-        shapes: by name, in order.
-    """
-
-    def __init__(self, whole: Tensor, shapes: dict[str, tuple[int, ...]]):
-        self.whole, self.shapes = whole, shapes
-
-    @cached_property
-    def _views(self) -> dict[str, Tensor]:
-        parts = self.whole.split([math.prod(shape) for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._views[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def items(self) -> ItemsView[str, Tensor]:
-        """Names and views, at a dict's speed."""
-        return self._views.items()
-
-
-def _side_by_side(fields: Mapping[str, np.ndarray]) -> _Pieces | None:
+def _side_by_side(fields: Mapping[str, np.ndarray]) -> Pieces | None:
     """Float32 arrays that fill one buffer, in order, as tensors that share its storage; None for any others."""
     base, size, shapes = None, 0, {}
     for name, array in fields.items():
@@ -372,7 +315,7 @@ def _side_by_side(fields: Mapping[str, np.ndarray]) -> _Pieces | None:
         size += array.size
     if base is None or 4 * size != len(base):
         return None
-    return _Pieces(torch.frombuffer(base, dtype=torch.float32), shapes)
+    return Pieces(torch.frombuffer(base, dtype=torch.float32), shapes)
 
 
 def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:

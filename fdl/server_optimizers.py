@@ -23,7 +23,7 @@ class ServerOptimizer(ABC):
 
     def step(
         self, current: Mapping[str, Tensor], mean: Mapping[str, Tensor], trained: set[str], moments: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """Compute the new weights.
 
         Args:
@@ -53,9 +53,9 @@ class Average(ServerOptimizer):
 
     def step(
         self, current: Mapping[str, Tensor], mean: Mapping[str, Tensor], trained: set[str], moments: dict[str, Any]
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """The mean itself, not w + (mean − w), which would round."""
-        return dict(mean)
+        return mean
 
     def displacement(self, delta: Tensor, moments: dict[str, Tensor]) -> Tensor:
         """The clients' mean displacement."""

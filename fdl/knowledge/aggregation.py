@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fdl.errors import RefusedError
 from fdl.knowledge.confidence import LIMIT
-from fdl.messages import Parameters, Responses, as_one
+from fdl.messages import Parameters, Responses
+from fdl.pieces import Pieces, as_one
 
 Space = Literal["probabilities", "logits"]
 
@@ -225,11 +226,13 @@ class ParameterMean:
             self._keep_largest(name, tensor)
         self.samples += other.samples
 
-    def result(self) -> dict[str, Tensor] | None:
+    def result(self) -> Mapping[str, Tensor] | None:
         """The mean by name, in the dtypes of `like`; None when nobody was added."""
         if self.samples == 0:
             return None
         mean = self._sum / self.samples
+        if len(self._averaged) == len(self._like) and len({dtype for _, dtype in self._like.values()}) == 1:
+            return Pieces(mean.to(self._layout[0][2]), {name: shape for name, shape, _ in self._layout})
         dtypes = {dtype for name, (_, dtype) in self._like.items() if name in self._averaged}
         means = self._named(mean.to(dtypes.pop()) if len(dtypes) == 1 else mean)
         return {

@@ -15,7 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fdl.pieces import Pieces, lay_side_by_side
+
 _PINNED: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_LAID: WeakKeyDictionary[nn.Module, Pieces] = WeakKeyDictionary()
 _PINNED_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 
 
@@ -39,6 +42,9 @@ def pin(module: nn.Module) -> None:
     Args:
         module: it must not be moved, converted or given other parameters afterwards.
     """
+    laid = lay_side_by_side(module)
+    if laid is not None:
+        _LAID[module] = laid
     _PINNED[module] = state_of(module)
     _PINNED_PARAMETERS[module] = list(module.parameters())
 
@@ -62,6 +68,10 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other not.
     """
+    laid = _LAID.get(module)
+    if laid is not None and isinstance(tensors, Pieces) and list(laid.shapes.items()) == list(tensors.shapes.items()):
+        laid.whole.copy_(tensors.whole)
+        return
     own, tensors = state_of(module), dict(tensors.items())
     if own.keys() != tensors.keys():
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
