@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl import snapshot
+from fdl.accounts import account
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.cohort import draw
 from fdl.errors import RefusedError
@@ -126,11 +127,8 @@ class FederatedLoop:
         if last or round % self.recipe.evaluation.every == 0:
             with self.seconds("evaluate"):
                 evaluate(self.server, self.clients, self.recipe.evaluation, record)
-        before = self.history[-1]["communication"]["transfer_s"] if self.history else self.ledger.transfer_seconds(0)
-        spent = before + self.ledger.transfer_seconds(round)  # what the links would have taken, were they real
-        record["communication"], record["seconds"] = {**self.ledger.totals(), "transfer_s": spent}, dict(self.seconds)
-        if chosen := [note for note in self.ledger.notes if note.round == round]:  # what a narrow link made of it
-            record["codings"] = {f"{note.direction}/{note.client}": [note.coding, note.share] for note in chosen}
+        account(self.ledger, record, self.history)
+        record["seconds"] = dict(self.seconds)
         self.history.append(record)
         self.round = round
         self.callbacks.on_round_end(self, record)

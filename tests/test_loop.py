@@ -252,3 +252,17 @@ def test_transfer_times_add_up_over_rounds(tmp_path):
     times = [record["communication"]["transfer_s"] for record in loop.history]
     assert times[0] == pytest.approx(expected, rel=0.02)
     assert times[2] == pytest.approx(3 * times[0], rel=0.02)
+
+
+def test_a_narrow_link_is_on_record(tmp_path):
+    from fdl.accounts import account
+    from fdl.comm.ledger import Ledger
+
+    ledger = Ledger()
+    ledger.add(1, 3, "up", "responses", 50)
+    ledger.note(1, 3, "up", "quantize/4", 0.5)
+    ledger.note(2, 3, "up", "quantize/2", 0.25)
+    record = {"round": 1}
+    account(ledger, record, [])
+    assert record["codings"] == {"up/3": ["quantize/4", 0.5]}
+    assert record["communication"]["upload_bytes"] == 50
