@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fdl.catalog import KINDS, find
 from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
@@ -22,11 +23,13 @@ from fdl.participants import Client, Server
 from fdl.recipe import Component, Recipe, instantiate
 from fdl.runtime import Runtime
 from fdl.seeding import numpy_stream, stream_seed
+from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
     from lightning import LightningModule
 
     from fdl.datamodules.base import FederatedDataModule
+    from fdl.evaluators.base import Evaluator
     from fdl.knowledge.encoder import Encoder
     from fdl.methods.base import Method
 
@@ -45,6 +48,8 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     data: FederatedDataModule = instantiate(recipe.data, "datamodule", "data")
     data.prepare_data()
     data.setup()
+    TASKS[data.task].asked(recipe.evaluation.metrics)
+    probes = _probes(recipe, data)
     if "proxy" in method.requires and len(data.proxy) == 0:
         raise UserError(f"data.args.proxy: the proxy set is empty, and method {recipe.method.target} needs one")
     if "specialists" in method.requires and not recipe.specialists:
@@ -66,6 +71,8 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         "digest": recipe.digest or recipe.distil,
         "proxy": data.proxy,
         "num_classes": data.num_classes,
+        "task": data.task,
+        "provides": data.provides,
         "encoder": _encoder(recipe, data, runtime),
     }
     clients = []
@@ -107,6 +114,7 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         channel=channel,
         executor=EXECUTORS[recipe.executor](),
         callbacks=callbacks,
+        probes=probes,
         fingerprint=_fingerprint(data, shares),
     )
 
@@ -153,21 +161,39 @@ def _factory(component: Component, key: str, data: FederatedDataModule) -> Calla
     Raises:
         UserError: when the recipe gives it another number of classes than the data have.
     """
+    provides = data.provides
     given = component.args.get("num_classes", data.num_classes)
     if given != data.num_classes:
         raise UserError(f"{key}.args.num_classes: {given}, but the data have {data.num_classes} classes")
-    return lambda: instantiate(
-        component, "module", key, num_classes=data.num_classes, input_shape=tuple(data.input_shape)
-    )
+    found = find(component.target, KINDS["module"])
+    parameters = found.signature.parameters if found.signature is not None else {}
+    for name in KINDS["module"].supplied:
+        if name in parameters and parameters[name].required and name not in {*provides, *component.args}:
+            raise UserError(f"{key}: {component.target} is no model for {data.task} data: those have no {name}")
+    return lambda: instantiate(component, "module", key, **provides)
+
+
+def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:
+    """The further questions to the student.
+
+    Raises:
+        UserError: one is not for this kind of data.
+    """
+    probes = []
+    for i, component in enumerate(recipe.evaluation.probes):
+        probe: Evaluator = instantiate(component, "evaluator", f"evaluation.probes.{i}")
+        if data.task not in probe.tasks:
+            known = ", ".join(probe.tasks)
+            raise UserError(f"evaluation.probes.{i}: {probe.name} is for {known} data; these are for {data.task}")
+        probes.append(probe)
+    return probes
 
 
 def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Encoder | None:
     """The frozen public encoder, fitted on public data where it has to be."""
     if recipe.encoder is None:
         return None
-    encoder = instantiate(
-        recipe.encoder, "encoder", "encoder", num_classes=data.num_classes, input_shape=tuple(data.input_shape)
-    )
+    encoder = instantiate(recipe.encoder, "encoder", "encoder", **data.provides)
     if isinstance(encoder, Frozen):
         encoder.module = runtime.place(encoder.module)
     encoder.fit(data.proxy)

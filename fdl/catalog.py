@@ -66,7 +66,7 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-_DATA = ("num_classes", "input_shape")
+_DATA = ("num_classes", "input_shape", "tokenizer", "context")
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -77,6 +77,7 @@ KINDS: dict[str, Kind] = {
         Kind("codec", "fdl.comm.stage.Stage", ("fdl.comm",)),
         Kind("confidence", "fdl.knowledge.confidence.Confidence", ("fdl.knowledge",)),
         Kind("encoder", "fdl.knowledge.encoder.Encoder", ("fdl.knowledge",), supplied=_DATA),
+        Kind("evaluator", "fdl.evaluators.base.Evaluator", ("fdl.evaluators",)),
         Kind("option", "fdl.knowledge.option.Option", ("fdl.knowledge",)),
         Kind("server_optimizer", "fdl.server_optimizers.ServerOptimizer", ("fdl.server_optimizers",)),
         Kind("callback", "fdl.callbacks.base.Callback", ("fdl.callbacks",)),

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from fdl.callbacks.events import Curves, log_hparams, open_writer
 from fdl.checkpoint import write_atomically
-from fdl.metrics import knowledge_transfer_efficiency
-from fdl.report import SPECIALISTS, STUDENT
+from fdl.metrics import knowledge_transfer_efficiency, nll_transfer_efficiency
+from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +57,8 @@ def compare_table(
         bytes_reference: the variant whose bytes up to its best round count as 100 %, usually FedAvg.
 
     Returns:
-        A row a variant, in order of first appearance: ``variant``, ``method``, ``seeds`` (how many), and the mean and
+        A row a variant, in order of first appearance: ``variant``, ``method``, ``seeds`` (how many), ``score`` (the
+        metric that is compared), and the mean and
         sample standard deviation of everything in `COLUMNS` as ``<name>_mean`` and ``<name>_std``. Bytes are upload
         plus download; ratios are taken seed by seed, over the seeds that the reference has too. None stands for what
         there is not: a student in a variant that trains none, a ratio without its reference, a deviation of one seed.
@@ -71,6 +72,7 @@ def compare_table(
             for seed, summary in runs.items()
         ]
         line = {"variant": variant, "method": next(iter(runs.values()))["method"], "seeds": len(runs)}
+        line["score"] = next(iter(runs.values()))["score"]["metric"]
         for name in COLUMNS:
             values = [m[name] for m in measured if m[name] is not None and math.isfinite(m[name])]
             line[f"{name}_mean"] = statistics.fmean(values) if values else None
@@ -83,16 +85,17 @@ def _measure(
     summary: Mapping[str, Any], reference: Mapping[str, Any] | None, bytes_reference: Mapping[str, Any] | None
 ) -> dict[str, float | None]:
     """Everything in `COLUMNS` for one run."""
-    best, last = summary["best"], summary["metrics"]
-    student = best["metrics"].get(STUDENT)
-    central = None if reference is None else reference["best"]["metrics"].get(STUDENT)
+    best, last, score = summary["best"], summary["metrics"], summary["score"]["metric"]
+    own, others = f"student/test/{score}", f"specialists/test/{score}"
+    student = best["metrics"].get(own)
+    central = None if reference is None else reference["best"]["metrics"].get(own)
     base = 0 if bytes_reference is None else _traffic(bytes_reference["best"]["communication"])
     to_best, total = _traffic(best["communication"]), _traffic(summary["communication"])
     return {
         "student_best": student,
-        "student_last": last.get(STUDENT),
-        "specialists": last.get(SPECIALISTS),
-        "kte": None if student is None or central is None else knowledge_transfer_efficiency(student, central),
+        "student_last": last.get(own),
+        "specialists": last.get(others),
+        "kte": _transfer(summary["score"]["higher_is_better"], student, central, last.get(others)),
         "bytes_to_best": to_best,
         "bytes_to_best_percent": 100 * to_best / base if base else None,
         "bytes_total": total,
@@ -101,6 +104,15 @@ def _measure(
         "rounds_to_best": best["round"],
         "seconds": summary["time"]["total_s"],
     }
+
+
+def _transfer(higher: bool, student: float | None, central: float | None, single: float | None) -> float | None:
+    """Knowledge-transfer efficiency; of a loss, it needs to know where a single site stands."""
+    if student is None or central is None or (not higher and single is None):
+        return None
+    if higher:
+        return knowledge_transfer_efficiency(student, central)
+    return nll_transfer_efficiency(single, student, central)
 
 
 def _traffic(communication: Mapping[str, Any]) -> int:
@@ -126,7 +138,7 @@ def write_compare_markdown(
     titles, cells = _cells(table)
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *cells]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    write_atomically(path, f"{text}\n\n{compare_caption(reference, bytes_reference)}\n".encode())
+    write_atomically(path, f"{text}\n\n{compare_caption(reference, bytes_reference, table[0]['score'])}\n".encode())
 
 
 def print_compare(
@@ -146,14 +158,31 @@ def print_compare(
     for line in cells:
         shown.add_row(*map(Text, line))
     console.print(Segments(console.render(shown, console.options.update(max_width=10_000))), end="", crop=False)
-    console.print(Text(compare_caption(reference, bytes_reference), style="dim"))
+    console.print(Text(compare_caption(reference, bytes_reference, table[0]["score"]), style="dim"))
 
 
-def compare_caption(reference: str | None, bytes_reference: str | None) -> str:
-    """Say what the columns of a comparison mean."""
-    sentences = ["Mean ± standard deviation over seeds. Accuracy on test data; best round chosen on validation data."]
-    if reference is not None:
-        sentences.append(f"KTE, knowledge-transfer efficiency: the student's accuracy as a share of {reference}'s.")
+def compare_caption(reference: str | None, bytes_reference: str | None, score: str = "accuracy") -> str:
+    """Say what the columns of a comparison mean.
+
+    Args:
+        reference: as in `compare_table`.
+        bytes_reference: likewise.
+        score: the metric that is compared.
+    """
+    metric = score.replace("_", " ") if score != "nll" else "NLL"
+    higher = next(task.higher_is_better for task in TASKS.values() if task.score == score)
+    better = "" if higher else ", less is better"
+    sentences = [
+        f"Mean ± standard deviation over seeds. {metric[0].upper()}{metric[1:]} on test data{better}; best round chosen "
+        "on validation data."
+    ]
+    if reference is not None and higher:
+        sentences.append(f"KTE, knowledge-transfer efficiency: the student's {metric} as a share of {reference}'s.")
+    elif reference is not None:
+        sentences.append(
+            f"KTE, knowledge-transfer efficiency: which share of the way from the mean specialist's to {reference}'s "
+            f"{metric} the student goes."
+        )
     sentences.append("Bytes: up and down together, all clients.")
     if bytes_reference is not None:
         sentences.append(f"%: of {bytes_reference}'s bytes up to its best round.")

@@ -1,42 +1,60 @@
-"""How good the student and the specialists are, on public labels only."""
+"""How good the student and the specialists are, on public data only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fdl.metrics import classification
+from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
+    from fdl.evaluators.base import Evaluator
     from fdl.participants import Client, Server
     from fdl.recipe import Evaluation
 
 
-def evaluate(server: Server, clients: Sequence[Client], config: Evaluation, record: dict[str, Any]) -> None:
+def ask(server: Server, probes: Sequence[Evaluator], metrics: dict[str, float]) -> None:
+    """Put further questions to the student; the answers are noted as ``student/<probe>/<metric>``."""
+    for probe in probes:
+        answers = probe.evaluate(server, server.student)
+        metrics.update({f"student/{probe.name}/{name}": value for name, value in answers.items()})
+
+
+def evaluate(
+    server: Server,
+    clients: Sequence[Client],
+    config: Evaluation,
+    record: dict[str, Any],
+    probes: Sequence[Evaluator] = (),
+    last: bool = False,
+) -> None:
     """Evaluate the student on validation and test, and every trained specialist on test.
 
     Args:
-        server: holds the student and the labelled public data.
+        server: holds the student and the public data.
         clients: whose specialists, where they have one, are evaluated.
         config: which metrics, and whether specialists are evaluated.
         record: the round's record. Its ``metrics`` get ``student/test/accuracy``, … and the mean over specialists as
             ``specialists/test/accuracy``, …; its ``clients`` get each specialist's own ``test/accuracy``, ….
+        probes: further questions to the student, whose answers become ``student/<probe>/<metric>``.
+        last: whether this is the run's last round.
     """
     metrics: dict[str, float] = record["metrics"]
+    task = TASKS[server.task]
+    names = task.asked(config.metrics)
     if server.student is not None:
         for split, samples in (("validation", server.validation), ("test", server.test)):
             if len(samples):
-                logits = server.predict(server.student, samples)
-                for name, value in classification(logits, samples.labels, config.metrics).items():
+                for name, value in task.measure(server, server.student, samples, names).items():
                     metrics[f"student/{split}/{name}"] = value
+        ask(server, [p for p in probes if last or (p.every and record["round"] % p.every == 0)], metrics)
     if not config.specialists:
         return
     values: dict[str, list[float]] = {}
     for client in clients:
         if "specialist" in client.state:
-            logits = client.predict(client.specialist(), server.test)
             own = record["clients"].setdefault(str(client.id), {})
-            for name, value in classification(logits, server.test.labels, config.metrics).items():
+            for name, value in task.measure(client, client.specialist(), server.test, names).items():
                 own[f"test/{name}"] = value
                 values.setdefault(name, []).append(value)
     metrics.update({f"specialists/test/{name}": sum(v) / len(v) for name, v in values.items()})

@@ -11,7 +11,7 @@ from fdl.accounts import account
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.cohort import draw
 from fdl.errors import RefusedError
-from fdl.evaluation import evaluate
+from fdl.evaluation import ask, evaluate
 from fdl.interrupts import Interrupts
 from fdl.report import summarise
 from fdl.runtime import seed_everything
@@ -19,6 +19,7 @@ from fdl.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from fdl.comm.channel import Channel
+    from fdl.evaluators.base import Evaluator
     from fdl.executor import Executor
     from fdl.messages import Message
     from fdl.methods.base import Method
@@ -39,6 +40,7 @@ class FederatedLoop:
         executor: how clients take turns.
         callbacks: what watches the run.
         fingerprint: of the data and who holds which; a resumed run must find the same.
+        probes: further questions to the student.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class FederatedLoop:
         executor: Executor,
         callbacks: Sequence[Callback] = (),
         fingerprint: str = "",
+        probes: Sequence[Evaluator] = (),
     ):
         self.recipe, self.folder, self.method = recipe, folder, method
         self.server, self.clients, self.channel, self.executor = server, list(clients), channel, executor
-        self.callbacks, self.fingerprint = CallbackList(callbacks), fingerprint
+        self.callbacks, self.fingerprint, self.probes = CallbackList(callbacks), fingerprint, probes
         self.runtime, self.ledger = server.runtime, channel.ledger
         self.rounds, self.round = recipe.federation.rounds, 0
         self.resumed_from: int | None = None
@@ -82,6 +85,8 @@ class FederatedLoop:
                         snapshot.save(self)
                         raise KeyboardInterrupt
                     self.run_round(self.round + 1)
+            if self.stopped is not None and self.server.student is not None:
+                ask(self.server, self.probes, self.history[-1]["metrics"])
             summary = summarise(self)
             self.callbacks.on_fit_end(self, summary)
         except BaseException as error:
@@ -126,7 +131,7 @@ class FederatedLoop:
         last = round == self.rounds
         if last or round % self.recipe.evaluation.every == 0:
             with self.seconds("evaluate"):
-                evaluate(self.server, self.clients, self.recipe.evaluation, record)
+                evaluate(self.server, self.clients, self.recipe.evaluation, record, self.probes, last)
         account(self.ledger, record, self.history)
         record["seconds"] = dict(self.seconds)
         self.history.append(record)

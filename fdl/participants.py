@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdl.modules.weights import load_into, state_of
-from fdl.runtime import Objective, Runtime
+from fdl.runtime import Objective, Question, Runtime
 from fdl.seeding import stream_seed, torch_stream
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ class Participant:
         distil: how the server trains the student on the proxy set.
         digest: how a client learns from what the server sends back.
         proxy: the public proxy set, unlabelled.
-        num_classes: the data's number of classes.
+        num_classes: the data's number of classes, 0 where there are none.
+        task: which of `fdl.tasks.TASKS` the data are for.
+        provides: what the data tell a model's constructor, e.g. their tokenizer.
         encoder: the frozen public encoder, None where the recipe names none.
 
     Attributes:
@@ -54,10 +56,13 @@ class Participant:
         proxy: Samples | None,
         num_classes: int,
         encoder: Encoder | None = None,
+        task: str = "classification",
+        provides: Mapping[str, Any] | None = None,
     ):
         self.id, self.runtime, self.seed = id, runtime, seed
         self.local, self.distil, self.digest = local, distil, digest
         self.proxy, self.num_classes, self.encoder = proxy, num_classes, encoder
+        self.task, self.provides = task, dict(provides or {})
         self.round = 0
         self.state: dict[str, Any] = {}
         self.cache: dict[str, Any] = {}
@@ -84,8 +89,8 @@ class Participant:
         self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
         return losses
 
-    def predict(self, module: LightningModule, samples: Samples, what: str = "logits") -> Tensor:
-        """Answer samples without gradients: float32 [n, …] on the CPU."""
+    def predict(self, module: LightningModule, samples: Samples, what: Question = "logits") -> Tensor:
+        """Answer samples without gradients: float32 [n, …] on the CPU. Arguments as in `Runtime.predict`."""
         return self.runtime.predict(module, samples, what)
 
 

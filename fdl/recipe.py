@@ -83,7 +83,8 @@ class Evaluation:
 
     every: int = key(1, "rounds between evaluations; the last round always is", bounds=_COUNT)
     batch_size: int = key(512, "samples a forward pass", bounds=_COUNT)
-    metrics: list[str] = key(["accuracy"], "names of metrics")
+    metrics: list[str] | None = key(None, "names of metrics; null for those that suit the data")
+    probes: list[Component] = key([], "further questions to the student", kind="evaluator")
     specialists: bool = key(True, "whether the clients' own models are evaluated too")
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 
 import fdl
 from fdl.checkpoint import write_atomically
+from fdl.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,10 +31,13 @@ if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
     from fdl.participants import Client
 
-STUDENT, SPECIALISTS = "student/test/accuracy", "specialists/test/accuracy"
-VALIDATION, VALIDATION_NLL = "student/validation/accuracy", "student/validation/nll"
-
-_TITLES = {"nll": "NLL", "ece": "ECE", "macro_f1": "macro F1", "top5": "top-5 accuracy"}
+_TITLES = {
+    "nll": "NLL",
+    "ece": "ECE",
+    "macro_f1": "macro F1",
+    "top5": "top-5 accuracy",
+    "image_to_text_recall_at_1": "image to text recall at 1",
+}
 """Metrics as people write them, where it is not their name."""
 
 
@@ -46,22 +50,24 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
             resume too.
 
     Returns:
-        ``name``, ``method``, ``seed``, ``rounds`` (done), ``metrics`` (of the last round), ``best`` (the round of the
-        highest accuracy on validation data, of equals the one of the lowest NLL where that is measured, else the
-        earliest; the last round where nothing was validated: its ``round``, ``metrics`` and
-        ``communication``), ``history`` (all records), ``communication`` (with ``by_kind``), ``time``, ``memory``
+        ``name``, ``method``, ``seed``, ``score`` (the ``metric`` by which rounds and runs are compared, and whether
+        ``higher_is_better``), ``rounds`` (done), ``metrics`` (of the last round), ``best`` (the round of the best
+        score on validation data, of equals the one that the task's tie breaker prefers where that is measured, else
+        the earliest; the last round where nothing was validated: its ``round``, ``metrics`` and ``communication``), ``history`` (all records), ``communication`` (with ``by_kind``), ``time``, ``memory``
         (``peak_device_bytes`` is None without a CUDA device), ``participants`` and ``environment``.
     """
     history = loop.history
     last = history[-1] if history else {"round": 0, "metrics": {}, "communication": loop.ledger.totals()}
-    measured = [r for r in history if not math.isnan(r["metrics"].get(VALIDATION, math.nan))]
-    best = max(measured, key=_validated) if measured else last
+    task = TASKS[loop.server.task]
+    measured = [r for r in history if not math.isnan(r["metrics"].get(f"student/validation/{task.score}", math.nan))]
+    best = max(measured, key=lambda record: _validated(record, task)) if measured else last
     parts = {f"{part}_s": loop.seconds.get(part, 0.0) for part in ("clients", "server", "evaluate")}
     total = sum(loop.seconds.values()) if total_seconds is None else total_seconds
     return {
         "name": loop.recipe.name,
         "method": loop.recipe.method.target,
         "seed": loop.recipe.seed,
+        "score": {"metric": task.score, "higher_is_better": task.higher_is_better},
         "rounds": last["round"],
         "metrics": last["metrics"],
         "best": {key: best[key] for key in ("round", "metrics", "communication")},
@@ -74,10 +80,12 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
     }
 
 
-def _validated(record: Mapping[str, Any]) -> tuple[float, float]:
+def _validated(record: Mapping[str, Any], task: Task) -> tuple[float, float]:
     """How good a round was on validation data: small sets often tie in accuracy, hardly ever in likelihood."""
     metrics = record["metrics"]
-    return metrics[VALIDATION], -metrics.get(VALIDATION_NLL, 0.0)
+    score = metrics[f"student/validation/{task.score}"]
+    tie = metrics.get(f"student/validation/{task.tie_breaker}", 0.0)
+    return score if task.higher_is_better else -score, -tie
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

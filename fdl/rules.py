@@ -13,7 +13,7 @@ from fdl.catalog import KINDS, find, short_names, suggest
 from fdl.comm.bandwidth import Bandwidth
 from fdl.components import instantiate
 from fdl.errors import UserError
-from fdl.source import lookup
+from fdl.tasks import TASKS
 
 Problems = list[tuple[str, str]]
 
@@ -134,11 +134,10 @@ def _comparison(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _metrics(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Names of metrics are keys of a literal, read without importing torchmetrics."""
-    if "evaluation" in broken:
+    """Names of metrics are those of some task; of which, the data tell once they are read."""
+    if "evaluation" in broken or tree["evaluation"]["metrics"] is None:
         return []
-    table = lookup("fdl.metrics").names["CLASSIFICATION_METRICS"]
-    known = [node.value for node in table.keys]
+    known = dict.fromkeys(name for task in TASKS.values() for name in task.metrics)
     return [
         (f"evaluation.metrics.{i}", f"unknown metric {metric!r}{suggest(metric, known)}")
         for i, metric in enumerate(tree["evaluation"]["metrics"])

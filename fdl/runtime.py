@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
 """What a fit minimises: (module, batch) to named losses, of which ``"loss"`` is differentiated."""
 
+Question = str | Callable[[nn.Module, Any], Tensor]
+"""What a model is asked: a field of its `Output`, or a function (module, inputs) to a tensor [B, …]."""
+
 
 def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """The default objective: the module's own training step on a labelled batch."""
@@ -203,13 +206,14 @@ class Runtime:
 
     # -- inference -----------------------------------------------------------------------------------------------
 
-    def predict(self, module: nn.Module, samples: Samples, what: str = "logits") -> Tensor:
+    def predict(self, module: nn.Module, samples: Samples, what: Question = "logits") -> Tensor:
         """One pass over samples without gradients.
 
         Args:
             module: a module whose forward gives an `Output`.
             samples: what to answer.
-            what: the field of `Output` to collect, e.g. ``"logits"`` or ``"embedding"``.
+            what: the field of `Output` to collect, e.g. ``"logits"`` or ``"embedding"``, or a function of module and
+                inputs whose result has the same shape for every batch but for the first dimension.
 
         Returns:
             float32 tensor on the CPU, [n, …].
@@ -222,7 +226,7 @@ class Runtime:
             indices = torch.arange(start, min(start + self.batch_size, len(samples)))
             inputs, _ = convert(self._to_device(samples.batch(indices)))
             with torch.inference_mode(), self.fabric.autocast():
-                values = getattr(module(inputs), what)
+                values = getattr(module(inputs), what) if isinstance(what, str) else what(module, inputs)
             if len(values) == len(samples):
                 return values.to("cpu", torch.float32, copy=True)
             if result is None:
@@ -234,7 +238,7 @@ class Runtime:
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
-        return tuple(None if t is None else t.to(self.device, non_blocking=True) for t in batch)
+        return tuple(_moved(part, self.device) for part in batch)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -244,6 +248,13 @@ class Runtime:
             yield
         finally:
             self.dry = False
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    """A tensor, a tuple of tensors, or nothing, on the device."""
+    if part is None or isinstance(part, Tensor):
+        return part if part is None else part.to(device, non_blocking=True)
+    return tuple(_moved(inner, device) for inner in part)
 
 
 def batches(

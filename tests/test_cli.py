@@ -65,6 +65,7 @@ def summary(recipe) -> dict:
         "name": recipe.name,
         "method": recipe.method.target,
         "seed": recipe.seed,
+        "score": {"metric": "accuracy", "higher_is_better": True},
         "rounds": rounds,
         "metrics": metrics,
         "best": {"round": rounds, "metrics": metrics, "communication": sent},

@@ -30,6 +30,7 @@ def run(variant, seed, student, last=None, up=1000, total=2000, best=3, seconds=
 
     summary = {
         "method": f"method of {variant}",
+        "score": {"metric": "accuracy", "higher_is_better": True},
         "best": {"round": best, "metrics": metrics(student), "communication": sent(up)},
         "metrics": metrics(student if last is None else last),
         "communication": {**sent(total), "by_kind": {}},
@@ -184,3 +185,17 @@ def test_comparison_in_tensorboard_has_a_run_a_row_however_often_it_is_written(t
     values, metrics = hparams(events)
     assert values == {"variant": "ours", "method": "method of ours", "seed": 1}
     assert STUDENT in metrics
+
+
+def test_transfer_of_a_loss_counts_from_the_mean_specialist_to_the_reference():
+    rows = []
+    for variant, student in (("centralized", 2.0), ("ours", 2.25)):
+        row = run(variant, 0, None)
+        row["summary"]["score"] = {"metric": "nll", "higher_is_better": False}
+        for part in (row["summary"]["metrics"], row["summary"]["best"]["metrics"]):
+            part |= {"student/test/nll": student, "specialists/test/nll": 3.0}
+        rows.append(row)
+    table = compare_report.compare_table(rows, "centralized")
+    assert [line["score"] for line in table] == ["nll", "nll"]
+    assert [line["kte_mean"] for line in table] == pytest.approx([1.0, 0.75])
+    assert "NLL on test data, less is better" in compare_report.compare_caption("centralized", None, "nll")

@@ -30,7 +30,7 @@ def text_of(show, *arguments):
 
 def test_summary_has_its_stable_keys(loop):
     summary = report.summarise(loop)
-    keys = "name method seed rounds metrics best history communication time memory participants environment"
+    keys = "name method seed score rounds metrics best history communication time memory participants environment"
     assert " ".join(summary) == keys
     assert (summary["name"], summary["method"], summary["seed"], summary["rounds"]) == ("tiny", "fedprox", 4, 3)
     assert summary["metrics"] == record(3)["metrics"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fdl.callbacks.base import Callback
 from fdl.errors import UserError
+from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
@@ -16,9 +17,9 @@ class EarlyStopping(Callback):
     """Ends the run when a metric has not improved for some rounds.
 
     Args:
-        monitor: a metric of the round's record, e.g. ``"student/validation/accuracy"``. It is read in rounds that are
-            evaluated.
-        mode: whether more or less of it is better.
+        monitor: a metric of the round's record, e.g. ``"student/validation/accuracy"``; None is the student's score on
+            validation data, whatever suits the data. It is read in rounds that are evaluated.
+        mode: whether more or less of it is better; None is as the score needs it.
         patience: rounds without improvement after which the run ends.
         min_delta: by how much a value must exceed the best one to count as better.
 
@@ -30,13 +31,15 @@ class EarlyStopping(Callback):
 
     def __init__(
         self,
-        monitor: str = "student/validation/accuracy",
-        mode: Literal["max", "min"] = "max",
+        monitor: str | None = None,
+        mode: Literal["max", "min"] | None = None,
         patience: int = 5,
         min_delta: float = 0.0,
     ):
-        if mode not in ("max", "min"):
+        if mode not in ("max", "min", None):
             raise UserError(f'mode must be "max" or "min", got {mode!r}')
+        if monitor is not None and mode is None:
+            mode = "max"
         if patience < 1:
             raise UserError(f"patience must be at least 1 round, got {patience}")
         if not min_delta >= 0:
@@ -44,6 +47,12 @@ class EarlyStopping(Callback):
         self.monitor, self.mode, self.patience, self.min_delta = monitor, mode, patience, min_delta
         self.best: float | None = None
         self.best_round = 0
+
+    def on_fit_start(self, loop: FederatedLoop) -> None:
+        """Learn what the data's score is, where none was named."""
+        task = TASKS[loop.server.task]
+        self.monitor = self.monitor or f"student/validation/{task.score}"
+        self.mode = self.mode or ("max" if task.higher_is_better else "min")
 
     def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
         """Compare the metric with its best and ask the loop to stop when patience is at an end."""

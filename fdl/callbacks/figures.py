@@ -35,6 +35,22 @@ def label_histogram(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     return figure
 
 
+def sizes(counts: Sequence[int]) -> Figure:
+    """Draw who holds how many samples, where samples have no classes.
+
+    Args:
+        counts: training samples of each client.
+    """
+    figure, axes = _canvas((min(len(counts), MAX_ROWS), 10))
+    axes.barh(range(len(counts)), counts, color="tab:blue")
+    axes.set_ylim(len(counts) - 0.5, -0.5)
+    axes.set_xlabel("training samples")
+    axes.set_ylabel("client")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_title("Training samples by client")
+    return figure
+
+
 def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     """Draw a confusion matrix: colour by share of the true class, numbers by count.
 

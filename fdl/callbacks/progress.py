@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fdl.callbacks.base import Callback
+from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
@@ -132,7 +133,8 @@ class SteadyStream:
 def _status(record: Mapping[str, Any]) -> str:
     """The round's outcome in a few words, e.g. ``student 0.912  specialists 0.654  up 12.3 kB  down 4.1 kB``."""
     metrics, sent = record["metrics"], record["communication"]
-    names = {"student": "student/test/accuracy", "specialists": "specialists/test/accuracy"}
+    score = next((t.score for t in TASKS.values() if any(key.endswith(f"/test/{t.score}") for key in metrics)), "")
+    names = {owner: f"{owner}/test/{score}" for owner in ("student", "specialists")}
     words = [f"{name} {metrics[key]:.3f}" for name, key in names.items() if key in metrics]
     words += [f"up {decimal(sent['upload_bytes'])}", f"down {decimal(sent['download_bytes'])}"]
     if record["refused"]:

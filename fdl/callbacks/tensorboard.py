@@ -55,6 +55,10 @@ class TensorBoard(Callback):
 
     def _label_histogram(self, loop: FederatedLoop) -> None:
         classes = loop.server.classes
+        if any(client.train.labels is None for client in loop.clients):
+            figure = figures.sizes([len(client.train) for client in loop.clients])
+            self._writer.add_figure("clients/samples", figure, 0, close=False)
+            return
         counts = [client.train.labels.bincount(minlength=len(classes)).numpy() for client in loop.clients]
         figure = figures.label_histogram(np.stack(counts), classes)
         self._writer.add_figure("clients/labels", figure, 0, close=False)
@@ -63,7 +67,7 @@ class TensorBoard(Callback):
         from torchmetrics.functional.classification import multiclass_confusion_matrix
 
         server = loop.server
-        if server.student is None or len(server.test) == 0:
+        if server.task != "classification" or server.student is None or len(server.test) == 0:
             return
         predicted = server.predict(server.student, server.test).argmax(1)
         matrix = multiclass_confusion_matrix(predicted, server.test.labels, server.num_classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ class Source:
 class FederatedDataModule(LightningDataModule, ABC):
     """Base of all data of a federation; also trains with a plain ``lightning.Trainer``.
 
-    A subclass writes `load`. Held-out sets are drawn from the training samples, stratified by class, in random order,
+    A subclass writes `load`; one whose samples are no labelled images also says what its `task` is and what it
+    `provides`. Held-out sets are drawn from the training samples, stratified by class, in random order,
     by streams that depend on `seed` alone: every method, number of clients and partition sees the same proxy set,
     validation set and test set.
 
@@ -55,11 +57,12 @@ class FederatedDataModule(LightningDataModule, ABC):
         batch_size: of the loaders for a plain Trainer.
 
     Attributes:
-        train: the pooled private samples, labelled.
+        task: what models of these data are asked: ``"classification"``, ``"language"`` or ``"image_text"``.
+        train: the pooled private samples, labelled where the task is classification.
         proxy: the public proxy set, unlabelled; empty where none was asked for.
-        validation: labelled; may be empty.
-        test: labelled.
-        classes: names of the classes.
+        validation: likewise labelled; may be empty.
+        test: likewise.
+        classes: names of the classes; empty where there are none.
         num_classes: how many.
         input_shape: of one input, (C, H, W).
         groups: natural client or domain of each sample of `train`, None where the source has none.
@@ -68,6 +71,8 @@ class FederatedDataModule(LightningDataModule, ABC):
         UserError: for values out of range; from `setup` when the source has too few samples or the proxy set another
             input shape.
     """
+
+    task: ClassVar[str] = "classification"
 
     train: Samples
     proxy: Samples
@@ -160,6 +165,11 @@ class FederatedDataModule(LightningDataModule, ABC):
         """Shape of one input, (C, H, W) for images."""
         return self.train.input_shape
 
+    @property
+    def provides(self) -> dict[str, Any]:
+        """What the data tell the constructors of modules and encoders, by the name of the argument."""
+        return {"num_classes": self.num_classes, "input_shape": tuple(self.input_shape)}
+
     def partition(self, partitioner: Partitioner, clients: int, seed: int) -> list[np.ndarray]:
         """Deal the private samples out to clients.
 
@@ -175,7 +185,11 @@ class FederatedDataModule(LightningDataModule, ABC):
             UserError: when the data cannot be dealt out so.
         """
         stream = numpy_stream(seed, "partition")
-        return partitioner.split(self.train.labels.numpy(), clients, stream, self.groups)
+        labels = self.train.labels
+        if labels is None and partitioner.needs_labels:
+            raise UserError(f"{self.name} has no labels to split by; take iid, quantity_skew or by_group")
+        kinds = np.zeros(len(self.train), dtype=np.int64) if labels is None else labels.numpy()
+        return partitioner.split(kinds, clients, stream, self.groups)
 
     def fingerprint(self) -> str:
         """Hex digest of the contents and labels of all four sets, computed once; files are read to the last byte."""
@@ -216,7 +230,7 @@ class FederatedDataModule(LightningDataModule, ABC):
     def _counts(self, source: Source) -> dict[str, int]:
         """How many training samples to hold out for each split, checked against the source."""
         total = len(source.train)
-        if source.train.labels is None:
+        if source.train.labels is None and self.task == "classification":
             raise UserError(f"{self.name}: the training samples have no labels; such data can only be a proxy set")
         counts = {
             split: round(size * total) if isinstance(size, float) else size or 0 for split, size in self._sizes.items()

@@ -16,9 +16,14 @@ from fdl.errors import UserError
 
 
 class Partitioner(ABC):
-    """Deals samples out to clients; a subclass writes `assign`."""
+    """Deals samples out to clients; a subclass writes `assign`.
+
+    Attributes:
+        needs_labels: whether it looks at the samples' classes.
+    """
 
     name: str
+    needs_labels: bool = False
 
     def split(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None = None
@@ -89,6 +94,7 @@ class Dirichlet(Partitioner):
     """
 
     name = "dirichlet"
+    needs_labels = True
 
     def __init__(
         self,
@@ -186,6 +192,7 @@ class ClassSplit(Partitioner):
     """
 
     name = "class_split"
+    needs_labels = True
 
     def __init__(self, classes_per_client: int = 2):
         _require_at_least_one("classes_per_client", classes_per_client)
@@ -235,6 +242,7 @@ class Shards(Partitioner):
     """
 
     name = "shards"
+    needs_labels = True
 
     def __init__(self, shards_per_client: int = 2):
         _require_at_least_one("shards_per_client", shards_per_client)

@@ -25,12 +25,25 @@ _PINNED_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDi
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's parameters and persistent buffers by name.
 
+    Left out is what the module itself calls `frozen` (names in its state that come from public weights and never
+    change), so that neither messages nor checkpoints carry a backbone that everybody has. A tensor that has several
+    names, as tied embeddings have, goes by the first.
+
     The tensors are references into the module, detached from the graph: copy them before the module trains on.
     """
     known = _PINNED.get(module)
     if known is not None:
         return dict(known)
-    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    frozen, seen, state = getattr(module, "frozen", ()), set(), {}
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor) or name in frozen:
+            continue
+        place = value.data_ptr(), value.shape, value.stride()
+        if value.data_ptr() and value.numel() and place in seen:
+            continue
+        seen.add(place)
+        state[name] = value
+    return state
 
 
 def pin(module: nn.Module) -> None:
@@ -42,7 +55,7 @@ def pin(module: nn.Module) -> None:
     Args:
         module: it must not be moved, converted or given other parameters afterwards.
     """
-    laid = lay_side_by_side(module)
+    laid = None if getattr(module, "frozen", ()) else lay_side_by_side(module)
     if laid is not None:
         _LAID[module] = laid
     _PINNED[module] = state_of(module)

@@ -39,7 +39,7 @@ class FakeClient:
 
 class FakeServer:
     def __init__(self, num_classes: int):
-        self.num_classes = num_classes
+        self.num_classes, self.task = num_classes, "classification"
         self.classes = [f"class {i}" for i in range(num_classes)]
         self.student: Any = torch.nn.Linear(4, num_classes)
         self.test = Labelled(torch.arange(12) % num_classes)

@@ -9,6 +9,7 @@ from tests.callbacks.fakes import FakeLoop
 
 def play(callback, loop, values, first=1):
     """Feed values of the monitored metric (None: not measured); returns the round that stopped, or None."""
+    callback.on_fit_start(loop)
     for round, value in enumerate(values, first):
         metrics = {"distil/loss": 1.0} if value is None else {callback.monitor: value, "distil/loss": 1.0}
         callback.on_round_end(loop, {"round": round, "metrics": metrics})
@@ -65,3 +66,11 @@ def test_state_survives_a_restart(loop):
 def test_impossible_arguments_are_refused(arguments):
     with pytest.raises(UserError, match=next(iter(arguments))):
         EarlyStopping(**arguments)
+
+
+@pytest.mark.parametrize(("task", "monitor", "mode"), [("language", "student/validation/nll", "min")])
+def test_it_watches_the_score_of_the_data(loop, task, monitor, mode):
+    loop.server.task = task
+    callback = EarlyStopping(patience=2)
+    assert play(callback, loop, [2.0, 1.5, 1.6, 1.5]) == 4
+    assert (callback.monitor, callback.mode) == (monitor, mode)
