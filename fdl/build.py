@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
 
     runtime = _runtime(recipe)
     specialists = _architectures(recipe, data, runtime)
-    architectures = specialists if "specialists" in method.requires else ["student"]
+    architectures = ["student"] * len(shares) if "specialists" not in method.requires else assign(recipe, specialists)
     common: dict[str, Any] = {
         "runtime": runtime,
         "seed": recipe.seed,
@@ -81,7 +81,7 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         clients.append(
             Client(
                 id=id,
-                architecture=architectures[id % len(architectures)],
+                architecture=architectures[id],
                 train=data.train.subset(train),
                 calibration=data.train.subset(calibration),
                 **common,
@@ -104,6 +104,8 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         limit=recipe.channel.limit,
         bandwidth=Bandwidth(recipe.channel.bandwidth, recipe.channel.clients),
     )
+    for probe in probes:
+        probe.prepare(server)
     callbacks = [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(recipe.callbacks)]
     return FederatedLoop(
         recipe=recipe,
@@ -138,9 +140,10 @@ def _architectures(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) 
         if component is not None:
             runtime.factories[part] = _factory(component, part, data)
     keys: list[str] = []
+    known = [(component.target, component.args) for component in recipe.specialists]
     for i, component in enumerate(recipe.specialists):
-        if component in recipe.specialists[:i]:  # the same architecture: one template serves both
-            keys.append(keys[recipe.specialists.index(component)])
+        if known[i] in known[:i]:  # the same architecture: one template serves both
+            keys.append(keys[known.index(known[i])])
             continue
         model = component.args.get("model")  # timm's and torchvision's names say more; what follows a dot is a tag
         name = model.partition(".")[0] if isinstance(model, str) else component.target.rpartition(".")[2]
@@ -148,6 +151,33 @@ def _architectures(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) 
         runtime.factories[key] = _factory(component, f"specialists.{i}", data)
         keys.append(key)
     return keys
+
+
+def assign(recipe: Recipe, keys: Sequence[str]) -> list[str]:
+    """Which architecture each client has.
+
+    Clients that an entry of ``specialists`` names have that one. The others get those entries that name nobody, in
+    turn, or drawn by weight from a stream that depends on the seed and the client alone.
+
+    Args:
+        recipe: the specialists and how they are assigned.
+        keys: the architecture of each entry.
+
+    Returns:
+        A key for every client, by id.
+    """
+    named = {client: i for i, entry in enumerate(recipe.specialists) for client in entry.clients or ()}
+    free = [i for i, entry in enumerate(recipe.specialists) if entry.clients is None]
+    weights = np.array([recipe.specialists[i].weight for i in free])
+
+    def entry(client: int) -> int:
+        if client in named:
+            return named[client]
+        if recipe.federation.assignment == "in_turn":
+            return free[client % len(free)]
+        return free[numpy_stream(recipe.seed, "assignment", 0, client).choice(len(free), p=weights / weights.sum())]
+
+    return [keys[entry(client)] for client in range(recipe.federation.clients)]
 
 
 def _model(part: str, purpose: str, method: Method, recipe: Recipe, runtime: Runtime) -> LightningModule | None:

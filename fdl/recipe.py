@@ -39,6 +39,14 @@ class Scheduler(Component):
 
 
 @dataclass
+class Specialist(Component):
+    """A private architecture, and which clients have it."""
+
+    clients: list[int] | None = key(None, "ids of the clients that have it; null: those whom no entry names")
+    weight: float = key(1.0, "how often it is drawn, where assignment is random", bounds=Bounds(0, open_low=True))
+
+
+@dataclass
 class Fit:
     """One training: for how long, on what batches, with which optimiser."""
 
@@ -63,6 +71,9 @@ class Federation:
     rounds: int = key(1, "communication rounds", bounds=_COUNT)
     participation: float = key(1.0, "share of the clients asked in a round", bounds=Bounds(0, 1, open_low=True))
     dropout: float = key(0.0, "chance that a client asked does not answer", bounds=Bounds(0, 1, open_high=True))
+    assignment: Literal["in_turn", "random"] = key(
+        "in_turn", "how clients that no specialist names get one: entry i counted round, or drawn by weight"
+    )
     calibration: float = key(0.1, "share of a client's data held out to calibrate", bounds=Bounds(0, 1, open_high=True))
 
 
@@ -130,7 +141,7 @@ class Recipe:
     data: Component = key(Component(), "where samples come from", kind="datamodule")
     partition: Component = key(Component("iid"), "who holds which samples", kind="partitioner")
     federation: Federation = key(Federation(), "who takes part")
-    specialists: list[Component] = key([], "the clients' models; client i gets entry i, counted round", kind="module")
+    specialists: list[Specialist] = key([], "the clients' own models, see federation.assignment", kind="module")
     student: Component | None = key(None, "the global model", kind="module")
     teacher: Component | None = key(None, "the large model of standard distillation", kind="module")
     encoder: Component | None = key(None, "frozen public encoder that all sites share", kind="encoder")
@@ -281,6 +292,9 @@ def _variants(raw: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def _checked(raw: Mapping[str, Any], name: str) -> tuple[Recipe | None, list[tuple[str, str]]]:
     """Resolve interpolations, check everything, and build the dataclass when all is well."""
     resolved, problems = _interpolated(raw)
+    for part in ("student", "teacher"):  # "${specialists.0}" means its model, not who has it
+        if isinstance(raw.get(part), str) and isinstance(resolved.get(part), Mapping):
+            resolved[part] = {k: v for k, v in resolved[part].items() if k in ("target", "args")}
     checker = Checker()
     tree = check(fill(resolved, Recipe), Recipe, _MODULE, checker)
     broken = {k for k, _ in problems}

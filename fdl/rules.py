@@ -30,7 +30,7 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
     """
     problems: Problems = []
     sections = {key.partition(".")[0] for key in known}
-    for rule in (_name, _fits, _cohort, _links, _devices, _required_parts, _metrics, _comparison):
+    for rule in (_name, _fits, _cohort, _links, _devices, _required_parts, _assigned, _metrics, _comparison):
         problems += rule(tree, sections)
     return problems + _constructed(tree, known | {key for key, _ in problems})
 
@@ -65,6 +65,25 @@ def _cohort(tree: dict[str, Any], broken: set[str]) -> Problems:
         return []
     message = f"{share:g} of {clients} clients selects nobody; {1 / clients:.2g} selects one"
     return [("federation.participation", message)]
+
+
+def _assigned(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Clients that specialists name are there, each is named once, and nobody is left without a model."""
+    if broken & {"specialists", "federation"} or not tree["specialists"]:
+        return []
+    count, owner, problems = tree["federation"]["clients"], {}, []
+    for i, entry in enumerate(tree["specialists"]):
+        for client in entry["clients"] or ():
+            where = f"specialists.{i}.clients"
+            if not 0 <= client < count:
+                problems.append((where, f"there is no client {client}: the ids are 0 … {count - 1}"))
+            elif client in owner:
+                problems.append((where, f"client {client} has specialists.{owner[client]} already"))
+            owner.setdefault(client, i)
+    left = [client for client in range(count) if client not in owner]
+    if left and all(entry["clients"] is not None for entry in tree["specialists"]):
+        problems.append(("specialists", f"every entry names its clients, and none names client {left[0]}"))
+    return problems
 
 
 def _devices(tree: dict[str, Any], broken: set[str]) -> Problems:

@@ -8,7 +8,7 @@ import pytest
 
 from fdl.errors import RecipeError, UserError
 from fdl.overrides import Override, apply
-from fdl.recipe import Component, Fit, Recipe, Scheduler, difference, from_mapping, instantiate, load
+from fdl.recipe import Component, Fit, Recipe, Scheduler, Specialist, difference, from_mapping, instantiate, load
 from fdl.schema import Bounds, keys
 
 BASE = {
@@ -38,7 +38,7 @@ def test_shorthand_defaults_and_types():
     result = recipe()
     assert result.method == Component("fedavg", {})
     assert result.partition == Component("dirichlet", {"alpha": 0.5})
-    assert result.specialists == [Component("mlp", {}), Component("cnn", {"channels": [8]})]
+    assert result.specialists == [Specialist("mlp", {}), Specialist("cnn", {"channels": [8]})]
     assert result.local == result.distil == Fit(epochs=1, batch_size=32, optimizer=Component("sgd", {"lr": 0.1}))
     assert result.digest is None and result.teacher is None and result.compare is None
     assert [c.target for c in result.callbacks] == ["tensorboard", "csv", "progress"]
@@ -121,7 +121,7 @@ def test_null_for_the_default_epochs_leaves_steps():
 
 def test_overrides_reach_into_lists():
     result = recipe("specialists.1.args.channels=[4, 4]", "callbacks.0.target=csv", "specialists.0=vit")
-    assert result.specialists == [Component("vit", {}), Component("cnn", {"channels": [4, 4]})]
+    assert result.specialists == [Specialist("vit", {}), Specialist("cnn", {"channels": [4, 4]})]
     assert result.callbacks[0].target == "csv"
 
 
@@ -132,7 +132,7 @@ def test_the_later_override_wins():
 def test_a_new_target_drops_the_old_arguments():
     assert recipe("partition.target=iid").partition == Component("iid", {})
     assert recipe("partition=iid").partition == Component("iid", {})
-    assert recipe("specialists.1.target=mlp").specialists[1] == Component("mlp", {})
+    assert recipe("specialists.1.target=mlp").specialists[1] == Specialist("mlp", {})
 
 
 def test_the_same_target_keeps_its_arguments():
