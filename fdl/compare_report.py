@@ -173,8 +173,8 @@ def compare_caption(reference: str | None, bytes_reference: str | None, score: s
     higher = next(task.higher_is_better for task in TASKS.values() if task.score == score)
     better = "" if higher else ", less is better"
     sentences = [
-        f"Mean ± standard deviation over seeds. {metric[0].upper()}{metric[1:]} on test data{better}; best round chosen "
-        "on validation data."
+        f"Mean ± standard deviation over seeds. {metric[0].upper()}{metric[1:]} on test data{better}; best round "
+        "chosen on validation data."
     ]
     if reference is not None and higher:
         sentences.append(f"KTE, knowledge-transfer efficiency: the student's {metric} as a share of {reference}'s.")

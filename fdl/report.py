@@ -51,10 +51,11 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
 
     Returns:
         ``name``, ``method``, ``seed``, ``score`` (the ``metric`` by which rounds and runs are compared, and whether
-        ``higher_is_better``), ``rounds`` (done), ``metrics`` (of the last round), ``best`` (the round of the best
-        score on validation data, of equals the one that the task's tie breaker prefers where that is measured, else
-        the earliest; the last round where nothing was validated: its ``round``, ``metrics`` and ``communication``), ``history`` (all records), ``communication`` (with ``by_kind``), ``time``, ``memory``
-        (``peak_device_bytes`` is None without a CUDA device), ``participants`` and ``environment``.
+        ``higher_is_better``), ``rounds`` (done), ``metrics`` (of the last round), ``best`` (the round of the best score
+        on validation data, of equals the one that the task's tie breaker prefers where that is measured, else the
+        earliest; the last round where nothing was validated: its ``round``, ``metrics`` and ``communication``),
+        ``history`` (all records), ``communication`` (with ``by_kind``), ``time``, ``memory`` (``peak_device_bytes`` is
+        None without a CUDA device), ``participants`` and ``environment``.
     """
     history = loop.history
     last = history[-1] if history else {"round": 0, "metrics": {}, "communication": loop.ledger.totals()}

@@ -57,7 +57,7 @@ def test_the_score_is_always_measured(task):
 
 
 def test_a_metric_of_another_task_is_refused():
-    with pytest.raises(UserError, match="evaluation.metrics.1: 'accuracy' is no metric of language data"):
+    with pytest.raises(UserError, match=r"evaluation\.metrics\.1: 'accuracy' is no metric of language data"):
         TASKS["language"].asked(["nll", "accuracy"])
 
 
