@@ -17,7 +17,7 @@ def ask(server: Server, probes: Sequence[Evaluator], metrics: dict[str, float]) 
     """Put further questions to the student; the answers are noted as ``student/<probe>/<metric>``."""
     for probe in probes:
         answers = probe.evaluate(server, server.student)
-        metrics.update({f"student/{probe.name}/{name}": value for name, value in answers.items()})
+        metrics.update({f"student/{probe.label}/{name}": value for name, value in answers.items()})
 
 
 def evaluate(

@@ -1,0 +1,78 @@
+"""Classification of images by the names of classes alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fdl.catalog import suggest
+from fdl.datamodules.base import FederatedDataModule
+from fdl.errors import UserError
+from fdl.evaluators.base import Evaluator
+from fdl.evaluators.labelled import labelled
+from fdl.metrics import classification
+from fdl.zero_shot import templates_of, zero_shot_classifier, zero_shot_question
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
+
+    from fdl.datamodules.samples import Samples
+    from fdl.participants import Server
+
+
+class ZeroShot(Evaluator):
+    """Each test image goes to the class whose name, in sentences, has the nearest text vector (Radford et al., 2021).
+
+    Metrics: ``accuracy``, ``top5`` (where there are more than five classes) and ``macro_f1``.
+
+    Args:
+        data: labelled images, tested on their test set; None for the recipe's own test set, if it has labels.
+        classes: only these of the classes, e.g. those that no site had; images of others are left out. None: all.
+        templates: a name among `fdl.zero_shot.TEMPLATES`, or sentences with ``{}`` for the class's name.
+        every: as in `Evaluator`.
+        label: as in `Evaluator`.
+    """
+
+    name = "zero_shot"
+    tasks = ("image_text",)
+
+    def __init__(
+        self,
+        data: FederatedDataModule | None = None,
+        classes: list[str] | None = None,
+        templates: str | list[str] = "photo",
+        every: int = 0,
+        label: str | None = None,
+    ):
+        super().__init__(every, label)
+        if classes is not None and len(set(classes)) < 2:
+            raise UserError(f"classes must name at least two, got {classes}")
+        self.data, self.classes, self.templates = data, classes, templates_of(templates)
+
+    def prepare(self, server: Server) -> None:
+        """Read further data, and look for the chosen classes."""
+        self._images(server)
+
+    def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
+        """Classify the test images."""
+        samples, labels, classes = self._images(server)
+        weights = zero_shot_classifier(module, server.provides["tokenizer"], classes, self.templates)
+        logits = server.predict(module, samples, zero_shot_question(weights))
+        names = ["accuracy", "macro_f1", *(["top5"] if len(classes) > 5 else [])]
+        return classification(logits, labels, names)
+
+    def _images(self, server: Server) -> tuple[Samples, torch.Tensor, list[str]]:
+        """The images to classify, their labels among the asked classes, and these classes' names."""
+        _, test, known = labelled(server, self.data, self.name)
+        if "tokenizer" not in server.provides:
+            raise UserError(f"{self.name} needs a tokenizer for the classes' names, and the data have none")
+        chosen = list(dict.fromkeys(known if self.classes is None else self.classes))
+        for name in chosen:
+            if name not in known:
+                raise UserError(f"{self.name}: the data have no class {name!r}{suggest(name, known)}")
+        labels = torch.tensor([chosen.index(name) if name in chosen else -1 for name in known])[test.labels]
+        rows = torch.nonzero(labels >= 0).flatten()
+        if not len(rows):
+            raise UserError(f"{self.name}: the test set has no image of the classes asked for")
+        return test.subset(rows), labels[rows], chosen

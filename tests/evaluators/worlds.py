@@ -1,0 +1,31 @@
+"""A server with public data and no federation around it."""
+
+from fdl.participants import Server
+from fdl.recipe import Fit
+from fdl.runtime import Runtime
+
+
+def server(
+    test,
+    validation=None,
+    task="classification",
+    provides=None,
+    classes=None,
+    batch_size=512,
+    seed=0,
+    precision="32-true",
+):
+    return Server(
+        validation=test.subset([]) if validation is None else validation,
+        test=test,
+        classes=classes,
+        runtime=Runtime(accelerator="cpu", batch_size=batch_size, precision=precision),
+        seed=seed,
+        local=Fit(),
+        distil=Fit(),
+        digest=Fit(),
+        proxy=None,
+        num_classes=len(classes or ()),
+        task=task,
+        provides=provides,
+    )
