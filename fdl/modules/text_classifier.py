@@ -1,0 +1,196 @@
+"""Any text classifier of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fdl.errors import UserError
+from fdl.losses import cross_entropy
+from fdl.modules.checkpoints import brief
+from fdl.modules.features import capture, capture_input, last_layer
+from fdl.modules.output import Output
+from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
+from fdl.modules.transformers_loading import load_model, own_head
+from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
+from fdl.modules.tuning import apply_tuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TextClassifier(TransformersModule):
+    """Any text classifier of transformers: BERT, DistilBERT, RoBERTa, MiniLM, GPT-2 and more.
+
+    Args:
+        model: a family of transformers (``bert``, ``distilbert``, ``roberta``, ``gpt2``, …) for a new model; a local
+            folder as transformers writes it; or an id of the Hugging Face hub.
+        pretrained: take the folder's or the hub's weights, too; the head is new where these have none, or one for
+            another number of classes.
+        checkpoint: local file of weights instead, ``.safetensors`` or of torch, for the sizes of `model` and `config`.
+        config: settings of the model's configuration, by transformers' names. A new model's vocabulary and number of
+            positions are the data's unless they are given here.
+        pooling: ``"own"``, the family's own head; ``"mean"``, a linear layer on the mean of the last hidden states of
+            the real tokens, as encoders of sentences are meant to be used.
+        tuning: what is trained: ``"full"``, ``"head"``, ``"frozen"``, or ``"lora"`` and the head.
+        lora: settings of ``"lora"``, as in `apply_tuning`.
+        num_classes: number of classes.
+        tokenizer: the data's.
+        context: tokens of the longest text.
+        optimizer: for a plain Trainer, as in `TransformersModule`.
+        scheduler: for a plain Trainer, as in `TransformersModule`.
+
+    Attributes:
+        head: dotted name of the last layer, whose input is the embedding.
+        embedding_dim: D.
+
+    Raises:
+        UserError: there is no such model, weights do not fit, texts are too long for it, or its weights were trained
+            with another tokenizer than the data's.
+    """
+
+    name = "text_classifier"
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        config: dict | None = None,
+        pooling: Literal["own", "mean"] = "own",
+        tuning: Literal["full", "head", "frozen", "lora"] = "full",
+        lora: dict | None = None,
+        *,
+        num_classes: int,
+        tokenizer: Tokenizer,
+        context: int,
+        optimizer: dict | None = None,
+        scheduler: dict | None = None,
+    ):
+        new = {
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": context + 2,  # RoBERTa counts from 2
+        }
+        if "roberta" not in model:  # it finds positions by its padding's id; others just never train that id
+            new["pad_token_id"] = None
+        auto, always = "AutoModelForSequenceClassification", {"num_labels": num_classes}
+        if pooling == "mean":
+            auto, always = "AutoModel", {}
+        if not pretrained:
+            always = {**always, "bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos}
+        network, fresh = load_model(auto, model, pretrained, checkpoint, config, new, always, fresh_head=True)
+        vocabulary, padding = network.config.vocab_size, network.config.pad_token_id
+        positions = getattr(network.config, "max_position_embeddings", None)
+        if positions is not None and context > positions:
+            raise UserError(f"model: {model} reads {positions} tokens at most, and the data's context is {context}")
+        if vocabulary < tokenizer.vocab_size:
+            raise UserError(
+                f"model: {model} has a vocabulary of {vocabulary}, and the data's tokenizer ({tokenizer.label}) one "
+                f"of {tokenizer.vocab_size}"
+            )
+        if pretrained:
+            require_own_tokenizer(model, tokenizer)
+        if pooling == "mean":
+            network, heads, fresh = MeanPooled(network, num_classes), ["head"], ["head"]
+        else:
+            heads = own_head(network)
+        if tuning == "frozen" and fresh:
+            raise UserError(f"tuning: frozen would keep a head of random weights; {model} has none, give tuning: head")
+        frozen = apply_tuning(
+            network,
+            tuning,
+            [*heads, *(name for name in fresh if name.split(".")[0] not in heads)],
+            lora,
+            pretrained=pretrained or checkpoint is not None,
+        )
+        super().__init__(network, frozen, optimizer, scheduler)
+        self.num_classes, self.tokenizer, self.context = num_classes, tokenizer, context
+        self.head, self.padding = last_layer(network, num_classes), padding or 0
+        self.last_token = False
+        self.embedding_dim = self._rehearse(model)
+
+    def forward(self, tokens: Tensor, features: Sequence[str] = ()) -> Output:
+        """Answer a batch.
+
+        Args:
+            tokens: int64 ``[B, T]``, padded on the right with -1.
+            features: submodules of the network, by dotted name or glob, whose activations are wanted.
+
+        Returns:
+            Logits ``[B, C]``, and as embedding ``[B, D]`` what the last layer saw.
+
+        Raises:
+            UserError: a name in `features` matches nothing.
+        """
+        if not features:
+            return Output(*self._answer(tokens), {})
+        with capture(self.network, features) as seen:
+            logits, embedding = self._answer(tokens)
+        return Output(logits, embedding, seen)
+
+    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``loss``, the mean cross entropy of a labelled batch."""
+        tokens, labels = batch
+        return {"loss": cross_entropy(self(tokens).logits, labels)}
+
+    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``loss`` and ``accuracy`` of a labelled batch."""
+        tokens, labels = batch
+        logits = self(tokens).logits
+        return {"loss": cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+    def _answer(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        real = tokens >= 0
+        ids = tokens.masked_fill(~real, self.padding)
+        if self.last_token:
+            # Decoders' heads look at the last real token. They would look for the padding's id, which these may lack.
+            hidden = self.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            rows = torch.arange(len(tokens), device=tokens.device)
+            embedding = hidden[rows, (real.sum(1) - 1).clamp_min(0)]
+            return self.network.get_submodule(self.head)(embedding), embedding
+        with capture_input(self.network.get_submodule(self.head)) as seen:
+            logits = self.network(input_ids=ids, attention_mask=real.long()).logits
+        return logits, seen[-1]
+
+    @torch.no_grad()
+    def _rehearse(self, model: str) -> int:
+        """Send one blank text of full length through; returns the embedding's size."""
+        training = self.training
+        self.eval()
+        try:
+            logits, embedding = self._answer(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
+            if embedding.ndim == 3:
+                self.last_token = True
+                logits, embedding = self._answer(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"model: {model} cannot read texts of {self.context} tokens: {brief(error)}") from error
+        self.train(training)
+        if logits.shape != (1, self.num_classes) or embedding.ndim != 2:
+            raise UserError(
+                f"model: {model} answers one text with logits of shape {list(logits.shape)} and an embedding of shape "
+                f"{list(embedding.shape)}, expected [1, {self.num_classes}] and [1, D]"
+            )
+        return embedding.shape[1]
+
+
+class MeanPooled(nn.Module):
+    """An encoder of texts and a linear layer on the mean of its last hidden states.
+
+    Args:
+        encoder: a base model of transformers.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, num_classes: int):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, num_classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor):
+        """Return an object with ``logits``, as transformers' classifiers do."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return SequenceClassifierOutput(logits=self.head(masked_mean(hidden, attention_mask > 0)))

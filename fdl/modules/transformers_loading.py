@@ -1,0 +1,165 @@
+"""Models of the transformers library: from the hub, from a local folder, or new ones of sizes that a recipe gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fdl.catalog import suggest
+from fdl.errors import UserError
+from fdl.modules.checkpoints import brief, read_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_FAULTS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ZeroDivisionError, ImportError)
+
+
+def load_model(
+    auto: str,
+    model: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    config: Mapping[str, Any] | None,
+    new: Mapping[str, Any],
+    always: Mapping[str, Any] | None = None,
+    fresh_head: bool = False,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model in float32, or make a new one.
+
+    Args:
+        auto: transformers' class that chooses the architecture, e.g. ``"AutoModelForCausalLM"``.
+        model: a local folder with ``config.json``, a family (``model_type``), or an id of the hub.
+        pretrained: take the weights of the folder or of the hub, too.
+        checkpoint: local file of weights instead.
+        config: settings in the place of the folder's, the hub's, or the family's own.
+        new: further settings for a model without weights, where `config` does not give them.
+        always: further settings in any case.
+        fresh_head: whether what is on top of the base model, and a pooler within it, may have new weights where the
+            file has none or others.
+
+    Returns:
+        The model, and those names in its state whose weights are new although the others come from a file.
+
+    Raises:
+        UserError: there is no such model, settings are unknown, or weights do not fit.
+    """
+    import transformers
+
+    if pretrained and checkpoint is not None:
+        raise UserError("give pretrained or checkpoint, not both")
+    weights = pretrained or checkpoint is not None
+    settings = _config(model, pretrained, config or {}, {} if weights else new, always or {})
+    maker = getattr(transformers, auto)
+    try:
+        if not weights:
+            return maker.from_config(settings), []
+    except _FAULTS as error:
+        raise UserError(f"transformers cannot build {model}: {brief(error)}") from error
+    state = None if checkpoint is None else read_weights(checkpoint)
+    try:
+        if state is not None:
+            with torch.device("meta"):  # only to learn which class it is
+                maker = type(maker.from_config(settings))
+        with _quiet():
+            network, seen = maker.from_pretrained(
+                str(Path(model).expanduser()) if state is None else None,
+                config=settings,
+                state_dict=state,
+                dtype=torch.float32,  # not the file's: optimisers need more than 16 bits, and Fabric sets the precision
+                ignore_mismatched_sizes=True,  # we say ourselves what did not fit
+                output_loading_info=True,
+            )
+    except _FAULTS as error:
+        raise UserError(f"{_source(model, checkpoint)} does not fit: {brief(error)}") from error
+    names = sorted({*seen["missing_keys"], *(entry[0] for entry in seen["mismatched_keys"])})
+    lost = [name for name in names if not (fresh_head and _is_head(network, name))]
+    if lost:
+        few = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
+        raise UserError(f"{_source(model, checkpoint)} does not fit: no weights of the right shape for {few}")
+    return network, names
+
+
+def own_head(network: PreTrainedModel) -> list[str]:
+    """Name the parts on top of a base model that have weights."""
+    return [
+        name
+        for name, child in network.named_children()
+        if name != network.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def _is_head(network: PreTrainedModel, name: str) -> bool:
+    return name.split(".")[0] in own_head(network) or "pooler" in name.split(".")
+
+
+def _config(
+    model: str, pretrained: bool, given: Mapping[str, Any], new: Mapping[str, Any], always: Mapping[str, Any]
+) -> PretrainedConfig:
+    """The settings of a model, with those that a recipe gives and those that the data give."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    base: dict[str, Any] = {}
+    try:
+        if not Path(model).expanduser().is_dir() and model in CONFIG_MAPPING and not pretrained:
+            known = CONFIG_MAPPING[model]()
+        elif _is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
+            raise UserError(f"model: {model} is no folder with a config.json")
+        else:
+            known = AutoConfig.from_pretrained(str(Path(model).expanduser()) if _is_path(model) else model)
+            base = _plain(known)
+    except _FAULTS as error:
+        raise UserError(
+            f"model: {model!r} is no local folder and no family of transformers, and the Hugging Face hub does not "
+            f"give it ({brief(error)}); give the path of a folder with its config.json and weights, or a family and "
+            f"config{suggest(model, CONFIG_MAPPING)}"
+        ) from error
+    names = {*known.to_dict(), *known.attribute_map}
+    for key in given:
+        if key not in names:
+            raise UserError(f"config: {known.model_type} has no setting {key!r}{suggest(str(key), sorted(names))}")
+    renamed = {known.attribute_map.get(key, key): value for key, value in given.items()}
+    for key, value in {**{key: value for key, value in new.items() if key in names}, **always}.items():
+        renamed.setdefault(known.attribute_map.get(key, key), value)
+    if "num_labels" in renamed:  # would contradict the labels' names
+        base = {key: value for key, value in base.items() if key not in ("id2label", "label2id")}
+    try:
+        # Built anew, not changed: some settings follow from others when a configuration is built.
+        return type(known)(**{**base, **renamed})
+    except Exception as error:  # its checks raise errors of several libraries
+        raise UserError(f"config: {known.model_type} refuses its settings: {brief(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar, and its report on what did not fit, of which we make an error or use."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _plain(config: PretrainedConfig) -> dict[str, Any]:
+    kept = config.to_diff_dict()
+    for key in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"):
+        kept.pop(key, None)
+    return kept
+
+
+def _is_path(model: str) -> bool:
+    return Path(model).expanduser().is_dir() or model.startswith(("/", "./", "../", "~"))
+
+
+def _source(model: str, checkpoint: str | None) -> str:
+    return f"model: {model}" if checkpoint is None else f"checkpoint: {checkpoint} for {model}"

@@ -1,0 +1,99 @@
+"""What language models and text classifiers of transformers have in common as LightningModules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from fdl.modules.optim import build_optimizer, build_scheduler
+from fdl.modules.output import Output
+from fdl.modules.tuning import hold_frozen
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+class TransformersModule(LightningModule):
+    """Trains a network of transformers, with a plain Trainer or in a federation's rounds.
+
+    Args:
+        network: the model.
+        frozen: names in the network's state that never change, as `apply_tuning` gives them.
+        optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default AdamW at 0.0005. Federated
+            rounds use the recipe's ``local`` and ``distil`` settings instead.
+        scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`.
+
+    Attributes:
+        frozen: names in the module's state that never change and are the same at every site.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self, network: nn.Module, frozen: frozenset[str], optimizer: dict | None = None, scheduler: dict | None = None
+    ):
+        super().__init__()
+        self.network, self.frozen = network, frozenset(f"network.{name}" for name in frozen)
+        self.optimizer_config = optimizer or {"target": "adamw", "args": {"lr": 5e-4}}
+        self.scheduler_config = scheduler
+        self.train()  # what transformers loads comes in evaluation mode
+
+    def train(self, mode: bool = True) -> TransformersModule:
+        """Set the mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode and self.frozen:
+            hold_frozen(self.network)
+        return self
+
+    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """As ``validation_step``."""
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
+        """Answer a batch; labels, where there are any, are not looked at."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Build optimiser and schedule for a plain Trainer."""
+        optimizer = build_optimizer(
+            [p for p in self.parameters() if p.requires_grad],
+            self.optimizer_config["target"],
+            self.optimizer_config.get("args"),
+        )
+        if self.scheduler_config is None:
+            return optimizer
+        scheduler = build_scheduler(optimizer, self.scheduler_config["target"], self.scheduler_config.get("args"))
+        interval = self.scheduler_config.get("interval", "epoch")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int) -> None:
+        """Log the training loss, under a Trainer."""
+        self.log("train/loss", outputs["loss"], batch_size=len(batch[0]))
+
+    def on_validation_batch_end(
+        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log the validation metrics, under a Trainer; it averages them over the epoch."""
+        self.log_dict({f"validation/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
+
+    def on_test_batch_end(
+        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log the test metrics, under a Trainer; it averages them over the epoch."""
+        self.log_dict({f"test/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
+
+
+def masked_mean(hidden: Tensor, real: Tensor) -> Tensor:
+    """Average hidden states over the real tokens.
+
+    Args:
+        hidden: ``[B, T, D]``.
+        real: bool ``[B, T]``; a row without any gives zeros.
+
+    Returns:
+        ``[B, D]``.
+    """
+    share = real.to(hidden.dtype)
+    return torch.einsum("btd,bt->bd", hidden, share) / share.sum(1, keepdim=True).clamp_min(1)

@@ -1,0 +1,232 @@
+"""Which part of a pretrained network is trained: all of it, its head, small additions to its layers, or nothing.
+
+What is not trained is the same at every site and never changes, so it neither travels nor is stored: every function
+here that freezes says which names of the state that concerns.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from fdl.catalog import suggest
+from fdl.errors import UserError
+from fdl.modules.features import matching
+
+TUNINGS = ("full", "head", "frozen", "lora")
+"""What `apply_tuning` knows."""
+
+_LORA = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": None, "init": "kaiming", "freeze_a": False}
+
+
+def apply_tuning(
+    network: nn.Module,
+    tuning: str,
+    head_names: Sequence[str] = (),
+    lora: Mapping[str, Any] | None = None,
+    *,
+    pretrained: bool = True,
+    train_head: bool = True,
+) -> frozenset[str]:
+    """Freeze what is not to be trained, and add what is to be trained instead.
+
+    Call it when all weights are in place. Networks with frozen parts must be given to `hold_frozen` whenever they are
+    put into training mode.
+
+    Args:
+        network: changed in place.
+        tuning: ``"full"`` trains everything; ``"head"`` the head alone; ``"frozen"`` nothing; ``"lora"`` adds
+            trainable matrices of low rank to linear layers: ``W x + (alpha / rank) B A x``, with B = 0 at first.
+        head_names: submodules or parameters, by dotted name, that are the head.
+        lora: for ``"lora"``: ``rank`` (8), ``alpha`` (default twice the rank), ``dropout`` (0) of what the matrices
+            see, ``targets`` (names or globs of layers; default every linear layer but the head), ``init`` of A
+            (``"kaiming"`` or ``"gaussian"``), and ``freeze_a`` (false), which trains B alone, so that the mean of
+            several sites' products is the product of their means. Sources: Hu et al., "LoRA: Low-Rank Adaptation of
+            Large Language Models"; Sun et al., "Improving LoRA in Privacy-preserving Federated Learning" (FFA-LoRA).
+        pretrained: whether the weights come from a file or a hub, and so are the same at every site.
+        train_head: whether the head is trained in full beside ``"lora"``, as one that is new has to be.
+
+    Returns:
+        Names in ``network.state_dict()`` that never change.
+
+    Raises:
+        UserError: an unknown `tuning`, settings of LoRA that do not fit, or parts of random weights to be frozen.
+    """
+    if tuning not in TUNINGS:
+        raise UserError(f"tuning must be one of {', '.join(TUNINGS)}, got {tuning!r}")
+    if lora is not None and tuning != "lora":
+        raise UserError(f"lora is for tuning: lora, not for tuning: {tuning}")
+    if tuning == "full":
+        return frozenset()
+    if not pretrained:
+        raise UserError(
+            f"tuning: {tuning} needs pretrained weights, here are none: parts that are not trained are not sent "
+            "either, and random ones would differ from site to site; give pretrained or checkpoint, or tuning: full"
+        )
+    if tuning == "lora":
+        _add_lora(network, head_names, {**_LORA, **_known(lora or {})})
+    else:
+        network.requires_grad_(False)
+    if tuning == "head" or (tuning == "lora" and train_head):
+        for name in head_names:
+            for parameter in _parameters_of(network, name):
+                parameter.requires_grad_(True)
+    hold_frozen(network)
+    return frozen_names(network)
+
+
+def hold_frozen(network: nn.Module) -> None:
+    """Put the parts of a network that are not trained into evaluation mode.
+
+    That stops their dropout, and the running statistics of their batch normalisations, from which gradients are not
+    held back. A part without any weights or buffers goes with what it is part of.
+    """
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        network.eval()
+        return
+    for child in network.children():
+        if any(True for _ in _tensors(child)):
+            hold_frozen(child)
+
+
+def frozen_names(network: nn.Module) -> frozenset[str]:
+    """List what never changes in a network's state: frozen parameters, and buffers of parts that are not trained."""
+    changing = {
+        name
+        for name, module in network.named_modules()
+        if any(parameter.requires_grad for parameter in module.parameters())
+    }
+    return frozenset(
+        name
+        for name, value in network.state_dict(keep_vars=True).items()
+        if not (value.requires_grad if isinstance(value, nn.Parameter) else name.rpartition(".")[0] in changing)
+    )
+
+
+def merge_lora(network: nn.Module) -> nn.Module:
+    """Add the low-rank matrices to the weights that they belong to, and take their layers out again.
+
+    Args:
+        network: changed in place; one without such layers stays as it is.
+
+    Returns:
+        The network, with the names that it had before `apply_tuning`.
+    """
+    for name, layer in list(network.named_modules()):
+        if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer"):
+            layer.merge()
+            _replace(network, name, layer.get_base_layer())
+    return network
+
+
+def linear_layers(network: nn.Module) -> list[str]:
+    """Name the layers that LoRA can be added to: linear ones, and GPT-2's, which are written as convolutions.
+
+    Left out are those of ``nn.MultiheadAttention``, which uses its layers' weights without calling them.
+    """
+    owners = [f"{name}." for name, m in network.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    return [
+        name
+        for name, module in network.named_modules()
+        if (isinstance(module, nn.Linear) or _is_conv1d(module)) and not name.startswith(tuple(owners))
+    ]
+
+
+def _add_lora(network: nn.Module, head_names: Sequence[str], settings: dict[str, Any]) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError('tuning: lora needs peft: pip install "fdl[peft]"') from error
+    rank, alpha = settings["rank"], settings["alpha"]
+    chosen = _targets(network, head_names, settings["targets"])
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=settings["dropout"],
+        target_modules="|".join(map(re.escape, chosen)),  # a list would also match the ends of names
+        init_lora_weights=True if settings["init"] == "kaiming" else "gaussian",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of GPT-2's transposed weights, which it handles
+        inject_adapter_in_model(config, network)
+    if settings["freeze_a"]:
+        for name, layer in network.named_modules():
+            if name.endswith(".lora_A.default"):
+                _fix(layer.weight, name, settings["init"], rank)
+
+
+@torch.no_grad()
+def _fix(weight: nn.Parameter, name: str, init: str, rank: int) -> None:
+    """Draw a matrix that is to stay from a stream of its name's own, so that it is the same at every site."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    if init == "kaiming":
+        nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
+    else:
+        nn.init.normal_(weight, std=1 / rank, generator=generator)
+    weight.requires_grad_(False)
+
+
+def _targets(network: nn.Module, head_names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
+    able = linear_layers(network)
+    if patterns is None:
+        chosen = [name for name in able if not any(_within(name, head) or _within(head, name) for head in head_names)]
+        if not chosen:
+            raise UserError("lora: the network has no linear layers but its head, and LoRA is for linear layers")
+        return chosen
+    try:
+        named = matching(network, patterns)
+    except UserError as error:
+        raise UserError(f"lora.targets: {str(error).removeprefix('features: ')}") from error
+    chosen = [name for name in named if name in able]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in chosen):
+            raise UserError(f"lora.targets: {pattern!r} names no linear layer that LoRA can be added to")
+    return chosen
+
+
+def _known(lora: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Check the settings that a recipe gives."""
+    for key in lora:
+        if key not in _LORA:
+            raise UserError(f"lora takes no {key!r}{suggest(str(key), _LORA)}")
+    rank, init, targets = lora.get("rank", 8), lora.get("init", "kaiming"), lora.get("targets")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise UserError(f"lora.rank must be a whole number above 0, got {rank!r}")
+    if init not in ("kaiming", "gaussian"):
+        raise UserError(f"lora.init must be kaiming or gaussian, got {init!r}")
+    if isinstance(targets, str) or (targets is not None and not targets):
+        raise UserError(f"lora.targets must be a list of names or globs of layers, got {targets!r}")
+    return lora
+
+
+def _parameters_of(network: nn.Module, name: str) -> list[nn.Parameter]:
+    named = network.named_parameters(remove_duplicate=False)
+    found = [parameter for own, parameter in named if _within(own, name)]
+    if not found:
+        raise ValueError(f"the head {name!r} has no parameters")
+    return found
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(network.get_submodule(owner), last, module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
