@@ -1,0 +1,159 @@
+"""Images with captions in tar files, as webdataset names their members."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fdl.datamodules.base import Source
+from fdl.datamodules.classes import Classes
+from fdl.datamodules.files import decode
+from fdl.datamodules.pairs import PairDataModule, PairSamples
+from fdl.datamodules.records import Record
+from fdl.errors import UserError
+
+log = logging.getLogger("fdl")
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_MOST_BYTES = 16 << 30
+
+
+class ImageTextShards(PairDataModule):
+    """Images with captions in tar files: members of one name with .jpg or .png, and with .txt or .json, are a pair.
+
+    The .txt is the caption; a .json is an object with the caption and whatever else there is of the pair. Images are
+    decoded at the start and kept in memory, 8 bits a channel; unpack shards that are too big for that, and use
+    `image_text`.
+
+    Args:
+        path: a tar file, a folder of them, or a pattern such as ``data/train-*.tar``.
+        size: images are cut to their central square and resized to size × size.
+        test_path: tar files of the test split, likewise; None: there is none.
+        caption: key of the caption in a .json.
+        label: key of the class in a .json, a whole number or a name; None: there are no classes.
+        classes: names of the classes in the order of their numbers.
+        group: key of the natural client or domain in a .json, or ``"shard"`` for the tar file's name; None: there
+            are no groups.
+        skip_unreadable: leave out images that cannot be decoded, and log which; else an error names the first one.
+        common: the other arguments of `PairDataModule`.
+
+    Raises:
+        UserError: when there are no such files; from `setup`, naming file and member, for what is wrong with them.
+    """
+
+    name = "image_text_shards"
+
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        test_path: str | None = None,
+        caption: str = "caption",
+        label: str | None = None,
+        classes: list[str] | None = None,
+        group: str | None = None,
+        skip_unreadable: bool = False,
+        **common: Any,
+    ):
+        super().__init__(size=size, **common)
+        self._shards = {"train": _shards(path)}
+        if test_path is not None:
+            self._shards["test"] = _shards(test_path)
+        self._caption, self._label, self._classes, self._group = caption, label, classes, group
+        self._skip = skip_unreadable
+
+    def load(self) -> Source:
+        """Read and decode all shards."""
+        splits = {split: self._read(shards) for split, shards in self._shards.items()}
+        records = {split: [record for record, _ in pairs] for split, pairs in splits.items()}
+        classes = Classes.of(records, self._label, self._classes) if self._label else None
+        samples = {split: self._samples(pairs, classes) for split, pairs in splits.items()}
+        train = samples["train"]
+        return Source(train, classes.names if classes else [], test=samples.get("test"), groups=train.groups)
+
+    def _samples(self, pairs: list[tuple[Record, np.ndarray]], classes: Classes | None) -> PairSamples:
+        records = [record for record, _ in pairs]
+        labels = None if classes is None else torch.tensor([classes.code(record) for record in records])
+        images = self.in_memory(torch.from_numpy(np.stack([pixels for _, pixels in pairs])), labels)
+        groups = np.array([str(record[self._group]) for record in records]) if self._group else None
+        return self.pairs(images, [record.text(self._caption) for record in records], groups)
+
+    def _read(self, shards: list[Path]) -> list[tuple[Record, np.ndarray]]:
+        """All pairs of some shards, with their decoded images."""
+        channels, pairs, size = self.channels or 3, [], 0
+        for shard in shards:
+            for place, parts in _members(shard):
+                record = self._record(place, shard, parts)
+                image = next((parts[kind] for kind in _IMAGES if kind in parts), None)
+                if image is None:
+                    raise UserError(f"{place}: no image with this caption ({', '.join(_IMAGES)})")
+                try:
+                    pixels = decode(io.BytesIO(image), self.size, channels)
+                except UserError as error:
+                    reason = str(error).partition(": ")[2]
+                    if not self._skip:
+                        raise UserError(f"{place}: {reason}; set skip_unreadable: true to leave such out") from error
+                    log.warning("%s: left out: %s", place, reason)
+                    continue
+                size += pixels.nbytes
+                if size > _MOST_BYTES:
+                    raise UserError(f"{shard}: the images need more than {_MOST_BYTES >> 30} GiB; unpack the shards")
+                pairs.append((record, pixels))
+        if not pairs:
+            raise UserError(f"{shards[0]}: no images with captions in these shards")
+        return pairs
+
+    def _record(self, place: str, shard: Path, parts: dict[str, bytes]) -> Record:
+        """What is said of a pair, beside its image."""
+        fields: dict[str, Any] = {"shard": shard.stem}
+        try:
+            if "json" in parts:
+                described = json.loads(parts["json"])
+                if not isinstance(described, dict):
+                    raise UserError(f"{place}.json: expected a JSON object")
+                fields |= described
+            if "txt" in parts:
+                fields[self._caption] = parts["txt"].decode().strip()
+        except ValueError as error:
+            raise UserError(f"{place}: its text is not valid ({error})") from error
+        return Record(place, fields)
+
+
+def _shards(path: str) -> list[Path]:
+    """The tar files that a path or pattern means, in the order of their names."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    found = sorted(place.glob("*.tar") if place.is_dir() else place.parent.glob(place.name))
+    if not found:
+        raise UserError(f"{place}: no such tar file, nor a folder or pattern of some")
+    return found
+
+
+def _members(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The pairs of a shard: a place for messages, and contents by ending. A pair's members follow one another."""
+    key, parts = None, {}
+    try:
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                stem, dot, kind = name.partition(".")
+                if not member.isfile() or not stem or not dot:
+                    continue
+                if (folder, stem) != key and parts:
+                    yield f"{shard}: {'/'.join(filter(None, key))}", parts
+                    parts = {}
+                key = folder, stem
+                parts[kind.lower()] = archive.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{shard}: cannot be read ({error})") from error
+    if parts:
+        yield f"{shard}: {'/'.join(filter(None, key))}", parts
