@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fdl.catalog import KINDS, find
@@ -49,6 +50,8 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     data.prepare_data()
     data.setup()
     TASKS[data.task].asked(recipe.evaluation.metrics)
+    if recipe.evaluation.probes and "student" not in method.requires:
+        raise UserError(f"evaluation.probes: method {recipe.method.target} has no student that could be asked")
     probes = _probes(recipe, data)
     if "proxy" in method.requires and len(data.proxy) == 0:
         raise UserError(f"data.args.proxy: the proxy set is empty, and method {recipe.method.target} needs one")
@@ -117,7 +120,7 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         executor=EXECUTORS[recipe.executor](),
         callbacks=callbacks,
         probes=probes,
-        fingerprint=_fingerprint(data, shares),
+        fingerprint=_fingerprint(data, shares, runtime, {client.architecture for client in clients}, server),
     )
 
 
@@ -128,7 +131,7 @@ def _runtime(recipe: Recipe) -> Runtime:
         UserError: when this machine does not have them.
     """
     try:
-        return Runtime(**vars(recipe.fabric), batch_size=recipe.evaluation.batch_size)
+        return Runtime(**vars(recipe.fabric), batch_size=recipe.evaluation.batch_size, **vars(recipe.inference))
     except (MisconfigurationException, ImportError, RuntimeError, ValueError) as error:
         settings = ", ".join(f"{key}={value}" for key, value in vars(recipe.fabric).items() if value is not None)
         raise UserError(f"fabric: {error} ({settings})") from error
@@ -215,6 +218,8 @@ def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:
         if data.task not in probe.tasks:
             known = ", ".join(probe.tasks)
             raise UserError(f"evaluation.probes.{i}: {probe.name} is for {known} data; these are for {data.task}")
+        if probe.label in {other.label for other in probes}:
+            raise UserError(f"evaluation.probes.{i}: there is a probe {probe.label!r} already; give one another label")
         probes.append(probe)
     return probes
 
@@ -241,9 +246,17 @@ def _codec(stages: list[Component], key: str) -> Codec:
     return Codec([instantiate(stage, "codec", f"{key}.{i}") for i, stage in enumerate(stages)])
 
 
-def _fingerprint(data: FederatedDataModule, shares: list[np.ndarray]) -> str:
-    """Of the data and of who holds which."""
+def _fingerprint(
+    data: FederatedDataModule, shares: list[np.ndarray], runtime: Runtime, architectures: set[str], server: Server
+) -> str:
+    """Of the data, of who holds which, and of the frozen weights, which no checkpoint has."""
     digest = hashlib.blake2b(data.fingerprint().encode(), digest_size=16)
+    own = [runtime.template(key) for key in sorted(architectures)]
+    for module in (server.student, server.teacher, *own):
+        names = getattr(module, "frozen", ())
+        tensors = module.state_dict() if names else {}
+        for name in sorted(names):
+            digest.update(name.encode() + tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     for share in shares:
         digest.update(np.ascontiguousarray(share, dtype="<i8").tobytes() + b"/")
     return digest.hexdigest()

@@ -66,7 +66,7 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-_DATA = ("num_classes", "input_shape", "tokenizer", "context")
+_DATA = ("num_classes", "input_shape", "tokenizer", "context", "normalization")
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -78,6 +78,7 @@ KINDS: dict[str, Kind] = {
         Kind("confidence", "fdl.knowledge.confidence.Confidence", ("fdl.knowledge",)),
         Kind("encoder", "fdl.knowledge.encoder.Encoder", ("fdl.knowledge",), supplied=_DATA),
         Kind("evaluator", "fdl.evaluators.base.Evaluator", ("fdl.evaluators",)),
+        Kind("aligner", "fdl.modules.aligner.Aligner", ("fdl.modules.aligner",)),
         Kind("option", "fdl.knowledge.option.Option", ("fdl.knowledge",)),
         Kind("server_optimizer", "fdl.server_optimizers.ServerOptimizer", ("fdl.server_optimizers",)),
         Kind("callback", "fdl.callbacks.base.Callback", ("fdl.callbacks",)),

@@ -12,6 +12,8 @@ from fdl import __version__
 from fdl.errors import UserError
 from fdl.terminal import console, log_to_stderr
 
+FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
+
 LISTS = (
     "methods",
     "modules",
@@ -20,6 +22,8 @@ LISTS = (
     "codecs",
     "confidences",
     "encoders",
+    "evaluators",
+    "aligners",
     "options",
     "server_optimizers",
     "callbacks",
@@ -92,6 +96,14 @@ def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[st
     return 0
 
 
+def export(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Write a run's student for another library."""
+    from fdl.exporting import export as write
+
+    print(f"written to {write(options.run, options.format, options.output_dir, options.which)}")
+    return 0
+
+
 def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Print what can stand in a recipe: name, one line, and where it is defined."""
     from fdl.listing import section
@@ -105,6 +117,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], Sequence[str]], int
     "fit": fit,
     "check": check,
     "compare": compare,
+    "export": export,
     "list": show_list,
 }
 
@@ -173,6 +186,16 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(sub, many=True)
     sub.add_argument("--methods", type=_names, metavar="A,B", help="variants of the recipe, or methods")
     sub.add_argument("--seeds", type=_seeds, metavar="0,1", help="default: compare.seeds of the recipe")
+
+    sub = command(
+        "export",
+        "Write a run's student, with a model card, as another library loads it.",
+        "export --run runs/quickstart --format timm",
+    )
+    sub.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a finished run")
+    sub.add_argument("--format", required=True, choices=FORMATS, help="for which library")
+    sub.add_argument("--which", default="best", choices=("best", "last"), help="round, by validation; default best")
+    sub.add_argument("--output-dir", type=Path, metavar="DIR", help="default export-<format> in the run's folder")
 
     sub = command("list", "Print what can stand in a recipe, and where it is defined.", "list methods", "list keys")
     plural = lambda kind: kind if kind in LISTS else f"{kind}s"  # noqa: E731

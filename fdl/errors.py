@@ -1,5 +1,10 @@
 """What can go wrong, in the words of the person who has to mend it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake in what the user gave us.
@@ -35,3 +40,37 @@ class RefusedError(Exception):
     def __init__(self, reason: str):
         self.reason = reason
         super().__init__(reason)
+
+
+@contextmanager
+def memory_of(who: str, hint: str) -> Iterator[None]:
+    """Within this context, memory that runs out ends in one message; arguments as in `out_of_memory`."""
+    try:
+        yield
+    except Exception as error:
+        if (known := out_of_memory(error, who, hint)) is not None:
+            raise known from error
+        raise
+
+
+def out_of_memory(error: BaseException, who: str, hint: str) -> UserError | None:
+    """What to tell somebody whose memory ran out.
+
+    Args:
+        error: what was raised.
+        who: the participant and what it was doing, e.g. ``"client 3 (vit_large_patch16_224), training"``.
+        hint: the keys of the recipe to lower, e.g. ``"local.batch_size"``.
+
+    Returns:
+        None for any other error, which must go on as it is.
+    """
+    text = " ".join(str(error).split())
+    # torch.OutOfMemoryError by name: torch is not imported to report a mistake; on a CPU it is a plain RuntimeError
+    exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not exhausted and not (isinstance(error, RuntimeError) and any(sign in text for sign in _EXHAUSTED)):
+        return None
+    found = f": {text.partition('. ')[0].rstrip('.')}" if text else ""
+    return UserError(f"{who}: out of memory; lower {hint}{found}")
+
+
+_EXHAUSTED = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from fdl.errors import UserError
+from fdl.errors import UserError, out_of_memory
 from fdl.runtime import seed_everything
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ class Sequential(Executor):
             except UserError as error:
                 raise UserError(f"{_who(client)}: {error}") from error
             except Exception as error:
+                hint = "local.batch_size or evaluation.batch_size, or give it a smaller model"
+                if (known := out_of_memory(error, _who(client), hint)) is not None:
+                    raise known from error
                 if sys.version_info >= (3, 11):
                     error.add_note(f"while {_who(client)} took its turn")
                 raise

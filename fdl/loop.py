@@ -10,7 +10,7 @@ from fdl import snapshot
 from fdl.accounts import account
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.cohort import draw
-from fdl.errors import RefusedError
+from fdl.errors import RefusedError, memory_of
 from fdl.evaluation import ask, evaluate
 from fdl.interrupts import Interrupts
 from fdl.report import summarise
@@ -121,7 +121,7 @@ class FederatedLoop:
         knowledge = aggregate.result() if aggregate is not None else None
 
         # 4  the server learns from it
-        with self.seconds("server"):
+        with self.seconds("server"), memory_of(f"the server in round {round}", "distil.batch_size"):
             if aggregate is None or knowledge is not None:
                 seed_everything(self.recipe.seed, "server", round)
                 self.server.metrics.update(self.method.server_update(self.server, knowledge))
@@ -130,7 +130,7 @@ class FederatedLoop:
         # evaluate, log, save
         last = round == self.rounds
         if last or round % self.recipe.evaluation.every == 0:
-            with self.seconds("evaluate"):
+            with self.seconds("evaluate"), memory_of(f"evaluation in round {round}", "evaluation.batch_size"):
                 evaluate(self.server, self.clients, self.recipe.evaluation, record, self.probes, last)
         account(self.ledger, record, self.history)
         record["seconds"] = dict(self.seconds)

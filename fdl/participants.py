@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdl.modules.weights import load_into, state_of
-from fdl.runtime import Objective, Question, Runtime
+from fdl.runtime import Objective, Runtime
 from fdl.seeding import stream_seed, torch_stream
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fdl.datamodules.samples import Samples
+    from fdl.inference import Question
     from fdl.knowledge.encoder import Encoder
     from fdl.messages import Message
     from fdl.recipe import Fit

@@ -100,6 +100,14 @@ class Evaluation:
 
 
 @dataclass
+class Inference:
+    """How models answer when they are not trained."""
+
+    compile: bool = key(False, "run forward passes through torch.compile, which pays off on large proxy sets")
+    cache: str | None = key(None, "folder where frozen models' answers are kept across runs")
+
+
+@dataclass
 class Checkpoint:
     """How often the run is saved."""
 
@@ -150,6 +158,7 @@ class Recipe:
     digest: Fit | None = key(None, "how clients learn from what comes back; null: as distil")
     channel: Channel = key(Channel(), "how messages are coded")
     evaluation: Evaluation = key(Evaluation(), "what is measured")
+    inference: Inference = key(Inference(), "how models answer")
     checkpoint: Checkpoint = key(Checkpoint(), "how often the run is saved")
     fabric: Fabric = key(Fabric(), "devices and precision")
     executor: Literal["sequential"] = key("sequential", "how the clients of a round take their turns")

@@ -10,7 +10,7 @@ import resource
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +60,8 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
     history = loop.history
     last = history[-1] if history else {"round": 0, "metrics": {}, "communication": loop.ledger.totals()}
     task = TASKS[loop.server.task]
-    measured = [r for r in history if not math.isnan(r["metrics"].get(f"student/validation/{task.score}", math.nan))]
-    best = max(measured, key=lambda record: _validated(record, task)) if measured else last
+    number = best_round(history, task)
+    best = next((record for record in history if record["round"] == number), last)
     parts = {f"{part}_s": loop.seconds.get(part, 0.0) for part in ("clients", "server", "evaluate")}
     total = sum(loop.seconds.values()) if total_seconds is None else total_seconds
     return {
@@ -79,6 +79,12 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         "participants": _participants(loop),
         "environment": _environment(loop.runtime.device),
     }
+
+
+def best_round(history: Sequence[Mapping[str, Any]], task: Task) -> int | None:
+    """Return the round of the best score on validation data, the earliest of equals; None where none was validated."""
+    measured = [r for r in history if not math.isnan(r["metrics"].get(f"student/validation/{task.score}", math.nan))]
+    return max(measured, key=lambda record: _validated(record, task))["round"] if measured else None
 
 
 def _validated(record: Mapping[str, Any], task: Task) -> tuple[float, float]:

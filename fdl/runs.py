@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
 
 RECIPE, SUMMARY, CHECKPOINTS = "recipe.yaml", "summary.json", "checkpoints"
-_WRITTEN = (RECIPE, SUMMARY, "metrics.csv", CHECKPOINTS, "tensorboard", ".*.partial")
+_WRITTEN = (RECIPE, SUMMARY, "metrics.csv", "best.safetensors", CHECKPOINTS, "tensorboard", ".*.partial")
 
 # A run may go on with other values here: they change where and how it is watched and computed, not what it computes.
 FREE = (
@@ -31,6 +31,7 @@ FREE = (
     "checkpoint",
     "compare",
     "executor",
+    "inference",
     "fabric.accelerator",
     "fabric.devices",
     "fabric.num_nodes",

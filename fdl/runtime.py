@@ -18,7 +18,9 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fdl.answer_cache import AnswerCache
 from fdl.errors import UserError
+from fdl.inference import Question, answer, each
 from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.weights import pin, trainable
 from fdl.seeding import stream_seed
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
 
 Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
 """What a fit minimises: (module, batch) to named losses, of which ``"loss"`` is differentiated."""
-
-Question = str | Callable[[nn.Module, Any], Tensor]
-"""What a model is asked: a field of its `Output`, or a function (module, inputs) to a tensor [B, …]."""
 
 
 def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -52,6 +51,8 @@ class Runtime:
         precision: as Lightning's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         threads: torch's CPU threads; None leaves torch's choice.
         batch_size: samples a forward pass of `predict`.
+        compile: run `predict` through ``torch.compile``.
+        cache: folder where the answers of frozen models are kept across runs; None keeps them in memory.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Runtime:
         precision: str = "32-true",
         threads: int | None = None,
         batch_size: int = 512,
+        compile: bool = False,
+        cache: str | None = None,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
@@ -71,7 +74,7 @@ class Runtime:
             accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision
         )
         self.fabric.launch()
-        self.batch_size = batch_size
+        self.batch_size, self.compile, self.answers = batch_size, compile, AnswerCache(cache)
         self.dry = False
         self.factories: dict[str, Callable[[], LightningModule]] = {}
         self._templates: dict[str, LightningModule] = {}
@@ -137,6 +140,8 @@ class Runtime:
             The mean over steps of every named loss; empty when there was nothing to do.
         """
         if self.dry or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
+            return {}
+        if not trainable(module):  # a frozen teacher has nothing to learn
             return {}
         objective = objective or training_step
         parameters, optimizer = self._optimizer(module, config)
@@ -218,27 +223,16 @@ class Runtime:
         Returns:
             float32 tensor on the CPU, [n, …].
         """
-        result: Tensor | None = None
-        convert = self.fabric.strategy.precision.convert_input
-        if module.training:
-            module.eval()
-        for start in range(0, len(samples), self.batch_size):
-            indices = torch.arange(start, min(start + self.batch_size, len(samples)))
-            inputs, _ = convert(self._to_device(samples.batch(indices)))
-            with torch.inference_mode(), self.fabric.autocast():
-                values = getattr(module(inputs), what) if isinstance(what, str) else what(module, inputs)
-            if len(values) == len(samples):
-                return values.to("cpu", torch.float32, copy=True)
-            if result is None:
-                # allocated outside inference mode: knowledge made of it is differentiated through later
-                result = torch.empty(len(samples), *values.shape[1:])
-            result[start : start + len(values)] = values.to("cpu", torch.float32)
-        return result if result is not None else torch.empty(0)
+        # what is frozen answers once: across rounds from memory, across runs from the recipe's folder
+        asking = [parameter.requires_grad for parameter in module.parameters()]
+        cache = self.answers if asking and not any(asking) else None
+        return answer(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
-        return tuple(_moved(part, self.device) for part in batch)
+        move = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
+        return tuple(None if part is None else each(part, move) for part in batch)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -248,13 +242,6 @@ class Runtime:
             yield
         finally:
             self.dry = False
-
-
-def _moved(part: Any, device: torch.device) -> Any:
-    """A tensor, a tuple of tensors, or nothing, on the device."""
-    if part is None or isinstance(part, Tensor):
-        return part if part is None else part.to(device, non_blocking=True)
-    return tuple(_moved(inner, device) for inner in part)
 
 
 def batches(

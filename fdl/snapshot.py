@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING
 from fdl import checkpoint
 from fdl.errors import UserError
 from fdl.modules.weights import load_into, state_of
+from fdl.report import best_round
+from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
+
+BEST = "best.safetensors"
+"""The student of the round that was best on validation data, in the run's folder."""
 
 log = logging.getLogger("fdl")
 
@@ -19,6 +24,9 @@ def save(loop: FederatedLoop) -> None:
     """Write a checkpoint of the loop as it is between two rounds."""
     student = loop.server.student
     with loop.seconds("checkpoint"):
+        # before the checkpoint: a run killed in between does this round again and writes the same student
+        if student is not None and loop.history and best_round(loop.history, TASKS[loop.server.task]) == loop.round:
+            checkpoint.save_best(loop.folder / BEST, loop.round, state_of(student))
         state = {
             "round": loop.round,
             "fingerprint": loop.fingerprint,

@@ -22,6 +22,7 @@ NOT_HYPERPARAMETERS = (
     "evaluation",
     "fabric",
     "executor",
+    "inference",
     "compare",
     "channel.limit",
 )

@@ -72,6 +72,12 @@ class ImageDataModule(FederatedDataModule):
         for split in ("proxy", "validation", "test"):
             setattr(self, split, getattr(self, split).transformed(mean, std))
 
+    @property
+    def provides(self) -> dict[str, Any]:
+        """What the data tell a module: also the normalisation that images come with, where they have one."""
+        mean, std = self.train.mean, self.train.std
+        return super().provides | ({} if mean is None else {"normalization": (list(mean), list(std))})
+
     def in_memory(self, x: Tensor, y: Tensor | None) -> TensorSamples:
         """Samples of images [n, C, H, W], brought to the wanted size and channels."""
         return TensorSamples(resized(recoloured(x, self.channels), self.size), y)

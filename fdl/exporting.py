@@ -1,0 +1,219 @@
+"""A run's student as other libraries load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fdl import checkpoint, runs
+from fdl.build import build
+from fdl.checkpoint import write_atomically
+from fdl.errors import UserError
+from fdl.model_card import model_card
+from fdl.modules.tuning import merge_lora
+from fdl.modules.weights import load_into
+from fdl.recipe import load
+from fdl.snapshot import BEST
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
+
+    from fdl.loop import FederatedLoop
+
+
+def export(run: Path, format: str, output: Path | None = None, which: str = "best") -> Path:
+    """Write a finished run's student for another library, with a model card.
+
+    Args:
+        run: the run's folder.
+        format: a name among `FORMATS`.
+        output: a new or empty folder; default ``export-<format>`` in the run's folder.
+        which: ``"best"``: the round that was best on validation data, or the last where none was validated;
+            ``"last"``: the last.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds no finished run, its student cannot be had in this format, or files are in the way.
+    """
+    output = output or run / f"export-{format}"
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is there already; name another folder with --output-dir, or delete it")
+    if not (run / runs.RECIPE).is_file() or not (run / runs.SUMMARY).is_file():
+        raise UserError(f"{run}: holds no finished run (no {runs.RECIPE} and {runs.SUMMARY})")
+    summary = runs.read_summary(run)
+    loop = build(load(run / runs.RECIPE), run)
+    student = loop.server.student
+    if student is None:
+        raise UserError(f"{run}: method {summary['method']} has no student")
+    round, tensors = _weights(run, which)
+    load_into(student, tensors)
+    student.to("cpu").eval()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # made beside its place and then moved, so that nothing half-written is ever taken for a model
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        usage = FORMATS[format](student, loop, folder)
+        write_atomically(folder / "README.md", model_card(loop.recipe, summary, round, usage).encode())
+        if output.is_dir():
+            output.rmdir()
+        shutil.move(folder, output)
+    return output
+
+
+def _weights(run: Path, which: str) -> tuple[int, Mapping[str, Tensor]]:
+    """The round and the student's weights."""
+    if which == "best" and (run / BEST).is_file():
+        state = checkpoint.load_best(run / BEST)
+        return state["round"], state["student"]
+    state, _, _ = checkpoint.load(run / runs.CHECKPOINTS)
+    return state["round"], state["student"]
+
+
+# --- formats: each writes a folder and returns the lines of Python that read it
+
+
+def _timm(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
+    from timm.models import save_for_hf
+
+    network = _network(student, "timm", "pretrained_cfg")
+    data_config = {"input_size": _images(student, loop)}
+    mean, std = loop.server.provides.get("normalization", (None, None))
+    if mean is not None and getattr(student, "adapter", None) is None:
+        data_config |= {"mean": tuple(mean), "std": tuple(std)}
+    labels = {"label_names": loop.server.classes}
+    save_for_hf(network, str(folder), model_config=labels, safe_serialization=True, data_config=data_config)
+    return 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)'
+
+
+def _transformers(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
+    network = getattr(student, "network", None)
+    if network is None or not hasattr(network, "save_pretrained"):
+        raise UserError(f"{type(student).__name__} is no model of transformers; --format torch takes any student")
+    network = merge_lora(network)
+    if loop.server.task == "classification":
+        network.config.id2label = dict(enumerate(loop.server.classes))
+        network.config.label2id = {name: i for i, name in enumerate(loop.server.classes)}
+    network.save_pretrained(folder, safe_serialization=True)
+    loop.server.provides["tokenizer"].save(folder)
+    kind = "AutoModelForSequenceClassification" if loop.server.task == "classification" else "AutoModelForCausalLM"
+    return (
+        f"from transformers import {kind}, AutoTokenizer\n\n"
+        f'model = {kind}.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    )
+
+
+def _open_clip(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
+    config = student.open_clip_config() if hasattr(student, "open_clip_config") else None
+    if config is None:
+        raise UserError(f"{type(student).__name__} is no model of open_clip; --format torch takes any student")
+    write_atomically(folder / "open_clip_config.json", _json(config))
+    save_file(student.open_clip_state(), folder / "open_clip_model.safetensors")
+    return (
+        "import open_clip\n\n"
+        'model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")\n'
+        'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")'
+    )
+
+
+def _torch(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
+    lines = ["import torch", ""]
+    for name, (part, example) in _parts(student, loop).items():
+        batch = torch.export.Dim("batch", min=1, max=65536)
+        program = torch.export.export(part, (example,), dynamic_shapes=({0: batch},), strict=False)
+        torch.export.save(program, folder / f"{name}.pt2")
+        lines.append(f'{name} = torch.export.load("FOLDER/{name}.pt2").module()  # takes {_shape(example)}')
+    return "\n".join(lines)
+
+
+def _onnx(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError('--format onnx needs the extra "onnx": pip install "fdl[onnx]"') from error
+    lines = ["import onnxruntime", ""]
+    for name, (part, example) in _parts(student, loop).items():
+        batch = torch.export.Dim("batch", min=1, max=65536)
+        torch.onnx.export(
+            part,
+            (example,),
+            str(folder / f"{name}.onnx"),
+            input_names=["inputs"],
+            output_names=["outputs"],
+            dynamic_shapes=({0: batch},),
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+        )
+        lines.append(f'{name} = onnxruntime.InferenceSession("FOLDER/{name}.onnx")  # takes {_shape(example)}')
+    return "\n".join(lines)
+
+
+FORMATS: dict[str, Callable[[LightningModule, FederatedLoop, Path], str]] = {
+    "timm": _timm,
+    "transformers": _transformers,
+    "open_clip": _open_clip,
+    "torch": _torch,
+    "onnx": _onnx,
+}
+"""What writes each format."""
+
+
+class _Part(nn.Module):
+    """One question to a module, as a network of one input and one output."""
+
+    def __init__(self, module: nn.Module, ask: Callable[[nn.Module, Tensor], Tensor]):
+        super().__init__()
+        self.module, self._ask = module, ask
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self._ask(self.module, inputs)
+
+
+def _parts(student: LightningModule, loop: FederatedLoop) -> dict[str, tuple[nn.Module, Tensor]]:
+    """What can be run of a student by itself, each with an example of its input; two rows, so that no size is one."""
+    provides = loop.server.provides
+    if "context" in provides:
+        tokens = torch.ones(2, provides["context"], dtype=torch.int64)
+    if loop.server.task == "image_text":
+        return {
+            "encode_image": (_Part(student, lambda m, x: m.encode_image(x)), torch.zeros(2, *provides["input_shape"])),
+            "encode_text": (_Part(student, lambda m, x: m.encode_text(x)), tokens),
+        }
+    example = tokens if "context" in provides else torch.zeros(2, *provides["input_shape"])
+    return {"model": (_Part(student, lambda m, x: m(x).logits), example)}
+
+
+def _network(student: LightningModule, library: str, mark: str) -> nn.Module:
+    """The library's own network inside a student, with low-rank updates added to its weights."""
+    network = getattr(student, "backbone", None)
+    if network is None or not hasattr(network, mark):
+        raise UserError(f"{type(student).__name__} is no model of {library}; --format torch takes any student")
+    return merge_lora(network)
+
+
+def _images(student: LightningModule, loop: FederatedLoop) -> tuple[int, ...]:
+    """Shape of the images that the network itself takes."""
+    adapter = getattr(student, "adapter", None)
+    return tuple(loop.server.provides["input_shape"] if adapter is None else adapter.output_shape)
+
+
+def _shape(example: Tensor) -> str:
+    rest = "×".join(str(size) for size in example.shape[1:])
+    return f"{str(example.dtype).removeprefix('torch.')} batch×{rest}"
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,101 @@
+"""What a reader must know of an exported student: where it comes from, how good it is, what it cost and reveals."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from rich.filesize import decimal
+
+import fdl
+from fdl.recipe import Component, Recipe
+
+
+def model_card(recipe: Recipe, summary: Mapping[str, Any], round: int, usage: str) -> str:
+    """Write the card of an exported student, in Markdown.
+
+    Args:
+        recipe: of the run.
+        summary: of the run.
+        round: whose student it is.
+        usage: lines of Python that load it.
+    """
+    record = next((r for r in summary["history"] if r["round"] == round), None)
+    return "\n\n".join(
+        [
+            _front_matter(summary),
+            f"# {summary['name']}",
+            f"A student distilled by fdl {fdl.__version__} with the method "
+            f"`{summary['method']}`: round {round} of {summary['rounds']}, seed {summary['seed']}.",
+            f"```python\n{usage}\n```\n\n`FOLDER` stands for this folder.",
+            f"## Model\n\n{_model(recipe)}",
+            f"## Data\n\n{_data(recipe, summary)}",
+            f"## Quality\n\n{_quality(summary, record)}",
+            f"## Communication\n\n{_communication(summary, record)}",
+            f"## Privacy\n\n{_privacy(summary)}",
+            f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```\n",
+        ]
+    )
+
+
+def _front_matter(summary: Mapping[str, Any]) -> str:
+    tags = "\n".join(f"- {tag}" for tag in ("federated-distillation", "fdl", summary["method"]))
+    return f"---\ntags:\n{tags}\n---"
+
+
+def _model(recipe: Recipe) -> str:
+    student = _named(recipe.student)
+    if not recipe.specialists:
+        return f"Student: {student}. Every client has this architecture."
+    return f"Student: {student}. Specialists at the clients: {', '.join(_named(one) for one in recipe.specialists)}."
+
+
+def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    samples = [participant["samples"] for participant in summary["participants"]]
+    lines = [
+        f"- Data: {_named(recipe.data)}, dealt out by {_named(recipe.partition)}.",
+        f"- {len(samples)} clients with {sum(samples):,} private training samples ({min(samples):,} to "
+        f"{max(samples):,} each). They did not leave the clients.",
+    ]
+    return "\n".join(lines)
+
+
+def _quality(summary: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
+    metrics = (record or summary)["metrics"]
+    rows = [(key, value) for key, value in metrics.items() if key.startswith(("student/", "specialists/"))]
+    lines = [f"| `{key}` | {value:.4f} |" for key, value in rows if value is not None]
+    score = f"test/{summary['score']['metric']}"
+    own = [p["metrics"][score] for p in summary["participants"] if p["metrics"].get(score) is not None]
+    table = "\n".join(["| metric | value |", "|---|---|", *lines])
+    if not own:
+        return table
+    return f"{table}\n\nSpecialists: {score} {statistics.fmean(own):.4f} on average, {min(own):.4f} to {max(own):.4f}."
+
+
+def _communication(summary: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
+    sent, total = (record or summary)["communication"], summary["communication"]
+    kinds = ", ".join(f"{kind} {decimal(size)}" for kind, size in total["by_kind"].items() if size)
+    lines = [
+        f"- Until this round: {decimal(sent['upload_bytes'])} up and {decimal(sent['download_bytes'])} down, all "
+        "clients together; every message was encoded and counted.",
+        f"- Once, before the first round: {decimal(total['setup_bytes'])}.",
+    ]
+    return "\n".join([*lines, *([f"- In the whole run, by kind: {kinds}."] if kinds else [])])
+
+
+def _privacy(summary: Mapping[str, Any]) -> str:
+    spent = summary.get("privacy")
+    if not spent:
+        return (
+            "No noise was added anywhere: ε = ∞. What clients sent, and the student, may reveal something of their "
+            "data; that data stayed at the sites is no bound on this."
+        )
+    return "\n".join(f"- {key}: {value}" for key, value in spent.items())
+
+
+def _named(component: Component | None) -> str:
+    if component is None:
+        return "none"
+    args = ", ".join(f"{key}={value}" for key, value in component.args.items())
+    return f"`{component.target}`" + (f" ({args})" if args else "")
