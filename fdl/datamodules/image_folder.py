@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fdl.datamodules.base import Source
 from fdl.datamodules.files import FileSamples, unreadable
 from fdl.datamodules.images import ImageDataModule
 from fdl.errors import UserError
+
+log = logging.getLogger("fdl")
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -28,8 +31,8 @@ class ImageFolder(ImageDataModule):
         root: the folder.
         size: images are cut to their central square and resized to size × size.
         domain_folders: whether there is a level of domains above the classes.
-        skip_unreadable: leave out files that cannot be decoded, at the price of decoding all of them once at the
-            start; else an error names them.
+        skip_unreadable: leave out files that cannot be decoded, and log which, at the price of decoding all of them
+            once at the start; else an error names them.
         common: the arguments of `ImageDataModule`.
 
     Raises:
@@ -82,13 +85,15 @@ class ImageFolder(ImageDataModule):
             levels = "domain/class" if self._domains else "class"
             raise UserError(f"{folder}: no images in {folder.name}/{levels}/ ({', '.join(sorted(_SUFFIXES))})")
         problems = unreadable([path for path, _, _ in found], whole=self._skip)
-        if problems and not self._skip:
+        if problems:
             first = [f"\n  {path}: {why}" for path, why in list(problems.items())[:5]]
-            more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise UserError(
-                f"{folder}: {len(problems)} file(s) are not readable images; mend or remove them, or set "
-                f"skip_unreadable: true{''.join(first)}{more}"
-            )
+            named = "".join(first) + (f"\n  and {len(problems) - 5} more" if len(problems) > 5 else "")
+            if not self._skip:
+                raise UserError(
+                    f"{folder}: {len(problems)} file(s) are not readable images; mend or remove them, or set "
+                    f"skip_unreadable: true{named}"
+                )
+            log.warning("%s: left out %d file(s) that are not readable images%s", folder, len(problems), named)
         return [file for file in found if file[0] not in problems]
 
 

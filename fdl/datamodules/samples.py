@@ -117,12 +117,21 @@ class ImageSamples(Samples):
         x = self._stored(indices)
         if generator is not None and self.augment is not None:
             x = AUGMENTATIONS[self.augment](x, generator)
+        return self.normalised(x), None if self.labels is None else self.labels.index_select(0, indices)
+
+    def stored(self, indices: Tensor) -> Tensor:
+        """Inputs as stored, uint8 or float32 [B, …]: a quarter of the bytes to bring to a GPU; then `normalised`."""
+        return self._stored(indices)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Turn stored inputs into those of `batch`, on whichever device they are."""
+        scale, shift = self._byte_scale if x.dtype == torch.uint8 else self._scale, self._shift
+        if x.device.type != "cpu":
+            scale, shift = (t.to(x.device, non_blocking=True) if isinstance(t, Tensor) else t for t in (scale, shift))
         if x.dtype == torch.uint8:
-            x = x.to(torch.float32).mul_(self._byte_scale)
-            x = x if self._shift is None else x.add_(self._shift)
-        elif self._shift is not None:
-            x = x.mul(self._scale).add_(self._shift)
-        return x, None if self.labels is None else self.labels.index_select(0, indices)
+            x = x.to(torch.float32).mul_(scale)
+            return x if shift is None else x.add_(shift)
+        return x if shift is None else x.mul(scale).add_(shift)
 
     def subset(self, indices: Any) -> ImageSamples:
         """The samples at these positions; small sets in memory get their own copy of the pixels."""

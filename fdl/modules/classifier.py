@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -13,8 +13,10 @@ from fdl.catalog import suggest
 from fdl.errors import UserError
 from fdl.losses import cross_entropy
 from fdl.modules.features import capture, capture_input, last_layer
+from fdl.modules.input_adapter import InputAdapter
 from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.output import Output
+from fdl.modules.tuning import apply_tuning, hold_frozen
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -31,6 +33,12 @@ class ImageClassifier(LightningModule):
         input_shape: (C, H, W) of one image.
         head: dotted name of the backbone's classification layer, whose input is the embedding. Default, where logits
             come alone, the last linear layer (or else convolution) with `num_classes` outputs.
+        adapter: brings images to what the backbone expects; None: they are that already.
+        pretrained: whether the backbone's weights came from a file or a hub, and are the same at every site.
+        fresh_head: whether the classification layer is new all the same.
+        tuning: what is trained: ``"full"`` everything, ``"head"`` the classification layer, ``"lora"`` that and
+            low-rank updates of frozen weights (Hu et al.), ``"frozen"`` nothing.
+        lora: settings of ``"lora"``, as in `apply_tuning`.
         optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default Adam at 0.001. Federated
             rounds use the recipe's ``local`` and ``distil`` settings instead.
         scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`; ``interval`` is
@@ -38,9 +46,12 @@ class ImageClassifier(LightningModule):
 
     Attributes:
         embedding_dim: D.
+        frozen: names in the state dict that are never trained and the same at every site: no message and no
+            checkpoint need carry them. Parts of which everything is frozen stay in evaluation mode.
 
     Raises:
-        UserError: the backbone cannot take such images, or answers in another shape.
+        UserError: the backbone cannot take such images, or answers in another shape; or parts of it are to be frozen
+            that no file gave it.
     """
 
     def __init__(
@@ -50,11 +61,16 @@ class ImageClassifier(LightningModule):
         num_classes: int,
         input_shape: tuple[int, int, int],
         head: str | None = None,
+        adapter: InputAdapter | None = None,
+        pretrained: bool = False,
+        fresh_head: bool = False,
+        tuning: Literal["full", "head", "frozen", "lora"] = "full",
+        lora: dict | None = None,
         optimizer: dict | None = None,
         scheduler: dict | None = None,
     ):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.adapter, self.head = backbone, adapter, head
         self.num_classes, self.input_shape = num_classes, tuple(input_shape)
         self.optimizer_config = optimizer or {"target": "adam", "args": {"lr": 1e-3}}
         self.scheduler_config = scheduler
@@ -63,6 +79,21 @@ class ImageClassifier(LightningModule):
                 f"head: the network has no submodule {head!r}{suggest(head, dict(backbone.named_modules()))}"
             )
         self.embedding_dim = self._rehearse()
+        if tuning == "frozen" and fresh_head:
+            raise UserError(
+                f"tuning: frozen keeps the classification layer, but the weights have none for {num_classes} classes; "
+                "take tuning: head to train one"
+            )
+        heads = () if self.head is None else (self.head,)
+        names = apply_tuning(backbone, tuning, heads, lora, pretrained=pretrained)
+        self.frozen = frozenset(f"backbone.{name}" for name in names)
+
+    def train(self, mode: bool = True) -> ImageClassifier:
+        """Switch to training, or back; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode and self.frozen:
+            hold_frozen(self.backbone)
+        return self
 
     def forward(self, x: Tensor, features: Sequence[str] = ()) -> Output:
         """Answer a batch.
@@ -129,6 +160,8 @@ class ImageClassifier(LightningModule):
         self.log_dict({f"test/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
 
     def _answer(self, x: Tensor) -> Any:
+        if self.adapter is not None:
+            x = self.adapter(x)
         if self.head is None:
             return self.backbone(x)
         with capture_input(self.backbone.get_submodule(self.head)) as seen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -257,19 +257,24 @@ class LanguageModel(TransformersModule):
             if generator is not None:
                 seeds = torch.randint(2**62, (1,), generator=generator, device=generator.device)
                 torch.manual_seed(int(seeds))
-            result = self.network.generate(
-                input_ids=prompt.clamp_min(0),
-                attention_mask=(prompt >= 0).long(),
+            result = self._continued(
+                prompt,
+                (prompt >= 0).long(),
                 max_new_tokens=max_new_tokens,
                 do_sample=temperature > 0,
                 eos_token_id=eos,
                 pad_token_id=eos if eos is not None else 0,
                 use_cache=True,
                 **sampling,
-            )[:, length:]
+            )
         if eos is None:
             return result
         return result.masked_fill((result == eos).cumsum(1) > 0, -1)
+
+    def _continued(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+        """What transformers writes behind texts that are padded on the left, without the texts."""
+        tokens = self.network.generate(input_ids=prompt.clamp_min(0), attention_mask=mask, **settings)
+        return tokens[:, prompt.shape[1] :]
 
     def _states(self, tokens: Tensor) -> Tensor:
         return self.network.base_model(input_ids=tokens.clamp_min(0), use_cache=False).last_hidden_state

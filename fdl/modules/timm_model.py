@@ -7,29 +7,37 @@ from typing import Any
 from zipfile import BadZipFile
 
 import timm
+from timm.models import PretrainedCfg
 from torch import nn
 
 from fdl.catalog import suggest
 from fdl.errors import UserError
-from fdl.modules.checkpoints import read_weights
+from fdl.modules.checkpoints import brief, read_arrays, read_weights
 from fdl.modules.classifier import ImageClassifier
+from fdl.modules.input_adapter import adapter_for
 
 
 class Timm(ImageClassifier):
     """Any image classifier of timm, by its name there.
 
     Args:
-        model: timm's name, with or without a tag of pretrained weights (``"vit_tiny_patch16_224.augreg_in21k"``).
-        pretrained: download timm's weights, or take them from its cache. The classification layer is new where these
-            know another number of classes.
-        checkpoint: local file of weights instead, ``.safetensors``, of torch, or Google's ``.npz`` for the
-            transformers that timm reads it for.
+        model: timm's name, with or without a tag of pretrained weights (``"vit_tiny_patch16_224.augreg_in21k"``), or
+            ``hf-hub:`` with a repository of the Hugging Face hub, or ``local-dir:`` with a folder that holds the
+            same files.
+        pretrained: download timm's weights, or take them from its cache or the folder. The classification layer is
+            new where these know another number of classes.
+        checkpoint: local file of weights instead, ``.safetensors``, of torch, or ``.npz`` with torch's names or, for
+            the transformers that timm reads it for, Google's.
         kwargs: further arguments of ``timm.create_model``, e.g. ``{drop_path_rate: 0.1}``.
+        adapt: what to do with the images before the network, as in `adapter_for`; True: size, channels and
+            normalisation that timm publishes with the weights. By default only where `pretrained` weights are for
+            another size than the data's and the model is built for one size: its positions then stay as they were
+            learned. A local file's size is not known, so there positions are resized unless `adapt` says otherwise.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image. The model gets C input channels, and, where its size is fixed at
-            construction, H × W pixels.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+            construction, H × W pixels; or those that `adapt` makes.
+        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
+        common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
         UserError: timm has no such model or weights, the file does not fit it, or images are too small for it.
@@ -43,71 +51,107 @@ class Timm(ImageClassifier):
         pretrained: bool = False,
         checkpoint: str | None = None,
         kwargs: dict | None = None,
+        adapt: bool | dict | None = None,
         *,
         num_classes: int,
         input_shape: tuple[int, int, int],
-        optimizer: dict | None = None,
-        scheduler: dict | None = None,
+        normalization: tuple[list[float], list[float]] | None = None,
+        **common: Any,
     ):
-        fixed_size = ":" not in model and _takes_fixed_size(model)  # a colon names a source other than timm's registry
         if pretrained and checkpoint is not None:
             raise UserError("give pretrained or checkpoint, not both")
-        settings: dict[str, Any] = {"in_chans": input_shape[0], **(kwargs or {})}
-        if fixed_size:
-            settings.setdefault("img_size", tuple(input_shape[1:]))
+        config, settings = _configuration(model), dict(kwargs or {})
+        size = tuple(config.input_size[1:])
+        other_size = pretrained and config.fixed_input_size and size != tuple(input_shape[1:])
+        adapter = adapter_for(
+            adapt, input_shape, normalization, _published(config), wanted=other_size and "img_size" not in settings
+        )
+        channels, *size = input_shape if adapter is None else adapter.output_shape
+        settings = {"in_chans": channels, **settings}
+        if config.fixed_input_size:
+            settings.setdefault("img_size", tuple(size))
         if checkpoint is None:
             network = _create(model, pretrained=pretrained, num_classes=num_classes, **settings)
+            fresh = num_classes != config.num_classes
         else:
-            network = _from_file(model, checkpoint, num_classes, settings)
+            network, fresh = _from_file(model, checkpoint, num_classes, settings)
         super().__init__(
-            network,
+            backbone=network,
             num_classes=num_classes,
             input_shape=input_shape,
             head=_head(network),
-            optimizer=optimizer,
-            scheduler=scheduler,
+            adapter=adapter,
+            pretrained=pretrained or checkpoint is not None,
+            fresh_head=fresh,
+            **common,
         )
 
 
-def _takes_fixed_size(model: str) -> bool:
-    """Whether a model is built for one size of images.
+def _configuration(model: str) -> PretrainedCfg:
+    """What timm knows about a model and its weights.
 
     Raises:
         UserError: timm has no such model, or no such weights for it.
     """
+    source, colon, place = model.partition(":")
+    if colon:
+        return _from_source(model, source, place)
     architecture = model.split(".")[0]
     if not timm.is_model(architecture):
         raise UserError(f"timm has no model {model!r}{suggest(architecture, timm.list_models(), few=0)}")
     if architecture != model and model not in (tagged := timm.list_models(f"{architecture}.*", pretrained=True)):
         raise UserError(f"timm has no weights {model!r}{suggest(model, tagged)}")
-    config = timm.get_pretrained_cfg(model)
-    return config is not None and config.fixed_input_size
+    return timm.get_pretrained_cfg(model) or PretrainedCfg()
+
+
+def _from_source(model: str, source: str, place: str) -> PretrainedCfg:
+    """The configuration beside weights in a hub's repository or a folder."""
+    from timm.models import _hub  # releases differ in what of it they export
+
+    readers = {"hf-hub": "from_hf", "hf_hub": "from_hf", "local-dir": "from_path"}
+    if source not in readers:
+        raise UserError(f"timm knows no source {source!r} of models{suggest(source, ['hf-hub', 'local-dir'], few=0)}")
+    try:
+        config, architecture, _ = getattr(_hub, f"load_model_config_{readers[source]}")(place)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise UserError(f"timm cannot find {model}: {brief(error)}") from error
+    if not timm.is_model(architecture):
+        raise UserError(f"{model}: timm has no model {architecture!r}{suggest(architecture, timm.list_models())}")
+    # only what decides on images and classes is looked at; timm itself reads the file again
+    known = PretrainedCfg.__dataclass_fields__
+    return PretrainedCfg(**{key: value for key, value in config.items() if key in known})
+
+
+def _published(config: PretrainedCfg) -> dict[str, Any]:
+    """What images the weights were made for."""
+    return {
+        "size": tuple(config.input_size[1:]),
+        "channels": config.input_size[0],
+        "mean": config.mean,
+        "std": config.std,
+        "interpolation": config.interpolation if config.interpolation in ("bicubic", "bilinear") else None,
+    }
 
 
 def _create(model: str, **settings: Any) -> nn.Module:
     try:
         return timm.create_model(model, **settings)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError) as error:
-        raise UserError(f"timm cannot build {model}: {error}") from error
+        raise UserError(f"timm cannot build {model}: {brief(error)}") from error
 
 
-def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]) -> nn.Module:
+def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]) -> tuple[nn.Module, bool]:
     """Build a model from a file's weights with as many outputs as the file has, then change the outputs.
 
     In this order timm demands that every name fits. Asked for another number of outputs at once, it would drop the
     classification layer and with it that demand, and a file of another architecture would load nothing in silence.
+
+    Returns:
+        The network, and whether its classification layer is new.
     """
-    if Path(path).suffix == ".npz":
-        if not Path(path).is_file():
-            raise UserError(f"checkpoint: no such file: {path}")
-        network = _create(model, num_classes=num_classes, **settings)
-        if not hasattr(network, "load_pretrained"):
-            raise UserError(f"checkpoint: timm reads no .npz for {model}; give .safetensors or .pth")
-        try:
-            network.load_pretrained(str(path))
-        except (RuntimeError, ValueError, KeyError, AttributeError, OSError, BadZipFile) as error:
-            raise UserError(f"checkpoint: {path} does not fit timm's {model}: {error}") from error
-        return network
+    # Google's names are paths
+    if Path(path).suffix == ".npz" and any("/" in name for name in read_arrays(path)):
+        return _from_google(model, path, num_classes, settings)
     weights = read_weights(path)
     blank = _create(model, num_classes=num_classes, **settings)
     layer = weights.get(f"{_head(blank)}.weight")
@@ -125,7 +169,20 @@ def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]
     network.pretrained_cfg.pop("state_dict", None)
     if outputs != num_classes:
         network.reset_classifier(num_classes)
-    return network
+    return network, outputs != num_classes
+
+
+def _from_google(model: str, path: str, num_classes: int, settings: dict[str, Any]) -> tuple[nn.Module, bool]:
+    """Build a vision transformer with the weights that Google published as arrays."""
+    network = _create(model, num_classes=num_classes, **settings)
+    if not hasattr(network, "load_pretrained"):
+        raise UserError(f"checkpoint: timm reads no .npz with Google's names for {model}; give .safetensors or .pth")
+    before = network.get_classifier().weight.detach().clone()
+    try:
+        network.load_pretrained(str(path))
+    except (RuntimeError, ValueError, KeyError, AttributeError, OSError, BadZipFile) as error:
+        raise UserError(f"checkpoint: {path} does not fit timm's {model}: {brief(error)}") from error
+    return network, bool((network.get_classifier().weight == before).all())
 
 
 def _head(network: nn.Module) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torchvision
-from timm.models import adapt_input_conv
 from torch import nn
 
 from fdl.catalog import suggest
 from fdl.errors import UserError
-from fdl.modules.checkpoints import read_weights
+from fdl.modules.checkpoints import brief, load_weights, read_weights, set_inputs, set_outputs
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.features import last_layer
+from fdl.modules.input_adapter import adapter_for
 
 
 class Torchvision(ImageClassifier):
@@ -22,13 +22,16 @@ class Torchvision(ImageClassifier):
         model: torchvision's name, e.g. ``"resnet18"``.
         weights: name of torchvision's weights for it (``"DEFAULT"``, ``"IMAGENET1K_V1"``), downloaded or from its
             cache. The classification layer is new where these know another number of classes.
-        checkpoint: local file of weights instead, ``.safetensors`` or of torch.
+        checkpoint: local file of weights instead, ``.safetensors``, of torch, or ``.npz``.
         kwargs: further arguments of the model, e.g. ``{image_size: 32}`` for its vision transformers.
+        adapt: what to do with the images before the network, as in `adapter_for`; True: size, channels and
+            normalisation that torchvision publishes with the weights (for a local file, with its default ones). By
+            default only where `weights` are for another size than the data's and the model takes no other.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image. Where C is not 3, the first convolution is changed to C channels, with
             its weights summed or repeated.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
+        common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
         UserError: torchvision has no such model or weights, the file does not fit it, or images are too small.
@@ -42,11 +45,12 @@ class Torchvision(ImageClassifier):
         weights: str | None = None,
         checkpoint: str | None = None,
         kwargs: dict | None = None,
+        adapt: bool | dict | None = None,
         *,
         num_classes: int,
         input_shape: tuple[int, int, int],
-        optimizer: dict | None = None,
-        scheduler: dict | None = None,
+        normalization: tuple[list[float], list[float]] | None = None,
+        **common: Any,
     ):
         known = torchvision.models.list_models(module=torchvision.models)
         if model not in known:
@@ -55,18 +59,39 @@ class Torchvision(ImageClassifier):
             raise UserError("give weights or checkpoint, not both")
         network = _create(model, weights, num_classes, kwargs or {})
         head = last_layer(network)
+        fixed = getattr(network, "image_size", None)
+        other_size = weights is not None and fixed is not None and tuple(input_shape[1:]) != (fixed, fixed)
+        adapter = adapter_for(adapt, input_shape, normalization, _published(model, weights), wanted=other_size)
         if checkpoint is not None:
-            _load(network, head, model, checkpoint)
-        _set_inputs(network, input_shape[0])
-        _set_outputs(network, head, num_classes)
+            load_weights(network, head, read_weights(checkpoint), checkpoint, f"torchvision's {model}")
+        set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
+        fresh = set_outputs(network, head, num_classes)
         super().__init__(
-            network,
+            backbone=network,
             num_classes=num_classes,
             input_shape=input_shape,
             head=head,
-            optimizer=optimizer,
-            scheduler=scheduler,
+            adapter=adapter,
+            pretrained=weights is not None or checkpoint is not None,
+            fresh_head=fresh,
+            **common,
         )
+
+
+def _published(model: str, weights: str | None) -> dict[str, Any]:
+    """What images the weights were made for; nothing is downloaded."""
+    known = torchvision.models.get_model_weights(model)
+    if not len(known):
+        return {}
+    transform = (known.DEFAULT if weights in (None, "DEFAULT") else known[weights]).transforms()
+    side = transform.crop_size[0]
+    return {
+        "size": (side, side),
+        "channels": len(transform.mean),
+        "mean": transform.mean,
+        "std": transform.std,
+        "interpolation": "bicubic" if transform.interpolation.value == "bicubic" else "bilinear",
+    }
 
 
 def _create(model: str, weights: str | None, num_classes: int, settings: dict[str, Any]) -> nn.Module:
@@ -79,48 +104,4 @@ def _create(model: str, weights: str | None, num_classes: int, settings: dict[st
     try:
         return torchvision.models.get_model(model, weights=weights, **settings)
     except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"torchvision cannot build {model}: {error}") from error
-
-
-def _load(network: nn.Module, head: str, model: str, path: str) -> None:
-    """Load a file, whatever its numbers of input channels and classes."""
-    state = read_weights(path)
-    layer, stem = state.get(f"{head}.weight"), state.get(f"{_stem(network)}.weight")
-    if layer is None or stem is None:
-        raise UserError(f"checkpoint: {path} does not fit torchvision's {model}: its first or last layer is missing")
-    _set_inputs(network, stem.shape[1])
-    _set_outputs(network, head, len(layer))
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"checkpoint: {path} does not fit torchvision's {model}: {error}") from error
-
-
-def _stem(network: nn.Module) -> str:
-    return next(name for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
-
-
-def _set_inputs(network: nn.Module, channels: int) -> None:
-    """Change the first convolution's input channels; one channel then counts as if it were given three times."""
-    name = _stem(network)
-    conv = network.get_submodule(name)
-    if conv.in_channels == channels:
-        return
-    if conv.in_channels != 3:
-        raise UserError(f"weights for {conv.in_channels} input channels cannot be used with {channels}")
-    weight = adapt_input_conv(channels, conv.weight.detach())
-    conv.weight, conv.in_channels = nn.Parameter(weight), channels
-
-
-def _set_outputs(network: nn.Module, head: str, count: int) -> None:
-    """Give the classification layer another number of outputs, with new weights."""
-    layer = network.get_submodule(head)
-    if isinstance(layer, nn.Linear):
-        fresh = nn.Linear(layer.in_features, count, bias=layer.bias is not None)
-        same = layer.out_features == count
-    else:
-        fresh = nn.Conv2d(layer.in_channels, count, layer.kernel_size)
-        same = layer.out_channels == count
-    if not same:
-        owner, _, name = head.rpartition(".")
-        setattr(network.get_submodule(owner), name, fresh)
+        raise UserError(f"torchvision cannot build {model}: {brief(error)}") from error

@@ -70,7 +70,7 @@ def test_greyscale_and_normalisation_by_the_proxy_set(tmp_path):
     assert everything(data.proxy).mean().item() == pytest.approx(0, abs=1e-5)
 
 
-def test_unreadable_files_are_named_or_skipped(tmp_path):
+def test_unreadable_files_are_named_or_skipped(tmp_path, caplog):
     fill(tmp_path, "a", "b")
     cut = tmp_path / "a" / "cut.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(cut)
@@ -86,6 +86,8 @@ def test_unreadable_files_are_named_or_skipped(tmp_path):
     (tmp_path / "b" / "empty.jpg").write_bytes(b"")
     data = ready(ImageFolder(str(tmp_path), size=8, test=2, skip_unreadable=True))
     assert len(everything(data.train)) + len(everything(data.test)) == 10
+    assert "left out 2 file(s) that are not readable images" in caplog.text
+    assert "cut.png: " in caplog.text and "empty.jpg: no image format that is known" in caplog.text
 
 
 def test_folders_that_do_not_fit(tmp_path):

@@ -179,3 +179,15 @@ def test_without_augmentation_a_generator_is_not_used():
     before = generator.get_state()
     TensorSamples(bytes_of()).batch(torch.arange(3), generator)
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_what_is_stored_becomes_the_batch_wherever_it_is_normalised(kind, normalised):
+    x = torch.randint(256, (6, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = x if kind == torch.uint8 else x.float() / 255
+    statistics = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]) if normalised else (None, None)
+    samples, rows = TensorSamples(x, None, *statistics), torch.tensor([4, 0, 5])
+    stored = samples.stored(rows)
+    assert stored.dtype == kind
+    assert torch.equal(samples.normalised(stored), samples.batch(rows)[0])

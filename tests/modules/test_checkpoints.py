@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,18 @@ def test_safetensors_are_read(tmp_path):
     save_file(WEIGHTS, tmp_path / "w.safetensors")
     assert equal(read_weights(tmp_path / "w.safetensors"))
     assert equal(read_weights(str(tmp_path / "w.safetensors")))
+
+
+def test_arrays_are_read_and_text_among_them_is_left_out(tmp_path):
+    arrays = {name: value.numpy() for name, value in WEIGHTS.items()}
+    np.savez(tmp_path / "w.npz", note="a text", **arrays)
+    assert equal(read_weights(tmp_path / "w.npz"))
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match=r"w.npz cannot be read: .*allow_pickle=False"):
+        read_weights(tmp_path / "w.npz")
 
 
 @pytest.mark.parametrize(
@@ -58,10 +71,13 @@ def test_code_in_a_file_is_never_run(tmp_path):
     ("name", "content", "message"),
     [
         ("missing.pth", None, "no such file: .*missing.pth"),
-        ("w.onnx", b"x", r"w.onnx must end in .safetensors, .bin, .ckpt, .pt, .pth, .tar"),
+        ("w.onnx", b"x", r"w.onnx must end in .safetensors, .npz, .bin, .ckpt, .pt, .pth, .tar"),
         ("w.safetensors", b"not at all", "w.safetensors cannot be read"),
         ("w.pth", b"not at all", "w.pth is damaged or holds objects other than tensors"),
         ("w.pth", b"", "w.pth cannot be read"),
+        ("w.npz", b"not at all", "w.npz cannot be read"),
+        ("w.npz", b"PK\x03\x04", "w.npz cannot be read"),
+        ("missing.npz", None, "no such file: .*missing.npz"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

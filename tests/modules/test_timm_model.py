@@ -1,10 +1,14 @@
 """timm's models on small images, without downloads; each file is written from a model that timm itself made."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as transforms
 
 from fdl.errors import UserError
 from fdl.modules.timm_model import Timm
@@ -166,14 +170,71 @@ def test_a_model_without_published_weights_says_so():
         Timm("ghostnet_050", pretrained=True, **COLOUR)
 
 
+def test_an_npz_with_torchs_names_is_read(tmp_path):
+    source, _ = stored(tmp_path, "test_resnet", 10)
+    np.savez(tmp_path / "w.npz", **{name: value.numpy() for name, value in source.state_dict().items()})
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(Timm("test_resnet", checkpoint=str(tmp_path / "w.npz"), **COLOUR).eval()(x).logits, source(x))
+
+
 def test_an_npz_that_does_not_fit_is_refused(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.zeros(3))
-    with pytest.raises(UserError, match=r"w.npz does not fit timm's test_vit"):
+    with pytest.raises(UserError, match=r"w.npz does not fit: timm cannot build test_vit: .*Missing key"):
         Timm("test_vit", checkpoint=str(tmp_path / "w.npz"), **COLOUR)
+    np.savez(tmp_path / "google.npz", **{"Transformer/a": np.zeros(3)})
+    with pytest.raises(UserError, match=r"google.npz does not fit timm's test_vit"):
+        Timm("test_vit", checkpoint=str(tmp_path / "google.npz"), **COLOUR)
+    with pytest.raises(UserError, match=r"timm reads no .npz with Google's names for test_convnext"):
+        Timm("test_convnext", checkpoint=str(tmp_path / "google.npz"), **COLOUR)
     whole = (tmp_path / "w.npz").read_bytes()
     for damaged in (b"not at all", whole[: len(whole) // 2]):
         (tmp_path / "broken.npz").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"broken.npz does not fit timm's test_vit"):
+        with pytest.raises(UserError, match=r"broken.npz cannot be read"):
             Timm("test_vit", checkpoint=str(tmp_path / "broken.npz"), **COLOUR)
-    with pytest.raises(UserError, match=r"timm reads no .npz for test_convnext"):
-        Timm("test_convnext", checkpoint=str(tmp_path / "w.npz"), **COLOUR)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A folder as a hub's repository: weights for 5 classes and images of 64 pixels, with their configuration."""
+    source = timm.create_model("test_vit", num_classes=5, img_size=64).eval()
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    published = {"input_size": [3, 64, 64], "fixed_input_size": True, "interpolation": "bicubic"}
+    published |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "num_classes": 5}
+    published |= {"first_conv": "patch_embed.proj", "classifier": "head"}
+    config = {"architecture": "test_vit", "num_classes": 5, "model_args": {"img_size": 64}, "pretrained_cfg": published}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return source, f"local-dir:{tmp_path}"
+
+
+def test_public_weights_of_a_fixed_size_see_images_of_that_size(repository):
+    source, model = repository
+    module = Timm(model, pretrained=True, **sized(3, 32, 5)).eval()
+    x = torch.rand(2, 3, 32, 32)
+    seen = transforms.Compose(
+        [transforms.Resize(64, InterpolationMode.BICUBIC), transforms.Normalize([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])]
+    )(x)
+    torch.testing.assert_close(module(x).logits, source(seen), rtol=1e-4, atol=1e-5)
+    plain = Timm(model, pretrained=True, adapt=False, **sized(3, 64, 5)).eval()
+    assert plain.adapter is None and torch.equal(plain(seen).logits, source(seen))
+    assert Timm(model, pretrained=True, **sized(3, 64, 5)).adapter is None
+    assert Timm(model, pretrained=True, kwargs={"img_size": 32}, **sized(3, 32, 5)).adapter is None
+    assert Timm(model, **sized(3, 32, 5)).adapter is None
+
+
+def test_a_repository_for_other_classes_gets_a_new_layer_and_grey_images_become_colour(repository):
+    source, model = repository
+    module = Timm(model, pretrained=True, adapt={"mean": [0, 0, 0], "std": [1, 1, 1]}, **sized(1, 64, 9)).eval()
+    x = torch.rand(2, 1, 64, 64)
+    pooled = source.forward_head(source.forward_features(x.expand(-1, 3, -1, -1)), pre_logits=True)
+    torch.testing.assert_close(module(x).embedding, pooled, rtol=1e-4, atol=1e-5)
+    assert module(x).logits.shape == (2, 9)
+
+
+def test_unknown_sources_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"timm knows no source 'hub' of models.*hf-hub"):
+        Timm("hub:a/b", **COLOUR)
+    with pytest.raises(UserError, match=f"timm cannot find local-dir:{tmp_path}: Config file not found"):
+        Timm(f"local-dir:{tmp_path}", **COLOUR)
+    (tmp_path / "config.json").write_text('{"architecture": "test_vitt"}')
+    with pytest.raises(UserError, match="timm has no model 'test_vitt'; did you mean 'test_vit'"):
+        Timm(f"local-dir:{tmp_path}", **COLOUR)

@@ -90,3 +90,16 @@ def test_a_file_of_another_architecture_is_refused(tmp_path):
 def test_bad_arguments_are_named(args, message):
     with pytest.raises(UserError, match=message):
         Torchvision(**args, **COLOUR)
+
+
+def test_images_are_brought_to_what_torchvision_publishes(tmp_path):
+    source = torchvision.models.get_model(SMALL, num_classes=10).eval()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    module = Torchvision(SMALL, checkpoint=str(tmp_path / "w.pth"), adapt=True, **GREY).eval()
+    x = torch.rand(2, 1, 32, 32)
+    expected = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.transforms(resize_size=224)
+    seen = expected(x.expand(-1, 3, -1, -1))
+    assert module.adapter.output_shape == (3, 224, 224) == tuple(seen.shape[1:])
+    torch.testing.assert_close(module(x).logits, source(seen), rtol=1e-3, atol=1e-4)
+    small = Torchvision(SMALL, checkpoint=str(tmp_path / "w.pth"), adapt={"size": 48}, **COLOUR)
+    assert small.adapter.output_shape == (3, 48, 48)

@@ -1,0 +1,171 @@
+"""Dual encoders: one LightningModule over an image tower and a text tower that share a space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from fdl.contrastive_losses import MAX_SCALE, clamp_scale, gathered_info_nce, info_nce, logits_between, sigmoid_loss
+from fdl.errors import UserError
+from fdl.modules.features import capture
+from fdl.modules.optim import build_optimizer, build_scheduler
+from fdl.modules.output import Output
+
+Pairs = tuple[Tensor, Tensor]
+"""Images float32 [B, C, H, W] and their texts int64 [B, T], padded on the right with -1."""
+
+_FIRST_SCALE = {"contrastive": 1 / 0.07, "sigmoid": 10.0}
+_FIRST_BIAS = -10.0
+
+
+class DualEncoder(LightningModule):
+    """Trains two towers so that an image and its text come close, with a plain Trainer or in a federation's rounds.
+
+    A subclass writes `image_vectors` and `text_vectors`, whose results need not have length 1.
+
+    Args:
+        loss: ``"contrastive"`` is CLIP's, each pair among all of its batch; ``"sigmoid"`` is SigLIP's, which looks at
+            every image and text by itself and learns a bias, too.
+        optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default AdamW at 0.001. Federated
+            rounds use the recipe's ``local`` and ``distil`` settings instead.
+        scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`.
+
+    Attributes:
+        backbone: both towers.
+        logit_scale: logarithm of what cosines are multiplied with, a parameter.
+        logit_bias: what is added to them, a parameter; None unless the loss is ``"sigmoid"``.
+        embedding_dim: D.
+        gather: whether a step's batch is that of all ranks. A plain Trainer that trains this one module on several
+            devices turns it on; where ranks train different clients it stays off.
+    """
+
+    backbone: nn.Module
+    embedding_dim: int
+
+    def __init__(
+        self,
+        loss: Literal["contrastive", "sigmoid"] = "contrastive",
+        optimizer: dict | None = None,
+        scheduler: dict | None = None,
+    ):
+        super().__init__()
+        if loss not in _FIRST_SCALE:
+            raise UserError(f"loss must be one of {', '.join(_FIRST_SCALE)}, got {loss!r}")
+        self.loss, self.gather = loss, False
+        self.optimizer_config = optimizer or {"target": "adamw", "args": {"lr": 1e-3}}
+        self.scheduler_config = scheduler
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(_FIRST_SCALE[loss])))
+        self.logit_bias = nn.Parameter(torch.tensor(_FIRST_BIAS)) if loss == "sigmoid" else None
+
+    def image_vectors(self, images: Tensor) -> Tensor:
+        """Vectors [B, D] of images [B, C, H, W]."""
+        raise NotImplementedError
+
+    def text_vectors(self, tokens: Tensor) -> Tensor:
+        """Vectors [B, D] of texts, int64 [B, T], padded on the right with -1."""
+        raise NotImplementedError
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit vectors ``[B, D]`` of images ``[B, C, H, W]``."""
+        return F.normalize(self.image_vectors(images), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Unit vectors ``[B, D]`` of texts ``[B, T]``, padded on the right with -1."""
+        return F.normalize(self.text_vectors(tokens), dim=-1)
+
+    def forward(self, inputs: Pairs, features: Sequence[str] = ()) -> Output:
+        """Answer a batch of pairs.
+
+        Args:
+            inputs: images and texts.
+            features: submodules of `backbone`, by dotted name or glob, whose activations are wanted.
+
+        Returns:
+            Logits ``[B, B]`` between all images and texts of the batch, and the embedding ``[B, 2 D]``, the image's
+            unit vector and then the text's.
+        """
+        if not features:
+            images, texts = self._encode(inputs)
+            return Output(self._logits(images, texts), torch.cat([images, texts], dim=1), {})
+        with capture(self.backbone, features) as seen:
+            images, texts = self._encode(inputs)
+        return Output(self._logits(images, texts), torch.cat([images, texts], dim=1), seen)
+
+    def training_step(self, batch: tuple[Pairs, None], batch_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``loss`` of a batch of pairs."""
+        images, texts = self._encode(batch[0])
+        if self.gather:
+            clamp_scale(self.logit_scale)
+            return {"loss": gathered_info_nce(images, texts, self.logit_scale.exp())}
+        logits = self._logits(images, texts)
+        return {"loss": info_nce(logits) if self.loss == "contrastive" else sigmoid_loss(logits)}
+
+    def validation_step(
+        self, batch: tuple[Pairs, None], batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` of a batch, and how often an image's text comes first in it, ``recall_at_1``."""
+        logits = self(batch[0]).logits
+        own = torch.arange(len(logits), device=logits.device)
+        return {"loss": info_nce(logits), "recall_at_1": (logits.argmax(1) == own).float().mean()}
+
+    def test_step(self, batch: tuple[Pairs, None], batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """As `validation_step`."""
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: tuple[Pairs, None], batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
+        """Answer a batch."""
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Build optimiser and schedule for a plain Trainer."""
+        optimizer = build_optimizer(
+            [p for p in self.parameters() if p.requires_grad],
+            self.optimizer_config["target"],
+            self.optimizer_config.get("args"),
+        )
+        if self.scheduler_config is None:
+            return optimizer
+        scheduler = build_scheduler(optimizer, self.scheduler_config["target"], self.scheduler_config.get("args"))
+        interval = self.scheduler_config.get("interval", "epoch")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+    def on_fit_start(self) -> None:
+        """Under a Trainer on several devices, pairs are told from those of all devices."""
+        self.gather = self.trainer.world_size > 1 and self.loss == "contrastive"
+
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: tuple[Pairs, None], batch_idx: int) -> None:
+        """Log the training loss, under a Trainer."""
+        self.log("train/loss", outputs["loss"], batch_size=len(batch[0][0]))
+
+    def on_validation_batch_end(
+        self, outputs: dict[str, Tensor], batch: tuple[Pairs, None], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log the validation metrics, under a Trainer; it averages them over the epoch."""
+        named = {f"validation/{name}": value for name, value in outputs.items()}
+        self.log_dict(named, batch_size=len(batch[0][0]))
+
+    def _encode(self, inputs: Pairs) -> Pairs:
+        images, tokens = inputs
+        return self.encode_image(images), self.encode_text(tokens)
+
+    def _logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        if self.training:
+            clamp_scale(self.logit_scale)  # here, so that every objective keeps it in bounds
+        logits = logits_between(images, texts, self.logit_scale.exp())
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+
+def scale_of(module: nn.Module) -> float:
+    """What a dual encoder multiplies cosines with, at most `MAX_SCALE`."""
+    return min(math.exp(float(module.logit_scale.detach())), MAX_SCALE)
+
+
+def lengths(tokens: Tensor) -> Tensor:
+    """How many tokens each text has, int64 [B]; they are padded on the right with -1."""
+    return (tokens >= 0).sum(1)

@@ -1,0 +1,142 @@
+"""From the data's images to those that a public backbone was trained on, as part of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdl.catalog import suggest
+from fdl.errors import UserError
+
+# ITU-R 601 luma, as torchvision and Pillow turn colour into grey
+_LUMA = (0.2989, 0.587, 0.114)
+
+
+class InputAdapter(nn.Module):
+    """Resizes images, gives them the backbone's channels, and exchanges the data's normalisation for the backbone's.
+
+    All of it is one affine map a channel and one resampling, which is linear too: the same as resizing the image
+    before anything was normalised, without a second copy of the data in another size. Nothing is clipped, so cubic
+    resampling may overshoot, as ``torchvision.transforms`` does for tensors. It holds no weights: nothing of it is
+    stored, sent or averaged.
+
+    Args:
+        input_shape: (C, H, W) of the data's images.
+        size: the backbone's height and width; None leaves the data's.
+        channels: the backbone's channels, 1 or 3; None leaves the data's. Grey becomes colour by repetition, colour
+            becomes grey by its luma.
+        mean: of each channel in the images that the backbone was trained on, white being 1; None: not normalised.
+        std: likewise.
+        data_mean: what the data are already normalised with, white being 1; None: they are not.
+        data_std: likewise.
+        interpolation: of the resizing.
+        antialias: filter before shrinking; enlarging is not changed by it.
+
+    Raises:
+        UserError: for values that do not fit together.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        size: Sequence[int] | None = None,
+        channels: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        data_mean: Sequence[float] | None = None,
+        data_std: Sequence[float] | None = None,
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+        antialias: bool = True,
+    ):
+        super().__init__()
+        own, *data_size = input_shape
+        channels = own if channels is None else channels
+        if channels != own and {channels, own} != {1, 3}:
+            raise UserError(f"adapt: images of {own} channels cannot be turned into {channels}")
+        if interpolation not in ("bicubic", "bilinear"):
+            raise UserError(f"adapt.interpolation must be bicubic or bilinear, got {interpolation!r}")
+        mean, std = _pair("", mean, std, channels)
+        data_mean, data_std = _pair("data_", data_mean, data_std, own)
+        self.size = tuple(data_size) if size is None else tuple(size)
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise UserError(f"adapt.size must be height and width in pixels, got {list(self.size)}")
+        self.output_shape = (channels, *self.size)
+        self.interpolation, self.antialias, self._resize = interpolation, antialias, self.size != tuple(data_size)
+        # y = (std_d·x + mean_d − mean) / std, with the luma of std_d·x + mean_d where colour becomes grey
+        colours, scale, shift = None, data_std / std, (data_mean - mean) / std
+        if channels < own:
+            luma = torch.tensor(_LUMA, dtype=torch.float64)
+            colours, scale, shift = luma * data_std, 1 / std, ((luma * data_mean).sum() - mean) / std
+        for name, value in (("colours", colours), ("scale", scale), ("shift", shift)):
+            value = None if value is None else value.float().reshape(-1, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Bring images ``[B, C, H, W]`` to ``[B, *output_shape]``, in the precision they came in."""
+        dtype, x = x.dtype, x.float()  # half-precision pixels would be resampled too coarsely
+        if self.colours is not None:
+            x = (x * self.colours).sum(1, keepdim=True)
+        if self._resize:
+            x = F.interpolate(x, size=self.size, mode=self.interpolation, antialias=self.antialias, align_corners=False)
+        return torch.addcmul(self.shift, x, self.scale).to(dtype)  # a grey image meets three scales: it is repeated
+
+    def extra_repr(self) -> str:
+        """What a printed network says of it."""
+        return f"output_shape={self.output_shape}, interpolation={self.interpolation!r}, antialias={self.antialias}"
+
+
+def adapter_for(
+    adapt: bool | Mapping[str, Any] | None,
+    input_shape: Sequence[int],
+    normalization: Sequence[Sequence[float]] | None,
+    published: Mapping[str, Any],
+    wanted: bool = False,
+) -> InputAdapter | None:
+    """Make the adapter that a module's `adapt` argument asks for.
+
+    Args:
+        adapt: True takes everything from `published`; a mapping changes some of it (the arguments of `InputAdapter`,
+            ``size`` as one number or two); False makes none; None leaves it to `wanted`.
+        input_shape: (C, H, W) of the data.
+        normalization: mean and standard deviation of each channel that the data are normalised with; None where
+            they are not.
+        published: ``size``, ``channels``, ``mean``, ``std`` and ``interpolation`` of the backbone, as far as known.
+        wanted: whether there should be one where `adapt` does not say.
+
+    Raises:
+        UserError: a key is unknown or a value does not fit.
+    """
+    if adapt is False or (adapt is None and not wanted):
+        return None
+    known = ("size", "channels", "mean", "std", "data_mean", "data_std", "interpolation", "antialias")
+    given = dict(adapt) if isinstance(adapt, Mapping) else {}
+    for key in given:
+        if key not in known:
+            raise UserError(f"adapt: unknown key {key!r}{suggest(key, known, few=0)}")
+    if isinstance(given.get("size"), int):
+        given["size"] = (given["size"], given["size"])
+    settings = {key: value for key, value in published.items() if value is not None} | given
+    if normalization is not None:
+        settings = {"data_mean": normalization[0], "data_std": normalization[1], **settings}
+    return InputAdapter(input_shape, **settings)
+
+
+def _pair(
+    prefix: str, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel; 0 and 1 where there are none."""
+    if (mean is None) != (std is None):
+        raise UserError(f"adapt: {prefix}mean and {prefix}std go together")
+    mean, std = ([0.0] * channels, [1.0] * channels) if mean is None else (list(mean), list(std))
+    if channels == 1 and len(mean) == len(std) == 3:  # a colour backbone that was given one channel
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise UserError(
+            f"adapt: {prefix}mean and {prefix}std need one value, and a positive std, for each of {channels} "
+            f"channels, got {mean} and {std}"
+        )
+    return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)

@@ -1,0 +1,172 @@
+"""Any CLIP-like dual encoder of open_clip, by name, or a small one of the same make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fdl.errors import UserError
+from fdl.modules.clip_tokenizer import PREFIX, ClipTokenizer
+from fdl.modules.dual_encoder import DualEncoder
+from fdl.modules.input_adapter import adapter_for
+from fdl.modules.open_clip_networks import heads, known_images, lora_layers, named, new, read
+from fdl.modules.tuning import apply_tuning, hold_frozen
+
+if TYPE_CHECKING:
+    from fdl.modules.tokenizers import Tokenizer
+
+
+class OpenClip(DualEncoder):
+    """A dual encoder of open_clip: by its name there, or of the sizes that a recipe gives.
+
+    Args:
+        model: open_clip's name, e.g. ``ViT-B-32``, ``ViT-B-16``, ``RN50``, ``ViT-L-14``; it reads CLIP's tokens, so
+            the data's tokenizer must be ``open_clip:<name>``. None: give `config` instead.
+        pretrained: tag of open_clip's weights, e.g. ``laion2b_s34b_b79k``, downloaded or from the local cache; the
+            activation function (GELU or QuickGELU) then is that of the tag.
+        checkpoint: local file of weights instead, ``.safetensors`` or torch's. OpenAI's own need a model whose name
+            ends in ``-quickgelu``.
+        config: arguments of open_clip's CLIP class, ``{embed_dim, vision_cfg, text_cfg}``, for a model that is
+            trained from the start. Vocabulary, context and image size follow the data unless they are given.
+        tuning: what is trained: ``"full"`` everything, ``"head"`` the last projections of both towers and the scale,
+            ``"lora"`` these and low-rank updates of linear layers, ``"frozen"`` nothing; all but the first need
+            `pretrained` or `checkpoint`.
+        lora: settings of ``"lora"``, as in `apply_tuning`.
+        adapt: bring images to the size, channels and normalisation that the model knows, as in `adapter_for`; None
+            does so for a model by name.
+        loss: as in `DualEncoder`.
+        input_shape: (C, H, W) of one image.
+        tokenizer: of the captions.
+        context: most tokens of a caption.
+        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
+        optimizer: for a plain Trainer, as in `DualEncoder`.
+        scheduler: for a plain Trainer, as in `DualEncoder`.
+
+    Attributes:
+        frozen: names in the state that never change and are the same at every site: they are neither sent nor stored.
+
+    Raises:
+        UserError: open_clip has no such model or weights, they cannot be had, or the data do not suit it.
+    """
+
+    name = "open_clip"
+    frozen: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        model: str | None = None,
+        pretrained: str | None = None,
+        checkpoint: str | None = None,
+        config: dict | None = None,
+        tuning: Literal["full", "head", "frozen", "lora"] = "full",
+        lora: dict | None = None,
+        adapt: bool | dict | None = None,
+        loss: Literal["contrastive", "sigmoid"] = "contrastive",
+        *,
+        input_shape: tuple[int, int, int],
+        tokenizer: Tokenizer,
+        context: int,
+        normalization: tuple[list[float], list[float]] | None = None,
+        optimizer: dict | None = None,
+        scheduler: dict | None = None,
+    ):
+        super().__init__(loss, optimizer, scheduler)
+        if (model is None) == (config is None):
+            raise UserError("give model, a name of open_clip, or config, the sizes of a new one: one of the two")
+        if pretrained is not None and (checkpoint is not None or model is None):
+            raise UserError("pretrained is a tag of a named model's weights; give it or checkpoint, not both")
+        if model is None:
+            self.start, self.end = tokenizer.vocab_size, tokenizer.vocab_size + 1
+            network = new(config, tuple(input_shape), tokenizer.vocab_size + 2, context + 2)
+        else:
+            own = ClipTokenizer(model)
+            if tokenizer.fingerprint != own.fingerprint:
+                raise UserError(f"{model} reads CLIP's tokens: set the data's tokenizer to {PREFIX}{model}")
+            self.start, self.end = own.start, own.eos
+            network = named(model, pretrained)
+        if checkpoint is not None:
+            read(network, checkpoint, model or "the model of config")
+        known = pretrained is not None or checkpoint is not None
+        self._take_scale(network, known)
+        self.backbone, self.context = network, network.context_length
+        self.adapter = adapter_for(adapt, input_shape, normalization, known_images(network), wanted=model is not None)
+        self.embedding_dim = self._rehearse(model or "the model of config", tuple(input_shape))
+        self._tune(tuning, lora, known)
+
+    def image_vectors(self, images: Tensor) -> Tensor:
+        """Vectors [B, D] of images [B, C, H, W]."""
+        return self.backbone.encode_image(images if self.adapter is None else self.adapter(images))
+
+    def text_vectors(self, tokens: Tensor) -> Tensor:
+        """Vectors [B, D] of texts [B, T], between marks of start and end."""
+        return self.backbone.encode_text(framed(tokens, self.start, self.end, self.context))
+
+    def train(self, mode: bool = True) -> OpenClip:
+        """Switch to training, or back; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if mode and self.frozen:
+            hold_frozen(self.backbone)
+        return self
+
+    def _tune(self, tuning: str, lora: dict | None, known: bool) -> None:
+        """Freeze what is not to be trained, and add what is trained instead."""
+        if tuning == "lora":
+            lora = {"targets": lora_layers(self.backbone), **(lora or {})}
+        frozen = apply_tuning(self.backbone, tuning, heads(self.backbone), lora, pretrained=known)
+        names = [f"backbone.{name}" for name in frozen]
+        if tuning == "frozen":
+            for name, parameter in (("logit_scale", self.logit_scale), ("logit_bias", self.logit_bias)):
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+                    names.append(name)
+        self.frozen = frozenset(names)
+
+    def _take_scale(self, network: nn.Module, known: bool) -> None:
+        """Keep scale and bias outside of the towers; go on from those that the weights were trained with."""
+        with torch.no_grad():
+            if known:
+                self.logit_scale.copy_(network.logit_scale.reshape(()))
+            if known and self.logit_bias is not None and network.logit_bias is not None:
+                self.logit_bias.copy_(network.logit_bias.reshape(()))
+        del network.logit_scale, network.logit_bias
+
+    def _rehearse(self, label: str, input_shape: tuple[int, int, int]) -> int:
+        """Send one blank image through, so that images that do not fit fail here; returns D."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return self.encode_image(torch.zeros(1, *input_shape)).shape[1]
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            size = "×".join(map(str, input_shape))
+            raise UserError(f"{label} cannot take images of {size} (channels×height×width): {error}") from error
+        finally:
+            self.train(training)
+
+
+def framed(tokens: Tensor, start: int, end: int, context: int) -> Tensor:
+    """Put texts between marks of start and end, padded with 0 to a CLIP text tower's context.
+
+    Marks that are there already are not doubled. A text that is too long is cut before its end mark.
+
+    Args:
+        tokens: int64 [B, T], padded on the right with -1.
+        start: id of the start mark.
+        end: id of the end mark, the largest of all, by which the tower finds where a text ends.
+        context: tokens that the tower reads.
+
+    Returns:
+        int64 [B, context].
+    """
+    present = (tokens >= 0) & (tokens != start) & (tokens != end)
+    # words move to the front, in their order; marks and padding behind them
+    order = (~present).to(torch.int8).argsort(dim=1, stable=True)
+    words = tokens.gather(1, order)[:, : context - 2]
+    counts = present.sum(1).clamp_max(context - 2).unsqueeze(1)
+    result = tokens.new_zeros(len(tokens), context)
+    places = torch.arange(words.shape[1], device=tokens.device)
+    result[:, 1 : 1 + words.shape[1]] = words.where(places < counts, 0)
+    result[:, 0] = start
+    return result.scatter(1, counts + 1, end)
