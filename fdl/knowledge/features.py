@@ -12,6 +12,7 @@ from torch import Tensor
 from fdl.errors import RefusedError
 from fdl.knowledge.extraction import Extracted, Moments, layer_names
 from fdl.knowledge.option import Option, at_least, not_negative, one_of
+from fdl.knowledge.selection import LayerSelection
 from fdl.losses import FEATURE_LOSSES
 from fdl.messages import Features
 from fdl.participants import Client
@@ -40,6 +41,7 @@ class FeatureTransfer(Option):
         width: of the common space.
         components: send only so many principal components of each layer, found by each client in its first round and
             kept; None sends all that a layer has.
+        select: of `layers`, each client sends only those that it finds to be worth their bytes; None sends all.
     """
 
     name = "features"
@@ -52,6 +54,7 @@ class FeatureTransfer(Option):
         weight: float = 1.0,
         width: int = 64,
         components: int | None = None,
+        select: LayerSelection | None = None,
     ):
         for name, value in (("layers", layers), ("student", student)):
             at_least(name, value if isinstance(value, int) else len(value), 0 if isinstance(value, int) else 1)
@@ -59,6 +62,7 @@ class FeatureTransfer(Option):
         self.loss = one_of("loss", loss, FEATURE_LOSSES)
         self.weight, self.width = not_negative("weight", weight), at_least("width", width, 1)
         self.components = None if components is None else at_least("components", components, 1)
+        self.select = select
 
     def message(self, client: Client, extracted: Extracted, rows: Tensor | None) -> Features:
         """What a client sends.
@@ -68,7 +72,12 @@ class FeatureTransfer(Option):
             extracted: its specialist's layers on the whole proxy set, over which they are standardised.
             rows: of the proxy set that are sent, None for all.
         """
-        layers = {name: Moments.of(values).standardize(values) for name, values in extracted.layers.items()}
+        layers = extracted.layers
+        if self.select is not None:
+            most = max(values.shape[1] for values in layers.values()) if self.components is None else self.components
+            widths = {name: min(values.shape[1], most) for name, values in layers.items()}
+            layers = {name: layers[name] for name in self.select.choose(client, extracted, widths)}
+        layers = {name: Moments.of(values).standardize(values) for name, values in layers.items()}
         if self.components is not None:
             bases = {name: principal(values, self.components) for name, values in layers.items()}
             bases |= client.state.get("components", {})
