@@ -1,0 +1,146 @@
+"""Pools of clients by capacity: each pool averages a model of its own size, and the models teach each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from lightning import LightningModule
+
+from fdl.errors import UserError
+from fdl.knowledge.targets import response_objective
+from fdl.messages import Parameters
+from fdl.methods.base import Method
+from fdl.methods.pools import (
+    PoolMeans,
+    Weights,
+    architectures,
+    between,
+    labels_needed,
+    part_of,
+    stream_of,
+    taught_by_others,
+    together,
+)
+from fdl.modules.weights import load_into, state_of
+from fdl.participants import Client, Server, copy_of
+from fdl.seeding import stream_seed
+from fdl.server_optimizers import Adam, ServerOptimizer
+
+
+class Codistillation(Method):
+    """FedAvg in pools of different capacity, whose models learn from each other at the server (arXiv 2310.02549).
+
+    Pools are the different entries of the recipe's specialists, from the smallest model to the largest; the recipe's
+    student must be the same model as the first of them. Each pool's model is averaged over the clients that train it,
+    by sample counts, and the server's optimiser takes the mean displacement D_fed for its pseudo-gradient. On the
+    unlabelled proxy set every model then learns from the mean probabilities of the others, all of them as they were
+    before any of them learnt (T² KL, the recipe's `distil` settings):
+
+    - periodic: every so many rounds, starting from what the round left.
+    - merged: in every round, starting from where the clients started, too. The displacement D_kd that this gives is
+      mixed with that of the clients, D = (1 − α) D_fed + α D_kd, and one server optimiser takes one step with it.
+
+    A pool of which nobody was heard in a round is neither averaged nor merged in it.
+
+    Args:
+        mode: when models learn from each other.
+        sharing: nested lets a client train the model of its own pool and all smaller ones; disjoint that of its own
+            pool only, e.g. where pools hold data of different kinds.
+        alpha: α of merged, in [0, 1]; 0 is averaging alone, 1 does not listen to the clients.
+        period: rounds between two distillations of periodic, ≥ 1.
+        temperature: T > 0.
+        optimizer: the server's optimiser, with moments of its own for each pool; None is Adam (FedAdam).
+    """
+
+    name = "codistillation"
+    requires = ("student", "specialists", "proxy")
+
+    def __init__(
+        self,
+        mode: Literal["merged", "periodic"] = "merged",
+        sharing: Literal["nested", "disjoint"] = "nested",
+        alpha: float = 0.5,
+        period: int = 1,
+        temperature: float = 1.0,
+        optimizer: ServerOptimizer | None = None,
+    ):
+        if not 0 <= alpha <= 1:
+            raise UserError(f"alpha must be in [0, 1], got {alpha}")
+        if period < 1:
+            raise UserError(f"period must be at least 1 round, got {period}")
+        if not temperature > 0:
+            raise UserError(f"temperature must be > 0, got {temperature}")
+        self.merged, self.nested, self.alpha, self.period = mode == "merged", sharing == "nested", alpha, period
+        self.optimizer = optimizer or Adam()
+        self.objective = response_objective("kl", temperature)
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """Draw first weights for every pool, and note who belongs to which."""
+        labels_needed(server, self.name)
+        first, *others = architectures(server.runtime)
+        if not others:
+            raise UserError("specialists: codistillation needs two different models or more, the smallest first")
+        own, small = (state_of(m) for m in (server.student, server.runtime.template(first)))
+        if [(k, t.shape) for k, t in own.items()] != [(k, t.shape) for k, t in small.items()]:
+            raise UserError("student: must be the model of the first of the specialists, with the same arguments")
+        server.state["pools"] = {
+            pool: copy_of(server.runtime.create(pool, stream_seed(server.seed, f"init/{pool}"))) for pool in others
+        }
+        server.state["members"] = {str(client.id): client.architecture for client in clients}
+
+    def server_models(self, server: Server) -> Iterator[tuple[str, LightningModule]]:
+        """Every pool's name and model, for evaluation; a model is good until the next is asked for."""
+        for pool, tensors in self._weights(server).items():
+            module = server.runtime.template(pool)
+            load_into(module, tensors)
+            server.runtime.hold(pool, None)
+            yield pool, module
+
+    def download(self, server: Server, client: int) -> Parameters:
+        """The models that a client trains, one message for all clients of a pool."""
+        pool, weights = server.state["members"][str(client)], self._weights(server)
+        held = self._trained(list(weights), pool)
+        return server.say(pool, lambda: Parameters(together({name: weights[name] for name in held})))
+
+    def local_update(self, client: Client, download: Parameters) -> Parameters:
+        """Train every model of the client's on its private data, the smallest first, and return their weights."""
+        results = {}
+        for pool in self._trained(architectures(client.runtime), client.architecture):
+            module = client.load(part_of(download.tensors, pool), pool)
+            client.fit(module, client.train, client.local, name=stream_of(client, "fit", pool))
+            results[pool] = state_of(module)
+        return Parameters(together(results), samples=client.samples)
+
+    def aggregate(self, server: Server) -> PoolMeans:
+        """One mean a pool, weighted by sample counts."""
+        weights = self._weights(server)
+        trained = {int(id): self._trained(list(weights), pool) for id, pool in server.state["members"].items()}
+        return PoolMeans(weights, trained)
+
+    def server_update(self, server: Server, knowledge: Mapping[str, Weights]) -> dict[str, float]:
+        """Average every pool and let the pools teach each other, at once or one after the other."""
+        before = self._weights(server)
+        learnt = taught_by_others(server, before, self.objective) if self.merged and self.alpha > 0 else {}
+        after = dict(before)
+        for pool, mean in knowledge.items():
+            # (1 − α) D_fed + α D_kd is the displacement to this point; at α = 0 and 1 it is the one end to the bit
+            target = between(mean, learnt[pool], self.alpha) if pool in learnt else mean
+            trained = {name for name, _ in server.runtime.template(pool).named_parameters()}
+            moments = server.state.setdefault("moments", {}).setdefault(pool, {})
+            after[pool] = self.optimizer.step(before[pool], target, trained & before[pool].keys(), moments)
+        if not self.merged and server.round % self.period == 0:
+            after = taught_by_others(server, after, self.objective)
+        first, *others = after
+        load_into(server.student, after[first])
+        server.state["pools"] = {pool: dict(after[pool].items()) for pool in others}
+        return {}
+
+    def _weights(self, server: Server) -> dict[str, Weights]:
+        """Every pool's weights, the student's first."""
+        first, *others = architectures(server.runtime)
+        return {first: state_of(server.student)} | {pool: server.state["pools"][pool] for pool in others}
+
+    def _trained(self, pools: list[str], own: str) -> list[str]:
+        """Which models a client of a pool trains."""
+        return pools[: pools.index(own) + 1] if self.nested else [own]

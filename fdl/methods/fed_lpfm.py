@@ -1,0 +1,134 @@
+"""Federated learning of a light proxy model that frozen foundation models teach at every site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from fdl.errors import UserError
+from fdl.knowledge.costs import answer_flops, samples_seen, training_flops, weight_bytes
+from fdl.knowledge.targets import Answered
+from fdl.losses import RESPONSE_LOSSES, cross_entropy
+from fdl.messages import Parameters
+from fdl.methods.fedavg import FedAvg
+from fdl.methods.pools import architectures, labels_needed
+from fdl.modules.weights import load_into, state_of
+from fdl.participants import Client, Server, copy_of
+from fdl.server_optimizers import ServerOptimizer
+
+
+class FedLPFM(FedAvg):
+    """FedAvg of a small proxy model, which the client's frozen foundation models teach (arXiv 2311.08479).
+
+    The recipe's specialists are the foundation models and its student is the proxy. Every client trains the proxy on
+    its own data for (1 − λ) CE + λ T² KL(p ‖ proxy), where p is the mean of what its foundation models say, and sends
+    the proxy's weights; only these are averaged, by sample counts, and used afterwards. Foundation models answer the
+    client's images as they are, without augmentation, once: in memory the answers cost a row of classes a sample.
+    They must know the classes: a classifier pretrained for the same ones, or one that compares images with the
+    classes' names.
+
+    Args:
+        weight: λ, the foundation models' share of the loss, in [0, 1]; 0 is FedAvg.
+        temperature: T > 0.
+        loss: how the proxy is compared with them, a name among `fdl.losses.RESPONSE_LOSSES`. Losses between logits
+            take the mean of logits for p.
+        models: foundation models at a client, ≥ 1: its own entry of the specialists and those that follow it.
+        fine_tune: train each site's copies on its own data, once, before they answer, with the `local` settings.
+        optimizer: what the server does with the mean; None takes it as it is.
+    """
+
+    name = "fed_lpfm"
+    requires = ("student", "specialists")
+
+    def __init__(
+        self,
+        weight: float = 0.5,
+        temperature: float = 1.0,
+        loss: str = "kl",
+        models: int = 1,
+        fine_tune: bool = False,
+        optimizer: ServerOptimizer | None = None,
+    ):
+        super().__init__(optimizer)
+        if not 0 <= weight <= 1:
+            raise UserError(f"weight must be in [0, 1], got {weight}")
+        if not temperature > 0:
+            raise UserError(f"temperature must be > 0, got {temperature}")
+        if loss not in RESPONSE_LOSSES:
+            raise UserError(f"loss must be one of {', '.join(RESPONSE_LOSSES)}, got {loss!r}")
+        if models < 1:
+            raise UserError(f"models must be at least 1, got {models}")
+        self.weight, self.temperature, self.loss = weight, temperature, RESPONSE_LOSSES[loss]
+        self.models, self.fine_tune = models, fine_tune
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """See that there are as many foundation models as each client is to hold."""
+        labels_needed(server, self.name)
+        known = architectures(server.runtime)
+        if self.models > len(known):
+            raise UserError(f"models: {self.models} at a client, but specialists has {len(known)} different ones")
+
+    def local_update(self, client: Client, download: Parameters) -> Parameters:
+        """Train the proxy on private labels and on what the foundation models answer; return its weights."""
+        if self.weight == 0 or client.runtime.dry:  # a rehearsal measures messages, which no answer changes
+            return super().local_update(client, download)
+        answers = self._answers(client)
+        proxy = client.load(download.tensors, "student")
+        client.metrics.update(self._costs(client, proxy))
+        labelled = Answered(client.train, client.train.labels, more=[answers])
+        client.fit(proxy, labelled, client.local, self._taught)
+        return Parameters(state_of(proxy), samples=client.samples)
+
+    def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        inputs, labels, answers = batch
+        logits = proxy(inputs).logits
+        hard, soft = cross_entropy(logits, labels), self.loss(logits, answers, self.temperature)
+        parts = {"cross_entropy": hard.detach(), "distillation": soft.detach()}
+        return {**parts, "loss": (1 - self.weight) * hard + self.weight * soft}
+
+    def _answers(self, client: Client) -> Tensor:
+        """The foundation models' mean answer to every private sample, [n, C].
+
+        What public models say is found again after a restart; what fine-tuned ones say is saved, in the place of their
+        weights.
+        """
+        kept = client.state if self.fine_tune else client.cache
+        if "answers" not in kept:
+            logits = torch.stack([self._ask(client, i, module) for i, module in enumerate(self._models(client))])
+            kept["answers"] = (logits if self.loss.form == "logits" else torch.softmax(logits, dim=2)).mean(0)
+        return kept["answers"]
+
+    def _ask(self, client: Client, number: int, module: LightningModule) -> Tensor:
+        """One foundation model's logits on the private samples, which it may learn first; the template stays public."""
+        if not self.fine_tune:
+            return client.predict(module, client.train)
+        public = copy_of(module)
+        client.fit(module, client.train, client.local, name=f"fine_tune/{number}")
+        logits = client.predict(module, client.train)
+        load_into(module, public)
+        return logits
+
+    def _models(self, client: Client) -> list[LightningModule]:
+        """The client's foundation models, as everybody has them."""
+        known = architectures(client.runtime)
+        first = known.index(client.architecture)
+        return [client.runtime.template(known[(first + i) % len(known)]) for i in range(self.models)]
+
+    def _costs(self, client: Client, proxy: LightningModule) -> dict[str, float]:
+        """What the round's training costs, what the foundation models cost once, and what an answer costs for good."""
+        if "costs" not in client.cache:
+            models, count = self._models(client), client.samples
+            seen = samples_seen(count, client.local)
+            tuning = seen * sum(training_flops(client, module) for module in models) if self.fine_tune else 0
+            client.cache["costs"] = {
+                "flops/training_a_round": float(seen * training_flops(client, proxy)),
+                "flops/foundation_models_once": float(count * sum(answer_flops(client, m) for m in models) + tuning),
+                "flops/proxy_an_answer": float(answer_flops(client, proxy)),
+                "bytes/foundation_models": float(sum(weight_bytes(module) for module in models)),
+                "bytes/proxy": float(weight_bytes(proxy)),
+            }
+        return client.cache["costs"]

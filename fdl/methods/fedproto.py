@@ -1,0 +1,156 @@
+"""Prototypes in the place of models: clients agree on where classes lie, and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fdl.errors import RefusedError, UserError
+from fdl.losses import cross_entropy
+from fdl.messages import Prototypes
+from fdl.methods.base import Method
+from fdl.methods.pools import architectures, labels_needed
+from fdl.participants import Client, Server
+from fdl.runtime import Objective
+
+
+class FedProto(Method):
+    """Every client draws its embeddings towards the classes' common prototypes (Tan et al., 2022).
+
+    A prototype is the mean embedding of a class's samples at a client, which it sends with their number after training
+    in each round; the server sends back one for each class. From then on clients minimise CE + λ MSE(h, C_y) on their
+    own data, where samples of a class without a common prototype add nothing. Architectures may differ, but their
+    embeddings must have the same width. No proxy set is needed and there is no student; a client classifies by its own
+    head, or by the nearest prototype: how often either is right on its held-out samples is noted beside its losses.
+
+    A prototype is a mean of private samples in the model's feature space: one of few samples says much about these.
+
+    Args:
+        weight: λ ≥ 0; 0 is local training.
+        average: the common prototype is the mean over the clients that have the class, all alike as in the published
+            code, or by their number of samples of it as in the paper's equation 6.
+    """
+
+    name = "fedproto"
+    requires = ("specialists",)
+
+    def __init__(self, weight: float = 1.0, average: Literal["clients", "samples"] = "clients"):
+        if not weight >= 0:
+            raise UserError(f"weight must be ≥ 0, got {weight}")
+        self.weight, self.by_samples = weight, average == "samples"
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """See that all embeddings have one width."""
+        labels_needed(server, self.name)
+        modules = {key: server.runtime.template(key) for key in architectures(server.runtime)}
+        widths = {key: module.embedding_dim for key, module in modules.items() if hasattr(module, "embedding_dim")}
+        if len(set(widths.values())) > 1:
+            said = ", ".join(f"{key} {width}" for key, width in widths.items())
+            raise UserError(f"specialists: prototypes need embeddings of one width, got {said}")
+
+    def download(self, server: Server, client: int) -> Prototypes | None:
+        """The common prototypes with their numbers of samples or clients; None in the first round."""
+        common = server.state.get("prototypes")
+        if common is None:
+            return None
+        labels = torch.nonzero(common["counts"]).squeeze(1)
+        return server.say("all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels]))
+
+    def local_update(self, client: Client, download: Prototypes | None) -> Prototypes:
+        """Train on private data near the common prototypes, and return those of one's own."""
+        specialist = client.specialist()
+        objective = None if download is None or self.weight == 0 else self._near(client, download)
+        client.fit(specialist, client.train, client.local, objective)
+        client.keep(specialist)
+        self._judge(client, specialist, download)
+        embeddings = client.predict(specialist, client.train, "embedding")
+        labels, members, counts = client.train.labels.unique(return_inverse=True, return_counts=True)
+        means = torch.zeros(len(labels), embeddings.shape[1], dtype=torch.float64)
+        means.index_add_(0, members, embeddings.double()).div_(counts.unsqueeze(1))
+        return Prototypes(means.float(), labels, counts)
+
+    def aggregate(self, server: Server) -> _ClassMeans:
+        """Means by class."""
+        known = server.state.get("prototypes")
+        return _ClassMeans(server.num_classes, None if known is None else known["values"].shape[1], self.by_samples)
+
+    def server_update(self, server: Server, knowledge: dict[str, Tensor]) -> dict[str, float]:
+        """Take the new prototypes; a class of which there is none keeps the last."""
+        before = server.state.get("prototypes", knowledge)
+        fresh = knowledge["counts"] > 0
+        server.state["prototypes"] = {
+            "values": torch.where(fresh.unsqueeze(1), knowledge["values"], before["values"]),
+            "counts": torch.where(fresh, knowledge["counts"], before["counts"]),
+        }
+        return {"prototypes": float((server.state["prototypes"]["counts"] > 0).sum())}
+
+    def _near(self, client: Client, common: Prototypes) -> Objective:
+        """Cross entropy and the squared distance to the class's prototype, mean over samples and dimensions."""
+        centres = torch.zeros(client.num_classes, common.values.shape[1])
+        centres[common.labels], known = common.values, torch.zeros(client.num_classes)
+        known[common.labels] = 1.0
+        centres, known = centres.to(client.runtime.device), known.to(client.runtime.device)
+
+        def loss(module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+            inputs, labels = batch
+            output = module(inputs)
+            hard = cross_entropy(output.logits, labels)
+            apart = (output.embedding.float() - centres[labels]).square().mean(1)
+            near = (apart * known[labels]).mean()
+            parts = {"cross_entropy": hard.detach(), "prototype": near.detach()}
+            return {**parts, "loss": hard + self.weight * near}
+
+        return loss
+
+    def _judge(self, client: Client, specialist: nn.Module, common: Prototypes | None) -> None:
+        """Note how often head and nearest common prototype are right on held-out samples."""
+        if common is None or len(client.calibration) == 0 or client.runtime.dry:
+            return
+        labels = client.calibration.labels
+        nearest = torch.cdist(client.predict(specialist, client.calibration, "embedding"), common.values.float())
+        chosen = {
+            "head": client.predict(specialist, client.calibration).argmax(1),
+            "nearest_prototype": common.labels[nearest.argmin(1)],
+        }
+        shares = {f"held_out/{who}": float((answer == labels).float().mean()) for who, answer in chosen.items()}
+        client.metrics.update(shares)
+
+
+class _ClassMeans:
+    """Sums prototypes of each class over clients.
+
+    Args:
+        num_classes: C.
+        width: of an embedding, None where the first upload tells.
+        by_samples: whether a prototype counts by its samples.
+    """
+
+    def __init__(self, num_classes: int, width: int | None, by_samples: bool):
+        self.num_classes, self.width, self.by_samples = num_classes, width, by_samples
+        self.sums: Tensor | None = None
+        self.counts = torch.zeros(num_classes, dtype=torch.int64)
+
+    def add(self, message: Prototypes, client: int) -> None:
+        if not isinstance(message, Prototypes):
+            raise RefusedError(f"expected prototypes, got {message.kind}")
+        message.validate()
+        labels, width = message.labels, self.width or message.values.shape[1]
+        if message.values.shape[1] != width:
+            raise RefusedError(f"expected prototypes [m, {width}], got {list(message.values.shape)}")
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
+            raise RefusedError(f"a prototype's class lies outside of 0 … {self.num_classes - 1}")
+        if len(labels.unique()) < len(labels):
+            raise RefusedError("several prototypes of one class")
+        weights = message.counts if self.by_samples else torch.ones_like(message.counts)
+        if self.sums is None:
+            self.width, self.sums = width, torch.zeros(self.num_classes, width, dtype=torch.float64)
+        self.sums.index_add_(0, labels, message.values.double() * weights.unsqueeze(1))
+        self.counts.index_add_(0, labels, weights)
+
+    def result(self) -> dict[str, Tensor] | None:
+        if self.sums is None:
+            return None
+        return {"values": (self.sums / self.counts.clamp_min(1).unsqueeze(1)).float(), "counts": self.counts}

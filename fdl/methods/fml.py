@@ -1,0 +1,76 @@
+"""Federated mutual learning: a private model and a shared one teach each other; only the shared one travels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fdl.errors import UserError
+from fdl.losses import distillation
+from fdl.messages import Parameters
+from fdl.methods.fedavg import FedAvg
+from fdl.methods.pools import labels_needed
+from fdl.modules.weights import state_of
+from fdl.participants import Client, Server
+from fdl.server_optimizers import ServerOptimizer
+
+
+class FML(FedAvg):
+    """FedAvg of a meme model, beside which every client trains a personal model of its own (Shen et al., 2020).
+
+    On each private batch the personal model f, which is the client's specialist, and the meme g, which has the
+    student's architecture, learn from the labels and from each other's answers:
+    L_f = α CE + (1 − α) T² KL(p_g ‖ p_f) and L_g = β CE + (1 − β) T² KL(p_f ‖ p_g). Whoever teaches does not learn from
+    it. Memes are averaged as in FedAvg; personal models never leave their site. Both are trained by one optimiser with
+    the recipe's `local` settings, whose gradient clip holds for the two together.
+
+    Args:
+        alpha: α, share of the labels in the personal model's loss, in [0, 1]; 1 is local training.
+        beta: β, share of the labels in the meme's loss, in [0, 1]; 1 is FedAvg.
+        temperature: T > 0, of what they say to each other.
+        optimizer: what the server does with the mean of the memes; None takes it as it is.
+    """
+
+    name = "fml"
+    requires = ("student", "specialists")
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        optimizer: ServerOptimizer | None = None,
+    ):
+        super().__init__(optimizer)
+        for key, share in (("alpha", alpha), ("beta", beta)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{key} must be in [0, 1], got {share}")
+        if not temperature > 0:
+            raise UserError(f"temperature must be > 0, got {temperature}")
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """See that there are classes to agree on."""
+        labels_needed(server, self.name)
+
+    def local_update(self, client: Client, download: Parameters) -> Parameters:
+        """Train the personal model and the meme on the same batches; return the meme's weights."""
+        meme, personal = client.load(download.tensors, "student"), client.specialist()
+        both = nn.ModuleDict({"meme": meme, "personal": personal})
+        both.train()  # a fresh container says that it trains, whatever its parts did last
+        client.fit(both, client.train, client.local, self.mutual)
+        client.keep(personal)
+        return Parameters(state_of(meme), samples=client.samples)
+
+    def mutual(self, both: nn.ModuleDict, batch: Any) -> Mapping[str, Tensor]:
+        """The sum of both losses; no gradient of the one reaches the other's model."""
+        inputs, labels = batch
+        meme, personal = both["meme"](inputs).logits, both["personal"](inputs).logits
+        learns = {
+            "personal": distillation(personal, meme.detach(), labels, 1 - self.alpha, self.temperature),
+            "meme": distillation(meme, personal.detach(), labels, 1 - self.beta, self.temperature),
+        }
+        parts = {f"{who}_{name}": value.detach() for who, losses in learns.items() for name, value in losses.items()}
+        return {**parts, "loss": learns["personal"]["loss"] + learns["meme"]["loss"]}
