@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
+    from lightning import LightningModule
+
     from fdl.evaluators.base import Evaluator
     from fdl.participants import Client, Server
     from fdl.recipe import Evaluation
@@ -27,6 +29,7 @@ def evaluate(
     record: dict[str, Any],
     probes: Sequence[Evaluator] = (),
     last: bool = False,
+    models: Iterable[tuple[str, LightningModule]] = (),
 ) -> None:
     """Evaluate the student on validation and test, and every trained specialist on test.
 
@@ -38,6 +41,7 @@ def evaluate(
             ``specialists/test/accuracy``, …; its ``clients`` get each specialist's own ``test/accuracy``, ….
         probes: further questions to the student, whose answers become ``student/<probe>/<metric>``.
         last: whether this is the run's last round.
+        models: the server's models beside the student, by name; measured as ``pools/<name>/test/accuracy``, ….
     """
     metrics: dict[str, float] = record["metrics"]
     task = TASKS[server.task]
@@ -48,6 +52,11 @@ def evaluate(
                 for name, value in task.measure(server, server.student, samples, names).items():
                     metrics[f"student/{split}/{name}"] = value
         ask(server, [p for p in probes if last or (p.every and record["round"] % p.every == 0)], metrics)
+    for name, module in models:
+        for split, samples in (("validation", server.validation), ("test", server.test)):
+            if len(samples):
+                values = task.measure(server, module, samples, names)
+                metrics.update({f"pools/{name}/{split}/{metric}": value for metric, value in values.items()})
     if not config.specialists:
         return
     values: dict[str, list[float]] = {}

@@ -18,6 +18,7 @@ from fdl.build import build
 from fdl.checkpoint import write_atomically
 from fdl.errors import UserError
 from fdl.model_card import model_card
+from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.tuning import merge_lora
 from fdl.modules.weights import load_into
 from fdl.recipe import load
@@ -115,16 +116,27 @@ def _transformers(student: LightningModule, loop: FederatedLoop, folder: Path) -
 
 
 def _open_clip(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
-    config = student.open_clip_config() if hasattr(student, "open_clip_config") else None
-    if config is None:
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    if not hasattr(student, "open_clip_state"):
         raise UserError(f"{type(student).__name__} is no model of open_clip; --format torch takes any student")
-    write_atomically(folder / "open_clip_config.json", _json(config))
+    if _images(student, loop)[0] != 3:
+        raise UserError("open_clip builds models for colour images only; --format torch takes any student")
+    tokenizer, normalization = loop.server.provides["tokenizer"], loop.server.provides.get("normalization")
+    if student.adapter is not None:
+        normalization = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    mean, std = normalization or ([0.0] * 3, [1.0] * 3)
+    sizes = {**student.sizes, "quick_gelu": bool(student.sizes.get("quick_gelu"))}
+    pictures = {"mean": list(mean), "std": list(std)}
+    write_atomically(folder / "open_clip_config.json", _json({"model_cfg": sizes, "preprocess_cfg": pictures}))
     save_file(student.open_clip_state(), folder / "open_clip_model.safetensors")
-    return (
-        "import open_clip\n\n"
-        'model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")\n'
-        'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")'
-    )
+    tokenizer.save(folder)
+    lines = ["import open_clip", "", 'model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")']
+    if isinstance(tokenizer, ClipTokenizer):
+        lines.append('tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")')
+    else:
+        lines.append(f"# texts: ids of the tokenizer in this folder between {student.start} and {student.end}, then 0")
+    return "\n".join(lines)
 
 
 def _torch(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:

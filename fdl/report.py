@@ -136,6 +136,8 @@ def _outcome(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             if best["round"] != summary["rounds"] and best["metrics"].get(key) is not None:
                 text += f"  ({best['metrics'][key]:.4f} in round {best['round']}, best on validation)"
             rows.append((f"Student, test {_title(name)}", text))
+        elif owner.startswith("pools/") and name:
+            rows.append((f"Pool {owner.removeprefix('pools/')}, test {_title(name)}", f"{value:.4f}"))
         elif owner == "specialists" and name:
             own = [p["metrics"].get(f"test/{name}") for p in summary["participants"]]
             own = [v for v in own if v is not None and math.isfinite(v)]

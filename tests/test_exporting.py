@@ -116,3 +116,82 @@ def test_what_is_there_is_not_overwritten(images, tmp_path):
 def test_a_folder_without_a_run(tmp_path, capsys):
     assert main(["export", "--run", str(tmp_path), "--format", "torch"]) == 2
     assert "holds no finished run" in capsys.readouterr().err
+
+
+TOWERS = {
+    "embed_dim": 8,
+    "vision_cfg": {"layers": 1, "width": 8, "head_width": 4, "patch_size": 4},
+    "text_cfg": {"layers": 1, "width": 8, "heads": 2},
+}
+
+
+def language(**student):
+    return {
+        "name": "exported-text",
+        "method": "fedavg",
+        "data": {"target": "python_docstrings", "args": {"packages": ["omegaconf", "tensorboard"], "context": 32}},
+        "federation": {"clients": 2},
+        "student": {"target": "causal_lm", "args": student},
+        "local": {"steps": 2},
+        "callbacks": [],
+        "evaluation": {"metrics": ["nll"]},
+    }
+
+
+def test_transformers_reads_model_and_tokenizer_back(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tree = language(model="gpt2", config={"n_layer": 1, "n_head": 2, "n_embd": 16})
+    tree["data"]["args"] |= {"validation": 20, "test": 20, "limit_bytes": 20_000}
+    run = finished(tree, tmp_path / "run")
+    folder = export(run, "transformers")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    student, loop = student_of(run)
+    tokens, _ = loop.server.test.batch(torch.arange(3))
+    tokens = tokens.clamp_min(0)
+    assert torch.equal(model.eval()(input_ids=tokens).logits, student(tokens).logits)
+    text = "naïve text, 3 × 4"
+    assert tokenizer(text)["input_ids"][1:-1] == loop.server.provides["tokenizer"].encode(text)
+    program = torch.export.load(export(run, "torch") / "model.pt2").module()
+    assert torch.allclose(program(tokens), student(tokens).logits, atol=1e-5)
+
+
+def test_transformers_reads_a_classifier_back(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    lines = [{"text": word * n, "label": word} for word in ("good ", "bad ") for n in range(1, 21)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    data = {"path": str(tmp_path / "texts.jsonl"), "context": 16, "test": 8, "validation": 8}
+    tree = language(model="bert", config=sizes) | {"evaluation": {}}
+    tree["student"]["target"], tree["data"] = "text_classifier", {"target": "text_classification", "args": data}
+    run = finished(tree, tmp_path / "run")
+    model = AutoModelForSequenceClassification.from_pretrained(export(run, "transformers")).eval()
+    student, loop = student_of(run)
+    tokens, _ = loop.server.test.batch(torch.arange(4))
+    mask = (tokens >= 0).long()
+    expected = student(tokens).logits
+    assert torch.allclose(model(input_ids=tokens.clamp_min(0), attention_mask=mask).logits, expected, atol=1e-6)
+    assert model.config.id2label == dict(enumerate(loop.server.classes))
+
+
+def test_open_clip_reads_its_own_model_back(tmp_path):
+    import open_clip
+
+    tree = language() | {"evaluation": {}}
+    tree["data"] = {"target": "captioned_digits", "args": {"channels": 3, "normalize": True}}
+    tree["student"] = {"target": "open_clip", "args": {"config": TOWERS}}
+    run = finished(tree, tmp_path / "run")
+    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{export(run, 'open_clip')}")
+    student, loop = student_of(run)
+    (images, tokens), _ = loop.server.test.batch(torch.arange(4))
+    from fdl.modules.open_clip_model import framed
+
+    texts = framed(tokens, student.start, student.end, student.context)
+    model.eval()
+    assert torch.allclose(model.encode_image(images, normalize=True), student.encode_image(images), atol=1e-6)
+    assert torch.allclose(model.encode_text(texts, normalize=True), student.encode_text(tokens), atol=1e-6)
+    assert torch.equal(model.logit_scale, student.logit_scale)
+    folder = export(run, "torch")
+    program = torch.export.load(folder / "encode_image.pt2").module()
+    assert torch.allclose(program(images), student.encode_image(images), atol=1e-5)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from lightning import LightningModule
+
     from fdl.messages import Message
     from fdl.participants import Client, Server
 
@@ -58,6 +60,13 @@ class Method(ABC):
     def aggregate(self, server: Server) -> Aggregate | None:
         """An empty aggregate for one round; None for a method whose clients send nothing."""
         return None
+
+    def server_models(self, server: Server) -> Iterable[tuple[str, LightningModule]]:
+        """Models of the server beside its student, by name, that are to be evaluated too.
+
+        A model that is yielded is the caller's only until the next one is asked for: they may share a template.
+        """
+        return ()
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
         """Learn from the aggregate; returns what is worth logging."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.modules.clip_tokenizer import PREFIX, ClipTokenizer
+from fdl.modules.clip_tokenizer import PREFIX, ClipTokenizer, model_config
 from fdl.modules.dual_encoder import DualEncoder
 from fdl.modules.input_adapter import adapter_for
 from fdl.modules.open_clip_networks import heads, known_images, lora_layers, named, new, read
-from fdl.modules.tuning import apply_tuning, hold_frozen
+from fdl.modules.tuning import apply_tuning, hold_frozen, merge_lora
 
 if TYPE_CHECKING:
     from fdl.modules.tokenizers import Tokenizer
@@ -45,6 +45,7 @@ class OpenClip(DualEncoder):
         scheduler: for a plain Trainer, as in `DualEncoder`.
 
     Attributes:
+        sizes: the configuration that open_clip builds such a network from.
         frozen: names in the state that never change and are the same at every site: they are neither sent nor stored.
 
     Raises:
@@ -79,13 +80,14 @@ class OpenClip(DualEncoder):
             raise UserError("pretrained is a tag of a named model's weights; give it or checkpoint, not both")
         if model is None:
             self.start, self.end = tokenizer.vocab_size, tokenizer.vocab_size + 1
-            network = new(config, tuple(input_shape), tokenizer.vocab_size + 2, context + 2)
+            network, self.sizes = new(config, tuple(input_shape), tokenizer.vocab_size + 2, context + 2)
         else:
             own = ClipTokenizer(model)
             if tokenizer.fingerprint != own.fingerprint:
                 raise UserError(f"{model} reads CLIP's tokens: set the data's tokenizer to {PREFIX}{model}")
             self.start, self.end = own.start, own.eos
             network = named(model, pretrained)
+            self.sizes = model_config(model)
         if checkpoint is not None:
             read(network, checkpoint, model or "the model of config")
         known = pretrained is not None or checkpoint is not None
@@ -102,6 +104,12 @@ class OpenClip(DualEncoder):
     def text_vectors(self, tokens: Tensor) -> Tensor:
         """Vectors [B, D] of texts [B, T], between marks of start and end."""
         return self.backbone.encode_text(framed(tokens, self.start, self.end, self.context))
+
+    def open_clip_state(self) -> dict[str, Tensor]:
+        """Weights under open_clip's names, with low-rank updates added to what they update."""
+        state = merge_lora(self.backbone).state_dict() | {"logit_scale": self.logit_scale.detach()}
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias.detach()}
+        return {name: tensor.contiguous() for name, tensor in (state | bias).items()}
 
     def train(self, mode: bool = True) -> OpenClip:
         """Switch to training, or back; what is frozen stays in evaluation mode."""
@@ -165,7 +173,7 @@ def framed(tokens: Tensor, start: int, end: int, context: int) -> Tensor:
     order = (~present).to(torch.int8).argsort(dim=1, stable=True)
     words = tokens.gather(1, order)[:, : context - 2]
     counts = present.sum(1).clamp_max(context - 2).unsqueeze(1)
-    result = tokens.new_zeros(len(tokens), context)
+    result = tokens.new_zeros(tokens.shape[0], context)  # not len(): traced for export, that is a constant
     places = torch.arange(words.shape[1], device=tokens.device)
     result[:, 1 : 1 + words.shape[1]] = words.where(places < counts, 0)
     result[:, 0] = start

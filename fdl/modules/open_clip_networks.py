@@ -53,7 +53,9 @@ def named(model: str, pretrained: str | None) -> nn.Module:
     return network
 
 
-def new(config: dict, input_shape: tuple[int, int, int], vocabulary: int, context: int) -> nn.Module:
+def new(
+    config: dict, input_shape: tuple[int, int, int], vocabulary: int, context: int
+) -> tuple[nn.Module, dict[str, Any]]:
     """Build open_clip's CLIP of given sizes.
 
     Args:
@@ -61,6 +63,9 @@ def new(config: dict, input_shape: tuple[int, int, int], vocabulary: int, contex
         input_shape: (C, H, W) of one image.
         vocabulary: number of token ids.
         context: tokens of a text, with the marks of start and end.
+
+    Returns:
+        The network, and its configuration as open_clip's own files have it.
 
     Raises:
         UserError: a key is unknown, or sizes do not fit together.
@@ -93,7 +98,7 @@ def new(config: dict, input_shape: tuple[int, int, int], vocabulary: int, contex
         network.visual.conv1 = nn.Conv2d(
             channels, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=stem.bias is not None
         )
-    return network
+    return network, {"embed_dim": 64, **config, **parts}
 
 
 def read(network: nn.Module, path: str, label: str) -> None:

@@ -17,6 +17,7 @@ from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
 from fdl.modules.transformers_loading import load_model, own_head
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
+from fdl.padding import ignores_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,6 +132,7 @@ class TextClassifier(TransformersModule):
             logits, embedding = self._answer(tokens)
         return Output(logits, embedding, seen)
 
+    @ignores_padding
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of a labelled batch."""
         tokens, labels = batch
@@ -148,7 +150,7 @@ class TextClassifier(TransformersModule):
         if self.last_token:
             # Decoders' heads look at the last real token. They would look for the padding's id, which these may lack.
             hidden = self.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            rows = torch.arange(len(tokens), device=tokens.device)
+            rows = torch.arange(tokens.shape[0], device=tokens.device)
             embedding = hidden[rows, (real.sum(1) - 1).clamp_min(0)]
             return self.network.get_submodule(self.head)(embedding), embedding
         with capture_input(self.network.get_submodule(self.head)) as seen:

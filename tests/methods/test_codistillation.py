@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fdl import runs
 from fdl.comm.quantize import Quantize
 from fdl.errors import UserError
 from fdl.estimate import estimate_bytes
@@ -17,6 +18,7 @@ from fdl.methods.codistillation import Codistillation
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.output import Output
 from fdl.modules.tiny import MLP
+from fdl.recipe import from_mapping
 from fdl.server_optimizers import SGD, Adam
 from tests.test_loop import outcome
 from tests.toy import Linear, federation, weight
@@ -235,3 +237,21 @@ def test_one_model_is_no_pools_and_the_student_is_the_smallest(tmp_path):
 def test_settings_that_make_no_sense(settings, reason):
     with pytest.raises(UserError, match=reason):
         Codistillation(**settings)
+
+
+def test_the_model_of_every_pool_is_evaluated(tmp_path):
+    tree = {
+        "name": "pools",
+        "method": "codistillation",
+        "data": "digits",
+        "federation": {"clients": 4, "rounds": 1},
+        "specialists": [{"target": "mlp", "args": {"hidden": [4]}}, {"target": "mlp", "args": {"hidden": [16]}}],
+        "student": "${specialists.0}",
+        "local": {"steps": 2},
+        "distil": {"steps": 1},
+        "callbacks": [],
+    }
+    metrics = runs.fit(from_mapping(tree), tmp_path / "run")["metrics"]
+    pools = {key.split("/")[1]: value for key, value in metrics.items() if key.startswith("pools/") and "/test/" in key}
+    assert list(pools) == ["mlp", "mlp-1"]
+    assert pools["mlp"] == metrics["student/test/accuracy"]
