@@ -33,9 +33,9 @@ RECIPE = Path(__file__).with_name("overhead.yaml")
 ROUNDS = 20
 
 
-def federation(clients: int, folder: Path) -> FederatedLoop:
+def federation(clients: int, folder: Path, executor: str = "sequential") -> FederatedLoop:
     """The job in fdl, built and ready."""
-    overrides = [f"federation.clients={clients}", f"federation.participation={10 / clients}"]
+    overrides = [f"federation.clients={clients}", f"federation.participation={10 / clients}", f"executor={executor}"]
     return build(load(RECIPE, overrides), folder)
 
 
@@ -127,11 +127,16 @@ def measure(clients: int, repeats: int, pfl_python: str | None) -> list[str]:
         loop = federation(clients, folder / "first")
         bare = federation(clients, folder / "bare")
         run_fdl(loop)
-        assert_equal_work(loop, run_bare(bare)[1])
+        weights = run_bare(bare)[1]
+        assert_equal_work(loop, weights)
+        together = federation(clients, folder / "together", "batched")
+        run_fdl(together)
+        assert_equal_work(together, weights)
         sent = loop.ledger.totals()
         jobs: dict[str, Callable[[int], float]] = {
             "bare PyTorch": lambda i: run_bare(bare)[0],
             "fdl": lambda i: run_fdl(federation(clients, folder / f"fdl-{i}")),
+            "fdl, batched": lambda i: run_fdl(federation(clients, folder / f"batched-{i}", "batched")),
         }
         if pfl_python:
             # pfl draws its own cohorts, so at 10 of 50 its clients differ in size by one sample at most
@@ -149,7 +154,7 @@ def measure(clients: int, repeats: int, pfl_python: str | None) -> list[str]:
         rows.append(
             f"| 10 of {clients} | {job} | {statistics.median(each):.2f} [{min(each):.2f}–{max(each):.2f}] "
             f"| {statistics.median(ratios):.2f} [{ratios[0]:.2f}–{ratios[-1]:.2f}] "
-            f"| {sent['upload_bytes'] + sent['download_bytes'] if job == 'fdl' else 'not counted'} |"
+            f"| {sent['upload_bytes'] + sent['download_bytes'] if job.startswith('fdl') else 'not counted'} |"
         )
     return rows
 

@@ -47,7 +47,7 @@ class Tied(nn.Module):
         self.frozen = frozenset({"backbone.weight", "backbone.bias"})
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=str)
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_the_score_is_always_measured(task):
     assert task.score in task.metrics
     assert set(task.default) <= set(task.metrics)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,6 +13,29 @@ from fdl.losses import proximal
 from fdl.methods.fedavg import FedAvg
 from fdl.runtime import Objective, training_step
 from fdl.server_optimizers import ServerOptimizer
+
+
+@dataclass(eq=False)
+class Held:
+    """A module's own loss and a proximal term.
+
+    A dataclass, so that the batched executor can tell the one client's tensors from what all clients share.
+
+    Attributes:
+        anchor: the weights near which it is held.
+        mu: how firmly.
+        ignores_padding: whether the module's own loss does; the proximal term does not look at samples.
+    """
+
+    anchor: list[Tensor]
+    mu: float
+    ignores_padding: bool
+
+    def __call__(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        """The losses of one batch."""
+        parts = training_step(module, batch)
+        term = proximal(list(module.parameters()), self.anchor, self.mu)
+        return {**parts, "loss": parts["loss"] + term, "proximal": term}
 
 
 class FedProx(FedAvg):
@@ -32,10 +57,4 @@ class FedProx(FedAvg):
     def objective(self, module: nn.Module) -> Objective:
         """The module's own loss and the proximal term around the weights that were sent."""
         anchor = [parameter.detach().clone() for parameter in module.parameters()]
-
-        def loss(module: nn.Module, batch) -> Mapping[str, Tensor]:
-            parts = training_step(module, batch)
-            term = proximal(list(module.parameters()), anchor, self.mu)
-            return {**parts, "loss": parts["loss"] + term, "proximal": term}
-
-        return loss
+        return Held(anchor, self.mu, getattr(module.training_step, "ignores_padding", False))

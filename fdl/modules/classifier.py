@@ -17,6 +17,7 @@ from fdl.modules.input_adapter import InputAdapter
 from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.output import Output
 from fdl.modules.tuning import apply_tuning, hold_frozen
+from fdl.padding import ignores_padding
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -111,6 +112,7 @@ class ImageClassifier(LightningModule):
             logits, embedding = self._answer(x)
         return Output(logits, embedding, seen)
 
+    @ignores_padding
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of a labelled batch."""
         x, labels = batch

@@ -62,6 +62,17 @@ def pin(module: nn.Module) -> None:
     _PINNED_PARAMETERS[module] = list(module.parameters())
 
 
+def pin_to(module: nn.Module, state: Pieces) -> None:
+    """As `pin`, for a module whose tensors lie side by side already.
+
+    Args:
+        module: it must not be moved, converted or given other parameters afterwards.
+        state: its state, views of one vector.
+    """
+    _LAID[module], _PINNED[module] = state, state_of(module)
+    _PINNED_PARAMETERS[module] = list(module.parameters())
+
+
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that ask for gradients now, shared ones once."""
     parameters = _PINNED_PARAMETERS.get(module)

@@ -1,0 +1,331 @@
+"""The training of several clients in one pass: what `Runtime.fit` does for one, step by step for all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fdl.inference import Question, answer, each
+from fdl.modules.optim import build_optimizer, build_scheduler
+from fdl.padding import stacked
+from fdl.runtime import Objective, Runtime, batches, training_step
+
+if TYPE_CHECKING:
+    from fdl.datamodules.samples import Batch, Samples
+    from fdl.recipe import Fit
+    from fdl.stacking import Stack
+
+_ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Rprop")
+"""Optimisers that treat every weight by itself, so that it does not matter which weights share a tensor."""
+
+
+class NotTogetherError(Exception):
+    """Jobs that cannot be done in one pass; nothing has been changed but the jobs' streams."""
+
+
+@dataclass(eq=False)
+class Training:
+    """One client's call of `Runtime.fit`; arguments as there.
+
+    Args:
+        stack: the models of its architecture.
+        row: its model's place among them.
+    """
+
+    stack: Stack
+    row: int
+    samples: Samples
+    config: Fit
+    generator: torch.Generator
+    objective: Objective
+    round: int
+
+    def alike(self, other: Any) -> bool:
+        """Whether one pass can serve both."""
+        return (
+            isinstance(other, Training)
+            and self.stack is other.stack
+            and (self.config is other.config or self.config == other.config)
+            and self.round == other.round
+            and _kind(self.objective) == _kind(other.objective)
+        )
+
+    @property
+    def an_epoch(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.samples) // self.config.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.config.steps if self.config.steps is not None else self.config.epochs * self.an_epoch
+
+
+@dataclass(eq=False)
+class Asking:
+    """One client's call of `Runtime.predict`; arguments as there and in `Training`."""
+
+    stack: Stack
+    row: int
+    samples: Samples
+    what: Question
+
+    def alike(self, other: Any) -> bool:
+        """Whether one pass can serve both: the same question about the same samples."""
+        same = isinstance(other, Asking) and self.stack is other.stack and self.samples is other.samples
+        return same and self.what == other.what
+
+
+def answer_together(runtime: Runtime, jobs: Sequence[Asking]) -> list[Tensor]:
+    """Ask several models the same.
+
+    Returns:
+        Their answers in order, float32 [n, …] on the CPU.
+
+    Raises:
+        NotTogetherError: the question cannot be vectorised.
+    """
+    stack, what = jobs[0].stack, jobs[0].what
+    rows, identity = _rows(jobs)
+    weights = stack.pieces(stack.whole[: len(rows)] if identity else stack.whole[rows])
+    ask = (lambda module, inputs: getattr(module(inputs), what)) if isinstance(what, str) else what
+    stack.skeleton(training=False)
+
+    def question(_: nn.Module, inputs: Any) -> Tensor:
+        return stack.together(ask, weights, (inputs,), shared=True).transpose(0, 1)
+
+    size = max(runtime.batch_size // len(jobs), 1)  # as many activations as one model has in a pass
+    try:
+        answers = answer(runtime.fabric, stack.skeleton(training=False), jobs[0].samples, question, size)
+    except Exception as error:
+        raise NotTogetherError(_first_line(error)) from error
+    return list(answers.transpose(0, 1).contiguous())
+
+
+def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, float]]:
+    """Train several models.
+
+    Every model sees the batches that it would see alone. At any time those that still train are the first rows of a
+    matrix, on which one optimiser works: a model that is done, and its moments, are outside of it.
+
+    Args:
+        runtime: where.
+        jobs: alike.
+
+    Returns:
+        For each job the mean over its steps of every named loss.
+
+    Raises:
+        NotTogetherError: the fit cannot be vectorised.
+    """
+    stack, config = jobs[0].stack, jobs[0].config
+    if config.scheduler is not None and config.scheduler.interval == "epoch" and len({j.an_epoch for j in jobs}) > 1:
+        raise NotTogetherError("its schedule counts epochs, which differ in length")
+    ordered = sorted(jobs, key=lambda job: -job.steps)
+    rows, identity = _rows(ordered)
+    whole = stack.whole[: len(rows)] if identity else stack.whole[rows]
+    loss = _Loss(stack, ordered)
+    parameter, optimizer = _optimizer(stack, whole, config)
+    scheduler = None
+    if config.scheduler is not None:
+        scheduler = build_scheduler(optimizer, config.scheduler.target, config.scheduler.args)
+        for _ in range(jobs[0].round - 1 if config.scheduler.interval == "round" else 0):
+            optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
+            scheduler.step()
+
+    live, sums = 0, {}
+    streams = [batches(len(job.samples), config, job.generator) for job in ordered]
+    for step in range(ordered[0].steps):
+        left = sum(job.steps > step for job in ordered)
+        if left != live:
+            live = left
+            _shorten(optimizer, parameter, whole, live)
+            parameter.grad, weights, gradients = _views(stack, whole, live)
+        drawn = [next(stream) for stream in streams[:live]]
+        parts = [job.samples.batch(indices, job.generator) for job, (_, indices) in zip(ordered, drawn)]
+        try:
+            losses = loss(runtime, weights, gradients, parts)
+        except Exception as error:
+            if step == 0:
+                raise NotTogetherError(_first_line(error)) from error
+            raise
+        if config.gradient_clip is not None:
+            norm = torch.linalg.vector_norm(parameter.grad, dim=1, keepdim=True)
+            parameter.grad.mul_((config.gradient_clip / (norm + 1e-6)).clamp(max=1.0))
+        optimizer.step()
+        for name, value in losses.items():
+            if name in sums:
+                sums[name][:live] += value
+            else:
+                sums[name] = value.clone()
+        if scheduler is not None:
+            interval = config.scheduler.interval
+            if interval == "step" or (interval == "epoch" and drawn[0][0]):
+                scheduler.step()
+    if not identity:
+        stack.whole[rows] = whole
+    table = torch.stack(list(sums.values())).tolist()  # the one time that the device is waited for
+    means = {
+        id(job): {name: column[i] / job.steps for name, column in zip(sums, table)} for i, job in enumerate(ordered)
+    }
+    return [means[id(job)] for job in jobs]
+
+
+class _Loss:
+    """The losses of all models in a step, and their gradients."""
+
+    def __init__(self, stack: Stack, jobs: Sequence[Training]):
+        self.stack = stack
+        self.module = stack.skeleton(training=True)
+        first = jobs[0].objective
+        self.objective, self.own = first, None
+        if dataclasses.is_dataclass(first):
+            own = [_tensors(job.objective) for job in jobs]
+            self.own = {key: _stack([tensors[key] for tensors in own]) for key in own[0]}
+            self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
+        told = self.module.training_step if first is training_step else first
+        self.pads = getattr(told, "ignores_padding", False)
+
+    def __call__(
+        self, runtime: Runtime, weights: list[Tensor], gradients: list[Tensor], parts: Sequence[Batch]
+    ) -> dict[str, Tensor]:
+        """Write the gradients of all models, and return their losses, [K] each."""
+        groups: dict[Any, list[int]] = {}
+        for i, part in enumerate(parts):
+            groups.setdefault(_form(part, self.pads), []).append(i)
+        if len(groups) == 1:
+            return self._pass(runtime, weights, gradients, parts, slice(0, len(parts)))
+        # where an objective does not know of padding, batches of one size make one pass
+        result: dict[str, Tensor] = {}
+        for members in groups.values():
+            some = [weight.detach()[members].requires_grad_() for weight in weights]
+            wanted = [torch.empty_like(weight) for weight in some]
+            losses = self._pass(runtime, some, wanted, [parts[i] for i in members], members)
+            for target, source in zip(gradients, wanted):
+                target[members] = source
+            for name, value in losses.items():
+                result.setdefault(name, value.new_zeros(len(parts)))[members] = value
+        return result
+
+    def _pass(
+        self,
+        runtime: Runtime,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        parts: Sequence[Batch],
+        members: slice | list[int],
+    ) -> dict[str, Tensor]:
+        batch = tuple(None if p is None else each(p, lambda t: t.to(runtime.device)) for p in stacked(parts))
+        own = () if self.own is None else ({key: _take(value, members) for key, value in self.own.items()},)
+        losses = self.stack.together(self.objective, weights, (batch, *own))
+        found = torch.autograd.grad(losses["loss"].sum(), weights, allow_unused=True)
+        if any(gradient is None for gradient in found):
+            raise ValueError("its loss leaves out some of its weights")
+        torch._foreach_copy_(gradients, list(found))
+        return {name: value.detach() for name, value in losses.items()}
+
+
+def _optimizer(stack: Stack, whole: Tensor, config: Fit) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """All weights as one parameter, and a fresh optimiser of it; as in `Runtime.fit`, it is built once and emptied."""
+    known = stack.optimizers.get(id(config))
+    if known is not None:
+        _, parameter, optimizer, settings = known
+        optimizer.state.clear()
+        optimizer.param_groups[0].update(settings)
+        parameter.data = whole
+        return parameter, optimizer
+    parameter = nn.Parameter(whole)
+    optimizer = build_optimizer([parameter], config.optimizer.target, config.optimizer.args, fused=True)
+    if type(optimizer).__module__.partition(".")[0] != "torch" or type(optimizer).__name__ not in _ELEMENTWISE:
+        raise NotTogetherError(f"{config.optimizer.target} looks at whole tensors")
+    if config.scheduler is None:  # a schedule wraps the optimiser's methods, so such a one is not used again
+        settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+        stack.optimizers[id(config)] = config, parameter, optimizer, settings
+    return parameter, optimizer
+
+
+def _views(stack: Stack, whole: Tensor, live: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The first rows' gradients as one matrix, their weights by name as leaves of a graph, and gradients by name."""
+    own = whole.data_ptr() == stack.whole.data_ptr()
+    if own and live in stack.views:
+        return stack.views[live]
+    gradient = stack.grad[:live]
+    weights = [piece.requires_grad_() for piece in stack.pieces(whole[:live].detach())]
+    found = gradient, weights, stack.pieces(gradient)
+    if own:
+        stack.views[live] = found
+    return found
+
+
+def _shorten(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, whole: Tensor, live: int) -> None:
+    """Let the optimiser see the first rows only, with their moments."""
+    before = parameter.shape
+    parameter.grad = None
+    parameter.data = whole[:live]
+    for name, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
+        if isinstance(value, Tensor) and value.shape == before:
+            optimizer.state[parameter][name] = value[:live]
+
+
+def _rows(jobs: Sequence[Training | Asking]) -> tuple[list[int], bool]:
+    """Rows of the jobs' models, and whether these are the first rows in order."""
+    rows = [job.row for job in jobs]
+    return rows, rows == list(range(len(rows)))
+
+
+def _kind(objective: Objective) -> Any:
+    """What objectives that are evaluated in one pass have in common: all but the tensors they hold."""
+    if not dataclasses.is_dataclass(objective):
+        return objective
+    tensors = _tensors(objective)
+    names = (field.name for field in dataclasses.fields(objective))
+    return type(objective), {name: getattr(objective, name) for name in names if name not in tensors}
+
+
+def _tensors(objective: Any) -> dict[str, Any]:
+    """A dataclass's fields that are tensors or lists of tensors."""
+    values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, Tensor) or (isinstance(value, list) and value and isinstance(value[0], Tensor))
+    }
+
+
+def _stack(values: Sequence[Any]) -> Any:
+    return torch.stack(list(values)) if isinstance(values[0], Tensor) else [torch.stack(v) for v in zip(*values)]
+
+
+def _take(value: Any, members: slice | list[int]) -> Any:
+    return value[members] if isinstance(value, Tensor) else [part[members] for part in value]
+
+
+def _form(batch: Batch, pads: bool) -> Any:
+    """Shapes that batches in one pass have in common."""
+
+    def shape(part: Any) -> Any:
+        if part is None:
+            return None
+        if isinstance(part, tuple):
+            return tuple(shape(some) for some in part)
+        text = part.ndim == 2 and not part.is_floating_point()
+        return (len(part), "text") if text else tuple(part.shape)
+
+    labels = batch[1]
+    if pads and len(batch) == 2 and isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+        inputs = batch[0]
+        return inputs.ndim if isinstance(inputs, Tensor) else "several"
+    return tuple(shape(part) for part in batch)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
+Together = Callable[[Runtime, Sequence[Any]], list[Any]]
+TOGETHER: dict[type, Together] = {Training: fit_together, Asking: answer_together}
