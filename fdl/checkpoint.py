@@ -73,28 +73,34 @@ def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
     raise UserError("\n".join([f"{folder}: there is no checkpoint to resume from", *damaged]))
 
 
-def save_best(path: Path, round: int, student: Mapping[str, torch.Tensor]) -> None:
+def save_best(path: Path, round: int, student: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> None:
     """Write the student of the best round so far, in the place of the one before.
+
+    Args:
+        path: the file.
+        round: the round.
+        student: its weights.
+        beside: the part of the server's state that belongs to it.
 
     Raises:
         UserError: when the disk refuses; the file that was there is untouched.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, pack({"round": round, "student": dict(student)}))
+        write_atomically(path, pack({"round": round, "student": dict(student), "server": beside}))
     except OSError as error:
         raise UserError(f"{path}: cannot write the student of round {round}: {error.strerror}") from error
 
 
 def load_best(path: Path) -> dict[str, Any]:
-    """Read what `save_best` wrote: ``round`` and ``student``.
+    """Read what `save_best` wrote: ``round``, ``student`` and ``server``.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
         state = unpack(path.read_bytes())
-        return {"round": state["round"], "student": state["student"]}
+        return {key: state[key] for key in ("round", "student", "server")}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 

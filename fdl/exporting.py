@@ -19,6 +19,7 @@ from fdl.checkpoint import write_atomically
 from fdl.errors import UserError
 from fdl.model_card import model_card
 from fdl.modules.clip_tokenizer import ClipTokenizer
+from fdl.modules.timm_model import Timm
 from fdl.modules.tuning import merge_lora
 from fdl.modules.weights import load_into
 from fdl.recipe import load
@@ -56,8 +57,10 @@ def export(run: Path, format: str, output: Path | None = None, which: str = "bes
     student = loop.server.student
     if student is None:
         raise UserError(f"{run}: method {summary['method']} has no student")
-    round, tensors = _weights(run, which)
-    load_into(student, tensors)
+    state = _saved(run, which)
+    load_into(student, state["student"])
+    loop.server.state = state["server"]
+    loop.method.restored(loop.server)
     student.to("cpu").eval()
     output.parent.mkdir(parents=True, exist_ok=True)
     # made beside its place and then moved, so that nothing half-written is ever taken for a model
@@ -65,20 +68,18 @@ def export(run: Path, format: str, output: Path | None = None, which: str = "bes
         folder = Path(scratch) / "model"
         folder.mkdir()
         usage = FORMATS[format](student, loop, folder)
-        write_atomically(folder / "README.md", model_card(loop.recipe, summary, round, usage).encode())
+        write_atomically(folder / "README.md", model_card(loop.recipe, summary, state["round"], usage).encode())
         if output.is_dir():
             output.rmdir()
         shutil.move(folder, output)
     return output
 
 
-def _weights(run: Path, which: str) -> tuple[int, Mapping[str, Tensor]]:
-    """The round and the student's weights."""
+def _saved(run: Path, which: str) -> Mapping[str, Any]:
+    """The ``round``, the ``student``, and what belongs to it of the ``server``'s state."""
     if which == "best" and (run / BEST).is_file():
-        state = checkpoint.load_best(run / BEST)
-        return state["round"], state["student"]
-    state, _, _ = checkpoint.load(run / runs.CHECKPOINTS)
-    return state["round"], state["student"]
+        return checkpoint.load_best(run / BEST)
+    return checkpoint.load(run / runs.CHECKPOINTS)[0]
 
 
 # --- formats: each writes a folder and returns the lines of Python that read it
@@ -87,7 +88,9 @@ def _weights(run: Path, which: str) -> tuple[int, Mapping[str, Tensor]]:
 def _timm(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
     from timm.models import save_for_hf
 
-    network = _network(student, "timm", "pretrained_cfg")
+    if type(student) is not Timm:  # not one with prompts either, which timm knows nothing of
+        raise UserError(f"{type(student).__name__} is no model of timm; --format torch takes any student")
+    network = merge_lora(student.backbone)
     data_config = {"input_size": _images(student, loop)}
     mean, std = loop.server.provides.get("normalization", (None, None))
     if mean is not None and getattr(student, "adapter", None) is None:
@@ -206,14 +209,6 @@ def _parts(student: LightningModule, loop: FederatedLoop) -> dict[str, tuple[nn.
         }
     example = tokens if "context" in provides else torch.zeros(2, *provides["input_shape"])
     return {"model": (_Part(student, lambda m, x: m(x).logits), example)}
-
-
-def _network(student: LightningModule, library: str, mark: str) -> nn.Module:
-    """The library's own network inside a student, with low-rank updates added to its weights."""
-    network = getattr(student, "backbone", None)
-    if network is None or not hasattr(network, mark):
-        raise UserError(f"{type(student).__name__} is no model of {library}; --format torch takes any student")
-    return merge_lora(network)
 
 
 def _images(student: LightningModule, loop: FederatedLoop) -> tuple[int, ...]:

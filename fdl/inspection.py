@@ -78,7 +78,10 @@ def _server(loop: FederatedLoop, folder: Path) -> list[str]:
     for name, module in (("student", server.student), ("teacher", server.teacher)):
         if module is not None:
             lines.append((name, f"{_parameters(module):,} parameters"))
-    for name, samples in (("proxy", server.proxy), ("validation", server.validation), ("test", server.test)):
+    for name in ("proxy", "public", "validation", "test"):
+        samples = getattr(server, name)
+        if name == "public" and not samples:
+            continue
         lines.append((name, f"{0 if samples is None else len(samples):,} samples"))
     costs = {kind: nbytes for kind, nbytes in loop.method.setup_bytes(server).items() if nbytes}
     if costs:

@@ -26,7 +26,8 @@ def save(loop: FederatedLoop) -> None:
     with loop.seconds("checkpoint"):
         # before the checkpoint: a run killed in between does this round again and writes the same student
         if student is not None and loop.history and best_round(loop.history, TASKS[loop.server.task]) == loop.round:
-            checkpoint.save_best(loop.folder / BEST, loop.round, state_of(student))
+            beside = loop.method.beside_student(loop.server)
+            checkpoint.save_best(loop.folder / BEST, loop.round, state_of(student), beside)
         state = {
             "round": loop.round,
             "fingerprint": loop.fingerprint,
@@ -61,6 +62,7 @@ def restore(loop: FederatedLoop) -> None:
     if loop.server.student is not None:
         load_into(loop.server.student, state["student"])
     loop.server.state = state["server"]
+    loop.method.restored(loop.server)
     for client in loop.clients:
         client.state = state["clients"].get(str(client.id), {})
     loop.ledger.load_state_dict(state["ledger"])

@@ -5,7 +5,9 @@ import torch
 
 from fdl import recipe, runs
 from fdl.build import build
+from fdl.checkpoint import load_best
 from fdl.errors import UserError
+from fdl.modules.weights import load_into, state_of
 
 
 @pytest.fixture
@@ -57,3 +59,15 @@ def test_a_model_that_is_all_frozen_trains_nothing(weights, tmp_path):
     loop = build(tree(weights), tmp_path / "run")
     client, student = loop.clients[0], loop.server.student.requires_grad_(False)
     assert client.fit(student, client.train, client.local) == {}
+
+
+def test_an_optimizer_of_the_server_moves_what_is_trained_alone(weights, tmp_path):
+    made = tree(weights)
+    made.method.args["optimizer"] = {"target": "adam", "args": {"lr": 0.1}}
+    runs.fit(made, tmp_path / "run")
+    before, after = (build(tree(weights), tmp_path / "other").server.student for _ in range(2))
+    load_into(after, load_best(tmp_path / "run" / "best.safetensors")["student"])
+    changed = {
+        name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])
+    }
+    assert changed == set(state_of(after))

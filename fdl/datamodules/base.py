@@ -1,4 +1,4 @@
-"""The data of a federation: a private pool, a public proxy set, validation and test."""
+"""The data of a federation: a private pool, public sets without and with labels, validation and test."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ class FederatedDataModule(LightningDataModule, ABC):
         validation: labelled samples held out for model selection, a number or a fraction; None takes the source's
             own validation split where it has one, and holds out nothing otherwise.
         test: labelled samples held out for the report, only for a source without a test split of its own.
+        public: labelled samples held out for the server to train on, a number, or a share of what the other sets leave;
+            drawn last, so that it changes none of them.
         limit: use only this many training samples (before anything is held out), drawn in proportion to the classes.
         seed: of the held-out sets.
         batch_size: of the loaders for a plain Trainer.
@@ -61,11 +63,13 @@ class FederatedDataModule(LightningDataModule, ABC):
         train: the pooled private samples, labelled where the task is classification.
         proxy: the public proxy set, unlabelled; empty where none was asked for.
         validation: likewise labelled; may be empty.
+        public: the server's own training samples, likewise labelled and augmented like `train`; may be empty.
         test: likewise.
         classes: names of the classes; empty where there are none.
         num_classes: how many.
         input_shape: of one input, (C, H, W).
         groups: natural client or domain of each sample of `train`, None where the source has none.
+        test_groups: likewise of `test`; None, too, where the source has a test split of its own.
 
     Raises:
         UserError: for values out of range; from `setup` when the source has too few samples or the proxy set another
@@ -78,14 +82,17 @@ class FederatedDataModule(LightningDataModule, ABC):
     proxy: Samples
     validation: Samples
     test: Samples
+    public: Samples
     classes: list[str]
     groups: np.ndarray | None
+    test_groups: np.ndarray | None
 
     def __init__(
         self,
         proxy: int | float | FederatedDataModule | None = None,
         validation: int | float | None = None,
         test: int | float | None = None,
+        public: int | float | None = None,
         limit: int | None = None,
         seed: int = 0,
         batch_size: int = 32,
@@ -97,6 +104,7 @@ class FederatedDataModule(LightningDataModule, ABC):
             "proxy": None if self._public is not None else _checked_size("proxy", proxy),
             "validation": _checked_size("validation", validation),
         }
+        self._public_size = _checked_size("public", public)
         for key, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"{key} must be at least 1, got {value}")
@@ -138,10 +146,12 @@ class FederatedDataModule(LightningDataModule, ABC):
         source = self.source()
         pool, counts = source.train, self._counts(source)
         rows = np.arange(len(pool))
-        held_out = {}
+        held_out, self.test_groups = {}, None
         for split, count in counts.items():
             chosen, rows = self._hold_out(split, rows, pool, count)
             held_out[split] = pool.subset(chosen)
+            if split == "test" and source.groups is not None and source.test is None:
+                self.test_groups = source.groups[chosen]
         self.train, self.classes = pool.subset(rows), list(source.classes)
         self.groups = None if source.groups is None else source.groups[rows]
         self.test = held_out["test"] if source.test is None else source.test
@@ -150,6 +160,7 @@ class FederatedDataModule(LightningDataModule, ABC):
             self.validation = source.validation
         self.proxy = held_out["proxy"].unlabelled() if self._public is None else self._from_public(self._public)
         self.finish()
+        self.public = self._hold_out_public()
         self._ready = True
 
     def finish(self) -> None:
@@ -192,10 +203,10 @@ class FederatedDataModule(LightningDataModule, ABC):
         return partitioner.split(kinds, clients, stream, self.groups)
 
     def fingerprint(self) -> str:
-        """Hex digest of the contents and labels of all four sets, computed once; files are read to the last byte."""
+        """Hex digest of the contents and labels of all sets, computed once; files are read to the last byte."""
         if self._fingerprint is None:
             digest = hashlib.blake2b(digest_size=16)
-            for split in ("train", "proxy", "validation", "test"):
+            for split in ("train", "proxy", "validation", "test", *(("public",) if len(self.public) else ())):
                 samples: Samples = getattr(self, split)
                 digest.update(f"{split} {len(samples)} {samples.content_hash()}\n".encode())
                 if samples.labels is not None:
@@ -251,6 +262,19 @@ class FederatedDataModule(LightningDataModule, ABC):
         labels = np.zeros(len(rows), dtype=np.int64) if pool.labels is None else pool.labels.numpy()[rows]
         chosen = stratified(labels, count, numpy_stream(self.seed, f"hold out {split}"))
         return rows[chosen], np.delete(rows, chosen)
+
+    def _hold_out_public(self) -> Samples:
+        """Take the server's training samples out of those that are ready to be trained on, and leave the rest."""
+        size, total = self._public_size or 0, len(self.train)
+        count = round(size * total) if isinstance(size, float) else size
+        if count == 0:
+            return self.train.subset(np.arange(0))
+        if count >= total:
+            raise UserError(f"{self.name}: public {count} leaves nothing to train on of {total} training samples")
+        chosen, rows = self._hold_out("public", np.arange(total), self.train, count)
+        public, self.train = self.train.subset(chosen), self.train.subset(rows)
+        self.groups = None if self.groups is None else self.groups[rows]
+        return public
 
     def _from_public(self, public: FederatedDataModule) -> Samples:
         """The inputs of another data set, in random order."""

@@ -46,8 +46,8 @@ class FedAvg(Method):
 
     def server_update(self, server: Server, knowledge: dict) -> dict[str, float]:
         """Move the global weights towards, or with a plain average onto, the clients' mean."""
-        trained = {name for name, _ in server.student.named_parameters()}
-        moments = server.state.setdefault("optimizer", {})
-        tensors = self.optimizer.step(state_of(server.student), knowledge, trained, moments)
+        state, moments = state_of(server.student), server.state.setdefault("optimizer", {})
+        trained = {name for name, _ in server.student.named_parameters() if name in state}
+        tensors = self.optimizer.step(state, knowledge, trained, moments)
         load_into(server.student, tensors)
         return {}

@@ -1,0 +1,199 @@
+"""Federated averaging of low-rank updates, with a choice of what their average is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdl.knowledge.aggregation import ParameterMean
+from fdl.knowledge.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
+from fdl.messages import Message, Parameters
+from fdl.methods.base import Method
+from fdl.modules.weights import load_into, state_of
+from fdl.participants import Client, Server
+
+_MERGE = "merge"
+
+
+class FedLoRA(Method):
+    """Sites train low-rank updates of a pretrained student, and the server makes one of them.
+
+    The student needs ``tuning: lora``. Sites are weighted by their sample counts; the head and all else that is trained
+    beside the updates is averaged. Where an aggregation adds to the original weights, server and sites keep what has
+    been added as one dense float32 matrix a layer, 4 · out · in bytes, and the server up to as much again for factors.
+    Every download brings a site the additions that it has not confirmed: their factors, or, once these are the larger,
+    the sum. A chain of lossy codecs on the way down makes the sites' weights differ from the server's by its rounding,
+    which adds up over the rounds.
+
+    Args:
+        aggregation: ``"fedit"``, ``"ffa"``, ``"flora"``, ``"fedex"`` or ``"flexlora"``; None is ``"fedit"``.
+    """
+
+    name = "fedlora"
+
+    def __init__(self, aggregation: LoraAggregation | None = None):
+        self.aggregation = aggregation or FedIT()
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """See that the student is one for this aggregation; nothing has been added to its weights."""
+        self.aggregation.check(adapted_layers(server.student), state_of(server.student))
+        if self.aggregation.merges:
+            server.state["base"] = {"version": 0, "total": {}, "log": {}, "known": {}}
+
+    def download(self, server: Server, client: int) -> Message:
+        """The updates and the head; one message for all sites that have confirmed the same additions."""
+        known = server.state["base"]["known"].get(str(client), 0) if self.aggregation.merges else 0
+        return server.say(f"since {known}", lambda: Parameters(self._global(server) | _since(server, known)))
+
+    def local_update(self, client: Client, download: Parameters) -> Parameters:
+        """Train the updates on private data and return them."""
+        template = client.runtime.template("student")
+        tensors = _take_in(client, download.tensors)
+        if self.aggregation.fresh:
+            tensors |= _fresh(client, adapted_layers(template), state_of(template))
+        module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
+        client.fit(module, client.train, client.local)
+        return Parameters(state_of(module), samples=client.samples)
+
+    def aggregate(self, server: Server) -> _Updates:
+        """Means of everything, and every site's matrices where the aggregation needs them."""
+        self.restored(server)
+        return _Updates(server, self.aggregation.stacks)
+
+    def server_update(self, server: Server, knowledge: _Updates) -> dict[str, float]:
+        """Put the student on the aggregate."""
+        mean = knowledge.mean.result()
+        tensors = dict(mean.items())
+        added: dict[str, dict[str, Tensor]] = {}
+        total = sum(knowledge.samples)
+        for layer in knowledge.layers if self.aggregation.stacks else ():
+            combined = self.aggregation.combine(
+                [site[layer.name] for site in knowledge.sites],
+                [samples / total for samples in knowledge.samples],
+                (tensors[layer.b], tensors[layer.a]),
+                layer.scale,
+            )
+            tensors[layer.b], tensors[layer.a] = combined.factors
+            if combined.update is not None:
+                added[layer.name] = dict(zip(("left", "right"), combined.update))
+        load_into(server.student, tensors)
+        if self.aggregation.merges:
+            server.state["base"] = _grown(server.state["base"], added, knowledge.heard)
+            self.restored(server)
+        return {}
+
+    def beside_student(self, server: Server) -> dict[str, Any]:
+        """What was added to the student's original weights."""
+        return {"base": {"total": server.state["base"]["total"]}} if self.aggregation.merges else {}
+
+    def restored(self, server: Server) -> None:
+        """Add to the student's original weights what the server's state says; these are no part of checkpoints."""
+        total = server.state.get("base", {}).get("total")
+        if total is None or server.cache.get("merged") is total:
+            return
+        layers = adapted_layers(server.student)
+        pristine = server.cache.setdefault("pristine", {x.name: x.weight.to("cpu", copy=True) for x in layers})
+        for layer in layers:
+            gained = total.get(layer.name)
+            layer.weight.copy_(pristine[layer.name] if gained is None else pristine[layer.name] + gained)
+        server.cache["merged"] = total
+
+    def _global(self, server: Server) -> dict[str, Tensor]:
+        state = dict(state_of(server.student).items())
+        if self.aggregation.fresh:
+            for layer in adapted_layers(server.student):
+                del state[layer.a], state[layer.b]
+        return state
+
+
+class _Updates:
+    """One round's uploads: a running mean, and of the low-rank matrices copies, 4 · r · (in + out) bytes a site."""
+
+    def __init__(self, server: Server, stacks: bool):
+        self.layers: list[Adapted] = adapted_layers(server.student)
+        self.mean, self.stacks = ParameterMean(state_of(server.student)), stacks
+        self.sites: list[dict[str, tuple[Tensor, Tensor]]] = []
+        self.samples: list[int] = []
+        self.heard: list[int] = []
+
+    def add(self, message: Parameters, client: int) -> None:
+        self.mean.add(message, client)
+        self.heard.append(client)
+        if self.stacks:
+            copied = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in message.tensors.items()}
+            self.sites.append({layer.name: (copied[layer.b], copied[layer.a]) for layer in self.layers})
+            self.samples.append(message.samples)
+
+    def result(self) -> _Updates | None:
+        return self if self.heard else None
+
+
+def _product(part: Mapping[str, Tensor]) -> Tensor:
+    """The dense matrix, [out, in], that an addition stands for."""
+    return part["left"] @ part["right"]
+
+
+def _plus(total: Mapping[str, Tensor], added: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of all additions after another one; the same operations at the server and at every site."""
+    return dict(total) | {
+        name: total[name] + _product(part) if name in total else _product(part) for name, part in added.items()
+    }
+
+
+def _grown(base: dict[str, Any], added: dict[str, dict[str, Tensor]], heard: Sequence[int]) -> dict[str, Any]:
+    """The server's record after a round: sites that were heard have confirmed all additions up to that round."""
+    known = base["known"] | {str(client): base["version"] for client in heard}
+    if not added:
+        return {**base, "known": known}
+    version, total = base["version"] + 1, _plus(base["total"], added)
+    log = base["log"] | {str(version): added}
+    # older additions are sent as their sum, which is smaller
+    dense = sum(tensor.numel() for tensor in total.values())
+    while sum(t.numel() for entry in log.values() for part in entry.values() for t in part.values()) > dense:
+        del log[min(log, key=int)]
+    return {"version": version, "total": total, "log": log, "known": known}
+
+
+def _since(server: Server, known: int) -> dict[str, Tensor]:
+    """The additions that a site has not confirmed, by ``merge/number/left or right or whole/layer``."""
+    base = server.state.get("base", {"version": 0})
+    numbers = range(known + 1, base["version"] + 1)
+    if all(str(number) in base["log"] for number in numbers):
+        return {
+            f"{_MERGE}/{number}/{side}/{layer}": tensor
+            for number in numbers
+            for layer, part in base["log"][str(number)].items()
+            for side, tensor in part.items()
+        }
+    return {f"{_MERGE}/{base['version']}/whole/{layer}": tensor for layer, tensor in base["total"].items()}
+
+
+def _take_in(client: Client, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Note in a site's state the additions that are new to it; returns all else that was sent."""
+    rest: dict[str, Tensor] = {}
+    additions: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{_MERGE}/"):
+            _, number, side, layer = name.split("/", 3)
+            additions.setdefault(int(number), {}).setdefault(layer, {})[side] = tensor
+        else:
+            rest[name] = tensor
+    for number, added in sorted(additions.items()):
+        base = client.state.get("base", {"version": 0, "total": {}})
+        if number > base["version"]:
+            whole = {layer: part["whole"] for layer, part in added.items() if "whole" in part}
+            client.state["base"] = {"version": number, "total": whole or _plus(base["total"], added)}
+    return rest
+
+
+def _fresh(client: Client, layers: Sequence[Adapted], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New matrices as LoRA begins: every entry of A uniform within ± 1/√in, and B = 0."""
+    stream, tensors = client.rng("lora"), {}
+    for layer in layers:
+        a = torch.empty(like[layer.a].shape)
+        tensors[layer.a] = a.uniform_(-(a.shape[1] ** -0.5), a.shape[1] ** -0.5, generator=stream)
+        tensors[layer.b] = torch.zeros(like[layer.b].shape)
+    return tensors
