@@ -16,9 +16,11 @@ from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
+from fdl.datamodules.arrivals import Incoming
 from fdl.errors import UserError
 from fdl.executor import EXECUTORS
 from fdl.knowledge.encoder import Frozen
+from fdl.knowledge.pair_confidence import Images
 from fdl.loop import FederatedLoop
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Recipe, instantiate
@@ -29,7 +31,9 @@ from fdl.tasks import TASKS
 if TYPE_CHECKING:
     from lightning import LightningModule
 
+    from fdl.datamodules.arrivals import Arrival
     from fdl.datamodules.base import FederatedDataModule
+    from fdl.datamodules.samples import Samples
     from fdl.evaluators.base import Evaluator
     from fdl.knowledge.encoder import Encoder
     from fdl.methods.base import Method
@@ -55,6 +59,11 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     probes = _probes(recipe, data)
     if "proxy" in method.requires and len(data.proxy) == 0:
         raise UserError(f"data.args.proxy: the proxy set is empty, and method {recipe.method.target} needs one")
+    if "public" in method.requires and len(data.public) == 0:
+        raise UserError(
+            f"data.args.public: the server has no labelled samples, and method {recipe.method.target} trains on some; "
+            "set it to how many to hold out"
+        )
     if "specialists" in method.requires and not recipe.specialists:
         raise UserError(f"specialists: missing: method {recipe.method.target} needs them with these arguments")
     partitioner = instantiate(recipe.partition, "partitioner", "partition")
@@ -73,11 +82,14 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         "distil": recipe.distil,
         "digest": recipe.digest or recipe.distil,
         "proxy": data.proxy,
+        "public": data.public,
         "num_classes": data.num_classes,
         "task": data.task,
         "provides": data.provides,
         "encoder": _encoder(recipe, data, runtime),
+        "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
     }
+    incoming, test_stages = _arriving(common["arrival"], data)
     clients = []
     for id, share in enumerate(shares):
         train, calibration = _hold_out(share, recipe, id)
@@ -85,8 +97,8 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
             Client(
                 id=id,
                 architecture=architectures[id],
-                train=data.train.subset(train),
-                calibration=data.train.subset(calibration),
+                train=incoming(train),
+                calibration=incoming(calibration),
                 **common,
             )
         )
@@ -95,8 +107,9 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         test=data.test,
         student=_model("student", "init", method, recipe, runtime),
         teacher=_model("teacher", "teacher", method, recipe, runtime),
-        pooled=data.train if "pooled" in method.requires else None,
+        pooled=incoming(None) if "pooled" in method.requires else None,
         classes=data.classes,
+        test_stages=test_stages,
         **common,
     )
     channel = Channel(
@@ -231,7 +244,8 @@ def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Enc
     encoder = instantiate(recipe.encoder, "encoder", "encoder", **data.provides)
     if isinstance(encoder, Frozen):
         encoder.module = runtime.place(encoder.module)
-    encoder.fit(data.proxy)
+    # of pairs, the images: they are what a public encoder knows
+    encoder.fit(Images(data.proxy) if data.task == "image_text" else data.proxy)
     return encoder
 
 
@@ -240,6 +254,36 @@ def _hold_out(share: np.ndarray, recipe: Recipe, client: int) -> tuple[np.ndarra
     shuffled = numpy_stream(recipe.seed, "calibration", 0, client).permutation(share)
     held_out = min(round(recipe.federation.calibration * len(share)), len(share) - 1)
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
+
+
+def _arriving(
+    arrival: Arrival | None, data: FederatedDataModule
+) -> tuple[Callable[[np.ndarray | None], Samples | Incoming], np.ndarray | None]:
+    """What makes a participant's samples of its rows (None: all), and each test sample's stage where that is known.
+
+    Raises:
+        UserError: when the schedule does not suit the data.
+    """
+    if arrival is None:
+        return lambda rows: data.train if rows is None else data.train.subset(rows), None
+
+    def stages(samples: Samples, groups: np.ndarray | None) -> np.ndarray:
+        labels = None if samples.labels is None else samples.labels.numpy()
+        return arrival.assign(labels, groups, data.num_classes)
+
+    try:
+        assigned = stages(data.train, data.groups)
+    except UserError as error:
+        raise UserError(f"arrival: {error}") from error
+    known = data.test_groups is not None if arrival.by_domain else data.test.labels is not None
+    test_stages = stages(data.test, data.test_groups) if known else None
+    everything = np.arange(len(assigned))
+
+    def incoming(rows: np.ndarray | None) -> Incoming:
+        rows = everything if rows is None else rows
+        return Incoming(data.train.subset(rows), assigned[rows], arrival)
+
+    return incoming, test_stages
 
 
 def _codec(stages: list[Component], key: str) -> Codec:

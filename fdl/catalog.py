@@ -74,6 +74,7 @@ KINDS: dict[str, Kind] = {
         Kind("module", "lightning.LightningModule", ("fdl.modules",), supplied=_DATA),
         Kind("datamodule", "fdl.datamodules.base.FederatedDataModule", ("fdl.datamodules",)),
         Kind("partitioner", "fdl.datamodules.partition.Partitioner", ("fdl.datamodules.partition",)),
+        Kind("arrival", "fdl.datamodules.arrivals.Arrival", ("fdl.datamodules.arrivals",)),
         Kind("codec", "fdl.comm.stage.Stage", ("fdl.comm",)),
         Kind("confidence", "fdl.knowledge.confidence.Confidence", ("fdl.knowledge",)),
         Kind("encoder", "fdl.knowledge.encoder.Encoder", ("fdl.knowledge",), supplied=_DATA),

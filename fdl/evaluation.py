@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
     from lightning import LightningModule
+    from torch import nn
 
     from fdl.evaluators.base import Evaluator
     from fdl.participants import Client, Server
@@ -30,6 +31,7 @@ def evaluate(
     probes: Sequence[Evaluator] = (),
     last: bool = False,
     models: Iterable[tuple[str, LightningModule]] = (),
+    client_model: Callable[[Client], nn.Module] | None = None,
 ) -> None:
     """Evaluate the student on validation and test, and every trained specialist on test.
 
@@ -42,6 +44,7 @@ def evaluate(
         probes: further questions to the student, whose answers become ``student/<probe>/<metric>``.
         last: whether this is the run's last round.
         models: the server's models beside the student, by name; measured as ``pools/<name>/test/accuracy``, ….
+        client_model: with what a client answers; None is its specialist.
     """
     metrics: dict[str, float] = record["metrics"]
     task = TASKS[server.task]
@@ -63,7 +66,8 @@ def evaluate(
     for client in clients:
         if "specialist" in client.state:
             own = record["clients"].setdefault(str(client.id), {})
-            for name, value in task.measure(client, client.specialist(), server.test, names).items():
+            module = client.specialist() if client_model is None else client_model(client)
+            for name, value in task.measure(client, module, server.test, names).items():
                 own[f"test/{name}"] = value
                 values.setdefault(name, []).append(value)
     metrics.update({f"specialists/test/{name}": sum(v) / len(v) for name, v in values.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,9 @@ class FederatedLoop:
         last = round == self.rounds
         if last or round % self.recipe.evaluation.every == 0:
             with self.seconds("evaluate"), memory_of(f"evaluation in round {round}", "evaluation.batch_size"):
-                evaluate(self.server, self.clients, self.recipe.evaluation, record, self.probes, last)
+                models = self.method.server_models(self.server)
+                own = partial(self.method.client_model, self.server)
+                evaluate(self.server, self.clients, self.recipe.evaluation, record, self.probes, last, models, own)
         account(self.ledger, record, self.history)
         record["seconds"] = dict(self.seconds)
         self.history.append(record)
@@ -146,8 +149,11 @@ class FederatedLoop:
             participant.begin(round)
 
     def cohort(self, round: int) -> tuple[list[int], list[int]]:
-        """Who is asked in a round, and who of them drops out."""
-        return draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
+        """Who is asked in a round, and who of them drops out; whoever has no data yet, or none any more, sits out."""
+        asked, dropped = draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
+        if self.server.arrival is not None:
+            asked, dropped = ([c for c in ids if len(self.clients[c].train)] for ids in (asked, dropped))
+        return asked, dropped
 
     def send(self, client: int) -> Message | None:
         """Carry the server's word of this round to a client."""

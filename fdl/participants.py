@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fdl.datamodules.arrivals import seen
 from fdl.modules.weights import load_into, state_of
 from fdl.runtime import Objective, Runtime
 from fdl.seeding import stream_seed, torch_stream
@@ -13,9 +14,11 @@ from fdl.seeding import stream_seed, torch_stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import numpy as np
     from lightning import LightningModule
     from torch import Tensor
 
+    from fdl.datamodules.arrivals import Arrival, Incoming
     from fdl.datamodules.samples import Samples
     from fdl.inference import Question
     from fdl.knowledge.encoder import Encoder
@@ -34,13 +37,17 @@ class Participant:
         distil: how the server trains the student on the proxy set.
         digest: how a client learns from what the server sends back.
         proxy: the public proxy set, unlabelled.
+        public: labelled public samples to train on; None or empty where there are none. They are the server's: a
+            method whose clients look at them counts their bytes in `setup_bytes`.
         num_classes: the data's number of classes, 0 where there are none.
         task: which of `fdl.tasks.TASKS` the data are for.
         provides: what the data tell a model's constructor, e.g. their tokenizer.
         encoder: the frozen public encoder, None where the recipe names none.
+        arrival: when private data come in; None: all are there from the first.
 
     Attributes:
         round: the current round, set by the loop.
+        stage: how many times new data have come in before it.
         state: tensors, numbers and nested dicts of them that must survive a restart.
         cache: what can be computed again; never saved.
         metrics: what happened in the current turn; the loop logs it.
@@ -59,12 +66,14 @@ class Participant:
         encoder: Encoder | None = None,
         task: str = "classification",
         provides: Mapping[str, Any] | None = None,
+        arrival: Arrival | None = None,
+        public: Samples | None = None,
     ):
         self.id, self.runtime, self.seed = id, runtime, seed
         self.local, self.distil, self.digest = local, distil, digest
-        self.proxy, self.num_classes, self.encoder = proxy, num_classes, encoder
+        self.proxy, self.public, self.num_classes, self.encoder = proxy, public, num_classes, encoder
         self.task, self.provides = task, dict(provides or {})
-        self.round = 0
+        self.arrival, self.round, self.stage = arrival, 0, 0
         self.state: dict[str, Any] = {}
         self.cache: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
@@ -72,6 +81,13 @@ class Participant:
     def begin(self, round: int) -> None:
         """A new round has come."""
         self.round, self.metrics = round, {}
+        stage = 0 if self.arrival is None else self.arrival.stage(round)
+        if stage != self.stage:
+            self.stage = stage
+            self.arrive()
+
+    def arrive(self) -> None:
+        """New private data have come in; here nobody has any."""
 
     def rng(self, purpose: str) -> torch.Generator:
         """This participant's stream for one purpose in the current round."""
@@ -104,11 +120,23 @@ class Client(Participant):
         train: private labelled samples to train on.
         calibration: private labelled samples held out from training, to calibrate confidence; may be empty.
         participant: the arguments of `Participant`.
+
+    Attributes:
+        train: those that are there now.
+        calibration: likewise.
     """
 
-    def __init__(self, *, architecture: str, train: Samples, calibration: Samples, **participant: Any):
+    def __init__(
+        self, *, architecture: str, train: Samples | Incoming, calibration: Samples | Incoming, **participant: Any
+    ):
         super().__init__(**participant)
-        self.architecture, self.train, self.calibration = architecture, train, calibration
+        self.architecture, self._train, self._calibration = architecture, train, calibration
+        self.arrive()
+
+    def arrive(self) -> None:
+        """Turn to the data that are there now, and forget what was made of others."""
+        self.train, self.calibration = seen(self._train, self.stage), seen(self._calibration, self.stage)
+        self.cache.clear()
 
     @property
     def samples(self) -> int:
@@ -161,7 +189,11 @@ class Server(Participant):
         teacher: the large model of standard distillation, None otherwise.
         pooled: all private samples, only for the methods that are the centralised reference.
         classes: names of the classes; None calls them 0, 1, ….
+        test_stages: stage of each test sample, int64 [n], where data arrive in stages and the test samples say which.
         participant: the arguments of `Participant`.
+
+    Attributes:
+        pooled: those that are there now.
     """
 
     def __init__(
@@ -171,13 +203,15 @@ class Server(Participant):
         test: Samples,
         student: LightningModule | None = None,
         teacher: LightningModule | None = None,
-        pooled: Samples | None = None,
+        pooled: Samples | Incoming | None = None,
         classes: list[str] | None = None,
+        test_stages: np.ndarray | None = None,
         **participant: Any,
     ):
         super().__init__(id=-1, **participant)
         self.validation, self.test = validation, test
-        self.student, self.teacher, self.pooled = student, teacher, pooled
+        self.student, self.teacher, self._pooled, self.test_stages = student, teacher, pooled, test_stages
+        self.arrive()
         self.classes = classes or [str(i) for i in range(self.num_classes)]
         self._said: dict[str, Message] = {}
 
@@ -185,6 +219,10 @@ class Server(Participant):
         """A new round has come, and what was said in the last one is old."""
         super().begin(round)
         self._said = {}
+
+    def arrive(self) -> None:
+        """Turn to the data that are there now."""
+        self.pooled = seen(self._pooled, self.stage)
 
     def say(self, key: str, make: Callable[[], Message]) -> Message:
         """The message that several clients get in this round, made once, so that it is encoded once.

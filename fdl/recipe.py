@@ -148,20 +148,23 @@ class Recipe:
     method: Component = key(Component(), "the federated algorithm", kind="method")
     data: Component = key(Component(), "where samples come from", kind="datamodule")
     partition: Component = key(Component("iid"), "who holds which samples", kind="partitioner")
+    arrival: Component | None = key(None, "when samples come in; null: all are there from the first", kind="arrival")
     federation: Federation = key(Federation(), "who takes part")
     specialists: list[Specialist] = key([], "the clients' own models, see federation.assignment", kind="module")
     student: Component | None = key(None, "the global model", kind="module")
     teacher: Component | None = key(None, "the large model of standard distillation", kind="module")
     encoder: Component | None = key(None, "frozen public encoder that all sites share", kind="encoder")
     local: Fit = key(Fit(), "how clients train on their own data")
-    distil: Fit = key(Fit(), "how the server trains the student on the proxy set")
+    distil: Fit = key(Fit(), "how the server trains the student on public data")
     digest: Fit | None = key(None, "how clients learn from what comes back; null: as distil")
     channel: Channel = key(Channel(), "how messages are coded")
     evaluation: Evaluation = key(Evaluation(), "what is measured")
     inference: Inference = key(Inference(), "how models answer")
     checkpoint: Checkpoint = key(Checkpoint(), "how often the run is saved")
     fabric: Fabric = key(Fabric(), "devices and precision")
-    executor: Literal["sequential"] = key("sequential", "how the clients of a round take their turns")
+    executor: Literal["auto", "sequential", "batched"] = key(
+        "sequential", "how clients take their turns: one by one, together, or together where the models are small"
+    )
     callbacks: list[Component] = key(
         [Component("tensorboard"), Component("csv"), Component("progress")], "what watches the run", kind="callback"
     )
@@ -183,7 +186,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), variant: Mapping[str, 
     Args:
         path: a YAML file.
         overrides: ``key=value`` strings; the later wins.
-        variant: changes that come before the overrides, by dotted key.
+        variant: changes that come before the overrides, by dotted key; the recipe's other variants are not checked.
 
     Raises:
         UserError: when there is no such file.
@@ -243,7 +246,8 @@ def from_mapping(
     raw, found = _applied(tree, [*changes, *parsed])
     recipe, more = _checked(raw, name)
     found += [one for one in more if one not in found]
-    for variant_name, mapping in _variants(raw):
+    # one variant of a recipe that was read whole before: the others were checked then
+    for variant_name, mapping in _variants(raw) if variant is None else ():
         inside, broken = _applied(tree, [*_changes(mapping), *parsed])
         broken += _checked(inside, name)[1]
         if broken and parsed:  # `fdl compare` says which override does not suit a variant; a single fit is none

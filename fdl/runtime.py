@@ -224,8 +224,8 @@ class Runtime:
             float32 tensor on the CPU, [n, …].
         """
         # what is frozen answers once: across rounds from memory, across runs from the recipe's folder
-        asking = [parameter.requires_grad for parameter in module.parameters()]
-        cache = self.answers if asking and not any(asking) else None
+        frozen = not trainable(module) and next(module.parameters(), None) is not None
+        cache = self.answers if frozen else None
         return answer(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -302,7 +302,7 @@ def test_apply_changes_only_what_is_named():
         ("evaluation.specialists=yes please", ["evaluation.specialists: expected bool, got 'yes please'"]),
         ("checkpoint.every=0", ["checkpoint.every: must be ≥ 1"]),
         ("fabric.precision=fp32", ["fabric.precision: expected one of '32-true'"]),
-        ("executor=parallel", ["executor: expected 'sequential', got 'parallel'"]),
+        ("executor=parallel", ["executor: expected one of 'auto', 'sequential', 'batched', got 'parallel'"]),
         ("callbacks.0=tensorbord", ["callbacks.0: unknown callback 'tensorbord'", "did you mean 'tensorboard'?"]),
         ("name=a/b", ["name: 'a/b' names a folder"]),
         ("name=..", ["name: '..' names a folder"]),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from lightning import LightningModule
+    from torch import nn
 
     from fdl.messages import Message
     from fdl.participants import Client, Server
@@ -35,7 +36,7 @@ class Method(ABC):
 
     Attributes:
         name: the short name in recipes.
-        requires: the parts of a recipe that it needs, among student, specialists, proxy, teacher and pooled; a
+        requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
     """
 
@@ -61,12 +62,23 @@ class Method(ABC):
         """An empty aggregate for one round; None for a method whose clients send nothing."""
         return None
 
+    def beside_student(self, server: Server) -> dict[str, Any]:
+        """The part of the server's state that its student is made of beside its own weights; most have none."""
+        return {}
+
+    def restored(self, server: Server) -> None:
+        """Bring the student in line with the server's state, which has just been read from a file."""
+
     def server_models(self, server: Server) -> Iterable[tuple[str, LightningModule]]:
         """Models of the server beside its student, by name, that are to be evaluated too.
 
         A model that is yielded is the caller's only until the next one is asked for: they may share a template.
         """
         return ()
+
+    def client_model(self, server: Server, client: Client) -> nn.Module:
+        """The model that answers for a client that has a specialist, when specialists are evaluated."""
+        return client.specialist()
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
         """Learn from the aggregate; returns what is worth logging."""

@@ -1,0 +1,83 @@
+"""Federated averaging of some of what is trained, while the rest belongs to each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from fdl.errors import UserError
+from fdl.knowledge.aggregation import ParameterMean
+from fdl.messages import Message, Parameters
+from fdl.methods.fedavg import FedAvg
+from fdl.modules.weights import load_into, state_of
+from fdl.participants import Client, Server
+from fdl.server_optimizers import ServerOptimizer
+
+
+class FederatedPrompts(FedAvg):
+    """FedAvg of shared prompts, beside which every site keeps prompts of its own (PromptFL, Guo et al., 2022).
+
+    What is sent is what the student trains: of a module around a frozen backbone, prompts alone. Of these, whatever
+    `personal` matches never leaves its site, where it is trained together with the shared part (as the layers of
+    FedPer, Arivazhagan et al., 2019, which `personal` can name as well). With nothing personal this is FedAvg. The
+    student at the server has the personal part that it began with; each site's own model is evaluated beside it.
+
+    Args:
+        personal: names or globs of the student's tensors that stay at the site.
+        optimizer: what the server does with the mean of the shared part; None takes it as it is.
+
+    Raises:
+        UserError: when a pattern matches nothing, or nothing is left to share.
+    """
+
+    name = "federated_prompts"
+
+    def __init__(self, personal: list[str] | None = None, optimizer: ServerOptimizer | None = None):
+        super().__init__(optimizer)
+        self.personal = tuple(personal or ())
+
+    def setup(self, server: Server, clients: object) -> None:
+        """See that the patterns fit the student."""
+        names = list(state_of(server.student))
+        for pattern in self.personal:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+                raise UserError(f"personal: nothing that the student trains is called {pattern!r}; there are {shown}")
+        if not self._shared(state_of(server.student)):
+            raise UserError("personal: nothing is left to share; take method single_site for that")
+
+    def download(self, server: Server, client: int) -> Message:
+        """The shared part of the global weights, the same message for all clients of a round."""
+        return server.say("student", lambda: Parameters(self._shared(state_of(server.student))))
+
+    def local_update(self, client: Client, download: Parameters) -> Parameters:
+        """Train both parts on private data, keep the personal one, return the shared one."""
+        if not self.personal:
+            return super().local_update(client, download)
+        module = client.specialist()  # at first a fresh one, whose personal part nobody else has
+        load_into(module, {**state_of(module), **download.tensors})
+        client.fit(module, client.train, client.local, self.objective(module))
+        client.keep(module)
+        return Parameters(self._shared(state_of(module)), samples=client.samples)
+
+    def aggregate(self, server: Server) -> ParameterMean:
+        """A mean weighted by sample counts."""
+        return ParameterMean(self._shared(state_of(server.student)))
+
+    def server_update(self, server: Server, knowledge: Mapping[str, Tensor]) -> dict[str, float]:
+        """Move the shared part towards, or with a plain average onto, the clients' mean."""
+        own = state_of(server.student)
+        shared = self._shared(own)
+        trained = {name for name, _ in server.student.named_parameters() if name in shared}
+        moments = server.state.setdefault("optimizer", {})
+        tensors = self.optimizer.step(shared, knowledge, trained, moments)
+        load_into(server.student, {**own, **tensors} if self.personal else tensors)
+        return {}
+
+    def _shared(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the server and all clients see of a model's state."""
+        if not self.personal:
+            return tensors
+        return {k: v for k, v in tensors.items() if not any(fnmatchcase(k, pattern) for pattern in self.personal)}

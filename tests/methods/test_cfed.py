@@ -1,0 +1,110 @@
+"""Rehearsal on public data, on the toy federation and against the formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fdl.build import build
+from fdl.datamodules.arrivals import ClassIncremental, DomainIncremental
+from fdl.errors import UserError
+from fdl.messages import Parameters, Responses, parts_of
+from fdl.methods.cfed import CFeD
+from fdl.methods.fedavg import FedAvg
+from fdl.modules.output import Output
+from fdl.recipe import load
+from tests.test_recipes import ROOT
+from tests.toy import federation, weight
+
+
+def staged(method, folder, rounds=3, local=2, **settings):
+    """A loop whose second stage begins in round 2, with the same data in both."""
+    loop = federation(method, folder, rounds=rounds, local=local, **settings)
+    for participant in (loop.server, *loop.clients):
+        participant.arrival = DomainIncremental(["a", "b"], rounds=1)
+    return loop
+
+
+def test_what_the_first_stage_left_is_noted_once_and_sent_to_all(tmp_path):
+    loop = staged(CFeD(), tmp_path)
+    loop.set_up()
+    loop.run_round(1)
+    assert all(row.kind in ("parameters", "proxy") for row in loop.ledger.rows())
+    expected = weight(loop.server.student).T.clone()  # the proxy set is the unit matrix
+    for round in (2, 3):
+        loop.begin(round)
+        parts = parts_of(loop.method.download(loop.server, 0))
+        assert parts.keys() == {Parameters, Responses}
+        torch.testing.assert_close(parts[Responses].values, expected)
+        assert torch.equal(parts[Parameters].tensors["linear.weight"], weight(loop.server.student))
+        loop.run_round(round)
+    assert not torch.allclose(weight(loop.server.student).T, expected)
+
+
+def test_a_client_s_loss_is_the_formula_over_the_classes_known_before(tmp_path):
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(2, 4)
+
+        def forward(self, x):
+            return Output(self.linear(x), x, {})
+
+    client = federation(FedAvg(), tmp_path).clients[1]
+    client.arrival, client.num_classes, client.stage = ClassIncremental(2, order=[2, 0, 1, 3]), 4, 1
+    noted, module = torch.tensor([[1.0, 5.0, 2.0, 4.0], [0.0, 7.0, 3.0, 1.0]]), Wide()
+    batch = client.train.batch(torch.arange(3))
+    got = CFeD(weight=3.0, temperature=2.0)._rehearsing(client, noted)(module, batch)
+    rows = torch.randint(2, (3,), generator=client.rng("rehearse"))
+    known = torch.tensor([0, 2])
+    ours = F.log_softmax(module.linear(client.proxy.batch(rows)[0])[:, known] / 2, dim=1)
+    soft = 4 * F.kl_div(ours, F.softmax(noted[rows][:, known] / 2, dim=1), reduction="batchmean")
+    hard = F.cross_entropy(module.linear(batch[0]), batch[1])
+    torch.testing.assert_close(got["loss"], hard + 3 * soft)
+    torch.testing.assert_close(got["distillation"], soft.detach())
+
+
+def test_without_weight_it_is_fedavg_and_with_it_not_before_the_second_stage(tmp_path):
+    plain = staged(FedAvg(), tmp_path / "fedavg")
+    off = staged(CFeD(weight=0), tmp_path / "off")
+    on = staged(CFeD(), tmp_path / "on")
+    for loop in (plain, off, on):
+        loop.run()
+    history = lambda loop: [r["clients"] for r in loop.history]  # noqa: E731
+    assert history(off) == history(plain) and torch.equal(weight(off.server.student), weight(plain.server.student))
+    assert history(on)[0] == history(plain)[0]
+    assert history(on)[1] != history(plain)[1]
+
+
+def test_it_holds_the_weights_nearer_to_what_was(tmp_path):
+    ends = {}
+    for strength in (0.0, 1.0, 10.0):
+        loop = staged(CFeD(weight=strength), tmp_path / str(strength), local=4)
+        loop.set_up()
+        loop.run_round(1)
+        before = weight(loop.server.student).clone()
+        loop.run_round(2)
+        ends[strength] = float((weight(loop.server.student) - before).norm())
+    assert ends[0.0] > ends[1.0] > 0
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path):
+    with pytest.raises(UserError, match="weight must be at least 0"):
+        CFeD(weight=-1)
+    with pytest.raises(UserError, match="temperature must be > 0"):
+        CFeD(temperature=0)
+    with pytest.raises(UserError, match="cfed needs an arrival"):
+        federation(CFeD(), tmp_path).run()
+
+
+@pytest.mark.slow
+def test_domains_that_are_gone_are_forgotten_less(tmp_path):
+    """Half the angles and rounds of the recipe; forgetting is what the best accuracy on the first angle has lost."""
+    lost = {}
+    for name in ("fedavg", "cfed"):
+        short = ["data.args.angles=[0, 90]", "arrival.args={domains: [0°, 90°], rounds: 8}", "federation.rounds=16"]
+        quiet = ["callbacks=[]", "fabric.accelerator=cpu", "checkpoint.every=99", f"method={name}"]
+        loop = build(load(ROOT / "recipes/continual/rotated_digits.yaml", [*short, *quiet]), tmp_path / name)
+        lost[name] = loop.run()["metrics"]["student/continual/forgetting"]
+    assert lost["cfed"] < lost["fedavg"] / 2
