@@ -49,12 +49,15 @@ def test_the_first_block_installs_and_runs_on_one_line_each():
 
 def test_every_command_of_fdl_runs(tmp_path, capsys, monkeypatch):
     found = commands(FDL)
-    assert {shlex.split(line)[0] for line in found} == {"fit", "check", "compare", "list"}
+    assert {shlex.split(line)[0] for line in found} == {"fit", "check", "compare", "export", "list"}
     monkeypatch.chdir(ROOT)
     for number, line in enumerate(found):
         arguments = shlex.split(line)
         if "--output-dir" in arguments:
             position = arguments.index("--output-dir") + 1
+            arguments[position] = str(tmp_path / arguments[position])
+        elif "--run" in arguments:
+            position = arguments.index("--run") + 1
             arguments[position] = str(tmp_path / arguments[position])
         elif arguments[0] != "list":
             arguments.append(f"output={tmp_path / 'runs'}")
