@@ -164,6 +164,11 @@ class PCA(Encoder):
 
         if len(proxy) < 2:
             raise UserError(f"pca needs a proxy set of at least 2 samples, got {len(proxy)}")
+        if not proxy.batch(torch.zeros(1, dtype=torch.int64))[0].is_floating_point():
+            raise UserError(
+                "pca: token ids have no principal components; name a frozen encoder of texts under encoder, "
+                "{target: frozen, args: {module: {target: text_classifier, args: {model: …, pretrained: true}}}}"
+            )
         rows = torch.arange(len(proxy)).split(self.batch_size)
         inputs = np.concatenate([proxy.batch(r)[0].flatten(1).cpu().numpy() for r in rows])
         components = min(self.components, *inputs.shape)
@@ -233,7 +238,7 @@ class Frozen(Encoder):
     def _encode(self, inputs: torch.Tensor) -> np.ndarray:
         self.module.eval()
         reference = next(self.module.parameters())
-        inputs = inputs.to(reference.device, reference.dtype)
+        inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else inputs.dtype)
         if self.image_size is not None:
             size = (self.image_size, self.image_size)
             inputs = F.interpolate(inputs, size=size, mode="bicubic", antialias=True, align_corners=False)

@@ -179,3 +179,25 @@ def test_nothing_to_encode_is_an_error():
 def test_wrong_arguments_are_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_token_ids_have_no_principal_components_but_a_frozen_encoder_reads_them():
+    from fdl.datamodules.text import TextSamples
+
+    class Counts(torch.nn.Module):
+        """Embeds a text as how often it has each of four tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, tokens, features=()):
+            counts = torch.stack([(tokens == i).sum(1) for i in range(4)], 1) * self.scale
+            return Output(counts, counts, {})
+
+    texts = TextSamples(np.array([0, 1, 1, 3, 2]), np.array([3, 2]))
+    with pytest.raises(UserError, match="token ids have no principal components"):
+        PCA().fit(texts)
+    encoder = Frozen(Counts(), normalize=False)
+    encoder.fit(texts)
+    assert encoder.encode(texts).tolist() == [[1, 2, 0, 0], [0, 0, 1, 1]]
