@@ -118,9 +118,9 @@ class Parameters(Message):
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Parameters:
         """Inverse of `fields` and `meta`."""
         meta = dict(meta)
-        samples = _take_meta(meta, "samples", int)
-        _nothing_left(meta)
-        return cls(_side_by_side(fields) or {name: _to_torch(array) for name, array in fields.items()}, samples)
+        samples = take_meta(meta, "samples", int)
+        nothing_left(meta)
+        return cls(_side_by_side(fields) or {name: to_torch(array) for name, array in fields.items()}, samples)
 
     @cached_property
     def whole(self) -> Tensor | None:
@@ -136,10 +136,10 @@ class Parameters(Message):
 
     @cached_property
     def _checked(self) -> None:
-        _check_samples(self.samples)
+        check_samples(self.samples)
         if self.whole is None or not math.isfinite(self.whole.sum()):
             for name, tensor in self.tensors.items():
-                _check_finite(f"tensor {name!r}", tensor)
+                check_finite(f"tensor {name!r}", tensor)
 
     def validate(self) -> None:
         """Every number is finite. Looked at once: a message does not change."""
@@ -261,7 +261,7 @@ class Responses(Message):
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Responses:
         """Inverse of `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
-        form, samples = _take_meta(meta, "form", int), _take_meta(meta, "samples", int)
+        form, samples = take_meta(meta, "form", int), take_meta(meta, "samples", int)
         if not 0 <= form < len(_FORMS) or "values" not in fields:
             raise RefusedError("responses without values or of an unknown form")
         values, rows, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)
@@ -272,14 +272,14 @@ class Responses(Message):
             rows = torch.from_numpy(rows.astype(np.int64))
         confidence = None
         if codes is not None:
-            confidence = Confidences(_to_torch(codes), _take_meta(meta, "lo", float), _take_meta(meta, "step", float))
-        _nothing_left(meta)
-        _nothing_left(fields)
-        return cls(_to_torch(values), _FORMS[form], rows, confidence, samples)
+            confidence = Confidences(to_torch(codes), take_meta(meta, "lo", float), take_meta(meta, "step", float))
+        nothing_left(meta)
+        nothing_left(fields)
+        return cls(to_torch(values), _FORMS[form], rows, confidence, samples)
 
     def validate(self) -> None:
         """A finite matrix; probabilities not negative; rows and confidence of the same length."""
-        _check_samples(self.samples)
+        check_samples(self.samples)
         values, rows, confidence = self.values, self.rows, self.confidence
         if self.form not in _FORMS:
             raise RefusedError(f"unknown form {self.form!r}")
@@ -287,7 +287,7 @@ class Responses(Message):
             raise RefusedError(f"responses must be a matrix of real numbers, got {values.dtype} {list(values.shape)}")
         if values.shape[1] < 1:
             raise RefusedError("responses have no columns")
-        _check_finite("responses", values)
+        check_finite("responses", values)
         if self.form == "probabilities" and values.numel() and values.min() < 0:
             raise RefusedError("a probability is negative")
         if rows is not None:
@@ -327,30 +327,35 @@ def _to_numpy(name: str, tensor: Tensor) -> np.ndarray:
         raise UserError(f"tensor {name!r} of {tensor.dtype} and layout {tensor.layout} cannot be sent") from None
 
 
-def _to_torch(array: np.ndarray) -> Tensor:
+def to_torch(array: np.ndarray) -> Tensor:
+    """A received array as a tensor that shares its memory."""
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
-def _take_meta(meta: Meta, key: str, kind: type) -> int | float | str:
+def take_meta(meta: Meta, key: str, kind: type) -> int | float | str:
+    """Take a number or string out of what was received; refuses one that is missing or of another type."""
     value = meta.pop(key, None)
     if type(value) is not kind:
         raise RefusedError(f"{key!r} must be sent as {kind.__name__}, got {value!r:.40}")
     return value
 
 
-def _nothing_left(mapping: Mapping) -> None:
+def nothing_left(mapping: Mapping) -> None:
+    """Refuse what is left of received fields or numbers after all that belongs there was taken out."""
     if mapping:
         raise RefusedError(f"unexpected content {next(iter(mapping))!r:.80}")
 
 
-def _check_samples(samples: int) -> None:
+def check_samples(samples: int) -> None:
+    """Refuse a negative sample count."""
     if samples < 0:
         raise RefusedError(f"sample count is negative: {samples}")
 
 
-def _check_finite(what: str, tensor: Tensor) -> None:
+def check_finite(what: str, tensor: Tensor) -> None:
+    """Refuse a tensor with numbers that are none, or infinite."""
     # A sum is finite only if every term is; it may overflow without that, so a bad sum proves nothing.
     if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise RefusedError(f"{what:.100} is not finite")
@@ -377,7 +382,7 @@ class Features(Message):
         """One array a layer; rows in the narrowest integers that hold them; the confidence's codes."""
         fields = {f"layer/{name}": _to_numpy(name, values) for name, values in self.layers.items()}
         if self.rows is not None:
-            fields["rows"] = _narrow("rows", self.rows)
+            fields["rows"] = narrow("rows", self.rows)
         return fields | _codes(self.confidence)
 
     def meta(self) -> Meta:
@@ -395,12 +400,12 @@ class Features(Message):
         """Inverse of `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
         names = [name for name in fields if name.startswith("layer/")]
-        layers = {name.removeprefix("layer/"): _to_torch(fields.pop(name)) for name in names}
+        layers = {name.removeprefix("layer/"): to_torch(fields.pop(name)) for name in names}
         most = max((len(values) if values.ndim else 0 for values in layers.values()), default=0)
-        rows = _take_integers(fields, "rows", most)
+        rows = take_integers(fields, "rows", most)
         confidence = _take_confidence(fields, meta)
-        _nothing_left(meta)
-        _nothing_left(fields)
+        nothing_left(meta)
+        nothing_left(fields)
         return cls(layers, rows, confidence)
 
     def validate(self) -> None:
@@ -416,7 +421,7 @@ class Features(Message):
                 )
             if len(values) != count:
                 raise RefusedError(f"layer {name!r:.80} has {len(values)} rows, another has {count}")
-            _check_finite(f"layer {name!r:.80}", values)
+            check_finite(f"layer {name!r:.80}", values)
         if self.rows is not None:
             if self.rows.dtype != torch.int64 or self.rows.shape != (count,):
                 raise RefusedError(f"{count} features need as many int64 rows, got {list(self.rows.shape)}")
@@ -447,7 +452,7 @@ class Prototypes(Message):
     def fields(self) -> dict[str, np.ndarray]:
         """The values; labels and counts in the narrowest integers that hold them; the confidence's codes."""
         fields = {"values": _to_numpy("values", self.values)}
-        fields |= {"labels": _narrow("labels", self.labels), "counts": _narrow("counts", self.counts)}
+        fields |= {"labels": narrow("labels", self.labels), "counts": narrow("counts", self.counts)}
         return fields | _codes(self.confidence)
 
     def meta(self) -> Meta:
@@ -460,13 +465,13 @@ class Prototypes(Message):
         fields, meta = dict(fields), dict(meta)
         if "values" not in fields:
             raise RefusedError("prototypes without values")
-        values = _to_torch(fields.pop("values"))
-        labels, counts = (_take_integers(fields, name, values.numel()) for name in ("labels", "counts"))
+        values = to_torch(fields.pop("values"))
+        labels, counts = (take_integers(fields, name, values.numel()) for name in ("labels", "counts"))
         if labels is None or counts is None:
             raise RefusedError("prototypes without labels or counts")
         confidence = _take_confidence(fields, meta)
-        _nothing_left(meta)
-        _nothing_left(fields)
+        nothing_left(meta)
+        nothing_left(fields)
         return cls(values, labels, counts, confidence)
 
     def validate(self) -> None:
@@ -474,7 +479,7 @@ class Prototypes(Message):
         values = self.values
         if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
             raise RefusedError(f"prototypes must be a matrix of real numbers, got {values.dtype} {list(values.shape)}")
-        _check_finite("prototypes", values)
+        check_finite("prototypes", values)
         for name, numbers, least in (("labels", self.labels, -1), ("counts", self.counts, 1)):
             if numbers.dtype != torch.int64 or numbers.shape != values.shape[:1]:
                 raise RefusedError(f"{len(values)} prototypes need as many int64 {name}, got {list(numbers.shape)}")
@@ -512,9 +517,9 @@ class Standing(Message):
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Standing:
         """Inverse of `meta`."""
         meta = dict(meta)
-        round, wanted = _take_meta(meta, "round", int), _take_meta(meta, "wanted", int)
-        _nothing_left(meta)
-        _nothing_left(fields)
+        round, wanted = take_meta(meta, "round", int), take_meta(meta, "wanted", int)
+        nothing_left(meta)
+        nothing_left(fields)
         if wanted not in (0, 1):
             raise RefusedError(f"'wanted' must be 0 or 1, got {wanted}")
         return cls(round, bool(wanted))
@@ -557,7 +562,7 @@ def parts_of(message: Message | Bundle | None) -> dict[type[Message], Message]:
     return {type(part): part for part in (message.parts if isinstance(message, Bundle) else (message,))}
 
 
-def _narrow(name: str, integers: Tensor) -> np.ndarray:
+def narrow(name: str, integers: Tensor) -> np.ndarray:
     """Integers in the narrowest type that holds them all."""
     array = _to_numpy(name, integers)
     if array.size == 0:
@@ -565,7 +570,7 @@ def _narrow(name: str, integers: Tensor) -> np.ndarray:
     return array.astype(np.result_type(np.min_scalar_type(array.min()), np.min_scalar_type(array.max())))
 
 
-def _take_integers(fields: dict[str, np.ndarray], name: str, most: int) -> Tensor | None:
+def take_integers(fields: dict[str, np.ndarray], name: str, most: int) -> Tensor | None:
     """A vector of integers, widened; its length is looked at before that."""
     array = fields.pop(name, None)
     if array is None:
@@ -591,7 +596,7 @@ def _take_confidence(fields: dict[str, np.ndarray], meta: Meta) -> Confidences |
     codes = fields.pop("codes", None)
     if codes is None:
         return None
-    return Confidences(_to_torch(codes), _take_meta(meta, "lo", float), _take_meta(meta, "step", float))
+    return Confidences(to_torch(codes), take_meta(meta, "lo", float), take_meta(meta, "step", float))
 
 
 def _check_confidence(confidence: Confidences | None, count: int, what: str) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdl import sparse_responses  # noqa: F401  a type of message is known once its module is imported
+from fdl import private_features, sparse_responses  # noqa: F401  a type of message is known once its module is imported
 from fdl.comm.binary import Reader, text, varint
 from fdl.comm.codec import Codec
 from fdl.errors import RefusedError

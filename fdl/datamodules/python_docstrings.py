@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -107,11 +108,9 @@ def _located(name: str) -> Path:
 
 def _docstrings(place: Path) -> Iterator[str]:
     """All docstrings that are long enough, file by file, in the order of their lines."""
-    for file in sorted(place.rglob("*.py"), key=lambda f: _order(f.relative_to(place))) if place.is_dir() else [place]:
-        if not _LEFT_OUT.isdisjoint(file.relative_to(place).parts):
-            continue
+    for file in sorted(_sources(place), key=_order) if place.is_dir() else [Path()]:
         try:
-            source = file.read_bytes()
+            source = (place / file).read_bytes()
             if b'"""' not in source and b"'''" not in source:
                 continue  # parsing is what takes the time
             with warnings.catch_warnings():
@@ -120,6 +119,13 @@ def _docstrings(place: Path) -> Iterator[str]:
         except (OSError, SyntaxError, ValueError):
             continue  # templates and examples of mistakes
         yield from _of(tree)
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """The source files below a folder, relative to it; what is left out is not entered, as it may be large."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = set(folders) - _LEFT_OUT
+        yield from (Path(here, file).relative_to(folder) for file in files if file.endswith(".py"))
 
 
 def _order(file: Path) -> tuple[bool, tuple[str, ...]]:

@@ -50,16 +50,18 @@ class Aligner(ABC):
 
     @abstractmethod
     def translate(self, data: Tokenizer, own: Tokenizer) -> Tensor:
-        """Say which id of the data each own id is: int64 ``[own.vocab_size]``, -1 for those that are none."""
+        """Say with which id of the data the text of each own id begins: int64 ``[own.vocab_size]``, -1 for none."""
 
 
 class BoundaryAligner(Aligner):
-    """Compares texts byte by byte: positions where both tokenizers have a boundary, tokens that are the same bytes.
+    """Compares texts byte by byte: positions where both tokenizers have a boundary, and what tokens begin with.
 
-    What a model says after such a position is about the same text that the data's position has seen, so its
-    probabilities for tokens that both vocabularies have can be taken as they are. All that it gives to tokens that only
-    it has is said of none: it counts to the tail. Texts that a tokenizer changes (lower case, spaces) cannot be
-    compared, and are left unanswered.
+    What a model says after such a position is about the same text that the data's position has seen. A token of its
+    own counts as the token of the same bytes where the data have it, and else as the first of those that the data's
+    tokenizer writes for it: "the" is an answer "t" to the question for the next byte. For data in bytes the sum over
+    all tokens that begin with a byte is exactly its probability; of longer tokens of the data too little may be said,
+    where the model would write them in several of its own. What begins with no token of the data counts to the tail.
+    Texts that a tokenizer changes (lower case, spaces) cannot be compared, and are left unanswered.
     """
 
     name = "boundary"
@@ -76,11 +78,16 @@ class BoundaryAligner(Aligner):
         )
 
     def translate(self, data: Tokenizer, own: Tokenizer) -> Tensor:
-        """Say which id of the data each own id is, see `Aligner.translate`."""
-        ids: dict[bytes, int] = {}
+        """Say with which id of the data the text of each own id begins, see `Aligner.translate`."""
+        same: dict[bytes, int] = {}
         for id, piece in enumerate(data.pieces):
-            ids.setdefault(piece, id)
-        result = [ids.get(piece, -1) if piece else -1 for piece in own.pieces]
+            same.setdefault(piece, id)
+        written = data.encode_batch([piece.decode(errors="ignore") for piece in own.pieces])
+        result = []
+        for piece, ids in zip(own.pieces, written):
+            id = same.get(piece, ids[0] if ids else -1)
+            begins = id >= 0 and data.pieces[id] and piece.startswith(data.pieces[id])
+            result.append(id if begins else -1)
         if own.eos is not None and data.eos is not None:
             result[own.eos] = data.eos
         return torch.tensor(result)
@@ -235,8 +242,8 @@ class AlignedLanguageModel(LanguageModel):
     def next_log_probabilities(self, tokens: Tensor, temperature: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
         """Say what comes next in the data's tokens, see `LanguageModel.next_log_probabilities`.
 
-        Answered are the positions that the aligner finds. Tokens of the data that are none of the model's have
-        probability 0, and the model's tokens that are none of the data's leave the sum of a row below 1.
+        Answered are the positions that the aligner finds. Tokens of the data that begin none of the model's have
+        probability 0, and the model's tokens that begin with none of the data's leave the sum of a row below 1.
         """
         rows, alignment = self._rows(tokens)
         states = self._states(rows).flatten(0, 1)

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fdl.errors import UserError
 from fdl.modules.clip_tokenizer import FILE, PREFIX, ClipTokenizer
+from fdl.modules.hub import hub
 
 END = "<|endoftext|>"
 _EOS_KEYS = ("eos_token", "sep_token")
@@ -303,9 +304,10 @@ def _eos(inner: tokenizers.Tokenizer, folder: Path) -> int | None:
 
 def _from_hub(spec: str) -> Tokenizer:
     try:
-        return _by_transformers(spec)
+        with hub() as why:
+            return _by_transformers(spec)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = why or str(error).strip().split("\n")[0]
         raise UserError(
             f"tokenizer: {spec!r} is no local file or folder, and the Hugging Face hub does not give it ({reason}); "
             "give the path of a folder with its tokenizer.json instead"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from fdl.catalog import suggest
 from fdl.errors import UserError
 from fdl.modules.checkpoints import brief, read_weights
+from fdl.modules.hub import hub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,7 +66,7 @@ def load_model(
         if state is not None:
             with torch.device("meta"):  # only to learn which class it is
                 maker = type(maker.from_config(settings))
-        with _quiet():
+        with _quiet(), nullcontext() if state is not None or _is_path(model) else hub():
             network, seen = maker.from_pretrained(
                 str(Path(model).expanduser()) if state is None else None,
                 config=settings,
@@ -104,19 +105,21 @@ def _config(
     from transformers import CONFIG_MAPPING, AutoConfig
 
     base: dict[str, Any] = {}
+    why = ""
     try:
         if not Path(model).expanduser().is_dir() and model in CONFIG_MAPPING and not pretrained:
             known = CONFIG_MAPPING[model]()
         elif _is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
             raise UserError(f"model: {model} is no folder with a config.json")
         else:
-            known = AutoConfig.from_pretrained(str(Path(model).expanduser()) if _is_path(model) else model)
+            with nullcontext(why) if _is_path(model) else hub() as why:
+                known = AutoConfig.from_pretrained(str(Path(model).expanduser()) if _is_path(model) else model)
             base = _plain(known)
     except _FAULTS as error:
         raise UserError(
             f"model: {model!r} is no local folder and no family of transformers, and the Hugging Face hub does not "
-            f"give it ({brief(error)}); give the path of a folder with its config.json and weights, or a family and "
-            f"config{suggest(model, CONFIG_MAPPING)}"
+            f"give it ({why or brief(error)}); give the path of a folder with its config.json and weights, or a family "
+            f"and config{suggest(model, CONFIG_MAPPING)}"
         ) from error
     names = {*known.to_dict(), *known.attribute_map}
     for key in given:

@@ -102,7 +102,6 @@ def test_only_the_rows_that_are_asked(client):
 
 def test_large_vocabularies_are_done_in_parts(client, monkeypatch):
     whole = answered(client, table(0), k=2, confidence=BayesianMixture())
-    monkeypatch.setattr("fdl.knowledge.tokens._LOGITS", 3 * VOCAB)
     monkeypatch.setattr("fdl.knowledge.tokens._VALUES", 1)
     parts = answered(client, table(0), k=2, confidence=BayesianMixture())
     assert torch.equal(parts.ids, whole.ids)
@@ -123,6 +122,44 @@ def test_draws_are_unbiased(client, temperature):
     assert ((counts.mean(0) / draws - p).abs() <= bound).all()
     message.validate()
     assert message.form == "sampled" and message.tail is None
+
+
+class Hesitant(Bigram):
+    """Answers the first three positions of a window; knows nothing of id 4, and says nothing at all after a 1."""
+
+    def next_log_probabilities(self, tokens, temperature=1.0):
+        p = torch.tensor([0.3, 0.2, 0.1, 0.0, 0.0]).expand(3, VOCAB).clone()  # 0.4 is for no token of the data
+        for b, window in enumerate(tokens.tolist()):
+            places = [t for t in range(3) if window[t] >= 0]
+            p[:] = torch.tensor([0.3, 0.2, 0.1, 0.0, 0.0])
+            p[[t for t in places if window[t] == 1]] = 0.0
+            yield LENGTH * b + torch.tensor(places), p[places].log()
+
+
+def test_who_answers_in_part_says_so(client):
+    question = TokenAnswering(VOCAB, 1.0, None, 1.0, TokenMaxProbability())
+    message = question.upload(client, Hesitant(), None)
+    message.validate()
+    assert message.sizes.tolist() == [[3, 0, 3, 0], [3, 3, 0, 0], [3, 3, 0, 0]]
+    answered = message.sizes > 0
+    torch.testing.assert_close(message.tail[answered].exp(), torch.full((6,), 0.4))
+    assert message.ids.tolist() == [0, 1, 2] * 6
+    largest = message.weights.values()
+    torch.testing.assert_close(largest[answered], torch.full((6,), math.log(0.3)), atol=1 / 16, rtol=0)
+    told = mixture(message, weighted=True).result()
+    torch.testing.assert_close(spread(told)[0, 0], torch.tensor([0.3, 0.2, 0.1, 0.0, 0.0]))
+
+
+def test_draws_of_no_token_of_the_data_are_lost(client):
+    times, draws = 600, 10
+    client.proxy = windows(*[DOWN] * times)
+    message = TokenAnswering(VOCAB, 1.0, draws, 1.0, None).upload(client, Hesitant(), None)
+    message.validate()
+    counts = torch.zeros(times, LENGTH, VOCAB, dtype=torch.int64)
+    counts.view(-1, VOCAB).index_put_((message.positions, message.ids.long()), message.values.long())
+    # draws lie at equal distances, so of ten of them there are three, two and one
+    assert (counts[:, :2] == torch.tensor([3, 2, 1, 0, 0])).all()
+    assert (counts[:, 2:] == 0).all()
 
 
 def test_draws_depend_on_the_round_alone(client):

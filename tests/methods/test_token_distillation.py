@@ -1,0 +1,309 @@
+"""Federated distillation over tokens: what it comes to in simple cases, resuming, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fdl.build import build
+from fdl.comm.entropy import Deflate
+from fdl.comm.quantize import Quantize
+from fdl.errors import RefusedError, UserError
+from fdl.estimate import estimate_bytes
+from fdl.knowledge.token_confidence import BayesianMixture, TokenEntropy
+from fdl.knowledge.tokens import TokenAnswering
+from fdl.methods.token_distillation import TokenDistillation
+from fdl.modules.tokenizers import train_bpe
+from fdl.recipe import load
+from fdl.token_losses import next_token_loss, sparse_distillation, token_distillation
+from tests.toy import Linear
+from tests.toy_language import DOWN, LENGTH, SHORT, UP, VOCAB, Bigram, Letters, federation, table, windows
+
+OPTIONS = {
+    "plain": lambda: {},
+    "bayes": lambda: {"confidence": BayesianMixture()},
+    "entropy": lambda: {"confidence": TokenEntropy(), "k": 2},
+    "sampled": lambda: {"mode": "sampled", "draws": 9, "temperature": 2.0},
+    "renormalised": lambda: {"mode": "renormalised", "k": 2, "mass": 0.7},
+    "subsample": lambda: {"subsample": 0.7, "confidence": BayesianMixture(1.0, prior="samples")},
+    "labels": lambda: {"ground_truth": 0.5, "feedback": "none"},
+}
+
+
+class Stranger(Bigram):
+    """Its ids mean something else."""
+
+    class tokenizer(Letters):
+        fingerprint = "numbers"
+
+    tokenizer = data_tokenizer = tokenizer()
+
+
+def outcome(loop):
+    """All that must not depend on whether a run was interrupted: metrics, bytes and weights."""
+    rounds = [{k: v for k, v in record.items() if k != "seconds"} for record in loop.history]
+    weights = [loop.server.student.table.tolist()]
+    weights += [client.state["specialist"]["table"].tolist() for client in loop.clients]
+    return json.dumps([rounds, weights, [list(row) for row in loop.ledger.rows()]])
+
+
+def ran(folder, rounds=1, **settings):
+    loop = federation(TokenDistillation(**settings.pop("method", {})), folder, rounds, **settings)
+    loop.run()
+    assert all(record["refused"] == {} for record in loop.history)
+    return loop
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_run_equals_the_straight_one(tmp_path, name):
+    straight = ran(tmp_path / "straight", 3, method=OPTIONS[name]())
+    crashed = federation(TokenDistillation(**OPTIONS[name]()), tmp_path / "crashed", 3)
+    crashed.rounds = 2
+    crashed.run()
+    resumed = federation(TokenDistillation(**OPTIONS[name]()), tmp_path / "crashed", 3)
+    resumed.run(resume=True)
+    assert resumed.resumed_from == 2
+    assert outcome(resumed) == outcome(straight)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_works_through_a_lossy_link_and_can_be_estimated(tmp_path, name):
+    chain = [Quantize(8), Deflate()]
+    loop = federation(TokenDistillation(**OPTIONS[name]()), tmp_path, 2, upload=chain, download=chain)
+    estimated = estimate_bytes(loop, 2)
+    assert min(estimated["up"].values()) > 0
+    loop.run()
+    assert all(record["refused"] == {} for record in loop.history)
+    assert torch.isfinite(loop.server.student.table).all() and loop.server.student.table.abs().max() > 0
+
+
+def dense_student(loop, tables):
+    """The student after one step of gradient descent towards the mean of the tables' distributions."""
+    student = Bigram()
+    tokens = loop.server.proxy.batch(torch.arange(len(loop.server.proxy)))[0]
+    teacher = Bigram(torch.stack([torch.softmax(t, 1) for t in tables]).mean(0).log())
+    loss = token_distillation(
+        student.hidden(tokens), student.head, teacher.hidden(tokens), teacher.head, (tokens >= 0).float()
+    )
+    loss.backward()
+    return student.table.detach() - student.table.grad
+
+
+@pytest.mark.parametrize("confidence", [None, BayesianMixture(1.0), BayesianMixture(0.0, "samples"), TokenEntropy()])
+@pytest.mark.parametrize("clients", [1, 3])
+def test_clients_that_agree_are_one_dense_teacher(tmp_path, confidence, clients):
+    tables = [table(0, 2.0)] * clients
+    loop = ran(
+        tmp_path, method={"k": VOCAB, "confidence": confidence}, local=0, distil=1, tables=tables, clients=clients
+    )
+    torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, tables[:1]))
+
+
+def test_without_confidence_the_teacher_is_the_mean(tmp_path):
+    tables = [table(0), table(1)]
+    loop = ran(tmp_path, method={"k": VOCAB}, local=0, distil=1, tables=tables)
+    torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, tables))
+
+
+def test_public_text_is_its_own_label(tmp_path):
+    tables = [table(0)]
+    settings = {"local": 0, "distil": 1, "tables": tables, "clients": 1}
+    without = ran(tmp_path / "a", method={"k": VOCAB}, **settings)
+    both = ran(tmp_path / "b", method={"k": VOCAB, "ground_truth": 0.5}, **settings)
+    student = Bigram()
+    tokens = both.server.proxy.batch(torch.arange(3))[0]
+    next_token_loss(student.hidden(tokens), student.head, tokens).backward()
+    expected = without.server.student.table - 0.5 * student.table.grad
+    torch.testing.assert_close(both.server.student.table, expected)
+    metrics = both.history[0]["metrics"]
+    total = metrics["distil/response"] + 0.5 * metrics["distil/next_token"]
+    assert metrics["distil/loss"] == pytest.approx(total)
+
+
+def test_clients_learn_from_the_mixture(tmp_path):
+    """With no training of its own, a client moves by the one step of `digest`, towards the mean of both."""
+    tables = [table(0), table(1)]
+    loop = ran(tmp_path, 2, method={"k": VOCAB}, local=0, distil=1, tables=tables)
+    tokens = loop.server.proxy.batch(torch.arange(3))[0]
+    mean = Bigram(torch.stack([torch.softmax(t, 1) for t in tables]).mean(0).log())
+    for client, before in zip(loop.clients, tables):
+        own = Bigram(before)
+        token_distillation(
+            own.hidden(tokens), own.head, mean.hidden(tokens), mean.head, (tokens >= 0).float()
+        ).backward()
+        torch.testing.assert_close(client.state["specialist"]["table"], (own.table - 0.5 * own.table.grad).detach())
+
+
+def test_both_ways_are_counted(tmp_path):
+    loop = ran(tmp_path, 2, method={"subsample": 0.7})
+    assert loop.ledger.by_kind().keys() == {"up/sparse_responses", "down/sparse_responses", "setup/proxy"}
+    silent = ran(tmp_path / "silent", 2, method={"feedback": "none"})
+    assert silent.ledger.by_kind().keys() == {"up/sparse_responses", "setup/proxy"}
+    assert silent.method.setup_bytes(silent.server) == {"proxy": 2 * 10}
+
+
+def test_a_round_asks_all_clients_for_the_same_windows(tmp_path):
+    loop = ran(tmp_path, 1, method={"subsample": 0.7})
+    loop.begin(2)
+    answers = [loop.method.local_update(client, None).rows for client in loop.clients]
+    assert torch.equal(*answers) and len(answers[0]) == 2
+    assert loop.server.state["answers"]["sizes"].shape == (2, LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        (lambda: Bigram(vocab_size=3), "specialist bigram: its vocabulary of 3 tokens is not the data's, of 5"),
+        (Stranger, "specialist bigram: its vocabulary of 5 tokens is not the data's, of 5"),
+        (Linear, "specialist bigram: Linear is no language model"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(tmp_path, factory, reason):
+    loop = federation(TokenDistillation(), tmp_path)
+    loop.runtime.factories["bigram"] = factory
+    with pytest.raises(UserError, match=reason):
+        loop.run()
+
+
+def test_both_losses_in_one_pass_are_those_of_two():
+    tokens, weights = windows(UP, DOWN, SHORT).batch(torch.arange(3))[0], table(0)
+    ids = torch.tensor([[3, 1], [0, 2], [4, -1], [-1, -1]]).expand(3, 4, 2)
+    p = torch.tensor([[0.5, 0.3], [0.9, 0.1], [0.2, 0.0], [0.0, 0.0]]).expand(3, 4, 2)
+    for mode in ("tail", "sampled", "renormalised"):
+        method = TokenDistillation(mode=mode, temperature=1.5, ground_truth=0.7)
+        one, two = Bigram(weights), Bigram(weights)
+        parts = method.objective(one, (tokens, ids.int(), p))
+        response = sparse_distillation(two.hidden(tokens), two.head, ids, p, mode, ids[..., 0] >= 0, 1.5)
+        following = next_token_loss(two.hidden(tokens), two.head, tokens)
+        torch.testing.assert_close(parts["response"], response.detach())
+        torch.testing.assert_close(parts["next_token"], following.detach())
+        torch.testing.assert_close(parts["loss"].detach(), (response + 0.7 * following).detach())
+        parts["loss"].backward()
+        (response + 0.7 * following).backward()
+        torch.testing.assert_close(one.table.grad, two.table.grad)
+
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A tokenizer of a few dozen words and parts of words."""
+    folder = tmp_path_factory.mktemp("words")
+    train_bpe(VERSES, 320, folder)
+    return folder
+
+
+VERSES = [f"{a} {b} and {c}.\n" for a in ("the sun", "the moon") for b in ("rises", "sets") for c in ("falls", "stays")]
+
+
+def speaking(words, folder, **changes):
+    """Two institutions, one with a model of bytes, the other with a model of words; public text and student: bytes."""
+    lines = [{"text": text * 6, "site": f"site{i % 3}"} for i, text in enumerate(VERSES * 6)]
+    path = folder / "verses.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = {"model": "gpt2", "config": TINY}
+    own = {**model, "own_tokenizer": str(words), "own_context": 64}
+    fit = {"steps": 20, "batch_size": 8, "optimizer": {"target": "adam", "args": {"lr": 0.01}}}
+    content = {
+        "name": "verses",
+        "method": {"target": "token_distillation", "args": {"confidence": "bayesian_mixture"}},
+        "data": {
+            "target": "text_table",
+            "args": {"path": str(path), "context": 64, "group": "site", "proxy_groups": ["site2"], "test": 6},
+        },
+        "partition": "by_group",
+        "federation": {"clients": 2, "rounds": 1, "calibration": 0},
+        "specialists": [
+            {"target": "causal_lm", "args": model},
+            {"target": "aligned_causal_lm", "args": own},
+        ],
+        "student": {"target": "causal_lm", "args": model},
+        "local": fit,
+        "distil": fit,
+        "digest": {**fit, "steps": 2},
+        "fabric": {"accelerator": "cpu", "threads": 1},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(content))
+    return build(load(folder / "recipe.yaml", [f"{key}={json.dumps(value)}" for key, value in changes.items()]), folder)
+
+
+def test_a_specialist_with_another_tokenizer_takes_part(words, tmp_path):
+    """Over two rounds, so that the mixture comes back: to the model of bytes alone."""
+    loop = speaking(words, tmp_path, **{"federation.rounds": 2, "local.steps": 50})
+    untrained = loop.runtime.predict(loop.server.student, loop.server.test, "logits").clone()
+    loop.run()
+    assert all(record["refused"] == {} for record in loop.history)
+    bytes_only, of_words = loop.clients
+    assert of_words.architecture != bytes_only.architecture
+    assert {row.client for row in loop.ledger.rows() if row.direction == "down"} == {bytes_only.id}
+    # what it answers: where a word ends, the next byte, as the text itself has it
+    answers = loop.method.answering.upload(of_words, of_words.specialist(), None)
+    answers.validate()
+    tokens = loop.server.proxy.batch(torch.arange(len(loop.server.proxy)))[0]
+    answered = answers.sizes > 0
+    share = float(answered[tokens >= 0].float().mean())
+    assert 0.1 < share < 0.9
+    mixture = loop.method._mixture(loop.server, None, weighted=True)
+    mixture.add(answers, of_words.id)
+    likeliest = mixture.result().ids[:, :-1, 0]
+    known = answered[:, :-1] & (tokens[:, 1:] >= 0)
+    assert float((likeliest == tokens[:, 1:])[known].float().mean()) > 0.5
+    assert not torch.equal(loop.runtime.predict(loop.server.student, loop.server.test, "logits"), untrained)
+
+
+def test_its_word_is_weighed_by_the_text_that_it_foretold(words, tmp_path):
+    """Log-weights go up to each byte along the own tokens, also where it does not answer."""
+    loop = speaking(words, tmp_path)
+    loop.set_up()
+    client = loop.clients[1]
+    answering = TokenAnswering(4, 1.0, None, 1.0, BayesianMixture(1.0))
+    answers = answering.upload(client, client.specialist(), torch.arange(2))
+    tokens = client.proxy.batch(torch.arange(2))[0]
+    nll = client.predict(client.specialist(), client.proxy.subset(torch.arange(2)), lambda m, x: m.token_nll(x))
+    torch.testing.assert_close(answers.weights.values()[:, 1:], -nll.cumsum(1), atol=answers.weights.step, rtol=0)
+    assert len(tokens) == len(answers.sizes)
+
+
+def test_a_student_with_a_tokenizer_of_its_own_is_refused(words, tmp_path):
+    own = {"model": "gpt2", "config": TINY, "own_tokenizer": str(words)}
+    loop = speaking(words, tmp_path, student={"target": "aligned_causal_lm", "args": own})
+    with pytest.raises(
+        UserError, match="student: aligned_causal_lm answers in the data's tokens, and cannot be taught"
+    ):
+        loop.run()
+
+
+def test_answers_over_another_vocabulary_are_refused(tmp_path):
+    loop = federation(TokenDistillation(), tmp_path)
+    loop.set_up()
+    loop.begin(1)
+    upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
+    with pytest.raises(RefusedError, match="vocabulary of 7, expected 5"):
+        loop.method.aggregate(loop.server).add(upload, 0)
+
+
+def test_a_model_may_have_more_logits_than_there_are_tokens(tmp_path):
+    wide = torch.full((7, 7), 3.0)
+    wide[:VOCAB, :VOCAB] = table(0)
+    loop = federation(TokenDistillation(k=VOCAB), tmp_path, tables=[wide], clients=1, local=0)
+    loop.runtime.factories["bigram"] = lambda: Bigram(vocab_size=7)
+    loop.run()
+    torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, [table(0)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"mass": 0.0}, "mass must be in"),
+        ({"subsample": 1.5}, "subsample must be in"),
+        ({"draws": 256}, "draws must be in 1 … 255"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be"),
+        ({"ground_truth": -1.0}, "ground_truth must be"),
+    ],
+)
+def test_settings_out_of_range(settings, reason):
+    with pytest.raises(UserError, match=reason):
+        TokenDistillation(**settings)
