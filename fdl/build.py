@@ -53,6 +53,11 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     data: FederatedDataModule = instantiate(recipe.data, "datamodule", "data")
     data.prepare_data()
     data.setup()
+    if method.tasks and data.task not in method.tasks:
+        raise UserError(
+            f"method: {recipe.method.target} is for {' and '.join(method.tasks)} data, and {recipe.data.target} is for "
+            f"{data.task}; fdl list methods has others"
+        )
     TASKS[data.task].asked(recipe.evaluation.metrics)
     if recipe.evaluation.probes and "student" not in method.requires:
         raise UserError(f"evaluation.probes: method {recipe.method.target} has no student that could be asked")

@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import nn
 
+from fdl.build import build
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
 from fdl.modules.output import Output
 from fdl.modules.weights import load_into, pin, state_of
+from fdl.recipe import from_mapping
 from fdl.runtime import Runtime
 from fdl.tasks import TASKS
 
@@ -76,3 +78,16 @@ def test_neither_frozen_nor_tied_weights_are_stated_twice(pinned):
     assert list(state_of(module)) == ["embedding.weight"]
     load_into(module, {"embedding.weight": torch.ones(4, 3)})
     assert module.head.weight.equal(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "message"),
+    [
+        ("federated_distillation", "captioned_digits", "is for classification data, and captioned_digits is for image"),
+        ("token_distillation", "digits", "is for language data, and digits is for classification"),
+    ],
+)
+def test_a_method_for_other_data_is_refused(tmp_path, method, data, message):
+    tree = {"method": method, "data": data, "student": "mlp", "specialists": ["mlp"]}
+    with pytest.raises(UserError, match=message):
+        build(from_mapping(tree), tmp_path)

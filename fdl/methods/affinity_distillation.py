@@ -40,6 +40,7 @@ class AffinityDistillation(Method):
     """
 
     name = "affinity_distillation"
+    tasks = ("image_text",)
     requires = ("student", "specialists", "proxy")
 
     def __init__(

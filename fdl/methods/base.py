@@ -36,11 +36,14 @@ class Method(ABC):
 
     Attributes:
         name: the short name in recipes.
+        tasks: the kinds of data that it is for, among `fdl.tasks.TASKS`; empty where it is for any, as are methods
+            that touch nothing but weights and a module's own loss.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
     """
 
     name: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]] = ()
     requires: tuple[str, ...] = ("student",)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:

@@ -34,6 +34,7 @@ class CFeD(FedAvg):
     """
 
     name = "cfed"
+    tasks = ("classification",)
     requires = ("student", "proxy")
 
     def __init__(self, weight: float = 1.0, temperature: float = 2.0, optimizer: ServerOptimizer | None = None):

@@ -54,6 +54,7 @@ class Codistillation(Method):
     """
 
     name = "codistillation"
+    tasks = ("classification",)
     requires = ("student", "specialists", "proxy")
 
     def __init__(

@@ -30,6 +30,7 @@ class Distillation(Method):
     """
 
     name = "distillation"
+    tasks = ("classification",)
     requires = ("student", "teacher", "proxy", "pooled")
 
     def __init__(

@@ -42,6 +42,7 @@ class FedLPFM(FedAvg):
     """
 
     name = "fed_lpfm"
+    tasks = ("classification",)
     requires = ("student", "specialists")
 
     def __init__(

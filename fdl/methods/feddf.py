@@ -30,6 +30,7 @@ class FedDF(Method):
     """
 
     name = "feddf"
+    tasks = ("classification",)
     requires = ("student", "proxy")
 
     def __init__(self, architectures: Literal["student", "specialists"] = "student"):

@@ -35,6 +35,7 @@ class FedProto(Method):
     """
 
     name = "fedproto"
+    tasks = ("classification",)
     requires = ("specialists",)
 
     def __init__(self, weight: float = 1.0, average: Literal["clients", "samples"] = "clients"):

@@ -34,6 +34,7 @@ class FML(FedAvg):
     """
 
     name = "fml"
+    tasks = ("classification",)
     requires = ("student", "specialists")
 
     def __init__(

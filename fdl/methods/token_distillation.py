@@ -52,6 +52,7 @@ class TokenDistillation(Method):
     """
 
     name = "token_distillation"
+    tasks = ("language",)
     requires: ClassVar[tuple[str, ...]] = ("student", "specialists", "proxy")
 
     def __init__(
