@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
+from lightning import LightningModule
 
 from fdl.errors import UserError
 from fdl.knowledge.aggregation import Knowledge, ResponseMean
@@ -17,14 +19,21 @@ from fdl.knowledge.features import FeatureMean, FeatureTransfer
 from fdl.knowledge.frequency import OnChange
 from fdl.knowledge.learner import Teaching
 from fdl.knowledge.memory import LastAnswers
+from fdl.knowledge.option import at_least, one_of
 from fdl.knowledge.personal import AdaptiveWeights, Gains, Similarity
 from fdl.knowledge.prototypes import PrototypePool, PrototypeTransfer
 from fdl.knowledge.subsampling import AnswerCache, rows_of_round
 from fdl.knowledge.targets import Answered, response_objective
-from fdl.losses import RESPONSE_LOSSES, entropy_reduction
+from fdl.losses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
 from fdl.messages import Bundle, Message, Responses, Standing, parts_of
 from fdl.methods.base import Method
+from fdl.methods.pools import labelled_bytes
+from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
+from fdl.recipe import Fit
+from fdl.seeding import stream_seed
+
+_SHARPENINGS = {"entropy_reduction": entropy_reduction, "power": power_sharpening}
 
 
 class FederatedDistillation(Method):
@@ -42,7 +51,12 @@ class FederatedDistillation(Method):
         loss: response loss of the student and of specialists that learn from what comes back.
         feedback: what clients receive from the second round on: the aggregate, the student's answers, or nothing.
         alpha: weight of the response loss beside those of features and prototypes, ≥ 0.
-        sharpen: temperature of DS-FL's entropy reduction of the aggregate, e.g. 0.1; None leaves it.
+        sharpen: how much to sharpen the aggregate: a temperature or an exponent, as `sharpening` says; None leaves it.
+        sharpening: by DS-FL's entropy reduction, softmax(p / T), e.g. T = 0.1, or by SCARLET's power, p^b / Σ p^b,
+            e.g. b = 1.5.
+        pretrain: epochs on the server's labelled public samples, with the `local` settings, that every new specialist
+            begins with, as in FedMD. These samples are then sent to all clients.
+        restart: draw a specialist new weights before it learns from what comes back, as in CFD.
         features: activations that go up, too.
         prototypes: centroids of the clients' data that go up, too.
         adapter: maps each participant's features, and prototypes of its embedding, to the student's space; without
@@ -56,6 +70,7 @@ class FederatedDistillation(Method):
     """
 
     name = "federated_distillation"
+    tasks = ("classification",)
     requires: ClassVar[tuple[str, ...]] = ("student", "specialists", "proxy")
 
     def __init__(
@@ -68,6 +83,9 @@ class FederatedDistillation(Method):
         feedback: Literal["aggregate", "student", "none"] = "aggregate",
         alpha: float = 1.0,
         sharpen: float | None = None,
+        sharpening: Literal["entropy_reduction", "power"] = "entropy_reduction",
+        pretrain: int = 0,
+        restart: bool = False,
         features: FeatureTransfer | None = None,
         prototypes: PrototypeTransfer | None = None,
         adapter: Literal["identity", "linear", "affine", "film", "low_rank"] = "identity",
@@ -89,7 +107,12 @@ class FederatedDistillation(Method):
         self.form = RESPONSE_LOSSES[loss].form
         if self.form == "logits" and (space == "probabilities" or sharpen is not None):
             raise UserError(f"loss {loss} compares logits, so space must be logits, unsharpened; got {space}")
-        self.confidence, self.space, self.feedback, self.sharpen = confidence, space, feedback, sharpen
+        self.confidence, self.space, self.feedback = confidence, space, feedback
+        self.sharpen, self.sharpening = sharpen, _SHARPENINGS[one_of("sharpening", sharpening, _SHARPENINGS)]
+        self.pretrain, self.restart = at_least("pretrain", pretrain, 0), restart
+        self._pretraining: Fit | None = None
+        if pretrain:
+            self.requires = (*type(self).requires, "public")
         self.weights, self.personal, self.subsample, self.cache = weights, personal, subsample, cache
         self.features = features if features is not None and features.weight > 0 else None
         self.prototypes = prototypes if prototypes is not None and prototypes.weight > 0 else None
@@ -111,6 +134,8 @@ class FederatedDistillation(Method):
     def setup_bytes(self, server: Server) -> dict[str, int]:
         """The proxy set, and the public encoder where confidence or prototypes are measured in its space."""
         costs = {"proxy": server.proxy.nbytes}
+        if self.pretrain:
+            costs["public"] = labelled_bytes(server.public, server.num_classes)
         users = (self.confidence, self.prototypes)
         if server.encoder is not None and any(user is not None and user.needs_encoder for user in users):
             costs["encoder"] = server.encoder.nbytes()
@@ -135,7 +160,7 @@ class FederatedDistillation(Method):
         answers, standing = received.get(Responses), received.get(Standing)
         if self.frequency is not None and self.frequency.idle(client, standing):
             return Standing(standing.round)
-        specialist = client.specialist()
+        specialist = self._specialist(client, answers is not None)
         if answers is not None:
             answered = Answered(client.proxy, answers.values, answers.rows)
             client.fit(specialist, answered, client.digest, self.objective, name="digest")
@@ -173,6 +198,18 @@ class FederatedDistillation(Method):
         log = self.weights.update(server, knowledge.gains) if self.weights else {}
         return log | (self.frequency.watch(server) if self.frequency else {})
 
+    def _specialist(self, client: Client, taught: bool) -> LightningModule:
+        """The client's model as it begins the round: a new one where it has none, or where CFD would draw one."""
+        new, specialist = "specialist" not in client.state, client.specialist()
+        if self.pretrain and new:
+            # one object for all clients: an optimiser is built once for each
+            self._pretraining = self._pretraining or replace(client.local, epochs=self.pretrain, steps=None)
+            client.fit(specialist, client.public, self._pretraining, name="pretrain")
+        elif self.restart and taught:
+            seed = stream_seed(client.seed, "restart", client.round, client.id)
+            load_into(specialist, state_of(client.runtime.create(client.architecture, seed)))
+        return specialist
+
     def _mean(self, server: Server, weighted: bool | None = None) -> ResponseMean:
         return ResponseMean(len(server.proxy), server.num_classes, self.space, weighted)
 
@@ -182,7 +219,7 @@ class FederatedDistillation(Method):
     def _answers(self, knowledge: Knowledge) -> Responses:
         """What clients say together, in the form that the loss compares, of those samples that anybody answered."""
         values = knowledge.values if self.form == self.space else knowledge.probabilities
-        values = values if self.sharpen is None else entropy_reduction(knowledge.probabilities, self.sharpen)
+        values = values if self.sharpen is None else self.sharpening(knowledge.probabilities, self.sharpen)
         answered = knowledge.coverage > 0
         rows = None if bool(answered.all()) else answered.nonzero().squeeze(1)
         return Responses(values if rows is None else values[rows], self.form, rows)

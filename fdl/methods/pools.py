@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fdl.datamodules.samples import Samples
 from fdl.errors import RefusedError, UserError
 from fdl.knowledge.aggregation import ParameterMean
 from fdl.knowledge.targets import Answered
@@ -31,6 +32,11 @@ def labels_needed(server: Server, method: str) -> None:
     """
     if server.task != "classification":
         raise UserError(f"method {method} is for classification data, and these are for {server.task}")
+
+
+def labelled_bytes(samples: Samples, num_classes: int) -> int:
+    """Bytes of samples with their labels: one each, two where there are more than 256 classes."""
+    return samples.nbytes + len(samples) * (1 if num_classes <= 256 else 2)
 
 
 def together(weights: Mapping[str, Weights]) -> dict[str, Tensor]:

@@ -34,6 +34,8 @@ OPTIONS = {
     "frequency": lambda: {"frequency": OnChange(threshold=0.05, expiry=2)},
     "patience": lambda: {"frequency": OnChange(threshold=0.05, patience=1)},
     "sharpen": lambda: {"sharpen": 0.1},
+    "power": lambda: {"sharpen": 2.0, "sharpening": "power"},
+    "restart": lambda: {"restart": True},
     "alpha": lambda: {"alpha": 0.5},
     "all": lambda: {
         "features": FeatureTransfer(layers=0),
@@ -143,6 +145,42 @@ def test_sharpening_makes_the_targets_ds_fl_s(tmp_path):
     a = plain.server.state["answers"][0, 0].item()
     expected = 1 / (1 + math.exp(-(2 * a - 1) / 0.1))
     assert sharp.server.state["answers"][0, 0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sharpening_by_a_power_is_scarlet_s(tmp_path):
+    power = {"sharpen": 2.0, "sharpening": "power"}
+    plain, sharp = (ran(tmp_path / name, rounds=1, **args) for name, args in (("plain", {}), ("sharp", power)))
+    p = plain.server.state["answers"]
+    torch.testing.assert_close(sharp.server.state["answers"], p**2 / (p**2).sum(1, keepdim=True))
+
+
+def test_restarted_specialists_know_only_what_came_back(tmp_path):
+    loop = toy(tmp_path, rounds=2, restart=True)
+    seen = []
+    digest = loop.clients[0].fit
+    loop.clients[0].fit = lambda module, *rest, name="fit": (
+        seen.append((name, weight(module).clone())) or digest(module, *rest, name=name)
+    )
+    loop.run()
+    # round 1 trains; round 2 begins at a new model, here zeros again, digests and trains
+    assert [name for name, _ in seen] == ["fit", "digest", "fit"]
+    assert not seen[1][1].any() and seen[2][1].any()
+
+
+def test_specialists_begin_with_labelled_public_samples_once(tmp_path):
+    loop = toy(tmp_path, rounds=2, pretrain=3)
+    for participant in (loop.server, *loop.clients):
+        participant.public = samples([E0, E1], [0, 1])
+    loop.run()
+    assert "public" in loop.method.requires
+    assert ["pretrain/loss" in record["clients"]["0"] for record in loop.history] == [True, False]
+    # three full-batch steps on both samples, each of which moves a margin z by (1 - σ(2z)) / 2
+    z, losses = 0.0, []
+    for _ in range(3):
+        losses.append(math.log(1 + math.exp(-2 * z)))
+        z += (1 - 1 / (1 + math.exp(-2 * z))) / 2
+    assert loop.history[0]["clients"]["0"]["pretrain/loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert loop.ledger.by_kind()["setup/public"] == 2 * (2 * 2 * 4 + 2)
 
 
 def test_an_unchanged_client_sends_a_few_bytes_and_still_teaches(tmp_path):
@@ -258,6 +296,8 @@ def test_a_personal_download_is_what_the_others_say(tmp_path):
     [
         ({"alpha": -1.0}, "alpha must be"),
         ({"sharpen": 0.0}, "sharpen must be"),
+        ({"sharpening": "hammer"}, "sharpening must be one of entropy_reduction, power"),
+        ({"pretrain": -1}, "pretrain must be at least 0"),
         ({"subsample": 0.0}, "subsample must be"),
         ({"cache": 0}, "cache must be"),
         ({"adapter": "fylm"}, "adapter must be one of identity, linear"),

@@ -1,0 +1,142 @@
+"""FedGEMS: a large server model and its clients teach each other on labelled public data, selectively."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdl.errors import RefusedError, UserError
+from fdl.knowledge.aggregation import Knowledge, ResponseMean
+from fdl.knowledge.targets import Answered
+from fdl.losses import cross_entropy
+from fdl.messages import Message, Responses
+from fdl.methods.base import Method
+from fdl.methods.pools import labelled_bytes, labels_needed
+from fdl.participants import Client, Server
+
+CERTAIN = 0.05
+"""Entropy in nats below which a client counts for no more: 1/H of a one-hot answer would be infinite."""
+
+
+class FedGEMS(Method):
+    """The server's student learns from clients only where it is wrong and they are right (Cheng et al., 2021).
+
+    The data module's `public` samples carry labels; the server and all clients have them. In a round every client
+    first learns ε CE + (1 − ε) KL(server ‖ client) on them, with the recipe's `digest` settings, then its private data,
+    and sends its logits of the public samples. The server asks its student which of them it gets right, and trains it,
+    with the `distil` settings, on
+
+    - CE where it is right; its logits there are remembered;
+    - ε CE + (1 − ε) KL(remembered ‖ student) where it is wrong now and was right before;
+    - KL(Σ_j a_j l_j ‖ student) where it never was right, a_j being the softmax of 1/H(p_j) over the clients that are
+      right; CE where none is.
+
+    Right and wrong are settled once a round, before the server trains. Answers of clients that are wrong are never
+    learnt from, so that poisoned ones do little harm.
+
+    Args:
+        epsilon: ε, share of the labels where there is a teacher as well, in [0, 1].
+    """
+
+    name = "fedgems"
+    tasks = ("classification",)
+    requires = ("student", "specialists", "public")
+
+    def __init__(self, epsilon: float = 0.75):
+        if not 0 <= epsilon <= 1:
+            raise UserError(f"epsilon must be in [0, 1], got {epsilon}")
+        self.epsilon = epsilon
+
+    def setup(self, server: Server, clients: Sequence[Client]) -> None:
+        """Begin with an empty memory."""
+        labels_needed(server, self.name)
+        count = len(server.public)
+        server.state["memory"] = torch.zeros(count, server.num_classes)
+        server.state["remembered"] = torch.zeros(count, dtype=torch.bool)
+
+    def setup_bytes(self, server: Server) -> dict[str, int]:
+        """The public samples and their labels."""
+        return {"public": labelled_bytes(server.public, server.num_classes)}
+
+    def download(self, server: Server, client: int) -> Responses | None:
+        """The student's logits of the public samples, None in the first round."""
+        if "answers" not in server.state:
+            return None
+        return server.say("all", lambda: Responses(server.state["answers"], "logits"))
+
+    def local_update(self, client: Client, download: Responses | None) -> Responses:
+        """Learn from the server and from public labels, then from private data; answer the public samples."""
+        specialist, labels = client.specialist(), client.public.labels
+        if download is not None:
+            shares = torch.full((len(labels),), 1 - self.epsilon)
+            samples = Answered(client.public, labels, more=[download.values, shares])
+            client.fit(specialist, samples, client.digest, _taught, name="digest")
+        client.fit(specialist, client.train, client.local)
+        client.keep(specialist)
+        return Responses(client.predict(specialist, client.public), "logits", samples=client.samples)
+
+    def aggregate(self, server: Server) -> RightOnes:
+        """What the clients that are right say, sample by sample."""
+        return RightOnes(server.public.labels, server.num_classes)
+
+    def server_update(self, server: Server, knowledge: Knowledge) -> dict[str, float]:
+        """Train the student on what is right, on what it remembers, and on what clients know better."""
+        labels = server.public.labels
+        logits = server.predict(server.student, server.public)
+        right = logits.argmax(1) == labels
+        memory = torch.where(right.unsqueeze(1), logits, server.state["memory"])
+        remembered = server.state["remembered"]
+        helped = ~right & ~remembered & (knowledge.coverage > 0)
+        targets = torch.where(remembered.unsqueeze(1), memory, knowledge.values)
+        shares = torch.zeros(len(labels))
+        shares[~right & remembered], shares[helped] = 1 - self.epsilon, 1.0
+        server.state["memory"], server.state["remembered"] = memory, remembered | right
+        samples = Answered(server.public, labels, more=[targets, shares])
+        server.fit(server.student, samples, server.distil, _taught, name="distil")
+        server.state["answers"] = server.predict(server.student, server.public)
+        kinds = {"right": right, "remembered": ~right & remembered, "helped": helped}
+        return {f"public/{name}": float(rows.float().mean()) for name, rows in kinds.items()}
+
+
+def _taught(module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+    """(1 − s) CE + s KL(teacher ‖ module) with a share s for each sample."""
+    inputs, labels, targets, shares = batch
+    logits = module(inputs).logits.float()
+    hard = F.cross_entropy(logits, labels, reduction="none")
+    log_teacher = torch.log_softmax(targets, dim=1)
+    soft = F.kl_div(torch.log_softmax(logits, dim=1), log_teacher, reduction="none", log_target=True).sum(1)
+    parts = {"cross_entropy": cross_entropy(logits, labels).detach(), "distillation": (shares * soft).mean().detach()}
+    return {**parts, "loss": ((1 - shares) * hard + shares * soft).mean()}
+
+
+class RightOnes(ResponseMean):
+    """Mean logits of those clients whose likeliest class is the label, weighted by softmax of 1/H of their answers.
+
+    Args:
+        labels: of the public samples, int64 [n].
+        num_classes: C.
+    """
+
+    def __init__(self, labels: Tensor, num_classes: int):
+        super().__init__(len(labels), num_classes, "logits", weighted=False)
+        self.labels = labels
+
+    def add(self, responses: Message, client: int) -> None:
+        """Take in one client's logits of all samples.
+
+        Raises:
+            RefusedError: they do not fit; the mean is as it was.
+        """
+        if not isinstance(responses, Responses) or responses.form != "logits" or responses.rows is not None:
+            raise RefusedError("expected logits of all public samples")
+        log_weights, values = self._checked_log_weights(responses), self._checked_values(responses)
+        rows = self._checked_rows(responses)[values.argmax(1) == self.labels]
+        values = values[rows]
+        entropy = torch.special.entr(torch.softmax(values, dim=1)).sum(1)
+        certainty = log_weights[rows] + 1 / entropy.clamp_min(CERTAIN)
+        self._accumulate(rows, certainty, torch.ones_like(certainty), values, torch.ones_like(rows))
+        self.clients += 1

@@ -1,0 +1,92 @@
+"""benchmarks/methods.py on its smallest job: the table is that of the runs, and unequal work is refused."""
+
+import csv
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fdl.catalog import KINDS, short_names
+from fdl.recipe import load
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("methods", ROOT / "benchmarks/methods.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(script, tmp_path_factory):
+    place = tmp_path_factory.mktemp("methods")
+    assert script.main(["--quick", "--seeds", "0", "--only", "single_site", "one_shot", "--output", str(place)]) == 0
+    return place
+
+
+def test_the_table_says_what_the_runs_say(folder):
+    with open(folder / "methods.csv", encoding="utf-8", newline="") as file:
+        table = {line["method"]: line for line in csv.DictReader(file)}
+    summaries = {m: json.loads((folder / m / "seed-0" / "summary.json").read_text()) for m in table}
+    assert list(table) == ["centralized", "single_site", "one_shot"]
+    central = summaries["centralized"]["best"]["metrics"]["student/test/accuracy"]
+    expected = {
+        "centralized": central,
+        "single_site": summaries["single_site"]["metrics"]["specialists/test/accuracy"],
+        "one_shot": summaries["one_shot"]["best"]["metrics"]["student/test/accuracy"],
+    }
+    for method, line in table.items():
+        assert float(line["accuracy"]) == expected[method]
+        assert float(line["kte"]) == pytest.approx(expected[method] / central)
+        sent = summaries[method]["communication"]
+        assert float(line["setup_bytes"]) == sent["setup_bytes"]
+        assert float(line["peak_bytes"]) == summaries[method]["memory"]["peak_rss_bytes"] > 1e8
+    assert table["single_site"]["answers"] == "clients" and float(table["single_site"]["bytes"]) == 0
+    # one round, three clients, answers of ten classes to 400 samples with a byte of confidence
+    assert float(table["one_shot"]["bytes"]) == pytest.approx(3 * 400 * 41, rel=0.02)
+
+
+def test_a_method_of_one_round_takes_all_steps_in_it(script, tmp_path):
+    planned = script.plan(script.RECIPE, script.QUICK, ["fedavg", "one_shot"], [0], tmp_path)
+    average, single = map(script.at_once, planned)
+    assert (average.recipe.federation.rounds, average.recipe.local.steps) == (3, 10)
+    assert (single.recipe.federation.rounds, single.recipe.local.steps, single.recipe.distil.steps) == (1, 30, 60)
+    script.assert_equal_work([average, single])
+    with pytest.raises(AssertionError, match="one_shot takes 10 local steps, others 30"):
+        script.assert_equal_work([average, planned[1]._replace(recipe=_once(planned[1].recipe))])
+    longer = replace(average.recipe, local=replace(average.recipe.local, batch_size=16))
+    with pytest.raises(AssertionError, match=r"fedavg differs in \['local.batch_size'\]"):
+        script.assert_equal_work([average, average._replace(recipe=longer)])
+
+
+def _once(recipe):
+    return replace(recipe, federation=replace(recipe.federation, rounds=1))
+
+
+def test_files_for_people(folder):
+    text = (folder / "methods.md").read_text(encoding="utf-8")
+    assert text.startswith("digits, 3 clients, 3 rounds.") and "| one_shot | student |" in text
+    assert (folder / "methods.png").read_bytes().startswith(b"\x89PNG")
+    assert any((folder / "tensorboard/summary").iterdir()) and (folder / "tensorboard/one_shot-seed0").is_dir()
+
+
+def test_the_photographs_take_the_same_variants(script, tmp_path):
+    changes = script.overrides("cifar10", tmp_path / "images.npz", quick=False)
+    recipe = load(script.RECIPE, changes)
+    assert recipe.data.args["public"] == 500 and recipe.data.args["size"] == 16
+    for mode in ("merged", "periodic"):
+        sizes = recipe.compare.variants[f"codistillation_{mode}"]["specialists"]
+        assert sizes[0]["args"] == recipe.student.args
+
+
+def test_every_method_for_labelled_images_is_compared(script):
+    recipe = load(script.RECIPE)
+    methods = [changes["method"] for changes in recipe.compare.variants.values()]
+    named = {method if isinstance(method, str) else method["target"] for method in methods}
+    elsewhere = {"affinity_distillation", "cfed", "federated_prompts", "fedlora", "token_distillation"}
+    assert named == set(short_names(KINDS["method"])) - elsewhere
