@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.catalog import suggest
@@ -14,15 +13,15 @@ from fdl.errors import UserError
 from fdl.losses import cross_entropy
 from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.input_adapter import InputAdapter
-from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.output import Output
+from fdl.modules.trainer_hooks import TrainerHooks
 from fdl.modules.tuning import apply_tuning, hold_frozen
 from fdl.padding import ignores_padding
 
 Batch = tuple[Tensor, Tensor | None]
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(TrainerHooks):
     """Trains a network on labelled images, with a plain Trainer or in a federation's rounds.
 
     Federated rounds call `training_step` outside any Trainer, so steps return their numbers and only hooks that a
@@ -131,19 +130,6 @@ class ImageClassifier(LightningModule):
     def predict_step(self, batch: Batch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
         """Answer a batch; labels, where there are any, are not looked at."""
         return self(batch if isinstance(batch, Tensor) else batch[0])
-
-    def configure_optimizers(self) -> Any:
-        """Build optimiser and schedule for a plain Trainer."""
-        optimizer = build_optimizer(
-            [p for p in self.parameters() if p.requires_grad],
-            self.optimizer_config["target"],
-            self.optimizer_config.get("args"),
-        )
-        if self.scheduler_config is None:
-            return optimizer
-        scheduler = build_scheduler(optimizer, self.scheduler_config["target"], self.scheduler_config.get("args"))
-        interval = self.scheduler_config.get("interval", "epoch")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def on_train_batch_end(self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int) -> None:
         """Log the training loss, under a Trainer."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.contrastive_losses import MAX_SCALE, clamp_scale, gathered_info_nce, info_nce, logits_between, sigmoid_loss
 from fdl.errors import UserError
 from fdl.modules.features import capture
-from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.output import Output
+from fdl.modules.trainer_hooks import TrainerHooks
 
 Pairs = tuple[Tensor, Tensor]
 """Images float32 [B, C, H, W] and their texts int64 [B, T], padded on the right with -1."""
@@ -24,7 +24,7 @@ _FIRST_SCALE = {"contrastive": 1 / 0.07, "sigmoid": 10.0}
 _FIRST_BIAS = -10.0
 
 
-class DualEncoder(LightningModule):
+class DualEncoder(TrainerHooks, ABC):
     """Trains two towers so that an image and its text come close, with a plain Trainer or in a federation's rounds.
 
     A subclass writes `image_vectors` and `text_vectors`, whose results need not have length 1.
@@ -63,13 +63,13 @@ class DualEncoder(LightningModule):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(_FIRST_SCALE[loss])))
         self.logit_bias = nn.Parameter(torch.tensor(_FIRST_BIAS)) if loss == "sigmoid" else None
 
+    @abstractmethod
     def image_vectors(self, images: Tensor) -> Tensor:
         """Vectors [B, D] of images [B, C, H, W]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_vectors(self, tokens: Tensor) -> Tensor:
         """Vectors [B, D] of texts, int64 [B, T], padded on the right with -1."""
-        raise NotImplementedError
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit vectors ``[B, D]`` of images ``[B, C, H, W]``."""
@@ -121,19 +121,6 @@ class DualEncoder(LightningModule):
     def predict_step(self, batch: tuple[Pairs, None], batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
         """Answer a batch."""
         return self(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        """Build optimiser and schedule for a plain Trainer."""
-        optimizer = build_optimizer(
-            [p for p in self.parameters() if p.requires_grad],
-            self.optimizer_config["target"],
-            self.optimizer_config.get("args"),
-        )
-        if self.scheduler_config is None:
-            return optimizer
-        scheduler = build_scheduler(optimizer, self.scheduler_config["target"], self.scheduler_config.get("args"))
-        interval = self.scheduler_config.get("interval", "epoch")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def on_fit_start(self) -> None:
         """Under a Trainer on several devices, pairs are told from those of all devices."""

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
-from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.output import Output
+from fdl.modules.trainer_hooks import TrainerHooks
 from fdl.modules.tuning import hold_frozen
 
 Batch = tuple[Tensor, Tensor | None]
 
 
-class TransformersModule(LightningModule):
+class TransformersModule(TrainerHooks):
     """Trains a network of transformers, with a plain Trainer or in a federation's rounds.
 
     Args:
@@ -54,19 +51,6 @@ class TransformersModule(LightningModule):
     def predict_step(self, batch: Batch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
         """Answer a batch; labels, where there are any, are not looked at."""
         return self(batch if isinstance(batch, Tensor) else batch[0])
-
-    def configure_optimizers(self) -> Any:
-        """Build optimiser and schedule for a plain Trainer."""
-        optimizer = build_optimizer(
-            [p for p in self.parameters() if p.requires_grad],
-            self.optimizer_config["target"],
-            self.optimizer_config.get("args"),
-        )
-        if self.scheduler_config is None:
-            return optimizer
-        scheduler = build_scheduler(optimizer, self.scheduler_config["target"], self.scheduler_config.get("args"))
-        interval = self.scheduler_config.get("interval", "epoch")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def on_train_batch_end(self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int) -> None:
         """Log the training loss, under a Trainer."""
