@@ -85,6 +85,10 @@ def test_neither_frozen_nor_tied_weights_are_stated_twice(pinned):
     [
         ("federated_distillation", "captioned_digits", "is for classification data, and captioned_digits is for image"),
         ("token_distillation", "digits", "is for language data, and digits is for classification"),
+        *(
+            (method, "captioned_digits", f"method: {method} is for classification data")
+            for method in ("codistillation", "fed_lpfm", "fedproto", "fml", "feddf", "cfed")
+        ),
     ],
 )
 def test_a_method_for_other_data_is_refused(tmp_path, method, data, message):

@@ -12,7 +12,6 @@ from fdl.errors import UserError
 from fdl.losses import cross_entropy, kd_loss
 from fdl.messages import Bundle, Message, Parameters, Responses, parts_of
 from fdl.methods.fedavg import FedAvg
-from fdl.methods.pools import labels_needed
 from fdl.modules.weights import state_of
 from fdl.participants import Client, Server
 from fdl.runtime import Objective
@@ -46,8 +45,7 @@ class CFeD(FedAvg):
         self.weight, self.temperature = weight, temperature
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """See that there are classes, and stages."""
-        labels_needed(server, self.name)
+        """See that there are stages."""
         if server.arrival is None:
             raise UserError(f"method {self.name} needs an arrival: without stages there is nothing to forget")
 

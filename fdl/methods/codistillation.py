@@ -16,7 +16,6 @@ from fdl.methods.pools import (
     Weights,
     architectures,
     between,
-    labels_needed,
     part_of,
     stream_of,
     taught_by_others,
@@ -78,7 +77,6 @@ class Codistillation(Method):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Draw first weights for every pool, and note who belongs to which."""
-        labels_needed(server, self.name)
         first, *others = architectures(server.runtime)
         if not others:
             raise UserError("specialists: codistillation needs two different models or more, the smallest first")

@@ -15,7 +15,7 @@ from fdl.knowledge.targets import Answered
 from fdl.losses import RESPONSE_LOSSES, cross_entropy
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
-from fdl.methods.pools import architectures, labels_needed
+from fdl.methods.pools import architectures
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server, copy_of
 from fdl.server_optimizers import ServerOptimizer
@@ -68,7 +68,6 @@ class FedLPFM(FedAvg):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that there are as many foundation models as each client is to hold."""
-        labels_needed(server, self.name)
         known = architectures(server.runtime)
         if self.models > len(known):
             raise UserError(f"models: {self.models} at a client, but specialists has {len(known)} different ones")

@@ -15,7 +15,7 @@ from fdl.knowledge.targets import Answered
 from fdl.losses import cross_entropy
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
-from fdl.methods.pools import labelled_bytes, labels_needed
+from fdl.methods.pools import labelled_bytes
 from fdl.participants import Client, Server
 
 CERTAIN = 0.05
@@ -53,7 +53,6 @@ class FedGEMS(Method):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Begin with an empty memory."""
-        labels_needed(server, self.name)
         count = len(server.public)
         server.state["memory"] = torch.zeros(count, server.num_classes)
         server.state["remembered"] = torch.zeros(count, dtype=torch.bool)

@@ -17,7 +17,7 @@ from fdl.knowledge.targets import Answered
 from fdl.losses import cross_entropy, kd_loss
 from fdl.messages import Responses
 from fdl.methods.base import Method
-from fdl.methods.pools import architectures, labels_needed
+from fdl.methods.pools import architectures
 from fdl.modules.output import Output
 from fdl.modules.weights import load_into
 from fdl.participants import Client, Server, copy_of
@@ -54,7 +54,6 @@ class FedGKT(Method):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that the server's model takes what extractors give, and keep its first weights."""
-        labels_needed(server, self.name)
         one = server.test.subset(torch.tensor([0]))
         shape = getattr(server.teacher, "input_shape", None)
         for key in architectures(server.runtime):

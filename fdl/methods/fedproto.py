@@ -12,7 +12,7 @@ from fdl.errors import RefusedError, UserError
 from fdl.losses import cross_entropy
 from fdl.messages import Prototypes
 from fdl.methods.base import Method
-from fdl.methods.pools import architectures, labels_needed
+from fdl.methods.pools import architectures
 from fdl.participants import Client, Server
 from fdl.runtime import Objective
 
@@ -45,7 +45,6 @@ class FedProto(Method):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that all embeddings have one width."""
-        labels_needed(server, self.name)
         modules = {key: server.runtime.template(key) for key in architectures(server.runtime)}
         widths = {key: module.embedding_dim for key, module in modules.items() if hasattr(module, "embedding_dim")}
         if len(set(widths.values())) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,9 +11,8 @@ from fdl.errors import UserError
 from fdl.losses import distillation
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
-from fdl.methods.pools import labels_needed
 from fdl.modules.weights import state_of
-from fdl.participants import Client, Server
+from fdl.participants import Client
 from fdl.server_optimizers import ServerOptimizer
 
 
@@ -51,10 +50,6 @@ class FML(FedAvg):
         if not temperature > 0:
             raise UserError(f"temperature must be > 0, got {temperature}")
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
-
-    def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """See that there are classes to agree on."""
-        labels_needed(server, self.name)
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train the personal model and the meme on the same batches; return the meme's weights."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl.datamodules.samples import Samples
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RefusedError
 from fdl.knowledge.aggregation import ParameterMean
 from fdl.knowledge.targets import Answered
 from fdl.messages import Parameters
@@ -22,16 +22,6 @@ Weights = Mapping[str, Tensor]
 def architectures(runtime: Runtime) -> list[str]:
     """The different architectures among the recipe's specialists, in its order; equal entries are one."""
     return [key for key in runtime.factories if key not in ("student", "teacher")]
-
-
-def labels_needed(server: Server, method: str) -> None:
-    """See that the data have classes, where a method compares answers class by class with labels.
-
-    Raises:
-        UserError: they are for another task.
-    """
-    if server.task != "classification":
-        raise UserError(f"method {method} is for classification data, and these are for {server.task}")
 
 
 def labelled_bytes(samples: Samples, num_classes: int) -> int:

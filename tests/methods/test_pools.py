@@ -1,23 +1,8 @@
 """What the methods of several architectures share."""
 
-import pytest
 import torch
 
-from fdl.errors import UserError
-from fdl.methods.codistillation import Codistillation
-from fdl.methods.fed_lpfm import FedLPFM
-from fdl.methods.fedproto import FedProto
-from fdl.methods.fml import FML
 from fdl.methods.pools import between, part_of, together
-from tests.toy import federation
-
-
-@pytest.mark.parametrize("make", [Codistillation, FedLPFM, FedProto, FML])
-def test_data_without_classes_are_refused_before_anything_is_trained(tmp_path, make):
-    loop = federation(make(), tmp_path)
-    loop.server.task = "language"
-    with pytest.raises(UserError, match=f"method {make.name} is for classification data, and these are for language"):
-        loop.run()
 
 
 def test_models_of_one_message_come_apart_again():
