@@ -1,0 +1,96 @@
+"""What a robust rule is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fdl.errors import UserError
+from fdl.robust.ballot import Ballot, Decision, Votes
+
+
+class Rule(ABC):
+    """Makes one vector a row of all clients' vectors; holds settings only.
+
+    Every client's vector is needed at once, so memory grows with the number of clients, unlike that of a mean.
+
+    Args:
+        cap: largest share of a proxy sample's weight that a client can claim by its confidence, as a multiple of an
+            equal share, ≥ 1; what is cut off goes to the others in proportion. 1 ignores confidence, None trusts it:
+            then one liar can have a row for itself. The parameters of all clients count alike, whatever number of
+            samples they claim.
+
+    Attributes:
+        per_liar: how many more uploads a row needs for every liar that is tolerated.
+        beside: how many it needs beside those.
+    """
+
+    name: ClassVar[str]
+    per_liar: ClassVar[int] = 0
+    beside: ClassVar[int] = 1
+
+    def __init__(self, cap: float | None = 2.0):
+        if cap is not None and not cap >= 1:
+            raise UserError(f"cap must be at least 1, an equal share, got {cap}")
+        self.cap = cap
+
+    @property
+    def least(self) -> int:
+        """How many clients must say something of a row; with fewer, nothing is decided about it."""
+        return self.beside
+
+    @abstractmethod
+    def decide(self, ballot: Ballot) -> Decision:
+        """Make up one vector for every row."""
+
+    def rows(self, ballot: Ballot, combine: Callable[[Votes], tuple[Tensor, Tensor]]) -> Decision:
+        """Put together what is made of blocks of rows, without those that too few clients say something of.
+
+        Args:
+            ballot: all that clients say.
+            combine: makes values [R, D] and weights [n, R] of some rows.
+        """
+        values, weights = [], []
+        for votes in ballot.votes(self.cap):
+            combined, weighed = combine(votes)
+            enough = votes.counts >= self.least
+            values.append(torch.where(enough.unsqueeze(1), combined, 0.0))
+            weights.append(torch.where(enough, weighed, 0.0))
+        return Decision(torch.cat(values), torch.cat(weights, dim=1))
+
+
+class RowRule(Rule):
+    """A rule for which every row stands by itself."""
+
+    def decide(self, ballot: Ballot) -> Decision:
+        """Combine all rows."""
+        return self.rows(ballot, self.combine)
+
+    @abstractmethod
+    def combine(self, votes: Votes) -> tuple[Tensor, Tensor]:
+        """Values [R, D] and weights [n, R] of some rows."""
+
+
+class WeighingRule(RowRule):
+    """A rule that multiplies each client's vector by a number."""
+
+    def combine(self, votes: Votes) -> tuple[Tensor, Tensor]:
+        """The sum of vectors, each times its coefficient."""
+        coefficients = self.coefficients(votes)
+        return votes.total(coefficients), coefficients
+
+    @abstractmethod
+    def coefficients(self, votes: Votes) -> Tensor:
+        """What to multiply by, float64 [n, R], ≥ 0."""
+
+
+class Plain(WeighingRule):
+    """No rule: the mean by shares, for a rehearsal, in which nobody has learnt anything."""
+
+    def coefficients(self, votes: Votes) -> Tensor:
+        """The shares."""
+        return votes.shares
