@@ -14,6 +14,7 @@ from fdl.tasks import TASKS
 def test_all_are_found_by_name_and_say_what_they_are_for():
     found = entries(KINDS["evaluator"])
     assert [entry.name for entry in found] == [
+        "backdoor",
         "base_new",
         "continual",
         "generation",

@@ -1,0 +1,193 @@
+"""Who of the clients is dishonest, and the one place where their uploads take the place of honest ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from fdl.adversaries.base import SPACES, Adversary, Scene, Upload
+from fdl.errors import UserError
+from fdl.messages import Bundle, Message
+from fdl.methods.base import Method
+from fdl.seeding import numpy_stream, torch_stream
+
+if TYPE_CHECKING:
+    from fdl.datamodules.samples import Samples
+    from fdl.participants import Client
+    from fdl.recipe import Dishonest
+
+Gather = Callable[[dict[int, Upload]], Mapping[int, Upload]]
+
+
+@dataclass(frozen=True)
+class Coalition:
+    """One entry of a recipe's adversaries: clients that do the same and know of each other.
+
+    Attributes:
+        adversary: what they do.
+        clients: who they are, by id.
+        start: the round from which they do it.
+    """
+
+    adversary: Adversary
+    clients: Mapping[int, Client]
+    start: int = 1
+
+
+class Adversaries:
+    """All dishonest clients of a run; maps what clients would honestly send to what is sent.
+
+    Args:
+        coalitions: by entry; no client is in two.
+    """
+
+    def __init__(self, coalitions: Sequence[Coalition] = ()):
+        self.coalitions = tuple(coalitions)
+        self._downloads: dict[int, Upload | None] = {}
+
+    def active(self, round: int) -> dict[int, Coalition]:
+        """The coalition of every client that is dishonest in a round."""
+        return {id: one for one in self.coalitions if round >= one.start for id in one.clients}
+
+    def looks(self, round: int) -> bool:
+        """Whether uploads of a round must be known to others before they are sent: the same on every rank."""
+        return any(one.adversary.sees != "nobody" for one in self.active(round).values())
+
+    def listen(self, round: int, turns: Iterable[tuple[Client, Upload | None]]) -> Iterator[tuple[Client, Any]]:
+        """Pass turns on, and keep what dishonest clients are sent in this round."""
+        hostile = self.active(round)
+        self._downloads = {}
+        for client, download in turns:
+            if client.id in hostile:
+                self._downloads[client.id] = download
+            yield client, download
+
+    def __call__(
+        self, round: int, pairs: Iterable[tuple[Client, Upload | None]], gather: Gather = dict
+    ) -> Iterator[tuple[Client, Upload | None]]:
+        """Put what dishonest clients send in the place of what honest ones would.
+
+        Where nobody needs to see others, uploads are passed on one by one. Otherwise all uploads of the round are
+        copied and held until the last is there; memory then grows with the clients of the round.
+
+        Args:
+            round: the current round.
+            pairs: clients of this process with their uploads, before anything is encoded.
+            gather: gives the uploads of all ranks, by client, for those of this one. It is called once, on every rank,
+                in rounds of which `looks` is true, and in no others.
+
+        Yields:
+            The same clients in the same order, with what they send.
+        """
+        hostile = self.active(round)
+        if not hostile:
+            yield from pairs
+            return
+        if not self.looks(round):
+            for client, upload in pairs:
+                yield client, self._sent(client, upload, hostile, {})
+            return
+        held = [(client, copy.deepcopy(upload)) for client, upload in pairs]  # it may lie in a module others fill
+        everybody = gather({client.id: upload for client, upload in held if upload is not None})
+        for client, upload in held:
+            yield client, self._sent(client, upload, hostile, everybody)
+
+    def _sent(
+        self, client: Client, own: Upload | None, hostile: Mapping[int, Coalition], everybody: Mapping[int, Upload]
+    ) -> Upload | None:
+        coalition = hostile.get(client.id)
+        if coalition is None or own is None:
+            return own
+        sees = coalition.adversary.sees
+        scene = Scene(
+            client=client,
+            own=own,
+            download=self._downloads.get(client.id),
+            honest=[everybody[id] for id in sorted(everybody) if id not in hostile] if sees == "all" else (),
+            allies={id: everybody[id] for id in sorted(coalition.clients) if id in everybody},
+            clients=coalition.clients,
+            heard=max(len(everybody), 1),
+            hostile=max(len(everybody.keys() & hostile.keys()), 1),
+        )
+        try:
+            return coalition.adversary.attack(scene)
+        except UserError as error:
+            raise UserError(f"client {client.id} in round {client.round}: {error}") from error
+
+
+def chosen(entries: Sequence[Dishonest], clients: int, seed: int) -> list[list[int]]:
+    """The clients of each entry: those it names, or its share of the others, drawn from a stream of its own.
+
+    Entries that give a share take it from one random order of all clients that no entry names, one after the other, so
+    that a larger share has all the clients of a smaller one.
+
+    Args:
+        entries: of the recipe.
+        clients: how many there are.
+        seed: the recipe's seed.
+
+    Returns:
+        Sorted ids for each entry.
+    """
+    named = {client for entry in entries for client in entry.clients or ()}
+    order = [c for c in numpy_stream(seed, "adversaries").permutation(clients).tolist() if c not in named]
+    result = []
+    for entry in entries:
+        if entry.clients is not None:
+            result.append(sorted(entry.clients))
+            continue
+        count = how_many(entry.share, clients)
+        result.append(sorted(order[:count]))
+        order = order[count:]
+    return result
+
+
+def how_many(share: float, clients: int) -> int:
+    """Clients that a share comes to, rounded."""
+    return int(share * clients + 0.5)
+
+
+def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method: Method) -> Coalition:
+    """Let clients play an adversary: see that they can, and give them what it does to their data.
+
+    Raises:
+        UserError: the method sends nothing that it attacks, or the data are not for it.
+    """
+    _check_space(adversary, method)
+    for client in clients:
+        if adversary.tasks and client.task not in adversary.tasks:
+            raise UserError(
+                f"{adversary.name} is for {' and '.join(adversary.tasks)} data; these are for {client.task}"
+            )
+        adversary.prepare(client)
+        client.corrupt, client.corrupt_from = partial(_corrupt, adversary, client), start
+    return Coalition(adversary, {client.id: client for client in clients}, start)
+
+
+def _corrupt(adversary: Adversary, client: Client, samples: Samples, purpose: str) -> Samples:
+    return adversary.corrupt(samples, torch_stream(client.seed, f"adversary/{purpose}", 0, client.id))
+
+
+def _check_space(adversary: Adversary, method: Method) -> None:
+    """Compare what an adversary attacks with what the method says that clients send, as far as it does.
+
+    Raises:
+        UserError: they have nothing in common.
+    """
+    if type(method).aggregate is Method.aggregate:
+        raise UserError(f"clients of method {method.name} send nothing that could be attacked")
+    try:
+        sent = get_type_hints(type(method).local_update).get("return", Message)
+    except NameError:  # an annotation that is there for type checkers alone: what is sent tells
+        return
+    kinds = set(get_args(sent) or (sent,)) - {type(None)}
+    known = SPACES if kinds & {Message, Bundle} else {kind: SPACES[kind] for kind in kinds if kind in SPACES}
+    if "data" in adversary.spaces or set(known.values()) & set(adversary.spaces):
+        return
+    found = " and ".join(sorted(kind.kind for kind in kinds))
+    raise UserError(
+        f"{adversary.name} attacks {' and '.join(adversary.spaces)}, and clients of method {method.name} send {found}"
+    )

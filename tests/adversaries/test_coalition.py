@@ -1,0 +1,201 @@
+"""Adversaries in a run: who, from when, and that nobody else is touched."""
+
+import pytest
+import torch
+
+from fdl.adversaries.answers import FixedClass, LeastLikely, RandomClass
+from fdl.adversaries.base import Scene
+from fdl.adversaries.coalition import Adversaries, Coalition, chosen, recruit
+from fdl.adversaries.data import LabelFlip
+from fdl.adversaries.riders import FreeRider, Sybil
+from fdl.adversaries.vectors import ALittleIsEnough, GaussianNoise, SignFlip
+from fdl.errors import UserError
+from fdl.methods.fedavg import FedAvg
+from fdl.methods.federated_distillation import FederatedDistillation
+from fdl.methods.fedproto import FedProto
+from fdl.methods.single_site import SingleSite
+from fdl.recipe import Dishonest
+from tests.adversaries.scenes import Player, answers, flat, weights
+from tests.test_loop import Crash, outcome
+from tests.toy import federation, weight
+
+
+def hostile(loop, adversary, clients=(1,), start=1):
+    players = [loop.clients[id] for id in clients]
+    loop.adversaries = Adversaries([recruit(adversary, start, players, loop.method)])
+    return loop
+
+
+@pytest.mark.parametrize("method", [FedAvg, FederatedDistillation])
+def test_before_they_start_adversaries_change_nothing(tmp_path, method):
+    settings = {"rounds": 3, "local": 2}
+    honest = federation(method(), tmp_path / "honest", **settings)
+    honest.run()
+    for i, adversary in enumerate((LabelFlip(), SignFlip(), ALittleIsEnough())):
+        loop = hostile(federation(method(), tmp_path / f"late-{i}", **settings), adversary, start=4)
+        loop.run()
+        assert outcome(loop) == outcome(honest)
+        early = hostile(federation(method(), tmp_path / f"early-{i}", **settings), adversary, start=3)
+        early.run()
+        if not isinstance(adversary, ALittleIsEnough):  # of one honest client it repeats what that says
+            assert early.history[-1] != honest.history[-1]
+        assert [r["metrics"] for r in early.history[:2]] == [r["metrics"] for r in honest.history[:2]]
+
+
+def test_the_fall_of_a_federated_average_is_that_of_the_formula(tmp_path):
+    honest = federation(FedAvg(), tmp_path / "honest")
+    honest.run()
+    # from zero, one step: client 0 ([.5, 0], [-.5, 0]), client 1 ([0, -.5], [0, .5]) with three samples of four
+    loop = hostile(federation(FedAvg(), tmp_path / "flipped"), SignFlip())
+    loop.run()
+    torch.testing.assert_close(weight(honest.server.student), torch.tensor([[0.125, -0.375], [-0.125, 0.375]]))
+    torch.testing.assert_close(weight(loop.server.student), torch.tensor([[0.125, 0.375], [-0.125, -0.375]]))
+
+
+def test_a_free_rider_pulls_towards_what_was(tmp_path):
+    loop = hostile(federation(FedAvg(), tmp_path), FreeRider())
+    loop.run()
+    torch.testing.assert_close(weight(loop.server.student), torch.tensor([[0.125, 0.0], [-0.125, 0.0]]))
+
+
+def test_flipped_labels_are_learnt_as_such(tmp_path):
+    loop = hostile(federation(FedAvg(), tmp_path), LabelFlip())
+    loop.run()  # client 1 says that its (0, 1) are of class 0
+    torch.testing.assert_close(weight(loop.server.student), torch.tensor([[0.125, 0.375], [-0.125, -0.375]]))
+    assert loop.clients[1].train.labels.tolist() == [0, 0, 0] and loop.clients[0].train.labels.tolist() == [0]
+
+
+CASES = [
+    (FedAvg, LabelFlip()),
+    (FedAvg, GaussianNoise(0.3)),
+    (FedAvg, FreeRider(0.1)),
+    (FedAvg, Sybil(SignFlip())),
+    (FederatedDistillation, RandomClass()),
+    (FederatedDistillation, FreeRider(0.5)),
+    (FederatedDistillation, LeastLikely()),
+    (FederatedDistillation, Sybil(LabelFlip())),
+]
+
+
+@pytest.mark.parametrize(("method", "adversary"), CASES, ids=lambda case: getattr(case, "name", ""))
+def test_a_resumed_run_equals_the_straight_one(tmp_path, method, adversary):
+    settings = {"rounds": 3, "local": 2}
+    straight = hostile(federation(method(), tmp_path / "straight", **settings), adversary, start=2)
+    straight.run()
+    crashed = hostile(federation(method(), tmp_path / "x", callbacks=[Crash(3)], **settings), adversary, start=2)
+    with pytest.raises(RuntimeError, match="crash"):
+        crashed.run()
+    resumed = hostile(federation(method(), tmp_path / "x", **settings), adversary, start=2)
+    resumed.run(resume=True)
+    assert resumed.resumed_from == 2
+    assert outcome(resumed) == outcome(straight)
+    honest = federation(method(), tmp_path / "honest", **settings)
+    honest.run()
+    assert outcome(honest) != outcome(straight)
+
+
+def test_what_is_seen_of_a_round():
+    seen: dict[int, Scene] = {}
+
+    class Spy(LeastLikely):
+        def attack(self, scene):
+            seen[scene.client.id] = scene
+            return scene.own
+
+    players = {i: Player(i) for i in range(5)}
+    uploads = {i: answers([[0.1 * i, 1 - 0.1 * i]]) for i in range(5)}
+    both = Adversaries(
+        [
+            Coalition(Spy(), {i: players[i] for i in (3, 4)}),
+            Coalition(FixedClass(), {0: players[0]}),
+            Coalition(FixedClass(), {1: players[1]}, start=9),
+        ]
+    )
+    turns = [(players[i], uploads[i] if i % 2 else None) for i in (4, 0, 2, 1, 3)]
+    pairs = [(client, uploads[client.id]) for client, _ in both.listen(1, turns)]
+    sent = list(both(1, pairs))
+    assert [client.id for client, _ in sent] == [4, 0, 2, 1, 3]
+    assert [m.values.tolist() for m in seen[3].honest] == [uploads[i].values.tolist() for i in (1, 2)]
+    assert (seen[3].heard, seen[3].hostile, list(seen[3].allies)) == (5, 3, [3, 4])
+    assert seen[3].download is uploads[3] and seen[4].download is None
+    assert sent[1][1].values.tolist() == [[1.0, 0.0]]
+    # as on two ranks: each holds some of the clients, and gets all uploads
+    rest = {client.id: upload for client, upload in pairs[2:]}
+    part = list(both(1, pairs[:2], lambda own: {**own, **rest}))
+    assert [m.values.tolist() for _, m in part] == [m.values.tolist() for _, m in sent[:2]]
+    assert len(seen[4].honest) == 2 and both.looks(1) and not Adversaries().looks(1)
+
+
+def test_who_sees_nobody_does_not_hold_the_round():
+    players = [Player(i) for i in range(3)]
+    asked = []
+
+    def turns():
+        for player in players:
+            asked.append(player.id)
+            yield player, weights(1.0, 2.0, 3.0)
+
+    adversaries = Adversaries([Coalition(SignFlip(), {1: players[1]})])
+    stream = adversaries(1, turns())
+    next(stream)
+    assert asked == [0]
+    assert flat(next(stream)[1]) == [-1.0, -2.0, -3.0]
+    held = Adversaries([Coalition(Sybil(), {1: players[1]})])(1, turns())
+    next(held)
+    assert asked == [0, 1, 0, 1, 2]
+
+
+def test_sybils_on_two_ranks_send_the_same():
+    players = {i: Player(i) for i in range(3)}
+    uploads = {i: weights(*(1.0 * i + j for j in range(3))) for i in range(3)}
+    adversaries = Adversaries([Coalition(Sybil(GaussianNoise()), {i: players[i] for i in (0, 2)})])
+    whole = [flat(m) for _, m in adversaries(1, [(players[i], uploads[i]) for i in range(3)])]
+    apart = [flat(m) for i in range(3) for _, m in adversaries(1, [(players[i], uploads[i])], lambda _: uploads)]
+    assert whole == apart and whole[0] == whole[2] != whole[1]
+
+
+def test_larger_shares_have_the_clients_of_smaller_ones():
+    few, some = (set(chosen([Dishonest("lma", share=share)], 20, seed=3)[0]) for share in (0.2, 0.4))
+    assert few < some and (len(few), len(some)) == (4, 8)
+    assert chosen([Dishonest("lma", share=0.2)], 20, 4)[0] != sorted(few)
+    named, drawn, more = chosen(
+        [Dishonest("lma", clients=[7, 2]), Dishonest("cpa", share=0.5), Dishonest("hips", share=0.3)], 10, seed=0
+    )
+    assert named == [2, 7] and (len(drawn), len(more)) == (5, 3)
+    assert sorted(named + drawn + more) == list(range(10))
+
+
+def test_what_cannot_work_is_refused_before_the_run(tmp_path):
+    client = Player()
+    with pytest.raises(UserError, match="lma attacks responses, and clients of method fedavg send parameters"):
+        recruit(LeastLikely(), 1, [client], FedAvg())
+    with pytest.raises(UserError, match=r"sign_flip attacks parameters and responses, and .* fedproto send prototypes"):
+        recruit(SignFlip(), 1, [client], FedProto())
+    recruit(LabelFlip(), 1, [client], FedProto())
+    with pytest.raises(UserError, match="single_site send nothing"):
+        recruit(LabelFlip(), 1, [client], SingleSite())
+    with pytest.raises(UserError, match="label_flip is for classification data; these are for language"):
+        recruit(LabelFlip(), 1, [Player(task="language")], FedAvg())
+
+
+def test_an_upload_that_cannot_be_attacked_is_the_users_mistake(tmp_path):
+    loop = federation(FedAvg(), tmp_path)
+    loop.adversaries = Adversaries([Coalition(RandomClass(), {1: loop.clients[1]})])
+    with pytest.raises(UserError, match="client 1 in round 1: random attacks responses"):
+        loop.run()
+
+
+def test_a_run_without_adversaries_is_as_before(tmp_path):
+    loop, plain = (federation(FederatedDistillation(), tmp_path / name, rounds=2) for name in "ab")
+
+    class Passing:
+        def listen(self, round, turns):
+            return turns
+
+        def __call__(self, round, pairs, *_):
+            return pairs
+
+    plain.adversaries = Passing()
+    loop.run()
+    plain.run()
+    assert outcome(loop) == outcome(plain)
