@@ -1,0 +1,1 @@
+"""Differential privacy: training with noise, and the account of what was spent."""

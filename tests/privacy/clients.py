@@ -1,0 +1,23 @@
+"""Participants for mechanisms alone: streams, a state and a budget, and no federation around."""
+
+from types import SimpleNamespace
+
+from fdl.privacy.guard import Gate
+from fdl.seeding import torch_stream
+
+
+def someone(id=0, round=1, seed=0, privacy=None, dp_sgd=None, **more):
+    """A client, or the server where the id is -1."""
+    return SimpleNamespace(
+        id=id,
+        round=round,
+        seed=seed,
+        state={},
+        cache={},
+        metrics={},
+        privacy=privacy,
+        gate=Gate(),
+        dp_sgd=dp_sgd,
+        rng=lambda purpose: torch_stream(seed, purpose, round, id),
+        **more,
+    )
