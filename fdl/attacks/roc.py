@@ -1,0 +1,208 @@
+"""What the scores of members and non-members are worth, and whether privacy's theory allows it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+FALSE_POSITIVES = 10
+"""A false-positive rate counts as resolved from this many false positives on: 0.1 % of 10 000 non-members."""
+
+RATES = {"0.1pct": 0.001, "1pct": 0.01}
+"""False-positive rates at which attacks are compared, by their name in metrics."""
+
+_THRESHOLDS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Roc:
+    """The receiver operating characteristic: rates at every threshold, "a member" being claimed at and above it.
+
+    Attributes:
+        fpr: false-positive rate, ascending from 0 to 1.
+        tpr: true-positive rate, likewise.
+        members: how many members were scored.
+        non_members: how many non-members.
+    """
+
+    fpr: np.ndarray
+    tpr: np.ndarray
+    members: int
+    non_members: int
+
+    @classmethod
+    def of(cls, members: np.ndarray, non_members: np.ndarray) -> Roc:
+        """Of scores, larger for members.
+
+        Raises:
+            ValueError: there are none, or a score is NaN.
+        """
+        from sklearn.metrics import roc_curve
+
+        truth = np.r_[np.ones(len(members)), np.zeros(len(non_members))]
+        fpr, tpr, _ = roc_curve(truth, _finite(np.r_[members, non_members]), drop_intermediate=False)
+        return cls(fpr, tpr, len(members), len(non_members))
+
+    @property
+    def auc(self) -> float:
+        """Area under the curve: the chance that a member scores higher than a non-member, ties counting one half."""
+        from sklearn.metrics import auc
+
+        return float(auc(self.fpr, self.tpr))
+
+    @property
+    def resolved(self) -> float:
+        """The smallest false-positive rate that so many non-members can tell; 1 for fewer than `FALSE_POSITIVES`."""
+        return min(FALSE_POSITIVES / self.non_members, 1.0)
+
+    def tpr_at(self, fpr: float) -> float:
+        """The largest true-positive rate of any threshold whose false-positive rate is no larger than this one."""
+        return float(self.tpr[self.fpr <= fpr].max())
+
+
+def measure(members: np.ndarray, non_members: np.ndarray, stream: np.random.Generator) -> dict[str, float]:
+    """Metrics of an attack.
+
+    Args:
+        members: scores, [n].
+        non_members: scores, [m].
+        stream: draws the halves of `balanced_accuracy`.
+
+    Returns:
+        ``auc``; ``balanced_accuracy`` and ``advantage``, TPR − FPR, at a threshold chosen on other samples;
+        ``tpr_at_<rate>_fpr`` for those of `RATES` that so many non-members can tell; ``resolved_fpr``, the smallest
+        rate that they can, and ``tpr_at_resolved_fpr``; ``members`` and ``non_members``, their numbers.
+    """
+    roc = Roc.of(members, non_members)
+    balanced = balanced_accuracy(members, non_members, stream)
+    rates = {f"tpr_at_{name}_fpr": roc.tpr_at(rate) for name, rate in RATES.items() if rate >= roc.resolved}
+    return {
+        "auc": roc.auc,
+        "balanced_accuracy": balanced,
+        "advantage": 2 * balanced - 1,
+        **rates,
+        "resolved_fpr": roc.resolved,
+        "tpr_at_resolved_fpr": roc.tpr_at(roc.resolved),
+        "members": len(members),
+        "non_members": len(non_members),
+    }
+
+
+def balanced_accuracy(members: np.ndarray, non_members: np.ndarray, stream: np.random.Generator) -> float:
+    """Mean of both classes' accuracies, at the threshold that is best on one half, measured on the other half.
+
+    Both halves are measured so, and the mean is returned. A threshold that is chosen and measured on the same samples
+    would find an accuracy above one half in pure noise.
+    """
+    if min(len(members), len(non_members)) < 2:
+        return math.nan
+    (a, b), (c, d) = (_halves(_finite(scores), stream) for scores in (members, non_members))
+    return (_chosen(a, c, b, d) + _chosen(b, d, a, c)) / 2
+
+
+def _chosen(members: np.ndarray, non_members: np.ndarray, others: np.ndarray, strangers: np.ndarray) -> float:
+    levels = np.unique(np.r_[members, non_members])
+    thresholds = np.r_[levels[0], (levels[1:] + levels[:-1]) / 2, np.inf]
+    gain = _above(members, thresholds) - _above(non_members, thresholds)
+    threshold = thresholds[gain.argmax()]
+    return float((others >= threshold).mean() + (strangers < threshold).mean()) / 2
+
+
+def ceiling(fpr: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
+    """The largest true-positive rate of any attack on an (ε, δ)-private mechanism (Kairouz et al., 2015, theorem 2.1).
+
+    min(e^ε FPR + δ, 1 − e^−ε (1 − δ − FPR)).
+
+    Args:
+        fpr: false-positive rates.
+        epsilon: ε ≥ 0; infinite for no privacy, which allows everything.
+        delta: δ.
+    """
+    fpr = np.asarray(fpr, dtype=float)
+    if math.isinf(epsilon):
+        return np.ones_like(fpr)
+    with np.errstate(over="ignore"):
+        return np.clip(np.minimum(np.exp(epsilon) * fpr + delta, 1 - np.exp(-epsilon) * (1 - delta - fpr)), 0, 1)
+
+
+def advantage_ceiling(epsilon: float, delta: float) -> float:
+    """The largest TPR − FPR of any attack, (e^ε − 1 + 2δ) / (e^ε + 1): where both bounds of `ceiling` meet."""
+    return math.tanh(epsilon / 2) + delta * (1 - math.tanh(epsilon / 2))
+
+
+def epsilon_lower(
+    members: np.ndarray, non_members: np.ndarray, delta: float, level: float, stream: np.random.Generator
+) -> float:
+    """The ε that an attack shows to be spent, with confidence `level`.
+
+    (ε, δ)-privacy asks four things of TPR and FPR at every threshold: TPR ≤ e^ε FPR + δ, the same with FPR and TPR
+    exchanged, and both for the rates of the opposite claim. Half of the samples say at which threshold and in which of
+    the four the attack shows most; then the other half is counted there, once, with Clopper–Pearson bounds of
+    (1 + level) / 2 each for the two rates (Jagielski et al., 2020). The bounds take samples as independent given the
+    one run that is attacked.
+
+    Args:
+        members: scores, [n].
+        non_members: scores, [m].
+        delta: δ.
+        level: chance with which ε is not overstated.
+        stream: draws the halves.
+
+    Returns:
+        ε ≥ 0; 0 where nothing is shown.
+    """
+    if min(len(members), len(non_members)) < 2:
+        return 0.0
+    (a, b), (c, d) = (_halves(_finite(scores), stream) for scores in (members, non_members))
+    levels = np.unique(np.r_[a, c])
+    thresholds = levels[np.linspace(0, len(levels) - 1, min(len(levels), _THRESHOLDS)).astype(int)]
+    shown = _shown(_above(a, thresholds), _above(c, thresholds), len(a), len(c), delta, level)
+    which, where = np.unravel_index(shown.argmax(), shown.shape)
+    threshold = thresholds[[where]]
+    return max(0.0, float(_shown(_above(b, threshold), _above(d, threshold), len(b), len(d), delta, level)[which, 0]))
+
+
+def _shown(tpr: np.ndarray, fpr: np.ndarray, n: int, m: int, delta: float, level: float) -> np.ndarray:
+    """Lower bounds of ε by each of the four inequalities at each threshold, [4, T]."""
+    alpha = (1 - level) / 2
+    pairs = ((tpr, n, fpr, m), (fpr, m, tpr, n), (1 - fpr, m, 1 - tpr, n), (1 - tpr, n, 1 - fpr, m))
+    with np.errstate(divide="ignore"):
+        return np.stack(
+            [
+                np.log(np.maximum(lower_bound(high * i, i, alpha) - delta, 0.0))
+                - np.log(upper_bound(low * j, j, alpha))
+                for high, i, low, j in pairs
+            ]
+        )
+
+
+def lower_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
+    """Clopper–Pearson: the chance that gives as many of n or more with probability α."""
+    from scipy.stats import beta
+
+    count = np.rint(count)
+    return np.where(count > 0, beta.ppf(alpha, np.maximum(count, 1), n - count + 1), 0.0)
+
+
+def upper_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
+    """Clopper–Pearson: the chance that gives as many of n or fewer with probability α."""
+    return 1.0 - lower_bound(n - np.rint(count), n, alpha)
+
+
+def _above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Share of scores at or above each threshold."""
+    return 1.0 - np.searchsorted(np.sort(scores), thresholds, side="left") / len(scores)
+
+
+def _halves(scores: np.ndarray, stream: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    mixed = stream.permutation(scores)
+    return mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+
+
+def _finite(scores: np.ndarray) -> np.ndarray:
+    """Scores without infinities, in the same order: what is infinite is as good as the largest number."""
+    if np.isnan(scores).any():
+        raise ValueError("a score is not a number")
+    return np.nan_to_num(scores, posinf=np.finfo(float).max / 4, neginf=-np.finfo(float).max / 4)

@@ -1,0 +1,149 @@
+"""Shadow federations: what a run would have come to, had its clients held other samples."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fdl.attacks.base import Subject, twin_of, unused
+from fdl.attacks.candidates import Candidates, Joined, candidates
+from fdl.attacks.signals import near_rows, signals
+from fdl.loop import FederatedLoop
+from fdl.seeding import numpy_stream, stream_seed
+
+if TYPE_CHECKING:
+    from fdl.datamodules.samples import Samples
+    from fdl.participants import Client, Server
+
+log = logging.getLogger("fdl")
+
+
+@dataclass(frozen=True, eq=False)
+class Shadows:
+    """What shadow federations say of the candidates.
+
+    Attributes:
+        signals: by target, φ of each candidate in each shadow, float64 [S, n].
+        inside: whether each candidate was trained on in each shadow, bool [S, n].
+    """
+
+    signals: dict[str, np.ndarray]
+    inside: np.ndarray
+
+
+def observe(subject: Subject, neighbours: int) -> dict[str, np.ndarray]:
+    """φ of the candidates in the attacked run itself; see `fdl.attacks.signals.signals`."""
+    asked = candidates(subject)
+    near = _near(subject, asked, neighbours)
+    return subject.once(("signals", neighbours), lambda: signals(subject, asked, near))
+
+
+def shadows(subject: Subject, count: int, neighbours: int) -> Shadows:
+    """Run shadow federations, and ask each of them about the candidates.
+
+    A shadow runs the same rounds with the same method, clients, codecs and cohorts: who took part is no secret. Its
+    participants' streams and first weights are their own, and each client trains on a random half of its candidates,
+    with those of its samples that nobody asks about always among them: as many samples of each class as in the attacked
+    run. Two shadows in a row take complementary halves, so every candidate was trained on in exactly half of them.
+    Everybody in a shadow is honest.
+
+    Args:
+        subject: the attacked run.
+        count: how many, even.
+        neighbours: as in `observe`.
+    """
+    known = subject.once(("shadows", neighbours), lambda: _Series(subject, neighbours))
+    return known.first(count)
+
+
+class _Series:
+    """Shadows in order; more are run when more are asked for."""
+
+    def __init__(self, subject: Subject, neighbours: int):
+        self.subject, self.asked = subject, candidates(subject)
+        self.near = _near(subject, self.asked, neighbours)
+        self.found: list[dict[str, np.ndarray]] = []
+        self.inside: list[np.ndarray] = []
+
+    def first(self, count: int) -> Shadows:
+        while len(self.found) < count:
+            number = len(self.found)
+            half = self.asked.halves(numpy_stream(self.subject.seed, "shadow/half", number // 2))
+            self.inside.append(half if number % 2 == 0 else ~half)
+            clock = self.subject.runtime.clock
+            try:
+                shadow = run_shadow(self.subject, self.asked, self.inside[-1], number)
+                self.found.append(signals(shadow, self.asked, self.near))
+            finally:
+                self.subject.runtime.clock = clock  # a loop brings its own
+            log.info("shadow federation %d of %d", number + 1, count)
+        missing = np.full(len(self.asked.owner), np.nan)
+        names = {name for found in self.found[:count] for name in found}
+        together = {name: np.stack([f.get(name, missing) for f in self.found[:count]]) for name in sorted(names)}
+        return Shadows(together, np.stack(self.inside[:count]))
+
+
+def run_shadow(subject: Subject, asked: Candidates, inside: np.ndarray, number: int) -> Subject:
+    """One shadow federation after its last round.
+
+    Args:
+        subject: the attacked run.
+        asked: the candidates.
+        inside: which of them are trained on, bool [n].
+        number: which shadow, for its streams.
+    """
+    loop, seed = subject.loop, stream_seed(subject.seed, "shadow", number)
+    clients = [_client(client, asked.share(client, inside), seed) for client in subject.clients]
+    rounds = loop.round
+    never = rounds + 1  # nothing is evaluated or saved
+    recipe = replace(
+        loop.recipe,
+        evaluation=replace(loop.recipe.evaluation, every=never),
+        checkpoint=replace(loop.recipe.checkpoint, every=never),
+    )
+    shadow = FederatedLoop(
+        recipe=recipe,
+        folder=loop.folder,
+        method=loop.method,
+        server=_server(subject, clients, seed),
+        clients=clients,
+        channel=unused(loop.channel),
+        executor=loop.executor,
+    )
+    shadow.rounds = never
+    shadow.begin(0)
+    shadow.method.setup(shadow.server, clients)
+    for round in range(1, rounds + 1):
+        shadow.run_round(round)
+    return Subject(shadow)
+
+
+def _client(client: Client, train: Samples, seed: int) -> Client:
+    twin = twin_of(client)
+    twin.seed, twin._train, twin.corrupt, twin._corrupted = seed, train, None, False
+    twin.arrive()
+    return twin
+
+
+def _server(subject: Subject, clients: list[Client], seed: int) -> Server:
+    twin = copy.copy(subject.server)
+    twin.seed, twin.state, twin.cache, twin.metrics = seed, {}, {}, {}
+    for part, purpose in (("student", "init"), ("teacher", "teacher")):
+        if getattr(twin, part) is not None:
+            setattr(twin, part, subject.runtime.create(part, stream_seed(seed, purpose)))
+    if twin._pooled is not None:
+        twin._pooled = Joined([samples for client in clients for samples in (client.train, client.calibration)])
+        twin.arrive()
+    return twin
+
+
+def _near(subject: Subject, asked: Candidates, count: int) -> np.ndarray | None:
+    """Proxy rows near the candidates; None where there are none, or nothing to tell what is near."""
+    server = subject.server
+    if not server.proxy or (server.encoder is None and "context" in server.provides):
+        return None
+    return subject.once(("near", count), lambda: near_rows(server, asked.samples, count))
