@@ -412,7 +412,8 @@ class Features(Message):
         """At least one layer; finite matrices, rows and confidence of one length."""
         if not self.layers:
             raise RefusedError("features without a layer")
-        count = len(next(iter(self.layers.values())))
+        first = next(iter(self.layers.values()))
+        count = len(first) if first.ndim else 0
         for name, values in self.layers.items():
             if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
                 raise RefusedError(

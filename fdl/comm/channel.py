@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from fdl.comm.authentication import TAG, Authentication, digest
 from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.codec import Codec
 from fdl.comm.ladder import Ladder
@@ -14,6 +18,7 @@ from fdl.comm.wire import BROADCAST, pack, unpack
 from fdl.errors import RefusedError, UserError
 from fdl.messages import Bundle, Message
 from fdl.seeding import numpy_stream
+from fdl.stopwatch import Stopwatch
 
 
 class Channel:
@@ -30,7 +35,13 @@ class Channel:
     On a link with a budget what is too large is coded more cheaply, rung by rung of a `Ladder`, then with fewer of its
     rows (`narrowed`) if it has any; the ledger notes what was chosen. What does not fit at all is refused and not sent.
 
-    The parts of a bundle are packed, counted and remembered one by one, under their own kinds.
+    The parts of a bundle are packed and counted one by one, under their own kinds, and accepted together or not at all.
+
+    Where messages are authenticated, each carries its client's tag behind its bytes. What arrives with another tag is
+    refused before anything in it is looked at.
+
+    A client's clock begins with the round: messages over its link take time, and so may what it computes (`busy`). An
+    upload that arrives after the deadline is late, and refused.
 
     Args:
         upload: chain for messages from clients to the server.
@@ -39,6 +50,11 @@ class Channel:
         seed: the recipe's seed, for rounding noise.
         limit: most bytes that one decoded message may have.
         bandwidth: the clients' links; unlimited when None.
+        authentication: makes and checks tags; None for messages without.
+        deadline: seconds from the beginning of a round after which no upload is taken.
+
+    Attributes:
+        clock: where the time of coding goes.
     """
 
     def __init__(
@@ -49,6 +65,8 @@ class Channel:
         seed: int,
         limit: int = 1 << 31,
         bandwidth: Bandwidth | None = None,
+        authentication: Authentication | None = None,
+        deadline: float = math.inf,
     ):
         if limit < 1:
             raise UserError(f"limit must be at least 1 byte, got {limit}")
@@ -58,9 +76,16 @@ class Channel:
         self.ledger, self._seed, self._limit = ledger, seed, limit
         ledger.links = self.bandwidth.link if self.bandwidth.timed else None
         self._memories: dict[tuple[str, int, str], Memory] = {}
+        self._authentication, self._deadline = authentication, deadline
+        self.clock = Stopwatch()
         self._round = -1
         self._spent: dict[tuple[str, int], int] = {}
-        self._sent: WeakKeyDictionary[Message, dict[tuple[Codec, int], list]] = WeakKeyDictionary()
+        self._elapsed: dict[int, float] = {}
+        self._sent: WeakKeyDictionary[Message, dict[tuple[Codec, int], _Sent]] = WeakKeyDictionary()
+
+    def reach(self, asked: Sequence[int], dropped: Sequence[int], round: int) -> tuple[list[int], list[int]]:
+        """Return who of those asked can be reached in a round, and who of them is not heard; here, as it is given."""
+        return list(asked), list(dropped)
 
     def upload(self, message: Message | Bundle | None, client: int, round: int) -> Message | Bundle | None:
         """Send a client's message to the server.
@@ -87,6 +112,11 @@ class Channel:
         """
         return None if message is None else self._carry(message, "down", client, round)
 
+    def busy(self, client: int, round: int, seconds: float) -> None:
+        """Let simulated time pass at a client, which its next upload waits for."""
+        self._turn_to(round)
+        self._elapsed[client] = self._elapsed.get(client, 0.0) + seconds
+
     def setup_cost(self, kind: str, nbytes: int, client: int) -> None:
         """Count bytes that a client must get once before the first round, such as an encoder's weights."""
         self.ledger.add(0, client, "setup", kind, nbytes)
@@ -95,52 +125,98 @@ class Channel:
         """Carry bytes over the simulated link; a subclass may damage, cut or delay them."""
         return data
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what both ends of every link remember: tensors, numbers, strings and dicts of them."""
-        return {f"{d}/{client}/{kind}": memory.state_dict() for (d, client, kind), memory in self._memories.items()}
+    def state_dict(self, clients: Collection[int] | None = None) -> dict[str, Any]:
+        """Return what both ends of every link remember: tensors, numbers, strings and dicts of them.
+
+        Args:
+            clients: whose links; None for all.
+        """
+        return {
+            f"{d}/{client}/{kind}": memory.state_dict()
+            for (d, client, kind), memory in self._memories.items()
+            if clients is None or client in clients
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the channel that gave this state."""
         self._memories, self._round = {}, -1
+        self._remember(state)
+
+    def restore(self, client: int, state: dict[str, Any]) -> None:
+        """Let one client's link remember what a state says, and nothing else; arguments as in `load_state_dict`."""
+        for key in [key for key in self._memories if key[1] == client]:
+            del self._memories[key]
+        self._remember({key: memory for key, memory in state.items() if int(key.split("/")[1]) == client})
+
+    def _remember(self, state: dict[str, Any]) -> None:
         for key, memory in state.items():
             direction, client, kind = key.split("/", 2)
             self._memory(direction, int(client), kind).load_state_dict(memory)
 
     def _carry(self, message: Message | Bundle, direction: str, client: int, round: int) -> Message | Bundle:
         """Encode for the link, count, transmit, decode."""
-        if round != self._round:
-            self._sent.clear()
-            self._spent.clear()
-            self._round = round
+        self._turn_to(round)
         if direction in self._ladders:
             message, codec = self._fit(message, direction, client, round)
         else:
             codec = self._codecs[direction]
-        if isinstance(message, Bundle):
-            return Bundle(tuple([self._deliver(part, codec, direction, client, round) for part in message.parts]))
-        return self._deliver(message, codec, direction, client, round)
+        accepted: list[Memory] = []
+        received = [self._deliver(part, codec, direction, client, round, accepted) for part in _parts(message)]
+        if len({type(part) for part in received}) < len(received):
+            raise RefusedError("two parts of one type")
+        for memory in accepted:
+            memory.commit()
+        return Bundle(tuple(received)) if isinstance(message, Bundle) else received[0]
 
-    def _deliver(self, message: Message, codec: Codec, direction: str, client: int, round: int) -> Message:
-        """Send one message, coded with a chain, and return what the receiver makes of it."""
+    def _deliver(
+        self, message: Message, codec: Codec, direction: str, client: int, round: int, accepted: list[Memory]
+    ) -> Message:
+        """Send one message, coded with a chain, and return what the receiver makes of it.
+
+        A memory to commit once all that belongs together is there is added to `accepted`.
+        """
         sent = self._encode(message, codec, direction, client, round)
-        data, decoded = sent
+        data, decoded = sent.data, sent.decoded
+        if self._authentication is not None:
+            sent.digest = sent.digest or digest(data)
+            data += self._authentication.tag(sent.digest, client, round, direction)
         self.ledger.add(round, client, direction, message.kind, len(data))
         received = self.transmit(data, client, round, direction)
+        self._wait(client, direction, len(data))
         if decoded is not None and received is data:
             return decoded
-        decoded = unpack(
-            received,
-            self._ladders.get(direction, codec),
-            limit=self._limit,
-            client=self._address(direction, client),
-            round=round,
-            memory=self._memory(direction, client, message.kind) if codec.remembers else None,
-        )
+        opened = received
+        if self._authentication is not None:
+            opened = self._authentication.opened(received, client, round, direction)
+        with self.clock.part("decode"):
+            decoded = unpack(
+                opened,
+                self._ladders.get(direction, codec),
+                limit=self._limit,
+                client=self._address(direction, client),
+                round=round,
+                memory=self._memory(direction, client, message.kind) if codec.remembers else None,
+            )
         if received == data:
-            sent[1] = decoded
+            sent.decoded = decoded
             if codec.remembers:
-                self._memory(direction, client, message.kind).commit()
+                accepted.append(self._memory(direction, client, message.kind))
         return decoded
+
+    def _turn_to(self, round: int) -> None:
+        """Forget what belongs to another round."""
+        if round != self._round:
+            self._sent.clear()
+            self._spent.clear()
+            self._elapsed.clear()
+            self._round = round
+
+    def _wait(self, client: int, direction: str, nbytes: int) -> None:
+        """Let the time pass that a message takes."""
+        elapsed = self._elapsed.get(client, 0.0) + self.bandwidth.link(client, direction).seconds(nbytes)
+        self._elapsed[client] = elapsed
+        if direction == "up" and elapsed > self._deadline:
+            raise RefusedError(f"late: arrived after {elapsed:.3g} s, the deadline is {self._deadline:.3g} s")
 
     def _fit(
         self, message: Message | Bundle, direction: str, client: int, round: int
@@ -170,10 +246,11 @@ class Channel:
         return chosen, codec
 
     def _size(self, message: Message | Bundle, codec: Codec, direction: str, client: int, round: int) -> int:
-        return sum(len(self._encode(part, codec, direction, client, round)[0]) for part in _parts(message))
+        tag = 0 if self._authentication is None else TAG
+        return sum(len(self._encode(part, codec, direction, client, round).data) + tag for part in _parts(message))
 
-    def _encode(self, message: Message, codec: Codec, direction: str, client: int, round: int) -> list:
-        """Return a message's bytes and what they decode to, None until it is known.
+    def _encode(self, message: Message, codec: Codec, direction: str, client: int, round: int) -> _Sent:
+        """Return a message's bytes, and what is known of them.
 
         It is kept for the round where it goes to everybody, or was encoded to learn its size.
         """
@@ -191,7 +268,8 @@ class Channel:
             memory = self._memory(direction, client, message.kind)
             memory.begin()
             shared = False
-        sent = [pack(message, codec, client=address, round=round, rng=rng, memory=memory), None]
+        with self.clock.part("encode"):
+            sent = _Sent(pack(message, codec, client=address, round=round, rng=rng, memory=memory))
         if shared:
             known[key] = sent
         return sent
@@ -204,6 +282,15 @@ class Channel:
         if key not in self._memories:
             self._memories[key] = Memory(self._limit)
         return self._memories[key]
+
+
+@dataclass
+class _Sent:
+    """A message's bytes, what they decode to and their digest; None until these are known."""
+
+    data: bytes
+    decoded: Message | None = None
+    digest: bytes | None = None
 
 
 def _parts(message: Message | Bundle) -> tuple[Message, ...]:

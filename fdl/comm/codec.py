@@ -35,7 +35,7 @@ _INTEGERS = ["|b1", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8"]
 _DTYPES = [np.dtype(d) for d in [*_INTEGERS, "<f2", "<f4", "<f8"]] + [BFLOAT16]
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _MAX_RANK = 15
-_MAX_ARRAYS = 1 << 16
+_MAX_ARRAYS = 1 << 13  # an array without a single number takes a few bytes of a schema and hundreds in memory
 _MAX_KNOWN, _MAX_KEY = 16, 1 << 16
 _ALONE, _MAIN, _SIDE = 0, 1, 2
 _ROWS = "rows"
@@ -409,7 +409,7 @@ def _turn(stage: ArrayStage, array: str, about: Turn, memory: Memory | None) -> 
 def _remember(known: dict, key: Any, value: Any) -> Any:
     """Keep what was worked out, as long as there is not much of it: a hostile sender never repeats himself."""
     if len(key) <= _MAX_KEY:
-        if len(known) >= _MAX_KNOWN:
+        if len(known) >= _MAX_KNOWN or len(key) + sum(map(len, known)) > 4 * _MAX_KEY:
             known.clear()
         known[key] = value
     return value

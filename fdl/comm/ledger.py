@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -71,22 +71,23 @@ class Ledger:
         self._by_route: list[int] = []
         self._by_client: dict[int, dict[str, int]] = {}
 
-    def add(self, round: int, client: int, direction: str, kind: str, nbytes: int) -> None:
-        """Count one message.
+    def add(self, round: int, client: int, direction: str, kind: str, nbytes: int, messages: int = 1) -> None:
+        """Count a message, or several.
 
         Args:
             round: the round, 0 for setup costs.
             client: id of the client that sent or received it.
             direction: ``"up"``, ``"down"`` or ``"setup"``.
             kind: what it was, e.g. ``"responses"``.
-            nbytes: its bytes on the wire.
+            nbytes: bytes on the wire.
+            messages: how many they are.
         """
         if round != self._open_round:
             self._turn_to(round)
         route = self._route(direction, kind)
         cell = self._open.setdefault((client, route), [0, 0])
         cell[0] += nbytes
-        cell[1] += 1
+        cell[1] += messages
         self._sum(client, route, nbytes)
 
     def refuse(self, round: int, client: int, reason: str) -> None:
@@ -104,6 +105,19 @@ class Ledger:
             share: of its rows that were sent.
         """
         self.notes.append(Note(round, client, direction, coding, share))
+
+    def of_round(self, round: int) -> list[Row]:
+        """Return the rows of one round, as in `rows`."""
+        if round == self._open_round:
+            return self._rows_of(round, self._open)
+        return self._rows_of(round, _unpack(self._closed[round])) if round in self._closed else []
+
+    def include(self, rows: Iterable[Row], refusals: Iterable[Refusal] = (), notes: Iterable[Note] = ()) -> None:
+        """Take in what another process counted, of clients that this one has not counted in these rounds."""
+        for row in rows:
+            self.add(*row)
+        self.refusals += refusals
+        self.notes += notes
 
     def transfer_seconds(self, round: int) -> float:
         """Return how long the transfers of a round take over the clients' links, 0 for the setup.

@@ -10,6 +10,8 @@
     meta          count, then for each: name, type, value
     arrays        see fdl.comm.codec
 
+Where messages are authenticated, a tag of 16 bytes follows (fdl.comm.authentication).
+
 All integers are little-endian. Nothing in it is executed or unpickled.
 """
 
@@ -38,6 +40,7 @@ _MAGIC = b"FDL\x01"
 _HEADER = struct.Struct("<4sIBIIQ")
 _FIELDS = struct.Struct("<BIIQ")
 _FLOAT32, _FLOAT64 = struct.Struct("<f"), struct.Struct("<d")
+_MAX_META = 64
 _FOREIGN = "not a message of this version of fdl"
 _SUMMED = len(_MAGIC) + 4
 HEADER = _HEADER.size
@@ -75,7 +78,13 @@ def pack(
 
 
 def unpack(
-    data: bytes, codec: Codec | Ladder, *, limit: int, client: int, round: int, memory: Memory | None = None
+    data: bytes | memoryview,
+    codec: Codec | Ladder,
+    *,
+    limit: int,
+    client: int,
+    round: int,
+    memory: Memory | None = None,
 ) -> Message:
     """Return the valid message that the bytes hold.
 
@@ -91,7 +100,7 @@ def unpack(
         RefusedError: the bytes are damaged, belong to another client or round, or hold an unusable message.
     """
     if len(data) < HEADER:
-        raise RefusedError("cut short" if _MAGIC.startswith(data[:4]) else _FOREIGN)
+        raise RefusedError("cut short" if _MAGIC.startswith(bytes(data[:4])) else _FOREIGN)
     magic, checksum, code, of_client, of_round, length = _HEADER.unpack_from(data)
     if magic != _MAGIC:
         raise RefusedError(_FOREIGN)
@@ -132,7 +141,10 @@ def _encode_meta(meta: Meta) -> bytes:
 
 def _decode_meta(reader: Reader) -> Meta:
     meta: Meta = {}
-    for _ in range(reader.varint()):
+    count = reader.varint()
+    if count > _MAX_META:
+        raise RefusedError(f"{count} numbers announced, the most is {_MAX_META}")
+    for _ in range(count):
         name, kind = reader.text(), reader.byte()
         read = _META_READERS.get(kind)
         if read is None or name in meta:

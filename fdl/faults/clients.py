@@ -1,0 +1,111 @@
+"""What goes wrong at clients."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+from fdl.errors import UserError
+from fdl.faults.base import ByChance, Fate, Fault, Stream
+
+When = Literal["before", "during", "after"]
+
+
+class Vanish(ByChance):
+    """A client disappears before, during or after its upload, and may stay away.
+
+    Before: it was sent the server's message and does nothing. During: it has done its work, and of its upload a part
+    arrives, which is refused; all of it counts as sent. After: its upload is used. When it comes back it goes on from
+    the state that it had when it was last there, which is then as old as it was long away.
+
+    Args:
+        chance: of each client in each round, in [0, 1].
+        when: before, during or after its upload.
+        away: in how many rounds after that it cannot be reached.
+        clients: ids of those whom it may befall; None: all.
+    """
+
+    name = "vanish"
+
+    def __init__(self, chance: float, when: When = "during", away: int = 0, clients: list[int] | None = None):
+        super().__init__(chance, clients)
+        if when not in get_args(When):
+            raise UserError(f"when must be {', '.join(get_args(When))}, got {when!r}")
+        if away < 0:
+            raise UserError(f"away must be at least 0 rounds, got {away}")
+        self.when, self.away = when, away
+
+    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+        """Away since an earlier round, or struck in this one."""
+        if any(self.strikes(stream(earlier)) for earlier in range(max(round - self.away, 1), round)):
+            fate.absent = True
+        now = stream(round)
+        if not self.strikes(now):
+            return
+        if self.when == "before":
+            fate.silent = True
+        elif self.when == "during":
+            fate.arrives = min(fate.arrives, float(now.random()))
+
+
+class Straggle(ByChance):
+    """A client computes for long; past `federation.deadline` its upload is refused as late.
+
+    The time is the one given here, not measured, and that which the client's link takes is added to it, so that a run
+    gives the same result on any machine.
+
+    Args:
+        chance: of each client in each round, in [0, 1].
+        seconds: how long, > 0.
+        clients: ids of those whom it may befall; None: all.
+    """
+
+    name = "straggle"
+
+    def __init__(self, chance: float, seconds: float, clients: list[int] | None = None):
+        super().__init__(chance, clients)
+        if not 0 < seconds < math.inf:
+            raise UserError(f"seconds must be > 0, got {seconds}")
+        self.seconds = seconds
+
+    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+        """Take longer."""
+        if self.strikes(stream(round)):
+            fate.seconds += self.seconds
+
+
+class NotFinite(ByChance):
+    """A client sends NaN in the place of every real number.
+
+    Args:
+        chance: of each client in each round, in [0, 1].
+        clients: ids of those whom it may befall; None: all.
+    """
+
+    name = "not_finite"
+
+    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+        """Spoil the upload."""
+        if self.strikes(stream(round)):
+            fate.finite = False
+
+
+class LateJoin(Fault):
+    """Clients that are not there before some round.
+
+    Args:
+        clients: their ids.
+        round: the first in which they can be asked.
+    """
+
+    name = "late_join"
+
+    def __init__(self, clients: list[int], round: int):
+        super().__init__(clients)
+        if round < 1:
+            raise UserError(f"round must be at least 1, got {round}")
+        self.round = round
+
+    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+        """Not there yet."""
+        fate.absent |= round < self.round
