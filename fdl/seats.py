@@ -1,16 +1,16 @@
 """Clients that take their turns side by side: each runs until it needs a fit, and waits there for the others.
 
-Every turn has a thread of its own, of which one at a time runs: whoever resumes a turn waits until it stops again.
-So nothing here happens at the same time, and nothing depends on how threads are scheduled.
+Every turn is a greenlet of its own: whoever resumes a turn goes on when that stops again. So nothing here happens at
+the same time, and nothing depends on how anything is scheduled.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import greenlet
 import torch
 from torch import Tensor, nn
 
@@ -33,69 +33,23 @@ class _Left(BaseException):
     """The round is given up, and so is this turn."""
 
 
-class _Worker:
-    """A thread that is used again and again: starting one costs as much as a step of a small model."""
-
-    def __init__(self):
-        self._go, self._back = threading.Lock(), threading.Lock()
-        self._go.acquire()
-        self._back.acquire()
-        self._task: Callable[[], None] = lambda: None
-        threading.Thread(target=self._loop, name="fdl-turn", daemon=True).start()
+class _Aside:
+    """A turn that can be put aside within its thread: changing over costs a tenth of what it costs between threads."""
 
     def start(self, task: Callable[[], None]) -> None:
         """Run a task until it waits or ends."""
-        self._task = task
-        self.resume()
-
-    def resume(self) -> None:
-        """Let the task go on until it waits or ends."""
-        self._go.release()
-        self.wait()
-
-    def wait(self) -> None:
-        """Come back when the task waits or has ended."""
-        self._back.acquire()
-
-    def pause(self) -> None:
-        """Called by the task: wait to be resumed."""
-        self._back.release()
-        self._go.acquire()
-
-    def _loop(self) -> None:
-        while True:
-            self._go.acquire()
-            self._task()
-            self._back.release()
-
-
-class _Greenlet:
-    """As `_Worker`, for a tenth of the time: what waits is put aside within one thread."""
-
-    def start(self, task: Callable[[], None]) -> None:
         self._task = greenlet.greenlet(task)
         self.resume()
 
     def resume(self) -> None:
+        """Let the task go on until it waits or ends."""
         self._caller = greenlet.getcurrent()
         self._task.parent = self._caller
         self._task.switch()
 
-    def wait(self) -> None:
-        pass  # it runs only while its caller does not
-
     def pause(self) -> None:
+        """Called by the task: wait to be resumed."""
         self._caller.switch()
-
-
-try:
-    import greenlet
-except ImportError:
-    _make: Callable[[], _Worker | _Greenlet] = _Worker
-else:
-    _make = _Greenlet
-
-_IDLE: list[_Worker | _Greenlet] = []
 
 
 class Seat:
@@ -126,7 +80,7 @@ class Seat:
         self.alone = False
         self._runtime: Runtime = client.runtime
         self._row, self._rows, self._holders = row, {}, {}
-        self._worker: _Worker | _Greenlet | None = None
+        self._worker: _Aside | None = None
         self._running = self._left = False
         self._streams: tuple[Tensor, ...] = ()
 
@@ -211,7 +165,7 @@ class Seat:
         """Begin or resume the turn; comes back when it waits for a job or is over."""
         self.job, self._running = None, True
         if self._worker is None:
-            self._worker = _IDLE.pop() if _IDLE else _make()
+            self._worker = _Aside()
             self._worker.start(self._turn)
         else:
             self._worker.resume()
@@ -220,7 +174,6 @@ class Seat:
     def leave(self) -> None:
         """Give the turn up, wherever it is."""
         if self._running:  # whoever waited for it was interrupted
-            self._worker.wait()
             self._stopped()
         if self.job is not None:
             self._left = True
@@ -229,7 +182,6 @@ class Seat:
     def _stopped(self) -> None:
         self._running = False
         if self.job is None and self._worker is not None:
-            _IDLE.append(self._worker)
             self._worker = None
 
     def _turn(self) -> None:
@@ -241,7 +193,7 @@ class Seat:
             self._runtime.hold(client.architecture, None)
             seed_everything(client.seed, "client", client.round, client.id)
             self.upload = self.method.local_update(client, self.download)
-        except BaseException as error:  # for the thread that waits
+        except BaseException as error:  # for whoever resumed it
             self.error = error
         finally:
             self.job, client.runtime = None, self._runtime

@@ -1,0 +1,94 @@
+"""What a round spends its time with, down to single operations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+
+from fdl.callbacks.base import Callback
+from fdl.checkpoint import write_atomically
+from fdl.errors import UserError
+
+if TYPE_CHECKING:
+    from fdl.loop import FederatedLoop
+
+FILE = "profile.txt"
+
+
+class Profile(Callback):
+    """Records some rounds with torch's profiler; ``profile: true`` in a recipe is this with its defaults.
+
+    The trace lies in the run's ``tensorboard`` folder, for TensorBoard's profiler plugin and for any viewer of Chrome
+    traces; ``profile.txt`` is a plain table of where the time of all rounds went and of the dearest operations of those
+    that were recorded. Recording slows these rounds down, and its memory grows with the operations they take.
+
+    Args:
+        skip: rounds before the first that is recorded, in which allocators and kernels warm up; of a run that is too
+            short the last rounds are recorded.
+        rounds: how many are.
+        top: operations in the table.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    name = "profile"
+
+    def __init__(self, skip: int = 1, rounds: int = 1, top: int = 20):
+        if skip < 0 or rounds < 1 or top < 1:
+            raise UserError(f"expected skip ≥ 0, rounds ≥ 1 and top ≥ 1, got {skip}, {rounds} and {top}")
+        self.skip, self.rounds, self.top = skip, rounds, top
+        self._profiler: profile | None = None
+        self._table = ""
+
+    def on_fit_start(self, loop: FederatedLoop) -> None:
+        """Begin to count rounds."""
+        left = loop.rounds - loop.round
+        active = min(self.rounds, left)
+        if not active:
+            return
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        handler = tensorboard_trace_handler(str(loop.folder / "tensorboard"), worker_name="round")
+        sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+
+        def ready(profiler: profile) -> None:
+            handler(profiler)
+            self._table = profiler.key_averages().table(sort_by=sort, row_limit=self.top, max_name_column_width=60)
+
+        waits = schedule(wait=min(self.skip, left - active), warmup=0, active=active, repeat=1)
+        self._profiler = profile(activities=activities, schedule=waits, on_trace_ready=ready)
+        self._profiler.start()
+
+    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+        """One round more."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+        """Write the table."""
+        self._stop()
+        text = f"{times(summary['time']['parts'])}\n\nOperations of the recorded rounds\n{self._table}\n"
+        write_atomically(Path(loop.folder) / FILE, text.encode())
+
+    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+        """The run is over; what was recorded so far is lost."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
+
+def times(parts: dict[str, float]) -> str:
+    """Where the time of all rounds went, as a plain table.
+
+    Args:
+        parts: seconds by part.
+    """
+    total = sum(parts.values())
+    rows = [f"{part:<12}{seconds:>10.3f} s{seconds / (total or 1):>8.1%}" for part, seconds in parts.items()]
+    return "\n".join(["Where the time went, all rounds", *rows, f"{'together':<12}{total:>10.3f} s"])

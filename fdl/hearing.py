@@ -1,0 +1,80 @@
+"""How the server takes in what the clients of a round have to say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from fdl.errors import RefusedError, UserError
+
+if TYPE_CHECKING:
+    from fdl.loop import FederatedLoop
+    from fdl.messages import Bundle, Message
+    from fdl.methods.base import Aggregate
+    from fdl.participants import Client
+
+
+def hear(
+    loop: FederatedLoop,
+    turns: Iterable[tuple[Client, Message | Bundle | None]],
+    aggregate: Aggregate | None,
+    record: dict[str, Any],
+) -> None:
+    """Carry uploads to the server as they are made, and add them up; what cannot be used is refused and counted.
+
+    With several ranks, each carries what its own clients say; at the end all ranks have added what anybody said.
+
+    Args:
+        loop: the run.
+        turns: clients that have taken their turn, with what they send.
+        aggregate: empty; None where nobody sends anything.
+        record: of the round; gets ``clients`` and ``refused``.
+
+    Raises:
+        UserError: a client's turn ended in an error, here or on another rank.
+    """
+    round, streams = record["round"], loop.spread.alone or hasattr(aggregate, "reduce")
+    seconds: dict[int, float] = {}
+    waiting: dict[int, Message | Bundle] = {}
+    failure: Exception | None = None
+    start = time.perf_counter()
+    try:
+        for client, upload in turns:
+            record["clients"][str(client.id)] = client.metrics
+            try:
+                received = loop.channel.upload(upload, client.id, round)
+                if aggregate is not None and received is not None:
+                    if streams:
+                        with loop.seconds.part("aggregate"):
+                            aggregate.add(received, client.id)
+                    else:
+                        waiting[client.id] = received
+            except RefusedError as refusal:
+                loop.refuse(client.id, refusal, record)
+            now = time.perf_counter()
+            start, seconds[client.id] = now, now - start
+            loop.callbacks.on_client_end(loop, round, client.id, client.metrics)
+            client.rest()
+    except Exception as error:
+        if loop.spread.alone:
+            raise
+        failure = error
+    if loop.spread.alone:
+        return
+    told, heard = loop.spread.tell(record, seconds, waiting, _said(failure))
+    loop.runtime.ranks.agree(failure, told)
+    with loop.seconds.part("aggregate"):
+        for client, received in heard:
+            try:
+                aggregate.add(received, client)
+            except RefusedError as refusal:
+                loop.refuse(client, refusal, record)
+        if aggregate is not None and streams:
+            aggregate.reduce(loop.runtime.ranks)
+
+
+def _said(failure: Exception | None) -> str:
+    if failure is None:
+        return ""
+    return str(failure) if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"

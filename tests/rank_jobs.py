@@ -1,0 +1,146 @@
+"""What the processes of tests/test_ranks.py run: ``python tests/rank_jobs.py FOLDER``, once for each rank.
+
+Small federations one after the other, each built and run as `fdl fit` does; rank 0 leaves what came of them in FOLDER.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fdl.build import build
+from fdl.errors import UserError
+from fdl.methods.fedavg import FedAvg
+from fdl.modules.tiny import MLP
+from fdl.modules.weights import state_of
+from fdl.recipe import load
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = [
+    "federation.rounds=3",
+    "local.steps=3",
+    "local.epochs=null",
+    "distil.steps=3",
+    "distil.epochs=null",
+    "data.args.proxy=64",
+    "data.args.validation=50",
+    "data.args.test=100",
+    "callbacks=[]",
+    "fabric.accelerator=cpu",
+    "fabric.threads=1",
+    "checkpoint.every=2",
+]
+CLIENTS = "federation.clients=3"
+JOBS = {
+    "fedavg": ("digits/fedavg.yaml", [CLIENTS]),
+    "fedadam": ("digits/fedadam.yaml", [CLIENTS]),
+    "batch_norm": ("digits/fedavg.yaml", [CLIENTS, "student={target: tests.rank_jobs.Normed, args: {}}"]),
+    "fed_lpfm": ("digits/fed_lpfm.yaml", [CLIENTS]),
+    "federated_distillation": ("digits/federated_distillation.yaml", ["federation.clients=5"]),
+    "knowledge": ("knowledge.yaml", ["federation.clients=4", "channel.upload=[{target: delta}, {target: quantize}]"]),
+    "codistillation": ("digits/codistillation.yaml", ["federation.clients=3", "local.steps=2"]),
+    "feddf": ("digits/feddf_heterogeneous.yaml", [CLIENTS]),
+    "fedproto": ("digits/fedproto.yaml", [CLIENTS, "partition.target=iid"]),
+    "one_client": ("digits/fedavg.yaml", ["federation.clients=1"]),
+    "few_asked": ("digits/federated_distillation.yaml", ["federation.clients=6", "federation.participation=0.5"]),
+}
+JOINT = ("federated_distillation", ["federation.clients=3", "federation.rounds=1", "fabric.strategy=ddp"])
+
+
+class Normed(MLP):
+    """A perceptron whose inputs are normalised over the batch; its count of batches is no average."""
+
+    def __init__(self, num_classes: int, input_shape: list[int]):
+        super().__init__(hidden=[8], num_classes=num_classes, input_shape=input_shape)
+        self.norm = torch.nn.BatchNorm2d(input_shape[0])
+
+    def forward(self, x, features=()):
+        """Normalise, then as the perceptron."""
+        return super().forward(self.norm(x), features)
+
+
+class FailsOnce(FedAvg):
+    """A client of the second process makes a mistake that its user should hear of."""
+
+    name = "fails_once"
+
+    def local_update(self, client, download):
+        if os.environ.get("LOCAL_RANK") == "1":
+            raise UserError("its scanner is broken")
+        return super().local_update(client, download)
+
+
+class Sleeps(FedAvg):
+    """The second process never comes back."""
+
+    name = "sleeps"
+
+    def local_update(self, client, download):
+        if os.environ.get("LOCAL_RANK") == "1":
+            time.sleep(60)
+        return super().local_update(client, download)
+
+
+class Dies(FedAvg):
+    """The second process is killed in round 2."""
+
+    name = "dies"
+
+    def local_update(self, client, download):
+        if os.environ.get("LOCAL_RANK") == "1" and client.round == 2:
+            os.kill(os.getpid(), 9)
+        return super().local_update(client, download)
+
+
+def recipe(name: str, devices: int, more: tuple[str, ...] = ()):
+    """The small recipe of a job."""
+    file, overrides = JOBS[name]
+    return load(RECIPES / file, [*SMALL, *overrides, f"fabric.devices={devices}", *more])
+
+
+def outcome(loop, summary) -> dict:
+    """All that must not depend on the number of processes."""
+    student = {} if loop.server.student is None else state_of(loop.server.student)
+    return {
+        "student": {name: tensor.double().tolist() for name, tensor in student.items()},
+        "history": [{key: value for key, value in record.items() if key != "seconds"} for record in summary["history"]],
+        "communication": summary["communication"],
+        "participants": summary["participants"],
+    }
+
+
+def run(name: str, devices: int, folder: Path, more: tuple[str, ...] = (), resume: bool = False) -> dict:
+    """Run one job to its end."""
+    loop = build(recipe(name, devices, more), folder)
+    return outcome(loop, loop.run(resume=resume))
+
+
+def error_of(method: str, folder: Path, timeout: float) -> str:
+    """Run a federation that fails, and say how it ended here."""
+    more = (f"method.target=tests.rank_jobs.{method}", "method.args={}", f"fabric.timeout={timeout}")
+    start = time.monotonic()
+    try:
+        run("fedavg", 2, folder, more)
+    except UserError as error:
+        return f"UserError after {time.monotonic() - start:.0f} s: {error}"
+    except SystemExit as end:
+        return f"exit {end.code}"
+    return "no error"
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    leader = os.environ["LOCAL_RANK"] == "0"
+    found = {name: run(name, 2, place / name) for name in JOBS}
+    # a run of two processes goes on from a checkpoint that one process wrote, and moves clients between them
+    found["resumed"] = run("knowledge", 2, place / "half", ("federation.rounds=3",), resume=True)
+    found["joint"] = run(*JOINT[:1], 2, place / "joint", tuple(JOINT[1]))
+    ends = {"mistake": error_of("FailsOnce", place / "mistake", 60.0)}
+    ends["hang"] = error_of("Sleeps", place / "hang", 4.0)
+    (place / f"ends-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(ends))
+    if leader:
+        (place / "found.json").write_text(json.dumps(found))
+    os._exit(0)  # a rank that still sleeps is not waited for
