@@ -82,11 +82,13 @@ def test_the_photographs_take_the_same_variants(script, tmp_path):
     for mode in ("merged", "periodic"):
         sizes = recipe.compare.variants[f"codistillation_{mode}"]["specialists"]
         assert sizes[0]["args"] == recipe.student.args
+    (run,) = script.plan(script.RECIPE, changes, ["codistillation_merged"], [0], tmp_path)
+    assert [one.args["channels"] for one in run.recipe.specialists] == [[16, 32, 32], [32, 64, 64]]
 
 
 def test_every_method_for_labelled_images_is_compared(script):
     recipe = load(script.RECIPE)
     methods = [changes["method"] for changes in recipe.compare.variants.values()]
     named = {method if isinstance(method, str) else method["target"] for method in methods}
-    elsewhere = {"affinity_distillation", "cfed", "federated_prompts", "fedlora", "token_distillation"}
+    elsewhere = {"affinity_distillation", "cfed", "federated_prompts", "fedlora", "pfedpg", "token_distillation"}
     assert named == set(short_names(KINDS["method"])) - elsewhere

@@ -21,8 +21,11 @@ from fdl.methods.pools import (
     taught_by_others,
     together,
 )
+from fdl.methods.token_pools import require_equal_tokens, tokens_taught_by_others
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server, copy_of
+from fdl.robust.base import Rule
+from fdl.robust.parameters import RobustParameters
 from fdl.seeding import stream_seed
 from fdl.server_optimizers import Adam, ServerOptimizer
 
@@ -33,8 +36,8 @@ class Codistillation(Method):
     Pools are the different entries of the recipe's specialists, from the smallest model to the largest; the recipe's
     student must be the same model as the first of them. Each pool's model is averaged over the clients that train it,
     by sample counts, and the server's optimiser takes the mean displacement D_fed for its pseudo-gradient. On the
-    unlabelled proxy set every model then learns from the mean probabilities of the others, all of them as they were
-    before any of them learnt (T² KL, the recipe's `distil` settings):
+    unlabelled proxy set every model then learns from the mean probabilities of the others, of classes or of next
+    tokens, all of them as they were before any of them learnt (T² KL, the recipe's `distil` settings):
 
     - periodic: every so many rounds, starting from what the round left.
     - merged: in every round, starting from where the clients started, too. The displacement D_kd that this gives is
@@ -50,10 +53,11 @@ class Codistillation(Method):
         period: rounds between two distillations of periodic, ≥ 1.
         temperature: T > 0.
         optimizer: the server's optimiser, with moments of its own for each pool; None is Adam (FedAdam).
+        robust: a rule in the place of each pool's mean, which holds where some clients lie; None is the mean.
     """
 
     name = "codistillation"
-    tasks = ("classification",)
+    tasks = ("classification", "language")
     requires = ("student", "specialists", "proxy")
 
     def __init__(
@@ -64,6 +68,7 @@ class Codistillation(Method):
         period: int = 1,
         temperature: float = 1.0,
         optimizer: ServerOptimizer | None = None,
+        robust: Rule | None = None,
     ):
         if not 0 <= alpha <= 1:
             raise UserError(f"alpha must be in [0, 1], got {alpha}")
@@ -72,14 +77,15 @@ class Codistillation(Method):
         if not temperature > 0:
             raise UserError(f"temperature must be > 0, got {temperature}")
         self.merged, self.nested, self.alpha, self.period = mode == "merged", sharing == "nested", alpha, period
-        self.optimizer = optimizer or Adam()
-        self.objective = response_objective("kl", temperature)
+        self.optimizer, self.temperature, self.robust = optimizer or Adam(), temperature, robust
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Draw first weights for every pool, and note who belongs to which."""
         first, *others = architectures(server.runtime)
         if not others:
             raise UserError("specialists: codistillation needs two different models or more, the smallest first")
+        for pool in (first, *others) if server.task == "language" else ():
+            require_equal_tokens(server, server.runtime.template(pool), pool)
         own, small = (state_of(m) for m in (server.student, server.runtime.template(first)))
         if [(k, t.shape) for k, t in own.items()] != [(k, t.shape) for k, t in small.items()]:
             raise UserError("student: must be the model of the first of the specialists, with the same arguments")
@@ -112,15 +118,17 @@ class Codistillation(Method):
         return Parameters(together(results), samples=client.samples)
 
     def aggregate(self, server: Server) -> PoolMeans:
-        """One mean a pool, weighted by sample counts."""
+        """One mean a pool, weighted by sample counts, or what is robust."""
         weights = self._weights(server)
         trained = {int(id): self._trained(list(weights), pool) for id, pool in server.state["members"].items()}
-        return PoolMeans(weights, trained)
+        if self.robust is None:
+            return PoolMeans(weights, trained)
+        return PoolMeans(weights, trained, lambda pool, like: RobustParameters(self.robust, server, like, pool, pool))
 
     def server_update(self, server: Server, knowledge: Mapping[str, Weights]) -> dict[str, float]:
         """Average every pool and let the pools teach each other, at once or one after the other."""
         before = self._weights(server)
-        learnt = taught_by_others(server, before, self.objective) if self.merged and self.alpha > 0 else {}
+        learnt = self._taught(server, before) if self.merged and self.alpha > 0 else {}
         after = dict(before)
         for pool, mean in knowledge.items():
             # (1 − α) D_fed + α D_kd is the displacement to this point; at α = 0 and 1 it is the one end to the bit
@@ -129,11 +137,17 @@ class Codistillation(Method):
             moments = server.state.setdefault("moments", {}).setdefault(pool, {})
             after[pool] = self.optimizer.step(before[pool], target, trained & before[pool].keys(), moments)
         if not self.merged and server.round % self.period == 0:
-            after = taught_by_others(server, after, self.objective)
+            after = self._taught(server, after)
         first, *others = after
         load_into(server.student, after[first])
         server.state["pools"] = {pool: dict(after[pool].items()) for pool in others}
         return {}
+
+    def _taught(self, server: Server, weights: Mapping[str, Weights]) -> dict[str, Weights]:
+        """Every pool's weights after it has learnt from the others."""
+        if server.task == "language":
+            return tokens_taught_by_others(server, weights, self.temperature)
+        return taught_by_others(server, weights, response_objective("kl", self.temperature))
 
     def _weights(self, server: Server) -> dict[str, Weights]:
         """Every pool's weights, the student's first."""
