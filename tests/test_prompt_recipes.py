@@ -73,6 +73,40 @@ def test_a_generator_in_the_place_of_vectors(towers, tmp_path):
     assert all(name.startswith("backbone.prompt.") for name in state_of(loop.server.student))
 
 
+def test_prompts_that_the_server_makes_for_each_site(towers, tmp_path):
+    short = [f"student.args.checkpoint={towers}", "federation.rounds=2", "local.steps=4"]
+    loop = build(load(ROOT / "prompts/digits_per_site.yaml", [*CPU, *short]), tmp_path / "run")
+    loop.run()
+    shared = state_of(loop.server.student)["backbone.prompt.shared"]
+    # a round of five clients: their vectors down, and what changed of them up
+    assert all(4 * shared.numel() < size < 4 * shared.numel() + OVERHEAD for size in payloads(loop))
+    first, second = (loop.method.download(loop.server, i).tensors["backbone.prompt.shared"] for i in (0, 1))
+    assert not torch.equal(first, second) and not torch.equal(first, shared)
+
+
+def test_photographs_from_towers_to_prompts(tmp_path):
+    rng, y = np.random.default_rng(0), np.arange(120) % 10
+    x, names = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8), load(ROOT / "prompts/photos.yaml").student.args
+    sentences = np.array([f"a photo of a {names['classes'][label]}" for label in y])
+    images = {"x_train": x, "y_train": y, "x_test": x[:40], "y_test": y[:40], "classes": np.array(names["classes"])}
+    np.savez(tmp_path / "photos.npz", **images)
+    np.savez(tmp_path / "pairs.npz", **images, captions_train=sentences, captions_test=sentences[:40])
+    short = [*CPU, "data.args.validation=20", "federation.rounds=1", "local.steps=1", "local.batch_size=8"]
+    towers = build(
+        load(ROOT / "prompts/photo_towers.yaml", [*short, f"data.args.path={tmp_path / 'pairs.npz'}"]),
+        tmp_path / "towers",
+    )
+    assert "student/zero_shot/accuracy" in towers.run()["metrics"]
+    short += [f"data.args.path={tmp_path / 'photos.npz'}"]
+    short += [f"student.args.checkpoint={tmp_path / 'towers/best.safetensors'}", "federation.clients=2"]
+    variants = load(ROOT / "prompts/photos.yaml").compare.variants
+    assert len(variants) == 4
+    for name, changes in variants.items():
+        loop = build(load(ROOT / "prompts/photos.yaml", short, changes), tmp_path / name)
+        assert loop.run()["metrics"].keys() >= {"student/base_new/base_gain", "student/base_new/new_gain"}
+        assert all(set(client.train.labels.tolist()) <= set(range(5)) for client in loop.clients)
+
+
 def test_promptfl_with_a_small_clip(tmp_path):
     import open_clip
 

@@ -18,6 +18,7 @@ from fdl.methods.fedavg import FedAvg
 from fdl.methods.pools import architectures
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server, copy_of
+from fdl.robust.base import Rule
 from fdl.server_optimizers import ServerOptimizer
 
 
@@ -37,8 +38,10 @@ class FedLPFM(FedAvg):
         loss: how the proxy is compared with them, a name among `fdl.losses.RESPONSE_LOSSES`. Losses between logits
             take the mean of logits for p.
         models: foundation models at a client, ≥ 1: its own entry of the specialists and those that follow it.
-        fine_tune: train each site's copies on its own data, once, before they answer, with the `local` settings.
+        fine_tune: train each site's copies on its own data before they answer, with the `local` settings: once, or,
+            where data arrive in stages, once a stage from the public weights.
         optimizer: what the server does with the mean; None takes it as it is.
+        robust: as in FedAvg.
     """
 
     name = "fed_lpfm"
@@ -53,8 +56,9 @@ class FedLPFM(FedAvg):
         models: int = 1,
         fine_tune: bool = False,
         optimizer: ServerOptimizer | None = None,
+        robust: Rule | None = None,
     ):
-        super().__init__(optimizer)
+        super().__init__(optimizer, robust)
         if not 0 <= weight <= 1:
             raise UserError(f"weight must be in [0, 1], got {weight}")
         if not temperature > 0:
@@ -76,10 +80,11 @@ class FedLPFM(FedAvg):
         """Train the proxy on private labels and on what the foundation models answer; return its weights."""
         if self.weight == 0 or client.runtime.dry:  # a rehearsal measures messages, which no answer changes
             return super().local_update(client, download)
-        answers = self._answers(client)
-        proxy = client.load(download.tensors, "student")
-        client.metrics.update(self._costs(client, proxy))
-        labelled = Answered(client.train, client.train.labels, more=[answers])
+        with client.gate.open():  # what is read of a sample here goes into the fit with it, and nowhere else
+            answers = self._answers(client)
+            proxy = client.load(download.tensors, "student")
+            client.metrics.update(self._costs(client, proxy))
+            labelled = Answered(client.train, client.train.labels, more=[answers])
         client.fit(proxy, labelled, client.local, self._taught)
         return Parameters(state_of(proxy), samples=client.samples)
 
@@ -94,12 +99,13 @@ class FedLPFM(FedAvg):
         """The foundation models' mean answer to every private sample, [n, C].
 
         What public models say is found again after a restart; what fine-tuned ones say is saved, in the place of their
-        weights.
+        weights. Either is an answer to the samples of one stage.
         """
         kept = client.state if self.fine_tune else client.cache
-        if "answers" not in kept:
+        if kept.get("answered_in") != client.stage:
             logits = torch.stack([self._ask(client, i, module) for i, module in enumerate(self._models(client))])
             kept["answers"] = (logits if self.loss.form == "logits" else torch.softmax(logits, dim=2)).mean(0)
+            kept["answered_in"] = client.stage
         return kept["answers"]
 
     def _ask(self, client: Client, number: int, module: LightningModule) -> Tensor:

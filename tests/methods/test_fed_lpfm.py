@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from fdl.datamodules.arrivals import ClassIncremental, Incoming
 from fdl.errors import UserError
 from fdl.estimate import estimate_bytes
 from fdl.knowledge.costs import answer_flops, samples_seen, training_flops, weight_bytes
@@ -14,7 +16,7 @@ from fdl.modules.tiny import CNN, MLP
 from fdl.recipe import Component, Fit
 from fdl.server_optimizers import Adam
 from tests.test_loop import outcome
-from tests.toy import Linear, federation, samples, weight
+from tests.toy import E0, E1, Linear, federation, samples, weight
 
 T0, T1 = 1.5, -0.5
 """What the foundation model says of each client's input, as a margin for the right class."""
@@ -123,6 +125,32 @@ def test_fine_tuning_happens_once_at_every_site_from_the_public_weights(tmp_path
         after.append(part * (start + sigma(margin) - sigma(2 * start)) + (1 - part) * start)
     expected = torch.tensor([[after[0], -after[1]], [-after[0], after[1]]])
     torch.testing.assert_close(weight(loop.server.student), expected)
+
+
+def staged(folder, rounds):
+    """Client 0 has (1, 0) of class 0 in round 1, and (0, 1) of class 1 in its place from round 2 on."""
+    loop = toy(FedLPFM(1.0, fine_tune=True), folder, rounds=rounds)
+    arrival, assigned = ClassIncremental(stages=2), np.array([0, 1])
+    for participant in (*loop.clients, loop.server):
+        participant.arrival = arrival
+    loop.clients[0]._train = Incoming(samples([E0, E1], [0, 1]), assigned, arrival)
+    loop.clients[0].arrive()
+    return loop
+
+
+def test_fine_tuned_models_learn_and_answer_what_arrives_later(tmp_path):
+    loop = staged(tmp_path / "straight", 3)
+    loop.run()
+    fits = [[name for name in r["clients"]["0"] if name.startswith("fine_tune")] for r in loop.history]
+    assert fits == [["fine_tune/0/loss"], ["fine_tune/0/loss"], []]
+    # logits of (0, 1) are (0, T1): one step from there, not from what was tuned on (1, 0)
+    own = loop.clients[0].state["answers"]
+    assert own[0, 1].item() == pytest.approx(sigma(T1 + 2 * (1 - sigma(T1))), rel=1e-5)
+    crashed = staged(tmp_path / "crashed", 2)
+    crashed.run()
+    resumed = staged(tmp_path / "crashed", 3)
+    resumed.run(resume=True)
+    assert resumed.resumed_from == 2 and outcome(resumed) == outcome(loop)
 
 
 @pytest.mark.parametrize("fine_tune", [False, True])
