@@ -20,32 +20,61 @@ from fdl.recipe import load
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = [
-    "federation.rounds=3",
+    "federation.rounds=2",
     "local.steps=3",
     "local.epochs=null",
     "distil.steps=3",
     "distil.epochs=null",
-    "data.args.proxy=64",
-    "data.args.validation=50",
-    "data.args.test=100",
     "callbacks=[]",
     "fabric.accelerator=cpu",
     "fabric.threads=1",
     "checkpoint.every=2",
 ]
+DIGITS = ["data.args.proxy=64", "data.args.validation=50", "data.args.test=100"]
+NO_PROXY = ["data.args.validation=50", "data.args.test=100"]
 CLIENTS = "federation.clients=3"
+PUBLIC = [*NO_PROXY, CLIENTS, "data.args.public=60"]
+DIGEST = ["digest.steps=3", "digest.epochs=null"]
+TEXT = ["data.args.packages=[json, email, logging]", "data.args.proxy_packages=[unittest]", "data.args.validation=4"]
+TINY = "{num_hidden_layers: 1, num_attention_heads: 2, hidden_size: 16, intermediate_size: 16}"
+WORDS = [f"specialists.0.args.config={TINY}", f"student.args.config={TINY}", "data.args.context=32"]
 JOBS = {
-    "fedavg": ("digits/fedavg.yaml", [CLIENTS]),
-    "fedadam": ("digits/fedadam.yaml", [CLIENTS]),
-    "batch_norm": ("digits/fedavg.yaml", [CLIENTS, "student={target: tests.rank_jobs.Normed, args: {}}"]),
-    "fed_lpfm": ("digits/fed_lpfm.yaml", [CLIENTS]),
-    "federated_distillation": ("digits/federated_distillation.yaml", ["federation.clients=5"]),
-    "knowledge": ("knowledge.yaml", ["federation.clients=4", "channel.upload=[{target: delta}, {target: quantize}]"]),
-    "codistillation": ("digits/codistillation.yaml", ["federation.clients=3", "local.steps=2"]),
-    "feddf": ("digits/feddf_heterogeneous.yaml", [CLIENTS]),
-    "fedproto": ("digits/fedproto.yaml", [CLIENTS, "partition.target=iid"]),
-    "one_client": ("digits/fedavg.yaml", ["federation.clients=1"]),
-    "few_asked": ("digits/federated_distillation.yaml", ["federation.clients=6", "federation.participation=0.5"]),
+    "fedavg": ("digits/fedavg.yaml", [*DIGITS, CLIENTS]),
+    "fedadam": ("digits/fedadam.yaml", [*DIGITS, CLIENTS]),
+    "fedprox": ("digits/fedprox.yaml", [*DIGITS, CLIENTS]),
+    "batch_norm": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, "student={target: tests.rank_jobs.Normed, args: {}}"]),
+    "batched": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=4", "executor=batched"]),
+    "one_client": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=1"]),
+    "cfed": ("continual/digits.yaml", [*DIGITS, CLIENTS, "arrival.args.rounds=1"]),
+    "fml": ("digits/fml.yaml", [*DIGITS, CLIENTS]),
+    "fed_lpfm": ("digits/fed_lpfm.yaml", [*DIGITS, CLIENTS]),
+    "federated_foundation": ("digits/federated_foundation.yaml", PUBLIC),
+    "centralized": ("digits/centralized.yaml", [*DIGITS, CLIENTS]),
+    "single_site": ("digits/single_site.yaml", [*DIGITS, CLIENTS]),
+    "distillation": ("digits/distillation.yaml", [*DIGITS, CLIENTS]),
+    "federated_distillation": ("digits/federated_distillation.yaml", [*DIGITS, "federation.clients=5"]),
+    "few_asked": (
+        "digits/federated_distillation.yaml",
+        [*DIGITS, "federation.clients=6", "federation.participation=0.5"],
+    ),
+    "knowledge": (
+        "knowledge.yaml",
+        [
+            *DIGITS,
+            "federation.clients=4",
+            "federation.rounds=3",
+            "channel.upload=[{target: delta}, {target: quantize}]",
+        ],
+    ),
+    "codistillation": ("digits/codistillation.yaml", [*DIGITS, CLIENTS, "local.steps=2"]),
+    "feddf": ("digits/feddf_heterogeneous.yaml", [*DIGITS, CLIENTS]),
+    "fedproto": ("digits/fedproto.yaml", [*DIGITS, CLIENTS, "partition.target=iid"]),
+    "fedgems": ("digits/fedgems.yaml", [*PUBLIC, *DIGEST]),
+    "fedgkt": ("digits/fedgkt.yaml", [*NO_PROXY, CLIENTS]),
+    "token_distillation": ("quickstart_language.yaml", [*TEXT, *WORDS, CLIENTS]),
+    "affinity_distillation": ("quickstart_dual_encoder.yaml", [*DIGITS, CLIENTS, *DIGEST]),
+    "robust": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, "method.args.robust=median"]),
+    "votes": ("digits/private_votes.yaml", [*DIGITS, "federation.clients=4"]),
 }
 JOINT = ("federated_distillation", ["federation.clients=3", "federation.rounds=1", "fabric.strategy=ddp"])
 

@@ -1,0 +1,168 @@
+"""What a server learns of gradients from the parameters that a client sends."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fdl.attacks.base import twin_of, unused
+from fdl.errors import RefusedError
+from fdl.executor import Sequential
+from fdl.messages import Parameters, parts_of
+from fdl.privacy.guard import Guarded
+from fdl.seeding import stream_seed
+
+if TYPE_CHECKING:
+    from fdl.attacks.base import Subject
+    from fdl.datamodules.samples import Batch, Samples
+    from fdl.participants import Client, Server
+
+_LR = 1e-3
+"""Torch's learning rate where a recipe gives none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A client's turn as its server sees it.
+
+    Attributes:
+        model: as the server knows it before the turn; what is not sent is the server's own.
+        mean_gradient: (w_before − w_after) / (η · steps) of every trained tensor that is sent both ways, by name. For
+            one step of plain SGD this is the gradient, to the codecs' rounding.
+        rows: which of the client's training samples it was trained on, int64.
+        steps: of the optimiser.
+        plain: whether its optimiser was SGD without momentum and decay, at a constant rate and without noise.
+    """
+
+    model: nn.Module
+    mean_gradient: dict[str, Tensor]
+    rows: Tensor
+    steps: int
+    plain: bool
+
+
+def update(subject: Subject, client: Client, first: bool) -> Update | None:
+    """Let a client take a turn, in a copy, with the run's training, streams and codecs.
+
+    Args:
+        subject: a finished run.
+        client: one of its clients.
+        first: the turn of round 1, from the model that the run began with, as the client took it if it was asked;
+            or else the one that would come next, from the last model.
+
+    Returns:
+        None where it gets or sends no parameters of a model that the server knows, or the channel refuses them.
+    """
+    server, twin, channel = _server(subject, first), twin_of(client), unused(subject.loop.channel)
+    if not first:
+        twin.state = copy.deepcopy(client.state)
+        client.rest(changed=False)
+        channel.load_state_dict(copy.deepcopy(subject.loop.channel.state_dict([client.id])))
+    twin.begin(server.round)
+    watched = _watch(twin)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            message = subject.method.download(server, client.id)
+            download = channel.download(message, client.id, server.round)
+            ((_, upload),) = Sequential()(subject.method, [(twin, download)])
+        received = channel.upload(upload, client.id, server.round)
+    except RefusedError:
+        return None
+    finally:
+        subject.runtime.hold(client.architecture, None)
+    sent, received = parts_of(download).get(Parameters), parts_of(received).get(Parameters)
+    if sent is None or received is None:
+        return None
+    before, after = dict(sent.tensors.items()), dict(received.tensors.items())
+    known = [m for m in (server.student, subject.runtime.template(client.architecture)) if m is not None]
+    names, module = max(((_common(m, before, after), m) for m in known), key=lambda pair: len(pair[0]))
+    if not names:
+        return None
+    model = _filled(module, before)
+    own, config = dict(model.named_parameters()), client.local
+    steps = config.steps
+    if steps is None:
+        steps = config.epochs * math.ceil(len(twin.train) / config.batch_size)
+    args = config.optimizer.args
+    rate = args.get("lr", _LR) * max(steps, 1)
+    device = next(iter(own.values())).device
+    moved = {n: (-after[n] if subject.method.sends_changes else before[n] - after[n]) for n in names}
+    plain = config.optimizer.target == "sgd" and not args.keys() - {"lr"} and config.scheduler is None
+    return Update(
+        model=model,
+        mean_gradient={name: (change.float() / rate).to(device) for name, change in moved.items()},
+        rows=watched.rows(),
+        steps=steps,
+        plain=plain and client.dp_sgd is None and config.gradient_clip is None,
+    )
+
+
+def _server(subject: Subject, first: bool) -> Server:
+    """A copy of the server, before the first round or after the last one."""
+    server = copy.copy(subject.server)
+    server.cache, server.metrics, server.state = {}, {}, {} if first else copy.deepcopy(server.state)
+    if not first:
+        server.begin(subject.loop.round + 1)
+        return server
+    if server.student is not None:
+        server.student = subject.runtime.create("student", stream_seed(subject.seed, "init"))
+    server.begin(1)
+    subject.method.setup(server, subject.clients)
+    return server
+
+
+def _common(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """The trained tensors of a model that are sent both ways."""
+    trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+    return [
+        name
+        for name, shape in trained.items()
+        if name in before and name in after and before[name].shape == after[name].shape == shape
+    ]
+
+
+@torch.no_grad()
+def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """A copy of a model, in float32, with the tensors that it was sent."""
+    model = copy.deepcopy(module).float()
+    for name, own in model.state_dict().items():
+        if name in tensors and own.shape == tensors[name].shape:
+            own.copy_(tensors[name])
+    return model
+
+
+def _watch(client: Client) -> _Watched:
+    """Have it noted which of its samples a client trains on."""
+    guarded = isinstance(client.train, Guarded)
+    watched = _Watched(client.train._samples if guarded else client.train)
+    client.train = Guarded(watched, client.gate) if guarded else watched
+    return watched
+
+
+class _Watched:
+    """Samples that note which of them are trained on."""
+
+    def __init__(self, samples: Samples):
+        self._samples, self._used = samples, set()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._samples, name)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
+        if generator is not None:
+            self._used.update(indices.tolist())
+        return self._samples.batch(indices, generator)
+
+    def rows(self) -> Tensor:
+        """Those trained on, int64; all where it cannot be told."""
+        return torch.tensor(sorted(self._used) or range(len(self)), dtype=torch.int64)
