@@ -16,7 +16,8 @@ def account(ledger: Ledger, record: dict[str, Any], history: Sequence[dict[str, 
         ledger: where every message was counted.
         record: of the round. Gets ``communication``: bytes and seconds on the links, were they real, since the run
             began; and ``codings``, where a narrow link made the channel choose a cheaper coding: by direction and
-            client, the coding and the share of the rows that was sent.
+            client, the coding and the share of the rows that was sent; and ``privacy``, where that is accounted for: by
+        client, the ε it has spent since the run began, of which the largest is a metric, too.
         history: the records of all rounds before.
     """
     round = record["round"]
@@ -24,3 +25,9 @@ def account(ledger: Ledger, record: dict[str, Any], history: Sequence[dict[str, 
     record["communication"] = {**ledger.totals(), "transfer_s": before + ledger.transfer_seconds(round)}
     if chosen := [note for note in ledger.notes if note.round == round]:
         record["codings"] = {f"{note.direction}/{note.client}": [note.coding, note.share] for note in chosen}
+    spent = {
+        client: own["privacy/epsilon"] for client, own in record.get("clients", {}).items() if "privacy/epsilon" in own
+    }
+    if spent := {**(history[-1].get("privacy", {}) if history else {}), **spent}:
+        record["privacy"] = spent
+        record["metrics"].setdefault("privacy/epsilon", max(spent.values()))

@@ -101,7 +101,8 @@ def answer_together(runtime: Runtime, jobs: Sequence[Asking]) -> list[Tensor]:
 
     size = max(runtime.batch_size // len(jobs), 1)  # as many activations as one model has in a pass
     try:
-        answers = answer(runtime.fabric, stack.skeleton(training=False), jobs[0].samples, question, size)
+        with runtime.clock.part("extraction", within="clients"):
+            answers = answer(runtime.fabric, stack.skeleton(training=False), jobs[0].samples, question, size)
     except Exception as error:
         raise NotTogetherError(_first_line(error)) from error
     return list(answers.transpose(0, 1).contiguous())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,11 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fdl.adversaries.coalition import Adversaries, chosen, recruit
+from fdl.callbacks.profile import Profile
 from fdl.catalog import KINDS, find
+from fdl.comm import authentication
+from fdl.comm.authentication import Authentication
 from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
@@ -19,18 +24,24 @@ from fdl.comm.ledger import Ledger
 from fdl.datamodules.arrivals import Incoming
 from fdl.errors import UserError
 from fdl.executor import EXECUTORS
+from fdl.faults.base import Schedule
+from fdl.faults.channel import FaultyChannel
 from fdl.knowledge.encoder import Frozen
 from fdl.knowledge.pair_confidence import Images
 from fdl.loop import FederatedLoop
 from fdl.participants import Client, Server
+from fdl.privacy.settings import policy, trainer
+from fdl.privacy.settings import watching as watching_privacy
 from fdl.recipe import Component, Recipe, instantiate
 from fdl.runtime import Runtime
 from fdl.seeding import numpy_stream, stream_seed
+from fdl.store import CLIENTS, DiskStore
 from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
     from lightning import LightningModule
 
+    from fdl.attacks.base import Attack
     from fdl.datamodules.arrivals import Arrival
     from fdl.datamodules.base import FederatedDataModule
     from fdl.datamodules.samples import Samples
@@ -39,12 +50,13 @@ if TYPE_CHECKING:
     from fdl.methods.base import Method
 
 
-def build(recipe: Recipe, folder: Path) -> FederatedLoop:
+def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
     """Build everything a recipe names: data, participants, channel, method, callbacks.
 
     Args:
         recipe: checked, as `fdl.recipe.load` gives it.
         folder: the run's folder; nothing is written yet.
+        launch: join the other processes that the recipe asks for; without it the loop is for looking at.
 
     Raises:
         UserError: when parts do not fit together, naming their keys.
@@ -62,6 +74,7 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     if recipe.evaluation.probes and "student" not in method.requires:
         raise UserError(f"evaluation.probes: method {recipe.method.target} has no student that could be asked")
     probes = _probes(recipe, data)
+    attacks = _attacks(recipe, data)
     if "proxy" in method.requires and len(data.proxy) == 0:
         raise UserError(f"data.args.proxy: the proxy set is empty, and method {recipe.method.target} needs one")
     if "public" in method.requires and len(data.public) == 0:
@@ -77,7 +90,14 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
     except UserError as error:
         raise UserError(f"partition: {error}") from error
 
-    runtime = _runtime(recipe)
+    runtime = _runtime(recipe, launch)
+    if recipe.adversaries and runtime.ranks.count > 1:
+        raise UserError("adversaries: look at the uploads of all clients, so these must be in one process")
+    if attacks and runtime.ranks.count > 1:
+        raise UserError(
+            "evaluation.attacks: are tried in one process, where all clients are; leave them out, and attack the "
+            "finished run with python -m fdl audit --run DIR"
+        )
     specialists = _architectures(recipe, data, runtime)
     architectures = ["student"] * len(shares) if "specialists" not in method.requires else assign(recipe, specialists)
     common: dict[str, Any] = {
@@ -93,9 +113,11 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         "provides": data.provides,
         "encoder": _encoder(recipe, data, runtime),
         "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
+        "privacy": policy(recipe),
     }
     incoming, test_stages = _arriving(common["arrival"], data)
-    clients = []
+    dp_sgd, clients = trainer(recipe, common["privacy"]), []
+    store = DiskStore(folder / CLIENTS) if recipe.federation.state == "disk" else None
     for id, share in enumerate(shares):
         train, calibration = _hold_out(share, recipe, id)
         clients.append(
@@ -104,6 +126,8 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
                 architecture=architectures[id],
                 train=incoming(train),
                 calibration=incoming(calibration),
+                dp_sgd=dp_sgd,
+                store=store,
                 **common,
             )
         )
@@ -117,17 +141,28 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         test_stages=test_stages,
         **common,
     )
-    channel = Channel(
-        upload=_codec(recipe.channel.upload, "channel.upload"),
-        download=_codec(recipe.channel.download, "channel.download"),
-        ledger=Ledger(),
-        seed=recipe.seed,
-        limit=recipe.channel.limit,
-        bandwidth=Bandwidth(recipe.channel.bandwidth, recipe.channel.clients),
-    )
+    settings: dict[str, Any] = {
+        "upload": _codec(recipe.channel.upload, "channel.upload"),
+        "download": _codec(recipe.channel.download, "channel.download"),
+        "ledger": Ledger(),
+        "seed": recipe.seed,
+        "limit": recipe.channel.limit,
+        "bandwidth": Bandwidth(recipe.channel.bandwidth, recipe.channel.clients),
+        "authentication": _authentication(recipe),
+        "deadline": recipe.federation.deadline or math.inf,
+    }
+    faults = [instantiate(fault, "fault", f"faults.{i}") for i, fault in enumerate(recipe.faults)]
+    channel = FaultyChannel(schedule=Schedule(faults, recipe.seed), **settings) if faults else Channel(**settings)
     for probe in probes:
         probe.prepare(server)
-    callbacks = [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(recipe.callbacks)]
+    # only one process writes and shows things
+    watching = recipe.callbacks if runtime.ranks.leader else ()
+    callbacks = [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(watching)]
+    if recipe.profile and runtime.ranks.leader:
+        callbacks.append(Profile())
+    callbacks += watching_privacy(recipe)
+    if dp_sgd is not None:
+        dp_sgd.check(clients)
     return FederatedLoop(
         recipe=recipe,
         folder=folder,
@@ -135,22 +170,26 @@ def build(recipe: Recipe, folder: Path) -> FederatedLoop:
         server=server,
         clients=clients,
         channel=channel,
-        executor=EXECUTORS[recipe.executor](),
+        executor=EXECUTORS[recipe.executor]() if dp_sgd is None else dp_sgd.executor(recipe.executor),
         callbacks=callbacks,
         probes=probes,
+        attacks=attacks,
+        adversaries=_adversaries(recipe, method, clients),
+        store=store,
         fingerprint=_fingerprint(data, shares, runtime, {client.architecture for client in clients}, server),
     )
 
 
-def _runtime(recipe: Recipe) -> Runtime:
+def _runtime(recipe: Recipe, launch: bool) -> Runtime:
     """The devices that the recipe asks for.
 
     Raises:
         UserError: when this machine does not have them.
     """
     try:
-        return Runtime(**vars(recipe.fabric), batch_size=recipe.evaluation.batch_size, **vars(recipe.inference))
-    except (MisconfigurationException, ImportError, RuntimeError, ValueError) as error:
+        own = {**vars(recipe.fabric), **vars(recipe.inference)}
+        return Runtime(**own, batch_size=recipe.evaluation.batch_size, launch=launch)
+    except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
         settings = ", ".join(f"{key}={value}" for key, value in vars(recipe.fabric).items() if value is not None)
         raise UserError(f"fabric: {error} ({settings})") from error
 
@@ -242,6 +281,25 @@ def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:
     return probes
 
 
+def _attacks(recipe: Recipe, data: FederatedDataModule) -> list[Attack]:
+    """The attacks that are tried on the finished run.
+
+    Raises:
+        UserError: one is not for this kind of data.
+    """
+    attacks = []
+    for i, component in enumerate(recipe.evaluation.attacks):
+        key = f"evaluation.attacks.{i}"
+        attack: Attack = instantiate(component, "attack", key)
+        if data.task not in attack.tasks:
+            known = " and ".join(attack.tasks)
+            raise UserError(f"{key}: {attack.name} is for {known} data; these are for {data.task}")
+        if attack.label in {other.label for other in attacks}:
+            raise UserError(f"{key}: there is an attack {attack.label!r} already; give one another label")
+        attacks.append(attack)
+    return attacks
+
+
 def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Encoder | None:
     """The frozen public encoder, fitted on public data where it has to be."""
     if recipe.encoder is None:
@@ -289,6 +347,35 @@ def _arriving(
         return Incoming(data.train.subset(rows), assigned[rows], arrival)
 
     return incoming, test_stages
+
+
+def _authentication(recipe: Recipe) -> Authentication | None:
+    """What makes and checks the messages' tags."""
+    path, clients = recipe.channel.keys, range(recipe.federation.clients)
+    if not recipe.channel.authenticate and path is None:
+        return None
+    try:
+        key = authentication.simulated(recipe.seed) if path is None else authentication.read(path, clients)
+    except UserError as error:
+        raise UserError(f"channel.keys: {error}") from error
+    return Authentication(key, f"{recipe.name}/{recipe.seed}")
+
+
+def _adversaries(recipe: Recipe, method: Method, clients: Sequence[Client]) -> Adversaries:
+    """The clients that are dishonest.
+
+    Raises:
+        UserError: they cannot be, with this method and these data.
+    """
+    coalitions = []
+    for i, ids in enumerate(chosen(recipe.adversaries, len(clients), recipe.seed)):
+        key, entry = f"adversaries.{i}", recipe.adversaries[i]
+        adversary = instantiate(entry, "adversary", key)
+        try:
+            coalitions.append(recruit(adversary, entry.start, [clients[id] for id in ids], method))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+    return Adversaries(coalitions)
 
 
 def _codec(stages: list[Component], key: str) -> Codec:

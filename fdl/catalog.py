@@ -35,7 +35,7 @@ class Kind:
     """One kind of plug-in.
 
     Attributes:
-        name: as in ``fdl list``, without its plural s.
+        name: as in ``fdl list``, in the singular.
         base: dotted path of the base class.
         places: packages and modules whose classes have short names.
         supplied: arguments that fdl gives to the constructor, so that a recipe need not.
@@ -51,6 +51,11 @@ class Kind:
     reserved: tuple[str, ...] = ()
     called: str | None = None
     short: Callable[[str], str] | None = None
+
+    @property
+    def plural(self) -> str:
+        """Its name in ``fdl list``."""
+        return f"{self.name[:-1]}ies" if self.name.endswith("y") else f"{self.name}s"
 
     @property
     def label(self) -> str:
@@ -76,12 +81,16 @@ KINDS: dict[str, Kind] = {
         Kind("partitioner", "fdl.datamodules.partition.Partitioner", ("fdl.datamodules.partition",)),
         Kind("arrival", "fdl.datamodules.arrivals.Arrival", ("fdl.datamodules.arrivals",)),
         Kind("codec", "fdl.comm.stage.Stage", ("fdl.comm",)),
+        Kind("fault", "fdl.faults.base.Fault", ("fdl.faults",)),
         Kind("confidence", "fdl.knowledge.confidence.Confidence", ("fdl.knowledge",)),
         Kind("encoder", "fdl.knowledge.encoder.Encoder", ("fdl.knowledge",), supplied=_DATA),
         Kind("evaluator", "fdl.evaluators.base.Evaluator", ("fdl.evaluators",)),
+        Kind("attack", "fdl.attacks.base.Attack", ("fdl.attacks",)),
         Kind("aligner", "fdl.modules.aligner.Aligner", ("fdl.modules.aligner",)),
-        Kind("option", "fdl.knowledge.option.Option", ("fdl.knowledge",)),
+        Kind("adversary", "fdl.adversaries.base.Adversary", ("fdl.adversaries",)),
+        Kind("option", "fdl.knowledge.option.Option", ("fdl.knowledge", "fdl.privacy")),
         Kind("server_optimizer", "fdl.server_optimizers.ServerOptimizer", ("fdl.server_optimizers",)),
+        Kind("robust_rule", "fdl.robust.base.Rule", ("fdl.robust",)),
         Kind("callback", "fdl.callbacks.base.Callback", ("fdl.callbacks",)),
         Kind("optimizer", "torch.optim.Optimizer", ("torch.optim",), ("params",), ("params",), "step", str.lower),
         Kind(

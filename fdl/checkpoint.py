@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 
 from fdl.errors import UserError
 
-_JSON = "__json__"
+JSON = "__json__"
+"""Name of the tensor that holds all that is no tensor, as JSON."""
 _TENSOR = "__tensor__"
 
 
@@ -40,15 +41,13 @@ def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> P
         UserError: when the disk refuses; the checkpoints that were there are untouched.
     """
     data = pack(state)
-    path = folder / f"round-{round:06d}-{_digest(data)}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the checkpoint of round {round}: {error.strerror}") from error
-    for old in _files(folder)[keep:]:
+    path = folder / f"round-{round:06d}-{digest(data)}.safetensors"
+    write_atomically(path, data)
+    for old in files(folder)[keep:]:
         if old != path:
             old.unlink(missing_ok=True)
+    for rest in folder.glob(".*.partial"):  # of a run that was killed while it wrote
+        rest.unlink(missing_ok=True)
     return path
 
 
@@ -62,10 +61,10 @@ def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
         UserError: when there is no good checkpoint.
     """
     damaged = []
-    for path in _files(folder):
+    for path in files(folder):
         try:
             data = path.read_bytes()
-            if _digest(data) != path.stem.rsplit("-", 1)[-1]:
+            if digest(data) != path.stem.rsplit("-", 1)[-1]:
                 raise ValueError("its bytes do not match the digest in its name")
             return unpack(data), path, damaged
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -85,11 +84,7 @@ def save_best(path: Path, round: int, student: Mapping[str, torch.Tensor], besid
     Raises:
         UserError: when the disk refuses; the file that was there is untouched.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, pack({"round": round, "student": dict(student), "server": beside}))
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the student of round {round}: {error.strerror}") from error
+    write_atomically(path, pack({"round": round, "student": dict(student), "server": beside}))
 
 
 def load_best(path: Path) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def load_best(path: Path) -> dict[str, Any]:
 
 def exists(folder: Path) -> bool:
     """Whether the folder holds any checkpoint, good or not."""
-    return bool(_files(folder))
+    return bool(files(folder))
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
@@ -134,14 +129,22 @@ def pack(state: Mapping[str, Any]) -> bytes:
         raise TypeError(f"{path}: a state cannot hold {type(value).__name__}")
 
     text = json.dumps(strip(state, ""), separators=(",", ":")).encode()
-    tensors[_JSON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    tensors[JSON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return safetensors.torch.save(_unshared(tensors))
 
 
 def unpack(data: bytes) -> dict[str, Any]:
     """Turn the bytes of `pack` into the nested state; tuples come back as lists."""
-    tensors = safetensors.torch.load(data)
-    state = json.loads(tensors.pop(_JSON).numpy().tobytes())
+    return _filled(safetensors.torch.load(data))
+
+
+def unpack_file(path: Path) -> dict[str, Any]:
+    """As `unpack`, from a file; its tensors are mapped into memory as they are needed."""
+    return _filled(safetensors.torch.load_file(path))
+
+
+def _filled(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    state = json.loads(tensors.pop(JSON).numpy().tobytes())
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
@@ -155,9 +158,20 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that at any moment either the old or the whole new one is there.
 
     Args:
-        path: the file; its folder exists.
+        path: the file; its folder is made when absent.
         data: its bytes.
+
+    Raises:
+        UserError: when the disk refuses; what was there is untouched.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -186,9 +200,11 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def _files(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
     return sorted(folder.glob("round-*.safetensors"), reverse=True) if folder.is_dir() else []
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+    """Sixteen hexadecimal digits that tell these bytes from others."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from fdl import __version__
 from fdl.errors import UserError
-from fdl.terminal import console, log_to_stderr
+from fdl.terminal import console, is_follower, log_to_stderr
 
 FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
+
+AUDIT_FAILED = 3
+"""Exit code of a run that was carried out well but whose data are less private than its account says."""
 
 LISTS = (
     "methods",
@@ -20,12 +23,16 @@ LISTS = (
     "datamodules",
     "partitioners",
     "codecs",
+    "faults",
     "confidences",
     "encoders",
     "evaluators",
+    "attacks",
     "aligners",
+    "adversaries",
     "options",
     "server_optimizers",
+    "robust_rules",
     "callbacks",
     "optimizers",
     "schedulers",
@@ -45,7 +52,8 @@ def run(argv: list[str]) -> int:
             )  # a recipe's own plug-ins lie here; `python -m` adds this, `fdl` does not
         return COMMANDS[options.command](options, overrides, argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = " in another process of the run" if is_follower() else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         return 2
 
 
@@ -60,16 +68,20 @@ def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
     except KeyboardInterrupt:
         if not runs.has_checkpoint(folder):
             raise
+        if is_follower():
+            return 130
         command = [*argv] if options.resume else [*argv, "--resume"]
         print(
             f"interrupted; the run is saved in {folder}. To go on:\n  {_program()} {shlex.join(command)}",
             file=sys.stderr,
         )
         return 130
+    if is_follower():
+        return 0
     from fdl.report import print_table
 
     print_table(summary, console(), folder)
-    return 0
+    return 0 if (summary.get("audit") or {}).get("passed", True) else AUDIT_FAILED
 
 
 def check(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
@@ -104,6 +116,16 @@ def export(options: argparse.Namespace, overrides: list[str], argv: Sequence[str
     return 0
 
 
+def audit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Attack a finished run; 3 where an attack finds more than the run's account of privacy allows."""
+    from fdl.auditing import audit_run, print_table
+
+    result, path = audit_run(options.run, options.attacks or (), overrides)
+    print_table(result, console())
+    print(f"written to {path}")
+    return 0 if result.passed else AUDIT_FAILED
+
+
 def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Print what can stand in a recipe: name, one line, and where it is defined."""
     from fdl.listing import section
@@ -118,6 +140,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], Sequence[str]], int
     "check": check,
     "compare": compare,
     "export": export,
+    "audit": audit,
     "list": show_list,
 }
 
@@ -197,8 +220,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--which", default="best", choices=("best", "last"), help="round, by validation; default best")
     sub.add_argument("--output-dir", type=Path, metavar="DIR", help="default export-<format> in the run's folder")
 
+    sub = command(
+        "audit",
+        "Attack a finished run: can members of its data be told, and does its account of privacy hold? "
+        "Exit code 3: an attack found more than the account allows.",
+        "audit --run runs/quickstart",
+        "audit --run runs/quickstart --attacks loss_threshold,label_leakage",
+        "audit --run runs/quickstart 'evaluation.attacks=[{target: lira, args: {shadows: 64}}]'",
+    )
+    sub.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a finished run")
+    sub.add_argument("--attacks", type=_names, metavar="A,B", help="default: the recipe's, or else a set of them")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the attacks: evaluation.attacks")
+
     sub = command("list", "Print what can stand in a recipe, and where it is defined.", "list methods", "list keys")
-    plural = lambda kind: kind if kind in LISTS else f"{kind}s"  # noqa: E731
+    plural = lambda kind: kind if kind in LISTS else f"{kind[:-1]}ies" if kind[-1:] == "y" else f"{kind}s"  # noqa: E731
     sub.add_argument("kind", nargs="?", type=plural, choices=LISTS, metavar="kind", help=", ".join(LISTS))
     return parser
 

@@ -12,7 +12,7 @@ from fdl import runs
 from fdl.catalog import KINDS, short_names, suggest
 from fdl.errors import UserError
 from fdl.recipe import Compare, Recipe, load
-from fdl.terminal import console
+from fdl.terminal import console, started_by_others
 
 log = logging.getLogger("fdl")
 
@@ -54,6 +54,11 @@ def compare(
         UserError: from a recipe, before anything runs; or from a run, naming it.
         KeyboardInterrupt: after Ctrl-C; what was done is kept.
     """
+    if started_by_others():
+        raise UserError(
+            "fdl compare starts the processes of each run itself; start it without torchrun or srun, with "
+            "fabric.devices=N, or start every run with fdl fit"
+        )
     base = load(files[0], overrides)
     folder = output or Path(base.output) / base.name / "compare"
     planned = [run for file in files for run in plan(file, overrides, methods, seeds, folder, many=len(files) > 1)]

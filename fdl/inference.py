@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -126,24 +127,54 @@ def _on_device(
             inputs = each(samples.batch(rows)[0], lambda t: t.to(device))
             yield part if order is None else rows, convert(inputs)
         return
-    side, convolutional = torch.cuda.Stream(device), _convolutional(module)
+    convolutional = _convolutional(module)
     stored = hasattr(samples, "stored")  # images travel as bytes and become numbers on the device
 
-    def staged(part: slice) -> tuple[slice | Tensor, Any, torch.cuda.Event]:
-        with torch.cuda.device(device), torch.cuda.stream(side):
-            rows = rows_of(part)
-            inputs = samples.stored(rows) if stored else samples.batch(rows)[0]
-            inputs = each(each(inputs, Tensor.pin_memory), lambda t: t.to(device, non_blocking=True))
-            inputs = samples.normalised(inputs) if stored else inputs
-            if convolutional:  # only the images: other strides of the weights would cut them off from their template
-                inputs = each(inputs, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
-            return part if order is None else rows, convert(inputs), side.record_event()
+    def placed(part: slice) -> tuple[slice | Tensor, Any]:
+        rows = rows_of(part)
+        inputs = each(samples.stored(rows) if stored else samples.batch(rows)[0], lambda t: copied(t, device))
+        inputs = samples.normalised(inputs) if stored else inputs
+        if convolutional:  # only the images: other strides of the weights would cut them off from their template
+            inputs = each(inputs, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
+        return part if order is None else rows, convert(inputs)
 
-    for rows, inputs, ready in ahead(staged, starts, AHEAD):
-        now = torch.cuda.current_stream(device)
-        now.wait_event(ready)
-        each(inputs, lambda t, now=now: t.record_stream(now))  # its memory is not given away before `now` is through
-        yield rows, inputs
+    yield from staged(device, placed, starts)
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; a GPU gets it from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def staged(device: torch.device, place: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+    """Map over items in order, where what is made of them lies on a device.
+
+    On a GPU one thread draws the items and places them, on a stream of its own, `AHEAD` of whoever takes the results:
+    gathering and copying overlap with the work on those before.
+
+    Args:
+        device: where results are used.
+        place: makes a tensor, or a tuple of tensors, tuples and other things, of an item.
+        items: may be a generator that draws random numbers: nobody else advances it.
+    """
+    if device.type != "cuda":
+        yield from map(place, items)
+        return
+    side = torch.cuda.Stream(device)
+
+    def made(item: Any) -> tuple[T, torch.cuda.Event]:
+        with torch.cuda.device(device), torch.cuda.stream(side):
+            return place(item), side.record_event()
+
+    with closing(ahead(made, items, AHEAD)) as results:
+        for result, ready in results:
+            now = torch.cuda.current_stream(device)
+            now.wait_event(ready)
+            # the memory is not given away before `now` is through
+            each(result, lambda t, now=now: t.record_stream(now) if isinstance(t, Tensor) and t.is_cuda else None)
+            yield result
 
 
 def each(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -152,16 +183,22 @@ def each(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def ahead(function: Callable[[Any], T], items: Iterable[Any], count: int) -> Iterator[T]:
-    """Map over items in order, with one thread that is at most `count` items ahead of whoever takes the results."""
+    """Map over items in order, with one thread that is at most `count` items ahead of whoever takes the results.
+
+    The thread draws the items, too, so that what a generator and `function` do alternates as in a plain loop.
+    """
+    source, end = iter(items), object()
+
+    def step() -> Any:
+        item = next(source, end)
+        return end if item is end else function(item)
+
     worker = ThreadPoolExecutor(1, thread_name_prefix="fdl-batches")
-    waiting: deque = deque()
     try:
-        for item in items:
-            waiting.append(worker.submit(function, item))
-            if len(waiting) > count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        waiting = deque(worker.submit(step) for _ in range(count))
+        while (result := waiting.popleft().result()) is not end:
+            waiting.append(worker.submit(step))
+            yield result
     finally:
         worker.shutdown(cancel_futures=True)
 

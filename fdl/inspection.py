@@ -28,7 +28,7 @@ def describe(recipe: Recipe, folder: Path) -> str:
         recipe: the checked recipe.
         folder: the folder that a run would use.
     """
-    loop = build(recipe, folder)
+    loop = build(recipe, folder, launch=False)
     return "\n".join([*_clients(loop), "", *_server(loop, folder)])
 
 
@@ -38,6 +38,8 @@ def _clients(loop: FederatedLoop) -> list[str]:
     header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
     rows: list[tuple[object, ...]] = [header]
     for client in loop.clients:
+        with client.gate.open():  # whoever asks has the data
+            histogram = _histogram(client.train, client.num_classes)
         rows.append(
             (
                 client.id,
@@ -49,7 +51,7 @@ def _clients(loop: FederatedLoop) -> list[str]:
                     decimal(max(sizes[direction][client.id] for sizes in (first, later)))
                     for direction in ("down", "up")
                 ),
-                _histogram(client.train, client.num_classes),
+                histogram,
             )
         )
     return [*columns(rows, right=(0, 2, 3, 4, 5, 6)), *_traffic(first, later, loop.recipe.federation.participation)]

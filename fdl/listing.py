@@ -40,7 +40,8 @@ def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list
 
 
 def _plugins(name: str) -> list[tuple[str, str, str]]:
-    return [(e.name, e.summary, f"{_short(e.file)}:{e.line}") for e in entries(KINDS[name[:-1]])]
+    kind = next(kind for kind in KINDS.values() if kind.plural == name)
+    return [(e.name, e.summary, f"{_short(e.file)}:{e.line}") for e in entries(kind)]
 
 
 def _recipes() -> list[tuple[str, str]]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl import snapshot
 from fdl.accounts import account
+from fdl.adversaries.coalition import Adversaries
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.cohort import draw
 from fdl.errors import RefusedError, memory_of
-from fdl.evaluation import ask, evaluate
+from fdl.evaluation import ask, attack, evaluate
+from fdl.hearing import hear
 from fdl.interrupts import Interrupts
 from fdl.report import summarise
 from fdl.runtime import seed_everything
+from fdl.spread import Spread
 from fdl.stopwatch import Stopwatch
+from fdl.store import CLIENTS
 
 if TYPE_CHECKING:
+    from fdl.attacks.base import Attack
     from fdl.comm.channel import Channel
     from fdl.evaluators.base import Evaluator
     from fdl.executor import Executor
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from fdl.methods.base import Method
     from fdl.participants import Client, Server
     from fdl.recipe import Recipe
+    from fdl.store import DiskStore
 
 
 class FederatedLoop:
@@ -42,6 +47,9 @@ class FederatedLoop:
         callbacks: what watches the run.
         fingerprint: of the data and who holds which; a resumed run must find the same.
         probes: further questions to the student.
+        attacks: what is tried on private data after the last round.
+        adversaries: the dishonest among the clients; None: nobody is.
+        store: where clients' states lie between their turns; None: in memory.
     """
 
     def __init__(
@@ -56,15 +64,21 @@ class FederatedLoop:
         callbacks: Sequence[Callback] = (),
         fingerprint: str = "",
         probes: Sequence[Evaluator] = (),
+        attacks: Sequence[Attack] = (),
+        adversaries: Adversaries | None = None,
+        store: DiskStore | None = None,
     ):
         self.recipe, self.folder, self.method = recipe, folder, method
         self.server, self.clients, self.channel, self.executor = server, list(clients), channel, executor
         self.callbacks, self.fingerprint, self.probes = CallbackList(callbacks), fingerprint, probes
+        self.attacks, self.audit = attacks, None
         self.runtime, self.ledger = server.runtime, channel.ledger
+        self.spread = Spread(self.runtime.ranks, self.clients, channel, folder / CLIENTS)
+        self.adversaries, self.store = adversaries or Adversaries(), store
         self.rounds, self.round = recipe.federation.rounds, 0
         self.resumed_from: int | None = None
         self.history: list[dict[str, Any]] = []
-        self.seconds = Stopwatch()
+        self.seconds = self.runtime.clock = channel.clock = Stopwatch()
         self.stopped: str | None = None
 
     def run(self, resume: bool = False) -> dict[str, Any]:
@@ -82,12 +96,14 @@ class FederatedLoop:
                 if not resume:
                     self.set_up()
                 while self.round < self.rounds and self.stopped is None:
-                    if interrupts.requested:
+                    if self.runtime.ranks.any(interrupts.requested):
                         snapshot.save(self)
                         raise KeyboardInterrupt
                     self.run_round(self.round + 1)
-            if self.stopped is not None and self.server.student is not None:
+            if self.stopped is not None and self.server.student is not None and self.runtime.ranks.leader:
                 ask(self.server, self.probes, self.history[-1]["metrics"])
+            if self.attacks:
+                attack(self)
             summary = summarise(self)
             self.callbacks.on_fit_end(self, summary)
         except BaseException as error:
@@ -103,26 +119,21 @@ class FederatedLoop:
         record: dict[str, Any] = {"round": round, "cohort": cohort, "dropped": dropped, "refused": {}, "clients": {}}
 
         # 1  the cohort is sent what the server has to say; who drops out receives it and is not heard again
-        turns = self._turns(cohort, dropped, record)
+        turns = self._turns(self.spread.place(cohort), dropped, record)
 
         # 2  every client works on its own data and answers; an answer that cannot be used is refused and counted
         aggregate = self.method.aggregate(self.server)
         with self.seconds("clients"):
-            for client, upload in self.executor(self.method, turns):
-                record["clients"][str(client.id)] = client.metrics
-                try:
-                    received = self.channel.upload(upload, client.id, round)
-                    if aggregate is not None and received is not None:
-                        aggregate.add(received, client.id)
-                except RefusedError as refusal:
-                    self._refuse(client.id, refusal, record)
-                self.callbacks.on_client_end(self, round, client.id, client.metrics)
+            honest = self.executor(self.method, self.adversaries.listen(round, turns))
+            hear(self, self.adversaries(round, honest), aggregate, record)
 
         # 3  what they know together; nothing, when nobody was heard
-        knowledge = aggregate.result() if aggregate is not None else None
+        with self.seconds("clients"), self.seconds.part("aggregate"):
+            knowledge = aggregate.result() if aggregate is not None else None
 
         # 4  the server learns from it
-        with self.seconds("server"), memory_of(f"the server in round {round}", "distil.batch_size"):
+        hint = memory_of(f"the server in round {round}", "distil.batch_size")
+        with self.seconds("server"), self.runtime.jointly(), hint:
             if aggregate is None or knowledge is not None:
                 seed_everything(self.recipe.seed, "server", round)
                 self.server.metrics.update(self.method.server_update(self.server, knowledge))
@@ -132,14 +143,14 @@ class FederatedLoop:
         last = round == self.rounds
         if last or round % self.recipe.evaluation.every == 0:
             with self.seconds("evaluate"), memory_of(f"evaluation in round {round}", "evaluation.batch_size"):
-                models = self.method.server_models(self.server)
-                own = partial(self.method.client_model, self.server)
-                evaluate(self.server, self.clients, self.recipe.evaluation, record, self.probes, last, models, own)
+                evaluate(self, record, last)
         account(self.ledger, record, self.history)
         record["seconds"] = dict(self.seconds)
         self.history.append(record)
         self.round = round
         self.callbacks.on_round_end(self, record)
+        if self.runtime.ranks.any(self.stopped is not None):  # callbacks watch on one rank, and stop all
+            self.stopped = self.stopped or "as the leading process was asked to"
         if last or self.stopped is not None or round % self.recipe.checkpoint.every == 0:
             snapshot.save(self)
 
@@ -153,7 +164,7 @@ class FederatedLoop:
         asked, dropped = draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
         if self.server.arrival is not None:
             asked, dropped = ([c for c in ids if len(self.clients[c].train)] for ids in (asked, dropped))
-        return asked, dropped
+        return self.channel.reach(asked, dropped, round)
 
     def send(self, client: int) -> Message | None:
         """Carry the server's word of this round to a client."""
@@ -166,12 +177,13 @@ class FederatedLoop:
             try:
                 download = self.send(client)
             except RefusedError as refusal:  # whom the server's word does not reach has nothing to answer
-                self._refuse(client, refusal, record)
+                self.refuse(client, refusal, record)
                 continue
             if client not in dropped:
                 yield self.clients[client], download
 
-    def _refuse(self, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
+    def refuse(self, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
+        """Count a message that was not used, and note why."""
         self.ledger.refuse(record["round"], client, refusal.reason)
         record["refused"][str(client)] = refusal.reason
 
@@ -182,7 +194,7 @@ class FederatedLoop:
     def set_up(self) -> None:
         """Prepare the first round: the method's first state, what must be sent in advance, a first checkpoint."""
         self.begin(0)
-        with self.seconds("server"):
+        with self.seconds("server"), self.runtime.jointly():
             seed_everything(self.recipe.seed, "setup")
             self.method.setup(self.server, self.clients)
             for kind, size in self.method.setup_bytes(self.server).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -85,13 +86,28 @@ def _communication(summary: Mapping[str, Any], record: Mapping[str, Any] | None)
 
 
 def _privacy(summary: Mapping[str, Any]) -> str:
-    spent = summary.get("privacy")
-    if not spent:
+    spent = summary.get("privacy") or {}
+    largest = spent.get("epsilon")
+    if largest is None or math.isinf(largest):
+        why = "Not all that clients sent had noise" if "delta" in spent else "No noise was added anywhere"
         return (
-            "No noise was added anywhere: ε = ∞. What clients sent, and the student, may reveal something of their "
+            f"{why}: ε = ∞. What clients sent, and the student, may reveal something of their "
             "data; that data stayed at the sites is no bound on this."
         )
-    return "\n".join(f"- {key}: {value}" for key, value in spent.items())
+    level, limit = spent["level"], spent.get("limit")
+    budget = "" if limit is None else f", of a budget of {limit:g}"
+    hidden = "one example of a client more or less" if level == "example" else "all data of a client, put in for others"
+    each = ", ".join(f"client {client} {value:.3f}" for client, value in spent["clients"].items())
+    return "\n".join(
+        [
+            f"- ε ≤ {largest:.3f} at δ = {spent['delta']:g}{budget}: {hidden} can hardly be told from all that was "
+            f"sent and from this student (differential privacy, {spent['accountant'].upper()} accountant, all rounds).",
+            f"- By client: {each}.",
+            "- Not covered: how many samples a client has, who took part in which round, and what is known of a "
+            "person who has several examples. Noise was drawn from the recipe's seed: whoever knows it can take the "
+            "noise off.",
+        ]
+    )
 
 
 def _named(component: Component | None) -> str:

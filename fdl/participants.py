@@ -8,11 +8,14 @@ import torch
 
 from fdl.datamodules.arrivals import seen
 from fdl.modules.weights import load_into, state_of
+from fdl.privacy.guard import Gate, Guarded, is_guarded
 from fdl.runtime import Objective, Runtime
 from fdl.seeding import stream_seed, torch_stream
+from fdl.store import DiskStore, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import numpy as np
     from lightning import LightningModule
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from fdl.inference import Question
     from fdl.knowledge.encoder import Encoder
     from fdl.messages import Message
+    from fdl.privacy.accounting import Policy
+    from fdl.privacy.dp_sgd import DPSGD
     from fdl.recipe import Fit
 
 
@@ -44,6 +49,7 @@ class Participant:
         provides: what the data tell a model's constructor, e.g. their tokenizer.
         encoder: the frozen public encoder, None where the recipe names none.
         arrival: when private data come in; None: all are there from the first.
+        privacy: what an account of differential privacy is held against; None where there is no budget and no δ.
 
     Attributes:
         round: the current round, set by the loop.
@@ -68,12 +74,13 @@ class Participant:
         provides: Mapping[str, Any] | None = None,
         arrival: Arrival | None = None,
         public: Samples | None = None,
+        privacy: Policy | None = None,
     ):
         self.id, self.runtime, self.seed = id, runtime, seed
         self.local, self.distil, self.digest = local, distil, digest
         self.proxy, self.public, self.num_classes, self.encoder = proxy, public, num_classes, encoder
         self.task, self.provides = task, dict(provides or {})
-        self.arrival, self.round, self.stage = arrival, 0, 0
+        self.arrival, self.round, self.stage, self.privacy = arrival, 0, 0, privacy
         self.state: dict[str, Any] = {}
         self.cache: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
@@ -119,24 +126,105 @@ class Client(Participant):
             lets all clients train that.
         train: private labelled samples to train on.
         calibration: private labelled samples held out from training, to calibrate confidence; may be empty.
+        dp_sgd: trains on private samples with noise, and keeps them from all else; None trains without.
+        store: where its state lies between its turns; None keeps it in memory.
         participant: the arguments of `Participant`.
 
     Attributes:
         train: those that are there now.
         calibration: likewise.
+        corrupt: what an adversary makes of its samples, given them and whether they are for ``"train"`` or
+            ``"calibration"``; None: nothing.
+        corrupt_from: the round from which it does.
+        gate: whether private samples may be read, under `dp_sgd`.
     """
 
     def __init__(
-        self, *, architecture: str, train: Samples | Incoming, calibration: Samples | Incoming, **participant: Any
+        self,
+        *,
+        architecture: str,
+        train: Samples | Incoming,
+        calibration: Samples | Incoming,
+        dp_sgd: DPSGD | None = None,
+        store: DiskStore | None = None,
+        **participant: Any,
     ):
+        self._store, self._state = store, None
         super().__init__(**participant)
+        self.dp_sgd, self.gate = dp_sgd, Gate()
         self.architecture, self._train, self._calibration = architecture, train, calibration
+        self.corrupt: Callable[[Samples, str], Samples] | None = None
+        self.corrupt_from, self._corrupted = 1, False
         self.arrive()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Its state, read from the store when somebody first asks after `rest`."""
+        if self._state is None:
+            self._state = {} if self._store is None else self._store.read(self.id)
+        return self._state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def rest(self, changed: bool = True) -> None:
+        """Its turn is over: with a store, nothing of it stays in memory.
+
+        Args:
+            changed: whether there may be something new to write.
+        """
+        if self._store is not None and self._state is not None:
+            if changed:
+                self._store.write(self.id, self._state)
+            self._state = None
+            self.cache.clear()
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: its state, or where that lies."""
+        if self._store is None:
+            return self.state
+        self.rest()
+        return self._store.reference(self.id)
+
+    def restore(self, saved: Mapping[str, Any], folder: Path) -> None:
+        """Go back to what `saved` gave; `folder` is where files that it may name lie."""
+        if self._store is None:
+            self.state = resolve(saved, folder)
+        else:
+            self._store.refer(self.id, saved)
+            self._state = None
+
+    def begin(self, round: int) -> None:
+        """A new round has come; from some round on, an adversary's data are others."""
+        super().begin(round)
+        corrupted = self.corrupt is not None and round >= self.corrupt_from
+        if corrupted != self._corrupted:
+            self._corrupted = corrupted
+            self.arrive()
 
     def arrive(self) -> None:
         """Turn to the data that are there now, and forget what was made of others."""
         self.train, self.calibration = seen(self._train, self.stage), seen(self._calibration, self.stage)
+        if self._corrupted:
+            self.train = self.corrupt(self.train, "train")
+            self.calibration = self.corrupt(self.calibration, "calibration")
+        if self.dp_sgd is not None:
+            self.train, self.calibration = Guarded(self.train, self.gate), Guarded(self.calibration, self.gate)
         self.cache.clear()
+
+    def fit(
+        self,
+        module: LightningModule,
+        samples: Samples,
+        config: Fit,
+        objective: Objective | None = None,
+        name: str = "fit",
+    ) -> dict[str, float]:
+        """Train a module, with noise where samples are private and the recipe asks for it; as `Participant.fit`."""
+        if self.dp_sgd is not None and is_guarded(samples):
+            return self.dp_sgd.fit(self, module, samples, config, objective, name)
+        return super().fit(module, samples, config, objective, name)
 
     @property
     def samples(self) -> int:

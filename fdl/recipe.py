@@ -47,6 +47,15 @@ class Specialist(Component):
 
 
 @dataclass
+class Dishonest(Component):
+    """A kind of dishonest client, and which clients are of it, by id or by share."""
+
+    clients: list[int] | None = key(None, "ids of the clients; null: as share says")
+    share: float | None = key(None, "share of all clients, drawn at random", bounds=Bounds(0, 1))
+    start: int = key(1, "the round from which they are dishonest", bounds=_COUNT)
+
+
+@dataclass
 class Fit:
     """One training: for how long, on what batches, with which optimiser."""
 
@@ -56,6 +65,9 @@ class Fit:
     optimizer: Component = key(Component("sgd", {"lr": 0.1}), "its optimiser, new for every fit", kind="optimizer")
     scheduler: Scheduler | None = key(None, "its learning-rate schedule", kind="scheduler")
     gradient_clip: float | None = key(None, "largest norm of a gradient", bounds=Bounds(0, open_low=True))
+    compile: Literal["none", "default", "reduce-overhead"] = key(
+        "none", "run steps on whole batches through torch.compile: not, in its default mode, or as CUDA graphs"
+    )
 
     def __post_init__(self) -> None:
         """Settle on one epoch where nothing is said."""
@@ -74,7 +86,32 @@ class Federation:
     assignment: Literal["in_turn", "random"] = key(
         "in_turn", "how clients that no specialist names get one: entry i counted round, or drawn by weight"
     )
+    deadline: float | None = key(
+        None, "seconds of a round after which no upload is taken; null: none", bounds=Bounds(0, open_low=True)
+    )
+    state: Literal["memory", "disk"] = key("memory", "where clients' models and states lie between their turns")
     calibration: float = key(0.1, "share of a client's data held out to calibrate", bounds=Bounds(0, 1, open_high=True))
+
+
+@dataclass
+class Privacy:
+    """Differential privacy: what may be spent of it, and how clients train with noise."""
+
+    training: Literal["dp_sgd", "none"] = key(
+        "dp_sgd", "clients train with noise, which hides an example; or not, and only what a method releases has noise"
+    )
+    epsilon: float | None = key(None, "most ε of a client; null: no limit", bounds=Bounds(0, open_low=True))
+    delta: float = key(1e-5, "δ of every ε", bounds=Bounds(0, 1, open_low=True, open_high=True))
+    accountant: Literal["pld", "rdp"] = key("pld", "how rounds add up: by loss distributions or by Rényi's divergence")
+    noise_multiplier: float | None = key(
+        None, "noise over clip; null: as much as a client's epsilon needs for all its rounds", bounds=Bounds(0)
+    )
+    clip: float = key(1.0, "largest norm of an example's gradient", bounds=Bounds(0, open_low=True))
+    ghost: bool = key(False, "clip without the gradients of single examples: less memory, more time for small models")
+    chunk: int | None = key(None, "examples whose gradients are held at once; null: a whole batch", bounds=_COUNT)
+    exhausted: Literal["client", "run"] = key(
+        "client", "what ends when a client's budget is spent: its training on private data, or the run"
+    )
 
 
 @dataclass
@@ -86,6 +123,10 @@ class Channel:
     limit: int = key(1 << 31, "bytes beyond which a message is refused", bounds=_COUNT)
     bandwidth: Any = key("unlimited", "the clients' links: unlimited, moderate, severe, or figures")
     clients: Any = key({}, "by client id, links that differ from bandwidth")
+    authenticate: bool | None = key(
+        None, "whether messages carry a tag that only their client's key can make; null: if there is a file of keys"
+    )
+    keys: str | None = key(None, "file of the clients' keys; null: derived from the seed, for simulations only")
 
 
 @dataclass
@@ -96,6 +137,7 @@ class Evaluation:
     batch_size: int = key(512, "samples a forward pass", bounds=_COUNT)
     metrics: list[str] | None = key(None, "names of metrics; null for those that suit the data")
     probes: list[Component] = key([], "further questions to the student", kind="evaluator")
+    attacks: list[Component] = key([], "attacks on private data, tried once after the last round", kind="attack")
     specialists: bool = key(True, "whether the clients' own models are evaluated too")
 
 
@@ -120,9 +162,12 @@ class Fabric:
     """Devices and precision, as Lightning's Fabric takes them."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = key("auto", "kind of device")
-    devices: int | str = key(1, "number of devices")
+    devices: int | str = key(1, "number of devices; clients are spread over them")
     num_nodes: int = key(1, "number of machines", bounds=_COUNT)
-    strategy: str = key("auto", "how processes work together")
+    strategy: Literal["auto", "ddp"] = key(
+        "auto", "how processes train the server's models: each by itself, alike; or ddp, sharing every batch"
+    )
+    timeout: float = key(1800.0, "seconds that processes wait for each other", bounds=Bounds(0, open_low=True))
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine"] = (
         key("32-true", "number format of training")
     )
@@ -154,9 +199,12 @@ class Recipe:
     student: Component | None = key(None, "the global model", kind="module")
     teacher: Component | None = key(None, "the large model of standard distillation", kind="module")
     encoder: Component | None = key(None, "frozen public encoder that all sites share", kind="encoder")
+    faults: list[Component] = key([], "what goes wrong at clients, on purpose", kind="fault")
+    adversaries: list[Dishonest] = key([], "clients that are dishonest", kind="adversary")
     local: Fit = key(Fit(), "how clients train on their own data")
     distil: Fit = key(Fit(), "how the server trains the student on public data")
     digest: Fit | None = key(None, "how clients learn from what comes back; null: as distil")
+    privacy: Privacy | None = key(None, "differential privacy; null: none")
     channel: Channel = key(Channel(), "how messages are coded")
     evaluation: Evaluation = key(Evaluation(), "what is measured")
     inference: Inference = key(Inference(), "how models answer")
@@ -168,6 +216,7 @@ class Recipe:
     callbacks: list[Component] = key(
         [Component("tensorboard"), Component("csv"), Component("progress")], "what watches the run", kind="callback"
     )
+    profile: bool = key(False, "record a round with torch's profiler, for TensorBoard, and write profile.txt")
     output: str = key("runs", "folder in which the run's own folder lies")
     compare: Compare | None = key(None, "what fdl compare runs")
 

@@ -23,6 +23,7 @@ from rich.text import Text
 
 import fdl
 from fdl.checkpoint import write_atomically
+from fdl.privacy.spent import spent
 from fdl.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         ``higher_is_better``), ``rounds`` (done), ``metrics`` (of the last round), ``best`` (the round of the best score
         on validation data, of equals the one that the task's tie breaker prefers where that is measured, else the
         earliest; the last round where nothing was validated: its ``round``, ``metrics`` and ``communication``),
-        ``history`` (all records), ``communication`` (with ``by_kind``), ``time``, ``memory`` (``peak_device_bytes`` is
-        None without a CUDA device), ``participants`` and ``environment``.
+        ``history`` (all records), ``communication`` (with ``by_kind``), ``privacy`` (as `fdl.privacy.spent` says; in
+        JSON an infinite ε is null), ``time``, ``memory`` (``peak_device_bytes`` is
+        None without a CUDA device), ``participants``, ``environment``
+        and ``audit`` (as `fdl.auditing.Audit.summary` says; None where nothing was attacked).
     """
     history = loop.history
     last = history[-1] if history else {"round": 0, "metrics": {}, "communication": loop.ledger.totals()}
@@ -74,10 +77,17 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         "best": {key: best[key] for key in ("round", "metrics", "communication")},
         "history": history,
         "communication": {**loop.ledger.totals(), "by_kind": loop.ledger.by_kind()},
-        "time": {"total_s": total, **parts, "transfer_s": last["communication"].get("transfer_s", 0.0)},
+        "privacy": spent(loop),
+        "time": {
+            "total_s": total,
+            **parts,
+            "transfer_s": last["communication"].get("transfer_s", 0.0),
+            "parts": dict(loop.seconds.parts),
+        },
         "memory": _memory(),
         "participants": _participants(loop),
         "environment": _environment(loop.runtime.device),
+        "audit": None if loop.audit is None else loop.audit.summary(),
     }
 
 
@@ -112,7 +122,7 @@ def print_table(summary: Mapping[str, Any], console: Console, folder: Path) -> N
     table = Table(box=box.SIMPLE_HEAD, show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _outcome(summary) + _cost(summary):
+    for name, value in _outcome(summary) + _cost(summary) + _attacked(summary):
         table.add_row(Text(name), Text(value))
     console.print(table)
     # not in the table: what people copy must not be broken over lines
@@ -168,12 +178,29 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         (reason, _), *others = Counter(reason for _, reason in refused).most_common()
         why = f"mostly: {reason}" if others else reason
         rows.append(("Messages refused", f"{len(refused)}, of client {who}  ({why})"))
+    if (private := summary.get("privacy", {})).get("epsilon") is not None and "delta" in private:
+        what = f"ε = {private['epsilon']:.3f} at δ = {private['delta']:g}, for each {private['level']}"
+        rows.append(("Privacy spent, at most", what))
     rows.append(("Rounds", str(summary["rounds"])))
     parts = ", ".join(f"{part} {time[f'{part}_s']:.1f}" for part in ("clients", "server", "evaluate"))
     rows.append(("Seconds", f"{time['total_s']:.1f}  ({parts})"))
     if time.get("transfer_s"):
         rows.append(("Seconds on the links", f"{time['transfer_s']:.1f}  (simulated)"))
     return rows
+
+
+def _attacked(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What attacks found, in rows of two."""
+    audit = summary.get("audit")
+    if audit is None:
+        return []
+    rows = []
+    for label, found in audit["attacks"].items():
+        areas = [f"{key.removesuffix('/auc')} {v:.3f}" for key, v in found["metrics"].items() if key.endswith("/auc")]
+        if areas:
+            rows.append((f"Attack {label}, AUC", ", ".join(areas)))
+    verdict = "passed" if audit["passed"] else f"FAILED: {'; '.join(audit['violations'])}"
+    return [*rows, ("Audit of privacy", verdict)]
 
 
 def _memory() -> dict[str, int | None]:

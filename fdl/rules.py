@@ -30,7 +30,23 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
     """
     problems: Problems = []
     sections = {key.partition(".")[0] for key in known}
-    for rule in (_name, _fits, _cohort, _links, _devices, _required_parts, _assigned, _metrics, _comparison):
+    for rule in (
+        _name,
+        _fits,
+        _cohort,
+        _links,
+        _keys,
+        _faults,
+        _required_parts,
+        _assigned,
+        _dishonest,
+        _outvoted,
+        _metrics,
+        _private,
+        _comparison,
+        _in_one_process,
+        _compiled,
+    ):
         problems += rule(tree, sections)
     return problems + _constructed(tree, known | {key for key, _ in problems})
 
@@ -86,20 +102,69 @@ def _assigned(tree: dict[str, Any], broken: set[str]) -> Problems:
     return problems
 
 
-def _devices(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """What the executor can use."""
-    if broken & {"fabric", "executor"}:
+def _dishonest(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Adversaries are clients that there are, each in one entry, and named or drawn."""
+    if broken & {"adversaries", "federation"}:
         return []
-    reason = f"the {tree['executor']} executor uses one device in one process"
-    fabric = tree["fabric"]
-    problems = [
-        (f"fabric.{key}", f"{reason}, got {fabric[key]!r}")
-        for key in ("devices", "num_nodes")
-        if str(fabric[key]) != "1"
-    ]
-    if fabric["strategy"] != "auto":
-        problems.append(("fabric.strategy", f"{reason}, so it must be auto; got {fabric['strategy']!r}"))
+    count, owner, problems, drawn = tree["federation"]["clients"], {}, [], 0
+    for i, entry in enumerate(tree["adversaries"]):
+        if (entry["clients"] is None) == (entry["share"] is None):
+            problems.append((f"adversaries.{i}", "give clients or share, one of the two"))
+        for client in entry["clients"] or ():
+            where = f"adversaries.{i}.clients"
+            if not 0 <= client < count:
+                problems.append((where, f"there is no client {client}: the ids are 0 … {count - 1}"))
+            elif client in owner:
+                problems.append((where, f"client {client} is in adversaries.{owner[client]} already"))
+            owner.setdefault(client, i)
+        drawn += int((entry["share"] or 0) * count + 0.5)
+    if len(owner) + drawn > count:
+        problems.append(("adversaries", f"{len(owner) + drawn} clients are to be dishonest, and there are {count}"))
     return problems
+
+
+def _outvoted(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """A robust rule hears as many clients in a round as it needs."""
+    if broken & {"method", "federation"}:
+        return []
+    clients, problems = tree["federation"]["clients"], []
+    asked = int(tree["federation"]["participation"] * clients + 0.5)
+    rule, where = tree["method"]["args"].get("robust"), "method.args.robust"
+    while isinstance(rule, Mapping) and rule.get("target") in short_names(KINDS["robust_rule"]):
+        definition, args = find(rule["target"], KINDS["robust_rule"]).definition, rule.get("args") or {}
+        if per_liar := definition.constant("per_liar"):
+            f = args.get("f", 1)
+            least = per_liar * f + definition.constant("beside")
+            if asked < least:
+                needs = f"{rule['target']} with f = {f} needs {least} uploads in a round"
+                problems.append((where, f"{needs}, and {asked} clients are asked"))
+        rule, where = args.get("rule"), f"{where}.args.rule"
+    return problems
+
+
+def _compiled(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Clients that train in one pass have steps of their own."""
+    if "executor" in broken or tree["executor"] != "batched":
+        return []
+    message = "must be none with executor: batched, which trains clients in a vectorised pass of its own"
+    return [
+        (f"{part}.compile", message)
+        for part in ("local", "digest")
+        if part not in broken and tree[part] and tree[part]["compile"] != "none"
+    ]
+
+
+def _in_one_process(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Adversaries look at all uploads, and attacks at all clients."""
+    fabric = tree["fabric"] if "fabric" not in broken else {}
+    if str(fabric.get("devices", 1)) == "1" and fabric.get("num_nodes", 1) == 1:
+        return []
+    given = {
+        "adversaries": "adversaries" not in broken and tree["adversaries"],
+        "evaluation.attacks": "evaluation" not in broken and tree["evaluation"]["attacks"],
+    }
+    message = "needs all clients in one process: set fabric.devices and fabric.num_nodes to 1"
+    return [(key, message) for key, some in given.items() if some]
 
 
 def _links(tree: dict[str, Any], broken: set[str]) -> Problems:
@@ -121,20 +186,67 @@ def _links(tree: dict[str, Any], broken: set[str]) -> Problems:
     ]
 
 
+def _keys(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Keys are for messages that are authenticated."""
+    if "channel" in broken or tree["channel"]["authenticate"] is not False or tree["channel"]["keys"] is None:
+        return []
+    return [("channel.keys", "is not used: channel.authenticate is false")]
+
+
+def _faults(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Clients that faults name are there."""
+    if broken & {"faults", "federation"}:
+        return []
+    count = tree["federation"]["clients"]
+    return [
+        (f"faults.{i}.args.clients", f"there is no client {client}: the ids are 0 … {count - 1}")
+        for i, fault in enumerate(tree["faults"])
+        for client in fault["args"].get("clients") or ()
+        if isinstance(client, int) and not 0 <= client < count
+    ]
+
+
+def _private(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Clients that train with noise need to know how much, and nobody else may train on their data."""
+    privacy = tree["privacy"] if not broken & {"privacy", "local", "fabric", "method"} else None
+    if privacy is None or privacy["training"] == "none":
+        return []
+    problems = []
+    if tree["local"]["compile"] != "none":
+        problems.append(("local.compile", "must be none under privacy: gradients are clipped example by example"))
+    if privacy["epsilon"] is None and privacy["noise_multiplier"] is None:
+        problems.append(("privacy.epsilon", "missing: give a budget, for which noise is found, or a noise_multiplier"))
+    if privacy["noise_multiplier"] is None and tree.get("arrival") is not None:
+        message = "missing: noise is found for a number of samples that stays, and arrival changes it"
+        problems.append(("privacy.noise_multiplier", message))
+    if tree["local"]["gradient_clip"] is not None:
+        problems.append(("local.gradient_clip", "must be null under privacy: privacy.clip is for each example"))
+    if tree["fabric"]["precision"] not in ("32-true", "64-true", "bf16-mixed"):
+        message = "training with noise needs 32-true, 64-true or bf16-mixed"
+        problems.append(("fabric.precision", f"{message}; got {tree['fabric']['precision']}"))
+    if "pooled" in _requires(tree):
+        message = f"method {tree['method']['target']} trains on all private data in one place, without noise"
+        problems.append(("privacy", message))
+    return problems
+
+
 def _required_parts(tree: dict[str, Any], broken: set[str]) -> Problems:
     """The parts that the method says it needs."""
     if "method" in broken:
         return []
-    method = find(tree["method"]["target"], KINDS["method"])
-    if method.definition is not None:
-        requires = method.definition.constant("requires")
-    else:
-        requires = getattr(method.load(), "requires", ())
     return [
         (part, f"missing: method {tree['method']['target']} needs {part}")
-        for part in requires or ()
+        for part in _requires(tree)
         if part in tree and part not in broken and not tree[part]
     ]
+
+
+def _requires(tree: dict[str, Any]) -> tuple[str, ...]:
+    """What the method says it needs."""
+    method = find(tree["method"]["target"], KINDS["method"])
+    if method.definition is not None:
+        return method.definition.constant("requires") or ()
+    return getattr(method.load(), "requires", ()) or ()
 
 
 def _comparison(tree: dict[str, Any], broken: set[str]) -> Problems:
@@ -181,6 +293,9 @@ def _constructed(tree: Mapping[str, Any], broken: set[str]) -> Problems:
 
     if isinstance(tree.get("partition"), Mapping):
         attempt(tree["partition"], "partitioner", "partition")
+    faults = tree.get("faults")
+    for i, fault in enumerate(faults if isinstance(faults, list) else ()):
+        attempt(fault, "fault", f"faults.{i}")
     channel = tree.get("channel", {})
     for direction in ("upload", "download"):
         stages = channel.get(direction)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +16,24 @@ from fdl.callbacks.base import Callback
 from fdl.errors import UserError
 from fdl.recipe import Recipe, difference
 from fdl.schema import fill
+from fdl.terminal import is_follower
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
 
 RECIPE, SUMMARY, CHECKPOINTS = "recipe.yaml", "summary.json", "checkpoints"
-_WRITTEN = (RECIPE, SUMMARY, "metrics.csv", "best.safetensors", CHECKPOINTS, "tensorboard", ".*.partial")
+_WRITTEN = (
+    RECIPE,
+    SUMMARY,
+    "audit.json",
+    "metrics.csv",
+    "best.safetensors",
+    CHECKPOINTS,
+    "clients",
+    "profile.txt",
+    "tensorboard",
+    ".*.partial",
+)
 
 # A run may go on with other values here: they change where and how it is watched and computed, not what it computes.
 FREE = (
@@ -32,10 +43,13 @@ FREE = (
     "compare",
     "executor",
     "inference",
+    "profile",
+    "federation.state",
     "fabric.accelerator",
     "fabric.devices",
     "fabric.num_nodes",
     "fabric.strategy",
+    "fabric.timeout",
 )
 
 
@@ -54,23 +68,25 @@ def fit(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, Any]:
         UserError: when the folder holds something else, or there is nothing to resume.
         KeyboardInterrupt: after Ctrl-C; what was done is saved.
     """
-    leader = not _is_follower()
+    leader = not is_follower()
     if leader:
         refuse(recipe, folder, resume)
     if resume and is_complete(recipe, folder):
         return read_summary(folder)
     from fdl.build import build
+    from fdl.launcher import processes
     from fdl.report import write_summary
 
-    loop = build(recipe, folder)
-    if leader and resume:
-        loop.callbacks.append(_Supersede(recipe, folder))
-    elif leader:
-        _begin(recipe, folder)
-    summary = loop.run(resume=resume)
-    if leader:
-        _note(recipe, folder)
-        write_summary(folder / SUMMARY, summary)
+    with processes(recipe, folder, resume):
+        loop = build(recipe, folder)
+        if leader and resume:
+            loop.callbacks.append(_Supersede(recipe, folder))
+        elif leader:
+            _begin(recipe, folder)
+        summary = loop.run(resume=resume)
+        if leader:
+            _note(recipe, folder)
+            write_summary(folder / SUMMARY, summary)
     return summary
 
 
@@ -170,10 +186,7 @@ def _note(recipe: Recipe, folder: Path) -> None:
     """Store the recipe with the run."""
     from fdl.checkpoint import write_atomically
 
-    try:
-        write_atomically(folder / RECIPE, recipe.to_yaml().encode())
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
+    write_atomically(folder / RECIPE, recipe.to_yaml().encode())
 
 
 def _stored(folder: Path) -> dict[str, Any] | None:
@@ -208,9 +221,3 @@ def _at(tree: Any, key: str) -> str:
         except (KeyError, IndexError, ValueError, TypeError):
             return "absent"
     return "null" if tree is None else repr(tree)
-
-
-def _is_follower() -> bool:
-    """Whether another process leads this run: Fabric starts the same command once for every device."""
-    ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
-    return any(os.environ.get(name, "0") not in ("", "0") for name in ranks)

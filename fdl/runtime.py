@@ -7,23 +7,30 @@ its turn comes, so that memory on the device does not grow with the number of cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdl.answer_cache import AnswerCache
+from fdl.compiling import Compiler
 from fdl.errors import UserError
-from fdl.inference import Question, answer, each
+from fdl.inference import Question, answer, copied, each, staged
 from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.weights import pin, trainable
+from fdl.ranks import Ranks
 from fdl.seeding import stream_seed
+from fdl.stopwatch import Stopwatch
+from fdl.terms import Terms, part_of
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -40,6 +47,15 @@ def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     return module.training_step(batch)
 
 
+def fabric_of(
+    accelerator: str, devices: int | str, num_nodes: int, strategy: str, precision: str, timeout: float
+) -> Fabric:
+    """Lightning's view of the devices, before any other process is there; arguments as in `Runtime`."""
+    if strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1):
+        strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
+    return Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
+
+
 class Runtime:
     """Where and how participants compute.
 
@@ -47,12 +63,20 @@ class Runtime:
         accelerator: as Lightning's, e.g. ``"auto"``, ``"cpu"``, ``"gpu"``.
         devices: number of devices.
         num_nodes: number of machines.
-        strategy: as Lightning's.
+        strategy: ``"auto"``: the server's models are trained alike by all ranks, to the bit; ``"ddp"``: they share
+            the samples of every batch and sum their gradients, as Lightning's DDP does.
         precision: as Lightning's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         threads: torch's CPU threads; None leaves torch's choice.
         batch_size: samples a forward pass of `predict`.
         compile: run `predict` through ``torch.compile``.
         cache: folder where the answers of frozen models are kept across runs; None keeps them in memory.
+        timeout: seconds that a process waits for the others of the run.
+        launch: join the other processes; without it there is this one alone, on one device.
+
+    Attributes:
+        ranks: the processes of the run.
+        clock: where the run's time goes.
+        compiler: of training steps.
     """
 
     def __init__(
@@ -66,16 +90,22 @@ class Runtime:
         batch_size: int = 512,
         compile: bool = False,
         cache: str | None = None,
+        timeout: float = 1800.0,
+        launch: bool = True,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self.fabric = Fabric(
-            accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision
-        )
+        many = (devices, num_nodes, strategy) if launch else (1, 1, "auto")
+        self.fabric = fabric_of(accelerator, *many, precision, timeout)
         self.fabric.launch()
+        self.ranks = Ranks(self.fabric, timeout)
+        # there Fabric's wrappers add nothing but their own time, which small models feel
+        self._plain = isinstance(self.fabric.strategy, SingleDeviceStrategy) and precision == "32-true"
+        self._shares, self.joint = strategy == "ddp" and self.ranks.count > 1, False
         self.batch_size, self.compile, self.answers = batch_size, compile, AnswerCache(cache)
-        self.dry = False
+        self.compiler = Compiler()
+        self.dry, self.clock = False, Stopwatch()
         self.factories: dict[str, Callable[[], LightningModule]] = {}
         self._templates: dict[str, LightningModule] = {}
         self._holders: dict[str, Any] = {}
@@ -131,7 +161,7 @@ class Runtime:
         Args:
             module: the module to train, in place.
             samples: what to train on.
-            config: epochs or steps, batch size, optimiser, schedule and clipping.
+            config: epochs or steps, batch size, optimiser, schedule, clipping, and whether steps are compiled.
             generator: the stream that orders (and augments) the samples.
             objective: what to minimise; default the module's own `training_step`.
             round: the round, for schedules that count rounds.
@@ -146,25 +176,28 @@ class Runtime:
         objective = objective or training_step
         parameters, optimizer = self._optimizer(module, config)
         scheduler, interval = self._schedule(optimizer, config, round)
+        take_step = optimizer.optimizer.step if self._plain else optimizer.step
         skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
-        convert = self.fabric.strategy.precision.convert_input
+        terms = self._terms(module, objective)
         sums: dict[str, Tensor] = {}
         steps = 0
         if not module.training:  # walking over all submodules costs as much as a step of a small model
             module.train()
-        for epoch_ended, indices in batches(len(samples), config, generator, skip_single):
-            batch = convert(self._to_device(samples.batch(indices, generator)))
-            with self.fabric.autocast():
-                losses = objective(module, batch)
-            self.fabric.backward(losses["loss"])
+        drawn = batches(len(samples), config, generator, skip_single)
+        for epoch_ended, whole, batch, weight in self._batches(drawn, samples, config, generator, terms):
+            step = partial(self._gradients, module, batch, weight)
+            # the last batch of an epoch has a size of its own at every client, which is not worth compiling for
+            losses = self.compiler.run(step, module, objective, config.compile if whole else "none")
+            if terms is not None:
+                self.ranks.sum_gradients(parameters)
             if config.gradient_clip is not None:
                 self.fabric.clip_gradients(module, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
-            optimizer.step()
+            take_step()
             for parameter in parameters:
                 parameter.grad = None
             for name, value in losses.items():
                 value = value.detach()
-                sums[name] = sums[name] + value if name in sums else value
+                sums[name] = sums[name] + value if name in sums else value.clone()
             steps += 1
             if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
                 scheduler.step()
@@ -173,7 +206,69 @@ class Runtime:
                 f"{len(samples)} sample(s) in batches of {config.batch_size} leave no batch of two, which batch "
                 "normalisation needs; use a module with group normalisation or give each client more samples"
             )
-        return {name: float(value) / steps for name, value in sums.items()}
+        means = {name: float(value) / steps for name, value in sums.items()}
+        if terms is None:
+            return means
+        together = torch.tensor(list(means.values()), dtype=torch.float64)
+        self.ranks.sum(together)
+        return dict(zip(means, together.tolist()))
+
+    def _batches(
+        self,
+        drawn: Iterable[tuple[bool, Tensor]],
+        samples: Samples,
+        config: Fit,
+        generator: torch.Generator,
+        terms: Terms | None,
+    ) -> Iterator[tuple[bool, bool, Batch, float | None]]:
+        """Batches on the device: whether each ends an epoch, whether it is full, itself, and the share of its loss.
+
+        A GPU's are gathered and copied while it works on those before. Shuffles and augmentations take turns to draw
+        from the generator, as in a plain loop.
+        """
+        convert = self.fabric.strategy.precision.convert_input
+
+        def place(item: tuple[bool, Tensor]) -> tuple[bool, bool, Batch, float | None]:
+            epoch_ended, indices = item
+            batch, weight = samples.batch(indices, generator), None
+            if terms is not None:
+                batch, weight = part_of(batch, terms, self.ranks.index, self.ranks.count)
+            return epoch_ended, len(indices) == config.batch_size, convert(self._to_device(batch)), weight
+
+        return staged(self.device, place, drawn)
+
+    def _gradients(
+        self, module: nn.Module, batch: Batch, weight: float | None, objective: Objective
+    ) -> Mapping[str, Tensor]:
+        """One forward and one backward pass; the losses, each times a weight where there is one."""
+        with self.fabric.autocast():
+            losses = objective(module, batch)
+        if weight is not None:
+            losses = {name: value * weight for name, value in losses.items()}
+        if self._plain:
+            losses["loss"].backward()
+        else:
+            self.fabric.backward(losses["loss"])
+        return losses
+
+    def _terms(self, module: nn.Module, objective: Objective) -> Terms | None:
+        """What a loss is the mean of, where ranks may share the samples of a batch out (`fdl.terms`); None elsewhere.
+
+        Batch normalisation, and losses that compare the samples of a batch, need the whole of it: then every rank
+        trains on all, to the same result.
+        """
+        if not self.joint or any(isinstance(m, _BatchNorm) for m in module.modules()):
+            return None
+        return getattr(module.training_step if objective is training_step else objective, "terms", None)
+
+    @contextmanager
+    def jointly(self) -> Iterator[None]:
+        """Within this context all ranks train the same models; under DDP they share the samples of every batch."""
+        self.joint = self._shares
+        try:
+            yield
+        finally:
+            self.joint = False
 
     def _optimizer(self, module: nn.Module, config: Fit) -> tuple[list[nn.Parameter], _FabricOptimizer]:
         """The module's trainable parameters and a fresh optimiser of them.
@@ -226,12 +321,13 @@ class Runtime:
         # what is frozen answers once: across rounds from memory, across runs from the recipe's folder
         frozen = not trainable(module) and next(module.parameters(), None) is not None
         cache = self.answers if frozen else None
-        return answer(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
+        with self.clock.part("extraction", within="clients"):
+            return answer(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
-        move = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
+        move = lambda tensor: copied(tensor, self.device)  # noqa: E731
         return tuple(None if part is None else each(part, move) for part in batch)
 
     @contextmanager

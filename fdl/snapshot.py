@@ -21,9 +21,14 @@ log = logging.getLogger("fdl")
 
 
 def save(loop: FederatedLoop) -> None:
-    """Write a checkpoint of the loop as it is between two rounds."""
+    """Write a checkpoint of the loop as it is between two rounds; of several ranks, the first one writes it."""
     student = loop.server.student
     with loop.seconds("checkpoint"):
+        owned = loop.spread.all_states()
+        if loop.store is not None:
+            loop.store.settle()
+        if not loop.runtime.ranks.leader:
+            return
         # before the checkpoint: a run killed in between does this round again and writes the same student
         if student is not None and loop.history and best_round(loop.history, TASKS[loop.server.task]) == loop.round:
             beside = loop.method.beside_student(loop.server)
@@ -33,15 +38,17 @@ def save(loop: FederatedLoop) -> None:
             "fingerprint": loop.fingerprint,
             "history": loop.history,
             "seconds": loop.seconds,
+            "parts": loop.seconds.parts,
             "stopped": loop.stopped,
             "student": None if student is None else state_of(student),
             "server": loop.server.state,
-            "clients": {str(client.id): client.state for client in loop.clients if client.state},
             "ledger": loop.ledger.state_dict(),
-            "channel": loop.channel.state_dict(),
+            **owned,
             "callbacks": loop.callbacks.state_dict(),
         }
         path = checkpoint.save(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
+        if loop.store is not None:
+            loop.store.hold(checkpoint.files(path.parent))
     loop.callbacks.on_checkpoint(loop, path)
 
 
@@ -59,13 +66,15 @@ def restore(loop: FederatedLoop) -> None:
     loop.round = loop.resumed_from = state["round"]
     loop.history, loop.stopped = state["history"], state["stopped"]
     loop.seconds.update(state["seconds"])
+    loop.seconds.parts.update(state.get("parts", {}))
     if loop.server.student is not None:
         load_into(loop.server.student, state["student"])
     loop.server.state = state["server"]
     loop.method.restored(loop.server)
-    for client in loop.clients:
-        client.state = state["clients"].get(str(client.id), {})
+    if loop.store is not None and loop.runtime.ranks.leader:
+        loop.store.hold(checkpoint.files(path.parent), sweep=True)
+    loop.runtime.ranks.any(False)  # nobody writes before this is done
+    loop.spread.restore(state)
     loop.ledger.load_state_dict(state["ledger"])
-    loop.channel.load_state_dict(state["channel"])
     loop.callbacks.load_state_dict(state["callbacks"])
     log.info("resuming after round %d of %d from %s", loop.round, loop.rounds, path)

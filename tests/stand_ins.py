@@ -10,7 +10,12 @@ from PIL import Image
 from fdl.recipe import Component, Recipe, load
 
 # images of the same shape and number of classes
-SHAPES = {"cifar10": (3, 32, 32, 10), "cifar100": (3, 32, 32, 100), "flowers102": (3, 32, 32, 102)}
+SHAPES = {
+    "cifar10": (3, 32, 32, 10),
+    "cifar100": (3, 32, 32, 100),
+    "flowers102": (3, 32, 32, 102),
+    "arrays": (3, 32, 32, 100),
+}
 FOLDERS = (4, 3, 40)  # institutions, classes, images of each
 
 _TOWERS = {
@@ -45,12 +50,21 @@ def _models(recipe: Recipe) -> list[str]:
     places |= {"student": recipe.student, "teacher": recipe.teacher}
     if recipe.encoder is not None and "module" in recipe.encoder.args:
         places["encoder.args.module"] = Component(**recipe.encoder.args["module"])
-    found = []
+    found, known = [], []
     for key, component in places.items():
         if component is not None and component.args.keys() & PUBLIC:
             target, args = MODELS[component.target]
+            # pools are told apart by their models, and the student is the first pool's
+            if recipe.method.target == "codistillation":
+                known += [component.args] if component.args not in known else []
+                args = {**args, "config": _wider(args["config"], known.index(component.args))}
             found += [f"{key}.target={target}", f"{key}.args={json.dumps(args)}"]
     return found
+
+
+def _wider(config: dict, times: int) -> dict:
+    """A configuration whose width is doubled so many times."""
+    return {name: size * 2**times if name in ("n_embd", "hidden_size") else size for name, size in config.items()}
 
 
 def _data(recipe: Recipe, folder: Path) -> list[str]:
@@ -62,11 +76,13 @@ def _data(recipe: Recipe, folder: Path) -> list[str]:
             Image.new("RGB", (40, 32), (60 * institution, 80 * label, 6 * image)).save(place / f"{image}.png")
         return [f"data.args.root={folder / 'images'}", "data.args.size=32"]
     if target in ("text_classification", "text_table"):
+        group, where = given.get("group") or "site", given.get("where") or {}
+        sites = where.get(group) or [*(f"site {i}" for i in range(7)), "public"]
         lines = [
-            {"text": f"{word} text {i}", "label": label, "site": site}
+            {"text": f"{word} text {i}", "label": label, group: site}
             | ({"split": "test" if i % 5 == 0 else "train"} if target == "text_classification" else {})
             for i, (label, word) in product(range(80), enumerate(("bad", "good")))
-            for site in ("public" if i % 4 == 0 else f"site {i % 7}",)
+            for site in (sites[-1] if i % 4 == 0 else sites[(i - i // 4) % (len(sites) - 1)],)
         ]
         (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
         found = [f"data.args.path={folder / 'texts.jsonl'}", "data.args.tokenizer=bytes", "data.args.context=16"]

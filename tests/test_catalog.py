@@ -213,9 +213,9 @@ def plugins(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "parameters", "is_open"),
     [
-        ("Plain", ["optimizer"], False),
-        ("Forwarding", ["extra", "optimizer"], False),
-        ("Fixing", [], False),
+        ("Plain", ["optimizer", "robust"], False),
+        ("Forwarding", ["extra", "optimizer", "robust"], False),
+        ("Fixing", ["robust"], False),
         ("Swallowing", [], True),
         ("Derived", ["lr", "hidden", "more"], False),
         ("Renamed", ["lr", "hidden", "more"], False),
@@ -238,7 +238,7 @@ def test_own_plugins(plugins, name, parameters, is_open):
 def test_what_the_source_does_not_tell_is_imported(plugins):
     found = find(f"{plugins}.own.Made", KINDS["method"])
     assert found.definition is None
-    assert list(found.signature.parameters) == ["optimizer"]
+    assert list(found.signature.parameters) == ["optimizer", "robust"]
 
 
 def test_a_function_that_makes_something_else_is_refused(plugins):

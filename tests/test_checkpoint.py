@@ -81,7 +81,7 @@ def test_full_disk_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(UserError, match="round 2: No space left"):
+    with pytest.raises(UserError, match=r"round-000002-.*: cannot be written: No space left"):
         checkpoint.save(tmp_path, 2, {"round": 2})
     assert len(list(tmp_path.iterdir())) == 1
     assert checkpoint.load(tmp_path)[0]["round"] == 1

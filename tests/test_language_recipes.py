@@ -40,15 +40,21 @@ def stand_ins(recipe: Recipe, models: dict[str, Component], folder: Path) -> lis
 
     Args:
         recipe: for text_classification or text_table.
-        models: its modules by their key.
+        models: its modules by their key; those of `codistillation` differ in their number of layers.
         folder: where to write to.
     """
-    records = _classified() if recipe.data.target == "text_classification" else _written()
+    records = _classified() if recipe.data.target == "text_classification" else _written(recipe.data.args)
     (folder / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     changes = [f"data.args.path={folder / 'texts.jsonl'}", f"data.args.tokenizer={_saved('data', 300, folder)}"]
+    known = []
     for key, component in models.items():
+        if "pretrained" not in component.args:  # a new and small model, which has the data's tokenizer
+            continue
         size = 280 if component.target.startswith("aligned") else 300
-        changes.append(f"{key}.args.model={_model(component.target, size, folder)}")
+        if component.args not in known:
+            known.append(component.args)
+        deeper = known.index(component.args) if recipe.method.target == "codistillation" else 0
+        changes.append(f"{key}.args.model={_model(component.target, size, folder, deeper)}")
     return changes
 
 
@@ -61,9 +67,10 @@ def _classified() -> list[dict]:
     return [{"split": s, "text": text, "label": i % 2} for i, (s, text) in enumerate(zip(splits, _texts(_TEXTS + 40)))]
 
 
-def _written() -> list[dict]:
-    sites = [f"site{i}" for i in range(9)] + ["public"]
-    return [{"text": 20 * text, "site": site} for site, text in zip(cycle(sites), _texts(_TEXTS))]
+def _written(given: dict) -> list[dict]:
+    group = given["group"]
+    sites = given.get("where", {}).get(group) or [f"site{i}" for i in range(9)] + ["public"]
+    return [{"text": 20 * text, group: site} for site, text in zip(cycle(sites), _texts(_TEXTS))]
 
 
 def _saved(name: str, size: int, folder: Path) -> Path:
@@ -72,15 +79,16 @@ def _saved(name: str, size: int, folder: Path) -> Path:
     return folder / name
 
 
-def _model(kind: str, size: int, folder: Path) -> Path:
+def _model(kind: str, size: int, folder: Path, deeper: int = 0) -> Path:
     import transformers
 
     auto, family, settings = _AUTO[kind]
-    place = _saved(kind, size, folder)
+    place = _saved(f"{kind}{deeper or ''}", size, folder)
     if not (place / "config.json").is_file():
         config = transformers.CONFIG_MAPPING[family](
             **settings, vocab_size=size, max_position_embeddings=512, bos_token_id=0, eos_token_id=0
         )
+        config.num_hidden_layers += deeper
         getattr(transformers, auto).from_config(config).save_pretrained(place)
     return place
 

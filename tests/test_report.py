@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from fdl import report
+from fdl.stopwatch import PARTS
 from tests.callbacks.fakes import FakeLoop, record
 
 STUDENT, VALIDATION = "student/test/accuracy", "student/validation/accuracy"
@@ -30,8 +31,8 @@ def text_of(show, *arguments):
 
 def test_summary_has_its_stable_keys(loop):
     summary = report.summarise(loop)
-    keys = "name method seed score rounds metrics best history communication time memory participants environment"
-    assert " ".join(summary) == keys
+    keys = "name method seed score rounds metrics best history communication privacy time memory participants"
+    assert " ".join(summary) == f"{keys} environment audit"
     assert (summary["name"], summary["method"], summary["seed"], summary["rounds"]) == ("tiny", "fedprox", 4, 3)
     assert summary["metrics"] == record(3)["metrics"]
     assert summary["history"] == [record(1), record(2), record(3)]
@@ -43,6 +44,7 @@ def test_summary_has_its_stable_keys(loop):
 
 def test_times_are_the_parts_and_their_sum_unless_the_total_is_given(loop):
     parts = {"clients_s": 1.0, "server_s": 0.5, "evaluate_s": 0.25, "transfer_s": 0.0}
+    parts["parts"] = dict.fromkeys(PARTS, 0.0)
     assert report.summarise(loop)["time"] == {"total_s": 1.875, **parts}
     loop.history[-1]["communication"]["transfer_s"] = 4.5
     assert report.summarise(loop)["time"]["transfer_s"] == 4.5

@@ -113,10 +113,10 @@ def straight(recipe, tmp_path_factory):
 def test_a_run_ends_with_a_table_and_leaves_its_files(straight):
     folder, out = straight
     found = summary(folder)
-    keys = "name method seed score rounds metrics best history communication time memory participants environment"
-    assert " ".join(found) == keys
+    keys = "name method seed score rounds metrics best history communication privacy time memory participants"
+    assert " ".join(found) == f"{keys} environment audit"
     assert set(found["communication"]) == {"upload_bytes", "download_bytes", "setup_bytes", "by_kind"}
-    assert set(found["time"]) == {"total_s", "clients_s", "server_s", "evaluate_s", "transfer_s"}
+    assert set(found["time"]) == {"total_s", "clients_s", "server_s", "evaluate_s", "transfer_s", "parts"}
     assert set(found["memory"]) == {"peak_rss_bytes", "peak_device_bytes"}
     assert set(found["best"]) == {"round", "metrics", "communication"}
     assert set(found["participants"][0]) == {"id", "samples", "architecture", "parameters", "metrics"}
@@ -248,8 +248,9 @@ def test_resume_needs_a_checkpoint_of_the_same_recipe(recipe, straight, tmp_path
         (["federation.participation=0.01"], ["federation.participation", "selects nobody"]),
         (["method={target: feddf, args: {architectures: specialists}}", "specialists=[]"], ["specialists: missing"]),
         (["data.args.test=1797"], ["test"]),
-        (["fabric.devices=2"], ["fabric.devices", "one device", "got 2"]),
-        (["fabric.num_nodes=2"], ["fabric.num_nodes", "one device", "got 2"]),
+        (["fabric.devices=two"], ["fabric", "two"]),
+        (["fabric.num_nodes=2"], ["fabric.num_nodes", "MASTER_ADDR", "torchrun"]),
+        (["fabric.strategy=fsdp"], ["fabric.strategy", "'fsdp'"]),
         (["fabric.strategy=nonsense"], ["fabric.strategy", "'nonsense'"]),
         (["fabric.accelerator=tpu"], ["fabric", "accelerator=tpu"]),
     ],

@@ -4,6 +4,7 @@ from torch import nn
 
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
+from fdl.inference import ahead
 from fdl.modules.output import Output
 from fdl.recipe import Component, Fit, Scheduler
 from fdl.runtime import Runtime, batches, seed_everything
@@ -142,6 +143,46 @@ def test_every_epoch_visits_every_sample_once():
     for epoch in range(3):
         seen = torch.cat([indices for _, indices in drawn[3 * epoch : 3 * epoch + 3]])
         assert sorted(seen.tolist()) == list(range(10))
+
+
+def seen_batches(monkeypatch, config, staged=None, device="cpu"):
+    """What an objective gets to see, and the state in which the fit leaves its stream."""
+    if staged is not None:
+        monkeypatch.setattr("fdl.runtime.staged", staged)
+    runtime, generator, seen = Runtime(accelerator=device), torch_stream(0, "fit"), []
+    images = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    net = runtime.place(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+
+    def objective(module, batch):
+        seen.append((batch[0].cpu(), batch[1].cpu()))
+        return {"loss": nn.functional.cross_entropy(module(batch[0]), batch[1])}
+
+    samples = TensorSamples(images, torch.arange(21) % 3, augment="crop_flip")
+    runtime.fit(net, samples, config, generator, objective)
+    return seen, generator.get_state(), net[1].weight.detach().cpu()
+
+
+@pytest.mark.parametrize("length", [{"epochs": 3}, {"epochs": None, "steps": 7}])
+def test_batches_made_ahead_draw_as_those_made_in_turn(length, monkeypatch):
+    config = sgd(batch_size=8, **length)
+    plain = seen_batches(monkeypatch, config)
+    threaded = seen_batches(monkeypatch, config, lambda device, place, items: ahead(place, items, 2))
+    assert len(plain[0]) == len(threaded[0]) == (9 if length["epochs"] else 7)
+    for (x, y), (a, b) in zip(plain[0], threaded[0]):
+        assert torch.equal(x, a) and torch.equal(y, b)
+    assert torch.equal(plain[1], threaded[1]) and torch.equal(plain[2], threaded[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_trains_on_the_batches_of_a_cpu(monkeypatch):
+    config = sgd(batch_size=8, epochs=3)
+    plain, staged = seen_batches(monkeypatch, config), seen_batches(monkeypatch, config, device="gpu")
+    for (x, y), (a, b) in zip(plain[0], staged[0], strict=True):
+        assert torch.equal(x, a) and torch.equal(y, b)
+    assert torch.equal(plain[1], staged[1])
+    torch.testing.assert_close(plain[2], staged[2], rtol=1e-3, atol=1e-4)
 
 
 def test_creating_a_module_leaves_the_random_state_alone():

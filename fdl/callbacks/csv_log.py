@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.callbacks.base import Callback
 from fdl.checkpoint import write_atomically
+from fdl.errors import UserError
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
@@ -34,7 +35,6 @@ class CsvLog(Callback):
 
     def on_fit_start(self, loop: FederatedLoop) -> None:
         """Write the rounds that are done, none in a new run."""
-        loop.folder.mkdir(parents=True, exist_ok=True)
         self.columns, self.rows = [], []
         for record in loop.history:
             self._take(record)
@@ -46,8 +46,11 @@ class CsvLog(Callback):
         if self._take(record):
             self._rewrite(path)
         else:
-            with open(path, "a", newline="", encoding="utf-8") as file:
-                file.write(self._text(self.rows[-1:]))
+            try:
+                with open(path, "a", newline="", encoding="utf-8") as file:
+                    file.write(self._text(self.rows[-1:]))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
     def _take(self, record: dict[str, Any]) -> bool:
         """Keep a record's row; returns whether it brought new columns."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,6 +65,58 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)
+    return figure
+
+
+def roc(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    ceilings: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    resolved: float,
+    title: str,
+) -> Figure:
+    """Draw ROC curves on logarithmic axes, where few false positives show.
+
+    Args:
+        curves: false- and true-positive rates by what each line is called.
+        ceilings: likewise, the largest true-positive rate that may be as a function of the false-positive rate.
+        resolved: below this false-positive rate there are too few non-members to tell; it is shaded.
+        title: above the figure.
+    """
+    from matplotlib.figure import Figure
+
+    floor = min([resolved, 1e-3, *(fpr[fpr > 0].min() for fpr, _ in curves.values())]) / 2
+    figure = Figure(figsize=(6.4, 5.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvspan(floor, resolved, color="0.93", lw=0, label="too few non-members to tell")
+    grid = np.geomspace(floor, 1, 400)
+    for name, (fpr, tpr) in curves.items():
+        axes.plot(np.maximum(fpr, floor), np.maximum(tpr, floor), drawstyle="steps-post", lw=1.5, label=name)
+    for i, (name, bound) in enumerate(ceilings.items()):
+        axes.plot(grid, np.maximum(bound(grid), floor), color="black", ls=("--", "-.")[i % 2], lw=1.2, label=name)
+    axes.plot(grid, grid, color="0.6", ls=":", lw=1, label="guessing")
+    axes.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.05), title=title)
+    axes.set(xlabel="false-positive rate", ylabel="true-positive rate")
+    axes.grid(which="major", color="0.88", lw=0.6)
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def shares(tables: Mapping[str, np.ndarray], clients: Sequence[int], classes: Sequence[str]) -> Figure:
+    """Draw several tables of who holds which share of which class beside each other.
+
+    Args:
+        tables: by title, each [clients, classes] in [0, 1].
+        clients: the number of each.
+        classes: a name a class.
+    """
+    from matplotlib.figure import Figure
+
+    width = 1.2 + 0.2 * min(len(classes), 40)
+    figure = Figure(figsize=(len(tables) * width, 1.6 + 0.22 * min(len(clients), 40)), dpi=100, layout="constrained")
+    for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items()):
+        axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        _label(axes, rows=[f"client {i}" for i in clients], columns=list(classes))
+        axes.set_title(title, fontsize=9)
     return figure
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fdl.auditing import log
 from fdl.callbacks import figures
 from fdl.callbacks.base import Callback
 from fdl.callbacks.events import MANY_CLIENTS, Curves, hyperparameters, log_hparams, open_writer
@@ -21,7 +22,8 @@ class TensorBoard(Callback):
 
     Events go to ``tensorboard/`` in the run's folder. At the start: the recipe as text and who holds how many samples
     of which class; every round: what `fdl.callbacks.events.Curves` lists; at the end: the student's confusion matrix
-    on the test set, and hyperparameters with the final metrics. A resumed run shows every round once.
+    on the test set, what attacks found, and hyperparameters with the final metrics. A resumed run shows every round
+    once.
     """
 
     name = "tensorboard"
@@ -43,8 +45,10 @@ class TensorBoard(Callback):
         self._curves.log(record)
 
     def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
-        """Write the confusion matrix and the hyperparameters."""
+        """Write the confusion matrix, what attacks found, and the hyperparameters."""
         self._confusion(loop)
+        if loop.audit is not None:
+            log(self._writer, loop.audit)
         sent = [f"communication/{key}" for key in ("upload_bytes", "download_bytes")]
         log_hparams(self._writer, hyperparameters(loop.recipe.to_dict()), [*summary["metrics"], *sent])
         self._close()
@@ -55,7 +59,8 @@ class TensorBoard(Callback):
 
     def _label_histogram(self, loop: FederatedLoop) -> None:
         classes = loop.server.classes
-        if any(client.train.labels is None for client in loop.clients):
+        private = loop.recipe.privacy is not None  # then how many samples of a class somebody has is not shown
+        if private or any(client.train.labels is None for client in loop.clients):
             figure = figures.sizes([len(client.train) for client in loop.clients])
             self._writer.add_figure("clients/samples", figure, 0, close=False)
             return

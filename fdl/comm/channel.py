@@ -196,6 +196,7 @@ class Channel:
                 client=self._address(direction, client),
                 round=round,
                 memory=self._memory(direction, client, message.kind) if codec.remembers else None,
+                intact=opened is sent.data,
             )
         if received == data:
             sent.decoded = decoded

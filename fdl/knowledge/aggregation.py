@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from fdl.errors import RefusedError
 from fdl.knowledge.confidence import LIMIT
 from fdl.messages import Parameters, Responses
 from fdl.pieces import Pieces, as_one
+
+if TYPE_CHECKING:
+    from fdl.ranks import Ranks
 
 Space = Literal["probabilities", "logits"]
 
@@ -43,6 +46,14 @@ class Knowledge:
     coverage: Tensor
     log_weight: Tensor
     agreement: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, form: Space, coverage: Tensor, log_weight: Tensor) -> Knowledge:
+        """Knowledge with the agreement that its values show; arguments as the attributes, of any real dtype."""
+        p = values if form == "probabilities" else torch.softmax(values, dim=1)
+        most = torch.tensor(float(values.shape[1])).log().clamp_min(torch.finfo(torch.float32).tiny)
+        agreement = (1 - torch.special.entr(p).sum(1) / most).clamp(0, 1)
+        return cls(values.float(), form, coverage, log_weight.float(), agreement.float())
 
     @property
     def probabilities(self) -> Tensor:
@@ -82,13 +93,20 @@ class ResponseMean:
         Raises:
             RefusedError: they do not fit; the mean is as it was.
         """
-        if not isinstance(responses, Responses):
-            raise RefusedError(f"expected responses, got {responses.kind}")
-        values = self._checked_values(responses)
-        rows = self._checked_rows(responses)
-        log_weights = self._checked_log_weights(responses)
+        rows, log_weights, values = self.checked(responses)
         self._accumulate(rows, log_weights, torch.ones_like(log_weights), values, torch.ones_like(rows))
         self.clients += 1
+
+    def checked(self, responses: Responses) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, int64 [n], log-weights, float64 [n], and answers in this mean's space, float64 [n, C], of a message.
+
+        Raises:
+            RefusedError: they do not fit.
+        """
+        if not isinstance(responses, Responses):
+            raise RefusedError(f"expected responses, got {responses.kind}")
+        values, rows = self._checked_values(responses), self._checked_rows(responses)
+        return rows, self._checked_log_weights(responses), values
 
     def merge(self, other: ResponseMean) -> None:
         """Take in another mean over other clients, e.g. of another process."""
@@ -106,11 +124,7 @@ class ResponseMean:
         values = self._values / self._weight.where(answered, 1.0).unsqueeze(1)
         if self.space == "probabilities":
             values = values.where(answered.unsqueeze(1), 1 / self.num_classes)
-        p = values if self.space == "probabilities" else torch.softmax(values, dim=1)
-        most = torch.tensor(float(self.num_classes)).log().clamp_min(torch.finfo(torch.float32).tiny)
-        agreement = (1 - torch.special.entr(p).sum(1) / most).clamp(0, 1)
-        log_weight = self._largest + self._weight.log()
-        return Knowledge(values.float(), self.space, self._coverage.clone(), log_weight.float(), agreement.float())
+        return Knowledge.of(values, self.space, self._coverage.clone(), self._largest + self._weight.log())
 
     def _accumulate(self, rows: Tensor, largest: Tensor, weight: Tensor, values: Tensor, coverage: Tensor) -> None:
         """Add sums that are relative to exp(largest): rescale whichever side is the smaller."""
@@ -178,15 +192,18 @@ class ParameterMean:
 
     Args:
         like: names, shapes and dtypes that every client's tensors must have, e.g. the state of the server's model.
+
+    Attributes:
+        averaged: shapes of the tensors of real numbers, by name.
     """
 
     def __init__(self, like: Mapping[str, Tensor]):
         self._like = {name: (tensor.shape, tensor.dtype) for name, tensor in like.items()}
         self._layout = [(name, tuple(shape), dtype) for name, (shape, dtype) in self._like.items()]
         self.samples = 0
-        self._averaged = {name: shape for name, (shape, dtype) in self._like.items() if dtype.is_floating_point}
+        self.averaged = {name: shape for name, (shape, dtype) in self._like.items() if dtype.is_floating_point}
         # one vector for all sums: a model that comes in one piece is added, and divided, in one piece
-        self._sum = torch.zeros(sum(shape.numel() for shape in self._averaged.values()), dtype=torch.float64)
+        self._sum = torch.zeros(sum(shape.numel() for shape in self.averaged.values()), dtype=torch.float64)
         self._largest: dict[str, Tensor] = {}
 
     def add(self, parameters: Parameters, client: int) -> None:
@@ -199,21 +216,21 @@ class ParameterMean:
         Raises:
             RefusedError: they do not fit; the mean is as it was.
         """
-        self._check(parameters)
+        self.check(parameters)
         parameters.validate()
         tensors = parameters.tensors
         whole = (
             parameters.whole
-            if list(tensors) == list(self._averaged)
-            else as_one([tensors[name] for name in self._averaged])
+            if list(tensors) == list(self.averaged)
+            else as_one([tensors[name] for name in self.averaged])
         )
         if whole is not None:
             self._sum.add_(whole.detach().cpu(), alpha=parameters.samples)
         else:
-            for name, total in self._named(self._sum).items():
+            for name, total in self.named(self._sum).items():
                 total.add_(tensors[name].detach().cpu(), alpha=parameters.samples)
-        if len(self._averaged) < len(self._like):
-            for name in self._like.keys() - self._averaged.keys():
+        if len(self.averaged) < len(self._like):
+            for name in self._like.keys() - self.averaged.keys():
                 self._keep_largest(name, tensors[name].detach().cpu())
         self.samples += parameters.samples
 
@@ -226,26 +243,40 @@ class ParameterMean:
             self._keep_largest(name, tensor)
         self.samples += other.samples
 
+    def reduce(self, ranks: Ranks) -> None:
+        """Take in what the same mean took in on all other ranks, and let them do so."""
+        ranks.sum(self._sum)
+        samples = torch.tensor([self.samples])
+        ranks.sum(samples)
+        self.samples = int(samples)
+        for name, (shape, dtype) in self._like.items():
+            if name not in self.averaged:
+                lowest = 0 if dtype is torch.bool else torch.iinfo(dtype).min
+                largest = self._largest.get(name, torch.full(shape, lowest, dtype=dtype)).long()
+                ranks.largest(largest)
+                self._largest[name] = largest.to(dtype)
+
     def result(self) -> Mapping[str, Tensor] | None:
         """The mean by name, in the dtypes of `like`; None when nobody was added."""
         if self.samples == 0:
             return None
         mean = self._sum / self.samples
-        if len(self._averaged) == len(self._like) and len({dtype for _, dtype in self._like.values()}) == 1:
+        if len(self.averaged) == len(self._like) and len({dtype for _, dtype in self._like.values()}) == 1:
             return Pieces(mean.to(self._layout[0][2]), {name: shape for name, shape, _ in self._layout})
-        dtypes = {dtype for name, (_, dtype) in self._like.items() if name in self._averaged}
-        means = self._named(mean.to(dtypes.pop()) if len(dtypes) == 1 else mean)
+        dtypes = {dtype for name, (_, dtype) in self._like.items() if name in self.averaged}
+        means = self.named(mean.to(dtypes.pop()) if len(dtypes) == 1 else mean)
         return {
             name: means[name].to(dtype) if name in means else self._largest[name].clone()
             for name, (_, dtype) in self._like.items()
         }
 
-    def _named(self, vector: Tensor) -> dict[str, Tensor]:
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector of all averaged elements, by tensor."""
-        parts = vector.split([shape.numel() for shape in self._averaged.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self._averaged.items(), parts)}
+        parts = vector.split([shape.numel() for shape in self.averaged.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.averaged.items(), parts)}
 
-    def _check(self, parameters: Parameters) -> None:
+    def check(self, parameters: Parameters) -> None:
+        """Refuse parameters of another model, or without samples."""
         if not isinstance(parameters, Parameters):
             raise RefusedError(f"expected parameters, got {parameters.kind}")
         tensors = parameters.tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning import LightningModule
@@ -18,6 +18,9 @@ from fdl.knowledge.subsampling import rows_of_round
 from fdl.messages import Bundle, Confidences, Message, Responses, Standing
 from fdl.participants import Client
 
+if TYPE_CHECKING:
+    from fdl.privacy.release import Release
+
 
 @dataclass(frozen=True)
 class Answering:
@@ -31,6 +34,7 @@ class Answering:
         prototypes: the centroids that go with them, None for none.
         subsample: share of the proxy set that is answered.
         frequency: when there is something new to say; None for always.
+        release: what makes the answers private; None for nothing.
     """
 
     space: Literal["probabilities", "logits"]
@@ -40,9 +44,10 @@ class Answering:
     prototypes: PrototypeTransfer | None
     subsample: float
     frequency: OnChange | None
+    release: Release | None = None
 
-    def upload(self, client: Client, specialist: LightningModule, standing: Standing | None) -> Message | Bundle:
-        """Answer the proxy set, or say that nothing has changed.
+    def upload(self, client: Client, specialist: LightningModule, standing: Standing | None) -> Message | Bundle | None:
+        """Answer the proxy set, or say that nothing has changed, or nothing where privacy allows no more.
 
         Args:
             client: who answers.
@@ -60,9 +65,10 @@ class Answering:
             return Standing(standing.round)
         chosen = slice(None) if rows is None else rows
         values = logits if self.space == "logits" else torch.softmax(logits, dim=1)
-        sure = None
-        if self.confidence is not None:
-            sure = Confidences.quantize(self.confidence.log_weights(client, logits)[chosen])
+        weights = None if self.confidence is None else self.confidence.log_weights(client, logits)[chosen]
+        if self.release is not None:
+            return self.release.message(client, Responses(values[chosen], self.space, rows), weights)
+        sure = None if weights is None else Confidences.quantize(weights)
         parts: list[Message] = [Responses(values[chosen], self.space, rows, sure, client.samples)]
         if self.features is not None:
             parts.append(self.features.message(client, known, rows))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fdl.datamodules.samples import Samples
+from fdl.datamodules.samples import Batch, Samples
 from fdl.errors import UserError
 from fdl.knowledge.collection import Collected
 from fdl.knowledge.confidence import public_space
@@ -24,6 +24,7 @@ from fdl.modules.output import Output
 from fdl.modules.weights import load_into
 from fdl.participants import Server, copy_of
 from fdl.seeding import stream_seed
+from fdl.terms import mean_over, samples_of
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Teaching:
         samples: Samples = Answered(server.proxy, answers, rows, tuple(columns.values()))
         if curriculum is not None:
             samples = curriculum.paced(samples, collected.responses, rows, server.distil, server.round)
-        losses = server.fit(learner, samples, server.distil, learner.objective, name="distil")
+        objective = learner.objective if columns else learner.response
+        losses = server.fit(learner, samples, server.distil, objective, name="distil")
         learner.leave(server)
         return losses
 
@@ -178,6 +180,11 @@ class Learner(nn.Module):
             parts["adapter"] = torch.stack(anchors).sum()
             total = total + parts["adapter"]
         return {"loss": total, **{name: part.detach() for name, part in parts.items()}}
+
+    @mean_over(samples_of)
+    def response(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """As `objective`, where there is nothing to learn from but answers, so that samples are not compared."""
+        return self.objective(module, batch)
 
     def _feature(self, output: Output, columns: Mapping[str, Tensor], anchors: list[Tensor]) -> Tensor:
         seen, own = columns["seen"], self._own(output)

@@ -11,6 +11,7 @@ from fdl.datamodules.samples import Batch, Samples
 from fdl.errors import UserError
 from fdl.losses import RESPONSE_LOSSES
 from fdl.runtime import Objective
+from fdl.terms import mean_over, samples_of
 
 
 class Answered(Samples):
@@ -76,6 +77,7 @@ def response_objective(loss: str, temperature: float) -> Objective:
         raise UserError(f"loss must be one of {', '.join(RESPONSE_LOSSES)}, got {loss!r}")
     function = RESPONSE_LOSSES[loss]
 
+    @mean_over(samples_of)
     def objective(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         inputs, answers = batch
         return {"loss": function(module(inputs).logits, answers, temperature)}

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 class Aggregate(Protocol):
-    """Sums uploads as they arrive, so that memory does not grow with the number of clients."""
+    """Sums uploads as they arrive, so that memory does not grow with the number of clients.
+
+    With several processes every one of them adds all uploads, in the cohort's order. An aggregate of large messages
+    may have a method `reduce(ranks)`, too: then each process adds what its own clients sent, and `reduce` takes in
+    what the others have.
+    """
 
     def add(self, message: Message, client: int) -> None:
         """Take in one upload.
@@ -40,10 +45,12 @@ class Method(ABC):
             that touch nothing but weights and a module's own loss.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
+        sends_changes: whether the parameters that clients send are differences from those that they were sent.
     """
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
+    sends_changes: ClassVar[bool] = False
     requires: tuple[str, ...] = ("student",)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:

@@ -14,6 +14,7 @@ from fdl.messages import Bundle, Message, Parameters, Responses, parts_of
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.weights import state_of
 from fdl.participants import Client, Server
+from fdl.robust.base import Rule
 from fdl.runtime import Objective
 from fdl.server_optimizers import ServerOptimizer
 
@@ -30,14 +31,21 @@ class CFeD(FedAvg):
         weight: λ ≥ 0.
         temperature: T > 0.
         optimizer: what the server does with the mean; None takes it as it is.
+        robust: as in FedAvg.
     """
 
     name = "cfed"
     tasks = ("classification",)
     requires = ("student", "proxy")
 
-    def __init__(self, weight: float = 1.0, temperature: float = 2.0, optimizer: ServerOptimizer | None = None):
-        super().__init__(optimizer)
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 2.0,
+        optimizer: ServerOptimizer | None = None,
+        robust: Rule | None = None,
+    ):
+        super().__init__(optimizer, robust)
         if not weight >= 0:
             raise UserError(f"weight must be at least 0, got {weight}")
         if not temperature > 0:

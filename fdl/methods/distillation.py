@@ -14,6 +14,7 @@ from fdl.losses import distillation
 from fdl.messages import Message
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
+from fdl.terms import mean_over, samples_of
 
 
 class Distillation(Method):
@@ -71,6 +72,7 @@ class Distillation(Method):
         server.fit(server.student, samples, server.distil, objective, name="distil")
         return {}
 
+    @mean_over(samples_of)
     def _labelled(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, columns = batch
         logits = module(inputs).logits

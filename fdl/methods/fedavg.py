@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from fdl.knowledge.aggregation import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
+from fdl.robust.base import Rule
+from fdl.robust.parameters import RobustParameters
 from fdl.runtime import Objective
 from fdl.server_optimizers import Average, ServerOptimizer
 
@@ -19,12 +25,13 @@ class FedAvg(Method):
 
     Args:
         optimizer: what the server does with the mean; None takes it as it is.
+        robust: a rule in the place of the mean, which holds where some clients lie; None is the mean.
     """
 
     name = "fedavg"
 
-    def __init__(self, optimizer: ServerOptimizer | None = None):
-        self.optimizer = optimizer or Average()
+    def __init__(self, optimizer: ServerOptimizer | None = None, robust: Rule | None = None):
+        self.optimizer, self.robust = optimizer or Average(), robust
 
     def download(self, server: Server, client: int) -> Message:
         """The global weights, the same message for all clients of a round."""
@@ -40,9 +47,13 @@ class FedAvg(Method):
         """What a client minimises; None for the module's own loss."""
         return None
 
-    def aggregate(self, server: Server) -> ParameterMean:
-        """A mean weighted by sample counts."""
-        return ParameterMean(state_of(server.student))
+    def aggregate(self, server: Server) -> ParameterMean | RobustParameters:
+        """A mean weighted by sample counts, or what is robust."""
+        return self.mean(server, state_of(server.student))
+
+    def mean(self, server: Server, like: Mapping[str, Tensor]) -> ParameterMean | RobustParameters:
+        """What takes in the clients' tensors, which are to replace those of `like`."""
+        return ParameterMean(like) if self.robust is None else RobustParameters(self.robust, server, like)
 
     def server_update(self, server: Server, knowledge: dict) -> dict[str, float]:
         """Move the global weights towards, or with a plain average onto, the clients' mean."""

@@ -30,7 +30,10 @@ from fdl.methods.base import Method
 from fdl.methods.pools import labelled_bytes
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
+from fdl.privacy.release import Release
 from fdl.recipe import Fit
+from fdl.robust.answers import RobustAnswers
+from fdl.robust.base import Rule
 from fdl.seeding import stream_seed
 
 _SHARPENINGS = {"entropy_reduction": entropy_reduction, "power": power_sharpening}
@@ -67,6 +70,8 @@ class FederatedDistillation(Method):
         subsample: share of the proxy set that is answered in a round, the same samples by all clients.
         cache: for how many rounds a sample's answers go on teaching; 1 is for their own round only.
         frequency: when a client has something new to say.
+        release: makes the answers private.
+        robust: a rule in the place of the mean of answers, which holds where some clients lie; None is the mean.
     """
 
     name = "federated_distillation"
@@ -95,6 +100,8 @@ class FederatedDistillation(Method):
         subsample: float = 1.0,
         cache: int = 1,
         frequency: OnChange | None = None,
+        release: Release | None = None,
+        robust: Rule | None = None,
     ):
         for key, value in (("temperature", temperature), ("sharpen", sharpen)):
             if value is not None and not value > 0:
@@ -119,12 +126,20 @@ class FederatedDistillation(Method):
         self.curriculum = curriculum if curriculum is not None and curriculum.start < 1 else None
         self.frequency = frequency if frequency is not None and frequency.threshold > 0 else None
         what = self.features, self.prototypes
-        self.answering = Answering(space, calibrate, confidence, *what, subsample, self.frequency)
+        self.release, self.robust = release, robust
+        self.answering = Answering(space, calibrate, confidence, *what, subsample, self.frequency, release)
         self.teaching = Teaching(loss, temperature, alpha, *what, adapter)
         if personal is not None and feedback == "none":
             raise UserError("personal says what comes back, but feedback is none")
         if personal is not None and personal.by == "prototypes" and self.prototypes is None:
             raise UserError("personal compares prototypes, but prototypes are switched off")
+        if release is not None:
+            beside = {"features": self.features, "prototypes": self.prototypes, "frequency": self.frequency}
+            release.check(space, confidence is not None, beside | {"weights": weights, "personal": personal})
+
+        if robust is not None:
+            beside = {"features": self.features, "prototypes": self.prototypes, "personal": personal}
+            RobustAnswers.check(beside, release is not None and release.by == "server")
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Count the participants where an adapter has parameters for each."""
@@ -154,7 +169,7 @@ class FederatedDistillation(Method):
         standing = self.frequency.standing(server, self._last(server).round(client))
         return Bundle((standing,) if answers is None else (answers, standing))
 
-    def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle:
+    def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
         """Learn from what came back, train on private data, answer the proxy set."""
         received = parts_of(download)
         answers, standing = received.get(Responses), received.get(Standing)
@@ -173,14 +188,17 @@ class FederatedDistillation(Method):
         count, seed, width = len(server.proxy), server.seed, self.teaching.width
         # who leaves out a confidence that all must send would have log-weight 0, more than most honest ones
         weighted = None if self.weights is not None and self.confidence is None else self.confidence is not None
+        mean, rows = self._mean(server, weighted), rows_of_round(server, self.subsample)
+        if self.robust is not None:
+            mean = RobustAnswers(self.robust, server, self.space, weighted)
         return Collection(
-            self._mean(server, weighted),
+            mean if self.release is None else self.release.collect(mean, server, rows),
             FeatureMean(count, width, seed, self.teaching.adapts) if self.features else None,
             PrototypePool(server, self.prototypes, width) if self.prototypes else None,
             self.weights.current(server) if self.weights else None,
             Gains(server) if self.weights else None,
             self._last(server) if self.personal or self.frequency else None,
-            rows_of_round(server, self.subsample),
+            rows,
             reuse=self.frequency is not None,
         )
 

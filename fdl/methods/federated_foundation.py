@@ -11,6 +11,8 @@ from fdl.knowledge.switching import CENTRALIZED, FEDERATED, Plateau, Switch
 from fdl.messages import Message, Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.participants import Client, Server
+from fdl.robust.base import Rule
+from fdl.robust.parameters import RobustParameters
 from fdl.server_optimizers import ServerOptimizer
 
 _FIRST = {"pre_training": CENTRALIZED, "fine_tuning": FEDERATED}
@@ -30,6 +32,7 @@ class FederatedFoundation(FedAvg):
             ``"fine_tuning"`` on private data, for one that is pretrained.
         switch: when a phase ends: ``"plateau"``, ``"fixed"`` or ``"never"``; None is a plateau with its defaults.
         optimizer: what the server does with the clients' mean; None takes it as it is.
+        robust: as in FedAvg.
     """
 
     name = "federated_foundation"
@@ -40,8 +43,9 @@ class FederatedFoundation(FedAvg):
         mode: Literal["pre_training", "fine_tuning"] = "pre_training",
         switch: Switch | None = None,
         optimizer: ServerOptimizer | None = None,
+        robust: Rule | None = None,
     ):
-        super().__init__(optimizer)
+        super().__init__(optimizer, robust)
         if mode not in _FIRST:
             raise UserError(f"mode must be one of {', '.join(_FIRST)}, got {mode!r}")
         self.first, self.switch = _FIRST[mode], switch or Plateau()
@@ -58,8 +62,8 @@ class FederatedFoundation(FedAvg):
         """Train the global model on private data; without one there is nothing to do."""
         return None if download is None else super().local_update(client, download)
 
-    def aggregate(self, server: Server) -> ParameterMean | None:
-        """A mean weighted by sample counts in a federated phase."""
+    def aggregate(self, server: Server) -> ParameterMean | RobustParameters | None:
+        """A mean weighted by sample counts, or what is robust, in a federated phase."""
         return super().aggregate(server) if self._federated(server) else None
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:

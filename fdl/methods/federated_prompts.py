@@ -13,6 +13,8 @@ from fdl.messages import Message, Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
+from fdl.robust.base import Rule
+from fdl.robust.parameters import RobustParameters
 from fdl.server_optimizers import ServerOptimizer
 
 
@@ -27,6 +29,7 @@ class FederatedPrompts(FedAvg):
     Args:
         personal: names or globs of the student's tensors that stay at the site.
         optimizer: what the server does with the mean of the shared part; None takes it as it is.
+        robust: as in FedAvg.
 
     Raises:
         UserError: when a pattern matches nothing, or nothing is left to share.
@@ -34,8 +37,13 @@ class FederatedPrompts(FedAvg):
 
     name = "federated_prompts"
 
-    def __init__(self, personal: list[str] | None = None, optimizer: ServerOptimizer | None = None):
-        super().__init__(optimizer)
+    def __init__(
+        self,
+        personal: list[str] | None = None,
+        optimizer: ServerOptimizer | None = None,
+        robust: Rule | None = None,
+    ):
+        super().__init__(optimizer, robust)
         self.personal = tuple(personal or ())
 
     def setup(self, server: Server, clients: object) -> None:
@@ -62,9 +70,9 @@ class FederatedPrompts(FedAvg):
         client.keep(module)
         return Parameters(self._shared(state_of(module)), samples=client.samples)
 
-    def aggregate(self, server: Server) -> ParameterMean:
-        """A mean weighted by sample counts."""
-        return ParameterMean(self._shared(state_of(server.student)))
+    def aggregate(self, server: Server) -> ParameterMean | RobustParameters:
+        """A mean weighted by sample counts, or what is robust."""
+        return self.mean(server, self._shared(state_of(server.student)))
 
     def server_update(self, server: Server, knowledge: Mapping[str, Tensor]) -> dict[str, float]:
         """Move the shared part towards, or with a plain average onto, the clients' mean."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fdl.errors import UserError
 from fdl.losses import proximal
 from fdl.methods.fedavg import FedAvg
+from fdl.robust.base import Rule
 from fdl.runtime import Objective, training_step
 from fdl.server_optimizers import ServerOptimizer
 
@@ -44,12 +45,13 @@ class FedProx(FedAvg):
     Args:
         mu: weight of the proximal term, ≥ 0; 0 is FedAvg.
         optimizer: what the server does with the mean; None takes it as it is.
+        robust: as in FedAvg.
     """
 
     name = "fedprox"
 
-    def __init__(self, mu: float = 0.01, optimizer: ServerOptimizer | None = None):
-        super().__init__(optimizer)
+    def __init__(self, mu: float = 0.01, optimizer: ServerOptimizer | None = None, robust: Rule | None = None):
+        super().__init__(optimizer, robust)
         if mu < 0:
             raise UserError(f"mu must be ≥ 0, got {mu}")
         self.mu = mu

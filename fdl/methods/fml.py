@@ -13,6 +13,7 @@ from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.weights import state_of
 from fdl.participants import Client
+from fdl.robust.base import Rule
 from fdl.server_optimizers import ServerOptimizer
 
 
@@ -30,6 +31,7 @@ class FML(FedAvg):
         beta: β, share of the labels in the meme's loss, in [0, 1]; 1 is FedAvg.
         temperature: T > 0, of what they say to each other.
         optimizer: what the server does with the mean of the memes; None takes it as it is.
+        robust: as in FedAvg.
     """
 
     name = "fml"
@@ -42,8 +44,9 @@ class FML(FedAvg):
         beta: float = 0.5,
         temperature: float = 1.0,
         optimizer: ServerOptimizer | None = None,
+        robust: Rule | None = None,
     ):
-        super().__init__(optimizer)
+        super().__init__(optimizer, robust)
         for key, share in (("alpha", alpha), ("beta", beta)):
             if not 0 <= share <= 1:
                 raise UserError(f"{key} must be in [0, 1], got {share}")

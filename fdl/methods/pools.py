@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -82,10 +82,16 @@ class PoolMeans:
     Args:
         like: by pool, names, shapes and dtypes of its model.
         trained: by client, the pools whose models it sends.
+        mean: makes an empty mean for a pool's model.
     """
 
-    def __init__(self, like: Mapping[str, Weights], trained: Mapping[int, Sequence[str]]):
-        self._like, self._trained = like, trained
+    def __init__(
+        self,
+        like: Mapping[str, Weights],
+        trained: Mapping[int, Sequence[str]],
+        mean: Callable[[str, Weights], ParameterMean] = lambda pool, like: ParameterMean(like),
+    ):
+        self._like, self._trained, self._mean = like, trained, mean
         self._means: dict[str, ParameterMean] = {}
 
     def add(self, message: Parameters, client: int) -> None:
@@ -103,7 +109,7 @@ class PoolMeans:
             raise RefusedError(f"a model of {', '.join(pools)} has no tensor {unknown[0]!r:.80}")
         fresh = {}
         for pool in pools:  # each by itself first: a model that does not fit must leave no other behind
-            fresh[pool] = ParameterMean(self._like[pool])
+            fresh[pool] = self._mean(pool, self._like[pool])
             fresh[pool].add(Parameters(part_of(message.tensors, pool), message.samples), client)
         for pool, mean in fresh.items():
             if pool in self._means:
@@ -114,4 +120,4 @@ class PoolMeans:
     def result(self) -> dict[str, Weights] | None:
         """The mean weights of every pool that was heard, in the order of pools; None when none was."""
         means = {pool: self._means[pool].result() for pool in self._like if pool in self._means}
-        return means or None
+        return {pool: mean for pool, mean in means.items() if mean is not None} or None

@@ -20,10 +20,15 @@ from fdl.knowledge.tokens import TokenAnswering, require_language_model, transla
 from fdl.methods.base import Method
 from fdl.participants import Client, Participant, Server
 from fdl.sparse_responses import SparseResponses
+from fdl.terms import mean_over
 from fdl.token_losses import next_token_and_sparse, sparse_distillation
 
 _CAPACITY = 4  # ids a token that the mixture keeps, for each that a client may send
 _LOGITS = 1 << 22  # values of a head's output that exist at a time
+
+
+def _answered_tokens(batch: Batch) -> int:
+    return int((batch[1][..., 0] >= 0).sum())
 
 
 class TokenDistillation(Method):
@@ -120,7 +125,8 @@ class TokenDistillation(Method):
 
     def server_update(self, server: Server, knowledge: TokenKnowledge) -> dict[str, float]:
         """Distil the student from the mixture, and keep what is to be sent back."""
-        server.fit(server.student, _answered(server, knowledge), server.distil, self.objective, name="distil")
+        objective = self.objective if self.ground_truth > 0 else self.response
+        server.fit(server.student, _answered(server, knowledge), server.distil, objective, name="distil")
         if self.feedback == "aggregate":
             message = knowledge.message(vocabulary(server), self.answering.most)
             fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
@@ -144,6 +150,11 @@ class TokenDistillation(Method):
             loss = sparse_distillation(hidden, module.head, *answers)
             parts = {"response": loss}
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    @mean_over(_answered_tokens)
+    def response(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """As `objective`, where there are only answers to learn from, so that the loss is one mean."""
+        return self.objective(module, batch)
 
     def _mixture(self, participant: Participant, rows: Tensor | None, weighted: bool) -> TokenMixture:
         rows = torch.arange(len(participant.proxy)) if rows is None else rows

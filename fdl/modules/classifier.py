@@ -17,6 +17,7 @@ from fdl.modules.output import Output
 from fdl.modules.trainer_hooks import TrainerHooks
 from fdl.modules.tuning import apply_tuning, hold_frozen
 from fdl.padding import ignores_padding
+from fdl.terms import mean_over, samples_of
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -111,6 +112,7 @@ class ImageClassifier(TrainerHooks):
             logits, embedding = self._answer(x)
         return Output(logits, embedding, seen)
 
+    @mean_over(samples_of)
     @ignores_padding
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of a labelled batch."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fdl.catalog import suggest
@@ -87,6 +88,19 @@ def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
         A list that receives the first argument of every call.
     """
     seen: list[Tensor] = []
+    if torch.compiler.is_compiling():  # hooks cannot be traced, so the call itself is stood in for
+        forward = module.forward
+
+        def keep(*inputs: Any) -> Any:
+            seen.append(inputs[0])
+            return forward(*inputs)
+
+        module.__dict__["forward"] = keep
+        try:
+            yield seen
+        finally:
+            del module.__dict__["forward"]
+        return
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         yield seen

@@ -15,6 +15,7 @@ from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
 from fdl.modules.transformers_loading import load_model
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
+from fdl.terms import mean_over, next_tokens_of
 from fdl.token_losses import next_token_loss, sample_ids, token_nll
 
 
@@ -149,6 +150,7 @@ class LanguageModel(TransformersModule):
         """Return the negative log-likelihood of every next token, see `fdl.token_losses.token_nll`."""
         return token_nll(self.hidden(tokens), self.head, tokens, self.chunk)
 
+    @mean_over(next_tokens_of)
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of the next token over the real ones."""
         return {"loss": next_token_loss(self.hidden(batch[0]), self.head, batch[0], self.chunk)}

@@ -18,6 +18,7 @@ from fdl.modules.transformers_loading import load_model, own_head
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
 from fdl.padding import ignores_padding
+from fdl.terms import mean_over, samples_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,6 +133,7 @@ class TextClassifier(TransformersModule):
             logits, embedding = self._answer(tokens)
         return Output(logits, embedding, seen)
 
+    @mean_over(samples_of)
     @ignores_padding
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of a labelled batch."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from fdl.stopwatch import Stopwatch
+
 
 @dataclass
 class FakeRecipe:
@@ -21,6 +23,7 @@ class FakeRecipe:
     student: Any = None
     teacher: Any = None
     evaluation: Any = None
+    privacy: Any = None
 
     def to_dict(self):
         return {k: vars(v) if isinstance(v, SimpleNamespace) else v for k, v in asdict(self).items()}
@@ -39,7 +42,7 @@ class FakeClient:
 
 class FakeServer:
     def __init__(self, num_classes: int):
-        self.num_classes, self.task = num_classes, "classification"
+        self.num_classes, self.task, self.privacy, self.state = num_classes, "classification", None, {}
         self.classes = [f"class {i}" for i in range(num_classes)]
         self.student: Any = torch.nn.Linear(4, num_classes)
         self.test = Labelled(torch.arange(12) % num_classes)
@@ -82,7 +85,9 @@ class FakeLoop:
         self.ledger = FakeLedger()
         self.runtime = SimpleNamespace(device=torch.device("cpu"), template=lambda name: MODULES[name])
         self.history: list[dict] = []
-        self.seconds = {"clients": 1.0, "server": 0.5, "evaluate": 0.25, "checkpoint": 0.125}
+        self.audit = None
+        self.seconds = Stopwatch()
+        self.seconds.update({"clients": 1.0, "server": 0.5, "evaluate": 0.25, "checkpoint": 0.125})
         self.round, self.rounds, self.resumed_from = 0, rounds, None
         self.stopped: str | None = None
 
