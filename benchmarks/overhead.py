@@ -1,26 +1,23 @@
-"""What the framework costs: FedAvg on digits in fdl, in a bare PyTorch loop, and in pfl-research.
+"""What the framework costs: FedAvg on digits in fdl and in a bare PyTorch loop, in one process.
 
-    python benchmarks/overhead.py [--repeats 5] [--pfl-python PYTHON] [--output FILE.md]
+    python benchmarks/overhead.py [--repeats 5] [--output FILE.md]
 
 The job: scikit-learn's digits, MLP 64-128-64-10, 10 of 10 and 10 of 50 clients, IID, SGD 0.1, batch 32, one local
 epoch, 20 rounds, the global model evaluated on the test set every round, one CPU thread. Equal work is asserted before
-anything is timed: fdl and the bare loop end with the same weights, and pfl takes the same number of steps. fdl counts
-every byte it encodes; nobody writes to disk while the clock runs. Times are medians over repeats, the systems taking
-turns; figures are comparable within one run only.
+anything is timed: fdl and the bare loop end with the same weights. fdl counts every byte it encodes; nobody writes to
+disk while the clock runs. Times are medians over repeats, the loops taking turns; figures are comparable within one run
+only. Other systems are measured by peers.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -88,39 +85,13 @@ def everything(samples) -> tuple[torch.Tensor, torch.Tensor]:
     return x.flatten(1), y
 
 
-def run_pfl(python: str, loop: FederatedLoop, folder: Path) -> tuple[float, int]:
-    """Seconds and steps of the same job in pfl-research."""
-    parts = [everything(client.train) for client in loop.clients]
-    x_test, y_test = everything(loop.server.test)
-    np.savez(
-        folder / "digits.npz",
-        x_train=torch.cat([x for x, _ in parts]).numpy(),
-        y_train=torch.cat([y for _, y in parts]).numpy(),
-        share=np.repeat(np.arange(len(parts)), [len(y) for _, y in parts]),
-        x_test=x_test.numpy(),
-        y_test=y_test.numpy(),
-    )
-    script = Path(__file__).with_name("pfl_digits.py")
-    command = [python, str(script), str(folder / "digits.npz"), str(len(parts)), "10", str(ROUNDS)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1"})
-    result = json.loads(answer.stdout.strip().splitlines()[-1])
-    return result["seconds"], result["steps"]
-
-
-def steps(loop: FederatedLoop) -> int:
-    """Optimiser steps of the whole job."""
-    return sum(
-        -(-loop.clients[client].samples // 32) for round in range(1, ROUNDS + 1) for client in loop.cohort(round)[0]
-    )
-
-
 def assert_equal_work(loop: FederatedLoop, weights: dict[str, torch.Tensor]) -> None:
     """The two loops ended with the same model, so they did the same."""
     for ours, bare in zip(loop.server.student.parameters(), weights.values()):
         torch.testing.assert_close(ours.detach(), bare, rtol=1e-4, atol=1e-5)
 
 
-def measure(clients: int, repeats: int, pfl_python: str | None) -> list[str]:
+def measure(clients: int, repeats: int) -> list[str]:
     """Rows of the table for one number of clients."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -138,10 +109,6 @@ def measure(clients: int, repeats: int, pfl_python: str | None) -> list[str]:
             "fdl": lambda i: run_fdl(federation(clients, folder / f"fdl-{i}")),
             "fdl, batched": lambda i: run_fdl(federation(clients, folder / f"batched-{i}", "batched")),
         }
-        if pfl_python:
-            # pfl draws its own cohorts, so at 10 of 50 its clients differ in size by one sample at most
-            assert abs(run_pfl(pfl_python, bare, folder)[1] - steps(bare)) <= 0.02 * steps(bare)
-            jobs["pfl-research 0.6"] = lambda i: run_pfl(pfl_python, bare, folder)[0]
         seconds: dict[str, list[float]] = {job: [] for job in jobs}
         for i in range(repeats):
             for job, run in jobs.items():
@@ -163,7 +130,6 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--pfl-python", help="interpreter of an environment that has pfl 0.6 (its own torch pins)")
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,9 +140,7 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     for clients in (10, 50):
-        table += measure(clients, arguments.repeats, arguments.pfl_python)
-    if arguments.pfl_python is None:
-        table += ["", "pfl-research was not run: no `--pfl-python` was given."]
+        table += measure(clients, arguments.repeats)
     text = "\n".join(table)
     print(text)
     if arguments.output:

@@ -1,6 +1,7 @@
 """The student's training step: fdl's Runtime.fit against the plain loop that each library's users write.
 
-    python benchmarks/student_update.py [--device cpu] [--precision 32-true] [--repeats 5] [--quick] [--output FILE.md]
+    python benchmarks/student_update.py [--device cpu] [--precision 32-true] [--compile default] [--repeats 5] [--quick]
+        [--output FILE.md]
 
 Two tables.
 
@@ -9,7 +10,8 @@ cross entropy of images (timm), next tokens (transformers), and image-text contr
 batch to the device, calls the library's own model under autocast, and steps; fdl runs its rounds' training loop.
 The same weights afterwards are asserted before anything is timed (exactly on a CPU, within what the precision allows on
 a GPU). A ratio above 1 says that fdl is faster; the plain loop of a language model forms all logits at once, as
-transformers does, and fdl a chunk at a time.
+transformers does, and fdl a chunk at a time. With ``--compile`` a third loop takes its turn: fdl's with compiled steps,
+which must end at the same weights, too. Its ratio is to fdl's loop without; compiling itself is not timed.
 
 Sparse losses: forward and backward of a language model's distillation loss alone, from last hidden states: dense (all
 of the teacher's probabilities are there, and so are both full tables of logits) against top-k with a tail bucket, a
@@ -22,6 +24,7 @@ MFU is the share of the device's measured matrix-product peak that fdl's steps u
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import statistics
 from collections.abc import Callable
@@ -46,6 +49,9 @@ from fdl.modules.weights import load_into, state_of
 from fdl.recipe import Component, Fit
 from fdl.runtime import Runtime, batches
 from fdl.token_losses import sparse_distillation
+
+Loop = Callable[["Job", Runtime], None]
+"""Trains a job's module."""
 
 
 class Job(NamedTuple):
@@ -182,22 +188,33 @@ def ours(job: Job, runtime: Runtime) -> None:
     runtime.fit(job.module, job.samples, job.fit, torch.Generator().manual_seed(0))
 
 
-def trained(job: Job, runtime: Runtime, start: dict[str, Tensor], run: Callable[[Job, Runtime], None]) -> Any:
+def compiled(mode: str, job: Job) -> Loop:
+    """The same with compiled steps."""
+    fit = dataclasses.replace(job.fit, compile=mode)
+    return lambda job, runtime: ours(job._replace(fit=fit), runtime)
+
+
+def is_compiled(job: Job, runtime: Runtime) -> bool:
+    """Whether its steps could be compiled."""
+    return None not in runtime.compiler._steps[job.module].values()
+
+
+def trained(job: Job, runtime: Runtime, start: dict[str, Tensor], run: Loop) -> Any:
     """The weights after a run from `start`."""
     load_into(job.module, start)
     run(job, runtime)
     return {name: tensor.detach().clone() for name, tensor in state_of(job.module).items()}
 
 
-def assert_same_weights(job: Job, runtime: Runtime, start: dict[str, Tensor]) -> None:
-    """Both loops end at the same weights: apart by a small share of the way that they went.
+def assert_same_weights(job: Job, runtime: Runtime, start: dict[str, Tensor], run: Loop = ours) -> None:
+    """A loop ends at the weights of the plain one: apart by a small share of the way that they went.
 
     Not tensor by tensor: where a gradient is almost nothing, rounding decides which way Adam goes.
     """
     names = [name for name, _ in job.module.named_parameters() if name in start]
     begin, expected, found = (
         torch.cat([tensors[name].flatten().double().cpu() for name in names])
-        for tensors in (start, *(trained(job, runtime, start, run) for run in (plain, ours)))
+        for tensors in (start, *(trained(job, runtime, start, loop) for loop in (plain, run)))
     )
     exact = runtime.device.type == "cpu" and runtime.fabric.strategy.precision.precision == "32-true"
     way, apart = float((expected - begin).norm()), float((found - expected).norm())
@@ -205,28 +222,37 @@ def assert_same_weights(job: Job, runtime: Runtime, start: dict[str, Tensor]) ->
         raise AssertionError(f"{job.name}: the two loops went {way:.3g} and ended {apart:.3g} apart")
 
 
-def measure(make: Callable[[], Job], runtime: Runtime, repeats: int, peak: float) -> str:
-    """One row of the first table."""
+def measure(make: Callable[[], Job], runtime: Runtime, repeats: int, peak: float, mode: str = "none") -> str:
+    """One row of the first table; with two columns more where steps are to be compiled."""
     torch.manual_seed(0)
     job, fabric = make(), runtime.fabric
     job = job._replace(module=runtime.place(job.module))
     start = {name: tensor.detach().clone() for name, tensor in state_of(job.module).items()}
-    assert_same_weights(job, runtime, start)
+    loops = [plain, ours] if mode == "none" else [plain, ours, compiled(mode, job)]
+    for run in loops[1:]:
+        assert_same_weights(job, runtime, start, run)
     with FlopCounterMode(display=False) as counter:
         ours(job, runtime)
     work = counter.get_total_flops()
-    times: dict[Callable, list[tuple[float, float]]] = {plain: [], ours: []}
+    times: dict[Loop, list[tuple[float, float]]] = {run: [] for run in loops}
     for i in range(repeats):
-        for run in sorted(times, key=lambda run: (run is ours) == (i % 2 == 0)):  # the two take turns to go first
+        for k in range(len(loops)):  # they take turns to go first
+            run = loops[(i + k) % len(loops)]
             times[run].append(teacher.seconds(lambda run=run: run(job, runtime), fabric))
-    theirs, own = ([taken for taken, _ in found] for found in times.values())
+    theirs, own, *more = ([taken for taken, _ in found] for found in times.values())
     memory = [max(most for _, most in found) for found in times.values()]
     units = job.units * job.fit.steps
-    return (
+    row = (
         f"| {job.name} | {job.unit} | {spread([units / s for s in theirs], 0)} | {spread([units / s for s in own], 0)} "
         f"| {spread([a / b for a, b in zip(theirs, own)], 2)} | {100 * work / statistics.median(own) / peak:.0f} % "
         f"| {memory[0]:.0f} → {memory[1]:.0f} |"
     )
+    for found in more:
+        if not is_compiled(job, runtime):  # the log says why
+            return f"{row} not compiled | |"
+        ratio = spread([a / b for a, b in zip(own, found)], 2)
+        row += f" {spread([units / s for s in found], 0)} | {ratio} |"
+    return row
 
 
 def sparse_row(tokens: int, width: int, vocabulary: int, k: int, fabric: Fabric, repeats: int) -> str:
@@ -290,6 +316,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", help="as Lightning's; default 32-true on a CPU, bf16-mixed on a GPU")
+    parser.add_argument("--compile", choices=["none", "default", "reduce-overhead"], default="none", dest="mode")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="models of a few thousand weights, to see that it runs")
@@ -306,15 +333,17 @@ def main(arguments: list[str] | None = None) -> str:
         lines.extend(rows)
         print("\n".join(rows), flush=True)
 
+    more = "" if options.mode == "none" else f" fdl, compile: {options.mode}, a second | ratio to fdl |"
     say(
         f"Student update on {where}, {precision}, torch {torch.__version__}, {options.repeats} repeats, "
         f"matrix products at {peak / 1e12:.3g} TFLOP/s.",
         "",
-        "| student | unit | plain, a second, median [min–max] | fdl, a second | ratio | MFU | peak MB, plain → fdl |",
-        "|---|---|---|---|---|---|---|",
+        "| student | unit | plain, a second, median [min–max] | fdl, a second | ratio | MFU | peak MB, plain → fdl |"
+        + more,
+        "|---|---|---|---|---|---|---|" + "---|---|" * bool(more),
     )
     for make in JOBS["quick" if options.quick else options.device]:
-        say(measure(make, runtime, options.repeats, peak))
+        say(measure(make, runtime, options.repeats, peak, options.mode))
     say(
         "",
         "| tokens | vocabulary | k | dense loss, tokens a second | sparse, in chunks | MB kept for the backward pass |",
