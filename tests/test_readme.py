@@ -49,7 +49,7 @@ def test_the_first_block_installs_and_runs_on_one_line_each():
 
 def test_every_command_of_fdl_runs(tmp_path, capsys, monkeypatch):
     found = commands(FDL)
-    assert {shlex.split(line)[0] for line in found} == {"fit", "check", "compare", "export", "list"}
+    assert {shlex.split(line)[0] for line in found} == {"fit", "check", "compare", "export", "audit", "list"}
     monkeypatch.chdir(ROOT)
     for number, line in enumerate(found):
         arguments = shlex.split(line)
