@@ -109,7 +109,7 @@ class Sleeps(FedAvg):
 
     def local_update(self, client, download):
         if os.environ.get("LOCAL_RANK") == "1":
-            time.sleep(60)
+            time.sleep(12)
         return super().local_update(client, download)
 
 
