@@ -123,8 +123,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
+        where = "on disk" if row["state"] == "disk" else "in memory"
         lines.append(
-            f"| {row['job']}, {row['parameters']:,} parameters | {row['clients']:,} | in {row['state']} "
+            f"| {row['job']}, {row['parameters']:,} parameters | {row['clients']:,} | {where} "
             f"| {row['peak_rss_bytes'] / 1e6:.0f} | {row['ratio']:.2f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
@@ -163,7 +164,7 @@ def main() -> None:
         for job, state, clients in product(options.jobs, ("disk", "memory"), sorted(options.clients)):
             if state == "disk" or clients <= options.in_memory:
                 rows.append(apart(job, clients, state, Path(name)))
-                print(f"{job}, {clients} clients, in {state}: {rows[-1]['peak_rss_bytes'] / 1e6:.0f} MB", flush=True)
+                print(f"{job}, {clients} clients, {state}: {rows[-1]['peak_rss_bytes'] / 1e6:.0f} MB", flush=True)
     assert_equal_work(rows)
     rows = with_ratios(rows)
     options.output.mkdir(parents=True, exist_ok=True)

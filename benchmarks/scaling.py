@@ -161,6 +161,9 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.set(xscale="log", xlabel="clients", ylabel=label)
         axes.set_yscale("log" if key in ("round_s", "bytes") else "linear")
         axes.set_ylim(0 if key == "peak_rss_bytes" else None)
+        counts = sorted({row["clients"] for row in rows})
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7, title="method, what is fixed")
     return drawn
