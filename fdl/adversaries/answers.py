@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -14,15 +15,15 @@ from fdl.messages import Responses
 from fdl.participants import Client
 
 
-class OneHot(Adversary):
+class OneHot(Adversary, ABC):
     """Base of those that answer with one class for certain; a subclass writes `classes`."""
 
     spaces = ("responses",)
     tasks = ("classification",)
 
+    @abstractmethod
     def classes(self, own: Responses, scene: Scene) -> Tensor:
         """The class to name for every row, int64 [n]."""
-        raise NotImplementedError
 
     def responses(self, own: Responses, scene: Scene) -> Responses:
         """All probability on one class a row."""

@@ -113,12 +113,12 @@ class Adversary:
         return Bundle(tuple(changed.values())) if isinstance(scene.own, Bundle) else next(iter(changed.values()))
 
     def parameters(self, own: Parameters, scene: Scene) -> Parameters:
-        """Weights to send in place of the client's own; those of other participants are in `scene`."""
-        raise NotImplementedError
+        """Weights to send in place of the client's own, here these; those of other participants are in `scene`."""
+        return own
 
     def responses(self, own: Responses, scene: Scene) -> Responses:
-        """Answers to send in place of the client's own, for the same rows and in the same form."""
-        raise NotImplementedError
+        """Answers to send in place of the client's own, for the same rows and in the same form; here its own."""
+        return own
 
     def claim(self, responses: Responses) -> Responses:
         """The answers with the confidence that the adversary claims."""
