@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fdl.adversaries.coalition import Adversaries, chosen, recruit
 from fdl.callbacks.profile import Profile
@@ -33,7 +32,7 @@ from fdl.participants import Client, Server
 from fdl.privacy.settings import policy, trainer
 from fdl.privacy.settings import watching as watching_privacy
 from fdl.recipe import Component, Recipe, instantiate
-from fdl.runtime import Runtime
+from fdl.runtime import NO_SUCH_DEVICES, Runtime
 from fdl.seeding import numpy_stream, stream_seed
 from fdl.store import CLIENTS, DiskStore
 from fdl.tasks import TASKS
@@ -189,7 +188,7 @@ def _runtime(recipe: Recipe, launch: bool) -> Runtime:
     try:
         own = {**vars(recipe.fabric), **vars(recipe.inference)}
         return Runtime(**own, batch_size=recipe.evaluation.batch_size, launch=launch)
-    except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
+    except NO_SUCH_DEVICES as error:
         settings = ", ".join(f"{key}={value}" for key, value in vars(recipe.fabric).items() if value is not None)
         raise UserError(f"fabric: {error} ({settings})") from error
 

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fdl.errors import UserError
-from fdl.runtime import fabric_of
+from fdl.runtime import NO_SUCH_DEVICES, fabric_of
 from fdl.terminal import started_by_others
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def processes(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
         own = {key: value for key, value in vars(recipe.fabric).items() if key != "threads"}
         try:
             count = len(getattr(fabric_of(**own).strategy, "parallel_devices", None) or [None])
-        except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError):
+        except NO_SUCH_DEVICES:
             count = 0  # building the run says what is wrong
         if count * recipe.fabric.num_nodes <= 1:
             yield

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -45,6 +46,10 @@ Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
 def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """The default objective: the module's own training step on a labelled batch."""
     return module.training_step(batch)
+
+
+NO_SUCH_DEVICES = (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError)
+"""What Lightning raises where this machine does not have what a recipe asks for."""
 
 
 def fabric_of(
