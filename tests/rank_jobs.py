@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from fdl import runtime
 from fdl.build import build
 from fdl.errors import UserError
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.tiny import MLP
 from fdl.modules.weights import state_of
 from fdl.recipe import load
+from fdl.terms import part_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = [
@@ -170,7 +172,10 @@ if __name__ == "__main__":
     found = {name: run(name, 2, place / name) for name in JOBS}
     # a run of two processes goes on from a checkpoint that one process wrote, and moves clients between them
     found["resumed"] = run("knowledge", 2, place / "half", ("federation.rounds=3",), resume=True)
+    parts = []
+    runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
     found["joint"] = run(*JOINT[:1], 2, place / "joint", tuple(JOINT[1]))
+    found["parts"] = len(parts)
     ends = {"mistake": error_of("FailsOnce", place / "mistake", 60.0)}
     ends["hang"] = error_of("Sleeps", place / "hang", 4.0)
     (place / f"ends-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(ends))

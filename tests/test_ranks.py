@@ -92,7 +92,7 @@ def test_ranks_that_share_batches_learn_what_one_learns(two, tmp_path):
     name, more = rank_jobs.JOINT
     alone = rank_jobs.run(name, 1, tmp_path, tuple(m for m in more if "strategy" not in m))
     np.testing.assert_allclose(flat(two["joint"]), flat(alone), rtol=0, atol=1e-6)
-    assert not np.array_equal(flat(two["joint"]), np.zeros_like(flat(alone)))
+    assert two["parts"] == 3  # one a step: the batches really were shared out
 
 
 def test_a_mistake_on_one_rank_ends_all(two):
@@ -145,7 +145,7 @@ def test_the_largest_first():
     loads = [sum(costs[c] for c in stayed if stayed[c] == rank) for rank in (0, 1)]
     assert max(loads) <= SLACK * 12.0
     assert sum(stayed[c] == homes[c] for c in range(6)) >= 4
-    assert largest_first([3], costs, 4, homes) == {3: 0} or sum(costs[c] for c in [3]) > SLACK * costs[3] / 4
+    assert largest_first([5], costs, 4, homes) == {5: 0}  # alone it is more than a fair share, wherever it was
 
 
 @pytest.mark.parametrize("size,ranks", [(8, 2), (7, 2), (7, 3), (2, 3), (1, 2)])
