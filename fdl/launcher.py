@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from fdl.errors import UserError
 from fdl.runtime import NO_SUCH_DEVICES, fabric_of
+from fdl.sharding import require_gpus
 from fdl.terminal import started_by_others
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ def processes(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
         resume: whether the run goes on from a checkpoint.
 
     Raises:
-        UserError: when the machine does not have the devices, or a run over several machines lacks an address.
+        UserError: when the machine lacks the devices or GPUs that it needs, or a run over several machines
+            lacks an address.
     """
+    require_gpus(recipe)
     single = str(recipe.fabric.devices) == "1" and recipe.fabric.num_nodes == 1
     try:
         if single or started_by_others():

@@ -100,7 +100,7 @@ class FederatedLoop:
                         snapshot.save(self)
                         raise KeyboardInterrupt
                     self.run_round(self.round + 1)
-            if self.stopped is not None and self.server.student is not None and self.runtime.ranks.leader:
+            if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
                 ask(self.server, self.probes, self.history[-1]["metrics"])
             if self.attacks:
                 attack(self)
