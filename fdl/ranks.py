@@ -162,6 +162,19 @@ class Ranks:
             raise UserError(f"{told[rank]} (on rank {rank})")
         sys.exit(2)
 
+    def explain(self, error: BaseException) -> None:
+        """Where models are spread over ranks, say of an error in the midst of training that another rank is gone.
+
+        Args:
+            error: what ended the run here.
+
+        Raises:
+            UserError: that was it.
+        """
+        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        if self.together and lost:
+            self._lost(error)
+
     @contextmanager
     def _peers(self) -> Iterator[None]:
         """Say in one message that another rank is gone."""

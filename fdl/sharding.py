@@ -71,11 +71,12 @@ class Sharder:
         return module
 
     def within(self, objective: Objective) -> Objective:
-        """The same objective, where it finds the weights that it needs.
+        """The same objective, where it finds the weights that it needs; all ranks begin to train with it together.
 
         A `penalty` of an objective is a sum over all weights, of which nobody has them: every rank takes that of its
         parts here, and its gradient in `settle`.
         """
+        self._ranks.any(False)  # a rank that is gone is told in words here, and not by the devices' own collectives
         if not hasattr(objective, "penalty"):
             return lambda module, batch: inside(module, lambda: dict(objective(module, batch)))
 
