@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from fdl.answer_cache import AnswerCache
@@ -25,7 +25,6 @@ from fdl.modules.weights import pin_parts, state_of
 from fdl.runtime import Objective, training_step
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
     from lightning.fabric import Fabric
 
     from fdl.datamodules.samples import Batch, Samples
@@ -49,8 +48,7 @@ def require_gpus(recipe: Recipe) -> None:
 class Sharder:
     """Shards models over all ranks, and does with them what takes all ranks.
 
-    Weights are gathered in the type in which they are kept; autocast, in mixed precision, rounds them afterwards, as it
-    does those of whole models. Gradients are averaged in 32 bits at least.
+    Gradients are averaged in 32 bits at least.
 
     Args:
         fabric: launched, its default process group is that of the devices.
@@ -59,15 +57,17 @@ class Sharder:
 
     def __init__(self, fabric: Fabric, ranks: Ranks):
         self._fabric, self._ranks = fabric, ranks
+        self._precision = fabric.strategy.precision.precision
         self._mesh = init_device_mesh(fabric.device.type, (ranks.count,))
 
     def place(self, module: LightningModule) -> LightningModule:
         """Shard a new module, given in host memory and in the recipe's precision, the same on all ranks."""
         names = list(state_of(module))
-        narrow = any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False)
-        shard(module, self._mesh, policy)
+        shard(module, self._mesh, torch.bfloat16 if self._precision == "bf16-mixed" else None)
         pin_parts(module, names)
+        for part in module.modules():
+            if isinstance(part, LightningModule):
+                part._device = self._fabric.device  # as Lightning's own `to` notes it
         return module
 
     def within(self, objective: Objective) -> Objective:
@@ -158,7 +158,7 @@ class Sharder:
 
     def _key(self, cache: AnswerCache, module: nn.Module, samples: Samples, what: Any, batch_size: int) -> str | None:
         """A name for an answer that all ranks agree on, though each knows only its part of the weights."""
-        how = (self._fabric.strategy.precision.precision, self._fabric.device.type, batch_size, "fsdp")
+        how = (self._precision, self._fabric.device.type, batch_size, "fsdp")
         own = cache.key(module, samples, what, how)
         if own is None:
             return None

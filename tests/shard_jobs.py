@@ -46,7 +46,7 @@ JOBS = {
     "lora": ("fedavg", ["student={target: tests.shard_jobs.Tuned, args: {}}"]),
     "tied": ("token_distillation", [*LANGUAGE, GPT2]),
     "pools": ("token_distillation", [*LANGUAGE, *POOLS]),
-    "bf16": ("fedavg", ["fabric.precision=bf16-mixed"]),
+    "bf16": ("fedavg", ["fabric.precision=bf16-mixed", "student={target: vit}"]),
 }
 """By name: a job of `rank_jobs`, and what is other here. Adam's rounding is as large as its smallest gradients."""
 
@@ -92,6 +92,22 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.float() for name, tensor in checkpoint.unpack(path.read_bytes())["student"].items()}
 
 
+def rounded_weights(folder: Path, sharded: bool = True) -> int:
+    """Bytes of rounded weights that a step under bf16-mixed holds between its way forward and backward."""
+    loop = build(recipe("bf16", sharded=sharded), folder)
+    student, kept = loop.server.student, []
+    shapes = {tuple(p.shape) for name, p in student.named_parameters() if "blocks" in name and p.ndim == 2}
+    inputs = loop.server.test.batch(torch.arange(2))[0]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        loop.runtime.fabric.autocast(),
+    ):
+        student.train()(inputs)
+    rounded = [t for t in kept if t.dtype == torch.bfloat16 and {tuple(t.shape), tuple(t.shape)[::-1]} & shapes]
+    assert rounded  # the blocks' products need their weights on the way back
+    return sum(t.untyped_storage().nbytes() for t in rounded)
+
+
 def all_jobs(place: Path) -> dict:
     """Every job, then runs that go on with those of one process."""
     found = {name: run(name, place / name) for name in JOBS}
@@ -99,7 +115,7 @@ def all_jobs(place: Path) -> dict:
     parts = []
     runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
     run("federated_distillation", place / "parts", ("federation.rounds=1",))
-    return {**found, "parts": len(parts)}
+    return {**found, "parts": len(parts), "rounded": rounded_weights(place / "rounded")}
 
 
 def failing(method: str, place: Path) -> dict:

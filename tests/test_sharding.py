@@ -88,6 +88,12 @@ def test_each_process_holds_half(two, name):
         assert held["moments"]["in all"] == 2 * held["parameters"]["in all"]
 
 
+def test_mixed_precision_keeps_no_rounded_copies_of_blocks(two, tmp_path):
+    """Autocast alone would hold a whole model in 16 bits from the way forward to the way back."""
+    assert two["first"]["rounded"] == two["second"]["rounded"] == 0
+    assert shard_jobs.rounded_weights(tmp_path, sharded=False) > 10_000
+
+
 def test_clipping_looks_at_the_whole_gradient(two):
     """The jobs that clip would come out otherwise if nothing were clipped, or each half by itself."""
     clipped, plain = (flat(two["first"][name]) for name in ("clipped", "fedavg"))
@@ -95,7 +101,7 @@ def test_clipping_looks_at_the_whole_gradient(two):
 
 
 def test_batches_are_shared_out(two):
-    """The trainings of the student and of three of five clients, three steps each; batch normalisation needs whole ones."""
+    """Three steps each of the student and of three of five clients; two have batch normalisation."""
     assert two["first"]["parts"] == two["second"]["parts"] == (3 + 1) * 3
 
 
@@ -169,7 +175,7 @@ def test_blocks_are_what_can_be_gathered_alone():
 
 def test_large_blocks_are_cut_further():
     """The stages of a network, and the blocks within the larger ones, inner ones first."""
-    network = CifarResNet(num_classes=10, input_shape=[3, 8, 8], depth=8)
+    network = CifarResNet(num_classes=10, input_shape=[3, 8, 8], depth=20)
     found = blocks(network)
     sizes = {id(block): sum(p.numel() for p in block.parameters()) for block in found}
     total = sum(p.numel() for p in network.parameters())

@@ -24,7 +24,7 @@ LARGEST = 8
 """Blocks with more than one in so many of a model's parameters are cut further, where they have blocks themselves."""
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def shard(module: nn.Module, mesh: DeviceMesh, rounded: torch.dtype | None = None) -> None:
     """Leave this rank its part of every parameter, on the mesh's device; buffers and scalars stay whole.
 
     Children of lists and sequences are the blocks. A model goes to the device block by block, so that it need not fit
@@ -33,18 +33,28 @@ def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> 
     Args:
         module: in host memory, the same on all ranks; its parameters are replaced, once and for all.
         mesh: of all ranks, with one dimension.
-        policy: number formats.
+        rounded: what autocast rounds weights to; None: nothing. Blocks are gathered in this type: otherwise every step
+            would hold its own rounded copies of all of them until its backward pass. What autocast leaves alone, the
+            weights of normalisation, stays whole.
     """
-    scalars = {p for p in module.parameters() if p.ndim == 0}
-    for scalar in scalars:
-        scalar.data = scalar.data.to(mesh.device_type)
-    settings = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True, "ignored_params": scalars}
-    found = blocks(module)
+    kept = {p for p in module.parameters() if p.ndim == 0}
+    for part in module.modules() if rounded is not None else ():
+        own = [p for p in part._parameters.values() if p is not None]
+        kept |= set(own) if all(p.ndim < 2 for p in own) else set()
+    for p in kept:
+        p.data = p.data.to(mesh.device_type)
+    narrow = any(p.dtype.itemsize < 4 for p in module.parameters())
+    reduce = torch.float32 if rounded is not None or narrow else None
+    settings = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": kept}
+    found = [block for block in blocks(module) if not kept.issuperset(block.parameters())]
     for block in found:
-        fully_shard(block, **settings)
+        policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=reduce, cast_forward_inputs=False)
+        fully_shard(block, mp_policy=policy, **settings)
     entrance = _Entrance(module)
     module.forward = entrance
-    fully_shard(entrance.root, **settings)
+    # embeddings as they are: what blocks add to them is not rounded then
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+    fully_shard(entrance.root, mp_policy=policy, **settings)
     with torch.no_grad():
         _enter(entrance.root, lambda: None)  # here torch learns what belongs together
         for block in found:  # buffers made in inference mode, as an evaluation would, could not be trained in
@@ -73,7 +83,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
             size = sum(p.numel() for p in child.parameters())
             if not block or size * LARGEST > total:
                 visit(child)
-            if block and child not in found and any(p.ndim for p in child.parameters()):
+            if block and child not in found:
                 found.append(child)
 
     visit(module)
