@@ -170,6 +170,9 @@ def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
     if "executor" not in broken and tree["executor"] == "batched":
         message = "must be sequential or auto with fabric.strategy: fsdp, where all ranks train one client together"
         problems.append(("executor", message))
+    if "evaluation" not in broken and tree["evaluation"]["attacks"]:
+        message = "must be empty with fabric.strategy: fsdp; attack the finished run with fdl audit"
+        problems.append(("evaluation.attacks", message))
     private = tree["privacy"] if "privacy" not in broken else None
     if private is not None and private["training"] == "dp_sgd":
         message = "must be none with fabric.strategy: fsdp: gradients of single examples need whole models; take auto"

@@ -205,6 +205,8 @@ class Runtime:
         parameters, optimizer = self._optimizer(module, config)
         scheduler, interval = self._schedule(optimizer, config, round)
         take_step = optimizer.optimizer.step if self._plain else optimizer.step
+        if self.sharder is not None:
+            take_step = partial(self.sharder.step, optimizer)
         skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
         terms = self._terms(module, objective)
         within = objective if self.sharder is None else self.sharder.within(objective)

@@ -11,21 +11,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from fdl.answer_cache import AnswerCache
 from fdl.errors import UserError
 from fdl.inference import Question, answer
-from fdl.modules.shards import inside, is_sharded, local, shard, whole
+from fdl.modules.shards import inside, is_sharded, shard, whole
 from fdl.modules.weights import pin_parts, state_of
 from fdl.runtime import Objective, training_step
+from fdl.shared_gradients import agree, clip_all, penalty, pull, told_apart
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from lightning.fabric.wrappers import _FabricOptimizer
 
     from fdl.datamodules.samples import Batch, Samples
     from fdl.ranks import Ranks
@@ -82,41 +82,42 @@ class Sharder:
 
         def held(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
             losses = inside(module, lambda: dict(training_step(module, batch)))
-            return objective.held(losses, self._penalty(objective, module))
+            return objective.held(losses, penalty(objective, module, self._fabric.device))
 
         return held
 
     def groups(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
         """Parameters for an optimiser, which cannot step with parts and whole tensors at once."""
-        parts, others = _told_apart(parameters)
+        parts, others = told_apart(parameters)
         return [{"params": some} for some in (parts, others) if some]
+
+    def step(self, optimizer: _FabricOptimizer) -> None:
+        """Let an optimiser step.
+
+        Raises:
+            UserError: it looks at more of a tensor than a rank has, in a way that torch does not know.
+        """
+        try:
+            optimizer.step()
+        except (RuntimeError, NotImplementedError) as error:
+            if "sharding" not in str(error).lower():
+                raise
+            name = type(optimizer.optimizer).__name__
+            text = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"fabric.strategy: fsdp leaves {name} parts of tensors, with which it cannot step as it is set up; "
+                f"take another optimizer, e.g. adamw, without fused ({text})"
+            ) from error
 
     def settle(
         self, module: nn.Module, parameters: Sequence[nn.Parameter], objective: Objective, clip: float | None
     ) -> None:
-        """Make the ranks agree on gradients: FSDP has averaged those of parts, here are the others; and clip all.
-
-        Args:
-            module: what is trained.
-            parameters: its trainable ones.
-            objective: what has been differentiated.
-            clip: the largest norm of the whole gradient; None: any.
-        """
-        parts, others = ([p for p in some if p.grad is not None] for some in _told_apart(parameters))
-        if others and self._ranks.count > 1:
-            self._ranks.sum_gradients(others)
-            for p in others:
-                p.grad /= self._ranks.count
+        """Make the ranks agree on gradients, and clip them; arguments as in `fdl.shared_gradients`."""
+        agree(parameters, self._ranks)
         if hasattr(objective, "penalty"):
-            parts, others = _told_apart(_pull(objective, module))
-        if clip is None or not (parts or others):
-            return
-        squares = _squares([p.grad.to_local() for p in parts], self._fabric.device)
-        dist.all_reduce(squares)
-        norm = (squares + _squares([p.grad for p in others], self._fabric.device)).sqrt()
-        factor = (clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for gradient in (*(p.grad.to_local() for p in parts), *(p.grad for p in others)):
-            gradient.mul_(factor.to(gradient.dtype))
+            pull(objective, module)
+        if clip is not None:
+            clip_all(parameters, clip, self._fabric.device)
 
     def predict(
         self, module: nn.Module, samples: Samples, what: Question, batch_size: int, cache: AnswerCache | None
@@ -144,18 +145,6 @@ class Sharder:
             cache.put(key, answers)
         return answers
 
-    @torch.no_grad()
-    def _penalty(self, objective: Any, module: nn.Module) -> Tensor:
-        """The penalty of all weights; what every rank has counts once."""
-        values = torch.zeros(2, dtype=torch.float64, device=self._fabric.device)
-        pairs = list(zip(module.parameters(), objective.anchor))
-        for i, spread in enumerate((True, False)):
-            some = [(local(p), local(a)) for p, a in pairs if isinstance(p, DTensor) is spread]
-            if some:
-                values[i] = objective.penalty(*map(list, zip(*some)))
-        dist.all_reduce(values[:1])
-        return values.sum()
-
     def _key(self, cache: AnswerCache, module: nn.Module, samples: Samples, what: Any, batch_size: int) -> str | None:
         """A name for an answer that all ranks agree on, though each knows only its part of the weights."""
         how = (self._precision, self._fabric.device.type, batch_size, "fsdp")
@@ -163,28 +152,3 @@ class Sharder:
         if own is None:
             return None
         return hashlib.blake2b(b"/".join(self._ranks.gather(own.encode())), digest_size=16).hexdigest()
-
-
-def _pull(objective: Any, module: nn.Module) -> list[nn.Parameter]:
-    """Add a penalty's gradient to those of a module, and return all parameters that have any."""
-    own = list(module.parameters())
-    leaves = [local(p).detach().requires_grad_() for p in own]
-    pulls = torch.autograd.grad(objective.penalty(leaves, [local(a) for a in objective.anchor]), leaves)
-    trained = [(p, pull) for p, pull in zip(own, pulls) if p.requires_grad]
-    for p, pull in trained:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        local(p.grad).add_(pull)
-    return [p for p, _ in trained]
-
-
-def _told_apart(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Those that are spread over ranks, and the others."""
-    parts = [p for p in parameters if isinstance(p, DTensor)]
-    return parts, [p for p in parameters if not isinstance(p, DTensor)]
-
-
-def _squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The sum of all squares, float64 on a device."""
-    if not gradients:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([norm.double() for norm in torch._foreach_norm(list(gradients))]).square().sum()

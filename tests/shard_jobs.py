@@ -115,7 +115,12 @@ def all_jobs(place: Path) -> dict:
     parts = []
     runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
     run("federated_distillation", place / "parts", ("federation.rounds=1",))
-    return {**found, "parts": len(parts), "rounded": rounded_weights(place / "rounded")}
+    found["parts"] = len(parts)
+    try:
+        run("fedavg", place / "refused", ("local.optimizer={target: adafactor, args: {lr: 0.01}}",))
+    except UserError as error:
+        found["refused"] = str(error)
+    return {**found, "rounded": rounded_weights(place / "rounded")}
 
 
 def failing(method: str, place: Path) -> dict:

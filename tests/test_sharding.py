@@ -15,10 +15,13 @@ from torch import nn
 from fdl import sharding
 from fdl.cli import run as command
 from fdl.errors import RecipeError, UserError
+from fdl.knowledge.lora import FedEx, FedIT, FLoRA
+from fdl.methods import fedlora
 from fdl.modules.cifar_resnet import CifarResNet
 from fdl.modules.shards import LARGEST, blocks
 from fdl.recipe import load
 from tests import shard_jobs
+from tests.methods import test_fedlora
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
@@ -78,10 +81,14 @@ def test_two_processes_with_half_a_model_each_are_one_with_a_whole_one(two, name
 
 @pytest.mark.parametrize("name", shard_jobs.JOBS)
 def test_each_process_holds_half(two, name):
-    """Of parameters and of the optimiser's state; what cannot be cut evenly differs by a row a tensor."""
+    """Of parameters and of the optimiser's state; what cannot be cut evenly differs by a row a tensor.
+
+    Scalars are everywhere, and so is normalisation in mixed precision.
+    """
     for part in ("parameters", "moments"):
         first, second = (two[rank][name]["held"][part] for rank in ("first", "second"))
-        assert first["here"] + second["here"] == pytest.approx(first["in all"], abs=16)  # scalars are everywhere
+        twice = 0.01 * first["in all"] if name == "bf16" else 16
+        assert first["here"] + second["here"] == pytest.approx(first["in all"], abs=twice)
         assert first["here"] == pytest.approx(first["in all"] / 2, rel=0.02)
     if name == "adam":
         held = two["first"][name]["held"]
@@ -142,6 +149,7 @@ def test_without_gpus_there_is_one_message(verb, accelerator, tmp_path, capsys, 
     ("change", "key"),
     [
         ("executor=batched", "executor"),
+        ("evaluation.attacks=[lira]", "evaluation.attacks"),
         ("privacy={noise_multiplier: 1}", "privacy.training"),
         ("fabric.precision=16-mixed", "fabric.precision"),
         ("local.compile=default", "local.compile"),
@@ -153,6 +161,24 @@ def test_what_does_not_go_with_parts_of_models(change, key):
     load(QUICKSTART, SHARDED)
     with pytest.raises(RecipeError, match=rf"{key}: must be .*fabric.strategy: fsdp"):
         load(QUICKSTART, [*SHARDED, change])
+
+
+def test_an_optimizer_that_needs_whole_tensors(two):
+    """It is named, with others that do not."""
+    assert "client 0 (student) in round 1: fabric.strategy: fsdp leaves Adafactor" in two["first"]["refused"]
+    assert two["first"]["refused"] == two["second"]["refused"]
+
+
+@pytest.mark.parametrize(("aggregation", "refused"), [(FLoRA, True), (FedEx, True), (FedIT, False)])
+def test_adding_to_frozen_weights_needs_them_whole(aggregation, refused, tmp_path, monkeypatch):
+    """It is said before the first round."""
+    monkeypatch.setattr(fedlora, "is_sharded", lambda module: True)
+    loop = test_fedlora.toy(fedlora.FedLoRA(aggregation()), tmp_path)
+    if refused:
+        with pytest.raises(UserError, match=rf"fabric.strategy: aggregation {aggregation.name} adds"):
+            loop.run()
+    else:
+        loop.run()
 
 
 class Model(nn.Module):
