@@ -100,7 +100,7 @@ class Sharder:
         try:
             optimizer.step()
         except (RuntimeError, NotImplementedError) as error:
-            if "sharding" not in str(error).lower():
+            if not any(word in str(error) for word in ("sharding strategy", "placement", "DTensor")):
                 raise
             name = type(optimizer.optimizer).__name__
             text = " ".join(str(error).split())[:160]

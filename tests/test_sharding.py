@@ -81,7 +81,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_a_whole_one(two, name
 
 @pytest.mark.parametrize("name", shard_jobs.JOBS)
 def test_each_process_holds_half(two, name):
-    """Of parameters and of the optimiser's state; what cannot be cut evenly differs by a row a tensor.
+    """Of parameters and of the optimiser's state; what cannot be cut evenly differs by a row a tensor (by all of one row).
 
     Scalars are everywhere, and so is normalisation in mixed precision.
     """
@@ -89,7 +89,7 @@ def test_each_process_holds_half(two, name):
         first, second = (two[rank][name]["held"][part] for rank in ("first", "second"))
         twice = 0.01 * first["in all"] if name == "bf16" else 16
         assert first["here"] + second["here"] == pytest.approx(first["in all"], abs=twice)
-        assert first["here"] == pytest.approx(first["in all"] / 2, rel=0.02)
+        assert first["here"] == pytest.approx(first["in all"] / 2, rel=0.03)
     if name == "adam":
         held = two["first"][name]["held"]
         assert held["moments"]["in all"] == 2 * held["parameters"]["in all"]
