@@ -81,7 +81,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_a_whole_one(two, name
 
 @pytest.mark.parametrize("name", shard_jobs.JOBS)
 def test_each_process_holds_half(two, name):
-    """Of parameters and of the optimiser's state; what cannot be cut evenly differs by a row a tensor (by all of one row).
+    """Of parameters and of the optimiser's state; what cannot be cut evenly differs by a row a tensor.
 
     Scalars are everywhere, and so is normalisation in mixed precision.
     """
