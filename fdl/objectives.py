@@ -29,6 +29,20 @@ def kind_of(objective: Objective) -> Any:
     return type(objective), {name: getattr(objective, name) for name in names if name not in tensors}
 
 
+def is_repeatable(objective: Objective) -> bool:
+    """Whether an objective gives the same whenever it is given the same, as far as can be told.
+
+    Those are the module's own step, and dataclasses of tensors, numbers and strings; what a function remembers, nobody
+    can tell.
+    """
+    if objective is training_step:
+        return True
+    if not dataclasses.is_dataclass(objective):
+        return False
+    held, values = tensors_of(objective), vars(objective)
+    return all(name in held or isinstance(value, bool | int | float | str | None) for name, value in values.items())
+
+
 def tensors_of(objective: Any) -> dict[str, Any]:
     """A dataclass's fields that are tensors or lists of tensors."""
     values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}

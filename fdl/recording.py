@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fdl.objectives import Objective, kind_of, tensors_of, training_step
+from fdl.objectives import Objective, is_repeatable, kind_of, tensors_of, training_step
 from fdl.step_graph import Results, Step, written_down
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class Recorder:
                 in every fit, such as an objective that holds another number each round, is never worth it.
 
         Returns:
-            The steps of such objectives; None where they cannot be told from others, or there are hooks.
+            The steps of such objectives; None where the objective is not repeatable, or there are hooks.
         """
         self._notice(module)
-        if any(self._hooks) or not (objective is training_step or dataclasses.is_dataclass(objective)):
+        if any(self._hooks) or not is_repeatable(objective):
             return None
         kind = kind_of(objective)
         found = next((recordings for known, recordings in self._kinds if known == kind), None)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import fdl.recording
 from fdl.batched import Training, fit_together
 from fdl.datamodules.samples import TensorSamples
+from fdl.knowledge.targets import Answered, ResponseObjective
 from fdl.methods.fedprox import Held
 from fdl.modules.classifier import ImageClassifier
 from fdl.objectives import training_step
@@ -96,6 +97,24 @@ def test_stacked_steps_written_down_end_where_others_do(objective, written, monk
         return losses, stack.whole.clone()
 
     found = trained(2)
+    assert len(written) >= 2 and None not in written
+    expected = trained(10**9)
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("loss", ["kl", "reverse_kl", "mse"])
+def test_steps_that_learn_from_answers_are_written_down_too(loss, written, monkeypatch):
+    answers = torch.rand(21, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
+
+    def trained(uses):
+        monkeypatch.setattr("fdl.runtime.USES", uses)
+        module, runtime, losses = small(), Runtime(accelerator="cpu"), []
+        for turn in range(6):  # an equal objective, made anew
+            data, objective = Answered(samples(), answers), ResponseObjective(loss, 2.0)
+            losses.append(runtime.fit(module, data, fit_of(), torch_stream(0, "fit", turn), objective))
+        return losses, module.backbone[1].weight.detach()
+
+    found = trained(3)
     assert len(written) >= 2 and None not in written
     expected = trained(10**9)
     assert found[0] == expected[0] and torch.equal(found[1], expected[1])

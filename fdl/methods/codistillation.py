@@ -8,7 +8,7 @@ from typing import Literal
 from lightning import LightningModule
 
 from fdl.errors import UserError
-from fdl.knowledge.targets import response_objective
+from fdl.knowledge.targets import ResponseObjective
 from fdl.messages import Parameters
 from fdl.methods.base import Method
 from fdl.methods.pools import (
@@ -147,7 +147,7 @@ class Codistillation(Method):
         """Every pool's weights after it has learnt from the others."""
         if server.task == "language":
             return tokens_taught_by_others(server, weights, self.temperature)
-        return taught_by_others(server, weights, response_objective("kl", self.temperature))
+        return taught_by_others(server, weights, ResponseObjective("kl", self.temperature))
 
     def _weights(self, server: Server) -> dict[str, Weights]:
         """Every pool's weights, the student's first."""
