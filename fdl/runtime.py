@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fdl import clusters
 from fdl.answer_cache import AnswerCache
 from fdl.compiling import Compiler
 from fdl.errors import UserError
@@ -29,7 +32,7 @@ from fdl.inference import Question, answer, copied, each, staged
 from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.weights import count_parameters, pin, trainable
 from fdl.objectives import Objective, training_step
-from fdl.ranks import Ranks
+from fdl.ranks import Ranks, nobody_came
 from fdl.recording import Recorder, Trained
 from fdl.sampling import batches, gathered
 from fdl.seeding import stream_seed
@@ -53,7 +56,16 @@ def fabric_of(
     """Lightning's view of the devices, before any other process is there; arguments as in `Runtime`."""
     if strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1):
         strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
-    return Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
+    # Lightning takes tasks that Slurm has reserved for processes that it has started
+    plugins = [LightningEnvironment()] if clusters.reserved() else None
+    return Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,
+        plugins=plugins,
+    )
 
 
 USES = 100
@@ -103,7 +115,12 @@ class Runtime:
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and it takes time
         many = (devices, num_nodes, strategy) if launch else (1, 1, "auto")
         self.fabric = fabric_of(accelerator, *many, precision, timeout)
-        self.fabric.launch()
+        if launch:
+            clusters.require(getattr(self.fabric.strategy, "num_processes", 1), num_nodes)
+        try:
+            self.fabric.launch()
+        except dist.DistError as error:
+            raise nobody_came(error, timeout) from error
         self.ranks = Ranks(self.fabric, timeout)
         # there Fabric's wrappers add nothing but their own time, which small models feel
         self._plain = isinstance(self.fabric.strategy, SingleDeviceStrategy) and precision == "32-true"

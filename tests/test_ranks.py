@@ -20,6 +20,7 @@ from fdl.recipe import load
 from fdl.spread import SLACK, largest_first
 from fdl.terms import mean_over, next_tokens_of, part_of, samples_of
 from tests import rank_jobs
+from tests.cluster_jobs import NO_STEP, slurm
 
 ROOT = Path(__file__).parents[1]
 SUMMED = ("fedavg", "fedadam", "fedprox", "batch_norm", "batched", "one_client", "cfed", "fml", "fed_lpfm")
@@ -116,7 +117,9 @@ def test_the_command_line_starts_the_other_processes(tmp_path):
     both = [*small, "federation.clients=3", "federation.rounds=3"]
     two = ["fabric.devices=2"]
     dies = ["method.target=tests.rank_jobs.Dies", "method.args={}"]
-    process = start(tmp_path, ["-m", "fdl", "fit", *recipe, *both, *two, *dies])
+    # also in a batch script of Slurm's, which has the variables of tasks that nobody has started
+    batch = slurm(15000, 2, 2, 1, 0, 0, 0, step=NO_STEP)
+    process = start(tmp_path, ["-m", "fdl", "fit", *recipe, *both, *two, *dies], **batch)
     began = time.monotonic()
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 2, said
