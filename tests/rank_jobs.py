@@ -15,6 +15,7 @@ from fdl import runtime
 from fdl.build import build
 from fdl.errors import UserError
 from fdl.methods.fedavg import FedAvg
+from fdl.methods.pools import together
 from fdl.modules.tiny import MLP
 from fdl.modules.weights import state_of
 from fdl.recipe import load
@@ -69,6 +70,7 @@ JOBS = {
         ],
     ),
     "codistillation": ("digits/codistillation.yaml", [*DIGITS, CLIENTS, "local.steps=2"]),
+    "robust_pools": ("digits/codistillation.yaml", [*DIGITS, CLIENTS, "local.steps=2", "method.args.robust=median"]),
     "feddf": ("digits/feddf_heterogeneous.yaml", [*DIGITS, CLIENTS]),
     "fedproto": ("digits/fedproto.yaml", [*DIGITS, CLIENTS, "partition.target=iid"]),
     "fedgems": ("digits/fedgems.yaml", [*PUBLIC, *DIGEST]),
@@ -139,6 +141,7 @@ def recipe(name: str, devices: int, more: tuple[str, ...] = ()):
 def outcome(loop, summary) -> dict:
     """All that must not depend on the number of processes."""
     student = {} if loop.server.student is None else state_of(loop.server.student)
+    student = {**student, **together(loop.server.state.get("pools", {}))}
     return {
         "student": {name: tensor.double().tolist() for name, tensor in student.items()},
         "history": [{key: value for key, value in record.items() if key != "seconds"} for record in summary["history"]],
