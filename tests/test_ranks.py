@@ -24,7 +24,7 @@ from tests.cluster_jobs import NO_STEP, slurm
 
 ROOT = Path(__file__).parents[1]
 SUMMED = ("fedavg", "fedadam", "fedprox", "batch_norm", "batched", "one_client", "cfed", "fml", "fed_lpfm")
-SUMMED += ("codistillation",)
+SUMMED += ("codistillation", "federated_prompts")
 EXACT = tuple(name for name in rank_jobs.JOBS if name not in SUMMED)
 
 
