@@ -90,8 +90,6 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
         raise UserError(f"partition: {error}") from error
 
     runtime = _runtime(recipe, launch)
-    if recipe.adversaries and runtime.ranks.count > 1:
-        raise UserError("adversaries: look at the uploads of all clients, so these must be in one process")
     if attacks and runtime.ranks.count > 1:
         raise UserError(
             "evaluation.attacks: are tried in one process, where all clients are; leave them out, and attack the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fdl.errors import RefusedError, UserError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def hear(
     loop: FederatedLoop,
-    turns: Iterable[tuple[Client, Message | Bundle | None]],
+    honest: Iterable[tuple[Client, Message | Bundle | None]],
     aggregate: Aggregate | None,
     record: dict[str, Any],
 ) -> None:
@@ -27,7 +28,7 @@ def hear(
 
     Args:
         loop: the run.
-        turns: clients that have taken their turn, with what they send.
+        honest: clients that have taken their turn, with what they would send; what adversaries send is another thing.
         aggregate: empty; None where nobody sends anything.
         record: of the round; gets ``clients`` and ``refused``.
 
@@ -35,12 +36,13 @@ def hear(
         UserError: a client's turn ended in an error, here or on another rank.
     """
     round, streams = record["round"], loop.spread.alone or hasattr(aggregate, "reduce")
+    looks = loop.adversaries.looks(round)  # then nobody's upload is sent before all turns are over, on any rank
     seconds: dict[int, float] = {}
     waiting: dict[int, Message | Bundle] = {}
     failure: Exception | None = None
     start = time.perf_counter()
     try:
-        for client, upload in turns:
+        for client, upload in loop.adversaries(round, honest, partial(loop.spread.show, round)):
             record["clients"][str(client.id)] = client.metrics
             try:
                 received = loop.channel.upload(upload, client.id, round)
@@ -60,9 +62,11 @@ def hear(
         if loop.spread.alone:
             raise
         failure = error
+        if looks:  # the others wait for what it has to show
+            loop.spread.show(round, {})
     if loop.spread.alone:
         return
-    told, heard = loop.spread.tell(record, seconds, waiting, _said(failure))
+    told, heard = loop.spread.tell(record, {} if looks else seconds, waiting, _said(failure))
     loop.runtime.ranks.agree(failure, told)
     with loop.seconds.part("aggregate"):
         for client, received in heard:

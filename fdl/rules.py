@@ -155,16 +155,14 @@ def _compiled(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _in_one_process(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Adversaries look at all uploads, and attacks at all clients."""
+    """Attacks look at all clients."""
     fabric = tree["fabric"] if "fabric" not in broken else {}
     if str(fabric.get("devices", 1)) == "1" and fabric.get("num_nodes", 1) == 1:
         return []
-    given = {
-        "adversaries": "adversaries" not in broken and tree["adversaries"],
-        "evaluation.attacks": "evaluation" not in broken and tree["evaluation"]["attacks"],
-    }
+    if "evaluation" in broken or not tree["evaluation"]["attacks"]:
+        return []
     message = "needs all clients in one process: set fabric.devices and fabric.num_nodes to 1"
-    return [(key, message) for key, some in given.items() if some]
+    return [("evaluation.attacks", message)]
 
 
 def _links(tree: dict[str, Any], broken: set[str]) -> Problems:

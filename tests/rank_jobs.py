@@ -47,13 +47,17 @@ TINY = "{num_hidden_layers: 1, num_attention_heads: 2, hidden_size: 16, intermed
 WORDS = [f"specialists.0.args.config={TINY}", f"student.args.config={TINY}", "data.args.context=32"]
 LORA = ["method.target=fedlora", "student={target: tests.rank_jobs.Adapted, args: {}}"]
 TOWERS = "a checkpoint made on the spot"
+COLLUDING = (
+    "adversaries=[{target: sybil, args: {attack: {target: alie}}, clients: [1, 2]}, {target: sign_flip, clients: [3]}, "
+    "{target: inner_product, clients: [4], start: 2}]"
+)
 JOBS = {
     "fedavg": ("digits/fedavg.yaml", [*DIGITS, CLIENTS]),
     "fedadam": ("digits/fedadam.yaml", [*DIGITS, CLIENTS]),
     "fedprox": ("digits/fedprox.yaml", [*DIGITS, CLIENTS]),
     "batch_norm": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, "student={target: tests.rank_jobs.Normed, args: {}}"]),
     "batched": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=4", "executor=batched"]),
-    "one_client": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=1"]),
+    "one_client": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=1", "adversaries=[{target: alie, share: 1}]"]),
     "cfed": ("continual/digits.yaml", [*DIGITS, CLIENTS, "arrival.args.rounds=1"]),
     "fml": ("digits/fml.yaml", [*DIGITS, CLIENTS]),
     "fed_lpfm": ("digits/fed_lpfm.yaml", [*DIGITS, CLIENTS]),
@@ -91,6 +95,12 @@ JOBS = {
     ),
     "federated_prompts": ("prompts/digits.yaml", [*DIGITS, CLIENTS, TOWERS]),
     "pfedpg": ("prompts/digits_per_site.yaml", [*DIGITS, CLIENTS, TOWERS]),
+    "colluding": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=6", COLLUDING]),
+    "colluding_robust": (
+        "digits/fedavg.yaml",
+        [*DIGITS, "federation.clients=6", "method.args.robust=trimmed_mean", COLLUDING],
+    ),
+    "liars": ("knowledge.yaml", [*DIGITS, "federation.clients=5", "adversaries=[{target: lma, share: 0.4}]"]),
     "votes": ("digits/private_votes.yaml", [*DIGITS, "federation.clients=4"]),
 }
 JOINT = (
@@ -191,9 +201,9 @@ def run(name: str, devices: int, folder: Path, more: tuple[str, ...] = (), resum
     return outcome(loop, loop.run(resume=resume))
 
 
-def error_of(method: str, folder: Path, timeout: float) -> str:
+def error_of(method: str, folder: Path, timeout: float, *more: str) -> str:
     """Run a federation that fails, and say how it ended here."""
-    more = (f"method.target=tests.rank_jobs.{method}", "method.args={}", f"fabric.timeout={timeout}")
+    more += (f"method.target=tests.rank_jobs.{method}", "method.args={}", f"fabric.timeout={timeout}")
     start = time.monotonic()
     try:
         run("fedavg", 2, folder, more)
@@ -215,6 +225,8 @@ if __name__ == "__main__":
     found["joint"] = run(*JOINT[:1], 2, place / "joint", tuple(JOINT[1]))
     found["parts"] = len(parts)
     ends = {"mistake": error_of("FailsOnce", place / "mistake", 60.0)}
+    seen = "adversaries=[{target: alie, clients: [0]}]"  # all wait for what others are about to send
+    ends["mistake_seen"] = error_of("FailsOnce", place / "seen", 60.0, seen)
     ends["hang"] = error_of("Sleeps", place / "hang", 4.0)
     (place / f"ends-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(ends))
     if leader:

@@ -16,15 +16,15 @@ from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger, Row
 from fdl.errors import RecipeError
+from fdl.placement import SLACK, largest_first
 from fdl.recipe import load
-from fdl.spread import SLACK, largest_first
 from fdl.terms import mean_over, next_tokens_of, part_of, samples_of
 from tests import rank_jobs
 from tests.cluster_jobs import NO_STEP, slurm
 
 ROOT = Path(__file__).parents[1]
 SUMMED = ("fedavg", "fedadam", "fedprox", "batch_norm", "batched", "one_client", "cfed", "fml", "fed_lpfm")
-SUMMED += ("codistillation", "federated_prompts")
+SUMMED += ("codistillation", "federated_prompts", "colluding")
 EXACT = tuple(name for name in rank_jobs.JOBS if name not in SUMMED)
 
 
@@ -97,9 +97,10 @@ def test_ranks_that_share_batches_learn_what_one_learns(two, tmp_path):
     assert two["parts"] == 3  # one a step: the batches really were shared out
 
 
-def test_a_mistake_on_one_rank_ends_all(two):
+@pytest.mark.parametrize("when", ["mistake", "mistake_seen"])
+def test_a_mistake_on_one_rank_ends_all(two, when):
     """The leader tells it once; the rank that made it ends without another word."""
-    leader, other = (ends["mistake"] for ends in two["ends"])
+    leader, other = (ends[when] for ends in two["ends"])
     assert leader.startswith("UserError") and "client " in leader and "its scanner is broken (on rank 1)" in leader
     assert other == "exit 2"
 
@@ -198,12 +199,9 @@ def test_a_ledger_includes_what_others_counted():
     assert one.rows() == whole.rows() and one.totals() == whole.totals()
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [("adversaries=[{target: lma, share: 0.2}]", "adversaries"), ("evaluation.attacks=[lira]", "evaluation.attacks")],
-)
-def test_what_needs_all_clients_in_one_process(change, key):
+def test_what_needs_all_clients_in_one_process():
     """It is said before any process is started."""
-    with pytest.raises(RecipeError, match=f"{key}: needs all clients in one process"):
+    change = "evaluation.attacks=[lira]"
+    with pytest.raises(RecipeError, match=r"evaluation\.attacks: needs all clients in one process"):
         load(ROOT / "recipes/quickstart.yaml", [change, "fabric.devices=2"])
     load(ROOT / "recipes/quickstart.yaml", [change])
