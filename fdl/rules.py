@@ -44,7 +44,6 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
         _metrics,
         _private,
         _comparison,
-        _in_one_process,
         _compiled,
     ):
         problems += rule(tree, sections)
@@ -152,17 +151,6 @@ def _compiled(tree: dict[str, Any], broken: set[str]) -> Problems:
         for part in ("local", "digest")
         if part not in broken and tree[part] and tree[part]["compile"] != "none"
     ]
-
-
-def _in_one_process(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Attacks look at all clients."""
-    fabric = tree["fabric"] if "fabric" not in broken else {}
-    if str(fabric.get("devices", 1)) == "1" and fabric.get("num_nodes", 1) == 1:
-        return []
-    if "evaluation" in broken or not tree["evaluation"]["attacks"]:
-        return []
-    message = "needs all clients in one process: set fabric.devices and fabric.num_nodes to 1"
-    return [("evaluation.attacks", message)]
 
 
 def _links(tree: dict[str, Any], broken: set[str]) -> Problems:

@@ -73,7 +73,8 @@ class Spread:
             states = self._merged(self.ranks.gather(checkpoint.pack(self._states(leaving))))
             for client in moving:
                 self.homes[client] = placed[client]
-                self._take(client, states)
+                if placed[client] == self.ranks.index:
+                    self._take(client, states)
             self._forget(leaving)
         return [client for client in cohort if placed[client] == self.ranks.index]
 
@@ -150,6 +151,16 @@ class Spread:
         own = self._states([client.id for client in self.mine()])
         return own if self.alone else self._merged(self.ranks.collect(checkpoint.pack(own)))
 
+    def everywhere(self) -> None:
+        """Bring all clients' states and their links' memories to every rank, for those who look at all of them."""
+        if self.alone:
+            return
+        mine = {client.id for client in self.mine()}
+        states = self._merged(self.ranks.gather(checkpoint.pack(self._states(sorted(mine)))))
+        for client in self.clients:
+            if client.id not in mine:
+                self._take(client.id, states)
+
     def restore(self, states: Mapping[str, Any]) -> None:
         """Put back what `all_states` gave; each rank keeps what is its own."""
         own = {client.id for client in self.mine()}
@@ -167,8 +178,6 @@ class Spread:
         return {"clients": clients, "channel": self.channel.state_dict(ids)}
 
     def _take(self, client: int, states: Mapping[str, Any]) -> None:
-        if self.homes[client] != self.ranks.index:
-            return
         self.clients[client].restore(states["clients"].get(str(client), {}), self.folder)
         self.channel.restore(client, states["channel"])
 

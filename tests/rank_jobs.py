@@ -51,6 +51,12 @@ COLLUDING = (
     "adversaries=[{target: sybil, args: {attack: {target: alie}}, clients: [1, 2]}, {target: sign_flip, clients: [3]}, "
     "{target: inner_product, clients: [4], start: 2}]"
 )
+ATTACKS = "evaluation.attacks=[loss_threshold, {target: lira, args: {shadows: 2}}, label_leakage]"
+INVERSION = [
+    "evaluation.attacks=[{target: gradient_inversion, args: {steps: 3, moment: last, clients: 3}}]",
+    "channel.upload=[{target: delta}, {target: quantize}]",
+    "method.args.robust=median",
+]
 JOBS = {
     "fedavg": ("digits/fedavg.yaml", [*DIGITS, CLIENTS]),
     "fedadam": ("digits/fedadam.yaml", [*DIGITS, CLIENTS]),
@@ -101,6 +107,8 @@ JOBS = {
         [*DIGITS, "federation.clients=6", "method.args.robust=trimmed_mean", COLLUDING],
     ),
     "liars": ("knowledge.yaml", [*DIGITS, "federation.clients=5", "adversaries=[{target: lma, share: 0.4}]"]),
+    "attacked": ("digits/audit.yaml", [*DIGITS, CLIENTS, *DIGEST, ATTACKS]),
+    "updates_attacked": ("digits/fedprox.yaml", [*DIGITS, CLIENTS, *INVERSION]),
     "votes": ("digits/private_votes.yaml", [*DIGITS, "federation.clients=4"]),
 }
 JOINT = (
@@ -192,6 +200,7 @@ def outcome(loop, summary) -> dict:
         "history": [{key: value for key, value in record.items() if key != "seconds"} for record in summary["history"]],
         "communication": summary["communication"],
         "participants": summary["participants"],
+        "audit": summary["audit"],
     }
 
 

@@ -15,9 +15,7 @@ import torch
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger, Row
-from fdl.errors import RecipeError
 from fdl.placement import SLACK, largest_first
-from fdl.recipe import load
 from fdl.terms import mean_over, next_tokens_of, part_of, samples_of
 from tests import rank_jobs
 from tests.cluster_jobs import NO_STEP, slurm
@@ -197,11 +195,3 @@ def test_a_ledger_includes_what_others_counted():
     assert other.of_round(1) == [Row(1, 1, "up", "responses", 14, 2)]
     one.include(other.of_round(1))
     assert one.rows() == whole.rows() and one.totals() == whole.totals()
-
-
-def test_what_needs_all_clients_in_one_process():
-    """It is said before any process is started."""
-    change = "evaluation.attacks=[lira]"
-    with pytest.raises(RecipeError, match=r"evaluation\.attacks: needs all clients in one process"):
-        load(ROOT / "recipes/quickstart.yaml", [change, "fabric.devices=2"])
-    load(ROOT / "recipes/quickstart.yaml", [change])
