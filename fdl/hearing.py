@@ -1,9 +1,9 @@
-"""How the server takes in what the clients of a round have to say."""
+"""What server and clients say to each other in a round, and what of it is refused."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,30 @@ if TYPE_CHECKING:
     from fdl.messages import Bundle, Message
     from fdl.methods.base import Aggregate
     from fdl.participants import Client
+
+
+def speak(
+    loop: FederatedLoop, cohort: Iterable[int], dropped: Collection[int], record: dict[str, Any]
+) -> Iterator[tuple[Client, Message | None]]:
+    """Carry the server's word of a round to clients.
+
+    Args:
+        loop: the run.
+        cohort: ids.
+        dropped: those who are sent it and not heard again.
+        record: of the round; gets ``refused``.
+
+    Yields:
+        Clients that have a turn now, with what they received.
+    """
+    for client in cohort:
+        try:
+            download = loop.send(client)
+        except RefusedError as refusal:  # whom the server's word does not reach has nothing to answer
+            _refuse(loop, client, refusal, record)
+            continue
+        if client not in dropped:
+            yield loop.clients[client], download
 
 
 def hear(
@@ -53,7 +77,7 @@ def hear(
                     else:
                         waiting[client.id] = received
             except RefusedError as refusal:
-                loop.refuse(client.id, refusal, record)
+                _refuse(loop, client.id, refusal, record)
             now = time.perf_counter()
             start, seconds[client.id] = now, now - start
             loop.callbacks.on_client_end(loop, round, client.id, client.metrics)
@@ -73,9 +97,15 @@ def hear(
             try:
                 aggregate.add(received, client)
             except RefusedError as refusal:
-                loop.refuse(client, refusal, record)
+                _refuse(loop, client, refusal, record)
         if aggregate is not None and streams:
             aggregate.reduce(loop.runtime.ranks)
+
+
+def _refuse(loop: FederatedLoop, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
+    """Count a message that was not used, and note why."""
+    loop.ledger.refuse(record["round"], client, refusal.reason)
+    record["refused"][str(client)] = refusal.reason
 
 
 def _said(failure: Exception | None) -> str:

@@ -20,6 +20,7 @@ from fdl.terms import mean_over, next_tokens_of, part_of, samples_of
 from tests import rank_jobs
 from tests.cluster_jobs import NO_STEP, slurm
 
+pytestmark = pytest.mark.timeout(600)  # two processes with all jobs one after the other, on whatever cores are free
 ROOT = Path(__file__).parents[1]
 SUMMED = ("fedavg", "fedadam", "fedprox", "batch_norm", "batched", "one_client", "cfed", "fml", "fed_lpfm")
 SUMMED += ("codistillation", "federated_prompts", "colluding")
@@ -47,7 +48,7 @@ def two(tmp_path_factory):
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
     processes = [start(folder, ["tests/rank_jobs.py", str(folder)], LOCAL_RANK=str(r), **shared) for r in (0, 1)]
-    said = [process.communicate(timeout=280)[0] for process in processes]
+    said = [process.communicate(timeout=560)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     found = json.loads((folder / "found.json").read_text())
     found["ends"] = [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
