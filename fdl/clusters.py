@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -38,10 +40,10 @@ class _Variables:
     nodes: str
     options: str
 
-    def read(self, by: str) -> Launch:
-        """What they say now."""
-        first, count = not _counts(self.rank), _number(self.processes) or 1
-        return Launch(by, first, count, _number(self.local), _number(self.nodes))
+    def read(self, by: str, given: Mapping[str, str]) -> Launch:
+        """What they say."""
+        local, nodes = _number(given, self.local), _number(given, self.nodes)
+        return Launch(by, given.get(self.rank, "0") in ("", "0"), _number(given, self.processes) or 1, local, nodes)
 
 
 _KNOWN = {
@@ -62,6 +64,13 @@ _KNOWN = {
 _NO_STEP = 0xFFFFFFF0
 """Slurm numbers what is no step started by srun, such as a batch script, from here on."""
 
+_OF_STEP = {
+    "SLURM_NTASKS": "SLURM_STEP_NUM_TASKS",
+    "SLURM_NNODES": "SLURM_STEP_NUM_NODES",
+    "SLURM_NODELIST": "SLURM_STEP_NODELIST",
+}
+"""What may count all that a job has reserved, and what counts the tasks of this srun."""
+
 
 def launched() -> Launch | None:
     """What has started this process as one of several, None where nothing has.
@@ -71,11 +80,12 @@ def launched() -> Launch | None:
     """
     given = os.environ
     if "TORCHELASTIC_RUN_ID" in given:
-        return _KNOWN["torchrun"].read("torchrun")
-    for by, started in (("srun", _in_a_step()), ("mpirun", "OMPI_COMM_WORLD_RANK" in given)):
-        if started and (found := _KNOWN[by].read(by)).processes > 1:
-            return found
-    if "LOCAL_RANK" in given and (count := _number("WORLD_SIZE") or 1) > 1:
+        return _KNOWN["torchrun"].read("torchrun", given)
+    if _in_a_step() and (found := _KNOWN["srun"].read("srun", {**given, **_step()})).processes > 1:
+        return found
+    if "OMPI_COMM_WORLD_RANK" in given and (found := _KNOWN["mpirun"].read("mpirun", given)).processes > 1:
+        return found
+    if "LOCAL_RANK" in given and (count := _number(given, "WORLD_SIZE") or 1) > 1:
         return Launch("", not _counts("LOCAL_RANK", "NODE_RANK", "RANK"), count)
     return None
 
@@ -84,6 +94,15 @@ def reserved() -> bool:
     """Whether Slurm has reserved tasks, and this process is none that it has started."""
     found = launched()
     return "SLURM_NTASKS" in os.environ and (found is None or found.by == "")
+
+
+def settle() -> None:
+    """Tell Lightning, which reads what a job has reserved, which tasks this srun has started.
+
+    Without it ``srun --ntasks=4`` is refused for want of ``--ntasks-per-node``, and so is a step of a part of a job.
+    """
+    if _in_a_step():
+        os.environ.update(_step())
 
 
 def is_follower() -> bool:
@@ -134,13 +153,21 @@ def _shape(processes: int, local: int) -> str:
 
 def _in_a_step() -> bool:
     """Whether srun has started this process, and not for a shell to work in."""
-    step = _number("SLURM_STEP_ID")
+    step = _number(os.environ, "SLURM_STEP_ID")
     started = (step is not None and step < _NO_STEP) or _counts("SLURM_PROCID")
     return started and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
-def _number(name: str) -> int | None:
-    return int(os.environ[name]) if os.environ.get(name, "").isdigit() else None
+def _step() -> dict[str, str]:
+    """What srun says of its own tasks, under the names of the job's."""
+    said = {name: os.environ[own] for name, own in _OF_STEP.items() if os.environ.get(own)}
+    if even := re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        said["SLURM_NTASKS_PER_NODE"] = even[1]
+    return said
+
+
+def _number(given: Mapping[str, str], name: str) -> int | None:
+    return int(given[name]) if given.get(name, "").isdigit() else None
 
 
 def _counts(*names: str) -> bool:

@@ -56,6 +56,7 @@ def fabric_of(
     """Lightning's view of the devices, before any other process is there; arguments as in `Runtime`."""
     if strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1):
         strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
+    clusters.settle()
     # Lightning takes tasks that Slurm has reserved for processes that it has started
     plugins = [LightningEnvironment()] if clusters.reserved() else None
     return Fabric(

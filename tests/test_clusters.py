@@ -75,15 +75,15 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def srun(tmp_path_factory):
     """Where two tasks of Slurm ran, and how each of their commands ended, by task."""
-    folder, port = tmp_path_factory.mktemp("slurm"), free_ports(3)
+    folder, port = tmp_path_factory.mktemp("slurm"), free_ports(4)
     said = both(*(start("tests/cluster_jobs.py", str(folder), str(rank), str(port)) for rank in (0, 1)))
     assert all((folder / f"ends-{rank}.json").exists() for rank in (0, 1)), "\n".join(said)
     return folder, [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("shape", ["one machine", "two machines"])
+@pytest.mark.parametrize("shape", ["one machine", "two machines", "part of a job"])
 def test_tasks_of_slurm_are_one_process(srun, alone, shape):
-    """Two tasks on a machine, or one on each of two: ranks and the port come from Slurm's variables."""
+    """Two tasks on a machine, one on each of two, two of a larger job: ranks and port come from Slurm's variables."""
     folder, ends = srun
     assert [end[shape] for end in ends] == [[0, ""], [0, ""]]
     assert summary(folder / shape.split()[0]) == alone
@@ -142,6 +142,18 @@ def test_torchrun_numbers_the_processes_that_srun_started(environment):
     assert clusters.launched() == clusters.Launch("torchrun", True, 4, 2, 2)
     assert not clusters.is_follower() and clusters.started_by_others() and not clusters.reserved()
     clusters.require(2, 2)
+
+
+@pytest.mark.parametrize(("tasks", "local"), [("2(x2)", 2), ("3,1", None)])
+def test_a_step_counts_its_own_tasks(environment, tasks, local):
+    """Slurm says of a step how many tasks each of its machines has; Lightning looks at what the job has."""
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": tasks}
+    environment(**slurm(15000, 16, None, 4, 3, 1, 1), **step)
+    assert clusters.launched() == clusters.Launch("srun", False, 4, local, 2)
+    environment(SLURM_NTASKS="16", SLURM_NTASKS_PER_NODE="", SLURM_NNODES="4")  # put back after the test
+    clusters.settle()
+    assert [os.environ[f"SLURM_{name}"] for name in ("NTASKS", "NNODES")] == ["4", "2"]
+    assert os.environ["SLURM_NTASKS_PER_NODE"] == ("2" if local else "")
 
 
 def test_reserved_tasks_are_no_processes(environment):
