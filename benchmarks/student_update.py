@@ -47,7 +47,8 @@ from fdl.modules.timm_model import Timm
 from fdl.modules.tokenizers import make_tokenizer
 from fdl.modules.weights import load_into, state_of
 from fdl.recipe import Component, Fit
-from fdl.runtime import Runtime, batches
+from fdl.runtime import Runtime
+from fdl.sampling import batches
 from fdl.token_losses import sparse_distillation
 
 Loop = Callable[["Job", Runtime], None]

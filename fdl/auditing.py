@@ -96,6 +96,8 @@ class Audit:
 def audit(loop: FederatedLoop, attacks: Sequence[Attack]) -> Audit:
     """Attack a finished run; reads private data, and what it says of them is for whoever may do so.
 
+    With several ranks all of them do so alike; only shadow federations are spread over them.
+
     Args:
         loop: after its last round; left as it is.
         attacks: with different labels.
@@ -103,6 +105,7 @@ def audit(loop: FederatedLoop, attacks: Sequence[Attack]) -> Audit:
     Raises:
         UserError: an attack cannot be tried on this run.
     """
+    loop.spread.everywhere()
     subject = Subject(loop)
     with ExitStack() as gates:
         for client in loop.clients:  # who audits a run may see what its participants may not

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fdl.inference import Question, answer, each
 from fdl.modules.optim import build_optimizer, build_scheduler
+from fdl.objectives import Objective, kind_of, tensors_of, training_step
 from fdl.padding import stacked
-from fdl.runtime import Objective, Runtime, batches, training_step
+from fdl.runtime import Runtime
+from fdl.sampling import batches, gathered
+from fdl.step_graph import Results
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Batch, Samples
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
 
 _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Rprop")
 """Optimisers that treat every weight by itself, so that it does not matter which weights share a tensor."""
+
+
+USES = 20
+"""Steps of one form after which it is written down (`fdl.recording`): what is saved is worth its cost after 200."""
 
 
 class NotTogetherError(Exception):
@@ -52,7 +60,7 @@ class Training:
             and self.stack is other.stack
             and (self.config is other.config or self.config == other.config)
             and self.round == other.round
-            and _kind(self.objective) == _kind(other.objective)
+            and kind_of(self.objective) == kind_of(other.objective)
         )
 
     @property
@@ -140,7 +148,9 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
             scheduler.step()
 
     live, sums = 0, {}
-    streams = [batches(len(job.samples), config, job.generator) for job in ordered]
+    streams = [
+        gathered(job.samples, batches(len(job.samples), config, job.generator), job.generator) for job in ordered
+    ]
     for step in range(ordered[0].steps):
         left = sum(job.steps > step for job in ordered)
         if left != live:
@@ -148,9 +158,8 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
             _shorten(optimizer, parameter, whole, live)
             parameter.grad, weights, gradients = _views(stack, whole, live)
         drawn = [next(stream) for stream in streams[:live]]
-        parts = [job.samples.batch(indices, job.generator) for job, (_, indices) in zip(ordered, drawn)]
         try:
-            losses = loss(runtime, weights, gradients, parts)
+            losses = loss(runtime, weights, gradients, [batch for _, _, batch in drawn])
         except Exception as error:
             if step == 0:
                 raise NotTogetherError(_first_line(error)) from error
@@ -186,11 +195,13 @@ class _Loss:
         first = jobs[0].objective
         self.objective, self.own = first, None
         if dataclasses.is_dataclass(first):
-            own = [_tensors(job.objective) for job in jobs]
+            own = [tensors_of(job.objective) for job in jobs]
             self.own = {key: _stack([tensors[key] for tensors in own]) for key in own[0]}
             self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
         told = self.module.training_step if first is training_step else first
         self.pads = getattr(told, "ignores_padding", False)
+        self.recordings = stack.recorder.begin(self.module, first, USES)
+        self.frozen = [*self.module.parameters(), *self.module.buffers()]
 
     def __call__(
         self, runtime: Runtime, weights: list[Tensor], gradients: list[Tensor], parts: Sequence[Batch]
@@ -223,12 +234,24 @@ class _Loss:
     ) -> dict[str, Tensor]:
         batch = tuple(None if p is None else each(p, lambda t: t.to(runtime.device)) for p in stacked(parts))
         own = () if self.own is None else ({key: _take(value, members) for key, value in self.own.items()},)
-        losses = self.stack.together(self.objective, weights, (batch, *own))
-        found = torch.autograd.grad(losses["loss"].sum(), weights, allow_unused=True)
-        if any(gradient is None for gradient in found):
-            raise ValueError("its loss leaves out some of its weights")
-        torch._foreach_copy_(gradients, list(found))
-        return {name: value.detach() for name, value in losses.items()}
+        leaves, form = tree_flatten((batch, *own))
+
+        def step(*tensors: Tensor) -> Results:
+            weights, leaves = tensors[:count], tensors[count:]
+            losses = self.stack.together(self.objective, weights, tree_unflatten(leaves, form))
+            found = torch.autograd.grad(losses["loss"].sum(), weights, allow_unused=True)
+            if any(gradient is None for gradient in found):
+                raise ValueError("its loss leaves out some of its weights")
+            return {name: value.detach() for name, value in losses.items()}, list(found)
+
+        count = len(weights)
+        tensors = [*weights, *leaves]
+        if self.recordings is None:
+            losses, found = step(*tensors)
+        else:
+            losses, found = self.recordings.run(lambda: step(*tensors), step, tensors, form, self.frozen)
+        torch._foreach_copy_(gradients, found)
+        return losses
 
 
 def _optimizer(stack: Stack, whole: Tensor, config: Fit) -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -277,25 +300,6 @@ def _rows(jobs: Sequence[Training | Asking]) -> tuple[list[int], bool]:
     """Rows of the jobs' models, and whether these are the first rows in order."""
     rows = [job.row for job in jobs]
     return rows, rows == list(range(len(rows)))
-
-
-def _kind(objective: Objective) -> Any:
-    """What objectives that are evaluated in one pass have in common: all but the tensors they hold."""
-    if not dataclasses.is_dataclass(objective):
-        return objective
-    tensors = _tensors(objective)
-    names = (field.name for field in dataclasses.fields(objective))
-    return type(objective), {name: getattr(objective, name) for name in names if name not in tensors}
-
-
-def _tensors(objective: Any) -> dict[str, Any]:
-    """A dataclass's fields that are tensors or lists of tensors."""
-    values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, Tensor) or (isinstance(value, list) and value and isinstance(value[0], Tensor))
-    }
 
 
 def _stack(values: Sequence[Any]) -> Any:

@@ -91,13 +91,6 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
         raise UserError(f"partition: {error}") from error
 
     runtime = _runtime(recipe, launch)
-    if recipe.adversaries and runtime.ranks.count > 1:
-        raise UserError("adversaries: look at the uploads of all clients, so these must be in one process")
-    if attacks and runtime.ranks.count > 1:
-        raise UserError(
-            "evaluation.attacks: are tried in one process, where all clients are; leave them out, and attack the "
-            "finished run with python -m fdl audit --run DIR"
-        )
     specialists = _architectures(recipe, data, runtime)
     architectures = ["student"] * len(shares) if "specialists" not in method.requires else assign(recipe, specialists)
     common: dict[str, Any] = {

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fdl import __version__
+from fdl.clusters import is_follower
 from fdl.errors import UserError
-from fdl.terminal import console, is_follower, log_to_stderr
+from fdl.terminal import console, log_to_stderr
 
 FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
 

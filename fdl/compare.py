@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from fdl import runs
 from fdl.catalog import KINDS, short_names, suggest
+from fdl.clusters import started_by_others
 from fdl.errors import UserError
 from fdl.recipe import Compare, Recipe, load
-from fdl.terminal import console, started_by_others
+from fdl.terminal import console
 
 log = logging.getLogger("fdl")
 

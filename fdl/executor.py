@@ -16,7 +16,7 @@ from fdl.errors import UserError, out_of_memory
 from fdl.modules.weights import count_parameters
 from fdl.runtime import seed_everything
 from fdl.seats import Seat
-from fdl.stacking import Stack, activations, unstackable
+from fdl.stacking import SMALL, Stack, activations, unstackable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,15 +32,6 @@ Turn = tuple["Client", "Message | None"]
 
 MEMORY = 1 << 30
 """Bytes that clients trained together may take on a CPU; on a GPU it is half of what is free."""
-
-SMALL = {"cpu": 60_000, "cuda": 1_000_000}
-"""Parameters up to which `auto` trains clients together, by kind of device; nowhere else.
-
-Clients that train together save the cost of calling operations, which only small models feel. Measured on one core,
-10 clients with batches of 32: rounds take 0.5 to 0.7 of the time with perceptrons and convolutional networks of up to
-50 000 parameters, as long at 170 000, and 1.3 times as long at 600 000, where the weights of all no longer fit into the
-cache. The figure for GPUs is a guess on the safe side.
-"""
 
 
 class Executor(ABC):

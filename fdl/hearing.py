@@ -1,9 +1,10 @@
-"""How the server takes in what the clients of a round have to say."""
+"""What server and clients say to each other in a round, and what of it is refused."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fdl.errors import RefusedError, UserError
@@ -15,9 +16,33 @@ if TYPE_CHECKING:
     from fdl.participants import Client
 
 
+def speak(
+    loop: FederatedLoop, cohort: Iterable[int], dropped: Collection[int], record: dict[str, Any]
+) -> Iterator[tuple[Client, Message | None]]:
+    """Carry the server's word of a round to clients.
+
+    Args:
+        loop: the run.
+        cohort: ids.
+        dropped: those who are sent it and not heard again.
+        record: of the round; gets ``refused``.
+
+    Yields:
+        Clients that have a turn now, with what they received.
+    """
+    for client in cohort:
+        try:
+            download = loop.send(client)
+        except RefusedError as refusal:  # whom the server's word does not reach has nothing to answer
+            _refuse(loop, client, refusal, record)
+            continue
+        if client not in dropped:
+            yield loop.clients[client], download
+
+
 def hear(
     loop: FederatedLoop,
-    turns: Iterable[tuple[Client, Message | Bundle | None]],
+    honest: Iterable[tuple[Client, Message | Bundle | None]],
     aggregate: Aggregate | None,
     record: dict[str, Any],
 ) -> None:
@@ -27,7 +52,7 @@ def hear(
 
     Args:
         loop: the run.
-        turns: clients that have taken their turn, with what they send.
+        honest: clients that have taken their turn, with what they would send; what adversaries send is another thing.
         aggregate: empty; None where nobody sends anything.
         record: of the round; gets ``clients`` and ``refused``.
 
@@ -35,12 +60,13 @@ def hear(
         UserError: a client's turn ended in an error, here or on another rank.
     """
     round, streams = record["round"], loop.spread.alone or hasattr(aggregate, "reduce")
+    looks = loop.adversaries.looks(round)  # then nobody's upload is sent before all turns are over, on any rank
     seconds: dict[int, float] = {}
     waiting: dict[int, Message | Bundle] = {}
     failure: Exception | None = None
     start = time.perf_counter()
     try:
-        for client, upload in turns:
+        for client, upload in loop.adversaries(round, honest, partial(loop.spread.show, round)):
             record["clients"][str(client.id)] = client.metrics
             try:
                 received = loop.channel.upload(upload, client.id, round)
@@ -51,7 +77,7 @@ def hear(
                     else:
                         waiting[client.id] = received
             except RefusedError as refusal:
-                loop.refuse(client.id, refusal, record)
+                _refuse(loop, client.id, refusal, record)
             now = time.perf_counter()
             start, seconds[client.id] = now, now - start
             loop.callbacks.on_client_end(loop, round, client.id, client.metrics)
@@ -60,18 +86,26 @@ def hear(
         if loop.spread.alone:
             raise
         failure = error
+        if looks:  # the others wait for what it has to show
+            loop.spread.show(round, {})
     if loop.spread.alone:
         return
-    told, heard = loop.spread.tell(record, seconds, waiting, _said(failure))
+    told, heard = loop.spread.tell(record, {} if looks else seconds, waiting, _said(failure))
     loop.runtime.ranks.agree(failure, told)
     with loop.seconds.part("aggregate"):
         for client, received in heard:
             try:
                 aggregate.add(received, client)
             except RefusedError as refusal:
-                loop.refuse(client, refusal, record)
+                _refuse(loop, client, refusal, record)
         if aggregate is not None and streams:
             aggregate.reduce(loop.runtime.ranks)
+
+
+def _refuse(loop: FederatedLoop, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
+    """Count a message that was not used, and note why."""
+    loop.ledger.refuse(record["round"], client, refusal.reason)
+    record["refused"][str(client)] = refusal.reason
 
 
 def _said(failure: Exception | None) -> str:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from fdl.clusters import launched
 from fdl.errors import UserError
 from fdl.runtime import NO_SUCH_DEVICES, fabric_of
 from fdl.sharding import require_gpus
-from fdl.terminal import started_by_others
 
 if TYPE_CHECKING:
     from fdl.recipe import Recipe
@@ -49,7 +49,7 @@ def processes(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
     require_gpus(recipe)
     single = str(recipe.fabric.devices) == "1" and recipe.fabric.num_nodes == 1
     try:
-        if single or started_by_others():
+        if single or launched() is not None:  # building the run compares what was started with what it asks for
             yield
             return
         own = {key: value for key, value in vars(recipe.fabric).items() if key != "threads"}
@@ -68,7 +68,7 @@ def processes(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
             with _Children([*command, *(["--resume"] if resume else [])], range(1, count), threads):
                 yield
     finally:
-        if dist.is_initialized() and not started_by_others():
+        if dist.is_initialized() and launched() is None:
             dist.destroy_process_group()
 
 

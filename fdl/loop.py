@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ from fdl.accounts import account
 from fdl.adversaries.coalition import Adversaries
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.cohort import draw
-from fdl.errors import RefusedError, memory_of
+from fdl.errors import memory_of
 from fdl.evaluation import ask, attack, evaluate
-from fdl.hearing import hear
+from fdl.hearing import hear, speak
 from fdl.interrupts import Interrupts
 from fdl.report import summarise
 from fdl.runtime import seed_everything
@@ -120,13 +120,13 @@ class FederatedLoop:
         record: dict[str, Any] = {"round": round, "cohort": cohort, "dropped": dropped, "refused": {}, "clients": {}}
 
         # 1  the cohort is sent what the server has to say; who drops out receives it and is not heard again
-        turns = self._turns(self.spread.place(cohort), dropped, record)
+        turns = speak(self, self.spread.place(cohort), dropped, record)
 
         # 2  every client works on its own data and answers; an answer that cannot be used is refused and counted
         aggregate = self.method.aggregate(self.server)
         with self.seconds("clients"):
             honest = self.executor(self.method, self.adversaries.listen(round, turns))
-            hear(self, self.adversaries(round, honest), aggregate, record)
+            hear(self, honest, aggregate, record)
 
         # 3  what they know together; nothing, when nobody was heard
         with self.seconds("clients"), self.seconds.part("aggregate"):
@@ -170,23 +170,6 @@ class FederatedLoop:
     def send(self, client: int) -> Message | None:
         """Carry the server's word of this round to a client."""
         return self.channel.download(self.method.download(self.server, client), client, self.server.round)
-
-    def _turns(
-        self, cohort: Sequence[int], dropped: Sequence[int], record: dict[str, Any]
-    ) -> Iterator[tuple[Client, Message | None]]:
-        for client in cohort:
-            try:
-                download = self.send(client)
-            except RefusedError as refusal:  # whom the server's word does not reach has nothing to answer
-                self.refuse(client, refusal, record)
-                continue
-            if client not in dropped:
-                yield self.clients[client], download
-
-    def refuse(self, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
-        """Count a message that was not used, and note why."""
-        self.ledger.refuse(record["round"], client, refusal.reason)
-        record["refused"][str(client)] = refusal.reason
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after this round."""

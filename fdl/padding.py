@@ -8,7 +8,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 PADDING = -100
 """Label of a row that counts for nothing: what torch's cross entropy ignores."""
@@ -33,7 +32,8 @@ def stacked(batches: Sequence[tuple]) -> tuple:
         RuntimeError: for tensors whose shapes differ in any other way.
     """
     sizes = [len(batch[1]) if isinstance(batch[1], Tensor) else 0 for batch in batches]
-    short = [(i, size) for i, size in enumerate(sizes) if size < max(sizes)]
+    longest = max(sizes)
+    short = [(i, size) for i, size in enumerate(sizes) if size < longest]
 
     def column(parts: Sequence, labels: bool = False):
         if parts[0] is None:
@@ -43,11 +43,11 @@ def stacked(batches: Sequence[tuple]) -> tuple:
         if not parts[0].is_floating_point() and parts[0].ndim == 2:
             width = max(part.shape[1] for part in parts)
             parts = [F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
-        if not short:
-            return torch.stack(list(parts))
-        whole = pad_sequence(list(parts), batch_first=True, padding_value=PADDING if labels else 0)
-        for i, size in () if labels else short:
-            whole[i, size:] = whole[i, 0]  # a row that the model knows to handle
-        return whole
+        parts = list(parts)
+        for i, size in short:
+            # what fills up is labelled to count for nothing, or else a row that the model knows to handle
+            fill = parts[i].new_tensor(PADDING) if labels else parts[i][0]
+            parts[i] = torch.cat([parts[i], fill.expand(longest - size, *parts[i].shape[1:])])
+        return torch.stack(parts)
 
     return tuple(column(parts, labels=i == 1) for i, parts in enumerate(zip(*batches)))

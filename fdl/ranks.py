@@ -184,12 +184,24 @@ class Ranks:
             self._lost(error)
 
     def _lost(self, error: RuntimeError) -> NoReturn:
-        text = " ".join(str(error).split())[:160]
+        text = _short(error)
         raise UserError(
             f"rank {self.index} of {self.count}: another process of this run has ended or did not answer within "
             f"{self._timeout:g} s (fabric.timeout); its own message says why. The run can go on from its last "
             f"checkpoint with --resume ({text})"
         ) from error
+
+
+def nobody_came(error: RuntimeError, timeout: float) -> UserError:
+    """What to tell somebody whose processes did not find each other."""
+    return UserError(
+        f"fabric: not all processes of the run have come together within {timeout:g} s (fabric.timeout): one of them "
+        f"has ended, was never started, or does not reach MASTER_ADDR ({_short(error)})"
+    )
+
+
+def _short(error: RuntimeError) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _tensor(data: bytes) -> Tensor:

@@ -46,7 +46,6 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
         _metrics,
         _private,
         _comparison,
-        _in_one_process,
         _compiled,
         _sharded,
     ):
@@ -181,19 +180,6 @@ def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
     answers = {"inference.compile": "inference" not in broken and tree["inference"]["compile"]}
     message = "must be off with fabric.strategy: fsdp: weights are gathered between the parts of a pass"
     return problems + [(key, message) for key, compiled in sorted({**steps, **answers}.items()) if compiled]
-
-
-def _in_one_process(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Adversaries look at all uploads, and attacks at all clients."""
-    fabric = tree["fabric"] if "fabric" not in broken else {}
-    if str(fabric.get("devices", 1)) == "1" and fabric.get("num_nodes", 1) == 1:
-        return []
-    given = {
-        "adversaries": "adversaries" not in broken and tree["adversaries"],
-        "evaluation.attacks": "evaluation" not in broken and tree["evaluation"]["attacks"],
-    }
-    message = "needs all clients in one process: set fabric.devices and fabric.num_nodes to 1"
-    return [(key, message) for key, some in given.items() if some]
 
 
 def _links(tree: dict[str, Any], broken: set[str]) -> Problems:

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fdl.callbacks.base import Callback
+from fdl.clusters import is_follower, started_by_others
 from fdl.errors import UserError
 from fdl.recipe import Recipe, difference
 from fdl.schema import fill
-from fdl.terminal import is_follower
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
@@ -69,7 +69,7 @@ def fit(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, Any]:
         KeyboardInterrupt: after Ctrl-C; what was done is saved.
     """
     leader = not is_follower()
-    if leader:
+    if leader or started_by_others():  # a process that ended here alone would leave the others waiting
         refuse(recipe, folder, resume)
     if resume and is_complete(recipe, folder):
         return read_summary(folder)

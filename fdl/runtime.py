@@ -7,7 +7,7 @@ its turn comes, so that memory on the device does not grow with the number of cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -15,21 +15,28 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fdl import clusters
 from fdl.answer_cache import AnswerCache
 from fdl.compiling import Compiler
 from fdl.errors import UserError
 from fdl.inference import Question, answer, copied, each, staged
 from fdl.modules.optim import build_optimizer, build_scheduler
-from fdl.modules.weights import pin, state_of, trainable
-from fdl.ranks import Ranks
+from fdl.modules.weights import count_parameters, pin, state_of, trainable
+from fdl.objectives import Objective, training_step
+from fdl.ranks import Ranks, nobody_came
+from fdl.recording import Recorder, Trained
+from fdl.sampling import batches, gathered
 from fdl.seeding import stream_seed
+from fdl.stacking import SMALL, unstackable
 from fdl.stopwatch import Stopwatch
 from fdl.terms import Terms, part_of
 
@@ -38,15 +45,6 @@ if TYPE_CHECKING:
 
     from fdl.datamodules.samples import Batch, Samples
     from fdl.recipe import Fit
-
-Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
-"""What a fit minimises: (module, batch) to named losses, of which ``"loss"`` is differentiated."""
-
-
-def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-    """The default objective: the module's own training step on a labelled batch."""
-    return module.training_step(batch)
-
 
 NO_SUCH_DEVICES = (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError)
 """What Lightning raises where this machine does not have what a recipe asks for."""
@@ -61,7 +59,21 @@ def fabric_of(
     """
     if strategy == "fsdp" or (strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1)):
         strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
-    return Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
+    clusters.settle()
+    # Lightning takes tasks that Slurm has reserved for processes that it has started
+    plugins = [LightningEnvironment()] if clusters.reserved() else None
+    return Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,
+        plugins=plugins,
+    )
+
+
+USES = 100
+"""Steps of one form after which it is written down (`fdl.recording`): what is saved is worth its cost after 1,000."""
 
 
 class Runtime:
@@ -107,9 +119,15 @@ class Runtime:
         if threads is not None:
             torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and it takes time
         many = (devices, num_nodes, strategy) if launch else (1, 1, "auto")
         self.fabric = fabric_of(accelerator, *many, precision, timeout)
-        self.fabric.launch()
+        if launch:
+            clusters.require(getattr(self.fabric.strategy, "num_processes", 1), num_nodes)
+        try:
+            self.fabric.launch()
+        except dist.DistError as error:
+            raise nobody_came(error, timeout) from error
         self.sharder = None
         self.ranks = Ranks(self.fabric, timeout, together=launch and strategy == "fsdp")
         if self.ranks.together:
@@ -127,6 +145,7 @@ class Runtime:
         self._templates: dict[str, LightningModule] = {}
         self._holders: dict[str, Any] = {}
         self._optimizers: WeakKeyDictionary[nn.Module, dict[int, tuple]] = WeakKeyDictionary()
+        self._recorders: WeakKeyDictionary[nn.Module, Recorder | None] = WeakKeyDictionary()
 
     @property
     def device(self) -> torch.device:
@@ -214,11 +233,15 @@ class Runtime:
         steps = 0
         if not module.training:  # walking over all submodules costs as much as a step of a small model
             module.train()
-        drawn = batches(len(samples), config, generator, skip_single)
-        for epoch_ended, whole, batch, weight in self._batches(drawn, samples, config, generator, terms):
+        recorded = self._recorded(module, objective, parameters) if config.compile == "none" and terms is None else None
+        drawn = gathered(samples, batches(len(samples), config, generator, skip_single), generator)
+        for epoch_ended, whole, batch, weight in self._batches(drawn, config, terms):
             step = partial(self._gradients, module, batch, weight)
-            # the last batch of an epoch has a size of its own at every client, which is not worth compiling for
-            losses = self.compiler.run(step, module, within, config.compile if whole else "none")
+            if recorded is not None:
+                losses = recorded(partial(step, objective), batch)
+            else:
+                # the last batch of an epoch has a size of its own at every client, which is not worth compiling for
+                losses = self.compiler.run(step, module, within, config.compile if whole else "none")
             if self.sharder is not None:
                 self.sharder.settle(module, parameters, objective, config.gradient_clip)
             elif terms is not None:
@@ -247,23 +270,16 @@ class Runtime:
         return dict(zip(means, together.tolist()))
 
     def _batches(
-        self,
-        drawn: Iterable[tuple[bool, Tensor]],
-        samples: Samples,
-        config: Fit,
-        generator: torch.Generator,
-        terms: Terms | None,
+        self, drawn: Iterable[tuple[bool, Tensor, Batch]], config: Fit, terms: Terms | None
     ) -> Iterator[tuple[bool, bool, Batch, float | None]]:
         """Batches on the device: whether each ends an epoch, whether it is full, itself, and the share of its loss.
 
-        A GPU's are gathered and copied while it works on those before. Shuffles and augmentations take turns to draw
-        from the generator, as in a plain loop.
+        A GPU's are gathered and copied while it works on those before.
         """
         convert = self.fabric.strategy.precision.convert_input
 
-        def place(item: tuple[bool, Tensor]) -> tuple[bool, bool, Batch, float | None]:
-            epoch_ended, indices = item
-            batch, weight = samples.batch(indices, generator), None
+        def place(item: tuple[bool, Tensor, Batch]) -> tuple[bool, bool, Batch, float | None]:
+            (epoch_ended, indices, batch), weight = item, None
             if terms is not None:
                 batch, weight = part_of(batch, terms, self.ranks.index, self.ranks.count)
             return epoch_ended, len(indices) == config.batch_size, convert(self._to_device(batch)), weight
@@ -285,6 +301,15 @@ class Runtime:
         else:
             self.fabric.backward(losses["loss"])
         return losses
+
+    def _recorded(self, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]) -> Trained | None:
+        """What writes a fit's steps down; None where that is not possible or not worth while."""
+        if module not in self._recorders:
+            small = count_parameters(module) <= SMALL.get(self.device.type, 0)
+            self._recorders[module] = Recorder() if self._plain and small and unstackable(module) is None else None
+        recorder = self._recorders[module]
+        recordings = None if recorder is None else recorder.begin(module, objective, USES)
+        return None if recordings is None else Trained(recordings, module, objective, parameters)
 
     def _terms(self, module: nn.Module, objective: Objective) -> Terms | None:
         """What a loss is the mean of, where ranks may share the samples of a batch out (`fdl.terms`); None elsewhere.
@@ -376,36 +401,6 @@ class Runtime:
             yield
         finally:
             self.dry = False
-
-
-def batches(
-    count: int, config: Fit, generator: torch.Generator, skip_single: bool = False
-) -> Iterator[tuple[bool, Tensor]]:
-    """Draw shuffled batches for the configured epochs or steps.
-
-    Args:
-        count: number of samples.
-        config: gives `epochs` or `steps`, and `batch_size`.
-        generator: the stream of the shuffles.
-        skip_single: leave out batches of one sample, with which batch normalisation cannot train.
-
-    Yields:
-        Whether this batch ends an epoch, and its indices, int64 [≤ batch_size].
-    """
-    left = config.steps if config.steps is not None else -1
-    epochs = config.epochs if config.steps is None else -1
-    while left != 0 and epochs != 0:
-        order = torch.randperm(count, generator=generator).split(config.batch_size)
-        if skip_single and len(order[-1]) == 1:
-            order = order[:-1]
-        if not order:
-            return
-        for position, indices in enumerate(order):
-            yield position == len(order) - 1, indices
-            left -= 1
-            if left == 0:
-                return
-        epochs -= 1
 
 
 def seed_everything(seed: int, purpose: str, round: int = 0, client: int = -1) -> None:

@@ -6,26 +6,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fdl import checkpoint
-from fdl.comm.codec import Codec
 from fdl.comm.ledger import Note, Refusal, Row
-from fdl.comm.wire import pack, unpack
-from fdl.messages import Bundle, Message
 from fdl.modules.weights import count_parameters
+from fdl.parcels import unwrapped, wrapped
+from fdl.placement import largest_first
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fdl.comm.channel import Channel
+    from fdl.messages import Bundle, Message
     from fdl.participants import Client
     from fdl.ranks import Ranks
-
-SLACK = 1.1
-"""How much longer than the fairest share a rank may work before a client that it has moves to another."""
-
-_PLAIN = Codec([])
 
 
 class Spread:
@@ -48,7 +41,7 @@ class Spread:
     def __init__(self, ranks: Ranks, clients: Sequence[Client], channel: Channel, folder: Path):
         self.ranks, self.clients, self.channel, self.folder = ranks, clients, channel, folder
         self.costs = [0.0 if self.alone else float(max(client.samples, 1) * _size(client)) for client in clients]
-        self._measured = [False] * len(clients)
+        self._measured, self._shown = [False] * len(clients), 0
         self.homes = [ranks.index] * len(clients)
         for client, rank in () if self.alone else largest_first(range(len(clients)), self.costs, ranks.count).items():
             self.homes[client] = rank
@@ -80,9 +73,29 @@ class Spread:
             states = self._merged(self.ranks.gather(checkpoint.pack(self._states(leaving))))
             for client in moving:
                 self.homes[client] = placed[client]
-                self._take(client, states)
+                if placed[client] == self.ranks.index:
+                    self._take(client, states)
             self._forget(leaving)
         return [client for client in cohort if placed[client] == self.ranks.index]
+
+    def show(self, round: int, uploads: Mapping[int, Message | Bundle]) -> dict[int, Message | Bundle]:
+        """Let all ranks see what this one's clients are about to send, before anything is encoded; once a round.
+
+        Args:
+            round: the current round.
+            uploads: by client.
+
+        Returns:
+            Those of all ranks, by client.
+        """
+        if self.alone:
+            return dict(uploads)
+        packed = {str(client): wrapped(upload) for client, upload in uploads.items()}
+        if self._shown == round:
+            return {}
+        self._shown = round
+        every = self.ranks.gather(checkpoint.pack(packed))
+        return {int(client): unwrapped(one) for data in every for client, one in checkpoint.unpack(data).items()}
 
     def tell(
         self, record: dict[str, Any], turns: Mapping[int, float], uploads: Mapping[int, Message | Bundle], error: str
@@ -109,7 +122,7 @@ class Spread:
             "refusals": [list(r) for r in ledger.refusals if r.round == round and r.client in own],
             "notes": [list(n) for n in ledger.notes if n.round == round and n.client in own],
         }
-        packed = {str(client): _packed(upload) for client, upload in uploads.items()}
+        packed = {str(client): wrapped(upload) for client, upload in uploads.items()}
         every = self.ranks.gather(checkpoint.pack({"told": json.dumps(told), "uploads": packed}))
         heard: dict[int, Message | Bundle] = {}
         errors, order = [], {str(client): i for i, client in enumerate(record["cohort"])}
@@ -118,7 +131,7 @@ class Spread:
             other = json.loads(one["told"])
             errors.append(other["error"])
             for client, upload in one["uploads"].items():
-                heard[int(client)] = _unpacked(upload)
+                heard[int(client)] = unwrapped(upload)
             for client, seconds in other["turns"].items():
                 self._learn(int(client), seconds)
             if rank != self.ranks.index:
@@ -138,6 +151,16 @@ class Spread:
         own = self._states([client.id for client in self.mine()])
         return own if self.alone else self._merged(self.ranks.collect(checkpoint.pack(own)))
 
+    def everywhere(self) -> None:
+        """Bring all clients' states and their links' memories to every rank, for those who look at all of them."""
+        if self.alone:
+            return
+        mine = {client.id for client in self.mine()}
+        states = self._merged(self.ranks.gather(checkpoint.pack(self._states(sorted(mine)))))
+        for client in self.clients:
+            if client.id not in mine:
+                self._take(client.id, states)
+
     def restore(self, states: Mapping[str, Any]) -> None:
         """Put back what `all_states` gave; each rank keeps what is its own."""
         own = {client.id for client in self.mine()}
@@ -155,8 +178,6 @@ class Spread:
         return {"clients": clients, "channel": self.channel.state_dict(ids)}
 
     def _take(self, client: int, states: Mapping[str, Any]) -> None:
-        if self.homes[client] != self.ranks.index:
-            return
         self.clients[client].restore(states["clients"].get(str(client), {}), self.folder)
         self.channel.restore(client, states["channel"])
 
@@ -182,46 +203,5 @@ class Spread:
         self.costs[client], self._measured[client] = seconds, True
 
 
-def largest_first(
-    cohort: Iterable[int], costs: Sequence[float], ranks: int, homes: Sequence[int] | None = None
-) -> dict[int, int]:
-    """Give every client of a cohort to a rank, the dearest first, each to the rank with the least to do.
-
-    With `homes` a client stays with its rank as long as that works no longer than `SLACK` times the fairest share.
-
-    Args:
-        cohort: ids.
-        costs: of all clients, by id, in any unit.
-        ranks: how many there are.
-        homes: the rank that has each client, by id.
-
-    Returns:
-        The rank of each client of the cohort.
-    """
-    order = sorted(cohort, key=lambda client: (-costs[client], client))
-    fair = SLACK * sum(costs[client] for client in order) / ranks
-    loads, placed = [0.0] * ranks, {}
-    for client in order:
-        rank = min(range(ranks), key=loads.__getitem__)
-        if homes is not None and loads[homes[client]] + costs[client] <= fair:
-            rank = homes[client]
-        loads[rank] += costs[client]
-        placed[client] = rank
-    return placed
-
-
 def _size(client: Client) -> int:
     return count_parameters(client.runtime.template(client.architecture))
-
-
-def _packed(message: Message | Bundle) -> dict[str, Any]:
-    """A decoded message as bytes, to the last bit."""
-    bundled = isinstance(message, Bundle)
-    parts = [pack(part, _PLAIN, client=0, round=0) for part in (message.parts if bundled else (message,))]
-    return {"bundled": bundled, "parts": [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts]}
-
-
-def _unpacked(packed: Mapping[str, Any]) -> Message | Bundle:
-    """What `_packed` was given."""
-    parts = [unpack(p.numpy().tobytes(), _PLAIN, limit=1 << 62, client=0, round=0) for p in packed["parts"]]
-    return Bundle(tuple(parts)) if packed["bundled"] else parts[0]

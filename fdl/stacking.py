@@ -16,10 +16,20 @@ from torch.nn.modules.dropout import _DropoutNd
 from fdl.inference import each
 from fdl.modules.weights import pin_to, state_of
 from fdl.pieces import Pieces
+from fdl.recording import Recorder
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
 
+
+SMALL = {"cpu": 60_000, "cuda": 1_000_000}
+"""Parameters up to which `auto` trains clients together, by kind of device; nowhere else.
+
+Clients that train together save the cost of calling operations, which only small models feel. Measured on one core,
+10 clients with batches of 32: rounds take 0.5 to 0.7 of the time with perceptrons and convolutional networks of up to
+50 000 parameters, as long at 170 000, and 1.3 times as long at 600 000, where the weights of all no longer fit into the
+cache. The figure for GPUs is a guess on the safe side.
+"""
 
 _ALIGN = 16
 """Rows begin where memory of their own would: on another boundary the same sums are rounded otherwise."""
@@ -59,6 +69,7 @@ class Stack:
         names: of the trained weights, in order.
         grad: room for their gradients, like `whole`.
         optimizers: and `views`: what fits make of these and use again.
+        recorder: of their steps.
     """
 
     def __init__(self, template: nn.Module, count: int):
@@ -70,6 +81,7 @@ class Stack:
         self.grad = torch.zeros_like(self.whole)
         self.optimizers: dict[int, tuple] = {}
         self.views: dict[int, tuple] = {}
+        self.recorder = Recorder()
         public = {id(parameter): parameter for parameter in own.values() if not parameter.requires_grad}
         self.modules = [self._row(copy.deepcopy(template, dict(public)), row, shapes) for row in self.whole]
         self._trained = [[dict(m.named_parameters())[name] for name in self.names] for m in self.modules]
@@ -149,9 +161,9 @@ class Stack:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b so that the gradient of stacked W comes in W's own layout, which saves a tenth of a step."""
+    """Return x Wᵀ + b in operations that vmap does not take apart, which saves a tenth of a step."""
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y = torch.mm(layer.weight, rows.t()).t()
+    y = torch.mm(rows, layer.weight.t())
     y = y if layer.bias is None else y + layer.bias
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], -1)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import TYPE_CHECKING
+
+from fdl.clusters import is_follower
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,19 +31,6 @@ def log_to_stderr() -> None:
     for chatty in ("lightning.fabric.utilities.distributed", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(chatty).setLevel(logging.WARNING)  # which process is which
     logging.getLogger("fdl").setLevel(logging.WARNING if is_follower() else logging.INFO)
-
-
-def is_follower() -> bool:
-    """Whether another process leads this run, on this machine or on another one, and so talks to people."""
-    ranks = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")
-    return any(os.environ.get(name, "0") not in ("", "0") for name in ranks)
-
-
-def started_by_others() -> bool:
-    """Whether a launcher outside, such as torchrun or Slurm, has started this process as one of several."""
-    known = any(name in os.environ for name in ("LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
-    sizes = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    return known and any(size not in ("", "1") for size in sizes)
 
 
 class _Stderr(logging.StreamHandler):

@@ -10,12 +10,17 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from fdl import runtime
 from fdl.build import build
 from fdl.errors import UserError
 from fdl.methods.fedavg import FedAvg
+from fdl.methods.pools import together
 from fdl.modules.tiny import MLP
+from fdl.modules.tiny_dual_encoder import TinyDualEncoder
+from fdl.modules.tokenizers import ByteTokenizer
+from fdl.modules.tuning import apply_tuning
 from fdl.modules.weights import state_of
 from fdl.recipe import load
 from fdl.terms import part_of
@@ -40,13 +45,25 @@ DIGEST = ["digest.steps=3", "digest.epochs=null"]
 TEXT = ["data.args.packages=[json, email, logging]", "data.args.proxy_packages=[unittest]", "data.args.validation=4"]
 TINY = "{num_hidden_layers: 1, num_attention_heads: 2, hidden_size: 16, intermediate_size: 16}"
 WORDS = [f"specialists.0.args.config={TINY}", f"student.args.config={TINY}", "data.args.context=32"]
+LORA = ["method.target=fedlora", "student={target: tests.rank_jobs.Adapted, args: {}}"]
+TOWERS = "a checkpoint made on the spot"
+COLLUDING = (
+    "adversaries=[{target: sybil, args: {attack: {target: alie}}, clients: [1, 2]}, {target: sign_flip, clients: [3]}, "
+    "{target: inner_product, clients: [4], start: 2}]"
+)
+ATTACKS = "evaluation.attacks=[loss_threshold, {target: lira, args: {shadows: 2}}, label_leakage]"
+INVERSION = [
+    "evaluation.attacks=[{target: gradient_inversion, args: {steps: 3, moment: last, clients: 3}}]",
+    "channel.upload=[{target: delta}, {target: quantize}]",
+    "method.args.robust=median",
+]
 JOBS = {
     "fedavg": ("digits/fedavg.yaml", [*DIGITS, CLIENTS]),
     "fedadam": ("digits/fedadam.yaml", [*DIGITS, CLIENTS]),
     "fedprox": ("digits/fedprox.yaml", [*DIGITS, CLIENTS]),
     "batch_norm": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, "student={target: tests.rank_jobs.Normed, args: {}}"]),
     "batched": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=4", "executor=batched"]),
-    "one_client": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=1"]),
+    "one_client": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=1", "adversaries=[{target: alie, share: 1}]"]),
     "cfed": ("continual/digits.yaml", [*DIGITS, CLIENTS, "arrival.args.rounds=1"]),
     "fml": ("digits/fml.yaml", [*DIGITS, CLIENTS]),
     "fed_lpfm": ("digits/fed_lpfm.yaml", [*DIGITS, CLIENTS]),
@@ -69,6 +86,7 @@ JOBS = {
         ],
     ),
     "codistillation": ("digits/codistillation.yaml", [*DIGITS, CLIENTS, "local.steps=2"]),
+    "robust_pools": ("digits/codistillation.yaml", [*DIGITS, CLIENTS, "local.steps=2", "method.args.robust=median"]),
     "feddf": ("digits/feddf_heterogeneous.yaml", [*DIGITS, CLIENTS]),
     "fedproto": ("digits/fedproto.yaml", [*DIGITS, CLIENTS, "partition.target=iid"]),
     "fedgems": ("digits/fedgems.yaml", [*PUBLIC, *DIGEST]),
@@ -76,6 +94,21 @@ JOBS = {
     "token_distillation": ("quickstart_language.yaml", [*TEXT, *WORDS, CLIENTS]),
     "affinity_distillation": ("quickstart_dual_encoder.yaml", [*DIGITS, CLIENTS, *DIGEST]),
     "robust": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, "method.args.robust=median"]),
+    "fedlora": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, *LORA, "method.args.aggregation=fedit"]),
+    "fedlora_merged": (
+        "digits/fedavg.yaml",
+        [*DIGITS, "federation.clients=5", "federation.participation=0.6", *LORA, "method.args.aggregation=flora"],
+    ),
+    "federated_prompts": ("prompts/digits.yaml", [*DIGITS, CLIENTS, TOWERS]),
+    "pfedpg": ("prompts/digits_per_site.yaml", [*DIGITS, CLIENTS, TOWERS]),
+    "colluding": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=6", COLLUDING]),
+    "colluding_robust": (
+        "digits/fedavg.yaml",
+        [*DIGITS, "federation.clients=6", "method.args.robust=trimmed_mean", COLLUDING],
+    ),
+    "liars": ("knowledge.yaml", [*DIGITS, "federation.clients=5", "adversaries=[{target: lma, share: 0.4}]"]),
+    "attacked": ("digits/audit.yaml", [*DIGITS, CLIENTS, *DIGEST, ATTACKS]),
+    "updates_attacked": ("digits/fedprox.yaml", [*DIGITS, CLIENTS, *INVERSION]),
     "votes": ("digits/private_votes.yaml", [*DIGITS, "federation.clients=4"]),
 }
 JOINT = (
@@ -95,6 +128,26 @@ class Normed(MLP):
     def forward(self, x, features=()):
         """Normalise, then as the perceptron."""
         return super().forward(self.norm(x), features)
+
+
+class Adapted(MLP):
+    """A perceptron whose weights everybody has, and of which updates of rank 2 are trained."""
+
+    def __init__(self, num_classes: int, input_shape: list[int]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            super().__init__(hidden=[8], num_classes=num_classes, input_shape=input_shape)
+        self.frozen = apply_tuning(self, "lora", lora={"rank": 2, "alpha": 4.0})
+
+
+def towers(folder: Path) -> Path:
+    """A file, beside the run's folder, with a dual encoder that everybody has."""
+    encoder = load(RECIPES / "prompts/digits.yaml").student.args["encoder"]["args"]
+    torch.manual_seed(7)
+    module = TinyDualEncoder(**encoder, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=64)
+    path = folder.with_name(f"{folder.name}-{os.environ.get('LOCAL_RANK', 0)}.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in state_of(module).items()}, path)
+    return path
 
 
 class FailsOnce(FedAvg):
@@ -130,32 +183,36 @@ class Dies(FedAvg):
         return super().local_update(client, download)
 
 
-def recipe(name: str, devices: int, more: tuple[str, ...] = ()):
-    """The small recipe of a job."""
+def recipe(name: str, devices: int, more: tuple[str, ...] = (), folder: Path = Path("run")):
+    """The small recipe of a job that runs in a folder."""
     file, overrides = JOBS[name]
+    overrides = [f"student.args.checkpoint={towers(folder)}" if one == TOWERS else one for one in overrides]
     return load(RECIPES / file, [*SMALL, *overrides, f"fabric.devices={devices}", *more])
 
 
 def outcome(loop, summary) -> dict:
     """All that must not depend on the number of processes."""
     student = {} if loop.server.student is None else state_of(loop.server.student)
+    state = loop.server.state  # what some methods have beside the student
+    student = {**student, **together(state.get("pools", {})), **state.get("base", {}).get("total", {})}
     return {
         "student": {name: tensor.double().tolist() for name, tensor in student.items()},
         "history": [{key: value for key, value in record.items() if key != "seconds"} for record in summary["history"]],
         "communication": summary["communication"],
         "participants": summary["participants"],
+        "audit": summary["audit"],
     }
 
 
 def run(name: str, devices: int, folder: Path, more: tuple[str, ...] = (), resume: bool = False) -> dict:
     """Run one job to its end."""
-    loop = build(recipe(name, devices, more), folder)
+    loop = build(recipe(name, devices, more, folder), folder)
     return outcome(loop, loop.run(resume=resume))
 
 
-def error_of(method: str, folder: Path, timeout: float) -> str:
+def error_of(method: str, folder: Path, timeout: float, *more: str) -> str:
     """Run a federation that fails, and say how it ended here."""
-    more = (f"method.target=tests.rank_jobs.{method}", "method.args={}", f"fabric.timeout={timeout}")
+    more += (f"method.target=tests.rank_jobs.{method}", "method.args={}", f"fabric.timeout={timeout}")
     start = time.monotonic()
     try:
         run("fedavg", 2, folder, more)
@@ -177,6 +234,8 @@ if __name__ == "__main__":
     found["joint"] = run(*JOINT[:1], 2, place / "joint", tuple(JOINT[1]))
     found["parts"] = len(parts)
     ends = {"mistake": error_of("FailsOnce", place / "mistake", 60.0)}
+    seen = "adversaries=[{target: alie, clients: [0]}]"  # all wait for what others are about to send
+    ends["mistake_seen"] = error_of("FailsOnce", place / "seen", 60.0, seen)
     ends["hang"] = error_of("Sleeps", place / "hang", 4.0)
     (place / f"ends-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(ends))
     if leader:

@@ -13,9 +13,9 @@ from fdl.catalog import KINDS, short_names
 from fdl.cli import _parse
 from fdl.executor import SMALL
 from fdl.launcher import GRACE
+from fdl.placement import SLACK
 from fdl.recipe import Recipe, load
 from fdl.schema import keys
-from fdl.spread import SLACK
 from fdl.stopwatch import PARTS
 
 ROOT = Path(__file__).parents[1]

@@ -10,6 +10,7 @@ from scipy.stats import entropy
 from torch.autograd import gradcheck
 
 from fdl import losses
+from fdl.proximal import proximal
 
 HINTON = {1: (-0.38080, 0.32781), 4: (-0.48984, 0.48480)}  # temperature: gradient of z0, T² KL
 
@@ -227,7 +228,7 @@ def weights(seed: int) -> list[torch.Tensor]:
 
 def test_proximal_is_half_mu_times_the_squared_distance():
     w, anchor = [t.requires_grad_() for t in weights(0)], weights(1)
-    value = losses.proximal(w, anchor, 0.3)
+    value = proximal(w, anchor, 0.3)
     value.backward()
     distance = sum(((a.detach() - b) ** 2).sum().item() for a, b in zip(w, anchor))
     assert value.item() == pytest.approx(0.15 * distance, rel=1e-12)
@@ -237,9 +238,9 @@ def test_proximal_is_half_mu_times_the_squared_distance():
 
 def test_proximal_gradient_agrees_with_finite_differences_and_is_zero_at_the_anchor():
     anchor = weights(1)
-    assert gradcheck(lambda *w: losses.proximal(w, anchor, 0.7), [t.requires_grad_() for t in weights(0)])
+    assert gradcheck(lambda *w: proximal(w, anchor, 0.7), [t.requires_grad_() for t in weights(0)])
     here = [t.clone().requires_grad_() for t in anchor]
-    losses.proximal(here, anchor, 1.0).backward()
+    proximal(here, anchor, 1.0).backward()
     assert all((t.grad == 0).all() for t in here)
 
 
@@ -250,14 +251,14 @@ def test_fedprox_on_a_quadratic_stops_between_optimum_and_anchor():
     optimizer = torch.optim.SGD([w], lr=0.1)
     for _ in range(200):
         optimizer.zero_grad()
-        (a / 2 * (w - c).square().sum() + losses.proximal([w], anchor, mu)).backward()
+        (a / 2 * (w - c).square().sum() + proximal([w], anchor, mu)).backward()
         optimizer.step()
     torch.testing.assert_close(w.detach(), (a * c + mu * anchor[0]) / (a + mu))
 
 
 def test_mu_zero_adds_nothing():
     w = [t.requires_grad_() for t in weights(0)]
-    value = losses.proximal(w, weights(1), 0.0)
+    value = proximal(w, weights(1), 0.0)
     value.backward()
     assert value.item() == 0
     assert all((t.grad == 0).all() for t in w)
@@ -265,4 +266,4 @@ def test_mu_zero_adds_nothing():
 
 def test_proximal_refuses_lists_that_do_not_match():
     with pytest.raises(ValueError, match="3 parameters and 2 anchors"):
-        losses.proximal(weights(0), weights(1)[:2], 1.0)
+        proximal(weights(0), weights(1)[:2], 1.0)

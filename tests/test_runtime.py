@@ -7,7 +7,8 @@ from fdl.errors import UserError
 from fdl.inference import ahead
 from fdl.modules.output import Output
 from fdl.recipe import Component, Fit, Scheduler
-from fdl.runtime import Runtime, batches, seed_everything
+from fdl.runtime import Runtime, seed_everything
+from fdl.sampling import batches
 from fdl.seeding import torch_stream
 
 

@@ -119,6 +119,7 @@ def run_shadow(subject: Subject, asked: Candidates, inside: np.ndarray, number: 
     shadow.method.setup(shadow.server, clients)
     for round in range(1, rounds + 1):
         shadow.run_round(round)
+    shadow.spread.everywhere()
     return Subject(shadow)
 
 

@@ -40,6 +40,14 @@ class Samples(ABC):
     labels: Tensor | None
 
     @property
+    def at_once(self) -> bool:
+        """Whether several batches are one larger batch cut to pieces, also in training.
+
+        Not so where a batch is padded to its longest text, or augmented.
+        """
+        return False
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, (C, H, W) for images."""
         return tuple(self.batch(torch.zeros(1, dtype=torch.int64))[0].shape[1:])
@@ -94,6 +102,11 @@ class ImageSamples(Samples):
         self.labels = None if labels is None else labels.to(torch.int64)
         self._hash: str | None = None
         self._set_transform(mean, std, augment)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether there is no augmentation."""
+        return self.augment is None
 
     @property
     @abstractmethod

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fdl.errors import RefusedError
+from fdl.feature_losses import FEATURE_LOSSES
 from fdl.knowledge.extraction import Extracted, Moments, layer_names
 from fdl.knowledge.option import Option, at_least, not_negative, one_of
 from fdl.knowledge.selection import LayerSelection
-from fdl.losses import FEATURE_LOSSES
 from fdl.messages import Features
 from fdl.participants import Client
 from fdl.seeding import torch_stream
@@ -35,8 +35,8 @@ class FeatureTransfer(Option):
         layers: the last so many blocks of each specialist, or names and globs of its layers; ``"embedding"`` is what
             its last layer sees.
         student: likewise, the student's layers that are compared.
-        loss: a name among `fdl.losses.FEATURE_LOSSES`; those that compare point by point see the student through a
-            linear projector, the relational ones do not need any.
+        loss: a name among `fdl.feature_losses.FEATURE_LOSSES`; those that compare point by point see the student
+            through a linear projector, the relational ones do not need any.
         weight: β, the weight in the server's loss; 0 switches features off.
         width: of the common space.
         components: send only so many principal components of each layer, found by each client in its first round and

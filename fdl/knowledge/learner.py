@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fdl.datamodules.samples import Batch, Samples
 from fdl.errors import UserError
+from fdl.feature_losses import FEATURE_LOSSES
 from fdl.knowledge.collection import Collected
 from fdl.knowledge.confidence import public_space
 from fdl.knowledge.curriculum import Curriculum
@@ -18,7 +19,7 @@ from fdl.knowledge.features import FeatureTransfer
 from fdl.knowledge.option import not_negative, one_of
 from fdl.knowledge.prototypes import PrototypeTransfer
 from fdl.knowledge.targets import Answered
-from fdl.losses import FEATURE_LOSSES, RESPONSE_LOSSES
+from fdl.losses import RESPONSE_LOSSES
 from fdl.modules.adapter import ADAPTERS
 from fdl.modules.output import Output
 from fdl.modules.weights import load_into

@@ -15,9 +15,9 @@ from fdl.knowledge.confidence import LIMIT, ClientView, public_space
 from fdl.knowledge.extraction import EMBEDDING, Extracted, Moments
 from fdl.knowledge.features import WIDEST, sketch
 from fdl.knowledge.option import Option, at_least, not_negative, one_of, positive
-from fdl.losses import PROTOTYPE_LOSSES
 from fdl.messages import Confidences, Prototypes
 from fdl.participants import Client, Server
+from fdl.prototype_losses import PROTOTYPE_LOSSES
 
 
 class PrototypeTransfer(Option):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,7 @@ from torch import Tensor, nn
 from fdl.datamodules.samples import Batch, Samples
 from fdl.errors import UserError
 from fdl.losses import RESPONSE_LOSSES
-from fdl.runtime import Objective
-from fdl.terms import mean_over, samples_of
+from fdl.terms import Terms, samples_of
 
 
 class Answered(Samples):
@@ -33,6 +34,11 @@ class Answered(Samples):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the samples' are."""
+        return self.samples.at_once
 
     @property
     def nbytes(self) -> int:
@@ -63,23 +69,28 @@ class Answered(Samples):
         return self.samples.content_hash()
 
 
-def response_objective(loss: str, temperature: float) -> Objective:
+@dataclass(frozen=True)
+class ResponseObjective:
     """What a model minimises when it learns from answers.
 
-    Args:
+    Attributes:
         loss: a name among `RESPONSE_LOSSES`.
         temperature: of the softmax over the learner's logits, > 0.
 
     Raises:
         UserError: for an unknown loss.
     """
-    if loss not in RESPONSE_LOSSES:
-        raise UserError(f"loss must be one of {', '.join(RESPONSE_LOSSES)}, got {loss!r}")
-    function = RESPONSE_LOSSES[loss]
 
-    @mean_over(samples_of)
-    def objective(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    loss: str
+    temperature: float
+    terms: ClassVar[Terms] = staticmethod(samples_of)
+
+    def __post_init__(self) -> None:
+        """Look the loss up."""
+        if self.loss not in RESPONSE_LOSSES:
+            raise UserError(f"loss must be one of {', '.join(RESPONSE_LOSSES)}, got {self.loss!r}")
+
+    def __call__(self, module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """The loss of one batch of inputs and answers."""
         inputs, answers = batch
-        return {"loss": function(module(inputs).logits, answers, temperature)}
-
-    return objective
+        return {"loss": RESPONSE_LOSSES[self.loss](module(inputs).logits, answers, self.temperature)}

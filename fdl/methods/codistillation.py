@@ -8,10 +8,11 @@ from typing import Literal
 from lightning import LightningModule
 
 from fdl.errors import UserError
-from fdl.knowledge.targets import response_objective
+from fdl.knowledge.targets import ResponseObjective
 from fdl.messages import Parameters
 from fdl.methods.base import Method
 from fdl.methods.pools import (
+    PoolAggregates,
     PoolMeans,
     Weights,
     architectures,
@@ -117,13 +118,14 @@ class Codistillation(Method):
             results[pool] = state_of(module)
         return Parameters(together(results), samples=client.samples)
 
-    def aggregate(self, server: Server) -> PoolMeans:
+    def aggregate(self, server: Server) -> PoolAggregates:
         """One mean a pool, weighted by sample counts, or what is robust."""
         weights = self._weights(server)
         trained = {int(id): self._trained(list(weights), pool) for id, pool in server.state["members"].items()}
         if self.robust is None:
             return PoolMeans(weights, trained)
-        return PoolMeans(weights, trained, lambda pool, like: RobustParameters(self.robust, server, like, pool, pool))
+        make = lambda pool, like: RobustParameters(self.robust, server, like, pool, pool)  # noqa: E731
+        return PoolAggregates(weights, trained, make)
 
     def server_update(self, server: Server, knowledge: Mapping[str, Weights]) -> dict[str, float]:
         """Average every pool and let the pools teach each other, at once or one after the other."""
@@ -147,7 +149,7 @@ class Codistillation(Method):
         """Every pool's weights after it has learnt from the others."""
         if server.task == "language":
             return tokens_taught_by_others(server, weights, self.temperature)
-        return taught_by_others(server, weights, response_objective("kl", self.temperature))
+        return taught_by_others(server, weights, ResponseObjective("kl", self.temperature))
 
     def _weights(self, server: Server) -> dict[str, Weights]:
         """Every pool's weights, the student's first."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.knowledge.targets import Answered, response_objective
+from fdl.knowledge.targets import Answered, ResponseObjective
 from fdl.losses import distillation
 from fdl.messages import Message
 from fdl.methods.base import Method
@@ -64,7 +64,7 @@ class Distillation(Method):
         answers = server.state["answers"]
         if self.transfer == "proxy":
             samples = Answered(server.proxy, torch.softmax(answers, dim=1))
-            objective = response_objective("kl", self.temperature)
+            objective = ResponseObjective("kl", self.temperature)
         else:
             # labels travel beside the answers, as one more column
             labels = server.pooled.labels.unsqueeze(1).to(answers.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdl.errors import RefusedError
 from fdl.knowledge.aggregation import ParameterMean
-from fdl.knowledge.targets import Answered, response_objective
+from fdl.knowledge.targets import Answered, ResponseObjective
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
 from fdl.modules.weights import load_into, state_of
@@ -66,7 +66,7 @@ class FedDF(Method):
         """Put every group on its average, then teach it by all."""
         averages, logits = knowledge
         samples = Answered(server.proxy, torch.softmax(logits, dim=1))
-        objective = response_objective("kl", 1.0)
+        objective = ResponseObjective("kl", 1.0)
         for group, tensors in averages.items():
             if group != "student":
                 module = server.runtime.template(group)

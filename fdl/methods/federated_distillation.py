@@ -23,7 +23,7 @@ from fdl.knowledge.option import at_least, one_of
 from fdl.knowledge.personal import AdaptiveWeights, Gains, Similarity
 from fdl.knowledge.prototypes import PrototypePool, PrototypeTransfer
 from fdl.knowledge.subsampling import AnswerCache, rows_of_round
-from fdl.knowledge.targets import Answered, response_objective
+from fdl.knowledge.targets import Answered, ResponseObjective
 from fdl.losses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
 from fdl.messages import Bundle, Message, Responses, Standing, parts_of
 from fdl.methods.base import Method
@@ -110,7 +110,7 @@ class FederatedDistillation(Method):
             raise UserError(f"subsample must be in (0, 1], got {subsample}")
         if cache < 1:
             raise UserError(f"cache must be at least 1 round, got {cache}")
-        self.objective = response_objective(loss, temperature)
+        self.objective = ResponseObjective(loss, temperature)
         self.form = RESPONSE_LOSSES[loss].form
         if self.form == "logits" and (space == "probabilities" or sharpen is not None):
             raise UserError(f"loss {loss} compares logits, so space must be logits, unsharpened; got {space}")

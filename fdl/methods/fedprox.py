@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.losses import proximal
 from fdl.methods.fedavg import FedAvg
+from fdl.proximal import proximal
 from fdl.robust.base import Rule
 from fdl.runtime import Objective, training_step
 from fdl.server_optimizers import ServerOptimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from fdl.messages import Parameters
 from fdl.modules.weights import load_into
 from fdl.participants import Participant, Server, copy_of
 from fdl.runtime import Objective, Runtime
+
+if TYPE_CHECKING:
+    from fdl.ranks import Ranks
+    from fdl.robust.parameters import RobustParameters
 
 Weights = Mapping[str, Tensor]
 
@@ -76,29 +81,29 @@ def taught_by_others(server: Server, weights: Mapping[str, Weights], objective: 
     return learnt
 
 
-class PoolMeans:
-    """One mean of weights for each pool, of clients that send one model or several.
+class PoolAggregates:
+    """One aggregate of weights for each pool, of clients that send one model or several.
 
     Args:
         like: by pool, names, shapes and dtypes of its model.
         trained: by client, the pools whose models it sends.
-        mean: makes an empty mean for a pool's model.
+        mean: makes an empty aggregate for a pool's model, which can `merge` others.
     """
 
     def __init__(
         self,
         like: Mapping[str, Weights],
         trained: Mapping[int, Sequence[str]],
-        mean: Callable[[str, Weights], ParameterMean] = lambda pool, like: ParameterMean(like),
+        mean: Callable[[str, Weights], ParameterMean | RobustParameters],
     ):
         self._like, self._trained, self._mean = like, trained, mean
-        self._means: dict[str, ParameterMean] = {}
+        self._means: dict[str, ParameterMean | RobustParameters] = {}
 
     def add(self, message: Parameters, client: int) -> None:
         """Take in one client's models.
 
         Raises:
-            RefusedError: one of them does not fit; all means are as they were.
+            RefusedError: one of them does not fit; all aggregates are as they were.
         """
         if not isinstance(message, Parameters):
             raise RefusedError(f"expected parameters, got {message.kind}")
@@ -118,6 +123,18 @@ class PoolMeans:
                 self._means[pool] = mean
 
     def result(self) -> dict[str, Weights] | None:
-        """The mean weights of every pool that was heard, in the order of pools; None when none was."""
+        """The new weights of every pool that was heard, in the order of pools; None when none was."""
         means = {pool: self._means[pool].result() for pool in self._like if pool in self._means}
         return {pool: mean for pool, mean in means.items() if mean is not None} or None
+
+
+class PoolMeans(PoolAggregates):
+    """One mean for each pool, weighted by sample counts; arguments as above."""
+
+    def __init__(self, like: Mapping[str, Weights], trained: Mapping[int, Sequence[str]]):
+        super().__init__(like, trained, lambda pool, like: ParameterMean(like))
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Take in what the same means took in on all other ranks, and let them do so."""
+        for pool, like in self._like.items():
+            self._means.setdefault(pool, ParameterMean(like)).reduce(ranks)

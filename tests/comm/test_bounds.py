@@ -13,7 +13,8 @@ from fdl.comm.codec import _DTYPES, Codec
 from fdl.comm.memory import Memory
 from fdl.comm.wire import pack, unpack
 from fdl.errors import RefusedError, UserError
-from fdl.messages import _TYPES, Parameters
+from fdl.messages import Parameters
+from fdl.messages.base import _TYPES
 from tests.comm.strategies import CHAINS, allocates_at_most
 from tests.comm.test_wire import forge
 

@@ -8,7 +8,7 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation import Knowledge
 from fdl.knowledge.curriculum import PACINGS, Curriculum, Paced, difficulty
 from fdl.recipe import Fit
-from fdl.runtime import batches
+from fdl.sampling import batches
 
 
 def knowledge(agreement, log_weight):

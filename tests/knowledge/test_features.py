@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fdl.errors import UserError
+from fdl.feature_losses import linear_cka, relational_distance
 from fdl.knowledge.features import FeatureMean, FeatureTransfer, principal, sketch
-from fdl.losses import linear_cka, relational_distance
 from fdl.messages import Confidences, Features
 
 

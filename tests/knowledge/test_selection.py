@@ -7,10 +7,10 @@ import torch
 
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
+from fdl.feature_losses import linear_cka
 from fdl.knowledge.extraction import Extracted
 from fdl.knowledge.features import FeatureTransfer, principal
 from fdl.knowledge.selection import LayerSelection, dependence, select
-from fdl.losses import linear_cka
 from fdl.modules.tiny import CNN
 from fdl.runtime import Runtime
 

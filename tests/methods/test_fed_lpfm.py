@@ -207,7 +207,7 @@ def test_counting_leaves_statistics_and_gradients_alone(tmp_path):
     ],
 )
 def test_samples_seen_are_those_that_batches_draw(count, config, seen):
-    from fdl.runtime import batches
+    from fdl.sampling import batches
 
     fit = Fit(batch_size=4, optimizer=Component("sgd"), **config)
     assert samples_seen(count, fit) == seen

@@ -2,7 +2,8 @@
 
 import torch
 
-from fdl.methods.pools import between, part_of, together
+from fdl.messages import Parameters
+from fdl.methods.pools import PoolAggregates, PoolMeans, between, part_of, together
 
 
 def test_models_of_one_message_come_apart_again():
@@ -21,3 +22,41 @@ def test_between_two_models_lies_a_line_and_counters_are_the_clients():
     for alpha, end in ((0.0, mean), (1.0, learnt)):
         assert torch.equal(between(mean, learnt, alpha)["w"], end["w"])
     assert between(mean, learnt, 1.0)["batches"] == 7
+
+
+class Told:
+    """Ranks of which another one said what it has before; without, one that says what it has."""
+
+    def __init__(self, others=None):
+        self.others, self.said = list(others or ()), []
+
+    def sum(self, tensor):
+        self.said.append(tensor.clone())
+        if self.others:
+            tensor.add_(self.others.pop(0))
+
+    def largest(self, tensor):
+        self.said.append(tensor.clone())
+        if self.others:
+            tensor.copy_(torch.maximum(tensor, self.others.pop(0)))
+
+
+def test_means_of_two_processes_are_those_of_one():
+    """A pool that was heard in one process only, and one that nobody was heard of, count as everywhere."""
+    like = {pool: {"w": torch.zeros(n), "batches": torch.tensor(0)} for pool, n in (("a", 2), ("b", 3), ("c", 1))}
+    trained = {0: ["a"], 1: ["a", "b"], 2: ["a"], 3: ["c"]}
+    draw = lambda pool, k: {"w": torch.rand(len(like[pool]["w"])), "batches": torch.tensor(k + 1)}  # noqa: E731
+    uploads = {k: Parameters(together({pool: draw(pool, k) for pool in trained[k]}), samples=k + 5) for k in range(3)}
+    whole, here, there = (PoolMeans(like, trained) for _ in range(3))
+    for client, upload in uploads.items():
+        whole.add(upload, client)
+        (here if client == 0 else there).add(upload, client)
+    said = Told()
+    there.reduce(said)
+    here.reduce(Told(said.said))
+    expected, found = whole.result(), here.result()
+    assert list(found) == list(expected) == ["a", "b"]
+    for pool in found:
+        torch.testing.assert_close(found[pool]["w"], expected[pool]["w"])
+        assert found[pool]["batches"] == expected[pool]["batches"]
+    assert not hasattr(PoolAggregates, "reduce")  # rules need every upload, in every process

@@ -15,7 +15,7 @@ from fdl.messages import Confidences, Parameters, Responses
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedprox import FedProx
-from fdl.methods.pools import PoolMeans, together
+from fdl.methods.pools import PoolAggregates, together
 from fdl.recipe import from_mapping
 from fdl.robust.answers import RobustAnswers
 from fdl.robust.base import Plain
@@ -147,7 +147,7 @@ def test_every_pool_has_a_rule_of_its_own():
     server, messages = Somewhere(), updates()
     trained = {client: ["small", "large"][: 1 + client % 2] for client in range(5)}
     make = lambda pool, like: RobustParameters(Median(), server, like, pool, pool)  # noqa: E731
-    means = PoolMeans({"small": like(), "large": like()}, trained, make)
+    means = PoolAggregates({"small": like(), "large": like()}, trained, make)
     for client, message in enumerate(messages):
         means.add(Parameters(together(dict.fromkeys(trained[client], message.tensors)), 1), client)
     found = means.result()

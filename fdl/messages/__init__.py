@@ -1,0 +1,37 @@
+"""What may cross the wire: frozen, typed messages that check themselves.
+
+A message gives the wire named arrays (`fields`) and a few numbers (`meta`), and is built from them on the other side.
+The receiver trusts neither: `build` refuses what is missing or of a wrong type, `validate` what makes no sense.
+"""
+
+from fdl.messages.base import Message, Meta, message_type
+from fdl.messages.bundle import Bundle, parts_of
+from fdl.messages.confidences import Confidences
+from fdl.messages.features import Features
+from fdl.messages.fields import check_finite, check_samples, narrow, nothing_left, take_integers, take_meta, to_torch
+from fdl.messages.parameters import Parameters
+from fdl.messages.prototypes import Prototypes
+from fdl.messages.responses import Form, Responses
+from fdl.messages.standing import Standing
+
+__all__ = [
+    "Bundle",
+    "Confidences",
+    "Features",
+    "Form",
+    "Message",
+    "Meta",
+    "Parameters",
+    "Prototypes",
+    "Responses",
+    "Standing",
+    "check_finite",
+    "check_samples",
+    "message_type",
+    "narrow",
+    "nothing_left",
+    "parts_of",
+    "take_integers",
+    "take_meta",
+    "to_torch",
+]

@@ -1,0 +1,93 @@
+"""Inner activations as a message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdl.errors import RefusedError
+from fdl.messages.base import Message, Meta
+from fdl.messages.confidences import Confidences, check_confidence, codes_of, scale_of, take_confidence, taken
+from fdl.messages.fields import (
+    check_finite,
+    narrow,
+    nothing_left,
+    take_integers,
+    to_numpy,
+    to_torch,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Features(Message):
+    """Activations of named layers for rows of the proxy set, pooled to one vector a row.
+
+    Attributes:
+        layers: by name of the layer, float [n, d]; every layer may have its own d.
+        rows: int64 [n], the rows of the proxy set, or None for the whole set in order.
+        confidence: the sender's log-weight of every row, or None; then that of the responses it is sent with counts.
+    """
+
+    kind: ClassVar[str] = "features"
+    code: ClassVar[int] = 3
+
+    layers: Mapping[str, Tensor]
+    rows: Tensor | None = None
+    confidence: Confidences | None = None
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """One array a layer; rows in the narrowest integers that hold them; the confidence's codes."""
+        fields = {f"layer/{name}": to_numpy(name, values) for name, values in self.layers.items()}
+        if self.rows is not None:
+            fields["rows"] = narrow("rows", self.rows)
+        return fields | codes_of(self.confidence)
+
+    def meta(self) -> Meta:
+        """The confidence's scale."""
+        return scale_of(self.confidence)
+
+    def taken(self, keep: Tensor) -> Features:
+        """Only the rows at some places (int64)."""
+        layers = {name: values[keep] for name, values in self.layers.items()}
+        rows = keep if self.rows is None else self.rows[keep]
+        return Features(layers, rows, taken(self.confidence, keep))
+
+    @classmethod
+    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Features:
+        """Inverse of `fields` and `meta`."""
+        fields, meta = dict(fields), dict(meta)
+        names = [name for name in fields if name.startswith("layer/")]
+        layers = {name.removeprefix("layer/"): to_torch(fields.pop(name)) for name in names}
+        most = max((len(values) if values.ndim else 0 for values in layers.values()), default=0)
+        rows = take_integers(fields, "rows", most)
+        confidence = take_confidence(fields, meta)
+        nothing_left(meta)
+        nothing_left(fields)
+        return cls(layers, rows, confidence)
+
+    def validate(self) -> None:
+        """At least one layer; finite matrices, rows and confidence of one length."""
+        if not self.layers:
+            raise RefusedError("features without a layer")
+        first = next(iter(self.layers.values()))
+        count = len(first) if first.ndim else 0
+        for name, values in self.layers.items():
+            if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
+                raise RefusedError(
+                    f"features of {name!r:.80} must be a matrix of real numbers, got {values.dtype} "
+                    f"{list(values.shape)}"
+                )
+            if len(values) != count:
+                raise RefusedError(f"layer {name!r:.80} has {len(values)} rows, another has {count}")
+            check_finite(f"layer {name!r:.80}", values)
+        if self.rows is not None:
+            if self.rows.dtype != torch.int64 or self.rows.shape != (count,):
+                raise RefusedError(f"{count} features need as many int64 rows, got {list(self.rows.shape)}")
+            if self.rows.numel() and self.rows.min() < 0:
+                raise RefusedError("a proxy row is negative")
+        check_confidence(self.confidence, count, "features")

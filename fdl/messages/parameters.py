@@ -1,0 +1,81 @@
+"""Weights as a message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdl.messages.base import Message, Meta
+from fdl.messages.fields import (
+    check_finite,
+    check_samples,
+    nothing_left,
+    side_by_side,
+    take_meta,
+    to_numpy,
+    to_torch,
+)
+from fdl.pieces import Pieces, as_one
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters(Message):
+    """Weights and buffers of a model, or an update of them.
+
+    Attributes:
+        tensors: by name; booleans, integers and real numbers of any dtype and shape. Integers and booleans (counters
+            of BatchNorm) cross every chain unchanged.
+        samples: how many examples the sender trained on, 0 from the server.
+    """
+
+    kind: ClassVar[str] = "parameters"
+    code: ClassVar[int] = 1
+
+    tensors: Mapping[str, Tensor]
+    samples: int = 0
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """One array a tensor."""
+        return {name: to_numpy(name, tensor) for name, tensor in self.tensors.items()}
+
+    def meta(self) -> Meta:
+        """The sample count."""
+        return {"samples": int(self.samples)}
+
+    @classmethod
+    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Parameters:
+        """Inverse of `fields` and `meta`."""
+        meta = dict(meta)
+        samples = take_meta(meta, "samples", int)
+        nothing_left(meta)
+        return cls(side_by_side(fields) or {name: to_torch(array) for name, array in fields.items()}, samples)
+
+    @cached_property
+    def whole(self) -> Tensor | None:
+        """All tensors, in order, as one vector, where they lie side by side; see `as_one`."""
+        return self.tensors.whole if isinstance(self.tensors, Pieces) else as_one(self.tensors.values())
+
+    @cached_property
+    def layout(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every tensor, in order."""
+        if isinstance(self.tensors, Pieces):
+            return [(name, shape, torch.float32) for name, shape in self.tensors.shapes.items()]
+        return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()]
+
+    @cached_property
+    def _checked(self) -> None:
+        check_samples(self.samples)
+        if self.whole is None or not math.isfinite(self.whole.sum()):
+            for name, tensor in self.tensors.items():
+                check_finite(f"tensor {name!r}", tensor)
+
+    def validate(self) -> None:
+        """Every number is finite. Looked at once: a message does not change."""
+        return self._checked

@@ -1,0 +1,134 @@
+"""Answers to proxy samples as a message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdl.errors import RefusedError
+from fdl.messages.base import Message, Meta
+from fdl.messages.confidences import Confidences, taken
+from fdl.messages.fields import (
+    check_finite,
+    check_samples,
+    nothing_left,
+    take_meta,
+    to_numpy,
+    to_torch,
+)
+
+Form = Literal["logits", "probabilities", "embeddings"]
+
+_FORMS = get_args(Form)  # the order is the wire format: new forms go to the end
+
+
+@dataclass(frozen=True, eq=False)
+class Responses(Message):
+    """What a model answers for rows of the proxy set.
+
+    Attributes:
+        values: float [n, C], logits, probabilities or embeddings.
+        form: which of the three.
+        rows: int64 [n], the rows of the proxy set, or None for the whole set in order.
+        confidence: the sender's log-weight of every row, or None.
+        samples: how many examples the sender trained on, 0 from the server.
+    """
+
+    kind: ClassVar[str] = "responses"
+    code: ClassVar[int] = 2
+
+    values: Tensor
+    form: Form
+    rows: Tensor | None = None
+    confidence: Confidences | None = None
+    samples: int = 0
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """The values; rows in the narrowest unsigned integers that hold them; the confidence's codes."""
+        fields = {"values": to_numpy("values", self.values)}
+        if self.rows is not None:
+            rows = to_numpy("rows", self.rows)
+            if rows.size and rows.min() >= 0:
+                rows = rows.astype(np.min_scalar_type(rows.max()))
+            fields["rows"] = rows
+        if self.confidence is not None:
+            fields["codes"] = to_numpy("codes", self.confidence.codes)
+        return fields
+
+    def meta(self) -> Meta:
+        """The form's number, the sample count, the confidence's scale."""
+        meta: Meta = {"form": _FORMS.index(self.form), "samples": int(self.samples)}
+        if self.confidence is not None:
+            meta |= {"lo": float(self.confidence.lo), "step": float(self.confidence.step)}
+        return meta
+
+    def narrowed(self, share: float) -> Responses | None:
+        """The rows with the highest confidence, or with the clearest answer where none is sent, in their order."""
+        keep = self.clearest(share)
+        return self.taken(keep) if len(keep) else None
+
+    def clearest(self, share: float) -> Tensor:
+        """Places, rising, of the share of answers that are most sure of themselves; of embeddings, evenly spread."""
+        total = len(self.values)
+        count = int(share * total)
+        if self.confidence is not None:
+            certainty = self.confidence.codes.float()
+        elif self.form == "embeddings":
+            return torch.arange(count) * total // max(count, 1)
+        else:
+            values = self.values.detach().float()
+            certainty = (values if self.form == "probabilities" else torch.softmax(values, dim=1)).amax(dim=1)
+        return certainty.cpu().argsort(descending=True, stable=True)[:count].sort().values
+
+    def taken(self, keep: Tensor) -> Responses:
+        """Only the answers at some places (int64)."""
+        rows = keep if self.rows is None else self.rows[keep]
+        return replace(self, values=self.values[keep], rows=rows, confidence=taken(self.confidence, keep))
+
+    @classmethod
+    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Responses:
+        """Inverse of `fields` and `meta`."""
+        fields, meta = dict(fields), dict(meta)
+        form, samples = take_meta(meta, "form", int), take_meta(meta, "samples", int)
+        if not 0 <= form < len(_FORMS) or "values" not in fields:
+            raise RefusedError("responses without values or of an unknown form")
+        values, rows, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)
+        if rows is not None:
+            # The length is looked at before the rows are widened: eight bytes a row are then no more than the values.
+            if rows.dtype.kind not in "iu" or rows.size > values.size:
+                raise RefusedError(f"{values.size} values with {rows.size} rows of {rows.dtype}")
+            rows = torch.from_numpy(rows.astype(np.int64))
+        confidence = None
+        if codes is not None:
+            confidence = Confidences(to_torch(codes), take_meta(meta, "lo", float), take_meta(meta, "step", float))
+        nothing_left(meta)
+        nothing_left(fields)
+        return cls(to_torch(values), _FORMS[form], rows, confidence, samples)
+
+    def validate(self) -> None:
+        """A finite matrix; probabilities not negative; rows and confidence of the same length."""
+        check_samples(self.samples)
+        values, rows, confidence = self.values, self.rows, self.confidence
+        if self.form not in _FORMS:
+            raise RefusedError(f"unknown form {self.form!r}")
+        if values.ndim != 2 or not values.is_floating_point():
+            raise RefusedError(f"responses must be a matrix of real numbers, got {values.dtype} {list(values.shape)}")
+        if values.shape[1] < 1:
+            raise RefusedError("responses have no columns")
+        check_finite("responses", values)
+        if self.form == "probabilities" and values.numel() and values.min() < 0:
+            raise RefusedError("a probability is negative")
+        if rows is not None:
+            if rows.dtype != torch.int64 or rows.shape != values.shape[:1]:
+                raise RefusedError(f"{len(values)} responses need as many int64 rows, got {list(rows.shape)}")
+            if rows.numel() and rows.min() < 0:
+                raise RefusedError("a proxy row is negative")
+        if confidence is not None:
+            confidence.validate()
+            if len(confidence.codes) != len(values):
+                raise RefusedError(f"{len(values)} responses with {len(confidence.codes)} confidences")

@@ -1,0 +1,53 @@
+"""What a fit minimises, and what two of them have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fdl.datamodules.samples import Batch
+
+Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
+"""What a fit minimises: (module, batch) to named losses, of which ``"loss"`` is differentiated."""
+
+
+def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """The default objective: the module's own training step on a labelled batch."""
+    return module.training_step(batch)
+
+
+def kind_of(objective: Objective) -> Any:
+    """What objectives that are evaluated in one pass have in common: all but the tensors they hold."""
+    if not dataclasses.is_dataclass(objective):
+        return objective
+    tensors = tensors_of(objective)
+    names = (field.name for field in dataclasses.fields(objective))
+    return type(objective), {name: getattr(objective, name) for name in names if name not in tensors}
+
+
+def is_repeatable(objective: Objective) -> bool:
+    """Whether an objective gives the same whenever it is given the same, as far as can be told.
+
+    Those are the module's own step, and dataclasses of tensors, numbers and strings; what a function remembers, nobody
+    can tell.
+    """
+    if objective is training_step:
+        return True
+    if not dataclasses.is_dataclass(objective):
+        return False
+    held, values = tensors_of(objective), vars(objective)
+    return all(name in held or isinstance(value, bool | int | float | str | None) for name, value in values.items())
+
+
+def tensors_of(objective: Any) -> dict[str, Any]:
+    """A dataclass's fields that are tensors or lists of tensors."""
+    values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, Tensor) or (isinstance(value, list) and value and isinstance(value[0], Tensor))
+    }

@@ -1,0 +1,31 @@
+"""Messages as ranks hand them to each other: to the last bit, and with nothing judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fdl.comm.codec import Codec
+from fdl.messages import Bundle, Message, message_type
+
+_PLAIN = Codec([])
+
+
+def wrapped(message: Message | Bundle) -> dict[str, Any]:
+    """A message as tensors and numbers, whatever the server may say of it."""
+    bundled = isinstance(message, Bundle)
+    parts = message.parts if bundled else (message,)
+    fields = [torch.frombuffer(bytearray(_PLAIN.encode(part.fields())), dtype=torch.uint8) for part in parts]
+    heads = [{"code": part.code, "meta": part.meta()} for part in parts]
+    return {"bundled": bundled, "heads": heads, "fields": fields}
+
+
+def unwrapped(parcel: Mapping[str, Any]) -> Message | Bundle:
+    """What `wrapped` was given."""
+    parts = tuple(
+        message_type(head["code"]).build(_PLAIN.decode(fields.numpy().tobytes(), limit=1 << 62), head["meta"])
+        for head, fields in zip(parcel["heads"], parcel["fields"])
+    )
+    return Bundle(parts) if parcel["bundled"] else parts[0]

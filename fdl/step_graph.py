@@ -1,0 +1,106 @@
+"""A training step as a list of tensor operations, forward and backward."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+log = logging.getLogger("fdl")
+
+Results = tuple[dict[str, Tensor], list[Tensor]]
+"""Named losses, and gradients."""
+
+Step = Callable[..., Results]
+"""A function of tensors alone, by position."""
+
+aten = torch.ops.aten
+
+_SAME = {
+    aten.alias.default,
+    aten.detach.default,
+    aten.expand.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+}
+"""Operations that change nothing where the result has the shape of what they are given."""
+
+
+def written_down(step: Step, tensors: Sequence[Tensor], expected: Results, own: Sequence[Tensor]) -> Step | None:
+    """Write a step down.
+
+    Args:
+        step: what to do; it changes no tensor that it was given.
+        tensors: what it was given.
+        expected: what it returned.
+        own: all other tensors that it may read, whose contents may change between two steps.
+
+    Returns:
+        A function that does the same, with gradients of the same layout; None where that cannot be had: the step
+        draws random numbers, looks at numbers in tensors, or does not repeat itself to the bit.
+    """
+    try:
+        module = make_fx(step)(*tensors)
+        _check(module, own)
+        _tidy(module.graph)
+        module.graph.set_codegen(fx.graph.CodeGen())  # arguments and results as they are, not as trees
+        module.recompile()
+        found = torch.no_grad()(module.forward)
+        again = found(*tensors)
+        before, after = ([*losses.values(), *gradients] for losses, gradients in (expected, again))
+        for a, b in zip(before, after, strict=True):
+            if a.stride() != b.stride() or not torch.equal(a, b):
+                raise ValueError("it gives something else")
+    except Exception as error:  # make_fx runs whatever a module has, and says in many ways that it cannot
+        log.debug("a training step cannot be written down: %s", error)
+        return None
+    return found
+
+
+def _check(module: fx.GraphModule, own: Sequence[Tensor]) -> None:
+    """Refuse what would not be the same the next time.
+
+    Raises:
+        ValueError: saying what.
+    """
+    known = {tensor.data_ptr() for tensor in own}
+    for node in module.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise ValueError(f"{node.target} draws random numbers")
+        if node.op == "get_attr":
+            tensor = getattr(module, node.target)
+            # a number that the code holds; anything larger may be another tensor by the next step
+            if tensor.ndim and tensor.data_ptr() not in known:
+                raise ValueError(f"it reads a tensor of shape {list(tensor.shape)} that is not the module's")
+
+
+def _tidy(graph: fx.Graph) -> None:
+    """Leave out what changes nothing, and what was done before."""
+    operations = [node for node in graph.nodes if node.op == "call_function"]
+    if any(node.target._schema.is_mutable for node in operations if isinstance(node.target, torch._ops.OpOverload)):
+        return  # then it matters which results share memory
+    done: dict[tuple, fx.Node] = {}
+    for node in operations:
+        instead = _instead(node) or done.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+        if instead is not node:
+            node.replace_all_uses_with(instead)
+    graph.eliminate_dead_code()
+
+
+def _instead(node: fx.Node) -> fx.Node | None:
+    """What an operation that changes nothing is given; None for any other."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target is aten.t.default and source.target is aten.t.default:
+        return source.args[0]
+    one = node.target in (aten.mul.Scalar, aten.mul.Tensor) and node.args[1] == 1
+    return source if (one or node.target in _SAME) and _kind(node) == _kind(source) else None
+
+
+def _kind(node: fx.Node) -> tuple:
+    value = node.meta["val"]
+    return tuple(value.shape), value.dtype
