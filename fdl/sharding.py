@@ -20,7 +20,7 @@ from fdl.errors import UserError
 from fdl.inference import Question, answer
 from fdl.modules.shards import inside, is_sharded, shard, whole
 from fdl.modules.weights import pin_parts, state_of
-from fdl.runtime import Objective, training_step
+from fdl.objectives import Objective, training_step
 from fdl.shared_gradients import agree, clip_all, penalty, pull, told_apart
 
 if TYPE_CHECKING:

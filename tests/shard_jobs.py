@@ -15,8 +15,6 @@ from fdl import checkpoint, runtime
 from fdl.build import build
 from fdl.errors import UserError
 from fdl.modules.shards import local
-from fdl.modules.tiny import MLP
-from fdl.modules.tuning import apply_tuning
 from fdl.terms import part_of
 from tests import rank_jobs
 
@@ -43,7 +41,10 @@ JOBS = {
     "knowledge": ("knowledge", [LOCAL, DISTIL, DIGEST, "channel.upload=[]", "federation.rounds=2"]),
     "affinity_distillation": ("affinity_distillation", [LOCAL, DISTIL, DIGEST]),
     "token_distillation": ("token_distillation", [LOCAL, DISTIL, *PLAIN]),
-    "lora": ("fedavg", ["student={target: tests.shard_jobs.Tuned, args: {}}"]),
+    "fedlora": ("fedlora", []),
+    "federated_prompts": ("federated_prompts", [LOCAL]),
+    "pfedpg": ("pfedpg", [LOCAL]),
+    "colluding": ("colluding", []),
     "tied": ("token_distillation", [*LANGUAGE, GPT2]),
     "pools": ("token_distillation", [*LANGUAGE, *POOLS]),
     "bf16": ("fedavg", ["fabric.precision=bf16-mixed", "student={target: vit}"]),
@@ -51,26 +52,16 @@ JOBS = {
 """By name: a job of `rank_jobs`, and what is other here. Adam's rounding is as large as its smallest gradients."""
 
 
-class Tuned(MLP):
-    """A perceptron that everybody has, of which low-rank updates are trained."""
-
-    def __init__(self, num_classes: int, input_shape: list[int]):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(7)
-            super().__init__(hidden=[16, 16], num_classes=num_classes, input_shape=input_shape)
-        self.frozen = apply_tuning(self, "lora", lora={"rank": 2})
-
-
-def recipe(name: str, more: tuple[str, ...] = (), sharded: bool = True):
-    """The recipe of a job."""
+def recipe(name: str, folder: Path, more: tuple[str, ...] = (), sharded: bool = True):
+    """The recipe of a job that runs in a folder."""
     base, changes = JOBS[name]
-    made = rank_jobs.recipe(base, 2 if sharded else 1, (*changes, *more))
+    made = rank_jobs.recipe(base, 2 if sharded else 1, (*changes, *more), folder)
     return replace(made, fabric=replace(made.fabric, strategy="fsdp")) if sharded else made
 
 
 def run(name: str, folder: Path, more: tuple[str, ...] = (), resume: bool = False, sharded: bool = True) -> dict:
     """Run one job to its end, and say what this process held."""
-    loop = build(recipe(name, more, sharded), folder)
+    loop = build(recipe(name, folder, more, sharded), folder)
     found = rank_jobs.outcome(loop, loop.run(resume=resume))
     return {**found, "held": held(loop)}
 
@@ -94,7 +85,7 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
 
 def rounded_weights(folder: Path, sharded: bool = True) -> int:
     """Bytes of rounded weights that a step under bf16-mixed holds between its way forward and backward."""
-    loop = build(recipe("bf16", sharded=sharded), folder)
+    loop = build(recipe("bf16", folder, sharded=sharded), folder)
     student, kept = loop.server.student, []
     shapes = {tuple(p.shape) for name, p in student.named_parameters() if "blocks" in name and p.ndim == 2}
     inputs = loop.server.test.batch(torch.arange(2))[0]
