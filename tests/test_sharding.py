@@ -237,5 +237,5 @@ def test_a_recipe_on_gpus(precision, tmp_path):
         assert ended.returncode == 0, ended.stderr
         (newest,) = sorted((folder / "checkpoints").glob("round-000002-*"))
         students.append(shard_jobs.weights_in(newest))
-    tolerance = {"32-true": 1e-4, "bf16-mixed": 2e-2, "bf16-true": 5e-2}[precision]
+    tolerance = {"32-true": 1e-4, "bf16-mixed": 4e-2, "bf16-true": 4e-2}[precision]
     torch.testing.assert_close(*students, rtol=0, atol=tolerance)
