@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fdl
+from fdl.modules.shards import local
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
@@ -137,7 +138,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
+    flat = local(tensor.detach()).cpu().contiguous().flatten()
     return memoryview((flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)).numpy())
 
 

@@ -28,6 +28,7 @@ from fdl.faults.channel import FaultyChannel
 from fdl.knowledge.encoder import Frozen
 from fdl.knowledge.pair_confidence import Images
 from fdl.loop import FederatedLoop
+from fdl.modules.shards import to_host
 from fdl.participants import Client, Server
 from fdl.privacy.settings import policy, trainer
 from fdl.privacy.settings import watching as watching_privacy
@@ -384,7 +385,8 @@ def _fingerprint(
         names = getattr(module, "frozen", ())
         tensors = module.state_dict() if names else {}
         for name in sorted(names):
-            digest.update(name.encode() + tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            whole = to_host(tensors[name]).contiguous()
+            digest.update(name.encode() + whole.view(-1).view(torch.uint8).numpy().tobytes())
     for share in shares:
         digest.update(np.ascontiguousarray(share, dtype="<i8").tobytes() + b"/")
     return digest.hexdigest()

@@ -43,7 +43,7 @@ def evaluate(loop: FederatedLoop, record: dict[str, Any], last: bool = False) ->
         last: whether this is the run's last round.
     """
     names = TASKS[loop.server.task].asked(loop.recipe.evaluation.metrics)
-    found = _server_models(loop, record["round"], names, last) if loop.runtime.ranks.leader else {}
+    found = _server_models(loop, record["round"], names, last) if loop.runtime.ranks.asks else {}
     own = _specialists(loop, names) if loop.recipe.evaluation.specialists else {}
     for told in loop.runtime.ranks.gather(json.dumps([found, own]).encode()) if not loop.spread.alone else ():
         others, theirs = json.loads(told)

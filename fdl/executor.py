@@ -93,6 +93,8 @@ class Batched(Executor):
 
     def against(self, module: nn.Module, runtime: Runtime) -> str | None:
         """Why clients with such a model do not train together; None if they do."""
+        if runtime.sharder is not None:
+            return "every rank has a part of each model"
         if runtime.fabric.strategy.precision.precision != "32-true":
             return "only 32-bit training is done together"
         return unstackable(module)

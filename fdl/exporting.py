@@ -53,7 +53,7 @@ def export(run: Path, format: str, output: Path | None = None, which: str = "bes
     if not (run / runs.RECIPE).is_file() or not (run / runs.SUMMARY).is_file():
         raise UserError(f"{run}: holds no finished run (no {runs.RECIPE} and {runs.SUMMARY})")
     summary = runs.read_summary(run)
-    loop = build(load(run / runs.RECIPE), run)
+    loop = build(load(run / runs.RECIPE), run, launch=False)
     student = loop.server.student
     if student is None:
         raise UserError(f"{run}: method {summary['method']} has no student")

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from fdl.build import build
 from fdl.estimate import estimate_bytes
 from fdl.listing import columns
+from fdl.sharding import require_gpus
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
@@ -27,7 +28,11 @@ def describe(recipe: Recipe, folder: Path) -> str:
     Args:
         recipe: the checked recipe.
         folder: the folder that a run would use.
+
+    Raises:
+        UserError: the recipe needs GPUs, and there are none.
     """
+    require_gpus(recipe)
     loop = build(recipe, folder, launch=False)
     return "\n".join([*_clients(loop), "", *_server(loop, folder)])
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from fdl.clusters import launched
 from fdl.errors import UserError
 from fdl.runtime import NO_SUCH_DEVICES, fabric_of
+from fdl.sharding import require_gpus
 
 if TYPE_CHECKING:
     from fdl.recipe import Recipe
@@ -42,8 +43,10 @@ def processes(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
         resume: whether the run goes on from a checkpoint.
 
     Raises:
-        UserError: when the machine does not have the devices, or a run over several machines lacks an address.
+        UserError: when the machine lacks the devices or GPUs that it needs, or a run over several machines
+            lacks an address.
     """
+    require_gpus(recipe)
     single = str(recipe.fabric.devices) == "1" and recipe.fabric.num_nodes == 1
     try:
         if single or launched() is not None:  # building the run compares what was started with what it asks for

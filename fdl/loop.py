@@ -86,7 +86,7 @@ class FederatedLoop:
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the round in progress is finished and saved.
-            UserError: when `resume` finds no good checkpoint.
+            UserError: when `resume` finds no good checkpoint, or another process of the run is gone.
         """
         if resume:
             snapshot.restore(self)
@@ -100,7 +100,7 @@ class FederatedLoop:
                         snapshot.save(self)
                         raise KeyboardInterrupt
                     self.run_round(self.round + 1)
-            if self.stopped is not None and self.server.student is not None and self.runtime.ranks.leader:
+            if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
                 ask(self.server, self.probes, self.history[-1]["metrics"])
             if self.attacks:
                 attack(self)
@@ -108,6 +108,7 @@ class FederatedLoop:
             self.callbacks.on_fit_end(self, summary)
         except BaseException as error:
             self.callbacks.on_exception(self, error)
+            self.runtime.ranks.explain(error)
             raise
         return summary
 

@@ -236,8 +236,8 @@ class Client(Participant):
         module = self.runtime.template(self.architecture)
         if self.runtime.holder(self.architecture) is not self:
             if "specialist" not in self.state:
-                fresh = self.runtime.create(self.architecture, stream_seed(self.seed, "init", 0, self.id))
-                self.state["specialist"] = copy_of(fresh)
+                seed = stream_seed(self.seed, "init", 0, self.id)
+                self.state["specialist"] = self.runtime.first_weights(self.architecture, seed)
             load_into(module, self.state["specialist"])
             self.runtime.hold(self.architecture, self)
         return module

@@ -33,14 +33,16 @@ class Ranks:
     Args:
         fabric: launched.
         timeout: seconds that a rank waits for the others, > 0.
+        together: whether all ranks do all the work, each with its part of every model, instead of sharing clients out.
 
     Attributes:
         index: this process's rank.
         count: how many there are.
     """
 
-    def __init__(self, fabric: Fabric, timeout: float):
+    def __init__(self, fabric: Fabric, timeout: float, together: bool = False):
         self.index, self.count, self._timeout = fabric.global_rank, fabric.world_size, timeout
+        self.together = together
         self._group = None
         if self.count > 1:
             with self._peers():
@@ -50,6 +52,11 @@ class Ranks:
     def leader(self) -> bool:
         """Whether this is the rank that writes files and talks to people."""
         return self.index == 0
+
+    @property
+    def asks(self) -> bool:
+        """Whether this rank asks the server's models: one does, or all where each has a part of them."""
+        return self.leader or self.together
 
     def gather(self, data: bytes) -> list[bytes]:
         """Hand bytes to all ranks.
@@ -154,6 +161,19 @@ class Ranks:
         if self.leader:
             raise UserError(f"{told[rank]} (on rank {rank})")
         sys.exit(2)
+
+    def explain(self, error: BaseException) -> None:
+        """Where models are spread over ranks, say of an error in the midst of training that another rank is gone.
+
+        Args:
+            error: what ended the run here.
+
+        Raises:
+            UserError: that was it.
+        """
+        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        if self.together and lost:
+            self._lost(error)
 
     @contextmanager
     def _peers(self) -> Iterator[None]:

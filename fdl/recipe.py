@@ -164,8 +164,10 @@ class Fabric:
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = key("auto", "kind of device")
     devices: int | str = key(1, "number of devices; clients are spread over them")
     num_nodes: int = key(1, "number of machines", bounds=_COUNT)
-    strategy: Literal["auto", "ddp"] = key(
-        "auto", "how processes train the server's models: each by itself, alike; or ddp, sharing every batch"
+    strategy: Literal["auto", "ddp", "fsdp"] = key(
+        "auto",
+        "how processes train the server's models: each by itself, alike; or ddp, sharing every batch; or fsdp, on "
+        "GPUs: each holds a part of every model, of the clients' too",
     )
     timeout: float = key(1800.0, "seconds that processes wait for each other", bounds=Bounds(0, open_low=True))
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine"] = (

@@ -17,6 +17,8 @@ from fdl.tasks import TASKS
 
 Problems = list[tuple[str, str]]
 
+_FITS = {"local", "distil", "digest"}
+
 
 def violations(tree: dict[str, Any], known: set[str]) -> Problems:
     """Apply all rules.
@@ -45,6 +47,7 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
         _private,
         _comparison,
         _compiled,
+        _sharded,
     ):
         problems += rule(tree, sections)
     return problems + _constructed(tree, known | {key for key, _ in problems})
@@ -151,6 +154,32 @@ def _compiled(tree: dict[str, Any], broken: set[str]) -> Problems:
         for part in ("local", "digest")
         if part not in broken and tree[part] and tree[part]["compile"] != "none"
     ]
+
+
+def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """What cannot be done with models of which every rank holds a part."""
+    if "fabric" in broken or tree["fabric"]["strategy"] != "fsdp":
+        return []
+    fabric, problems = tree["fabric"], []
+    if fabric["accelerator"] in ("cpu", "mps", "tpu"):
+        message = f"fsdp needs GPUs, and fabric.accelerator is {fabric['accelerator']}; take auto or ddp"
+        problems.append(("fabric.strategy", message))
+    if fabric["precision"] in ("16-mixed", "transformer-engine"):
+        problems.append(("fabric.precision", "must be another one with fabric.strategy: fsdp; take bf16-mixed"))
+    if "executor" not in broken and tree["executor"] == "batched":
+        message = "must be sequential or auto with fabric.strategy: fsdp, where all ranks train one client together"
+        problems.append(("executor", message))
+    if "evaluation" not in broken and tree["evaluation"]["attacks"]:
+        message = "must be empty with fabric.strategy: fsdp; attack the finished run with fdl audit"
+        problems.append(("evaluation.attacks", message))
+    private = tree["privacy"] if "privacy" not in broken else None
+    if private is not None and private["training"] == "dp_sgd":
+        message = "must be none with fabric.strategy: fsdp: gradients of single examples need whole models; take auto"
+        problems.append(("privacy.training", message))
+    steps = {f"{part}.compile": tree[part] and tree[part]["compile"] != "none" for part in _FITS - broken}
+    answers = {"inference.compile": "inference" not in broken and tree["inference"]["compile"]}
+    message = "must be off with fabric.strategy: fsdp: weights are gathered between the parts of a pass"
+    return problems + [(key, message) for key, compiled in sorted({**steps, **answers}.items()) if compiled]
 
 
 def _links(tree: dict[str, Any], broken: set[str]) -> Problems:

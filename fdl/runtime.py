@@ -30,7 +30,7 @@ from fdl.compiling import Compiler
 from fdl.errors import UserError
 from fdl.inference import Question, answer, copied, each, staged
 from fdl.modules.optim import build_optimizer, build_scheduler
-from fdl.modules.weights import count_parameters, pin, trainable
+from fdl.modules.weights import count_parameters, pin, state_of, trainable
 from fdl.objectives import Objective, training_step
 from fdl.ranks import Ranks, nobody_came
 from fdl.recording import Recorder, Trained
@@ -53,8 +53,11 @@ NO_SUCH_DEVICES = (MisconfigurationException, ImportError, RuntimeError, TypeErr
 def fabric_of(
     accelerator: str, devices: int | str, num_nodes: int, strategy: str, precision: str, timeout: float
 ) -> Fabric:
-    """Lightning's view of the devices, before any other process is there; arguments as in `Runtime`."""
-    if strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1):
+    """Lightning's view of the devices, before any other process is there; arguments as in `Runtime`.
+
+    Its DDP only brings the processes together: Fabric gets no model to wrap.
+    """
+    if strategy == "fsdp" or (strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1)):
         strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
     clusters.settle()
     # Lightning takes tasks that Slurm has reserved for processes that it has started
@@ -80,8 +83,10 @@ class Runtime:
         accelerator: as Lightning's, e.g. ``"auto"``, ``"cpu"``, ``"gpu"``.
         devices: number of devices.
         num_nodes: number of machines.
-        strategy: ``"auto"``: the server's models are trained alike by all ranks, to the bit; ``"ddp"``: they share
-            the samples of every batch and sum their gradients, as Lightning's DDP does.
+        strategy: ``"auto"``: clients are spread over ranks, and the server's models are trained alike by all ranks, to
+            the bit; ``"ddp"``: ranks share the samples of the server's batches and sum their gradients, as Lightning's
+            DDP does; ``"fsdp"``: every rank holds a part of every model, with its gradients and its optimiser's state,
+            and all ranks train all models together, one client after another.
         precision: as Lightning's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
         threads: torch's CPU threads; None leaves torch's choice.
         batch_size: samples a forward pass of `predict`.
@@ -94,6 +99,7 @@ class Runtime:
         ranks: the processes of the run.
         clock: where the run's time goes.
         compiler: of training steps.
+        sharder: spreads models over ranks; None: every rank has whole ones.
     """
 
     def __init__(
@@ -122,10 +128,17 @@ class Runtime:
             self.fabric.launch()
         except dist.DistError as error:
             raise nobody_came(error, timeout) from error
-        self.ranks = Ranks(self.fabric, timeout)
+        self.sharder = None
+        self.ranks = Ranks(self.fabric, timeout, together=launch and strategy == "fsdp")
+        if self.ranks.together:
+            from fdl.sharding import Sharder
+
+            self.sharder = Sharder(self.fabric, self.ranks)
         # there Fabric's wrappers add nothing but their own time, which small models feel
-        self._plain = isinstance(self.fabric.strategy, SingleDeviceStrategy) and precision == "32-true"
-        self._shares, self.joint = strategy == "ddp" and self.ranks.count > 1, False
+        alone = isinstance(self.fabric.strategy, SingleDeviceStrategy | DDPStrategy) and self.sharder is None
+        self._plain = alone and precision == "32-true"
+        self._shares, self.joint = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
+        self.joint = self._shares and self.ranks.together
         self.batch_size, self.compile, self.answers = batch_size, compile, AnswerCache(cache)
         self.compiler = Compiler()
         self.dry, self.clock = False, Stopwatch()
@@ -144,12 +157,23 @@ class Runtime:
 
     def create(self, architecture: str, seed: int) -> LightningModule:
         """Build a module with weights drawn from `seed`, on the device, leaving torch's random state as it was."""
+        module = self._built(architecture, seed)
+        if self.sharder is not None:
+            return self.sharder.place(module)
+        module = self.fabric.to_device(module)
+        pin(module)
+        return module
+
+    def first_weights(self, architecture: str, seed: int) -> dict[str, Tensor]:
+        """The weights of a module as `create` builds it, in host memory."""
+        return state_of(self._built(architecture, seed))
+
+    def _built(self, architecture: str, seed: int) -> LightningModule:
+        """A new module in host memory, in the recipe's precision."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             module = self.factories[architecture]()
-        module = self.place(module)
-        pin(module)
-        return module
+        return self.fabric.strategy.precision.convert_module(module)
 
     def place(self, module: LightningModule) -> LightningModule:
         """Move a module to the device in the recipe's precision."""
@@ -201,8 +225,11 @@ class Runtime:
         parameters, optimizer = self._optimizer(module, config)
         scheduler, interval = self._schedule(optimizer, config, round)
         take_step = optimizer.optimizer.step if self._plain else optimizer.step
+        if self.sharder is not None:
+            take_step = partial(self.sharder.step, optimizer)
         skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
         terms = self._terms(module, objective)
+        within = objective if self.sharder is None else self.sharder.within(objective)
         sums: dict[str, Tensor] = {}
         steps = 0
         if not module.training:  # walking over all submodules costs as much as a step of a small model
@@ -215,10 +242,12 @@ class Runtime:
                 losses = recorded(partial(step, objective), batch)
             else:
                 # the last batch of an epoch has a size of its own at every client, which is not worth compiling for
-                losses = self.compiler.run(step, module, objective, config.compile if whole else "none")
-            if terms is not None:
+                losses = self.compiler.run(step, module, within, config.compile if whole else "none")
+            if self.sharder is not None:
+                self.sharder.settle(module, parameters, objective, config.gradient_clip)
+            elif terms is not None:
                 self.ranks.sum_gradients(parameters)
-            if config.gradient_clip is not None:
+            if config.gradient_clip is not None and self.sharder is None:
                 self.fabric.clip_gradients(module, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
             take_step()
             for parameter in parameters:
@@ -268,6 +297,8 @@ class Runtime:
             losses = {name: value * weight for name, value in losses.items()}
         if self._plain:
             losses["loss"].backward()
+        elif weight is not None and self.sharder is not None:
+            self.fabric.backward(losses["loss"] * self.ranks.count)  # it takes the mean over ranks
         else:
             self.fabric.backward(losses["loss"])
         return losses
@@ -298,7 +329,7 @@ class Runtime:
         try:
             yield
         finally:
-            self.joint = False
+            self.joint = self._shares and self.ranks.together
 
     def _optimizer(self, module: nn.Module, config: Fit) -> tuple[list[nn.Parameter], _FabricOptimizer]:
         """The module's trainable parameters and a fresh optimiser of them.
@@ -316,8 +347,9 @@ class Runtime:
                     group.update(original)
                 return parameters, optimizer
         # a fused kernel unscales gradients by itself, which clipping under 16-mixed cannot
-        fused = self.fabric.strategy.precision.precision != "16-mixed"
-        optimizer = build_optimizer(parameters, config.optimizer.target, config.optimizer.args, fused)
+        fused = self.fabric.strategy.precision.precision != "16-mixed" and self.sharder is None
+        given = parameters if self.sharder is None else self.sharder.groups(parameters)
+        optimizer = build_optimizer(given, config.optimizer.target, config.optimizer.args, fused)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer = self.fabric.setup_optimizers(optimizer)
         if config.scheduler is None:  # a schedule wraps the optimiser's methods, so such a one is not used again
@@ -352,6 +384,8 @@ class Runtime:
         frozen = not trainable(module) and next(module.parameters(), None) is not None
         cache = self.answers if frozen else None
         with self.clock.part("extraction", within="clients"):
+            if self.sharder is not None:
+                return self.sharder.predict(module, samples, what, self.batch_size, cache)
             return answer(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
 
     def _to_device(self, batch: Batch) -> Batch:

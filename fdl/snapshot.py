@@ -25,6 +25,7 @@ def save(loop: FederatedLoop) -> None:
     student = loop.server.student
     with loop.seconds("checkpoint"):
         owned = loop.spread.all_states()
+        weights = None if student is None else state_of(student)
         if loop.store is not None:
             loop.store.settle()
         if not loop.runtime.ranks.leader:
@@ -32,7 +33,7 @@ def save(loop: FederatedLoop) -> None:
         # before the checkpoint: a run killed in between does this round again and writes the same student
         if student is not None and loop.history and best_round(loop.history, TASKS[loop.server.task]) == loop.round:
             beside = loop.method.beside_student(loop.server)
-            checkpoint.save_best(loop.folder / BEST, loop.round, state_of(student), beside)
+            checkpoint.save_best(loop.folder / BEST, loop.round, weights, beside)
         state = {
             "round": loop.round,
             "fingerprint": loop.fingerprint,
@@ -40,7 +41,7 @@ def save(loop: FederatedLoop) -> None:
             "seconds": loop.seconds,
             "parts": loop.seconds.parts,
             "stopped": loop.stopped,
-            "student": None if student is None else state_of(student),
+            "student": weights,
             "server": loop.server.state,
             "ledger": loop.ledger.state_dict(),
             **owned,

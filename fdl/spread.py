@@ -42,14 +42,14 @@ class Spread:
         self.ranks, self.clients, self.channel, self.folder = ranks, clients, channel, folder
         self.costs = [0.0 if self.alone else float(max(client.samples, 1) * _size(client)) for client in clients]
         self._measured, self._shown = [False] * len(clients), 0
-        self.homes = [0] * len(clients)
-        for client, rank in largest_first(range(len(clients)), self.costs, ranks.count).items():
+        self.homes = [ranks.index] * len(clients)
+        for client, rank in () if self.alone else largest_first(range(len(clients)), self.costs, ranks.count).items():
             self.homes[client] = rank
 
     @property
     def alone(self) -> bool:
-        """Whether there is only this process."""
-        return self.ranks.count == 1
+        """Whether this process has all clients: it is the only one, or all do the same."""
+        return self.ranks.count == 1 or self.ranks.together
 
     def mine(self) -> list[Client]:
         """The clients whose newest state is here."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fdl.catalog import suggest
 from fdl.errors import UserError
+from fdl.modules.shards import whole
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -84,10 +85,11 @@ def zero_shot_classifier(
     module.eval()
     try:
         rows = []
-        for name in classes:
-            tokens = padded([tokenizer.encode(sentence.replace("{}", name)) for sentence in sentences])
-            vectors = F.normalize(module.encode_text(tokens.to(device)).float(), dim=1)
-            rows.append(F.normalize(vectors.mean(0), dim=0))
+        with whole(module):
+            for name in classes:
+                tokens = padded([tokenizer.encode(sentence.replace("{}", name)) for sentence in sentences])
+                vectors = F.normalize(module.encode_text(tokens.to(device)).float(), dim=1)
+                rows.append(F.normalize(vectors.mean(0), dim=0))
     finally:
         module.train(training)
     return torch.stack(rows)

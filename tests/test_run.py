@@ -250,7 +250,7 @@ def test_resume_needs_a_checkpoint_of_the_same_recipe(recipe, straight, tmp_path
         (["data.args.test=1797"], ["test"]),
         (["fabric.devices=two"], ["fabric", "two"]),
         (["fabric.num_nodes=2"], ["fabric.num_nodes", "MASTER_ADDR", "torchrun"]),
-        (["fabric.strategy=fsdp"], ["fabric.strategy", "'fsdp'"]),
+        (["fabric.strategy=fsdp", "fabric.accelerator=cpu"], ["fabric.strategy: fsdp needs GPUs", "take auto or ddp"]),
         (["fabric.strategy=nonsense"], ["fabric.strategy", "'nonsense'"]),
         (["fabric.accelerator=tpu"], ["fabric", "accelerator=tpu"]),
     ],

@@ -74,6 +74,8 @@ class TensorBoard(Callback):
         server = loop.server
         if server.task != "classification" or server.student is None or len(server.test) == 0:
             return
+        if server.runtime.ranks.count > 1 and server.runtime.ranks.together:
+            return  # it takes all ranks to answer, and only one has callbacks
         predicted = server.predict(server.student, server.test).argmax(1)
         matrix = multiclass_confusion_matrix(predicted, server.test.labels, server.num_classes)
         title = f"Student on the test set after round {loop.round}"

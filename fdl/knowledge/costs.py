@@ -31,7 +31,7 @@ def answer_flops(client: Client, module: nn.Module) -> int:
 
 
 def training_flops(client: Client, module: nn.Module) -> int:
-    """Operations of one private sample's way forward and backward; weights and gradients stay as they are.
+    """Operations of one private sample's way forward and backward; weights stay as they are, without gradients.
 
     Args:
         client: who computes.
@@ -40,7 +40,9 @@ def training_flops(client: Client, module: nn.Module) -> int:
     inputs = _one(client)
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with torch.enable_grad(), client.runtime.fabric.autocast(), FlopCounterMode(display=False) as counter:
-        torch.autograd.grad(module.eval()(inputs).logits.sum(), weights, allow_unused=True)
+        module.eval()(inputs).logits.sum().backward()
+    for weight in weights:
+        weight.grad = None
     return counter.get_total_flops()
 
 
@@ -59,7 +61,8 @@ def samples_seen(count: int, config: Fit) -> int:
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a model's weights and buffers, frozen ones among them, shared ones once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()}
+    held = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.numel())
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in held}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

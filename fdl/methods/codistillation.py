@@ -24,7 +24,7 @@ from fdl.methods.pools import (
 )
 from fdl.methods.token_pools import require_equal_tokens, tokens_taught_by_others
 from fdl.modules.weights import load_into, state_of
-from fdl.participants import Client, Server, copy_of
+from fdl.participants import Client, Server
 from fdl.robust.base import Rule
 from fdl.robust.parameters import RobustParameters
 from fdl.seeding import stream_seed
@@ -91,7 +91,7 @@ class Codistillation(Method):
         if [(k, t.shape) for k, t in own.items()] != [(k, t.shape) for k, t in small.items()]:
             raise UserError("student: must be the model of the first of the specialists, with the same arguments")
         server.state["pools"] = {
-            pool: copy_of(server.runtime.create(pool, stream_seed(server.seed, f"init/{pool}"))) for pool in others
+            pool: server.runtime.first_weights(pool, stream_seed(server.seed, f"init/{pool}")) for pool in others
         }
         server.state["members"] = {str(client.id): client.architecture for client in clients}
 

@@ -42,7 +42,7 @@ class FedDF(Method):
         """Draw first weights for every architecture that clients train."""
         if self.heterogeneous:
             server.state["groups"] = {
-                a: copy_of(server.runtime.create(a, stream_seed(server.seed, f"init/{a}")))
+                a: server.runtime.first_weights(a, stream_seed(server.seed, f"init/{a}"))
                 for a in sorted({client.architecture for client in clients})
             }
             server.state["members"] = {str(client.id): client.architecture for client in clients}

@@ -28,7 +28,7 @@ from fdl.losses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
 from fdl.messages import Bundle, Message, Responses, Standing, parts_of
 from fdl.methods.base import Method
 from fdl.methods.pools import labelled_bytes
-from fdl.modules.weights import load_into, state_of
+from fdl.modules.weights import load_into
 from fdl.participants import Client, Server
 from fdl.privacy.release import Release
 from fdl.recipe import Fit
@@ -225,7 +225,7 @@ class FederatedDistillation(Method):
             client.fit(specialist, client.public, self._pretraining, name="pretrain")
         elif self.restart and taught:
             seed = stream_seed(client.seed, "restart", client.round, client.id)
-            load_into(specialist, state_of(client.runtime.create(client.architecture, seed)))
+            load_into(specialist, client.runtime.first_weights(client.architecture, seed))
         return specialist
 
     def _mean(self, server: Server, weighted: bool | None = None) -> ResponseMean:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl.errors import UserError
 from fdl.knowledge.aggregation import ParameterMean
 from fdl.knowledge.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
+from fdl.modules.shards import is_sharded
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
 
@@ -39,6 +41,11 @@ class FedLoRA(Method):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that the student is one for this aggregation; nothing has been added to its weights."""
+        if self.aggregation.merges and is_sharded(server.student):
+            raise UserError(
+                f"fabric.strategy: aggregation {self.aggregation.name} adds to the student's original weights, of "
+                "which nobody has all under fsdp; take auto, or aggregation fedit, ffa or flexlora"
+            )
         self.aggregation.check(adapted_layers(server.student), state_of(server.student))
         if self.aggregation.merges:
             server.state["base"] = {"version": 0, "total": {}, "log": {}, "known": {}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,14 @@ class Held:
 
     def __call__(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         """The losses of one batch."""
-        parts = training_step(module, batch)
-        term = proximal(list(module.parameters()), self.anchor, self.mu)
+        return self.held(training_step(module, batch), self.penalty(list(module.parameters()), self.anchor))
+
+    def penalty(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+        """The proximal term: a sum over weights alone, so that it can be taken of parts of them."""
+        return proximal(parameters, anchor, self.mu)
+
+    def held(self, parts: Mapping[str, Tensor], term: Tensor) -> dict[str, Tensor]:
+        """The module's own losses with the term."""
         return {**parts, "loss": parts["loss"] + term, "proximal": term}
 
 

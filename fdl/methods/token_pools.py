@@ -12,6 +12,7 @@ from fdl.datamodules.samples import Batch
 from fdl.errors import UserError
 from fdl.knowledge.tokens import translates, vocabulary
 from fdl.methods.pools import Weights, stream_of
+from fdl.modules.shards import whole
 from fdl.modules.weights import load_into
 from fdl.participants import Participant, Server, copy_of
 from fdl.runtime import Objective
@@ -57,7 +58,8 @@ def tokens_taught_by_others(
         teachers = [server.runtime.template(other).eval() for other in weights if other != pool]
         objective = mixture_objective(teachers, vocabulary(server), temperature)
         module = server.runtime.template(pool)
-        server.fit(module, server.proxy, server.distil, objective, stream_of(server, "distil", pool))
+        with whole(*teachers):
+            server.fit(module, server.proxy, server.distil, objective, stream_of(server, "distil", pool))
         learnt[pool] = copy_of(module)
     return learnt
 

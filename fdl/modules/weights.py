@@ -9,17 +9,19 @@ group normalisation serves non-IID federations better.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable, Mapping
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from fdl.modules.shards import local, part_for, to_host
 from fdl.pieces import Pieces, lay_side_by_side
 
 _PINNED: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 _LAID: WeakKeyDictionary[nn.Module, Pieces] = WeakKeyDictionary()
 _PINNED_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+_IN_PARTS: WeakSet[nn.Module] = WeakSet()
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -29,9 +31,12 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     change), so that neither messages nor checkpoints carry a backbone that everybody has. A tensor that has several
     names, as tied embeddings have, goes by the first.
 
-    The tensors are references into the module, detached from the graph: copy them before the module trains on.
+    The tensors are references into the module, detached from the graph: copy them before the module trains on. Of a
+    module that is spread over ranks they are copies in host memory, which all ranks must ask for together.
     """
     known = _PINNED.get(module)
+    if known is not None and module in _IN_PARTS:
+        return {name: to_host(tensor) for name, tensor in known.items()}
     if known is not None:
         return dict(known)
     frozen, seen, state = getattr(module, "frozen", ()), set(), {}
@@ -73,6 +78,19 @@ def pin_to(module: nn.Module, state: Pieces) -> None:
     _PINNED_PARAMETERS[module] = list(module.parameters())
 
 
+def pin_parts(module: nn.Module, names: Iterable[str]) -> None:
+    """As `pin`, for a module of which this rank holds a part.
+
+    Args:
+        module: already sharded.
+        names: of its state, when it was whole: what is shared cannot be told from its parts.
+    """
+    state = module.state_dict()
+    _PINNED[module] = {name: state[name] for name in names}
+    _PINNED_PARAMETERS[module] = list(module.parameters())
+    _IN_PARTS.add(module)
+
+
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that ask for gradients now, shared ones once."""
     parameters = _PINNED_PARAMETERS.get(module)
@@ -96,7 +114,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if laid is not None and isinstance(tensors, Pieces) and list(laid.shapes.items()) == list(tensors.shapes.items()):
         laid.whole.copy_(tensors.whole)
         return
-    own, tensors = state_of(module), dict(tensors.items())
+    own = _PINNED[module] if module in _IN_PARTS else state_of(module)
+    tensors = dict(tensors.items())
     if own.keys() != tensors.keys():
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         said = [
@@ -111,6 +130,9 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name!r} has shape {list(source.shape)}, expected {list(target.shape)}")
         if source.is_floating_point() != target.is_floating_point():
             raise ValueError(f"{name!r} is {source.dtype}, expected {target.dtype}")
+    if module in _IN_PARTS:
+        sources = [part_for(target, source) for target, source in zip(own.values(), sources)]
+        own = {name: local(target) for name, target in own.items()}
     if own:
         torch._foreach_copy_(list(own.values()), sources)
 
