@@ -135,7 +135,8 @@ class Runtime:
 
             self.sharder = Sharder(self.fabric, self.ranks)
         # there Fabric's wrappers add nothing but their own time, which small models feel
-        self._plain = isinstance(self.fabric.strategy, SingleDeviceStrategy) and precision == "32-true"
+        alone = isinstance(self.fabric.strategy, SingleDeviceStrategy | DDPStrategy) and self.sharder is None
+        self._plain = alone and precision == "32-true"
         self._shares, self.joint = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
         self.joint = self._shares and self.ranks.together
         self.batch_size, self.compile, self.answers = batch_size, compile, AnswerCache(cache)

@@ -10,6 +10,7 @@ from fdl.auditing import log
 from fdl.callbacks import figures
 from fdl.callbacks.base import Callback
 from fdl.callbacks.events import MANY_CLIENTS, Curves, hyperparameters, log_hparams, open_writer
+from fdl.modules.shards import is_sharded
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -74,7 +75,7 @@ class TensorBoard(Callback):
         server = loop.server
         if server.task != "classification" or server.student is None or len(server.test) == 0:
             return
-        if server.runtime.ranks.count > 1 and server.runtime.ranks.together:
+        if is_sharded(server.student):
             return  # it takes all ranks to answer, and only one has callbacks
         predicted = server.predict(server.student, server.test).argmax(1)
         matrix = multiclass_confusion_matrix(predicted, server.test.labels, server.num_classes)

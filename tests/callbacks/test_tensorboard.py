@@ -101,6 +101,15 @@ def test_figures_get_the_right_counts(tmp_path, monkeypatch):
     np.testing.assert_array_equal(seen["matrix"], [[3, 0, 1], [0, 4, 0], [0, 0, 4]])
 
 
+def test_a_sharded_student_is_not_asked_by_one_rank_alone(tmp_path, monkeypatch):
+    from fdl.callbacks import figures, tensorboard
+
+    monkeypatch.setattr(tensorboard, "is_sharded", lambda module: True)
+    monkeypatch.setattr(figures, "confusion", lambda *arguments: pytest.fail("the other ranks are not there"))
+    FakeLoop(tmp_path).run(TensorBoard())
+    assert "clients/labels" in read(tmp_path / "tensorboard").Tags()["tensors"]
+
+
 def test_resumed_run_shows_what_the_uninterrupted_one_shows(tmp_path, finished):
     loop = FakeLoop(tmp_path)
     loop.run(TensorBoard(), until=3)
