@@ -1,6 +1,6 @@
 """The same two jobs in fdl, in a bare PyTorch loop, in pfl-research and in Flower: round times and memory.
 
-    python benchmarks/peers.py [--jobs digits cifar10] [--cifar FILE.npz] [--repeats 5] [--rounds 20]
+    python benchmarks/peers.py [--jobs digits cifar10] [--cifar FILE.npz] [--repeats 5] [--rounds 50]
         [--pfl-python PYTHON] [--flower-python PYTHON] [--output FILE.md]
 
 digits: scikit-learn's digits, a perceptron of 17 thousand parameters. cifar10: 5,000 photographs of FILE (x_train,
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cifar", type=Path, help="the photographs, for cifar10")
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--pfl-python", help="interpreter of an environment that has pfl 0.6")
     parser.add_argument("--flower-python", help="interpreter of an environment that has flwr 1.42 and Ray")
     parser.add_argument("--output", type=Path, help="also write the table to this file")

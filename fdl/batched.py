@@ -201,7 +201,6 @@ class _Loss:
         told = self.module.training_step if first is training_step else first
         self.pads = getattr(told, "ignores_padding", False)
         self.recordings = stack.recorder.begin(self.module, first, USES)
-        self.frozen = [*self.module.parameters(), *self.module.buffers()]
 
     def __call__(
         self, runtime: Runtime, weights: list[Tensor], gradients: list[Tensor], parts: Sequence[Batch]
@@ -249,7 +248,7 @@ class _Loss:
         if self.recordings is None:
             losses, found = step(*tensors)
         else:
-            losses, found = self.recordings.run(lambda: step(*tensors), step, tensors, form, self.frozen)
+            losses, found = self.recordings.run(lambda: step(*tensors), step, tensors, form, self.module)
         torch._foreach_copy_(gradients, found)
         return losses
 

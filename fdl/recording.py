@@ -23,6 +23,8 @@ from fdl.step_graph import Results, Step, written_down
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Batch
 
+_WANTS = attrgetter("requires_grad")
+
 AT_MOST = 16
 """Forms of one objective that are kept."""
 
@@ -38,6 +40,8 @@ class Recorder:
         self._dicts: list[dict] = []
         self._hooks: list[dict] = []
         self._settings: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._wanted: list[bool] = []
 
     def begin(self, module: nn.Module, objective: Objective, uses: int) -> Recordings | None:
         """A fit begins.
@@ -67,16 +71,17 @@ class Recorder:
     def _notice(self, module: nn.Module) -> None:
         """Forget all when the module has other parts, tensors or attributes than before."""
         settings = [*chain.from_iterable(map(dict.values, self._dicts))]
-        settings += map(attrgetter("requires_grad"), filter(torch.is_tensor, settings))
         # the same objects: comparing them could mean comparing tensors
-        if self._dicts and len(settings) == len(self._settings) and all(map(is_, settings, self._settings)):
+        same = settings and len(settings) == len(self._settings) and all(map(is_, settings, self._settings))
+        if same and [*map(_WANTS, self._tensors)] == self._wanted:
             return
         parts = list(module.modules())
         self._kinds.clear()
         self._dicts = [d for p in parts for d in (p.__dict__, p._modules, p._parameters, p._buffers)]
         self._hooks = [d for p in parts for name, d in p.__dict__.items() if name.endswith("_hooks")]
         self._settings = [*chain.from_iterable(map(dict.values, self._dicts))]
-        self._settings += map(attrgetter("requires_grad"), filter(torch.is_tensor, self._settings))
+        self._tensors = [value for value in self._settings if isinstance(value, Tensor)]
+        self._wanted = [*map(_WANTS, self._tensors)]
 
 
 class Recordings:
@@ -96,7 +101,7 @@ class Recordings:
         self._uses: dict[Any, tuple[int, int]] = {}
 
     def run(
-        self, live: Callable[[], Results], step: Step, tensors: Sequence[Tensor], more: Any, own: Sequence[Tensor]
+        self, live: Callable[[], Results], step: Step, tensors: Sequence[Tensor], more: Any, module: nn.Module
     ) -> Results:
         """Take a step, as it was written down if it was; and write it down if it comes often.
 
@@ -105,7 +110,7 @@ class Recordings:
             step: the same, given tensors; further arguments as in `written_down`.
             tensors: what the step is given.
             more: whatever else makes it another step than one with tensors of the same shapes.
-            own: all other tensors that it may read.
+            module: whose tensors it may read besides.
 
         Returns:
             What `live` returns, or would, to the bit.
@@ -116,7 +121,7 @@ class Recordings:
             return known(*tensors)
         results = live()
         if self._often(form):
-            self._steps[form] = written_down(step, tensors, results, own)
+            self._steps[form] = written_down(step, tensors, results, [*module.parameters(), *module.buffers()])
         return results
 
     def _often(self, form: Any) -> bool:
@@ -142,8 +147,9 @@ class Trained:
         self, recordings: Recordings, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]
     ):
         self._recordings, self._module, self._objective = recordings, module, objective
-        self._parameters, self._own = parameters, [*module.parameters(), *module.buffers()]
-        self._held, self._spec = tree_flatten({} if objective is training_step else tensors_of(objective))
+        self._parameters, self._held, self._spec = parameters, (), None
+        if objective is not training_step:
+            self._held, self._spec = tree_flatten(tensors_of(objective))
 
     def __call__(self, live: Callable[[], Mapping[str, Tensor]], batch: Batch) -> Mapping[str, Tensor]:
         """Take a step.
@@ -162,8 +168,9 @@ class Trained:
         def step(*tensors: Tensor) -> Results:
             rest = iter(tensors)
             again = tuple(None if gone else next(rest) for gone in missing)
-            held = tree_unflatten(list(rest), self._spec)
-            objective = dataclasses.replace(self._objective, **held) if held else self._objective
+            objective = self._objective
+            if self._held:
+                objective = dataclasses.replace(objective, **tree_unflatten(list(rest), self._spec))
             losses = objective(self._module, again)
             gradients = torch.autograd.grad(losses["loss"], self._parameters)
             return {name: value.detach() for name, value in losses.items()}, list(gradients)
@@ -172,7 +179,7 @@ class Trained:
             return dict(live()), [parameter.grad for parameter in self._parameters]
 
         tensors = [*(part for part in batch if part is not None), *self._held]
-        losses, gradients = self._recordings.run(taken, step, tensors, missing, self._own)
+        losses, gradients = self._recordings.run(taken, step, tensors, missing, self._module)
         for parameter, gradient in zip(self._parameters, gradients):
             parameter.grad = gradient
         return losses
