@@ -170,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         )
                 assert_equal_work(found, options.rounds)
                 rows += rows_of(job, clients, found)
+                if options.output:  # what is done is done, should a later job fail
+                    options.output.write_text(markdown(rows, ()) + "\n", encoding="utf-8")
     missing = {"pfl-research": options.pfl_python, "Flower": options.flower_python}
     skipped = [
         f"{system} was not run: no interpreter that has it was given." for system, at in missing.items() if not at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -46,9 +47,7 @@ def written_down(step: Step, tensors: Sequence[Tensor], expected: Results, own: 
         module = make_fx(step)(*tensors)
         _check(module, own)
         _tidy(module.graph)
-        module.graph.set_codegen(fx.graph.CodeGen())  # arguments and results as they are, not as trees
-        module.recompile()
-        found = torch.no_grad()(module.forward)
+        found = torch.no_grad()(_as_function(module))
         again = found(*tensors)
         before, after = ([*losses.values(), *gradients] for losses, gradients in (expected, again))
         for a, b in zip(before, after, strict=True):
@@ -104,3 +103,48 @@ def _instead(node: fx.Node) -> fx.Node | None:
 def _kind(node: fx.Node) -> tuple:
     value = node.meta["val"]
     return tuple(value.shape), value.dtype
+
+
+def _as_function(module: fx.GraphModule) -> Callable[..., Results]:
+    """A graph as a Python function that calls torch's kernels by themselves, and lets go of what is needed no more.
+
+    The code that `torch.fx` would write looks every operation up, and goes through a wrapper of it, each time.
+    """
+    scope: dict[str, Any] = {}
+
+    def named(value: Any) -> str:
+        """How the code speaks of an argument."""
+        if isinstance(value, fx.Node):
+            return value.name
+        if isinstance(value, list | tuple):
+            inner = "".join(f"{named(one)}, " for one in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key!r}: {named(one)}" for key, one in value.items()) + "}"
+        if value is None or isinstance(value, bool | int | str):
+            return repr(value)
+        scope[f"constant_{len(scope)}"] = value  # a type, a device, a float
+        return f"constant_{len(scope) - 1}"
+
+    arguments, lines = [], []
+    last = {user: node for node in module.graph.nodes for user in node.all_input_nodes}
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            arguments.append(node.name)
+        elif node.op == "get_attr":
+            scope[node.name] = getattr(module, node.target)
+        elif node.op == "call_function":
+            scope[f"do__{node.name}"] = getattr(node.target, "_op", node.target)
+            given = [named(one) for one in node.args] + [f"{key}={named(one)}" for key, one in node.kwargs.items()]
+            lines.append(f"{node.name} = do__{node.name}({', '.join(given)})")
+            done = [one.name for one in node.all_input_nodes if last[one] is node and one.op == "call_function"]
+            lines += [f"del {name}" for name in dict.fromkeys(done)]
+            if not node.users:
+                lines.append(f"del {node.name}")
+        elif node.op == "output":
+            lines.append(f"return {named(node.args[0])}")
+        else:
+            raise ValueError(f"a {node.op}")
+    source = f"def step({', '.join(arguments)}):\n    " + "\n    ".join(lines)
+    exec(compile(source, "<training step>", "exec"), scope)
+    return scope["step"]

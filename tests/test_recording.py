@@ -244,7 +244,7 @@ def test_a_step_is_tidied_and_still_the_same():
     for other in (torch.randn(3, 4), x):
         (loss, gradients), (expected, wanted) = found(other), whole(other)
         assert torch.equal(loss["loss"], expected["loss"]) and torch.equal(gradients[0], wanted[0])
-    names = [node.name for node in found.__wrapped__.__self__.graph.nodes]
+    names = found.__wrapped__.__code__.co_varnames
     assert sum(name.startswith("relu") for name in names) == 1  # asked for twice, done once
     assert not any(name.startswith(("view", "mul", "detach", "alias")) for name in names), names
 
