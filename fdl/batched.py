@@ -28,7 +28,7 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "
 """Optimisers that treat every weight by itself, so that it does not matter which weights share a tensor."""
 
 
-USES = 20
+USES = 10
 """Steps of one form after which it is written down (`fdl.recording`): what is saved is worth its cost after 200."""
 
 

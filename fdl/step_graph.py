@@ -127,7 +127,7 @@ def _as_function(module: fx.GraphModule) -> Callable[..., Results]:
         return f"constant_{len(scope) - 1}"
 
     arguments, lines = [], []
-    last = {user: node for node in module.graph.nodes for user in node.all_input_nodes}
+    last = {given: node for node in module.graph.nodes for given in node.all_input_nodes}
     for node in module.graph.nodes:
         if node.op == "placeholder":
             arguments.append(node.name)
