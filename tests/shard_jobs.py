@@ -51,6 +51,12 @@ JOBS = {
 }
 """By name: a job of `rank_jobs`, and what is other here. Adam's rounding is as large as its smallest gradients."""
 
+LONGER = ("disk", "fed_lpfm", "distillation", "affinity_distillation", "token_distillation", "federated_prompts")
+LONGER += ("pfedpg", "colluding", "pools", "fml")
+"""Jobs of the slow tier."""
+
+QUICK = tuple(name for name in JOBS if name not in LONGER)
+
 
 def recipe(name: str, folder: Path, more: tuple[str, ...] = (), sharded: bool = True):
     """The recipe of a job that runs in a folder."""
@@ -101,7 +107,7 @@ def rounded_weights(folder: Path, sharded: bool = True) -> int:
 
 def all_jobs(place: Path) -> dict:
     """Every job, then runs that go on with those of one process."""
-    found = {name: run(name, place / name) for name in JOBS}
+    found = {name: run(name, place / name) for name in QUICK}
     found["resumed"] = run("federated_distillation", place / "half", ("federation.rounds=2",), resume=True)
     parts = []
     runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
@@ -126,6 +132,7 @@ def failing(method: str, place: Path) -> dict:
 
 if __name__ == "__main__":
     folder, what = Path(sys.argv[1]), sys.argv[2]
-    result = all_jobs(folder) if what == "all" else failing(what, folder)
+    tasks = {"all": all_jobs, "longer": lambda place: {name: run(name, place / name) for name in LONGER}}
+    result = tasks[what](folder) if what in tasks else failing(what, folder)
     (folder / f"{what}-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(result))
     os._exit(0)  # a rank that still sleeps is not waited for

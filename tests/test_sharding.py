@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from fdl import sharding
@@ -53,21 +54,34 @@ def pair(folder, what):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What both processes made of all jobs; the folder has their runs."""
-    folder = tmp_path_factory.mktemp("shards")
-    shard_jobs.run("federated_distillation", folder / "half", ("federation.rounds=1",), sharded=False)
-    first, second = pair(folder, "all")
+    """What both processes made of the quick jobs; the folder has their runs. Workers of one test run share it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "shards"
+    else:
+        folder = tmp_path_factory.mktemp("shards")
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "all-1.json").is_file():
+            folder.mkdir(exist_ok=True)
+            shard_jobs.run("federated_distillation", folder / "half", ("federation.rounds=1",), sharded=False)
+            pair(folder, "all")
+    first, second = (json.loads((folder / f"all-{rank}.json").read_text()) for rank in (0, 1))
     return {"first": first, "second": second, "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    """What both processes made of the other jobs."""
+    first, second = pair(tmp_path_factory.mktemp("longer"), "longer")
+    return {"first": first, "second": second}
 
 
 def flat(outcome):
     return np.concatenate([np.ravel(values) for values in outcome["student"].values()])
 
 
-@pytest.mark.parametrize("name", shard_jobs.JOBS)
-def test_two_processes_with_half_a_model_each_are_one_with_a_whole_one(two, name, tmp_path):
+def is_one_with_a_whole_one(two, name, folder):
     """Weights, up to rounding; names, bytes and rounds, to the last. Both processes come to the same."""
-    alone = json.loads(json.dumps(shard_jobs.run(name, tmp_path, sharded=False)))
+    alone = json.loads(json.dumps(shard_jobs.run(name, folder, sharded=False)))
     found = two["first"][name]
     assert list(found["student"]) == list(alone["student"])
     np.testing.assert_allclose(flat(found), flat(alone), rtol=0, atol=LOOSE.get(name, 1e-6))
@@ -79,8 +93,7 @@ def test_two_processes_with_half_a_model_each_are_one_with_a_whole_one(two, name
     assert found["held"]["names"] == alone["held"]["names"]
 
 
-@pytest.mark.parametrize("name", shard_jobs.JOBS)
-def test_each_process_holds_half(two, name):
+def holds_half(two, name):
     """Of parameters and of the optimiser's state; what cannot be cut evenly differs by a row a tensor.
 
     Scalars are everywhere, and so is normalisation in mixed precision.
@@ -93,6 +106,19 @@ def test_each_process_holds_half(two, name):
     if name == "adam":
         held = two["first"][name]["held"]
         assert held["moments"]["in all"] == 2 * held["parameters"]["in all"]
+
+
+@pytest.mark.parametrize("name", shard_jobs.QUICK)
+def test_two_processes_with_half_a_model_each_are_one_with_a_whole_one(two, name, tmp_path):
+    is_one_with_a_whole_one(two, name, tmp_path)
+    holds_half(two, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shard_jobs.LONGER)
+def test_so_they_are_for_other_methods(longer, name, tmp_path):
+    is_one_with_a_whole_one(longer, name, tmp_path)
+    holds_half(longer, name)
 
 
 def test_mixed_precision_keeps_no_rounded_copies_of_blocks(two, tmp_path):

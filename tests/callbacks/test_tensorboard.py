@@ -2,11 +2,18 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 
 from fdl.callbacks.events import Curves, hyperparameters, open_writer
 from fdl.callbacks.tensorboard import TensorBoard
 from tests.callbacks.fakes import FakeLoop, record
+
+
+@pytest.fixture(autouse=True)
+def file_names(monkeypatch):
+    """Files of one second and process are told apart by a count, and read by name: 10 would come before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def read(folder):
