@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from fdl import runtime
 from fdl.build import build
 from fdl.errors import UserError
+from fdl.knowledge.pools import together
 from fdl.methods.fedavg import FedAvg
-from fdl.methods.pools import together
 from fdl.modules.tiny import MLP
 from fdl.modules.tiny_dual_encoder import TinyDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer

@@ -8,10 +8,7 @@ from typing import Literal
 from lightning import LightningModule
 
 from fdl.errors import UserError
-from fdl.knowledge.targets import ResponseObjective
-from fdl.messages import Parameters
-from fdl.methods.base import Method
-from fdl.methods.pools import (
+from fdl.knowledge.pools import (
     PoolAggregates,
     PoolMeans,
     Weights,
@@ -22,7 +19,10 @@ from fdl.methods.pools import (
     taught_by_others,
     together,
 )
-from fdl.methods.token_pools import require_equal_tokens, tokens_taught_by_others
+from fdl.knowledge.targets import ResponseObjective
+from fdl.knowledge.token_pools import require_equal_tokens, tokens_taught_by_others
+from fdl.messages import Parameters
+from fdl.methods.base import Method
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule

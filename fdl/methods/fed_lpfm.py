@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from fdl.errors import UserError
 from fdl.knowledge.costs import answer_flops, samples_seen, training_flops, weight_bytes
+from fdl.knowledge.pools import architectures
 from fdl.knowledge.targets import Answered
 from fdl.losses import RESPONSE_LOSSES, cross_entropy
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
-from fdl.methods.pools import architectures
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server, copy_of
 from fdl.robust.base import Rule

@@ -21,13 +21,13 @@ from fdl.knowledge.learner import Teaching
 from fdl.knowledge.memory import LastAnswers
 from fdl.knowledge.option import at_least, one_of
 from fdl.knowledge.personal import AdaptiveWeights, Gains, Similarity
+from fdl.knowledge.pools import labelled_bytes
 from fdl.knowledge.prototypes import PrototypePool, PrototypeTransfer
 from fdl.knowledge.subsampling import AnswerCache, rows_of_round
 from fdl.knowledge.targets import Answered, ResponseObjective
 from fdl.losses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
 from fdl.messages import Bundle, Message, Responses, Standing, parts_of
 from fdl.methods.base import Method
-from fdl.methods.pools import labelled_bytes
 from fdl.modules.weights import load_into
 from fdl.participants import Client, Server
 from fdl.privacy.release import Release

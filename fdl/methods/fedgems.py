@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from fdl.errors import RefusedError, UserError
 from fdl.knowledge.aggregation import Knowledge, ResponseMean
+from fdl.knowledge.pools import labelled_bytes
 from fdl.knowledge.targets import Answered
 from fdl.losses import cross_entropy
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
-from fdl.methods.pools import labelled_bytes
 from fdl.participants import Client, Server
 
 CERTAIN = 0.05

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import RefusedError, UserError
 from fdl.knowledge.option import not_negative, positive
+from fdl.knowledge.pools import architectures
 from fdl.knowledge.targets import Answered
 from fdl.losses import cross_entropy, kd_loss
 from fdl.messages import Responses
 from fdl.methods.base import Method
-from fdl.methods.pools import architectures
 from fdl.modules.output import Output
 from fdl.modules.weights import load_into
 from fdl.participants import Client, Server, copy_of

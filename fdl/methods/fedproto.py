@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import RefusedError, UserError
+from fdl.knowledge.pools import architectures
 from fdl.losses import cross_entropy
 from fdl.messages import Prototypes
 from fdl.methods.base import Method
-from fdl.methods.pools import architectures
 from fdl.participants import Client, Server
 from fdl.runtime import Objective
 

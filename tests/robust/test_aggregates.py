@@ -11,11 +11,11 @@ from fdl.datamodules.samples import TensorSamples
 from fdl.errors import RefusedError, UserError
 from fdl.knowledge.aggregation import ParameterMean, ResponseMean
 from fdl.knowledge.confidence import SampleCount
+from fdl.knowledge.pools import PoolAggregates, together
 from fdl.messages import Confidences, Parameters, Responses
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedprox import FedProx
-from fdl.methods.pools import PoolAggregates, together
 from fdl.recipe import from_mapping
 from fdl.robust.answers import RobustAnswers
 from fdl.robust.base import Plain

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from fdl.errors import UserError
+from fdl.knowledge.token_pools import mixture_objective, require_equal_tokens
 from fdl.methods.codistillation import Codistillation
-from fdl.methods.token_pools import mixture_objective, require_equal_tokens
 from fdl.server_optimizers import SGD
 from tests.toy_language import DOWN, SHORT, UP, VOCAB, Bigram, Letters, federation, table
 

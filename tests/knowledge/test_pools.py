@@ -2,8 +2,8 @@
 
 import torch
 
+from fdl.knowledge.pools import PoolAggregates, PoolMeans, between, part_of, together
 from fdl.messages import Parameters
-from fdl.methods.pools import PoolAggregates, PoolMeans, between, part_of, together
 
 
 def test_models_of_one_message_come_apart_again():

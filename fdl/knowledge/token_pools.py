@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Batch
 from fdl.errors import UserError
+from fdl.knowledge.pools import Weights, stream_of
 from fdl.knowledge.tokens import translates, vocabulary
-from fdl.methods.pools import Weights, stream_of
 from fdl.modules.shards import whole
 from fdl.modules.weights import load_into
 from fdl.participants import Participant, Server, copy_of
