@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,12 +64,12 @@ class Training:
             and kind_of(self.objective) == kind_of(other.objective)
         )
 
-    @property
+    @cached_property
     def an_epoch(self) -> int:
         """Steps of an epoch."""
         return -(-len(self.samples) // self.config.batch_size)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Steps in all."""
         return self.config.steps if self.config.steps is not None else self.config.epochs * self.an_epoch
@@ -152,9 +153,8 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
         gathered(job.samples, batches(len(job.samples), config, job.generator), job.generator) for job in ordered
     ]
     for step in range(ordered[0].steps):
-        left = sum(job.steps > step for job in ordered)
-        if left != live:
-            live = left
+        if live == 0 or ordered[live - 1].steps <= step:
+            live = sum(job.steps > step for job in ordered)
             _shorten(optimizer, parameter, whole, live)
             parameter.grad, weights, gradients = _views(stack, whole, live)
         drawn = [next(stream) for stream in streams[:live]]

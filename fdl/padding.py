@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -31,9 +32,9 @@ def stacked(batches: Sequence[tuple]) -> tuple:
     Raises:
         RuntimeError: for tensors whose shapes differ in any other way.
     """
-    sizes = [len(batch[1]) if isinstance(batch[1], Tensor) else 0 for batch in batches]
-    longest = max(sizes)
-    short = [(i, size) for i, size in enumerate(sizes) if size < longest]
+    sizes = tuple([len(batch[1]) if isinstance(batch[1], Tensor) else 0 for batch in batches])
+    short = min(sizes) < max(sizes)
+    filled, labelled = _rows(sizes) if short else (None, None)
 
     def column(parts: Sequence, labels: bool = False):
         if parts[0] is None:
@@ -43,11 +44,25 @@ def stacked(batches: Sequence[tuple]) -> tuple:
         if not parts[0].is_floating_point() and parts[0].ndim == 2:
             width = max(part.shape[1] for part in parts)
             parts = [F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
-        parts = list(parts)
-        for i, size in short:
-            # what fills up is labelled to count for nothing, or else a row that the model knows to handle
-            fill = parts[i].new_tensor(PADDING) if labels else parts[i][0]
-            parts[i] = torch.cat([parts[i], fill.expand(longest - size, *parts[i].shape[1:])])
-        return torch.stack(parts)
+        if not short:
+            return torch.stack(parts)
+        if labels:  # what fills up is labelled to count for nothing
+            whole = torch.cat([*parts, parts[0].new_full((1,), PADDING)])
+        else:
+            whole = torch.cat(parts)
+        rows = (labelled if labels else filled).to(whole.device)
+        return whole.index_select(0, rows).unflatten(0, (len(sizes), -1))
 
-    return tuple(column(parts, labels=i == 1) for i, parts in enumerate(zip(*batches)))
+    return tuple([column(parts, labels=i == 1) for i, parts in enumerate(zip(*batches))])
+
+
+@lru_cache(maxsize=256)
+def _rows(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Which rows of all inputs on end, and of all labels with one more behind them, make batches of one size."""
+    ends = torch.tensor(sizes).cumsum(0)
+    starts = ends - torch.tensor(sizes)
+    place = torch.arange(max(sizes)).expand(len(sizes), -1)
+    there = place < torch.tensor(sizes)[:, None]
+    # in the place of what is not there stands a row that the model knows to handle
+    filled = torch.where(there, starts[:, None] + place, starts[:, None])
+    return filled.flatten(), torch.where(there, filled, ends[-1]).flatten()

@@ -8,9 +8,45 @@ from __future__ import annotations
 import math
 from collections.abc import ItemsView, Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+
+class Arrays(Mapping[str, np.ndarray]):
+    """Named float32 arrays that fill one buffer in order; views of it are made when somebody asks for one.
+
+    Args:
+        whole: the buffer, float32 [n], contiguous.
+        shapes: by name, in order.
+    """
+
+    def __init__(self, whole: np.ndarray, shapes: dict[str, tuple[int, ...]]):
+        self.whole, self.shapes = whole, shapes
+
+    @cached_property
+    def form(self) -> tuple:
+        """What arrays of the same names and shapes have in common."""
+        return tuple(self.shapes.items())
+
+    @cached_property
+    def _views(self) -> dict[str, np.ndarray]:
+        views, end = {}, 0
+        for name, shape in self.shapes.items():
+            start, end = end, end + math.prod(shape)
+            views[name] = self.whole[start:end].reshape(shape)
+        return views
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 class Pieces(Mapping[str, Tensor]):
@@ -37,6 +73,21 @@ class Pieces(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pieces:
+        return Pieces(self.whole.clone(), self.shapes)
+
+    @cached_property
+    def arrays(self) -> Arrays | None:
+        """The same memory as numpy sees it; None where that is not float32 numbers of the host."""
+        if self.whole.device.type != "cpu" or self.whole.dtype is not torch.float32:
+            return None
+        return Arrays(self.whole.numpy(), self.shapes)
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> Pieces:
+        """Arrays as tensors that share their memory."""
+        return cls(torch.from_numpy(arrays.whole), arrays.shapes)
 
     def items(self) -> ItemsView[str, Tensor]:
         """Names and views, at a dict's speed."""

@@ -33,7 +33,8 @@ def batches(
     left = config.steps if config.steps is not None else -1
     epochs = config.epochs if config.steps is None else -1
     while left != 0 and epochs != 0:
-        order = torch.randperm(count, generator=generator).split(config.batch_size)
+        order = torch.randperm(count, generator=generator)
+        order = order.split(config.batch_size) if count > config.batch_size else (order,)
         if skip_single and len(order[-1]) == 1:
             order = order[:-1]
         if not order:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 PARTS = ("clients", "extraction", "encode", "decode", "aggregate", "distil", "evaluate", "checkpoint")
 """What a round consists of. ``clients`` is what their turns take beside the parts named apart: training, in the main;
@@ -40,22 +40,14 @@ class Stopwatch(dict[str, float]):
             self._turn_to(before, now)
             self[phase] = self.get(phase, 0.0) + now - start
 
-    @contextmanager
-    def part(self, part: str, within: str = "") -> Iterator[None]:
+    def part(self, part: str, within: str = "") -> AbstractContextManager[None]:
         """Let a block count for a part, and not for the one that it interrupts.
 
         Args:
             part: its name.
             within: only where this part is being timed; "": anywhere within a phase.
         """
-        if self._part is None or (within and within != self._part):
-            yield
-            return
-        before = self._turn_to(part, time.perf_counter())
-        try:
-            yield
-        finally:
-            self._turn_to(before, time.perf_counter())
+        return _NOTHING if self._part is None or (within and within != self._part) else _Part(self, part)
 
     def _turn_to(self, part: str | None, now: float) -> str | None:
         """Charge the part that was timed until now; returns it."""
@@ -64,3 +56,21 @@ class Stopwatch(dict[str, float]):
             self.parts[before] = self.parts.get(before, 0.0) + now - self._since
         self._part, self._since = part, now
         return before
+
+
+class _Part:
+    """What `Stopwatch.part` gives: a class, since a generator takes longer than a small message."""
+
+    __slots__ = ("_before", "_clock", "_part")
+
+    def __init__(self, clock: Stopwatch, part: str):
+        self._clock, self._part = clock, part
+
+    def __enter__(self) -> None:
+        self._before = self._clock._turn_to(self._part, time.perf_counter())
+
+    def __exit__(self, *error: object) -> None:
+        self._clock._turn_to(self._before, time.perf_counter())
+
+
+_NOTHING = nullcontext()

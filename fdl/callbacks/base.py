@@ -89,9 +89,13 @@ HOOKS: dict[str, list[str]] = {
 def _each(hook: str) -> Callable[..., None]:
     """Return a hook that calls the hook of every callback in turn."""
 
-    @functools.wraps(getattr(Callback, hook))
+    nothing = getattr(Callback, hook)
+
+    @functools.wraps(nothing)
     def call(self: CallbackList, *arguments: Any) -> None:
         for callback in self.callbacks:
+            if getattr(type(callback), hook) is nothing and hook not in vars(callback):
+                continue
             with _named(callback, hook):
                 getattr(callback, hook)(*arguments)
 

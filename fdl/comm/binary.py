@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from fdl.errors import RefusedError
 
+try:  # the same checksum, an order of magnitude faster: it is taken of every byte that is sent
+    from isal.isal_zlib import crc32
+except ImportError:  # not built for every processor
+    from zlib import crc32
+
+__all__ = ["Reader", "crc32", "text", "varint"]
+
 
 def varint(value: int) -> bytes:
     """Encode an integer in [0, 2**64) in 7-bit groups, the lowest first: one byte below 128."""

@@ -26,6 +26,7 @@ from fdl.comm.binary import Reader, text, varint
 from fdl.comm.stage import ArrayStage, Coded, EntropyStage, Spec, Stage, Turn
 from fdl.errors import RefusedError, UserError
 from fdl.floats import BFLOAT16
+from fdl.pieces import Arrays
 
 if TYPE_CHECKING:
     from fdl.comm.memory import Memory
@@ -34,6 +35,7 @@ _INTEGERS = ["|b1", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8"]
 # The order is the wire format: new dtypes go to the end.
 _DTYPES = [np.dtype(d) for d in [*_INTEGERS, "<f2", "<f4", "<f8"]] + [BFLOAT16]
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_FLOAT32 = np.dtype("<f4")
 _MAX_RANK = 15
 _MAX_ARRAYS = 1 << 13  # an array without a single number takes a few bytes of a schema and hundreds in memory
 _MAX_KNOWN, _MAX_KEY = 16, 1 << 16
@@ -69,6 +71,7 @@ class _Layout(NamedTuple):
         total: bytes of the decoded arrays.
         plain: whether there is nothing to undo, so that the parts are the arrays.
         flags: names of the boolean arrays.
+        shapes: of all arrays, by name, where they are plain float32 numbers; None for any others.
     """
 
     arrays: tuple[tuple[str, int, tuple[_Step, ...]], ...]
@@ -76,6 +79,7 @@ class _Layout(NamedTuple):
     total: int
     plain: bool
     flags: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]] | None
 
 
 class Codec:
@@ -173,6 +177,9 @@ class Codec:
 
     def _raw(self, fields: Mapping[str, np.ndarray]) -> tuple[list, int]:
         """`chunks` of a chain without stages: small models send such messages by the thousand, so calls count."""
+        if isinstance(fields, Arrays):
+            head = self._schemas.get(fields.form) or self._head(fields.form, fields)
+            return [head, fields.whole], len(head) + fields.whole.nbytes
         arrays, key, size, width, rising = [], [], 0, 16, False
         for name, array in fields.items():
             if not array.flags.c_contiguous:
@@ -184,13 +191,15 @@ class Codec:
             rising |= dtype.itemsize > width
             width = dtype.itemsize
         known = tuple(key)
-        head = self._schemas.get(known)
-        if head is None:
-            schema = self._code(fields, arrays, ([], [], []), [], Turn(), None)
-            head = _remember(self._schemas, known, self.signature + varint(len(schema)) + schema)
+        head = self._schemas.get(known) or self._head(known, dict(zip(fields, arrays)))
         if rising:
             arrays.sort(key=_width)
         return [head, *arrays], len(head) + size
+
+    def _head(self, known: tuple, fields: Mapping[str, np.ndarray]) -> bytes:
+        """Signature and schema of arrays that no stage touches, to be kept under what is known of their form."""
+        schema = self._code(fields, list(fields.values()), ([], [], []), [], Turn(), None)
+        return _remember(self._schemas, known, self.signature + varint(len(schema)) + schema)
 
     def _code(
         self,
@@ -231,7 +240,7 @@ class Codec:
 
     def decode(
         self, blob: bytes | memoryview, limit: int, round: int = 0, memory: Memory | None = None
-    ) -> dict[str, np.ndarray]:
+    ) -> Mapping[str, np.ndarray]:
         """Return the arrays, writable, with the names, dtypes, shapes and order of the sender.
 
         Every length is checked against `limit` and against what is left of the blob before memory is taken for it.
@@ -254,6 +263,10 @@ class Codec:
             layout = _remember(self._layouts, schema, self._layout(Reader(schema), limit))
         elif layout.total > limit:
             raise RefusedError(_BEYOND.format(limit))
+        if layout.shapes is not None:
+            whole = np.frombuffer(bytearray(self._read(reader, layout.total)), np.float32)
+            reader.finish()
+            return Arrays(whole, layout.shapes)
         parts = self._read_streams(reader, layout)
         reader.finish()
         if layout.plain:
@@ -294,7 +307,10 @@ class Codec:
                 offset += spec.nbytes
             streams.append((offset, tuple(placed)))
         plain = not any(steps for _, _, steps in arrays.values())
-        return _Layout(tuple(arrays.values()), tuple(streams), total, plain, tuple(flags))
+        shapes = None
+        if plain and total and all(spec.dtype == _FLOAT32 for _, spec in parts):
+            shapes = {name: parts[index][1].shape for name, index, _ in arrays.values()}
+        return _Layout(tuple(arrays.values()), tuple(streams), total, plain, tuple(flags), shapes)
 
     @staticmethod
     def _read_spec(reader: Reader, limit: int) -> tuple[str, Spec]:

@@ -46,7 +46,7 @@ class Ladder:
 
     def decode(
         self, blob: bytes | memoryview, limit: int, round: int = 0, memory: Memory | None = None
-    ) -> dict[str, np.ndarray]:
+    ) -> Mapping[str, np.ndarray]:
         """Decode with the chain that the message was encoded with; arguments and errors as in `Codec.decode`."""
         codec = self._by_signature.get(bytes(blob[:2]), self.rungs[0])
         return codec.decode(blob, limit, round, memory)

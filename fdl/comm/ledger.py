@@ -12,7 +12,14 @@ import numpy as np
 if TYPE_CHECKING:
     from fdl.comm.bandwidth import Link
 
+Cells = dict[tuple[int, int], list[int]]
+"""Bytes and messages of one round by client and route."""
+
 DIRECTIONS = {"up": "upload_bytes", "down": "download_bytes", "setup": "setup_bytes"}
+
+
+_UNPACKED = 1000
+"""Rows of past rounds that are not deflated yet: doing so for a few small rounds at a time costs half."""
 
 
 class Row(NamedTuple):
@@ -50,7 +57,7 @@ class Note(NamedTuple):
 class Ledger:
     """Counts bytes by round, client, direction and kind.
 
-    Every row is kept. The rounds that are not being written to are held deflated, at a few bytes a row, so that
+    Every row is kept. All but the last rounds are held deflated, at a few bytes a row, so that
     thousands of clients over hundreds of rounds stay small in memory and in a checkpoint; sums are kept as they grow.
 
     Attributes:
@@ -66,7 +73,8 @@ class Ledger:
         self.links: Callable[[int, str], Link] | None = None
         self._routes: list[tuple[str, str]] = []  # (direction, kind), in order of their first appearance
         self._open_round: int | None = None
-        self._open: dict[tuple[int, int], list[int]] = {}  # (client, route) → [bytes, messages]
+        self._open: Cells = {}
+        self._past: dict[int, Cells] = {}
         self._closed: dict[int, str] = {}
         self._by_route: list[int] = []
         self._by_client: dict[int, dict[str, int]] = {}
@@ -108,9 +116,7 @@ class Ledger:
 
     def of_round(self, round: int) -> list[Row]:
         """Return the rows of one round, as in `rows`."""
-        if round == self._open_round:
-            return self._rows_of(round, self._open)
-        return self._rows_of(round, _unpack(self._closed[round])) if round in self._closed else []
+        return self._rows_of(round, self._cells(round))
 
     def include(self, rows: Iterable[Row], refusals: Iterable[Refusal] = (), notes: Iterable[Note] = ()) -> None:
         """Take in what another process counted, of clients that this one has not counted in these rounds."""
@@ -128,18 +134,14 @@ class Ledger:
         if self.links is None:
             return 0.0
         seconds: dict[int, float] = {}
-        cells = self._open if round == self._open_round else {}
-        if round in self._closed:
-            cells = _unpack(self._closed[round])
-        for (client, route), (nbytes, messages) in cells.items():
+        for (client, route), (nbytes, messages) in self._cells(round).items():
             time = self.links(client, self._routes[route][0]).seconds(nbytes, messages)
             seconds[client] = seconds.get(client, 0.0) + time
         return max(seconds.values(), default=0.0)
 
     def rows(self) -> list[Row]:
         """Return every row, by round, then client, then in order of the first message of that direction and kind."""
-        rows = [self._rows_of(round, _unpack(packed)) for round, packed in self._closed.items()]
-        rows.append(self._rows_of(self._open_round, self._open))
+        rows = [self._rows_of(round, self._cells(round)) for round in (*self._closed, *self._past, self._open_round)]
         return sorted((row for some in rows for row in some), key=lambda row: row[:2])
 
     def totals(self) -> dict[str, int]:
@@ -159,7 +161,8 @@ class Ledger:
 
     def state_dict(self) -> dict:
         """Return numbers, strings and lists only, fit for JSON."""
-        rounds = self._closed | ({self._open_round: _pack(self._open)} if self._open else {})
+        recent = self._past | ({self._open_round: self._open} if self._open else {})
+        rounds = self._closed | {round: _pack(cells) for round, cells in recent.items()}
         return {
             "routes": [list(route) for route in self._routes],
             "rounds": [[round, rounds[round]] for round in sorted(rounds)],
@@ -196,24 +199,33 @@ class Ledger:
             self._by_client[client] = dict.fromkeys(DIRECTIONS, 0)
         self._by_client[client][self._routes[route][0]] += nbytes
 
-    def _rows_of(self, round: int, cells: dict[tuple[int, int], list[int]]) -> list[Row]:
+    def _rows_of(self, round: int, cells: Cells) -> list[Row]:
         return [Row(round, client, *self._routes[route], *cell) for (client, route), cell in sorted(cells.items())]
 
+    def _cells(self, round: int | None) -> Cells:
+        """What a round holds, for reading."""
+        if round == self._open_round:
+            return self._open
+        return _unpack(self._closed[round]) if round in self._closed else self._past.get(round, {})
+
     def _turn_to(self, round: int) -> None:
-        """Make a round the one that is written to; a round that was closed is taken up again."""
+        """Make a round the one that is written to; a past one is taken up again."""
         if self._open:
-            self._closed[self._open_round] = _pack(self._open)
+            self._past[self._open_round] = self._open
         packed = self._closed.pop(round, None)
-        self._open_round, self._open = round, {} if packed is None else _unpack(packed)
+        self._open_round, self._open = round, self._past.pop(round, {}) if packed is None else _unpack(packed)
+        if sum(map(len, self._past.values())) > _UNPACKED:
+            self._closed |= {past: _pack(cells) for past, cells in self._past.items()}
+            self._past = {}
 
 
-def _pack(cells: dict[tuple[int, int], list[int]]) -> str:
+def _pack(cells: Cells) -> str:
     columns = np.array([(*key, *cell) for key, cell in sorted(cells.items())], "<i8").T
     columns[0, 1:] = np.diff(columns[0])  # clients rise, so their differences deflate to next to nothing
     return base64.b85encode(zlib.compress(columns.tobytes(), 1)).decode()
 
 
-def _unpack(packed: str) -> dict[tuple[int, int], list[int]]:
+def _unpack(packed: str) -> Cells:
     columns = np.frombuffer(zlib.decompress(base64.b85decode(packed)), "<i8").reshape(4, -1)
     clients, routes, nbytes, messages = np.cumsum(columns[0]).tolist(), *columns[1:].tolist()
     return {(client, route): [n, m] for client, route, n, m in zip(clients, routes, nbytes, messages)}

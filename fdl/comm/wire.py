@@ -18,13 +18,12 @@ All integers are little-endian. Nothing in it is executed or unpickled.
 from __future__ import annotations
 
 import struct
-import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fdl import private_features, sparse_responses  # noqa: F401  a type of message is known once its module is imported
-from fdl.comm.binary import Reader, text, varint
+from fdl.comm.binary import Reader, crc32, text, varint
 from fdl.comm.codec import Codec
 from fdl.errors import RefusedError
 from fdl.messages import Message, Meta, message_type
@@ -71,9 +70,9 @@ def pack(
     meta = _encode_meta(message.meta())
     buffers, size = codec.chunks(message.fields(), rng, round, memory)
     fields = _FIELDS.pack(message.code, client, round, len(meta) + size)
-    checksum = zlib.crc32(meta, zlib.crc32(fields))
+    checksum = crc32(meta, crc32(fields))
     for buffer in buffers:
-        checksum = zlib.crc32(buffer, checksum)
+        checksum = crc32(buffer, checksum)
     return b"".join([_MAGIC, checksum.to_bytes(4, "little"), fields, meta, *buffers])
 
 
@@ -107,7 +106,7 @@ def unpack(
     if magic != _MAGIC:
         raise RefusedError(_FOREIGN)
     view = memoryview(data)
-    if not intact and zlib.crc32(view[_SUMMED:]) != checksum:
+    if not intact and crc32(view[_SUMMED:]) != checksum:
         raise RefusedError("checksum does not match: the message was damaged on its way")
     if of_client != client:
         raise RefusedError(f"message of {_who(of_client)} where one of {_who(client)} was due")

@@ -241,7 +241,7 @@ class TensorSamples(ImageSamples):
         super().__init__(y, mean, std, augment)
 
     def __len__(self) -> int:
-        return len(self._x if self._rows is None else self._rows)
+        return (self._x if self._rows is None else self._rows).shape[0]  # len() of a tensor is a Python function
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ class Message(ABC):
             raise TypeError(f"{cls.__name__} and {other.__name__} have the same wire code {cls.code}")
 
     @abstractmethod
-    def fields(self) -> dict[str, np.ndarray]:
+    def fields(self) -> Mapping[str, np.ndarray]:
         """Return the arrays to send; they may share memory with the message."""
 
     @abstractmethod

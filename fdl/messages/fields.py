@@ -12,27 +12,6 @@ from torch import Tensor
 from fdl.errors import RefusedError, UserError
 from fdl.floats import BFLOAT16
 from fdl.messages.base import Meta
-from fdl.pieces import Pieces
-
-_FLOAT32 = np.dtype(np.float32)
-
-
-def side_by_side(fields: Mapping[str, np.ndarray]) -> Pieces | None:
-    """Float32 arrays that fill one buffer, in order, as tensors that share its storage; None for any others."""
-    base, size, shapes = None, 0, {}
-    for name, array in fields.items():
-        if base is None:
-            base = array.base
-            if type(base) is not bytearray or not base:
-                return None
-        if array.base is not base or array.dtype is not _FLOAT32:
-            return None
-        shapes[name] = array.shape
-        size += array.size
-    if base is None or 4 * size != len(base):
-        return None
-    return Pieces(torch.frombuffer(base, dtype=torch.float32), shapes)
-
 
 def to_numpy(name: str, tensor: Tensor) -> np.ndarray:
     """A tensor as an array that shares its memory where it can; `UserError` for one that cannot be sent."""

@@ -17,12 +17,11 @@ from fdl.messages.fields import (
     check_finite,
     check_samples,
     nothing_left,
-    side_by_side,
     take_meta,
     to_numpy,
     to_torch,
 )
-from fdl.pieces import Pieces, as_one
+from fdl.pieces import Arrays, Pieces, as_one
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +40,10 @@ class Parameters(Message):
     tensors: Mapping[str, Tensor]
     samples: int = 0
 
-    def fields(self) -> dict[str, np.ndarray]:
+    def fields(self) -> Mapping[str, np.ndarray]:
         """One array a tensor."""
+        if isinstance(self.tensors, Pieces) and self.tensors.arrays is not None:
+            return self.tensors.arrays
         return {name: to_numpy(name, tensor) for name, tensor in self.tensors.items()}
 
     def meta(self) -> Meta:
@@ -55,7 +56,9 @@ class Parameters(Message):
         meta = dict(meta)
         samples = take_meta(meta, "samples", int)
         nothing_left(meta)
-        return cls(side_by_side(fields) or {name: to_torch(array) for name, array in fields.items()}, samples)
+        if isinstance(fields, Arrays):
+            return cls(Pieces.of(fields), samples)
+        return cls({name: to_torch(array) for name, array in fields.items()}, samples)
 
     @cached_property
     def whole(self) -> Tensor | None:

@@ -24,7 +24,7 @@ _PINNED_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDi
 _IN_PARTS: WeakSet[nn.Module] = WeakSet()
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
+def state_of(module: nn.Module) -> Mapping[str, Tensor]:
     """Return a module's parameters and persistent buffers by name.
 
     Left out is what the module itself calls `frozen` (names in its state that come from public weights and never
@@ -34,6 +34,8 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     The tensors are references into the module, detached from the graph: copy them before the module trains on. Of a
     module that is spread over ranks they are copies in host memory, which all ranks must ask for together.
     """
+    if (laid := _LAID.get(module)) is not None:
+        return laid
     known = _PINNED.get(module)
     if known is not None and module in _IN_PARTS:
         return {name: to_host(tensor) for name, tensor in known.items()}
@@ -60,10 +62,13 @@ def pin(module: nn.Module) -> None:
     Args:
         module: it must not be moved, converted or given other parameters afterwards.
     """
+    _LAID.pop(module, None)
+    _PINNED.pop(module, None)
     laid = None if getattr(module, "frozen", ()) else lay_side_by_side(module)
-    if laid is not None:
+    if laid is None:
+        _PINNED[module] = state_of(module)
+    else:
         _LAID[module] = laid
-    _PINNED[module] = state_of(module)
     _PINNED_PARAMETERS[module] = list(module.parameters())
 
 
@@ -74,7 +79,7 @@ def pin_to(module: nn.Module, state: Pieces) -> None:
         module: it must not be moved, converted or given other parameters afterwards.
         state: its state, views of one vector.
     """
-    _LAID[module], _PINNED[module] = state, state_of(module)
+    _LAID[module] = state
     _PINNED_PARAMETERS[module] = list(module.parameters())
 
 
@@ -97,7 +102,6 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in (module.parameters() if parameters is None else parameters) if p.requires_grad]
 
 
-@torch.no_grad()
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into a module in place, so that optimisers and references to its parameters stay valid.
 
@@ -112,7 +116,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     laid = _LAID.get(module)
     if laid is not None and isinstance(tensors, Pieces) and list(laid.shapes.items()) == list(tensors.shapes.items()):
-        laid.whole.copy_(tensors.whole)
+        laid.whole.copy_(tensors.whole.detach())
         return
     own = _PINNED[module] if module in _IN_PARTS else state_of(module)
     tensors = dict(tensors.items())
@@ -134,7 +138,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         sources = [part_for(target, source) for target, source in zip(own.values(), sources)]
         own = {name: local(target) for name, target in own.items()}
     if own:
-        torch._foreach_copy_(list(own.values()), sources)
+        with torch.no_grad():
+            torch._foreach_copy_(list(own.values()), sources)
 
 
 def count_parameters(module: nn.Module) -> int:
