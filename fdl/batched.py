@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +43,10 @@ class Training:
     Args:
         stack: the models of its architecture.
         row: its model's place among them.
+
+    Attributes:
+        an_epoch: steps of an epoch.
+        steps: in all.
     """
 
     stack: Stack
@@ -64,15 +67,10 @@ class Training:
             and kind_of(self.objective) == kind_of(other.objective)
         )
 
-    @cached_property
-    def an_epoch(self) -> int:
-        """Steps of an epoch."""
-        return -(-len(self.samples) // self.config.batch_size)
-
-    @cached_property
-    def steps(self) -> int:
-        """Steps in all."""
-        return self.config.steps if self.config.steps is not None else self.config.epochs * self.an_epoch
+    def __post_init__(self) -> None:
+        """Count once what is asked often."""
+        self.an_epoch = -(-len(self.samples) // self.config.batch_size)
+        self.steps = self.config.steps if self.config.steps is not None else self.config.epochs * self.an_epoch
 
 
 @dataclass(eq=False)

@@ -20,6 +20,8 @@ Step = Callable[..., Results]
 
 aten = torch.ops.aten
 
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
+
 _SAME = {
     aten.alias.default,
     aten.detach.default,
@@ -40,7 +42,7 @@ def written_down(step: Step, tensors: Sequence[Tensor], expected: Results, own: 
         own: all other tensors that it may read, whose contents may change between two steps.
 
     Returns:
-        A function that does the same, with gradients of the same layout; None where that cannot be had: the step
+        A function that does the same, with gradients of the same layout or contiguous ones; None where that cannot be had: the step
         draws random numbers, looks at numbers in tensors, or does not repeat itself to the bit.
     """
     try:
@@ -51,7 +53,7 @@ def written_down(step: Step, tensors: Sequence[Tensor], expected: Results, own: 
         again = found(*tensors)
         before, after = ([*losses.values(), *gradients] for losses, gradients in (expected, again))
         for a, b in zip(before, after, strict=True):
-            if a.stride() != b.stride() or not torch.equal(a, b):
+            if not torch.equal(a, b) or (a.stride() != b.stride() and not b.is_contiguous()):
                 raise ValueError("it gives something else")
     except Exception as error:  # make_fx runs whatever a module has, and says in many ways that it cannot
         log.debug("a training step cannot be written down: %s", error)
@@ -87,6 +89,41 @@ def _tidy(graph: fx.Graph) -> None:
         if instead is not node:
             node.replace_all_uses_with(instead)
     graph.eliminate_dead_code()
+    for node in graph.nodes:
+        _turn_round(graph, node)
+    graph.eliminate_dead_code()
+
+
+def _turn_round(graph: fx.Graph, node: fx.Node) -> None:
+    """Make (A B)ᵀ of matrices Bᵀ Aᵀ, which lies in memory as it should: gradients of weights are such products."""
+    product = node.args[0] if node.target in (aten.t.default, aten.transpose.int) else None
+    if not isinstance(product, fx.Node) or len(product.users) > 1 or product.target not in _PRODUCTS:
+        return
+    if node.target is aten.transpose.int and set(node.args[1:]) not in ({1, 2}, {-1, -2}):
+        return
+    if not _rounds_alike(product):
+        return
+    with graph.inserting_before(node):
+        turned = [_turned(graph, node, factor) for factor in reversed(product.args)]
+    node.target, node.args = product.target, tuple(turned)
+
+
+def _rounds_alike(product: fx.Node) -> bool:
+    """Whether Bᵀ Aᵀ is the transpose of A B to the bit: which sums are taken first depends on shapes alone."""
+    a, b = (
+        torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).normal_(
+            generator=torch.Generator(v.device).manual_seed(0)
+        )
+        for v in (factor.meta["val"] for factor in product.args)
+    )
+    return torch.equal(product.target(b.mT, a.mT), product.target(a, b).mT)
+
+
+def _turned(graph: fx.Graph, like: fx.Node, factor: fx.Node) -> fx.Node:
+    """A factor, transposed as another node is; what it was before, where it is the transposition of something."""
+    if factor.target is like.target and factor.args[1:] == like.args[1:]:
+        return factor.args[0]
+    return graph.call_function(like.target, (factor, *like.args[1:]))
 
 
 def _instead(node: fx.Node) -> fx.Node | None:
