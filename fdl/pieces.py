@@ -78,6 +78,11 @@ class Pieces(Mapping[str, Tensor]):
         return Pieces(self.whole.clone(), self.shapes)
 
     @cached_property
+    def form(self) -> tuple:
+        """What tensors of the same names and shapes have in common."""
+        return tuple(self.shapes.items())
+
+    @cached_property
     def arrays(self) -> Arrays | None:
         """The same memory as numpy sees it; None where that is not float32 numbers of the host."""
         if self.whole.device.type != "cpu" or self.whole.dtype is not torch.float32:

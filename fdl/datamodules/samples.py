@@ -251,7 +251,7 @@ class TensorSamples(ImageSamples):
     @property
     def nbytes(self) -> int:
         """Bytes of the inputs as they are stored."""
-        return len(self) * self._x[:1].nbytes
+        return len(self) * self._x.nbytes // max(self._x.shape[0], 1)
 
     def _stored(self, indices: Tensor) -> Tensor:
         return self._x.index_select(0, indices if self._rows is None else self._rows[indices])

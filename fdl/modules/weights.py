@@ -115,7 +115,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other not.
     """
     laid = _LAID.get(module)
-    if laid is not None and isinstance(tensors, Pieces) and list(laid.shapes.items()) == list(tensors.shapes.items()):
+    if laid is not None and isinstance(tensors, Pieces) and laid.form == tensors.form:
         laid.whole.copy_(tensors.whole.detach())
         return
     own = _PINNED[module] if module in _IN_PARTS else state_of(module)
