@@ -10,8 +10,7 @@ FedAvg, one local epoch of batches of 32, SGD 0.1, an evaluation every round, on
 Other systems have their own pins, so each may live in an environment of its own, whose interpreter is given; without it
 they are skipped, and the table says so. Every run is a process of its own; systems take turns. Equal work is asserted:
 all train the same number of clients in the same number of steps (where a system draws other cohorts, these differ in
-size by single samples), and all models have learnt, but for photographs of 50 clients, which leave no system time for
-it. A round's time is the median over all rounds but the first two, which pay for starting up; the first round's time is
+size by single samples), and all models have learnt. A round's time is the median over all rounds but the first two, which pay for starting up; the first round's time is
 told apart. Peaks are of the main process alone: Flower's workers and fdl's second rank have memory of their own.
 """
 
@@ -35,12 +34,10 @@ FOLDER = Path(__file__).with_name("peers")
 COHORT, CLIENTS = 10, (10, 50)
 MODELS = {"digits": "mlp", "cifar10": "cnn"}
 WARM = 2
-SHORT = {("cifar10", 50)}
-"""Jobs at whose end no system has learnt anything: four steps a client, of a network that begins on a plateau."""
 
 
 def arrays(job: str, file: Path | None) -> dict[str, np.ndarray]:
-    """Inputs as float32 [n, …] in 0 … 1 and labels, shuffled."""
+    """Inputs as float32 [n, …], digits in 0 … 1 and photographs standardised by channel, and labels, shuffled."""
     if job == "digits":
         from sklearn.datasets import load_digits
 
@@ -53,7 +50,10 @@ def arrays(job: str, file: Path | None) -> dict[str, np.ndarray]:
     order = np.random.default_rng(0).permutation(len(y))[: 6000 if job == "cifar10" else None]
     x, y = x[order], y[order].astype(np.int64)
     if job == "cifar10":
-        x = np.ascontiguousarray((x / 255).astype(np.float32).transpose(0, 3, 1, 2))
+        x = (x / 255).astype(np.float32)
+        # else the network stays on the plateau where it begins for longer than the job lasts
+        x = (x - x[test:].mean((0, 1, 2))) / x[test:].std((0, 1, 2))
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
     return {"x_train": x[test:], "y_train": y[test:], "x_test": x[:test], "y_test": y[:test]}
 
 
@@ -86,15 +86,15 @@ def run(python: str, script: Sequence[str], job: Path, model: str, rounds: int) 
     return json.loads(lines[-1])
 
 
-def assert_equal_work(found: dict[str, list[dict[str, Any]]], rounds: int, learns: bool) -> None:
-    """The same steps everywhere, and models that have learnt where the job is long enough for that."""
+def assert_equal_work(found: dict[str, list[dict[str, Any]]], rounds: int) -> None:
+    """The same steps everywhere, and models that have learnt."""
     steps = {system: {one["steps"] for one in some} for system, some in found.items()}
     expected = next(iter(steps["bare PyTorch"]))
     for system, counts in steps.items():
         assert all(abs(count - expected) <= 0.02 * expected for count in counts), f"{system}: {counts}, not {expected}"
     for system, some in found.items():
         assert all(len(one["times"]) == rounds + 1 for one in some), f"{system}: rounds are missing"
-        assert not learns or min(one["accuracy"] for one in some) > 0.12, f"{system}: the model has not learnt"
+        assert min(one["accuracy"] for one in some) > 0.12, f"{system}: the model has not learnt"
 
 
 def rows_of(job: str, clients: int, found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         print(
                             f"{job}, {clients} clients, {system}: {1000 * _round(found[system][-1]):.1f} ms", flush=True
                         )
-                assert_equal_work(found, options.rounds, (job, clients) not in SHORT)
+                assert_equal_work(found, options.rounds)
                 rows += rows_of(job, clients, found)
                 if options.output:  # what is done is done, should a later job fail
                     options.output.write_text(markdown(rows, ()) + "\n", encoding="utf-8")
