@@ -21,6 +21,7 @@ from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
 from fdl.datamodules.arrivals import Incoming
+from fdl.devices import NO_SUCH_DEVICES
 from fdl.errors import UserError
 from fdl.executor import EXECUTORS
 from fdl.faults.base import Schedule
@@ -33,7 +34,7 @@ from fdl.participants import Client, Server
 from fdl.privacy.settings import policy, trainer
 from fdl.privacy.settings import watching as watching_privacy
 from fdl.recipe import Component, Recipe, instantiate
-from fdl.runtime import NO_SUCH_DEVICES, Runtime
+from fdl.runtime import Runtime
 from fdl.seeding import numpy_stream, stream_seed
 from fdl.store import CLIENTS, DiskStore
 from fdl.tasks import TASKS
