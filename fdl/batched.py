@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fdl.inference import Question, answer, each
+from fdl.learning_rates import alike_but_for_rates
 from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.objectives import Objective, kind_of, tensors_of, training_step
 from fdl.padding import stacked
@@ -62,7 +63,7 @@ class Training:
         return (
             isinstance(other, Training)
             and self.stack is other.stack
-            and (self.config is other.config or self.config == other.config)
+            and alike_but_for_rates(self.config, other.config)
             and self.round == other.round
             and kind_of(self.objective) == kind_of(other.objective)
         )
@@ -138,7 +139,7 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
     rows, identity = _rows(ordered)
     whole = stack.whole[: len(rows)] if identity else stack.whole[rows]
     loss = _Loss(stack, ordered)
-    parameter, optimizer = _optimizer(stack, whole, config)
+    parameters, optimizer = _optimizer(stack, whole, [job.config for job in ordered])
     scheduler = None
     if config.scheduler is not None:
         scheduler = build_scheduler(optimizer, config.scheduler.target, config.scheduler.args)
@@ -153,8 +154,8 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
     for step in range(ordered[0].steps):
         if live == 0 or ordered[live - 1].steps <= step:
             live = sum(job.steps > step for job in ordered)
-            _shorten(optimizer, parameter, whole, live)
-            parameter.grad, weights, gradients = _views(stack, whole, live)
+            gradient, weights, gradients = _views(stack, whole, live)
+            _shorten(optimizer, parameters, whole, gradient)
         drawn = [next(stream) for stream in streams[:live]]
         try:
             losses = loss(runtime, weights, gradients, [batch for _, _, batch in drawn])
@@ -163,8 +164,8 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
                 raise NotTogetherError(_first_line(error)) from error
             raise
         if config.gradient_clip is not None:
-            norm = torch.linalg.vector_norm(parameter.grad, dim=1, keepdim=True)
-            parameter.grad.mul_((config.gradient_clip / (norm + 1e-6)).clamp(max=1.0))
+            norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+            gradient.mul_((config.gradient_clip / (norm + 1e-6)).clamp(max=1.0))
         optimizer.step()
         for name, value in losses.items():
             if name in sums:
@@ -251,23 +252,35 @@ class _Loss:
         return losses
 
 
-def _optimizer(stack: Stack, whole: Tensor, config: Fit) -> tuple[nn.Parameter, torch.optim.Optimizer]:
-    """All weights as one parameter, and a fresh optimiser of it; as in `Runtime.fit`, it is built once and emptied."""
+def _optimizer(stack: Stack, whole: Tensor, configs: Sequence[Fit]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """A fresh optimiser of all weights, which are one parameter, or one a row where learning rates differ.
+
+    As in `Runtime.fit`, it is built once and emptied: for one parameter; a group for each client is built anew.
+    """
+    config = configs[0]
     known = stack.optimizers.get(id(config))
-    if known is not None:
+    alike = all(other is config or other == config for other in configs)
+    if known is not None and alike:
         _, parameter, optimizer, settings = known
         optimizer.state.clear()
         optimizer.param_groups[0].update(settings)
         parameter.data = whole
-        return parameter, optimizer
-    parameter = nn.Parameter(whole)
-    optimizer = build_optimizer([parameter], config.optimizer.target, config.optimizer.args, fused=True)
+        return [parameter], optimizer
+    if alike:
+        parameters = groups = [nn.Parameter(whole)]
+    else:
+        parameters = [nn.Parameter(row) for row in whole]
+        groups = [
+            {"params": [row]} | {name: value for name, value in own.optimizer.args.items() if name == "lr"}
+            for row, own in zip(parameters, configs)
+        ]
+    optimizer = build_optimizer(groups, config.optimizer.target, config.optimizer.args, fused=True)
     if type(optimizer).__module__.partition(".")[0] != "torch" or type(optimizer).__name__ not in _ELEMENTWISE:
         raise NotTogetherError(f"{config.optimizer.target} looks at whole tensors")
-    if config.scheduler is None:  # a schedule wraps the optimiser's methods, so such a one is not used again
+    if alike and config.scheduler is None:  # a schedule wraps the optimiser's methods: such a one is not used again
         settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-        stack.optimizers[id(config)] = config, parameter, optimizer, settings
-    return parameter, optimizer
+        stack.optimizers[id(config)] = config, parameters[0], optimizer, settings
+    return parameters, optimizer
 
 
 def _views(stack: Stack, whole: Tensor, live: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -283,14 +296,22 @@ def _views(stack: Stack, whole: Tensor, live: int) -> tuple[Tensor, list[Tensor]
     return found
 
 
-def _shorten(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, whole: Tensor, live: int) -> None:
-    """Let the optimiser see the first rows only, with their moments."""
+def _shorten(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], whole: Tensor, gradient: Tensor
+) -> None:
+    """Let the optimiser see the first rows only, those that there is a gradient of, with their moments."""
+    if len(parameters) > 1:
+        for place, parameter in enumerate(parameters):  # torch's optimisers pass over what has no gradient
+            parameter.grad = gradient[place] if place < len(gradient) else None
+        return
+    parameter, live = parameters[0], len(gradient)
     before = parameter.shape
     parameter.grad = None
     parameter.data = whole[:live]
     for name, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
         if isinstance(value, Tensor) and value.shape == before:
             optimizer.state[parameter][name] = value[:live]
+    parameter.grad = gradient
 
 
 def _rows(jobs: Sequence[Training | Asking]) -> tuple[list[int], bool]:

@@ -21,19 +21,21 @@ from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
 from fdl.datamodules.arrivals import Incoming
+from fdl.devices import NO_SUCH_DEVICES
 from fdl.errors import UserError
 from fdl.executor import EXECUTORS
 from fdl.faults.base import Schedule
 from fdl.faults.channel import FaultyChannel
 from fdl.knowledge.encoder import Frozen
 from fdl.knowledge.pair_confidence import Images
+from fdl.learning_rates import local_fits
 from fdl.loop import FederatedLoop
 from fdl.modules.shards import to_host
 from fdl.participants import Client, Server
 from fdl.privacy.settings import policy, trainer
 from fdl.privacy.settings import watching as watching_privacy
 from fdl.recipe import Component, Recipe, instantiate
-from fdl.runtime import NO_SUCH_DEVICES, Runtime
+from fdl.runtime import Runtime
 from fdl.seeding import numpy_stream, stream_seed
 from fdl.store import CLIENTS, DiskStore
 from fdl.tasks import TASKS
@@ -92,7 +94,8 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
 
     runtime = _runtime(recipe, launch)
     specialists = _architectures(recipe, data, runtime)
-    architectures = ["student"] * len(shares) if "specialists" not in method.requires else assign(recipe, specialists)
+    entries = assign(recipe) if "specialists" in method.requires else None
+    architectures = ["student"] * len(shares) if entries is None else [specialists[entry] for entry in entries]
     common: dict[str, Any] = {
         "runtime": runtime,
         "seed": recipe.seed,
@@ -109,7 +112,7 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
         "privacy": policy(recipe),
     }
     incoming, test_stages = _arriving(common["arrival"], data)
-    dp_sgd, clients = trainer(recipe, common["privacy"]), []
+    dp_sgd, clients, fits = trainer(recipe, common["privacy"]), [], local_fits(recipe, entries)
     store = DiskStore(folder / CLIENTS) if recipe.federation.state == "disk" else None
     for id, share in enumerate(shares):
         train, calibration = _hold_out(share, recipe, id)
@@ -121,7 +124,7 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
                 calibration=incoming(calibration),
                 dp_sgd=dp_sgd,
                 store=store,
-                **common,
+                **common | {"local": fits[id]},
             )
         )
     server = Server(
@@ -206,18 +209,17 @@ def _architectures(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) 
     return keys
 
 
-def assign(recipe: Recipe, keys: Sequence[str]) -> list[str]:
-    """Which architecture each client has.
+def assign(recipe: Recipe) -> list[int]:
+    """Which of the recipe's specialists each client has.
 
     Clients that an entry of ``specialists`` names have that one. The others get those entries that name nobody, in
     turn, or drawn by weight from a stream that depends on the seed and the client alone.
 
     Args:
         recipe: the specialists and how they are assigned.
-        keys: the architecture of each entry.
 
     Returns:
-        A key for every client, by id.
+        The place of an entry of ``specialists`` for every client, by id.
     """
     named = {client: i for i, entry in enumerate(recipe.specialists) for client in entry.clients or ()}
     free = [i for i, entry in enumerate(recipe.specialists) if entry.clients is None]
@@ -230,7 +232,7 @@ def assign(recipe: Recipe, keys: Sequence[str]) -> list[str]:
             return free[client % len(free)]
         return free[numpy_stream(recipe.seed, "assignment", 0, client).choice(len(free), p=weights / weights.sum())]
 
-    return [keys[entry(client)] for client in range(recipe.federation.clients)]
+    return [int(entry(client)) for client in range(recipe.federation.clients)]
 
 
 def _model(part: str, purpose: str, method: Method, recipe: Recipe, runtime: Runtime) -> LightningModule | None:

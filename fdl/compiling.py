@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fdl.runtime import Objective
+    from fdl.objectives import Objective
 
 log = logging.getLogger("fdl")
 

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from fdl.clusters import launched
+from fdl.devices import NO_SUCH_DEVICES, fabric_of
 from fdl.errors import UserError
-from fdl.runtime import NO_SUCH_DEVICES, fabric_of
 from fdl.sharding import require_gpus
 
 if TYPE_CHECKING:

@@ -46,10 +46,8 @@ def stacked(batches: Sequence[tuple]) -> tuple:
             parts = [F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
         if not short:
             return torch.stack(parts)
-        if labels:  # what fills up is labelled to count for nothing
-            whole = torch.cat([*parts, parts[0].new_full((1,), PADDING)])
-        else:
-            whole = torch.cat(parts)
+        # labels that fill up count for nothing
+        whole = torch.cat([*parts, parts[0].new_full((1,), PADDING)] if labels else list(parts))
         rows = (labelled if labels else filled).to(whole.device)
         return whole.index_select(0, rows).unflatten(0, (len(sizes), -1))
 

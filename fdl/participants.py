@@ -8,8 +8,9 @@ import torch
 
 from fdl.datamodules.arrivals import seen
 from fdl.modules.weights import load_into, state_of
+from fdl.objectives import Objective
 from fdl.privacy.guard import Gate, Guarded, is_guarded
-from fdl.runtime import Objective, Runtime
+from fdl.runtime import Runtime
 from fdl.seeding import stream_seed, torch_stream
 from fdl.store import DiskStore, resolve
 

@@ -44,6 +44,9 @@ class Specialist(Component):
 
     clients: list[int] | None = key(None, "ids of the clients that have it; null: those whom no entry names")
     weight: float = key(1.0, "how often it is drawn, where assignment is random", bounds=Bounds(0, open_low=True))
+    lr: float | None = key(
+        None, "learning rate of its clients' training on their own data; null: local's", bounds=Bounds(0, open_low=True)
+    )
 
 
 @dataclass
@@ -90,6 +93,7 @@ class Federation:
         None, "seconds of a round after which no upload is taken; null: none", bounds=Bounds(0, open_low=True)
     )
     state: Literal["memory", "disk"] = key("memory", "where clients' models and states lie between their turns")
+    learning_rates: Any = key({}, "by client id, learning rates of training on own data that differ from local's")
     calibration: float = key(0.1, "share of a client's data held out to calibrate", bounds=Bounds(0, 1, open_high=True))
 
 

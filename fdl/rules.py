@@ -13,6 +13,7 @@ from fdl.catalog import KINDS, find, short_names, suggest
 from fdl.comm.bandwidth import Bandwidth
 from fdl.components import instantiate
 from fdl.errors import UserError
+from fdl.learning_rates import rates_by_client
 from fdl.tasks import TASKS
 
 Problems = list[tuple[str, str]]
@@ -41,6 +42,7 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
         _faults,
         _required_parts,
         _assigned,
+        _rates,
         _dishonest,
         _outvoted,
         _metrics,
@@ -102,6 +104,29 @@ def _assigned(tree: dict[str, Any], broken: set[str]) -> Problems:
     if left and all(entry["clients"] is not None for entry in tree["specialists"]):
         problems.append(("specialists", f"every entry names its clients, and none names client {left[0]}"))
     return problems
+
+
+def _rates(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """Learning rates of clients that there are, for an optimiser that has one."""
+    if broken & {"specialists", "federation", "local"}:
+        return []
+    try:
+        own = rates_by_client(tree["federation"]["learning_rates"])
+    except UserError as error:
+        where, _, message = str(error).partition(": ")
+        return [(f"federation.{where}", message)]
+    count = tree["federation"]["clients"]
+    given = [f"federation.learning_rates.{client}" for client in own]
+    given += [f"specialists.{i}.lr" for i, entry in enumerate(tree["specialists"]) if entry["lr"] is not None]
+    optimizer = tree["local"]["optimizer"]["target"]
+    taken = find(optimizer, KINDS["optimizer"]).signature
+    if given and taken is not None and not taken.open and "lr" not in taken.parameters:
+        return [(where, f"local.optimizer is {optimizer}, which takes no lr") for where in given]
+    return [
+        (f"federation.learning_rates.{client}", f"there is no such client: the ids are 0 … {count - 1}")
+        for client in own
+        if client >= count
+    ]
 
 
 def _dishonest(tree: dict[str, Any], broken: set[str]) -> Problems:

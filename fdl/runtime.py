@@ -1,4 +1,4 @@
-"""Devices, precision and the one training loop: the only file that touches Fabric.
+"""How participants compute: precision, templates and the one training loop, on Lightning's Fabric.
 
 Clients are moved to the device, never `fabric.setup`: under a distributed strategy that would average the gradients
 of different institutions. There is one template module per architecture; a client's weights are copied into it when
@@ -9,27 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdl import clusters
 from fdl.answer_cache import AnswerCache
 from fdl.compiling import Compiler
+from fdl.devices import fabric_of
 from fdl.errors import UserError
+from fdl.fit_optimizers import FitOptimizers, schedule_of
 from fdl.inference import Question, answer, copied, each, staged
-from fdl.modules.optim import build_optimizer, build_scheduler
 from fdl.modules.weights import count_parameters, pin, state_of, trainable
 from fdl.objectives import Objective, training_step
 from fdl.ranks import Ranks, nobody_came
@@ -45,32 +41,6 @@ if TYPE_CHECKING:
 
     from fdl.datamodules.samples import Batch, Samples
     from fdl.recipe import Fit
-
-NO_SUCH_DEVICES = (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError)
-"""What Lightning raises where this machine does not have what a recipe asks for."""
-
-
-def fabric_of(
-    accelerator: str, devices: int | str, num_nodes: int, strategy: str, precision: str, timeout: float
-) -> Fabric:
-    """Lightning's view of the devices, before any other process is there; arguments as in `Runtime`.
-
-    Its DDP only brings the processes together: Fabric gets no model to wrap.
-    """
-    if strategy == "fsdp" or (strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1)):
-        strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
-    clusters.settle()
-    # Lightning takes tasks that Slurm has reserved for processes that it has started
-    plugins = [LightningEnvironment()] if clusters.reserved() else None
-    return Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy=strategy,
-        precision=precision,
-        plugins=plugins,
-    )
-
 
 USES = 100
 """Steps of one form after which it is written down (`fdl.recording`): what is saved is worth its cost after 1,000."""
@@ -99,6 +69,7 @@ class Runtime:
         ranks: the processes of the run.
         clock: where the run's time goes.
         compiler: of training steps.
+        optimizers: of fits.
         sharder: spreads models over ranks; None: every rank has whole ones.
     """
 
@@ -145,7 +116,7 @@ class Runtime:
         self.factories: dict[str, Callable[[], LightningModule]] = {}
         self._templates: dict[str, LightningModule] = {}
         self._holders: dict[str, Any] = {}
-        self._optimizers: WeakKeyDictionary[nn.Module, dict[int, tuple]] = WeakKeyDictionary()
+        self.optimizers = FitOptimizers(self.fabric, self.sharder)
         self._recorders: WeakKeyDictionary[nn.Module, Recorder | None] = WeakKeyDictionary()
 
     @property
@@ -219,11 +190,12 @@ class Runtime:
         """
         if self.dry or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
             return {}
-        if not trainable(module):  # a frozen teacher has nothing to learn
-            return {}
         objective = objective or training_step
-        parameters, optimizer = self._optimizer(module, config)
-        scheduler, interval = self._schedule(optimizer, config, round)
+        parameters = trainable(module)
+        if not parameters:  # a frozen teacher has nothing to learn
+            return {}
+        optimizer = self.optimizers.fresh(module, parameters, config)
+        scheduler, interval = schedule_of(optimizer, config, round)
         take_step = optimizer.optimizer.step if self._plain else optimizer.step
         if self.sharder is not None:
             take_step = partial(self.sharder.step, optimizer)
@@ -283,7 +255,7 @@ class Runtime:
             (epoch_ended, indices, batch), weight = item, None
             if terms is not None:
                 batch, weight = part_of(batch, terms, self.ranks.index, self.ranks.count)
-            return epoch_ended, len(indices) == config.batch_size, convert(self._to_device(batch)), weight
+            return epoch_ended, len(indices) == config.batch_size, convert(self.to_device(batch)), weight
 
         return staged(self.device, place, drawn)
 
@@ -331,41 +303,6 @@ class Runtime:
         finally:
             self.joint = self._shares and self.ranks.together
 
-    def _optimizer(self, module: nn.Module, config: Fit) -> tuple[list[nn.Parameter], _FabricOptimizer]:
-        """The module's trainable parameters and a fresh optimiser of them.
-
-        A template is trained for one client after another. Its optimiser is built once and then emptied: building one
-        costs as much as half a step of a small model.
-        """
-        known = self._optimizers.setdefault(module, {})
-        parameters = trainable(module)
-        if id(config) in known:
-            _, before, optimizer, settings = known[id(config)]
-            if len(before) == len(parameters) and all(a is b for a, b in zip(before, parameters)):
-                optimizer.state.clear()
-                for group, original in zip(optimizer.param_groups, settings):
-                    group.update(original)
-                return parameters, optimizer
-        # a fused kernel unscales gradients by itself, which clipping under 16-mixed cannot
-        fused = self.fabric.strategy.precision.precision != "16-mixed" and self.sharder is None
-        given = parameters if self.sharder is None else self.sharder.groups(parameters)
-        optimizer = build_optimizer(given, config.optimizer.target, config.optimizer.args, fused)
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer = self.fabric.setup_optimizers(optimizer)
-        if config.scheduler is None:  # a schedule wraps the optimiser's methods, so such a one is not used again
-            known[id(config)] = config, parameters, optimizer, settings
-        return parameters, optimizer
-
-    def _schedule(self, optimizer: _FabricOptimizer, config: Fit, round: int) -> tuple[Any, str]:
-        if config.scheduler is None:
-            return None, "step"
-        scheduler = build_scheduler(optimizer.optimizer, config.scheduler.target, config.scheduler.args)
-        if config.scheduler.interval == "round":
-            for _ in range(round - 1):
-                optimizer.optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
-                scheduler.step()
-        return scheduler, config.scheduler.interval
-
     # -- inference -----------------------------------------------------------------------------------------------
 
     def predict(self, module: nn.Module, samples: Samples, what: Question = "logits") -> Tensor:
@@ -388,7 +325,8 @@ class Runtime:
                 return self.sharder.predict(module, samples, what, self.batch_size, cache)
             return answer(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch on the device; a GPU gets it without anybody waiting for the copy."""
         if self.device.type == "cpu":
             return batch
         move = lambda tensor: copied(tensor, self.device)  # noqa: E731

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fdl.batched import Asking, Training
-from fdl.runtime import Objective, Runtime, seed_everything, training_step
+from fdl.objectives import Objective, training_step
+from fdl.runtime import Runtime, seed_everything
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples

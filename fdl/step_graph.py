@@ -42,8 +42,8 @@ def written_down(step: Step, tensors: Sequence[Tensor], expected: Results, own: 
         own: all other tensors that it may read, whose contents may change between two steps.
 
     Returns:
-        A function that does the same, with gradients of the same layout or contiguous ones; None where that cannot be had: the step
-        draws random numbers, looks at numbers in tensors, or does not repeat itself to the bit.
+        A function that does the same, with gradients of the same layout or contiguous ones; None where that cannot be
+        had: the step draws random numbers, looks at numbers in tensors, or does not repeat itself to the bit.
     """
     try:
         module = make_fx(step)(*tensors)

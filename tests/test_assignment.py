@@ -18,28 +18,28 @@ def recipe(specialists, **federation):
     return from_mapping({**BASE, "specialists": specialists, "federation": {**BASE["federation"], **federation}})
 
 
-def keys(made):
-    return [f"{entry.target}-{i}" for i, entry in enumerate(made.specialists)]
+def dealt(made):
+    return [f"{made.specialists[entry].target}-{entry}" for entry in assign(made)]
 
 
 def test_entries_are_dealt_in_turn():
     made = recipe(["mlp", "cnn"])
-    assert assign(made, keys(made)) == ["mlp-0", "cnn-1"] * 3
+    assert dealt(made) == ["mlp-0", "cnn-1"] * 3
 
 
 def test_named_clients_have_what_they_name_and_the_rest_goes_on_in_turn():
     made = recipe(["mlp", {"target": "cnn", "clients": [0, 4]}, "vit"])
-    assert assign(made, keys(made)) == ["cnn-1", "vit-2", "mlp-0", "vit-2", "cnn-1", "vit-2"]
+    assert dealt(made) == ["cnn-1", "vit-2", "mlp-0", "vit-2", "cnn-1", "vit-2"]
 
 
 def test_random_entries_follow_their_weights_and_the_seed_alone():
     made = recipe([{"target": "mlp", "weight": 3}, "cnn"], clients=400, assignment="random")
-    drawn = assign(made, keys(made))
+    drawn = dealt(made)
     # 4 standard deviations of a binomial share
     assert abs(Counter(drawn)["mlp-0"] / 400 - 0.75) < 4 * (0.75 * 0.25 / 400) ** 0.5
-    assert assign(made, keys(made)) == drawn
+    assert dealt(made) == drawn
     fewer = recipe([{"target": "mlp", "weight": 3}, "cnn"], clients=40, assignment="random")
-    assert assign(fewer, keys(fewer)) == drawn[:40]
+    assert dealt(fewer) == drawn[:40]
 
 
 @pytest.mark.parametrize(

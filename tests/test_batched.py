@@ -130,6 +130,14 @@ def test_clients_that_train_together_end_where_they_would_alone(method, fits, tm
         ["student={target: cnn, args: {channels: [4], embedding: 8}}"],
         ["federation.participation=0.6", "federation.dropout=0.3"],
         ["data.args.augment=crop_flip"],
+        ["federation.learning_rates={0: 0.02, 3: 0.3}"],
+        [
+            "local.optimizer={target: adamw, args: {lr: 0.01}}",
+            "partition={target: quantity_skew, args: {exponent: 1.0, min_samples: 4}}",
+            "local.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}",
+            "local.gradient_clip=0.5",
+            "federation.learning_rates={1: 0.001, 3: 0.02}",
+        ],
     ],
     ids=lambda changes: changes[-1].partition("=")[0] + changes[-1][-12:],
 )

@@ -10,8 +10,9 @@ from fdl.compiling import Compiler
 from fdl.datamodules.samples import TensorSamples
 from fdl.methods.fedprox import Held
 from fdl.modules.tiny import CNN, MLP
+from fdl.objectives import training_step
 from fdl.recipe import Component, Fit
-from fdl.runtime import Runtime, training_step
+from fdl.runtime import Runtime
 from fdl.seeding import torch_stream
 
 GREY = {"num_classes": 10, "input_shape": (1, 8, 8)}

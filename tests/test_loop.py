@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fdl.callbacks.base import Callback
+from fdl.cohort import draw
 from fdl.errors import UserError
 from fdl.estimate import estimate_bytes
 from fdl.methods.centralized import Centralized
@@ -16,6 +17,8 @@ from fdl.methods.feddf import FedDF
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedprox import FedProx
 from fdl.methods.single_site import SingleSite
+from fdl.recipe import Federation
+from fdl.seeding import numpy_stream
 from fdl.server_optimizers import Adam
 from tests.toy import federation, weight
 
@@ -116,6 +119,18 @@ def test_cohorts_are_drawn_by_seed_and_round_only(tmp_path):
     assert all(len(cohort) == 1 and set(dropped) <= set(cohort) for cohort, dropped in drawn)
     assert {cohort[0] for cohort, _ in drawn} == {0, 1}
     assert 5 < sum(len(dropped) for _, dropped in drawn) < 45
+
+
+def test_a_cohort_is_that_of_its_own_stream():
+    federation = Federation(clients=9, participation=0.5, dropout=0.3)
+    for round in (1, 31, 32, 33, 700):
+        stream = numpy_stream(7, "cohort", round)
+        asked = sorted(stream.choice(9, size=5, replace=False).tolist())
+        lost = [client for client, u in zip(asked, stream.random(5)) if u < 0.3]
+        for _ in range(2):  # what is returned may be changed
+            drawn = draw(federation, 9, 7, round)
+            assert drawn == (asked, lost)
+            drawn[0].clear()
 
 
 def test_who_drops_out_is_sent_to_but_not_heard(tmp_path):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,25 @@ def test_what_cannot_be_one_vector_is_left_alone(make):
     assert lay_side_by_side(module) is None
     for name, value in module.state_dict().items():
         assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])
+
+
+def test_arrays_are_views_of_the_memory_of_pieces():
+    pieces = Pieces(torch.arange(7.0), {"a": (2, 3), "b": (), "none": (0, 2)})
+    arrays = pieces.arrays
+    assert {name: array.shape for name, array in arrays.items()} == pieces.shapes
+    arrays["b"][...] = -1
+    arrays["a"][1, 2] = 9
+    assert pieces.whole.tolist() == [0, 1, 2, 3, 4, 9, -1]
+    assert Pieces.of(arrays)["a"].data_ptr() == pieces.whole.data_ptr()
+    assert all(Pieces(torch.zeros(1, dtype=dtype), {"a": (1,)}).arrays is None for dtype in (torch.half, torch.double))
+
+
+def test_a_copy_of_pieces_has_memory_of_its_own():
+    pieces = Pieces(torch.arange(3.0), {"a": (3,)})
+    assert pieces.arrays is not None
+    copied = copy.deepcopy(pieces)
+    pieces.whole.zero_()
+    assert copied["a"].tolist() == copied.arrays["a"].tolist() == [0, 1, 2]
 
 
 def test_loading_in_one_piece_equals_loading_by_name():

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fdl.recording
+import fdl.step_graph
 from fdl.batched import Training, fit_together
 from fdl.datamodules.samples import TensorSamples
 from fdl.knowledge.targets import Answered, ResponseObjective
@@ -247,6 +248,35 @@ def test_a_step_is_tidied_and_still_the_same():
     names = found.__wrapped__.__code__.co_varnames
     assert sum(name.startswith("relu") for name in names) == 1  # asked for twice, done once
     assert not any(name.startswith(("view", "mul", "detach", "alias")) for name in names), names
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_gradients_of_weights_are_not_transposed_copies(batched):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(*[3] * batched, 64, 32, generator=generator).requires_grad_()
+    x = torch.randn(*[3] * batched, 16, 32, generator=generator)
+
+    def whole(x, weight):
+        loss = torch.matmul(x, weight.mT).sin().sum()
+        return {"loss": loss.detach()}, list(torch.autograd.grad(loss, [weight]))
+
+    found = written_down(whole, [x, weight], whole(x, weight), [])
+    y = torch.randn(x.shape, generator=generator)
+    assert found(y, weight)[1][0].is_contiguous()
+    assert torch.equal(found(y, weight)[1][0], whole(y, weight)[1][0])
+
+
+def test_products_that_round_otherwise_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(fdl.step_graph, "_rounds_alike", lambda product: False)
+    weight, x = torch.randn(2, 5, 3).requires_grad_(), torch.randn(2, 4, 3)
+
+    def whole(x, weight):
+        loss = torch.bmm(x, weight.mT).sin().sum()
+        return {"loss": loss.detach()}, list(torch.autograd.grad(loss, [weight]))
+
+    found = written_down(whole, [x, weight], whole(x, weight), [])
+    gradient, expected = found(x, weight)[1][0], whole(x, weight)[1][0]
+    assert torch.equal(gradient, expected) and gradient.stride() == expected.stride()
 
 
 def test_a_graph_reads_parameters_as_they_are_now():

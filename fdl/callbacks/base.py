@@ -88,7 +88,6 @@ HOOKS: dict[str, list[str]] = {
 
 def _each(hook: str) -> Callable[..., None]:
     """Return a hook that calls the hook of every callback in turn."""
-
     nothing = getattr(Callback, hook)
 
     @functools.wraps(nothing)

@@ -264,7 +264,7 @@ class Codec:
         elif layout.total > limit:
             raise RefusedError(_BEYOND.format(limit))
         if layout.shapes is not None:
-            whole = np.frombuffer(bytearray(self._read(reader, layout.total)), np.float32)
+            whole = np.frombuffer(bytearray(self._read(reader, layout.total)), _FLOAT32)
             reader.finish()
             return Arrays(whole, layout.shapes)
         parts = self._read_streams(reader, layout)

@@ -14,8 +14,9 @@ from fdl.knowledge.aggregation import ParameterMean
 from fdl.knowledge.targets import Answered
 from fdl.messages import Parameters
 from fdl.modules.weights import load_into
+from fdl.objectives import Objective
 from fdl.participants import Participant, Server, copy_of
-from fdl.runtime import Objective, Runtime
+from fdl.runtime import Runtime
 
 if TYPE_CHECKING:
     from fdl.ranks import Ranks

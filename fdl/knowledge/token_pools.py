@@ -14,8 +14,8 @@ from fdl.knowledge.pools import Weights, stream_of
 from fdl.knowledge.tokens import translates, vocabulary
 from fdl.modules.shards import whole
 from fdl.modules.weights import load_into
+from fdl.objectives import Objective
 from fdl.participants import Participant, Server, copy_of
-from fdl.runtime import Objective
 from fdl.token_losses import token_distillation
 
 

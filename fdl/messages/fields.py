@@ -13,6 +13,7 @@ from fdl.errors import RefusedError, UserError
 from fdl.floats import BFLOAT16
 from fdl.messages.base import Meta
 
+
 def to_numpy(name: str, tensor: Tensor) -> np.ndarray:
     """A tensor as an array that shares its memory where it can; `UserError` for one that cannot be sent."""
     try:

@@ -13,9 +13,9 @@ from fdl.losses import cross_entropy, kd_loss
 from fdl.messages import Bundle, Message, Parameters, Responses, parts_of
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.weights import state_of
+from fdl.objectives import Objective
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule
-from fdl.runtime import Objective
 from fdl.server_optimizers import ServerOptimizer
 
 

@@ -10,10 +10,10 @@ from fdl.knowledge.aggregation import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
 from fdl.modules.weights import load_into, state_of
+from fdl.objectives import Objective
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule
 from fdl.robust.parameters import RobustParameters
-from fdl.runtime import Objective
 from fdl.server_optimizers import Average, ServerOptimizer
 
 

@@ -117,7 +117,7 @@ class FederatedDistillation(Method):
         self.confidence, self.space, self.feedback = confidence, space, feedback
         self.sharpen, self.sharpening = sharpen, _SHARPENINGS[one_of("sharpening", sharpening, _SHARPENINGS)]
         self.pretrain, self.restart = at_least("pretrain", pretrain, 0), restart
-        self._pretraining: Fit | None = None
+        self._pretraining: dict[int, tuple[Fit, Fit]] = {}
         if pretrain:
             self.requires = (*type(self).requires, "public")
         self.weights, self.personal, self.subsample, self.cache = weights, personal, subsample, cache
@@ -220,9 +220,11 @@ class FederatedDistillation(Method):
         """The client's model as it begins the round: a new one where it has none, or where CFD would draw one."""
         new, specialist = "specialist" not in client.state, client.specialist()
         if self.pretrain and new:
-            # one object for all clients: an optimiser is built once for each
-            self._pretraining = self._pretraining or replace(client.local, epochs=self.pretrain, steps=None)
-            client.fit(specialist, client.public, self._pretraining, name="pretrain")
+            # one object for all clients that train alike: an optimiser is built once for each
+            own = client.local
+            if id(own) not in self._pretraining:
+                self._pretraining[id(own)] = own, replace(own, epochs=self.pretrain, steps=None)
+            client.fit(specialist, client.public, self._pretraining[id(own)][1], name="pretrain")
         elif self.restart and taught:
             seed = stream_seed(client.seed, "restart", client.round, client.id)
             load_into(specialist, client.runtime.first_weights(client.architecture, seed))

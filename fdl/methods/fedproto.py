@@ -13,8 +13,8 @@ from fdl.knowledge.pools import architectures
 from fdl.losses import cross_entropy
 from fdl.messages import Prototypes
 from fdl.methods.base import Method
+from fdl.objectives import Objective
 from fdl.participants import Client, Server
-from fdl.runtime import Objective
 
 
 class FedProto(Method):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fdl.errors import UserError
 from fdl.methods.fedavg import FedAvg
+from fdl.objectives import Objective, training_step
 from fdl.proximal import proximal
 from fdl.robust.base import Rule
-from fdl.runtime import Objective, training_step
 from fdl.server_optimizers import ServerOptimizer
 
 

@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 
 from fdl.executor import Executor, Sequential
+from fdl.fit_optimizers import schedule_of
 from fdl.modules.weights import trainable
+from fdl.objectives import training_step
 from fdl.privacy.accounting import Policy, affords, event, solve_noise, spend
-from fdl.runtime import training_step
 from fdl.seeding import stream_seed
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fdl.datamodules.samples import Samples
+    from fdl.objectives import Objective
     from fdl.participants import Client
     from fdl.recipe import Fit
-    from fdl.runtime import Objective
 
 log = logging.getLogger("fdl")
 
@@ -147,15 +148,15 @@ class DPSGD:
         runtime, fabric = client.runtime, client.runtime.fabric
         probability = mechanism["sampling_probability"]
         convert = fabric.strategy.precision.convert_input
-        to = lambda batch: convert(runtime._to_device(batch))  # noqa: E731
+        to = lambda batch: convert(runtime.to_device(batch))  # noqa: E731
         module.train()
         check_module(module)
         kind = type(module), getattr(objective, "__qualname__", type(objective).__qualname__)
         known = kind in self._known
         if not known:
             check_objective(module, objective, samples, fabric, to)
-        wrapped = runtime._optimizer(module, config)[1]
-        scheduler, interval = runtime._schedule(wrapped, config, max(client.round, 1))
+        wrapped = runtime.optimizers.fresh(module, trainable(module), config)
+        scheduler, interval = schedule_of(wrapped, config, max(client.round, 1))
         stream = torch.Generator(runtime.device)
         stream.manual_seed(stream_seed(client.seed, f"{name}/noise", client.round, client.id))
         if self.ghost:

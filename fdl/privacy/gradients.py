@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from fdl.datamodules.samples import Batch, Samples
-    from fdl.runtime import Objective
+    from fdl.objectives import Objective
 
 log = logging.getLogger("fdl")
 

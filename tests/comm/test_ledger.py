@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fdl.comm.ledger
 from fdl.comm.ledger import Ledger, Refusal, Row
 
 ENTRIES = st.lists(
@@ -56,8 +57,14 @@ def test_empty():
 
 
 @settings(max_examples=100, deadline=None)
-@given(entries=ENTRIES, split=st.integers(0, 40))
-def test_counts_like_a_counter_also_across_a_checkpoint(entries, split):
+@given(entries=ENTRIES, split=st.integers(0, 40), unpacked=st.sampled_from([0, 3, 1000]))
+def test_counts_like_a_counter_also_across_a_checkpoint(entries, split, unpacked):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fdl.comm.ledger, "_UNPACKED", unpacked)
+        check_counts(entries, split)
+
+
+def check_counts(entries, split):
     ledger = Ledger()
     straight = Ledger()
     sizes, messages = Counter(), Counter()

@@ -17,6 +17,7 @@ from fdl.comm.quantize import Quantize
 from fdl.comm.wire import BROADCAST, HEADER, _decode_meta, _encode_meta, pack, unpack
 from fdl.errors import RefusedError
 from fdl.messages import Confidences, Parameters, Responses
+from fdl.pieces import Pieces
 from tests.comm.strategies import CHAINS, allocates_at_most
 
 RAW = Codec()
@@ -67,6 +68,25 @@ def test_a_model_with_batch_norm_survives_every_chain(codec):
         received.zero_()  # writable, and no part of what was sent
     assert got.samples == 100
     assert state["1.num_batches_tracked"] == 2**40 + 1
+
+
+def test_one_buffer_is_sent_as_its_arrays_are():
+    pieces = Pieces(torch.randn(11), {"a": (2, 4), "b": (3,)})
+    message = Parameters(pieces, 5)
+    alone = Parameters({name: value.clone() for name, value in pieces.items()}, 5)
+    for codec in (RAW, Codec([Deflate()]), Codec([Quantize(8)])):
+        sent = pack(message, codec, client=1, round=2, rng=np.random.default_rng(0))
+        assert sent == pack(alone, codec, client=1, round=2, rng=np.random.default_rng(0))
+        got = unpack(sent, codec, limit=LIMIT, client=1, round=2)
+        assert list(got.tensors) == ["a", "b"] and got.tensors["a"].shape == (2, 4)
+        if codec is RAW:
+            assert all(torch.equal(got.tensors[name], value) for name, value in pieces.items())
+
+
+def test_both_checksums_are_the_same():
+    isal = pytest.importorskip("isal.isal_zlib", reason="isal has no wheel for this processor")
+    for data in (b"", b"fdl", np.arange(24, dtype=np.float32).reshape(4, 6), memoryview(b"abcdef")[2:]):
+        assert isal.crc32(data, 77) == zlib.crc32(data, 77)
 
 
 def test_raw_responses_are_exact():
