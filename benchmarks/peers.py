@@ -10,8 +10,8 @@ FedAvg, one local epoch of batches of 32, SGD 0.1, an evaluation every round, on
 Other systems have their own pins, so each may live in an environment of its own, whose interpreter is given; without it
 they are skipped, and the table says so. Every run is a process of its own; systems take turns. Equal work is asserted:
 all train the same number of clients in the same number of steps (where a system draws other cohorts, these differ in
-size by single samples), and all models have learnt. A round's time is the median over all rounds but the first two, which pay for starting up; the first round's time is
-told apart. Peaks are of the main process alone: Flower's workers and fdl's second rank have memory of their own.
+size by single samples), and all models have learnt. A round's time is the median over all rounds but the first two,
+which pay for starting up; the first round's time is told apart. Peaks are of the main process alone: Flower's workers and fdl's second rank have memory of their own.
 """
 
 from __future__ import annotations

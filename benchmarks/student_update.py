@@ -176,7 +176,7 @@ def plain(job: Job, runtime: Runtime) -> None:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], **job.fit.optimizer.args)
     module.train()
     for _, indices in batches(len(job.samples), job.fit, generator):
-        batch = runtime._to_device(job.samples.batch(indices, generator))
+        batch = runtime.to_device(job.samples.batch(indices, generator))
         with fabric.autocast():
             loss = job.loss(module, batch)
         loss.backward()

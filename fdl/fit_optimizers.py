@@ -33,6 +33,10 @@ class FitOptimizers:
         self._fabric, self._sharder = fabric, sharder
         self._known: WeakKeyDictionary[nn.Module, dict[int, tuple]] = WeakKeyDictionary()
 
+    def known(self) -> list[_FabricOptimizer]:
+        """Those that are used again."""
+        return [optimizer for kept in self._known.values() for _, _, optimizer, _ in kept.values()]
+
     def fresh(self, module: nn.Module, parameters: Sequence[nn.Parameter], config: Fit) -> _FabricOptimizer:
         """An optimiser that has taken no step yet.
 

@@ -118,10 +118,11 @@ def _rates(tree: dict[str, Any], broken: set[str]) -> Problems:
     count = tree["federation"]["clients"]
     given = [f"federation.learning_rates.{client}" for client in own]
     given += [f"specialists.{i}.lr" for i, entry in enumerate(tree["specialists"]) if entry["lr"] is not None]
-    optimizer = tree["local"]["optimizer"]["target"]
-    taken = find(optimizer, KINDS["optimizer"]).signature
-    if given and taken is not None and not taken.open and "lr" not in taken.parameters:
-        return [(where, f"local.optimizer is {optimizer}, which takes no lr") for where in given]
+    if given:
+        optimizer = tree["local"]["optimizer"]["target"]
+        taken = find(optimizer, KINDS["optimizer"]).signature
+        if taken is not None and not taken.open and "lr" not in taken.parameters:
+            return [(where, f"local.optimizer is {optimizer}, which takes no lr") for where in given]
     return [
         (f"federation.learning_rates.{client}", f"there is no such client: the ids are 0 … {count - 1}")
         for client in own

@@ -96,15 +96,17 @@ def _tidy(graph: fx.Graph) -> None:
 
 def _turn_round(graph: fx.Graph, node: fx.Node) -> None:
     """Make (A B)ᵀ of matrices Bᵀ Aᵀ, which lies in memory as it should: gradients of weights are such products."""
-    product = node.args[0] if node.target in (aten.t.default, aten.transpose.int) else None
-    if not isinstance(product, fx.Node) or len(product.users) > 1 or product.target not in _PRODUCTS:
+    product = node.args[0] if _flips(node) else None
+    if product is None or len(product.users) > 1 or product.target not in _PRODUCTS or not _rounds_alike(product):
         return
-    if node.target is aten.transpose.int and set(node.args[1:]) not in ({1, 2}, {-1, -2}):
-        return
-    if not _rounds_alike(product):
-        return
+    turned = []
     with graph.inserting_before(node):
-        turned = [_turned(graph, node, factor) for factor in reversed(product.args)]
+        for factor in reversed(product.args):
+            if _flips(factor):
+                turned.append(factor.args[0])
+                continue
+            turned.append(graph.call_function(aten.transpose.int, (factor, -2, -1)))
+            turned[-1].meta["val"] = factor.meta["val"].mT
     node.target, node.args = product.target, tuple(turned)
 
 
@@ -119,11 +121,14 @@ def _rounds_alike(product: fx.Node) -> bool:
     return torch.equal(product.target(b.mT, a.mT), product.target(a, b).mT)
 
 
-def _turned(graph: fx.Graph, like: fx.Node, factor: fx.Node) -> fx.Node:
-    """A factor, transposed as another node is; what it was before, where it is the transposition of something."""
-    if factor.target is like.target and factor.args[1:] == like.args[1:]:
-        return factor.args[0]
-    return graph.call_function(like.target, (factor, *like.args[1:]))
+def _flips(node: fx.Node) -> bool:
+    """Whether a node is a matrix, or several, transposed."""
+    if node.target is aten.t.default:
+        return node.meta["val"].ndim == 2
+    if node.target is not aten.transpose.int:
+        return False
+    rank = node.meta["val"].ndim
+    return {dim % rank for dim in node.args[1:]} == {rank - 2, rank - 1}
 
 
 def _instead(node: fx.Node) -> fx.Node | None:
@@ -131,7 +136,7 @@ def _instead(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
-    if node.target is aten.t.default and source.target is aten.t.default:
+    if _flips(node) and _flips(source):
         return source.args[0]
     one = node.target in (aten.mul.Scalar, aten.mul.Tensor) and node.args[1] == 1
     return source if (one or node.target in _SAME) and _kind(node) == _kind(source) else None

@@ -77,8 +77,8 @@ def held(loop) -> dict:
     module = loop.server.student if loop.server.student is not None else loop.runtime.template("student")
     parameters = list(module.parameters())
     sizes = {"here": sum(local(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
-    known = [entry for kept in loop.runtime._optimizers.values() for entry in kept.values()]
-    states = [t for entry in known for state in entry[2].optimizer.state.values() for t in state.values()]
+    known = loop.runtime.optimizers.known()
+    states = [t for found in known for state in found.optimizer.state.values() for t in state.values()]
     tensors = [t for t in states if getattr(t, "ndim", 0)]
     moments = {"here": sum(local(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}
     return {"parameters": sizes, "moments": moments, "names": [name for name, _ in module.named_parameters()]}

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fdl.arrays import Arrays
 from fdl.comm.binary import Reader, text, varint
 from fdl.comm.stage import ArrayStage, Coded, EntropyStage, Spec, Stage, Turn
 from fdl.errors import RefusedError, UserError
 from fdl.floats import BFLOAT16
-from fdl.pieces import Arrays
 
 if TYPE_CHECKING:
     from fdl.comm.memory import Memory

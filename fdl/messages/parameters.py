@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fdl.arrays import Arrays
 from fdl.messages.base import Message, Meta
 from fdl.messages.fields import (
     check_finite,
@@ -21,7 +22,7 @@ from fdl.messages.fields import (
     to_numpy,
     to_torch,
 )
-from fdl.pieces import Arrays, Pieces, as_one
+from fdl.pieces import Pieces, as_one
 
 
 @dataclass(frozen=True, eq=False)
