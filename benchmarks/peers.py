@@ -11,7 +11,8 @@ Other systems have their own pins, so each may live in an environment of its own
 they are skipped, and the table says so. Every run is a process of its own; systems take turns. Equal work is asserted:
 all train the same number of clients in the same number of steps (where a system draws other cohorts, these differ in
 size by single samples), and all models have learnt. A round's time is the median over all rounds but the first two,
-which pay for starting up; the first round's time is told apart. Peaks are of the main process alone: Flower's workers and fdl's second rank have memory of their own.
+which pay for starting up; the first round's time is told apart. Peaks are of the main process alone: Flower's workers
+and fdl's second rank have memory of their own.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
@@ -40,8 +41,21 @@ def start(folder, command, **environment):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes made of all jobs, and how they ended where one had to fail."""
-    folder = tmp_path_factory.mktemp("ranks")
+    """What two processes made of all jobs, and how they ended where one had to fail. Workers of a test run share it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "ranks"
+    else:
+        folder = tmp_path_factory.mktemp("ranks")
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "ends-1.json").is_file():
+            folder.mkdir(exist_ok=True)
+            both(folder)
+    found = json.loads((folder / "found.json").read_text())
+    found["ends"] = [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
+    return found
+
+
+def both(folder):
     rank_jobs.run("knowledge", 1, folder / "half", ("federation.rounds=2",))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,9 +64,6 @@ def two(tmp_path_factory):
     processes = [start(folder, ["tests/rank_jobs.py", str(folder)], LOCAL_RANK=str(r), **shared) for r in (0, 1)]
     said = [process.communicate(timeout=560)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    found = json.loads((folder / "found.json").read_text())
-    found["ends"] = [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
-    return found
 
 
 def flat(outcome):

@@ -39,6 +39,7 @@ def test_scaling(tmp_path):
         scaling.main(["--clients", "5000", "--output", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_memory(tmp_path, monkeypatch):
     """A peak for each run, in a process of its own, and the work is the same in all."""
     memory = script("memory")

@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_another_strategy(two, tmp_path):
     assert resumed["communication"] == longer["communication"]
 
 
-@pytest.mark.parametrize("how", ["FailsOnce", "Sleeps"])
+@pytest.mark.parametrize("how", ["FailsOnce", pytest.param("Sleeps", marks=pytest.mark.slow)])
 def test_a_rank_that_fails_ends_the_run_in_words(tmp_path, how):
     """The one says what went wrong, the other that somebody is gone; nobody waits longer than the timeout."""
     leader, other = (end["error"] for end in pair(tmp_path, how))
