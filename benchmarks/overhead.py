@@ -160,8 +160,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = [
-        f"FedAvg on digits, a thread, torch {torch.__version__}, {arguments.repeats} repeats of {ROUNDS} first rounds "
-        f"and {4 * arguments.repeats} blocks of {ROUNDS} later ones.",
+        f"FedAvg on digits, one thread, torch {torch.__version__}; {arguments.repeats} repeats of the first {ROUNDS} "
+        f"rounds, {4 * arguments.repeats} blocks of {ROUNDS} later ones.",
         "",
         "| clients | system | ms a round, median [min–max] | ratio to bare, median [min–max] | bytes sent |",
         "|---|---|---|---|---|",
