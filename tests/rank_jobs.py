@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py run: ``python tests/rank_jobs.py FOLDER``, once for each rank.
+"""What the processes of tests/test_ranks.py run: ``python tests/rank_jobs.py FOLDER [longer]``, once for each rank.
 
 Small federations one after the other, each built and run as `fdl fit` does; rank 0 leaves what came of them in FOLDER.
 """
@@ -111,6 +111,11 @@ JOBS = {
     "updates_attacked": ("digits/fedprox.yaml", [*DIGITS, CLIENTS, *INVERSION]),
     "votes": ("digits/private_votes.yaml", [*DIGITS, "federation.clients=4"]),
 }
+LONGER = ("fedadam", "one_client", "few_asked", "robust_pools", "robust", "fedlora_merged", "colluding_robust", "liars")
+LONGER += ("attacked", "updates_attacked", "votes")
+"""Jobs of the slow tier: further settings of methods that the others have."""
+
+QUICK = tuple(name for name in JOBS if name not in LONGER)
 JOINT = (
     "federated_distillation",
     # Adam divides by a gradient's own size, which makes rounding of those near 0 as large as any other
@@ -226,7 +231,12 @@ def error_of(method: str, folder: Path, timeout: float, *more: str) -> str:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     leader = os.environ["LOCAL_RANK"] == "0"
-    found = {name: run(name, 2, place / name) for name in JOBS}
+    if sys.argv[2:] == ["longer"]:
+        found = {name: run(name, 2, place / name) for name in LONGER}
+        if leader:
+            (place / "found.json").write_text(json.dumps(found))
+        sys.exit()
+    found = {name: run(name, 2, place / name) for name in QUICK}
     # a run of two processes goes on from a checkpoint that one process wrote, and moves clients between them
     found["resumed"] = run("knowledge", 2, place / "half", ("federation.rounds=3",), resume=True)
     parts = []

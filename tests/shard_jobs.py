@@ -52,7 +52,7 @@ JOBS = {
 """By name: a job of `rank_jobs`, and what is other here. Adam's rounding is as large as its smallest gradients."""
 
 LONGER = ("disk", "fed_lpfm", "distillation", "affinity_distillation", "token_distillation", "federated_prompts")
-LONGER += ("pfedpg", "colluding", "pools", "fml")
+LONGER += ("pfedpg", "colluding", "pools", "fml", "knowledge", "tied")
 """Jobs of the slow tier."""
 
 QUICK = tuple(name for name in JOBS if name not in LONGER)

@@ -89,6 +89,7 @@ def test_tasks_of_slurm_are_one_process(srun, alone, shape):
     assert summary(folder / shape.split()[0]) == alone
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_machines_is_one_process(alone, tmp_path):
     """Each machine has its own torchrun; they meet at a fixed address."""
     port = free_ports(1)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 SUMMED = ("fedavg", "fedadam", "fedprox", "batch_norm", "batched", "one_client", "cfed", "fml", "fed_lpfm")
 SUMMED += ("codistillation", "federated_prompts", "colluding")
 EXACT = tuple(name for name in rank_jobs.JOBS if name not in SUMMED)
+SLOW = {"marks": pytest.mark.slow}
 
 
 def start(folder, command, **environment):
@@ -55,15 +56,35 @@ def two(tmp_path_factory):
     return found
 
 
-def both(folder):
-    rank_jobs.run("knowledge", 1, folder / "half", ("federation.rounds=2",))
+def both(folder, *what):
+    if not what:
+        rank_jobs.run("knowledge", 1, folder / "half", ("federation.rounds=2",))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    processes = [start(folder, ["tests/rank_jobs.py", str(folder)], LOCAL_RANK=str(r), **shared) for r in (0, 1)]
+    processes = [start(folder, ["tests/rank_jobs.py", str(folder), *what], LOCAL_RANK=str(r), **shared) for r in (0, 1)]
     said = [process.communicate(timeout=560)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    """What two processes made of the jobs of the slow tier."""
+    folder = tmp_path_factory.mktemp("longer")
+    both(folder, "longer")
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture
+def twice(name, request):
+    """What two processes made of a job."""
+    return request.getfixturevalue("longer" if name in rank_jobs.LONGER else "two")[name]
+
+
+def quick_first(names):
+    """Parameters, of which those of the longer jobs are slow."""
+    return [pytest.param(name, **(SLOW if name in rank_jobs.LONGER else {})) for name in names]
 
 
 def flat(outcome):
@@ -74,22 +95,22 @@ def without_scores(history):
     return [{key: record[key] for key in ("round", "cohort", "dropped", "refused")} for record in history]
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_two_processes_are_one(two, name, tmp_path):
+@pytest.mark.parametrize("name", quick_first(EXACT))
+def test_two_processes_are_one(twice, name, tmp_path):
     """Where uploads are added in the cohort's order, to the last bit: weights, metrics, bytes, clients."""
     alone = json.loads(json.dumps(rank_jobs.run(name, 1, tmp_path)))
-    assert two[name] == alone
+    assert twice == alone
     assert alone["history"][-1]["cohort"]
 
 
-@pytest.mark.parametrize("name", SUMMED)
-def test_two_processes_sum_weights(two, name, tmp_path):
+@pytest.mark.parametrize("name", quick_first(SUMMED))
+def test_two_processes_sum_weights(twice, name, tmp_path):
     """Where partial sums are reduced, up to rounding; what is counted is the same."""
     alone = json.loads(json.dumps(rank_jobs.run(name, 1, tmp_path)))
-    assert flat(two[name]).size > 100
-    np.testing.assert_allclose(flat(two[name]), flat(alone), rtol=0, atol=1e-6)
-    assert two[name]["communication"] == alone["communication"]
-    assert without_scores(two[name]["history"]) == without_scores(alone["history"])
+    assert flat(twice).size > 100
+    np.testing.assert_allclose(flat(twice), flat(alone), rtol=0, atol=1e-6)
+    assert twice["communication"] == alone["communication"]
+    assert without_scores(twice["history"]) == without_scores(alone["history"])
 
 
 def test_more_processes_go_on_with_the_run_of_one(two, tmp_path):

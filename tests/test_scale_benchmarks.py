@@ -23,6 +23,7 @@ def rows_of(file):
         return list(csv.DictReader(lines))
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     """Both series: a fixed total is shared out, a fixed share adds up; bytes grow with the clients."""
     scaling = script("scaling")
