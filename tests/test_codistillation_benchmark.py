@@ -88,6 +88,7 @@ def test_images_are_reduced_by_areas(script):
     assert script.reduced(image, 4, 3).tolist() == [[image[0].tolist()] * 3]
 
 
+@pytest.mark.slow
 def test_photographs_take_the_same_variants(script, folder):
     changes = script.overrides("photographs", folder)
     planned = plan(script.RECIPES["photographs"], changes, ["merged", "merged_3"], [0], folder)

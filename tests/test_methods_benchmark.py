@@ -75,6 +75,7 @@ def test_files_for_people(folder):
     assert any((folder / "tensorboard/summary").iterdir()) and (folder / "tensorboard/one_shot-seed0").is_dir()
 
 
+@pytest.mark.slow
 def test_the_photographs_take_the_same_variants(script, tmp_path):
     changes = script.overrides("cifar10", tmp_path / "images.npz", quick=False)
     recipe = load(script.RECIPE, changes)

@@ -82,7 +82,15 @@ def test_a_recipe_builds_what_it_names(path, overrides, tmp_path):
 SILENT = {"centralized", "single_site", "distillation"}
 
 
-@pytest.mark.parametrize("path", HERE, ids=HERE_NAMES)
+LIKE_OTHERS = ("recipes/ablations/", "recipes/digits/robustness.yaml")
+"""Recipes that differ from another, whose bytes are looked at, in one key, or in who lies."""
+
+
+def slow_if_like_others(path, name):
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name.startswith(LIKE_OTHERS) else [])
+
+
+@pytest.mark.parametrize("path", map(slow_if_like_others, HERE, HERE_NAMES))
 def test_check_tells_the_bytes_of_a_round(path, overrides, tmp_path):
     # the frozen encoder would embed every client's images, which takes long and sends nothing
     cheap = []

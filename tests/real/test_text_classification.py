@@ -32,7 +32,7 @@ def accuracy(folder, name, limit, steps):
     return loop.history[-1]["metrics"]["student/test/accuracy"]
 
 
-@pytest.mark.parametrize(("name", "floor"), [("agnews_10k", 0.65), ("sst2", 0.58)])
+@pytest.mark.parametrize(("name", "floor"), [pytest.param("agnews_10k", 0.65, marks=pytest.mark.slow), ("sst2", 0.58)])
 def test_a_tiny_bert_learns_from_scratch_in_seconds(tmp_path, name, floor):
     """Chance is 0.25 for AG News, and 0.51 for SST-2."""
     assert accuracy(tmp_path, name, 4000, 90) > floor
