@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
@@ -20,6 +19,7 @@ from fdl.placement import SLACK, largest_first
 from fdl.terms import mean_over, next_tokens_of, part_of, samples_of
 from tests import rank_jobs
 from tests.cluster_jobs import NO_STEP, slurm
+from tests.shared_runs import made_once
 
 pytestmark = pytest.mark.timeout(600)  # two processes with all jobs one after the other, on whatever cores are free
 ROOT = Path(__file__).parents[1]
@@ -43,14 +43,7 @@ def start(folder, command, **environment):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes made of all jobs, and how they ended where one had to fail. Workers of a test run share it."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = tmp_path_factory.getbasetemp().parent / "ranks"
-    else:
-        folder = tmp_path_factory.mktemp("ranks")
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "ends-1.json").is_file():
-            folder.mkdir(exist_ok=True)
-            both(folder)
+    folder = made_once(tmp_path_factory, "ranks", "found.json", both)
     found = json.loads((folder / "found.json").read_text())
     found["ends"] = [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in (0, 1)]
     return found

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from torch import nn
 
 from fdl import sharding
@@ -23,6 +22,7 @@ from fdl.modules.shards import LARGEST, blocks
 from fdl.recipe import load
 from tests import shard_jobs
 from tests.methods import test_fedlora
+from tests.shared_runs import made_once
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
@@ -55,15 +55,12 @@ def pair(folder, what):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What both processes made of the quick jobs; the folder has their runs. Workers of one test run share it."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = tmp_path_factory.getbasetemp().parent / "shards"
-    else:
-        folder = tmp_path_factory.mktemp("shards")
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "all-1.json").is_file():
-            folder.mkdir(exist_ok=True)
-            shard_jobs.run("federated_distillation", folder / "half", ("federation.rounds=1",), sharded=False)
-            pair(folder, "all")
+
+    def make(folder):
+        shard_jobs.run("federated_distillation", folder / "half", ("federation.rounds=1",), sharded=False)
+        pair(folder, "all")
+
+    folder = made_once(tmp_path_factory, "shards", "all-1.json", make)
     first, second = (json.loads((folder / f"all-{rank}.json").read_text()) for rank in (0, 1))
     return {"first": first, "second": second, "folder": folder}
 
