@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fdl.fit_optimizers import schedule_of
 from fdl.inference import Question, answer, each
 from fdl.learning_rates import alike_but_for_rates
-from fdl.modules.optim import build_optimizer, build_scheduler
+from fdl.modules.optim import build_optimizer
 from fdl.objectives import Objective, kind_of, tensors_of, training_step
 from fdl.padding import stacked
 from fdl.runtime import Runtime
@@ -140,12 +141,7 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
     whole = stack.whole[: len(rows)] if identity else stack.whole[rows]
     loss = _Loss(stack, ordered)
     parameters, optimizer = _optimizer(stack, whole, [job.config for job in ordered])
-    scheduler = None
-    if config.scheduler is not None:
-        scheduler = build_scheduler(optimizer, config.scheduler.target, config.scheduler.args)
-        for _ in range(jobs[0].round - 1 if config.scheduler.interval == "round" else 0):
-            optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
-            scheduler.step()
+    scheduler, interval = schedule_of(optimizer, config, jobs[0].round)
 
     live, sums = 0, {}
     streams = [
@@ -172,10 +168,8 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
                 sums[name][:live] += value
             else:
                 sums[name] = value.clone()
-        if scheduler is not None:
-            interval = config.scheduler.interval
-            if interval == "step" or (interval == "epoch" and drawn[0][0]):
-                scheduler.step()
+        if scheduler is not None and (interval == "step" or (interval == "epoch" and drawn[0][0])):
+            scheduler.step()
     if not identity:
         stack.whole[rows] = whole
     table = torch.stack(list(sums.values())).tolist()  # the one time that the device is waited for

@@ -13,6 +13,7 @@ from fdl.modules.optim import build_optimizer, build_scheduler
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.wrappers import _FabricOptimizer
+    from torch.optim import Optimizer
 
     from fdl.recipe import Fit
     from fdl.sharding import Sharder
@@ -64,13 +65,13 @@ class FitOptimizers:
         return optimizer
 
 
-def schedule_of(optimizer: _FabricOptimizer, config: Fit, round: int) -> tuple[Any, str]:
+def schedule_of(optimizer: Optimizer, config: Fit, round: int) -> tuple[Any, str]:
     """The schedule of a fit in a round, None where there is none, and what it counts."""
     if config.scheduler is None:
         return None, "step"
-    scheduler = build_scheduler(optimizer.optimizer, config.scheduler.target, config.scheduler.args)
+    scheduler = build_scheduler(optimizer, config.scheduler.target, config.scheduler.args)
     if config.scheduler.interval == "round":
         for _ in range(round - 1):
-            optimizer.optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
+            optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
             scheduler.step()
     return scheduler, config.scheduler.interval

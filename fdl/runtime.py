@@ -195,7 +195,7 @@ class Runtime:
         if not parameters:  # a frozen teacher has nothing to learn
             return {}
         optimizer = self.optimizers.fresh(module, parameters, config)
-        scheduler, interval = schedule_of(optimizer, config, round)
+        scheduler, interval = schedule_of(optimizer.optimizer, config, round)
         take_step = optimizer.optimizer.step if self._plain else optimizer.step
         if self.sharder is not None:
             take_step = partial(self.sharder.step, optimizer)

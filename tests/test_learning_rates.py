@@ -44,19 +44,31 @@ def test_clients_that_train_alike_share_their_settings():
     assert not alike_but_for_rates(fits[0], recipe(local={"optimizer": {"target": "sgd", "args": {"lr": 0.1}}}).local)
 
 
-def test_every_client_trains_as_if_its_rate_were_everybodys(tmp_path):
+PRETRAINED = {
+    "method": {"target": "federated_distillation", "args": {"pretrain": 1}},
+    "student": {"target": "mlp", "args": {"hidden": [8]}},
+    "data": {"target": "digits", "args": {"proxy": 100, "validation": 0, "public": 60}},
+}
+
+
+@pytest.mark.parametrize(("method", "local"), [({}, {}), (PRETRAINED, {"epochs": 0})], ids=["alone", "pretrained"])
+def test_every_client_trains_as_if_its_rate_were_everybodys(method, local, tmp_path):
     def trained(name, **changes):
-        loop = build(recipe(**changes), tmp_path / name)
+        settings = {**BASE["local"], **changes.pop("local", {}), **local}
+        loop = build(recipe(**method, local=settings, **changes), tmp_path / name)
         loop.run()
         return [client.state["specialist"] for client in loop.clients]
+
+    federation = {**BASE["federation"], "rounds": 1 if method else 2}
 
     def same(a, b):
         return all(torch.equal(a[name], b[name]) for name in a)
 
-    own = trained("own", federation={**BASE["federation"], "learning_rates": {1: 0.02}})
-    common = trained("common")
-    slow = trained("slow", local={"optimizer": {"target": "sgd", "args": {"lr": 0.02, "momentum": 0.9}}})
-    entry = trained("entry", specialists=[{**BASE["specialists"][0], "lr": 0.02}])
+    own = trained("own", federation={**federation, "learning_rates": {1: 0.02}})
+    common = trained("common", federation=federation)
+    slower = {"optimizer": {"target": "sgd", "args": {"lr": 0.02, "momentum": 0.9}}}
+    slow = trained("slow", federation=federation, local=slower)
+    entry = trained("entry", federation=federation, specialists=[{**BASE["specialists"][0], "lr": 0.02}])
     assert [same(a, b) for a, b in zip(own, common)] == [True, False, True]
     assert [same(a, b) for a, b in zip(own, slow)] == [False, True, False]
     assert all(map(same, entry, slow))

@@ -156,7 +156,7 @@ class DPSGD:
         if not known:
             check_objective(module, objective, samples, fabric, to)
         wrapped = runtime.optimizers.fresh(module, trainable(module), config)
-        scheduler, interval = schedule_of(wrapped, config, max(client.round, 1))
+        scheduler, interval = schedule_of(wrapped.optimizer, config, max(client.round, 1))
         stream = torch.Generator(runtime.device)
         stream.manual_seed(stream_seed(client.seed, f"{name}/noise", client.round, client.id))
         if self.ghost:
