@@ -65,6 +65,7 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
     """
     method: Method = instantiate(recipe.method, "method", "method")
     data: FederatedDataModule = instantiate(recipe.data, "datamodule", "data")
+    data.set_default_seed(recipe.seed)
     data.prepare_data()
     data.setup()
     if method.tasks and data.task not in method.tasks:

@@ -41,9 +41,11 @@ class FederatedDataModule(LightningDataModule, ABC):
     """Base of all data of a federation; also trains with a plain ``lightning.Trainer``.
 
     A subclass writes `load`; one whose samples are no labelled images also says what its `task` is and what it
-    `provides`. Held-out sets are drawn from the training samples, stratified by class, in random order,
-    by streams that depend on `seed` alone: every method, number of clients and partition sees the same proxy set,
-    validation set and test set.
+    `provides`. Held-out sets are drawn from the training samples, in random order, by streams that depend on `seed`
+    alone: with one seed, every method, number of clients and partition sees the same proxy set, validation set and
+    test set; another seed draws others, so that a spread over seeds is one over draws of the data, too. What is
+    measured on, validation and test, is drawn in proportion to the classes, which takes chance out of their shares.
+    Public sets are drawn as public data come, whatever their classes.
 
     Args:
         proxy: where the public proxy set comes from. A whole number: that many training samples, held out from the
@@ -54,12 +56,17 @@ class FederatedDataModule(LightningDataModule, ABC):
         test: labelled samples held out for the report, only for a source without a test split of its own.
         public: labelled samples held out for the server to train on, a number, or a share of what the other sets leave;
             drawn last, so that it changes none of them.
-        limit: use only this many training samples (before anything is held out), drawn in proportion to the classes.
-        seed: of the held-out sets.
+        limit: use only this many training samples (before anything is held out), drawn in proportion to the classes;
+            of a data set that is the proxy set of another, whatever their classes, unless that has `stratify_public`.
+        stratify_public: draw `proxy` and `public`, too, in proportion to the classes. A real public set cannot be drawn
+            so without labels.
+        seed: of the held-out sets; None takes the run's seed (of nested data, the outer data's), and 0 without a run.
+            A number keeps the same samples in all runs.
         batch_size: of the loaders for a plain Trainer.
 
     Attributes:
         task: what models of these data are asked: ``"classification"``, ``"language"`` or ``"image_text"``.
+        seed: of the held-out sets.
         train: the pooled private samples, labelled where the task is classification.
         proxy: the public proxy set, unlabelled; empty where none was asked for.
         validation: likewise labelled; may be empty.
@@ -94,21 +101,26 @@ class FederatedDataModule(LightningDataModule, ABC):
         test: int | float | None = None,
         public: int | float | None = None,
         limit: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         batch_size: int = 32,
+        stratify_public: bool = False,
     ):
         super().__init__()
         self._public = proxy if isinstance(proxy, FederatedDataModule) else None
         self._sizes = {
+            # the proxy set last: drawn whatever its classes, it must not shift the shares of those measured on
             "test": _checked_size("test", test),
-            "proxy": None if self._public is not None else _checked_size("proxy", proxy),
             "validation": _checked_size("validation", validation),
+            "proxy": None if self._public is not None else _checked_size("proxy", proxy),
         }
         self._public_size = _checked_size("public", public)
         for key, value in (("limit", limit), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"{key} must be at least 1, got {value}")
-        self._limit, self.seed, self.batch_size = limit, seed, batch_size
+        if seed is not None and seed < 0:
+            raise UserError(f"seed must be at least 0, got {seed}")
+        self.seed, self._seed_given = seed or 0, seed is not None
+        self._limit, self.batch_size, self.stratify_public = limit, batch_size, stratify_public
         self._ready = False
         self._fingerprint: str | None = None
 
@@ -120,12 +132,25 @@ class FederatedDataModule(LightningDataModule, ABC):
             UserError: naming the file and what is wrong with it.
         """
 
-    def source(self) -> Source:
-        """The data set, at most `limit` training samples of it."""
+    def set_default_seed(self, seed: int) -> None:
+        """Set the seed of data that were given none; before `setup`.
+
+        Args:
+            seed: usually the run's.
+        """
+        if not self._seed_given:
+            self.seed = seed
+
+    def source(self, stratify: bool = True) -> Source:
+        """The data set, at most `limit` training samples of it.
+
+        Args:
+            stratify: draw them in proportion to the classes.
+        """
         source = self.load()
         if self._limit is None or self._limit >= len(source.train):
             return source
-        kept, _ = self._hold_out("limit", np.arange(len(source.train)), source.train, self._limit)
+        kept, _ = self._hold_out("limit", np.arange(len(source.train)), source.train, self._limit, stratify)
         kept.sort()
         groups = None if source.groups is None else source.groups[kept]
         return replace(source, train=source.train.subset(kept), groups=groups)
@@ -148,7 +173,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         rows = np.arange(len(pool))
         held_out, self.test_groups = {}, None
         for split, count in counts.items():
-            chosen, rows = self._hold_out(split, rows, pool, count)
+            chosen, rows = self._hold_out(split, rows, pool, count, split != "proxy" or self.stratify_public)
             held_out[split] = pool.subset(chosen)
             if split == "test" and source.groups is not None and source.test is None:
                 self.test_groups = source.groups[chosen]
@@ -158,7 +183,11 @@ class FederatedDataModule(LightningDataModule, ABC):
         self.validation = held_out["validation"]
         if source.validation is not None and self._sizes["validation"] is None:
             self.validation = source.validation
-        self.proxy = held_out["proxy"].unlabelled() if self._public is None else self._from_public(self._public)
+        if self._public is None:
+            self.proxy = held_out["proxy"].unlabelled()
+        else:
+            self._public.set_default_seed(self.seed)
+            self.proxy = self._from_public(self._public)
         self.finish()
         self.public = self._hold_out_public()
         self._ready = True
@@ -257,9 +286,12 @@ class FederatedDataModule(LightningDataModule, ABC):
             raise UserError(f"{self.name}: {wanted} leave nothing to train on of {total} training samples")
         return counts
 
-    def _hold_out(self, split: str, rows: np.ndarray, pool: Samples, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _hold_out(
+        self, split: str, rows: np.ndarray, pool: Samples, count: int, stratify: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Draw `count` of the rows, in random order so that the order tells nothing of the labels; and the rest."""
-        labels = np.zeros(len(rows), dtype=np.int64) if pool.labels is None else pool.labels.numpy()[rows]
+        alike = pool.labels is None or not stratify
+        labels = np.zeros(len(rows), dtype=np.int64) if alike else pool.labels.numpy()[rows]
         chosen = stratified(labels, count, numpy_stream(self.seed, f"hold out {split}"))
         return rows[chosen], np.delete(rows, chosen)
 
@@ -271,14 +303,14 @@ class FederatedDataModule(LightningDataModule, ABC):
             return self.train.subset(np.arange(0))
         if count >= total:
             raise UserError(f"{self.name}: public {count} leaves nothing to train on of {total} training samples")
-        chosen, rows = self._hold_out("public", np.arange(total), self.train, count)
+        chosen, rows = self._hold_out("public", np.arange(total), self.train, count, self.stratify_public)
         public, self.train = self.train.subset(chosen), self.train.subset(rows)
         self.groups = None if self.groups is None else self.groups[rows]
         return public
 
     def _from_public(self, public: FederatedDataModule) -> Samples:
         """The inputs of another data set, in random order."""
-        inputs = public.source().train.unlabelled()
+        inputs = public.source(self.stratify_public).train.unlabelled()
         if inputs.input_shape != self.input_shape:
             raise UserError(
                 f"proxy: {public.name} has inputs of shape {_shape(inputs.input_shape)}, but {self.name} has "

@@ -130,4 +130,4 @@ class LanguageDataModule(FederatedDataModule):
     def _from_public(self, public: FederatedDataModule) -> TextSamples:
         """The documents of another data set, in the order in which it has them."""
         require_same_tokenizer(self, public, self.name)
-        return public.source().train.unlabelled()
+        return public.source(self.stratify_public).train.unlabelled()

@@ -107,8 +107,8 @@ class PairSamples(Samples):
 class PairDataModule(ImageDataModule):
     """Base of images with captions, for dual encoders.
 
-    A proxy set consists of public pairs. Held-out sets are drawn in proportion to the classes where the images have
-    some. Images are normalised and augmented as in `ImageDataModule`.
+    A proxy set consists of public pairs. Validation and test are drawn in proportion to the classes where the images
+    have some. Images are normalised and augmented as in `ImageDataModule`.
 
     Args:
         context: most tokens of a caption; what comes after them is cut off.

@@ -132,7 +132,7 @@ class TextClassification(FederatedDataModule):
     def _from_public(self, public: FederatedDataModule) -> TextSamples:
         """The texts of another data set, cut to this one's context, in random order."""
         require_same_tokenizer(self, public, self.name)
-        texts = public.source().train.unlabelled().truncated(self.context)
+        texts = public.source(self.stratify_public).train.unlabelled().truncated(self.context)
         return texts.subset(numpy_stream(self.seed, "proxy order").permutation(len(texts)))
 
 

@@ -37,6 +37,7 @@ def labelled(server: Server, data: FederatedDataModule | None, asker: str) -> tu
         if server.test.labels is None:
             raise UserError(f"{asker}: the data have no labels; name labelled images in its data")
         return server.validation, server.test, list(server.classes)
+    data.set_default_seed(server.seed)
     data.prepare_data()
     data.setup()
     wanted, given = server.provides.get("input_shape"), data.provides.get("input_shape")

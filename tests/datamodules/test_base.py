@@ -62,15 +62,44 @@ def test_held_out_sets_are_disjoint_and_cover_the_source():
     assert data.groups.tolist() == [n % 4 for n in numbers(data.train)]
 
 
-def test_held_out_sets_are_stratified():
-    data = ready(Numbered(proxy=100, validation=40, test=60))
-    for samples in (data.train, data.validation, data.test):
+def classes_of(samples):
+    """What `Numbered` images were labelled before their labels were dropped."""
+    return np.searchsorted([200, 320], np.array(numbers(samples)) % 1000, side="right")
+
+
+def test_what_is_measured_on_is_stratified_and_public_sets_if_asked():
+    data = ready(Numbered(proxy=100, validation=40, test=60, public=50, stratify_public=True))
+    for samples in (data.train, data.validation, data.test, data.public):
         shares = samples.labels.bincount() / len(samples)
         torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]))
-    classes_of_proxy = np.searchsorted([200, 320], numbers(data.proxy), side="right")
-    assert np.bincount(classes_of_proxy).tolist() == [50, 30, 20]
+    assert np.bincount(classes_of(data.proxy)).tolist() == [50, 30, 20]
     # the order tells nothing of the classes: sorted samples would put only class 0 first
-    assert len(set(classes_of_proxy[:20])) == 3
+    assert len(set(classes_of(data.proxy)[:20])) == 3
+    plain = ready(Numbered(proxy=100, validation=40, test=60))
+    for samples in (plain.validation, plain.test):
+        torch.testing.assert_close(samples.labels.bincount() / len(samples), torch.tensor([0.5, 0.3, 0.2]))
+    assert numbers(plain.validation) == numbers(data.validation)
+    assert numbers(plain.test) == numbers(data.test)
+
+
+@pytest.mark.parametrize("kind", ["held out", "nested", "public"])
+def test_public_sets_are_drawn_whatever_their_classes(kind):
+    """The number of class 0 among 100 of 300 or 400 is hypergeometric; in proportion it would always be the same."""
+    counts = []
+    for seed in range(60):
+        if kind == "nested":
+            drawn = ready(Numbered(proxy=Numbered(limit=100, offset=1000), test=100, seed=seed)).proxy
+        else:
+            data = ready(Numbered(test=100, seed=seed, **{"public" if kind == "public" else "proxy": 100}))
+            drawn = data.public if kind == "public" else data.proxy
+        assert len(set(numbers(drawn))) == 100
+        counts.append(int((classes_of(drawn) == 0).sum()))
+    total = 400 if kind == "nested" else 300
+    variance = 100 * 0.5 * 0.5 * (total - 100) / (total - 1)
+    assert abs(np.mean(counts) - 50) < 4 * (variance / 60) ** 0.5
+    assert 0.5 < np.var(counts, ddof=1) / variance < 1.7
+    nested = ready(Numbered(proxy=Numbered(limit=100, offset=1000), test=100, stratify_public=True)).proxy
+    assert np.bincount(classes_of(nested)).tolist() == [50, 30, 20]
 
 
 def test_proxy_labels_are_gone():
@@ -89,6 +118,25 @@ def test_splits_depend_on_the_seed_alone():
     assert sorted(numbers(first.proxy)) != sorted(numbers(other.proxy))
     smaller = ready(Numbered(proxy=50, validation=10, test=60))
     assert numbers(smaller.test) == numbers(first.test)
+    resized = ready(Numbered(proxy=70, validation=10, test=60))
+    assert numbers(resized.validation) == numbers(smaller.validation)
+
+
+def test_data_without_a_seed_take_the_default_nested_ones_too():
+    def drawn(default=None, seed=None, nested=None):
+        data = Numbered(proxy=Numbered(offset=1000, limit=50, seed=nested), validation=20, test=60, seed=seed)
+        if default is not None:
+            data.set_default_seed(default)
+        ready(data)
+        return data.seed, *(sorted(numbers(s)) for s in (data.test, data.validation, data.proxy))
+
+    assert drawn() == drawn(default=0) == drawn(seed=0)
+    assert drawn(default=3) == drawn(seed=3) == drawn(default=1, seed=3)
+    for one, other in zip(drawn(default=3), drawn(default=4)):
+        assert one != other
+    # a nested data set may have a seed of its own
+    assert drawn(default=3, nested=7)[3] == drawn(default=4, nested=7)[3]
+    assert drawn(default=3, nested=7)[1] == drawn(default=3)[1]
 
 
 def test_setup_happens_once():
@@ -168,6 +216,7 @@ def test_settings_that_the_data_do_not_allow(options, message):
         ({"test": True}, "test must be"),
         ({"validation": float("nan")}, "validation must be"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),

@@ -30,7 +30,7 @@ def test_classes_with_held_out_test(tmp_path):
     fill(tmp_path, "dog", "cat", "owl")
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     (tmp_path / ".cache").mkdir()
-    data = ready(ImageFolder(str(tmp_path), size=8, test=3, proxy=3))
+    data = ready(ImageFolder(str(tmp_path), size=8, test=3, proxy=3, stratify_public=True))
     assert data.classes == ["cat", "dog", "owl"]
     assert data.input_shape == (3, 8, 8)
     assert [len(s) for s in (data.train, data.proxy, data.test)] == [9, 3, 3]

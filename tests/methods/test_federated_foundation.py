@@ -185,8 +185,12 @@ def test_public_samples_come_out_of_the_private_ones_and_change_nothing_else():
     taken, left = pixels(with_public.public), pixels(with_public.train)
     assert len(taken) == 200 and sorted(taken + left) == sorted(pixels(without.train))
     assert len(without.public) == 0 and without.fingerprint() != with_public.fingerprint()
-    counts = np.bincount(with_public.public.labels.numpy(), minlength=10)
-    shares = np.bincount(without.train.labels.numpy(), minlength=10) / len(without.train)
+    # in proportion to the classes only where that is asked for, without an effect on the other sets
+    asked = digits(public=200, stratify_public=True)
+    assert pixels(asked.test) == pixels(without.test) and pixels(asked.public) != taken
+    before = digits(stratify_public=True).train.labels.numpy()
+    counts = np.bincount(asked.public.labels.numpy(), minlength=10)
+    shares = np.bincount(before, minlength=10) / len(before)
     assert np.abs(counts - 200 * shares).max() <= 1
     assert pixels(digits(public=200, seed=0).public) == taken != pixels(digits(public=200, seed=1).public)
 
