@@ -4,8 +4,9 @@
                                     [--shares 0.1 0.2 0.4] [--seeds 0 1 2] [--quick] [--output DIR]
 
 The job: recipes/digits/robustness.yaml, whose variants with `adversaries` are the attacks and whose variants with
-`method.args.robust` are the defences. Every pair is run at every share; without liars, every defence once. In the space
-of parameters the method is FedAvg in its place, and attacks on answers are left out.
+`method.args.robust` are the defences, among them three means: of answers by the confidence that clients declare, by it
+up to two equal shares, and of all alike. Every pair is run at every share; without liars, every defence once. In the
+space of parameters the method is FedAvg in its place, which has one mean, and attacks on answers are left out.
 
 A cell's accuracy is the student's on test data after the last round. Its loss is in points against the same seed with
 all clients honest and the plain mean. Liars withhold their data, too, which no defence can bring back: the row
@@ -56,6 +57,8 @@ FEDAVG = {
 }
 CIFAR10 = ["evaluation.probes=[]", "distil.steps=200"]
 QUICK = ["federation.clients=11", "federation.rounds=1", "local.steps=2", "distil.steps=2", "evaluation.every=1"]
+OF_CONFIDENCE = ("method.args.cap", "method.args.confidence")
+"""Settings of how answers are weighed, which do not exist in the space of parameters."""
 EXPERT = 4
 """How many equal shares of a class a minority expert has at least."""
 COUNTS = {"train": 10_000, "test": 2_000}
@@ -93,6 +96,9 @@ def crossed(
         "defence": [n for n, v in variants.items() if "method.args.robust" in v],
     }
     if space == "parameters":
+        variants[PLAIN] = {key: value for key, value in variants[PLAIN].items() if key not in OF_CONFIDENCE}
+        rules = [n for n in known["defence"] if variants[n]["method.args.robust"] is not None]
+        known["defence"] = [PLAIN, *rules]  # the other means would be the same
         known["attack"] = [n for n in known["attack"] if _attacker(variants[n]) not in ON_ANSWERS]
     if "evaluation.probes=[]" in overrides:
         known["attack"].remove("backdoor")

@@ -1,7 +1,9 @@
-"""Streaming means of what clients send: memory grows with the model or the proxy set, never with the clients.
+"""Means of what clients send.
 
 Both are sums in float64, so that the order in which clients come, or how they are spread over processes (`merge`),
-moves the float32 result by its last bit at most. A message that does not fit is refused before it changes anything.
+moves the float32 result by its last bit at most. They stream, so that memory grows with the model or the proxy set and
+never with the clients; but for answers whose weights clients declare and the server caps, which have to wait until all
+weights of a row are known. A message that does not fit is refused before it changes anything.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from fdl.errors import RefusedError
 from fdl.knowledge.confidence import LIMIT
+from fdl.knowledge.shares import CAP, checked_cap, limited
 from fdl.messages import Parameters, Responses
 from fdl.pieces import Pieces, as_one
 
@@ -64,20 +67,33 @@ class Knowledge:
 class ResponseMean:
     """Mean over clients of their answers to the proxy set, each row weighted by softmax over clients of log-weights.
 
-    The softmax is taken online: a row keeps the largest log-weight seen so far, and the sums relative to it.
+    A log-weight is what a client says of itself. With a cap, no client has more than so many equal shares of a row
+    (`fdl.knowledge.shares.limited`), whatever it says. Whom that cuts is known once all have spoken: messages are kept
+    as they came until then, for K clients K n (C + 1) numbers. Without a cap, or where all count alike, the mean
+    streams: the softmax is taken online, a row keeps the largest log-weight seen so far, and the sums relative to it.
 
     Args:
         n_rows: size of the proxy set.
         num_classes: C.
-        space: average probabilities (DS-FL), where a client can move a row by no more than its weight, or logits
-            (FedMD, FedDF), where an over-confident client counts for more.
+        space: average probabilities (DS-FL), where one of K clients can move a row by no more than √2 times its share,
+            so √2 cap / K, or logits (FedMD, FedDF), where an over-confident client counts for more.
         weighted: True refuses answers without confidence, False refuses those with. None takes both; an answer
             without confidence then has log-weight 0.
+        cap: equal shares of a row that one client may have at most, ≥ 1; None for any.
     """
 
-    def __init__(self, n_rows: int, num_classes: int, space: Space = "probabilities", weighted: bool | None = None):
+    def __init__(
+        self,
+        n_rows: int,
+        num_classes: int,
+        space: Space = "probabilities",
+        weighted: bool | None = None,
+        cap: float | None = CAP,
+    ):
         self.n_rows, self.num_classes, self.space, self.weighted = n_rows, num_classes, space, weighted
+        self.cap = None if weighted is False else checked_cap(cap)
         self.clients = 0
+        self._waiting: list[tuple[int, Responses]] = []
         self._largest = torch.full((n_rows,), -torch.inf, dtype=torch.float64)
         self._weight = torch.zeros(n_rows, dtype=torch.float64)
         self._values = torch.zeros(n_rows, num_classes, dtype=torch.float64)
@@ -94,7 +110,10 @@ class ResponseMean:
             RefusedError: they do not fit; the mean is as it was.
         """
         rows, log_weights, values = self.checked(responses)
-        self._accumulate(rows, log_weights, torch.ones_like(log_weights), values, torch.ones_like(rows))
+        if self.cap is None:
+            self._accumulate(rows, log_weights, torch.ones_like(log_weights), values, torch.ones_like(rows))
+        else:
+            self._waiting.append((client, responses))
         self.clients += 1
 
     def checked(self, responses: Responses) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +131,7 @@ class ResponseMean:
         """Take in another mean over other clients, e.g. of another process."""
         if _settings(self) != _settings(other):
             raise ValueError(f"means of {_settings(self)} and {_settings(other)} do not merge")
+        self._waiting += other._waiting
         rows = torch.arange(self.n_rows)[other._coverage > 0]
         self._accumulate(rows, other._largest[rows], other._weight[rows], other._values[rows], other._coverage[rows])
         self.clients += other.clients
@@ -120,11 +140,27 @@ class ResponseMean:
         """The mean, or None when nobody was added."""
         if self.clients == 0:
             return None
+        if self._waiting:
+            return self._settled().result()
         answered = self._coverage > 0
         values = self._values / self._weight.where(answered, 1.0).unsqueeze(1)
         if self.space == "probabilities":
             values = values.where(answered.unsqueeze(1), 1 / self.num_classes)
         return Knowledge.of(values, self.space, self._coverage.clone(), self._largest + self._weight.log())
+
+    def _settled(self) -> ResponseMean:
+        """The mean, without a cap, of all that waited, with the log-weights that the cap leaves."""
+        told = [message for _, message in sorted(self._waiting, key=lambda waiting: waiting[0])]
+        logs = torch.full((len(told), self.n_rows), -torch.inf, dtype=torch.float64)
+        for own, message in zip(logs, told):
+            own[self._checked_rows(message)] = self._checked_log_weights(message)
+        mean = ResponseMean(self.n_rows, self.num_classes, self.space, self.weighted, cap=None)
+        for own, message in zip(limited(logs, self.cap), told):
+            rows, values = self._checked_rows(message), self._checked_values(message)
+            weight = torch.ones(len(rows), dtype=torch.float64)
+            mean._accumulate(rows, own[rows], weight, values, torch.ones_like(rows))
+        mean.clients = self.clients
+        return mean
 
     def _accumulate(self, rows: Tensor, largest: Tensor, weight: Tensor, values: Tensor, coverage: Tensor) -> None:
         """Add sums that are relative to exp(largest): rescale whichever side is the smaller."""
@@ -311,4 +347,4 @@ def _on_simplex(values: Tensor) -> Tensor:
 
 
 def _settings(mean: ResponseMean) -> tuple:
-    return mean.n_rows, mean.num_classes, mean.space, mean.weighted
+    return mean.n_rows, mean.num_classes, mean.space, mean.weighted, mean.cap

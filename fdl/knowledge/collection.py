@@ -76,6 +76,8 @@ class Collection:
         if parts.keys() != self._expected:
             raise RefusedError(f"expected {_kinds(self._expected)}, got {_kinds(parts)}")
         if self.features is not None:
+            if parts[Features].confidence is not None and self.responses.weighted is False:
+                raise RefusedError("features with a confidence that was not asked for")
             self.features.check(parts[Features])
         if self.prototypes is not None:
             self.prototypes.check(parts[Prototypes])

@@ -19,6 +19,7 @@ from fdl.datamodules.samples import Samples
 from fdl.errors import RefusedError
 from fdl.knowledge.calibration import fit_temperature
 from fdl.knowledge.confidence import LIMIT
+from fdl.knowledge.shares import CAP, checked_cap, limited
 from fdl.messages import Responses
 from fdl.modules.dual_encoder import scale_of
 from fdl.participants import Client, Participant
@@ -106,10 +107,11 @@ class AnswerPool:
     Args:
         n_rows: size of the proxy set.
         weighted: whether answers must come with a confidence.
+        cap: equal shares of a pair that one client may have at most, ≥ 1; None for any.
     """
 
-    def __init__(self, n_rows: int, weighted: bool):
-        self.n_rows, self.weighted = n_rows, weighted
+    def __init__(self, n_rows: int, weighted: bool, cap: float | None = CAP):
+        self.n_rows, self.weighted, self.cap = n_rows, weighted, checked_cap(cap)
         self._by_client: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, message: Responses, client: int) -> None:
@@ -132,7 +134,7 @@ class AnswerPool:
             return None
         clients = sorted(self._by_client)
         values, log_weights = zip(*(self._by_client[client] for client in clients))
-        return Teachers(list(values), torch.stack(log_weights), clients)
+        return Teachers(list(values), limited(torch.stack(log_weights).double(), self.cap).float(), clients)
 
     def _checked(self, message: Responses) -> Tensor:
         """Which rows were answered, int64."""

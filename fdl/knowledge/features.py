@@ -11,15 +11,20 @@ from torch import Tensor
 
 from fdl.errors import RefusedError
 from fdl.feature_losses import FEATURE_LOSSES
+from fdl.knowledge.confidence import LIMIT
 from fdl.knowledge.extraction import Extracted, Moments, layer_names
 from fdl.knowledge.option import Option, at_least, not_negative, one_of
 from fdl.knowledge.selection import LayerSelection
+from fdl.knowledge.shares import CAP, checked_cap, limited
 from fdl.messages import Features
 from fdl.participants import Client
 from fdl.seeding import torch_stream
 
 WIDEST = 1 << 16
 """Most features that one client may send for a sample: the server makes a random row for each."""
+
+_SLACK = 1e-3
+"""How far rounding on the way may carry a log-weight out of its range."""
 
 
 class FeatureTransfer(Option):
@@ -119,18 +124,20 @@ class FeatureMean:
         n_rows: size of the proxy set.
         width: of the common space.
         seed: the recipe's.
-        apart: keep clients apart, for an adapter; takes n_rows · width numbers for each.
+        apart: keep clients apart, for an adapter.
+        cap: equal shares of a row that one client may have at most, ≥ 1; None for any. Both keep n_rows · width numbers
+            of each client until the end of the round.
     """
 
-    def __init__(self, n_rows: int, width: int, seed: int, apart: bool = False):
-        self.n_rows, self.width, self.seed, self.apart = n_rows, width, seed, apart
+    def __init__(self, n_rows: int, width: int, seed: int, apart: bool = False, cap: float | None = CAP):
+        self.n_rows, self.width, self.seed, self.apart, self.cap = n_rows, width, seed, apart, checked_cap(cap)
         self._largest = torch.full((n_rows,), -torch.inf, dtype=torch.float64)
         self._weight = torch.zeros(n_rows, dtype=torch.float64)
         self._values = torch.zeros(n_rows, width, dtype=torch.float64)
         self._clients: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def check(self, features: Features) -> None:
-        """Refuse rows outside of the proxy set, too few of them, or too wide ones.
+        """Refuse rows outside of the proxy set, too few of them, or too wide ones, and confidences beyond bounds.
 
         Raises:
             RefusedError: naming what is wrong.
@@ -145,6 +152,9 @@ class FeatureMean:
                 raise RefusedError(f"a row of features lies outside of 0 … {self.n_rows - 1}")
             if len(features.rows.unique()) != count:
                 raise RefusedError("features of a row were sent twice")
+        own = features.confidence
+        if own is not None and not (own.values().abs() <= LIMIT + _SLACK).all():  # NaN fails too
+            raise RefusedError(f"a confidence of features lies outside of ±{LIMIT:g}")
 
     def add(self, features: Features, log_weights: Tensor, client: int) -> None:
         """Take in one client's features, which `check` has accepted.
@@ -158,9 +168,13 @@ class FeatureMean:
         own = features.confidence
         weights = log_weights[rows] if own is None else own.values().double()
         seen = sketch(features.layers, client, self.width, self.seed)
-        if self.apart:
+        if self.apart or self.cap is not None:
             self._clients[client] = rows, seen, weights
-            return
+        else:
+            self._add(rows, seen, weights)
+
+    def _add(self, rows: Tensor, seen: Tensor, weights: Tensor) -> None:
+        """Add one client's sketched features to the sums."""
         # a running softmax over clients: sums are relative to the largest log-weight seen so far
         together = torch.maximum(self._largest[rows], weights)
         before, new = (self._largest[rows] - together).exp(), (weights - together).exp()
@@ -170,21 +184,31 @@ class FeatureMean:
 
     def result(self) -> FeatureKnowledge | None:
         """The features of all clients; None when there were none."""
+        # in the order of ids, not of turns
+        participants = sorted(self._clients)
+        logs = torch.full((len(participants), self.n_rows), -torch.inf, dtype=torch.float64)
+        for own, client in zip(logs, participants):
+            own[self._clients[client][0]] = self._clients[client][2]
+        logs = limited(logs, self.cap)
         if not self.apart:
+            if participants:
+                mean = FeatureMean(self.n_rows, self.width, self.seed, cap=None)
+                for own, client in zip(logs, participants):
+                    rows, seen, _ = self._clients[client]
+                    mean._add(rows, seen, own[rows])
+                return mean.result()
             answered = self._weight > 0
             if not answered.any():
                 return None
             values = self._values / self._weight.where(answered, 1.0).sqrt().unsqueeze(1)
             return FeatureKnowledge(values.float(), answered)
-        if not self._clients:
+        if not participants:
             return None
-        # in the order of ids, not of turns
-        participants = sorted(self._clients)
         values = torch.zeros(self.n_rows, len(participants), self.width)
-        logs = torch.full((self.n_rows, len(participants)), -torch.inf, dtype=torch.float64)
         for column, client in enumerate(participants):
-            rows, seen, weights = self._clients[client]
-            values[rows, column], logs[rows, column] = seen.float(), weights
+            rows, seen, _ = self._clients[client]
+            values[rows, column] = seen.float()
+        logs = logs.T.contiguous()
         shares = torch.softmax(logs, dim=1).nan_to_num(0.0).float()
         return FeatureKnowledge(values, (logs > -torch.inf).any(1), shares, torch.tensor(participants))
 

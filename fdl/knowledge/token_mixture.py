@@ -1,4 +1,4 @@
-"""The mixture of clients' answers to every token, in memory that grows with the proxy text and nothing else."""
+"""The mixture of clients' answers to every token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdl.errors import RefusedError
 from fdl.knowledge.confidence import LIMIT
+from fdl.knowledge.shares import CAP, checked_cap, limited
 from fdl.messages import Message
 from fdl.sparse_responses import FLOOR, SparseResponses
 
@@ -54,7 +55,10 @@ class TokenKnowledge:
 class TokenMixture:
     """Mean over clients of their distributions over the next token, weighted by softmax over clients of log-weights.
 
-    The softmax is taken online: a position keeps the largest log-weight seen so far, and the sums relative to it.
+    With a cap, no client has more than so many equal shares of a position, whatever it says of itself. Whom that cuts
+    is known once all have spoken: their messages, at 8 bytes an id, are kept until then. Without a cap, or where all
+    count alike, memory grows with the proxy text and nothing else: the softmax is taken online, a position keeps the
+    largest log-weight seen so far, and the sums relative to it.
 
     Of every position the `capacity` ids with the most probability so far are kept, at 8 bytes each, and the rest goes
     to the tail. With a capacity of the vocabulary, or of all ids that clients name, nothing is lost. What a client does
@@ -67,13 +71,24 @@ class TokenMixture:
         most: ids a position at most that a client may send.
         capacity: ids a position that are kept.
         weighted: True refuses answers without weights, False refuses those with.
+        cap: equal shares of a position that one client may have at most, ≥ 1; None for any.
     """
 
-    def __init__(self, rows: Tensor, length: int, vocab: int, most: int, capacity: int, weighted: bool):
+    def __init__(
+        self,
+        rows: Tensor,
+        length: int,
+        vocab: int,
+        most: int,
+        capacity: int,
+        weighted: bool,
+        cap: float | None = CAP,
+    ):
         self.rows, self.length, self.vocab, self.most, self.weighted = rows, length, vocab, most, weighted
-        self.capacity = min(capacity, vocab)
+        self.capacity, self.cap = min(capacity, vocab), checked_cap(cap) if weighted else None
         count = len(rows) * length
         self.clients = 0
+        self._waiting: list[tuple[int, SparseResponses]] = []
         self._largest = torch.full((count,), -torch.inf, dtype=torch.float64)
         self._weight = torch.zeros(count, dtype=torch.float64)
         self._coverage = torch.zeros(count, dtype=torch.int64)
@@ -90,8 +105,30 @@ class TokenMixture:
         Raises:
             RefusedError: they do not fit; the mixture is as it was.
         """
-        windows, log_weights = self._checked(message)
-        places = (windows.unsqueeze(1) * self.length + torch.arange(self.length)).flatten()
+        places, log_weights = self._checked(message)
+        if self.cap is None:
+            self._take(message, places, log_weights)
+        else:
+            self._waiting.append((client, message))
+        self.clients += 1
+
+    def _settled(self) -> TokenMixture:
+        """The mixture, without a cap, of all that waited, with the log-weights that the cap leaves."""
+        told = [message for _, message in sorted(self._waiting, key=lambda waiting: waiting[0])]
+        logs = torch.full((len(told), len(self._largest)), -torch.inf, dtype=torch.float64)
+        for own, message in zip(logs, told):
+            places, log_weights = self._checked(message)
+            own[places] = log_weights.masked_fill(message.sizes.flatten() == 0, -torch.inf)
+        settings = self.rows, self.length, self.vocab, self.most, self.capacity, self.weighted
+        mixture = TokenMixture(*settings, cap=None)
+        for own, message in zip(limited(logs, self.cap), told):
+            places = self._checked(message)[0]
+            mixture._take(message, places, own[places])
+        mixture.clients = self.clients
+        return mixture
+
+    def _take(self, message: SparseResponses, places: Tensor, log_weights: Tensor) -> None:
+        """Add one client's answers, with the log-weight of each position."""
         sizes, position = message.sizes.flatten(), 0
         ids, p = message.ids, relative(message)
         for start in range(0, len(places), _POSITIONS):
@@ -100,12 +137,13 @@ class TokenMixture:
             part = slice(position, position + count)
             self._merge(places[some], sizes[some], log_weights[some], ids[part], p[part])
             position += count
-        self.clients += 1
 
     def result(self) -> TokenKnowledge | None:
         """The mixture, or None when nobody was added."""
         if self.clients == 0:
             return None
+        if self._waiting:
+            return self._settled().result()
         windows = (self._coverage.view(-1, self.length) > 0).any(1)
         used = max(1, int((self._mass > 0).sum(1).max())) if len(self._mass) else 1
         if used == self.vocab:  # then all ids are named, be it with probability 0, so that nothing is left for a tail
@@ -152,7 +190,7 @@ class TokenMixture:
         self._mass[places] = mass
 
     def _checked(self, message: Message) -> tuple[Tensor, Tensor]:
-        """Which of the windows they are for, int64 [n], and the log-weight of every position, float64 [n·T]."""
+        """Which positions of all windows they are for, int64 [n·T], and the log-weight of each, float64 [n·T]."""
         if not isinstance(message, SparseResponses):
             raise RefusedError(f"expected sparse responses, got {message.kind}")
         if message.vocab != self.vocab:
@@ -174,12 +212,13 @@ class TokenMixture:
                 raise RefusedError("windows are not in order, or one is answered twice")
         if (message.weights is None) == self.weighted:
             raise RefusedError("answers without weights" if self.weighted else "answers with weights not asked for")
+        places = (windows.unsqueeze(1) * self.length + torch.arange(self.length)).flatten()
         if message.weights is None:
-            return windows, torch.zeros(sizes.numel(), dtype=torch.float64)
+            return places, torch.zeros(sizes.numel(), dtype=torch.float64)
         log_weights = message.weights.values().double().flatten()
         if not (torch.isfinite(log_weights).all() and (log_weights <= LIMIT + _SLACK + message.weights.step).all()):
             raise RefusedError(f"a log-weight is above {LIMIT:g}, or not finite")
-        return windows, log_weights
+        return places, log_weights
 
 
 def relative(message: SparseResponses) -> Tensor:

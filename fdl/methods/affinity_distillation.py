@@ -10,6 +10,7 @@ from fdl.knowledge.confidence import Confidence
 from fdl.knowledge.embeddings import AnswerPool, Teachers, answers, temperature_of
 from fdl.knowledge.mimicry import Mimicry
 from fdl.knowledge.pair_confidence import confidences
+from fdl.knowledge.shares import CAP, checked_cap
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -37,6 +38,8 @@ class AffinityDistillation(Method):
             ≥ 0.
         calibrate: divide each specialist's logits by a temperature fitted on its held-out private pairs.
         feedback: what clients receive from the second round on: the student's vectors of the proxy pairs, or nothing.
+        cap: equal shares of a proxy pair that one client may have at most, whatever confidence it declares, ≥ 1; None
+            for any.
     """
 
     name = "affinity_distillation"
@@ -51,9 +54,10 @@ class AffinityDistillation(Method):
         interactive: float = 0.0,
         calibrate: bool = False,
         feedback: Literal["student", "none"] = "none",
+        cap: float | None = CAP,
     ):
         self.confidence, self.calibrate, self.feedback = confidence, calibrate, feedback
-        self.mimicry = Mimicry(contrastive, features, interactive)
+        self.mimicry, self.cap = Mimicry(contrastive, features, interactive), checked_cap(cap)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Look whether there are pairs to embed.
@@ -93,7 +97,7 @@ class AffinityDistillation(Method):
 
     def aggregate(self, server: Server) -> AnswerPool:
         """All answers of the round, in 16 bits."""
-        return AnswerPool(len(server.proxy), self.confidence is not None)
+        return AnswerPool(len(server.proxy), self.confidence is not None, self.cap)
 
     def server_update(self, server: Server, knowledge: Teachers) -> dict[str, float]:
         """Bring the student's affinities closer to the clients'."""

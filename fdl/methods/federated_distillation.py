@@ -23,6 +23,7 @@ from fdl.knowledge.option import at_least, one_of
 from fdl.knowledge.personal import AdaptiveWeights, Gains, Similarity
 from fdl.knowledge.pools import labelled_bytes
 from fdl.knowledge.prototypes import PrototypePool, PrototypeTransfer
+from fdl.knowledge.shares import CAP, checked_cap
 from fdl.knowledge.subsampling import AnswerCache, rows_of_round
 from fdl.knowledge.targets import Answered, ResponseObjective
 from fdl.losses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
@@ -43,8 +44,8 @@ class FederatedDistillation(Method):
     """Private specialists of any architecture answer the proxy set; the student is distilled from what they agree on.
 
     Up go responses and, row by row, each client's confidence in them; down go responses. Neither data nor weights
-    leave a site. Answers are weighted by softmax over clients of their confidences, which are log-weights. Everything
-    below `feedback` is off unless it is named.
+    leave a site. Answers are weighted by softmax over clients of their confidences, which are log-weights, up to two
+    equal shares (`cap`). Everything below `feedback` is off unless it is named.
 
     Args:
         confidence: how much a client's answer to a proxy sample counts; None weighs all alike.
@@ -72,6 +73,9 @@ class FederatedDistillation(Method):
         frequency: when a client has something new to say.
         release: makes the answers private.
         robust: a rule in the place of the mean of answers, which holds where some clients lie; None is the mean.
+        cap: equal shares of a row that one client may have at most, of what is averaged of answers, features and
+            prototypes, whatever confidence it declares, ≥ 1: of K clients none moves a row of probabilities by more
+            than √2 cap / K. None for any. A robust rule has a cap of its own.
     """
 
     name = "federated_distillation"
@@ -102,6 +106,7 @@ class FederatedDistillation(Method):
         frequency: OnChange | None = None,
         release: Release | None = None,
         robust: Rule | None = None,
+        cap: float | None = CAP,
     ):
         for key, value in (("temperature", temperature), ("sharpen", sharpen)):
             if value is not None and not value > 0:
@@ -126,7 +131,7 @@ class FederatedDistillation(Method):
         self.curriculum = curriculum if curriculum is not None and curriculum.start < 1 else None
         self.frequency = frequency if frequency is not None and frequency.threshold > 0 else None
         what = self.features, self.prototypes
-        self.release, self.robust = release, robust
+        self.release, self.robust, self.cap = release, robust, checked_cap(cap)
         self.answering = Answering(space, calibrate, confidence, *what, subsample, self.frequency, release)
         self.teaching = Teaching(loss, temperature, alpha, *what, adapter)
         if personal is not None and feedback == "none":
@@ -193,8 +198,8 @@ class FederatedDistillation(Method):
             mean = RobustAnswers(self.robust, server, self.space, weighted)
         return Collection(
             mean if self.release is None else self.release.collect(mean, server, rows),
-            FeatureMean(count, width, seed, self.teaching.adapts) if self.features else None,
-            PrototypePool(server, self.prototypes, width) if self.prototypes else None,
+            FeatureMean(count, width, seed, self.teaching.adapts, mean.cap) if self.features else None,
+            PrototypePool(server, self.prototypes, width, self.cap) if self.prototypes else None,
             self.weights.current(server) if self.weights else None,
             Gains(server) if self.weights else None,
             self._last(server) if self.personal or self.frequency else None,
@@ -231,7 +236,7 @@ class FederatedDistillation(Method):
         return specialist
 
     def _mean(self, server: Server, weighted: bool | None = None) -> ResponseMean:
-        return ResponseMean(len(server.proxy), server.num_classes, self.space, weighted)
+        return ResponseMean(len(server.proxy), server.num_classes, self.space, weighted, self.cap)
 
     def _last(self, server: Server) -> LastAnswers:
         return LastAnswers(server, None if self.frequency is None else self.frequency.expiry)

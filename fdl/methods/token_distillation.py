@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fdl.datamodules.samples import Batch
 from fdl.errors import UserError
 from fdl.knowledge.option import at_least, not_negative, positive
+from fdl.knowledge.shares import CAP, checked_cap
 from fdl.knowledge.subsampling import rows_of_round
 from fdl.knowledge.targets import Answered
 from fdl.knowledge.token_confidence import TokenConfidence
@@ -54,6 +55,8 @@ class TokenDistillation(Method):
         ground_truth: weight of the plain next-token loss on the proxy text beside the distillation's, ≥ 0.
         feedback: whether clients receive the mixture, and learn from it, from the second round on.
         subsample: share of the proxy windows that is answered in a round, the same ones by all clients.
+        cap: equal shares of a token that one client may have at most, whatever confidence it declares, ≥ 1; None for
+            any.
     """
 
     name = "token_distillation"
@@ -71,13 +74,14 @@ class TokenDistillation(Method):
         ground_truth: float = 0.0,
         feedback: Literal["aggregate", "none"] = "aggregate",
         subsample: float = 1.0,
+        cap: float | None = CAP,
     ):
         for key, value in (("mass", mass), ("subsample", subsample)):
             if not 0 < value <= 1:
                 raise UserError(f"{key} must be in (0, 1], got {value}")
         if not 1 <= draws <= 255:
             raise UserError(f"draws must be in 1 … 255, got {draws}")
-        self.mode, self.subsample, self.feedback = mode, subsample, feedback
+        self.mode, self.subsample, self.feedback, self.cap = mode, subsample, feedback, checked_cap(cap)
         self.temperature = positive("temperature", temperature)
         self.ground_truth = not_negative("ground_truth", ground_truth)
         drawn = draws if mode == "sampled" else None
@@ -159,7 +163,7 @@ class TokenDistillation(Method):
     def _mixture(self, participant: Participant, rows: Tensor | None, weighted: bool) -> TokenMixture:
         rows = torch.arange(len(participant.proxy)) if rows is None else rows
         length, most = participant.proxy.input_shape[0], self.answering.most
-        return TokenMixture(rows, length, vocabulary(participant), most, _CAPACITY * most, weighted)
+        return TokenMixture(rows, length, vocabulary(participant), most, _CAPACITY * most, weighted, self.cap)
 
 
 def _answered(participant: Participant, knowledge: TokenKnowledge) -> Answered:

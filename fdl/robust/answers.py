@@ -38,7 +38,7 @@ class RobustAnswers(ResponseMean):
     """
 
     def __init__(self, rule: Rule, server: Server, space: Space = "probabilities", weighted: bool | None = None):
-        super().__init__(len(server.proxy), server.num_classes, space, weighted)
+        super().__init__(len(server.proxy), server.num_classes, space, weighted, cap=None)  # the rule has its own
         self._rule, self._server = rule, server
         self._held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 

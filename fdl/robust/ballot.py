@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fdl.knowledge.shares import limited
+
 if TYPE_CHECKING:
     from fdl.participants import Server
 
@@ -151,22 +153,12 @@ def capped(log_weights: Tensor, cap: float | None) -> Tensor:
         cap: the multiple; None for no bound.
 
     Returns:
-        float64 [n, R]: softmax over clients, then the largest are cut and the others scaled up together, until none is
-        above the bound. Columns sum to 1, or are 0 where nobody says anything.
+        float64 [n, R]: softmax over clients of what `fdl.knowledge.shares.limited` leaves. Columns sum to 1, or are 0
+        where nobody says anything.
     """
     answered = torch.isfinite(log_weights)
-    count = answered.sum(0).clamp_min(1)
-    shares = torch.softmax(log_weights.masked_fill(~answered.any(0), 0.0), dim=0).masked_fill(~answered, 0.0)
-    if cap is None:
-        return shares
-    bound = (cap / count).clamp_max(1.0)
-    ordered = shares.sort(dim=0, descending=True).values
-    rest = ordered.flip(0).cumsum(0).flip(0)  # of this one and of all smaller ones; never a difference of large numbers
-    cut = torch.arange(len(shares), dtype=torch.float64).unsqueeze(1)
-    scale = ((1 - cut * bound) / rest.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
-    fits = ordered * scale <= bound * (1 + 1e-9)
-    first = fits.to(torch.int8).argmax(0, keepdim=True)  # the fewest that have to be cut
-    return torch.minimum(shares * scale.gather(0, first), bound)
+    log_weights = limited(log_weights, cap)
+    return torch.softmax(log_weights.masked_fill(~answered.any(0), 0.0), dim=0).masked_fill(~answered, 0.0)
 
 
 def report(ballot: Ballot, decision: Decision, plain: Tensor, what: str = "") -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fdl.errors import UserError
+from fdl.knowledge.shares import checked_cap
 from fdl.robust.ballot import Ballot, Decision, Votes
 
 
@@ -34,9 +34,7 @@ class Rule(ABC):
     beside: ClassVar[int] = 1
 
     def __init__(self, cap: float | None = 2.0):
-        if cap is not None and not cap >= 1:
-            raise UserError(f"cap must be at least 1, an equal share, got {cap}")
-        self.cap = cap
+        self.cap = checked_cap(cap)
 
     @property
     def least(self) -> int:

@@ -34,8 +34,8 @@ def mean_of(answers, space="probabilities", **options):
     return mean
 
 
-def by_formula(answers, space):
-    """The weighted mean row by row, all clients at once, in numpy."""
+def by_formula(answers, space, cap=None):
+    """The weighted mean row by row, all at once, in numpy; what is above a cap goes to the others in proportion."""
     result = np.full((ROWS, CLASSES), 1 / CLASSES if space == "probabilities" else 0.0)
     for row in range(ROWS):
         weights, values = [], []
@@ -46,7 +46,13 @@ def by_formula(answers, space):
                 values.append(np.exp(z) / np.exp(z).sum() if space == "probabilities" else z)
                 weights.append(math.exp(float(answer.confidence.values()[at])))
         if weights:
-            result[row] = np.average(values, axis=0, weights=weights)
+            shares = np.array(weights) / np.sum(weights)
+            most, cut = min(1.0, (cap or len(shares)) / len(shares)), np.zeros(len(shares), dtype=bool)
+            while (shares > most * (1 + 1e-9)).any():
+                cut |= shares > most * (1 + 1e-9)
+                shares[~cut] *= (1 - cut.sum() * most) / shares[~cut].sum()
+                shares[cut] = most
+            result[row] = shares @ np.array(values)
     return result
 
 
@@ -70,7 +76,61 @@ def test_equal_confidences_are_no_confidences():
 @given(st.integers(0, 10**6), st.integers(1, 6), st.booleans(), st.sampled_from(["probabilities", "logits"]))
 def test_streaming_is_the_weighted_mean_of_all_at_once(seed, clients, subsets, space):
     answers = random_answers(seed, clients, subsets=subsets)
-    np.testing.assert_allclose(mean_of(answers, space).result().values, by_formula(answers, space), atol=2e-6)
+    streamed = mean_of(answers, space, cap=None).result().values
+    np.testing.assert_allclose(streamed, by_formula(answers, space), atol=2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.booleans(), st.sampled_from([1.0, 1.5, 2.0, 3.0]))
+def test_with_a_cap_it_is_the_mean_of_shares_that_were_cut(seed, clients, subsets, cap):
+    answers = random_answers(seed, clients, subsets=subsets)
+    capped = mean_of(answers, cap=cap).result().values
+    np.testing.assert_allclose(capped, by_formula(answers, "probabilities", cap), atol=2e-6)
+
+
+@pytest.mark.parametrize("clients", [3, 5, 20])
+def test_by_default_nobody_moves_a_row_by_more_than_two_equal_shares(clients):
+    honest = [
+        Responses(torch.randn(ROWS, CLASSES), "logits", confidence=Confidences.quantize(torch.full((ROWS,), -32.0)))
+        for _ in range(clients - 1)
+    ]
+    results = {}
+    for cap in (2.0, None):
+        for favourite in (0, 1):
+            lie = torch.full((ROWS, CLASSES), -1e4)
+            lie[:, favourite] = 1e4
+            sure = Confidences.quantize(torch.full((ROWS,), 32.0))
+            options = {} if cap == 2.0 else {"cap": cap}
+            answers = [*honest, Responses(lie, "logits", confidence=sure)]
+            results[cap, favourite] = mean_of(answers, weighted=True, **options).result()
+    moved = {cap: (results[cap, 0].values - results[cap, 1].values).norm(dim=1) for cap in (2.0, None)}
+    torch.testing.assert_close(moved[2.0], torch.full((ROWS,), math.sqrt(2) * 2 / clients))
+    torch.testing.assert_close(moved[None], torch.full((ROWS,), math.sqrt(2)))
+    # nor can it say that a row is known better than all others together say: Σ w = w_honest / (1 − 2 / K)
+    known = -32.0 + math.log(clients - 1) - math.log(1 - 2 / clients)
+    torch.testing.assert_close(results[2.0, 0].log_weight, torch.full((ROWS,), known))
+
+
+def test_two_clients_and_one_have_a_proper_mean_under_the_cap():
+    values = torch.randn(2, ROWS, CLASSES).softmax(-1)
+    sure = [Confidences.quantize(torch.full((ROWS,), level)) for level in (2.0, 0.0)]
+    answers = [Responses(p, "probabilities", confidence=c) for p, c in zip(values, sure)]
+    torch.testing.assert_close(mean_of(answers[:1]).result().values, values[0])
+    share = 1 / (1 + math.exp(-2.0))
+    torch.testing.assert_close(mean_of(answers).result().values, share * values[0] + (1 - share) * values[1])
+
+
+def test_the_capped_mean_is_the_same_to_the_bit_in_any_order():
+    answers = random_answers(11, 6, limit=32.0, subsets=True)
+    forth, back, apart = (ResponseMean(ROWS, CLASSES) for _ in range(3))
+    other = ResponseMean(ROWS, CLASSES)
+    for i in range(6):
+        forth.add(answers[i], i)
+        back.add(answers[5 - i], 5 - i)
+        (apart if i % 2 else other).add(answers[i], i)
+    apart.merge(other)
+    assert torch.equal(forth.result().values, back.result().values)
+    assert torch.equal(forth.result().values, apart.result().values)
 
 
 @settings(max_examples=30, deadline=None)
@@ -141,7 +201,7 @@ def test_rows_that_nobody_answered_are_uniform_and_known_as_such():
 def test_log_weight_is_the_logarithm_of_the_summed_weights():
     answers = random_answers(8, limit=32.0)
     expected = torch.stack([a.confidence.values() for a in answers]).logsumexp(0)
-    torch.testing.assert_close(mean_of(answers).result().log_weight, expected)
+    torch.testing.assert_close(mean_of(answers, cap=None).result().log_weight, expected)
 
 
 @pytest.mark.parametrize("space", ["probabilities", "logits"])

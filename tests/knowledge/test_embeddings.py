@@ -70,6 +70,17 @@ def test_the_order_of_clients_does_not_matter_and_equal_clients_are_one():
         torch.testing.assert_close(a, b)
 
 
+def test_a_loud_client_has_two_equal_shares_of_a_pair():
+    shares = {}
+    for cap in (2.0, None):
+        pool = AnswerPool(9, weighted=True, cap=cap)
+        for i, level in enumerate((0.0, 32.0, 0.0, 0.0)):
+            pool.add(Responses(A, "embeddings", None, Confidences.quantize(torch.full((9,), level))), i)
+        shares[cap] = pool.result().weights[:, 0]
+    torch.testing.assert_close(shares[2.0], torch.tensor([1 / 6, 1 / 2, 1 / 6, 1 / 6]))
+    torch.testing.assert_close(shares[None], torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+
 def test_a_client_knows_as_candidates_only_what_it_answered():
     some = torch.tensor([0, 2, 5])
     teachers = pool((0, sent(A[some], some)), (1, sent(B[[2, 3]], torch.tensor([2, 3]))))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fdl.errors import UserError
+from fdl.errors import RefusedError, UserError
 from fdl.feature_losses import linear_cka, relational_distance
 from fdl.knowledge.features import FeatureMean, FeatureTransfer, principal, sketch
 from fdl.messages import Confidences, Features
@@ -34,13 +34,19 @@ def test_sketches_depend_on_client_layer_and_seed_only():
 def test_the_running_sum_is_weighted_by_the_roots_of_shares(order):
     layers = [{"a": draw(4, width, seed=width)} for width in (3, 5, 7)]
     logs = torch.stack([draw(4, seed=9 + i) * 5 for i in range(3)]).double()
-    mean = FeatureMean(4, 6, seed=0)
-    for i in order:
-        mean.add(Features(layers[i]), logs[i], i)
-    shares = torch.softmax(logs, 0)
-    expected = sum(shares[i].sqrt().unsqueeze(1) * sketch(layers[i], i, 6, 0) for i in range(3))
-    got = mean.result()
-    torch.testing.assert_close(got.values, expected.float())
+    for cap in (None, 2.0):
+        mean = FeatureMean(4, 6, seed=0, cap=cap)
+        for i in order:
+            mean.add(Features(layers[i]), logs[i], i)
+        shares = torch.softmax(logs, 0)
+        if cap is not None:  # what the largest of three has above 2/3 goes to the others in proportion
+            largest = shares.amax(0)
+            over = largest > cap / 3
+            others = shares * torch.where(over, (1 - cap / 3) / (1 - largest), 1.0)
+            shares = torch.where(over & (shares == largest), cap / 3, others)
+        expected = sum(shares[i].sqrt().unsqueeze(1) * sketch(layers[i], i, 6, 0) for i in range(3))
+        got = mean.result()
+        torch.testing.assert_close(got.values, expected.float())
     assert got.shares is None and got.known.all()
 
 
@@ -64,6 +70,12 @@ def test_a_confidence_of_its_own_counts_and_unknown_rows_are_known_to_be():
     assert mean.result().known.tolist() == [True, True, False]
     assert torch.equal(mean.result().values[2], torch.zeros(4))
     assert FeatureMean(3, 4, 0).result() is None and FeatureMean(3, 4, 0, apart=True).result() is None
+
+
+def test_a_confidence_beyond_bounds_is_refused():
+    loud = Confidences.quantize(torch.full((3,), 400.0))
+    with pytest.raises(RefusedError, match="a confidence of features lies outside"):
+        FeatureMean(3, 4, seed=0).check(Features({"a": draw(3, 2)}, None, loud))
 
 
 def test_principal_components_are_those_of_the_covariance():

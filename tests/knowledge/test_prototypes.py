@@ -1,5 +1,7 @@
 """Centroids with counts, and to which of them proxy samples belong."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from fdl.errors import UserError
 from fdl.knowledge.encoder import Pixels
 from fdl.knowledge.extraction import Extracted
 from fdl.knowledge.prototypes import PrototypeKnowledge, PrototypePool, PrototypeTransfer, centroids
-from fdl.messages import Prototypes
+from fdl.messages import Confidences, Prototypes
 from tests.knowledge.clients import client
 
 POINTS = np.array([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 4.0], [5.0, 5.0]], np.float32)
@@ -82,6 +84,21 @@ def test_the_server_merges_by_class_and_counts():
     torch.testing.assert_close(got.values, torch.tensor([[3.0, 0.0], [1.0, 1.0]]))
     assert got.weights.tolist() == [4, 5]
     assert PrototypePool(server(), PrototypeTransfer(), 64).result() is None
+
+
+def test_no_client_has_more_than_two_equal_shares_of_a_class_whatever_it_declares():
+    sure = Confidences.quantize(torch.full((1,), 32.0))
+    for cap, expected in ((None, 10.0), (2.0, 5.0)):  # of four clients the loud one has 1/2, of two all it wants
+        options = {} if cap == 2.0 else {"cap": cap}
+        pool = PrototypePool(server(), PrototypeTransfer(count=1), 64, **options)
+        for client_id in range(3):
+            pool.add(prototypes([[0.0, 0.0], [0.0, 0.0]], [0, 1], [4, 4]), client_id)
+        loud = dataclasses.replace(prototypes([[10.0, 0.0]], [0], [4]), confidence=sure)
+        pool.add(loud, 3)
+        got = pool.result()
+        torch.testing.assert_close(got.values[0], torch.tensor([expected, 0.0]))
+        assert got.weights[1] == 12 and got.values[1].tolist() == [0.0, 0.0]
+    assert got.weights[0] == pytest.approx(24)  # 12 of the honest, as much again
 
 
 def test_in_their_own_spaces_clients_stay_apart():

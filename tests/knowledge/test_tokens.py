@@ -37,9 +37,9 @@ def dense(message):
     return wide[:, :VOCAB].view(*message.sizes.shape, VOCAB)
 
 
-def mixture(*messages, rows=None, capacity=99, most=VOCAB, weighted=False):
+def mixture(*messages, rows=None, capacity=99, most=VOCAB, weighted=False, **options):
     rows = torch.arange(len(TEXTS)) if rows is None else rows
-    result = TokenMixture(rows, LENGTH, VOCAB, most, capacity, weighted)
+    result = TokenMixture(rows, LENGTH, VOCAB, most, capacity, weighted, **options)
     for i, message in enumerate(messages):
         result.add(message, i)
     return result
@@ -271,7 +271,7 @@ def weighted_messages(client, count=3, k=3):
 
 def test_the_mixture_is_the_weighted_mean_of_what_is_named(client):
     messages = list(weighted_messages(client))
-    knowledge = mixture(*messages, weighted=True).result()
+    knowledge = mixture(*messages, weighted=True, cap=None).result()
     shares = torch.softmax(torch.stack([m.weights.values() for m in messages]), dim=0).double()
     expected = sum(s.unsqueeze(2) * dense(m) for s, m in zip(shares, messages))
     torch.testing.assert_close(spread(knowledge), expected.float())
@@ -280,6 +280,29 @@ def test_the_mixture_is_the_weighted_mean_of_what_is_named(client):
     torch.testing.assert_close(knowledge.log_weight[:2], total[:2])
     assert (knowledge.ids[2, 2:] == -1).all() and (knowledge.probabilities[2, 2:] == 0).all()
     assert (knowledge.probabilities.diff(dim=2) <= 0).all()
+
+
+def test_a_loud_client_has_two_equal_shares_of_a_token(client):
+    # four clients, one of which leaves the third text unanswered; the loud one is of the three that answer it
+    whole = [answered(client, table(i, 2.0)) for i in range(4)]
+    loud, calm = (LogWeights.quantize(torch.full((3, LENGTH), level)) for level in (32.0, -30.0))
+    messages = [dataclasses.replace(m, weights=loud if i == 0 else calm) for i, m in enumerate(whole)]
+    messages[3] = dataclasses.replace(
+        answered(client, table(3, 2.0), torch.tensor([0, 1])),
+        weights=LogWeights.quantize(torch.full((2, LENGTH), -30.0)),
+    )
+    held = mixture(*messages, weighted=True)
+    p = [dense(m) for m in whole]
+    told = spread(held.result())
+    torch.testing.assert_close(told[:2], (p[0] / 2 + (p[1] + p[2] + p[3]) / 6)[:2].float())
+    torch.testing.assert_close(told[2, :2], (p[0] * 2 / 3 + (p[1] + p[2]) / 6)[2, :2].float())
+    alone = mixture(*messages, weighted=True, cap=None).result()
+    torch.testing.assert_close(spread(alone), p[0].float())
+    # whoever comes first, to the bit
+    other = TokenMixture(torch.arange(3), LENGTH, VOCAB, VOCAB, 99, True)
+    for i in (2, 0, 3, 1):
+        other.add(messages[i], i)
+    assert torch.equal(spread(other.result()), told)
 
 
 def test_the_order_of_clients_does_not_matter(client):

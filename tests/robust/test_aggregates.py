@@ -60,7 +60,7 @@ def taken(aggregate, messages, order=None):
 def test_without_a_rule_it_is_the_mean_of_answers(space):
     messages = answers(0)
     ours = taken(RobustAnswers(Plain(cap=None), Somewhere(), space), messages)
-    theirs = taken(ResponseMean(ROWS, CLASSES, space), messages)
+    theirs = taken(ResponseMean(ROWS, CLASSES, space, cap=None), messages)
     torch.testing.assert_close(ours.probabilities, theirs.probabilities, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.agreement, theirs.agreement, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.coverage, theirs.coverage)
@@ -95,7 +95,7 @@ def test_a_loud_liar_has_no_more_than_its_cap():
     plain, capped, median = (
         taken(aggregate, messages)
         for aggregate in (
-            ResponseMean(ROWS, CLASSES),
+            ResponseMean(ROWS, CLASSES, cap=None),
             RobustAnswers(Plain(cap=2.0), Somewhere()),
             RobustAnswers(Median(), server),
         )
@@ -287,7 +287,7 @@ def test_weights_of_digits_survive_two_liars_of_ten(tmp_path):
 
 def test_answers_of_digits_survive_two_liars_of_ten(tmp_path):
     more = {"specialists": [{"target": "mlp", "args": {"hidden": [32]}}]}
-    confidence = {"confidence": {"target": "entropy"}}
+    confidence = {"confidence": {"target": "entropy"}, "cap": None}
     broken = digits({"target": "federated_distillation", "args": confidence}, tmp_path / "mean", 1, **more)
     args = {**confidence, "robust": {"target": "geometric_median"}}
     held = digits({"target": "federated_distillation", "args": args}, tmp_path / "robust", 1, **more)

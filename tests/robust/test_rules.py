@@ -214,7 +214,7 @@ def test_capped_shares_sum_to_one_and_none_is_above_the_cap(seed, n, cap):
     logs[torch.rand(n, 6, generator=g) < 0.3] = -math.inf
     shares, count = capped(logs, cap), torch.isfinite(logs).sum(0)
     torch.testing.assert_close(shares.sum(0), (count > 0).double())
-    assert (shares <= (cap / count.clamp_min(1)).clamp_max(1) + 1e-9).all()
+    assert (shares <= (cap / count.clamp_min(1).double()).clamp_max(1) + 1e-9).all()
     # who is not cut keeps its proportion to others who are not
     free = shares < cap / count.clamp_min(1) * (1 - 1e-6)
     for row in range(6):
