@@ -128,16 +128,16 @@ def test_feddf_distils_the_mean_logits_into_the_average(tmp_path):
 
     first, second = 0.125 + (sigma(0.5) - sigma(0.25)) / 2, 0.375 + (sigma(0.5) - sigma(0.75)) / 2
     expected = torch.tensor([[first, -second], [-first, second]])
-    torch.testing.assert_close(student(run(FedDF(), tmp_path)), expected)
+    torch.testing.assert_close(student(run(FedDF(select="last"), tmp_path)), expected)
 
 
 def test_feddf_without_distillation_is_fedavg(tmp_path):
-    fused, plain = run(FedDF(), tmp_path / "a", distil=0, rounds=3), run(FedAvg(), tmp_path / "b", rounds=3)
+    fused, plain = run(FedDF(select="last"), tmp_path / "a", distil=0, rounds=3), run(FedAvg(), tmp_path / "b", rounds=3)
     assert torch.equal(student(fused), student(plain))
 
 
 def test_feddf_over_architectures_teaches_a_student_that_no_client_trains(tmp_path):
-    loop = run(FedDF(architectures="specialists"), tmp_path)
+    loop = run(FedDF(architectures="specialists", select="last"), tmp_path)
     # the student starts at zero and takes one step of (p - ½) / 2 towards p = σ(½)
     step = (1 / (1 + math.exp(-0.5)) - 0.5) / 2
     torch.testing.assert_close(student(loop), torch.tensor([[step, -step], [-step, step]]))
