@@ -313,6 +313,20 @@ class Server(Participant):
         """Turn to the data that are there now."""
         self.pooled = seen(self._pooled, self.stage)
 
+    def fit(
+        self,
+        module: LightningModule,
+        samples: Samples,
+        config: Fit,
+        objective: Objective | None = None,
+        name: str = "fit",
+        watch: Callable[[int], bool] | None = None,
+    ) -> dict[str, float]:
+        """Train a module; as `Participant.fit`, with `watch` as in `Runtime.fit`."""
+        losses = self.runtime.fit(module, samples, config, self.rng(name), objective, max(self.round, 1), watch)
+        self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
+        return losses
+
     def say(self, key: str, make: Callable[[], Message]) -> Message:
         """The message that several clients get in this round, made once, so that it is encoded once.
 

@@ -174,6 +174,7 @@ class Runtime:
         generator: torch.Generator,
         objective: Objective | None = None,
         round: int = 1,
+        watch: Callable[[int], bool] | None = None,
     ) -> dict[str, float]:
         """Train a module on samples.
 
@@ -184,6 +185,7 @@ class Runtime:
             generator: the stream that orders (and augments) the samples.
             objective: what to minimise; default the module's own `training_step`.
             round: the round, for schedules that count rounds.
+            watch: called after every step with the number of steps so far; True ends the fit. It may ask the module.
 
         Returns:
             The mean over steps of every named loss; empty when there was nothing to do.
@@ -230,6 +232,11 @@ class Runtime:
             steps += 1
             if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
                 scheduler.step()
+            if watch is not None:
+                if watch(steps):
+                    break
+                if not module.training:  # it was asked
+                    module.train()
         if steps == 0:
             raise UserError(
                 f"{len(samples)} sample(s) in batches of {config.batch_size} leave no batch of two, which batch "

@@ -63,17 +63,20 @@ class Average(ServerOptimizer):
 
 
 class SGD(ServerOptimizer):
-    """Server SGD with momentum, FedAvgM (Hsu et al., 2019): m ← βm + D, w ← w + η m.
+    """Server SGD: m ← βm + D, w ← w + η m. With the defaults the plain average; with β > 0 FedAvgM (Hsu et al., 2019).
+
+    Momentum has no default of its own, as in `torch.optim.SGD`: with β the steps add up to η / (1 − β) times the mean
+    displacement, so that a rate that suits an average diverges.
 
     Args:
         lr: server learning rate η, > 0.
-        momentum: β in [0, 1).
+        momentum: β in [0, 1); FedAvgM's is 0.9, with a rate η well below 1.
         nesterov: look ahead by one step of momentum.
     """
 
     name = "sgd"
 
-    def __init__(self, lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False):
+    def __init__(self, lr: float = 1.0, momentum: float = 0.0, nesterov: bool = False):
         _check(lr=lr, momentum=momentum)
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
 

@@ -29,8 +29,8 @@ METHODS = [
     FedAvg,
     lambda: FedAvg(Adam()),
     FedProx,
-    FedDF,
-    lambda: FedDF(architectures="specialists"),
+    lambda: FedDF(select="last"),
+    lambda: FedDF(architectures="specialists", select="last"),
     FederatedDistillation,
     lambda: FederatedDistillation(feedback="student"),
 ]

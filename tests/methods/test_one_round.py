@@ -99,8 +99,19 @@ def test_server_optimisers_on_the_first_pseudo_gradient(tmp_path, optimizer, fac
 
 def test_server_sgd_without_momentum_at_rate_one_is_plain_averaging(tmp_path):
     plain = run(FedAvg(), tmp_path / "a", rounds=3)
-    sgd = run(FedAvg(SGD(lr=1.0, momentum=0.0)), tmp_path / "b", rounds=3)
+    sgd = run(FedAvg(SGD()), tmp_path / "b", rounds=3)
     torch.testing.assert_close(student(plain), student(sgd))
+
+
+def test_server_momentum_has_to_be_asked_for():
+    # D = 1 three times: η, 2η, 3η without; with β the last step is η (1 + β + β²)
+    moments, total = {}, 0.0
+    for _ in range(3):
+        total += float(SGD(lr=0.5).displacement(torch.ones(1), moments))
+    assert total == 1.5
+    moments = {}
+    steps = [float(SGD(lr=0.5, momentum=0.9).displacement(torch.ones(1), moments)) for _ in range(3)]
+    assert steps == pytest.approx([0.5, 0.95, 1.355])
 
 
 def test_first_step_of_adam_with_a_unit_displacement():
@@ -117,16 +128,16 @@ def test_feddf_distils_the_mean_logits_into_the_average(tmp_path):
 
     first, second = 0.125 + (sigma(0.5) - sigma(0.25)) / 2, 0.375 + (sigma(0.5) - sigma(0.75)) / 2
     expected = torch.tensor([[first, -second], [-first, second]])
-    torch.testing.assert_close(student(run(FedDF(), tmp_path)), expected)
+    torch.testing.assert_close(student(run(FedDF(select="last"), tmp_path)), expected)
 
 
 def test_feddf_without_distillation_is_fedavg(tmp_path):
-    fused, plain = run(FedDF(), tmp_path / "a", distil=0, rounds=3), run(FedAvg(), tmp_path / "b", rounds=3)
+    fused, plain = run(FedDF(select="last"), tmp_path / "a", distil=0, rounds=3), run(FedAvg(), tmp_path / "b", rounds=3)
     assert torch.equal(student(fused), student(plain))
 
 
 def test_feddf_over_architectures_teaches_a_student_that_no_client_trains(tmp_path):
-    loop = run(FedDF(architectures="specialists"), tmp_path)
+    loop = run(FedDF(architectures="specialists", select="last"), tmp_path)
     # the student starts at zero and takes one step of (p - ½) / 2 towards p = σ(½)
     step = (1 / (1 + math.exp(-0.5)) - 0.5) / 2
     torch.testing.assert_close(student(loop), torch.tensor([[step, -step], [-step, step]]))
