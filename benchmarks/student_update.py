@@ -324,7 +324,8 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--output", type=Path, help="also write the tables to this file")
     options = parser.parse_args(arguments)
     precision = options.precision or {"cpu": "32-true", "cuda": "bf16-mixed"}[options.device]
-    runtime = Runtime(accelerator=options.device, precision=precision, threads=options.threads)
+    torch.set_num_threads(options.threads)
+    runtime = Runtime(accelerator=options.device, precision=precision)
     gpu = options.device == "cuda"
     peak = teacher.peak_flops(runtime.fabric, 256 if options.quick else 8192 if gpu else 2048)
     where = torch.cuda.get_device_name() if gpu else f"CPU, {options.threads} thread(s)"

@@ -16,6 +16,7 @@ from fdl.callbacks.events import open_writer
 from fdl.errors import UserError
 from fdl.report import write_summary
 from fdl.seeding import numpy_stream
+from fdl.threads import pinned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,6 +109,7 @@ def audit(loop: FederatedLoop, attacks: Sequence[Attack]) -> Audit:
     loop.spread.everywhere()
     subject = Subject(loop)
     with ExitStack() as gates:
+        gates.enter_context(pinned(loop.recipe.fabric.threads))
         for client in loop.clients:  # who audits a run may see what its participants may not
             gates.enter_context(client.gate.open())
         result = Audit(loop.round, {attack.label: attack.run(subject) for attack in attacks})

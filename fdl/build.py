@@ -39,6 +39,7 @@ from fdl.runtime import Runtime
 from fdl.seeding import numpy_stream, stream_seed
 from fdl.store import CLIENTS, DiskStore
 from fdl.tasks import TASKS
+from fdl.threads import pinned
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -63,6 +64,11 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
     Raises:
         UserError: when parts do not fit together, naming their keys.
     """
+    with pinned(recipe.fabric.threads):
+        return _built(recipe, folder, launch)
+
+
+def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     method: Method = instantiate(recipe.method, "method", "method")
     data: FederatedDataModule = instantiate(recipe.data, "datamodule", "data")
     data.set_default_seed(recipe.seed)
@@ -185,6 +191,7 @@ def _runtime(recipe: Recipe, launch: bool) -> Runtime:
     """
     try:
         own = {**vars(recipe.fabric), **vars(recipe.inference)}
+        del own["threads"]  # which go by `pinned`
         return Runtime(**own, batch_size=recipe.evaluation.batch_size, launch=launch)
     except NO_SUCH_DEVICES as error:
         settings = ", ".join(f"{key}={value}" for key, value in vars(recipe.fabric).items() if value is not None)

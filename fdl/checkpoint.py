@@ -25,6 +25,9 @@ JSON = "__json__"
 """Name of the tensor that holds all that is no tensor, as JSON."""
 _TENSOR = "__tensor__"
 
+_ALIGNMENT = 64
+"""Bytes: torch's allocator for host memory gives addresses that are multiples of it."""
+
 
 def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write the state after a round; older checkpoints beyond `keep` go only after the new one is safe on disk.
@@ -114,7 +117,7 @@ def pack(state: Mapping[str, Any]) -> bytes:
     def strip(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
             # tied weights are one storage: stored once, and both places point at it
-            key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else (path,)
+            key = _place(value) if value.numel() else (path,)
             if key not in seen:
                 seen[key] = path
                 tensors[path] = value.detach().cpu().contiguous()
@@ -140,12 +143,51 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def unpack_file(path: Path) -> dict[str, Any]:
-    """As `unpack`, from a file; its tensors are mapped into memory as they are needed."""
+    """As `unpack`, from a file, which is mapped: only what its tensors need is read."""
     return _filled(safetensors.torch.load_file(path))
+
+
+def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state as it comes back from a file, so that whoever goes on with it computes the same.
+
+    How a tensor lies in memory decides which kernel works on it, and with that its last bits. Files keep values, and
+    no strides, addresses or devices; so a state that stays in memory must have none of its own either.
+
+    Args:
+        state: as for `save`.
+
+    Returns:
+        The same with contiguous tensors in host memory, at addresses like those of new ones, and lists in the place of
+        tuples. Tensors that are so already are not copied; tied ones stay tied.
+    """
+    seen: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def settle(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = _place(value)
+            if key not in seen:
+                seen[key] = _aligned(value.detach().cpu().contiguous())
+            return seen[key]
+        if isinstance(value, Mapping):
+            return {k: settle(v) for k, v in value.items()}
+        return [settle(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return settle(state)
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values lie, and how: what tied weights have in common."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor at an address as torch's allocator gives them; views and mapped files lie anywhere."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _filled(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     state = json.loads(tensors.pop(JSON).numpy().tobytes())
+    tensors = {name: _aligned(tensor) for name, tensor in tensors.items()}
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 
 from fdl.clusters import launched
@@ -61,11 +60,11 @@ def processes(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
             yield
             return
         folders = tempfile.TemporaryDirectory(prefix="fdl-")
-        with _environment(recipe, count), _threads(recipe, count) as threads, folders as place:
+        with _environment(recipe, count), folders as place:
             file = Path(place) / "recipe.yaml"
             file.write_text(recipe.to_yaml(), encoding="utf-8")
             command = [sys.executable, "-m", "fdl", "fit", "--recipe", f"{file}", "--output-dir", f"{folder}"]
-            with _Children([*command, *(["--resume"] if resume else [])], range(1, count), threads):
+            with _Children([*command, *(["--resume"] if resume else [])], range(1, count)):
                 yield
     finally:
         if dist.is_initialized() and launched() is None:
@@ -95,19 +94,6 @@ def _environment(recipe: Recipe, count: int) -> Iterator[None]:
                 os.environ[name] = before[name]
 
 
-@contextmanager
-def _threads(recipe: Recipe, count: int) -> Iterator[int]:
-    """Share the cores out among this machine's processes, unless somebody has said how many threads each may use."""
-    before = torch.get_num_threads()
-    if recipe.fabric.threads is None and not os.environ.get("OMP_NUM_THREADS"):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // count))
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
-
-
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -120,12 +106,11 @@ class _Children:
     Args:
         command: what each of them runs.
         ranks: their local ranks.
-        threads: of torch, for each of them.
     """
 
-    def __init__(self, command: list[str], ranks: range, threads: int):
+    def __init__(self, command: list[str], ranks: range):
         self._over = threading.Event()
-        own = {rank: {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(threads)} for rank in ranks}
+        own = {rank: {"LOCAL_RANK": str(rank)} for rank in ranks}
         self._processes = {rank: subprocess.Popen(command, env={**os.environ, **own[rank]}) for rank in ranks}
 
     def __enter__(self) -> _Children:

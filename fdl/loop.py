@@ -20,6 +20,7 @@ from fdl.runtime import seed_everything
 from fdl.spread import Spread
 from fdl.stopwatch import Stopwatch
 from fdl.store import CLIENTS
+from fdl.threads import pinned
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Attack
@@ -88,6 +89,10 @@ class FederatedLoop:
             KeyboardInterrupt: after Ctrl-C, once the round in progress is finished and saved.
             UserError: when `resume` finds no good checkpoint, or another process of the run is gone.
         """
+        with pinned(self.recipe.fabric.threads):
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> dict[str, Any]:
         if resume:
             snapshot.restore(self)
         try:
@@ -145,6 +150,7 @@ class FederatedLoop:
         if last or round % self.recipe.evaluation.every == 0:
             with self.seconds("evaluate"), memory_of(f"evaluation in round {round}", "evaluation.batch_size"):
                 evaluate(self, record, last)
+        self.server.rest()
         account(self.ledger, record, self.history)
         record["seconds"] = dict(self.seconds)
         self.history.append(record)
@@ -184,4 +190,5 @@ class FederatedLoop:
             for kind, size in self.method.setup_bytes(self.server).items():
                 for client in self.clients:
                     self.channel.setup_cost(kind, size, client.id)
+        self.server.rest()
         snapshot.save(self)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fdl import checkpoint
 from fdl.datamodules.arrivals import seen
 from fdl.modules.weights import load_into, state_of
 from fdl.objectives import Objective
@@ -170,23 +171,25 @@ class Client(Participant):
         self._state = state
 
     def rest(self, changed: bool = True) -> None:
-        """Its turn is over: with a store, nothing of it stays in memory.
+        """Its turn is over: its state is as a file would give it back, and with a store none of it stays in memory.
 
         Args:
             changed: whether there may be something new to write.
         """
-        if self._store is not None and self._state is not None:
-            if changed:
-                self._store.write(self.id, self._state)
-            self._state = None
-            self.cache.clear()
+        if self._state is None:
+            return
+        if self._store is None:
+            self._state = checkpoint.as_saved(self._state) if changed else self._state
+            return
+        if changed:
+            self._store.write(self.id, self._state)
+        self._state = None
+        self.cache.clear()
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: its state, or where that lies."""
-        if self._store is None:
-            return self.state
         self.rest()
-        return self._store.reference(self.id)
+        return self.state if self._store is None else self._store.reference(self.id)
 
     def restore(self, saved: Mapping[str, Any], folder: Path) -> None:
         """Go back to what `saved` gave; `folder` is where files that it may name lie."""
@@ -326,6 +329,10 @@ class Server(Participant):
         losses = self.runtime.fit(module, samples, config, self.rng(name), objective, max(self.round, 1), watch)
         self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
         return losses
+
+    def rest(self) -> None:
+        """The round is over: its state is as a checkpoint would give it back."""
+        self.state = checkpoint.as_saved(self.state)
 
     def say(self, key: str, make: Callable[[], Message]) -> Message:
         """The message that several clients get in this round, made once, so that it is encoded once.

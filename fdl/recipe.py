@@ -177,7 +177,7 @@ class Fabric:
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine"] = (
         key("32-true", "number format of training")
     )
-    threads: int | None = key(None, "CPU threads; null leaves the choice to torch", bounds=_COUNT)
+    threads: int = key(1, "torch's CPU threads in each process; another number rounds otherwise", bounds=_COUNT)
 
 
 @dataclass

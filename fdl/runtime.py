@@ -58,7 +58,6 @@ class Runtime:
             DDP does; ``"fsdp"``: every rank holds a part of every model, with its gradients and its optimiser's state,
             and all ranks train all models together, one client after another.
         precision: as Lightning's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
-        threads: torch's CPU threads; None leaves torch's choice.
         batch_size: samples a forward pass of `predict`.
         compile: run `predict` through ``torch.compile``.
         cache: folder where the answers of frozen models are kept across runs; None keeps them in memory.
@@ -80,15 +79,12 @@ class Runtime:
         num_nodes: int = 1,
         strategy: str = "auto",
         precision: str = "32-true",
-        threads: int | None = None,
         batch_size: int = 512,
         compile: bool = False,
         cache: str | None = None,
         timeout: float = 1800.0,
         launch: bool = True,
     ):
-        if threads is not None:
-            torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and it takes time
         many = (devices, num_nodes, strategy) if launch else (1, 1, "auto")

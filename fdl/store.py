@@ -24,8 +24,8 @@ class DiskStore:
     """One safetensors file a client, a new one whenever its state has changed.
 
     A file's name carries a digest of its bytes. Files that a kept checkpoint names stay, so a run can go back to any
-    of them; all others go once a newer one is there. What is read is mapped into memory, not copied. Several processes
-    may share the folder, each writing the clients that it has.
+    of them; all others go once a newer one is there. Several processes may share the folder, each writing the clients
+    that it has.
 
     Args:
         folder: where the files lie; made when the first is written.
@@ -58,7 +58,7 @@ class DiskStore:
         self._fresh.add(name)
 
     def read(self, client: int) -> dict[str, Any]:
-        """Return a client's newest state, its tensors mapped from the file; empty where it has none.
+        """Return a client's newest state, empty where it has none.
 
         Raises:
             UserError: the file is missing or damaged.

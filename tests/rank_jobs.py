@@ -34,7 +34,6 @@ SMALL = [
     "distil.epochs=null",
     "callbacks=[]",
     "fabric.accelerator=cpu",
-    "fabric.threads=1",
     "checkpoint.every=2",
 ]
 DIGITS = ["data.args.proxy=64", "data.args.validation=50", "data.args.test=100"]

@@ -59,7 +59,7 @@ def world():
     """Digits, dealt out to four clients in order, and one runtime for all runs."""
     bunch = load_digits()
     x, y = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1), torch.from_numpy(bunch.target)
-    runtime = Runtime(accelerator="cpu", threads=1)
+    runtime = Runtime(accelerator="cpu")
     for name, hidden in (("student", [8]), ("small", [6])):
         runtime.factories[name] = lambda hidden=hidden: MLP(hidden, num_classes=10, input_shape=(1, 8, 8))
     samples = lambda rows: TensorSamples(x[rows], y[rows])  # noqa: E731

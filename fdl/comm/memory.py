@@ -44,7 +44,8 @@ class Memory:
 
     def commit(self) -> None:
         """The message was accepted."""
-        new = {key: draft for key, draft in self._drafts.items() if draft}
+        # in the order in memory that a checkpoint gives back, too
+        new = {key: {n: _plain(v) for n, v in draft.items()} for key, draft in self._drafts.items() if draft}
         self._kept.update(new)
         self._drafts = {}
         arrays = [value for kept in self._kept.values() for value in kept.values() if isinstance(value, np.ndarray)]
@@ -59,6 +60,11 @@ class Memory:
         """Become the memory that gave this state."""
         self._drafts = {}
         self._kept = {key: {name: _thaw(value) for name, value in kept.items()} for key, kept in state.items()}
+
+
+def _plain(value: np.ndarray | int) -> np.ndarray | int:
+    """An array row by row in memory, copied only where it is not."""
+    return value if isinstance(value, int) else np.asarray(value, order="C")
 
 
 def _freeze(value: np.ndarray | int) -> Any:

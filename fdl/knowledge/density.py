@@ -12,6 +12,7 @@ from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
 from fdl.knowledge.confidence import ClientView, Confidence, positive, public_space
 from fdl.knowledge.encoder import Encoder
+from fdl.threads import single
 
 _REFERENCES = 1000
 """Rows of a large proxy set, evenly spaced, that stand for all when its geometry is measured."""
@@ -95,7 +96,6 @@ class Density(Confidence):
         """Distances to the m centroids, [n_proxy, m], and the logarithms of how many samples each stands for, [m]."""
         from sklearn.cluster import KMeans
         from sklearn.metrics import pairwise_distances
-        from threadpoolctl import threadpool_limits
 
         own, labels = encoder.encode(train), train.labels.numpy()
         centroids, sizes = [], []
@@ -104,7 +104,7 @@ class Density(Confidence):
             members, counts = np.unique(own[labels == label], axis=0, return_counts=True)
             # a fixed state: the same data give the same centroids in every round and after every restart
             means = KMeans(min(self.centroids_per_class, len(members)), n_init=4, random_state=0)
-            with threadpool_limits(1):  # several threads would add up in any order
+            with single():
                 nearest_mean = means.fit(members, sample_weight=counts).labels_
             centroids.append(means.cluster_centers_)
             sizes.append(np.bincount(nearest_mean, weights=counts, minlength=means.n_clusters))

@@ -19,6 +19,7 @@ from fdl.knowledge.shares import CAP, checked_cap, limited
 from fdl.messages import Confidences, Prototypes
 from fdl.participants import Client, Server
 from fdl.prototype_losses import PROTOTYPE_LOSSES
+from fdl.threads import single
 
 
 class PrototypeTransfer(Option):
@@ -223,11 +224,10 @@ def centroids(
         Centroids float32 [m, d], their groups int64 [m], and to which of them each point belongs, int64 [n].
     """
     from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
 
     weights = np.ones(len(points)) if weights is None else weights.astype(np.float64)
     values, kept, members = [], [], np.zeros(len(points), dtype=np.int64)
-    with threadpool_limits(1):  # several threads would add up in any order
+    with single():
         for group in np.unique(groups):
             rows = np.flatnonzero(groups == group)
             k = min(count, len(np.unique(points[rows], axis=0)))
