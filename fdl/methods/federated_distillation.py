@@ -142,6 +142,12 @@ class FederatedDistillation(Method):
             beside = {"features": self.features, "prototypes": self.prototypes, "frequency": self.frequency}
             release.check(space, confidence is not None, beside | {"weights": weights, "personal": personal})
 
+        selected = None if self.features is None else self.features.select
+        self.needs_calibration = (
+            calibrate
+            or (confidence is not None and confidence.needs_calibration)
+            or (selected is not None and selected.toward == "labels")
+        )
         if robust is not None:
             beside = {"features": self.features, "prototypes": self.prototypes, "personal": personal}
             RobustAnswers.check(beside, release is not None and release.by == "server")
