@@ -172,7 +172,7 @@ class TokenDistillation(Method):
         return self.objective(module, batch)
 
     def _message(self, server: Server, knowledge: TokenKnowledge) -> SparseResponses:
-        """The mixture as it goes down, in the form in which answers come up, so that the mode's loss is right for it."""
+        """The mixture as it goes down, in the form of the answers that come up, for which the mode's loss is right."""
         vocab, most = vocabulary(server), self.answering.most
         if self.mode == "sampled":
             return drawn_message(knowledge, vocab, most, server.rng("mixture draws"))
