@@ -2,11 +2,11 @@
 
     python benchmarks/communication.py [--data cifar10] [--file FILE.npz] [--seeds 0 1 2] [--quick] [--output DIR]
 
-The job: benchmarks/communication.yaml, digits or photographs, non-IID clients (Dirichlet, alpha 0.1), one architecture
-everywhere. Equal work is asserted before anything runs: in each seed every method has the same data, the same shares,
-and the same local steps, batches and optimiser in every round, and as many server steps where it has any. Digesting what
-comes back comes on top where a method has that, and is listed. Every method is coded as serves it best, FedAvg in
-float32, which counts as 100 %, and coded; how it learns from answers is its own.
+The job: benchmarks/communication.yaml, digits or photographs, non-IID clients (Dirichlet, alpha 0.1), one
+architecture everywhere. Equal work is asserted before anything runs: in each seed every method has the same data, the
+same shares, and the same local steps, batches and optimiser in every round, and as many server steps where it has
+any. Digesting what comes back comes on top where a method has that, and is listed. Every method is coded as serves it
+best, FedAvg in float32, which counts as 100 %, and coded; how it learns from answers is its own.
 
 Bytes are those of encoded messages, up and down, all clients. A run's student is the one of the best round so far on
 validation data; its accuracy is on test data. Next to the runs themselves, DIR gets communication.md and

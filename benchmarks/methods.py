@@ -9,11 +9,12 @@ training, and the same number of local and of server steps over all rounds. `dis
 a single round. How a method learns from answers, and in which code it sends what, is its own, chosen as the comments in
 methods.yaml say. What its clients train on top, e.g. digesting what comes back, is in the last column.
 
-A method's quality is the test accuracy of its student, in the best round on validation data; where there is no student,
-that of the clients' own models in the last round, on the same test data. KTE is its share of centralised training's.
-Bytes are those of encoded messages up and down, all clients, until that round; sets sent before round 1 are apart. The
-target is nine tenths of centralised training's accuracy; for all methods alike it is reached in the first round whose
-own accuracy is, without a mean over rounds, which methods of a single round (marked as such) do not have. Every run has a process of its own: its peak memory, interpreter and libraries included, is its own.
+A method's quality is the test accuracy of its student, in the best round on validation data; where there is no
+student, that of the clients' own models in the last round, on the same test data. KTE is its share of centralised
+training's. Bytes are those of encoded messages up and down, all clients, until that round; sets sent before round 1
+are apart. The target is nine tenths of centralised training's accuracy; for all methods alike it is reached in the
+first round whose own accuracy is, without a mean over rounds, which methods of a single round (marked as such) do not
+have. Every run has a process of its own: its peak memory, interpreter and libraries included, is its own.
 
 D gets methods.md and methods.csv (the table), methods.png, the runs themselves, and tensorboard/ with the same
 figure, curves by round and by bytes, and hyperparameters. Runs that are complete in D are not run again.
