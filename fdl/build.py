@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from fdl.methods.base import Method
 
 
+CALIBRATION = 0.1
+"""Share of a client's data that is held out where the method looks at it and the recipe does not say how much."""
+
+
 def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
     """Build everything a recipe names: data, participants, channel, method, callbacks.
 
@@ -120,9 +124,11 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     }
     incoming, test_stages = _arriving(common["arrival"], data)
     dp_sgd, clients, fits = trainer(recipe, common["privacy"]), [], local_fits(recipe, entries)
+    trained: list[np.ndarray] = []
     store = DiskStore(folder / CLIENTS) if recipe.federation.state == "disk" else None
     for id, share in enumerate(shares):
-        train, calibration = _hold_out(share, recipe, id)
+        train, calibration = _hold_out(share, recipe, id, method)
+        trained.append(train)
         clients.append(
             Client(
                 id=id,
@@ -139,7 +145,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         test=data.test,
         student=_model("student", "init", method, recipe, runtime),
         teacher=_model("teacher", "teacher", method, recipe, runtime),
-        pooled=incoming(None) if "pooled" in method.requires else None,
+        pooled=incoming(_together(trained, data)) if "pooled" in method.requires else None,
         classes=data.classes,
         test_stages=test_stages,
         **common,
@@ -315,11 +321,20 @@ def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Enc
     return encoder
 
 
-def _hold_out(share: np.ndarray, recipe: Recipe, client: int) -> tuple[np.ndarray, np.ndarray]:
+def _hold_out(share: np.ndarray, recipe: Recipe, client: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
     """Split a client's indices into what it trains on and what it calibrates with; at least one to train on."""
     shuffled = numpy_stream(recipe.seed, "calibration", 0, client).permutation(share)
-    held_out = min(round(recipe.federation.calibration * len(share)), len(share) - 1)
+    part = recipe.federation.calibration
+    if part is None:  # what nobody looks at is better trained on
+        part = CALIBRATION if method.needs_calibration else 0.0
+    held_out = min(round(part * len(share)), len(share) - 1)
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
+
+
+def _together(rows: Sequence[np.ndarray], data: FederatedDataModule) -> np.ndarray | None:
+    """What all clients train on, so that who has it in one place has no sample more; None where that is everything."""
+    union = np.sort(np.concatenate(rows))
+    return None if len(union) == len(data.train) else union
 
 
 def _arriving(

@@ -279,7 +279,7 @@ class Server(Participant):
         test: labelled samples for the report.
         student: the global model, None for a method that has none.
         teacher: the large model of standard distillation, None otherwise.
-        pooled: all private samples, only for the methods that are the centralised reference.
+        pooled: what all clients train on, in one place, only for the methods that are the centralised reference.
         classes: names of the classes; None calls them 0, 1, ….
         test_stages: stage of each test sample, int64 [n], where data arrive in stages and the test samples say which.
         participant: the arguments of `Participant`.

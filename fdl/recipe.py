@@ -94,7 +94,11 @@ class Federation:
     )
     state: Literal["memory", "disk"] = key("memory", "where clients' models and states lie between their turns")
     learning_rates: Any = key({}, "by client id, learning rates of training on own data that differ from local's")
-    calibration: float = key(0.1, "share of a client's data held out to calibrate", bounds=Bounds(0, 1, open_high=True))
+    calibration: float | None = key(
+        None,
+        "share of a client's data held out to calibrate; null: a tenth where the method looks at it, else none",
+        bounds=Bounds(0, 1, open_high=True),
+    )
 
 
 @dataclass

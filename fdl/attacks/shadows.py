@@ -137,7 +137,7 @@ def _server(subject: Subject, clients: list[Client], seed: int) -> Server:
         if getattr(twin, part) is not None:
             setattr(twin, part, subject.runtime.create(part, stream_seed(seed, purpose)))
     if twin._pooled is not None:
-        twin._pooled = Joined([samples for client in clients for samples in (client.train, client.calibration)])
+        twin._pooled = Joined([client.train for client in clients])
         twin.arrive()
     return twin
 

@@ -45,9 +45,11 @@ class Confidence(ABC):
 
     Attributes:
         needs_encoder: whether it is measured in the space of the recipe's public encoder.
+        needs_calibration: whether it looks at private samples that are held out from training.
     """
 
     needs_encoder: bool = False
+    needs_calibration: bool = False
 
     def log_weights(self, client: ClientView, logits: Tensor) -> Tensor:
         """Weigh one client's answers.
@@ -108,6 +110,7 @@ class Validation(Confidence):
     """A client counts by its specialist's accuracy on its held-out samples, and not at all below chance."""
 
     name = "validation"
+    needs_calibration = True
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
         """``log accuracy`` for every row; the floor for an accuracy below 1/C."""
@@ -183,6 +186,7 @@ class Product(Confidence):
             raise UserError("factors must name at least one confidence")
         self.factors = list(factors)
         self.needs_encoder = any(factor.needs_encoder for factor in self.factors)
+        self.needs_calibration = any(factor.needs_calibration for factor in self.factors)
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
         """The sum of the factors' log-weights."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fdl.errors import UserError
 from fdl.knowledge.token_confidence import Certainty, TokenConfidence
+from fdl.knowledge.token_mixture import TokenKnowledge
 from fdl.participants import Client, Participant
 from fdl.sparse_responses import FLOOR, LogWeights, SparseResponses
 
@@ -148,6 +149,30 @@ def _comb(p: Tensor, draws: int, stream: torch.Generator) -> Tensor:
     shift = torch.rand(len(p), 1, generator=stream).to(p.device)
     points = (torch.arange(draws, device=p.device) + shift) / draws * cumulative[:, -1:].clamp_min(1)
     return torch.searchsorted(cumulative, points, right=True).float()
+
+
+def drawn_message(knowledge: TokenKnowledge, vocab: int, draws: int, stream: torch.Generator) -> SparseResponses:
+    """Draws from the clients' mixture as a message: the mean over draws of their frequencies is the mixture.
+
+    Source: random sampling knowledge distillation (Anshumann et al., 2025), here on the way down. The likeliest ids of
+    a mixture of draws would not do: those that were drawn too often would be chosen, and what is said of them believed.
+    Draws of what the mixture does not name are lost.
+
+    Args:
+        knowledge: the mixture.
+        vocab: size of the vocabulary.
+        draws: draws a position, in 1 … 255.
+        stream: of randomness.
+    """
+    p, ids = knowledge.probabilities.double().flatten(0, 1), knowledge.ids.flatten(0, 1)
+    columns = _comb(p, draws, stream).long()
+    counts = torch.zeros(len(p), p.shape[1] + 1, dtype=torch.int64)
+    counts = counts.scatter_add_(1, columns, torch.ones_like(columns))[:, :-1]
+    counts = counts.masked_fill(ids < 0, 0)
+    order = ids.masked_fill(counts == 0, vocab).argsort(dim=1)
+    ids, counts = ids.gather(1, order), counts.gather(1, order)
+    sizes = (counts > 0).sum(1, dtype=torch.int32).view(knowledge.ids.shape[:2])
+    return SparseResponses(ids[counts > 0].int(), counts[counts > 0].to(torch.uint8), sizes, vocab, rows=knowledge.rows)
 
 
 def _certainty(seen: Tensor) -> Certainty:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class BestOnValidation:
     """Watches a fit of the server's, and goes back to the weights that did best on its labelled validation samples.
 
-    Of models with the same score, e.g. accuracy, the one with the lower tie breaker, e.g. NLL, is the better: small sets
-    often tie. The model as it is when this is made is a candidate, too.
+    Of models with the same score, e.g. accuracy, the one with the lower tie breaker, e.g. NLL, is the better: small
+    sets often tie. The model as it is when this is made is a candidate, too.
 
     Args:
         server: whose validation samples are asked.

@@ -58,6 +58,7 @@ class AffinityDistillation(Method):
     ):
         self.confidence, self.calibrate, self.feedback = confidence, calibrate, feedback
         self.mimicry, self.cap = Mimicry(contrastive, features, interactive), checked_cap(cap)
+        self.needs_calibration = calibrate or (confidence is not None and confidence.needs_calibration)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Look whether there are pairs to embed.

@@ -46,11 +46,14 @@ class Method(ABC):
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
         sends_changes: whether the parameters that clients send are differences from those that they were sent.
+        needs_calibration: whether its clients look at private samples that are held out from training,
+            `Client.calibration`; a recipe that does not say how many holds none out for a method that does not.
     """
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
     sends_changes: ClassVar[bool] = False
+    needs_calibration: bool = False
     requires: tuple[str, ...] = ("student",)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:

@@ -12,8 +12,9 @@ from fdl.participants import Client, Server
 class Centralized(Method):
     """Train the student on all private data pooled: what nobody may do, and everybody is measured against.
 
-    Each round trains for the recipe's `local` settings on the union of the clients' data. Nothing crosses the wire,
-    since there is no wire.
+    Each round trains for the recipe's `local` settings on the union of what the clients train on: samples that they
+    hold out to calibrate (`federation.calibration`) are held out here, too. Nothing crosses the wire, since there is no
+    wire.
     """
 
     name = "centralized"

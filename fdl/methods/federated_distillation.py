@@ -59,7 +59,7 @@ class FederatedDistillation(Method):
         sharpening: by DS-FL's entropy reduction, softmax(p / T), e.g. T = 0.1, or by SCARLET's power, p^b / Σ p^b,
             e.g. b = 1.5.
         pretrain: epochs on the server's labelled public samples, with the `local` settings, that every new specialist
-            begins with, as in FedMD. These samples are then sent to all clients.
+            begins with, as in FedMD, and the student as well. These samples are then sent to all clients.
         restart: draw a specialist new weights before it learns from what comes back, as in CFD.
         features: activations that go up, too.
         prototypes: centroids of the clients' data that go up, too.
@@ -142,6 +142,12 @@ class FederatedDistillation(Method):
             beside = {"features": self.features, "prototypes": self.prototypes, "frequency": self.frequency}
             release.check(space, confidence is not None, beside | {"weights": weights, "personal": personal})
 
+        selected = None if self.features is None else self.features.select
+        self.needs_calibration = (
+            calibrate
+            or (confidence is not None and confidence.needs_calibration)
+            or (selected is not None and selected.toward == "labels")
+        )
         if robust is not None:
             beside = {"features": self.features, "prototypes": self.prototypes, "personal": personal}
             RobustAnswers.check(beside, release is not None and release.by == "server")
@@ -209,6 +215,7 @@ class FederatedDistillation(Method):
 
     def server_update(self, server: Server, knowledge: Collected) -> dict[str, float]:
         """Distil the student from what was collected, and keep what is to be sent back."""
+        self._pretrain_student(server)
         fresh = self._answers(knowledge.responses)
         rows, targets = AnswerCache(self.cache).update(server, fresh)
         self.teaching.teach(server, knowledge, targets, rows, self.curriculum)
@@ -234,6 +241,13 @@ class FederatedDistillation(Method):
             seed = stream_seed(client.seed, "restart", client.round, client.id)
             load_into(specialist, client.runtime.first_weights(client.architecture, seed))
         return specialist
+
+    def _pretrain_student(self, server: Server) -> None:
+        """Let the student begin as specialists do, before it first learns from what they answer."""
+        if self.pretrain and "pretrained" not in server.state:
+            settings = replace(server.local, epochs=self.pretrain, steps=None)
+            server.fit(server.student, server.public, settings, name="pretrain")
+            server.state["pretrained"] = True
 
     def _mean(self, server: Server, weighted: bool | None = None) -> ResponseMean:
         return ResponseMean(len(server.proxy), server.num_classes, self.space, weighted, self.cap)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.errors import RefusedError, UserError
@@ -13,8 +14,12 @@ from fdl.knowledge.pools import architectures
 from fdl.losses import cross_entropy
 from fdl.messages import Prototypes
 from fdl.methods.base import Method
+from fdl.modules.output import Output
 from fdl.objectives import Objective
 from fdl.participants import Client, Server
+
+UNKNOWN = 30.0
+"""How far, in logits, a class without a prototype lies below the farthest of the others."""
 
 
 class FedProto(Method):
@@ -23,8 +28,9 @@ class FedProto(Method):
     A prototype is the mean embedding of a class's samples at a client, which it sends with their number after training
     in each round; the server sends back one for each class. From then on clients minimise CE + λ MSE(h, C_y) on their
     own data, where samples of a class without a common prototype add nothing. Architectures may differ, but their
-    embeddings must have the same width. No proxy set is needed and there is no student; a client classifies by its own
-    head, or by the nearest prototype: how often either is right on its held-out samples is noted beside its losses.
+    embeddings must have the same width. No proxy set is needed and there is no student. As in the paper a client
+    answers with the class of the nearest common prototype, so that it can name classes that it has never seen; how
+    often this and its own head are right on its held-out samples is noted beside its losses.
 
     A prototype is a mean of private samples in the model's feature space: one of few samples says much about these.
 
@@ -32,16 +38,23 @@ class FedProto(Method):
         weight: λ ≥ 0; 0 is local training.
         average: the common prototype is the mean over the clients that have the class, all alike as in the published
             code, or by their number of samples of it as in the paper's equation 6.
+        answer: what a client's model is evaluated by: the nearest common ``"prototype"`` among all classes that have
+            one (the published code compares those of the client's own classes alone), or its ``"head"``.
     """
 
     name = "fedproto"
     tasks = ("classification",)
     requires = ("specialists",)
 
-    def __init__(self, weight: float = 1.0, average: Literal["clients", "samples"] = "clients"):
+    def __init__(
+        self,
+        weight: float = 1.0,
+        average: Literal["clients", "samples"] = "clients",
+        answer: Literal["prototype", "head"] = "prototype",
+    ):
         if not weight >= 0:
             raise UserError(f"weight must be ≥ 0, got {weight}")
-        self.weight, self.by_samples = weight, average == "samples"
+        self.weight, self.by_samples, self.by_prototype = weight, average == "samples", answer == "prototype"
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that all embeddings have one width."""
@@ -87,6 +100,13 @@ class FedProto(Method):
         }
         return {"prototypes": float((server.state["prototypes"]["counts"] > 0).sum())}
 
+    def client_model(self, server: Server, client: Client) -> nn.Module:
+        """The client's model with the nearest common prototype in the place of its head."""
+        specialist, common = client.specialist(), server.state.get("prototypes")
+        if not self.by_prototype or common is None:
+            return specialist
+        return _Nearest(specialist, common["values"], common["counts"] > 0)
+
     def _near(self, client: Client, common: Prototypes) -> Objective:
         """Cross entropy and the squared distance to the class's prototype, mean over samples and dimensions."""
         centres = torch.zeros(client.num_classes, common.values.shape[1])
@@ -117,6 +137,28 @@ class FedProto(Method):
         }
         shares = {f"held_out/{who}": float((answer == labels).float().mean()) for who, answer in chosen.items()}
         client.metrics.update(shares)
+
+
+class _Nearest(nn.Module):
+    """Answers by the squared distance of an embedding to every class's prototype, which is a softmax over -d².
+
+    Args:
+        module: the model below.
+        centres: prototypes [C, d].
+        known: which classes have one, bool [C]; the others come last, e⁻³⁰ times as likely as the farthest of these.
+    """
+
+    def __init__(self, module: LightningModule, centres: Tensor, known: Tensor):
+        super().__init__()
+        self.module, self.centres, self.known = module, centres, known
+
+    def forward(self, inputs: Any) -> Output:
+        output = self.module(inputs)
+        embedding = output.embedding.float()
+        apart = (embedding.unsqueeze(1) - self.centres.to(embedding)).square().sum(2)
+        known = self.known.to(embedding.device)
+        farthest = apart[:, known].amax(1, keepdim=True)
+        return Output(torch.where(known, -apart, -farthest - UNKNOWN), output.embedding, {})
 
 
 class _ClassMeans:

@@ -17,7 +17,7 @@ from fdl.knowledge.subsampling import rows_of_round
 from fdl.knowledge.targets import Answered
 from fdl.knowledge.token_confidence import TokenConfidence
 from fdl.knowledge.token_mixture import TokenKnowledge, TokenMixture
-from fdl.knowledge.tokens import TokenAnswering, require_language_model, translates, vocabulary
+from fdl.knowledge.tokens import TokenAnswering, drawn_message, require_language_model, translates, vocabulary
 from fdl.methods.base import Method
 from fdl.participants import Client, Participant, Server
 from fdl.sparse_responses import SparseResponses
@@ -47,7 +47,7 @@ class TokenDistillation(Method):
         confidence: how much a client's answer to a token counts; None weighs all alike.
         mode: what is sent and how it is learnt: the likeliest ids with a tail for the rest (``"tail"``), the likeliest
             as if there were no others (``"renormalised"``), which over-estimates them, or ids drawn at random
-            (``"sampled"``), whose expectation is the whole distribution.
+            (``"sampled"``), whose expectation is the whole distribution. The mixture comes back in the same form.
         k: the likeliest ids of a token that are sent, at most.
         mass: no more of them than hold this probability, in (0, 1].
         draws: ids drawn a token, in 1 … 255, for the mode ``"sampled"``.
@@ -116,7 +116,9 @@ class TokenDistillation(Method):
         if download is not None:
             mixture = self._mixture(client, download.rows, weighted=False)
             mixture.add(download, -1)
-            client.fit(specialist, _answered(client, mixture.result()), client.digest, self.objective, name="digest")
+            drawn = download.form == "sampled"  # the likeliest ids leave a tail, which draws do not have
+            objective = self.objective if drawn == (self.mode == "sampled") else self.likeliest
+            client.fit(specialist, _answered(client, mixture.result()), client.digest, objective, name="digest")
         client.fit(specialist, client.train, client.local)
         client.keep(specialist)
         return self.answering.upload(client, specialist, rows)
@@ -132,7 +134,7 @@ class TokenDistillation(Method):
         objective = self.objective if self.ground_truth > 0 else self.response
         server.fit(server.student, _answered(server, knowledge), server.distil, objective, name="distil")
         if self.feedback == "aggregate":
-            message = knowledge.message(vocabulary(server), self.answering.most)
+            message = self._message(server, knowledge)
             fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
             server.state["answers"] = {name: value for name, value in fields.items() if value is not None}
         return {"coverage": float(knowledge.coverage.float().mean())}
@@ -144,9 +146,18 @@ class TokenDistillation(Method):
             module: the learner.
             batch: tokens [B, T], ids and probabilities of the answers [B, T, C].
         """
+        return self._parts(module, batch, self.mode)
+
+    def likeliest(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """As `objective`, of answers in another form than the mode's: the likeliest ids with a tail."""
+        return self._parts(module, batch, "tail")
+
+    def _parts(
+        self, module: nn.Module, batch: Batch, mode: Literal["tail", "sampled", "renormalised"]
+    ) -> dict[str, Tensor]:
         tokens, ids, probabilities = batch
         hidden, chunk = module.hidden(tokens), max(1, _LOGITS // module.vocab_size)
-        answers = (ids.long(), probabilities, self.mode, ids[..., 0] >= 0, self.temperature, chunk)
+        answers = (ids.long(), probabilities, mode, ids[..., 0] >= 0, self.temperature, chunk)
         if self.ground_truth > 0:
             following, response = next_token_and_sparse(hidden, module.head, tokens, *answers)
             parts, loss = {"response": response, "next_token": following}, response + self.ground_truth * following
@@ -159,6 +170,13 @@ class TokenDistillation(Method):
     def response(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """As `objective`, where there are only answers to learn from, so that the loss is one mean."""
         return self.objective(module, batch)
+
+    def _message(self, server: Server, knowledge: TokenKnowledge) -> SparseResponses:
+        """The mixture as it goes down, in the form of the answers that come up, for which the mode's loss is right."""
+        vocab, most = vocabulary(server), self.answering.most
+        if self.mode == "sampled":
+            return drawn_message(knowledge, vocab, most, server.rng("mixture draws"))
+        return knowledge.message(vocab, most)
 
     def _mixture(self, participant: Participant, rows: Tensor | None, weighted: bool) -> TokenMixture:
         rows = torch.arange(len(participant.proxy)) if rows is None else rows

@@ -180,6 +180,9 @@ def test_specialists_begin_with_labelled_public_samples_once(tmp_path):
         losses.append(math.log(1 + math.exp(-2 * z)))
         z += (1 - 1 / (1 + math.exp(-2 * z))) / 2
     assert loop.history[0]["clients"]["0"]["pretrain/loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    # the student begins likewise, once, before it first learns from answers
+    assert loop.history[0]["metrics"]["pretrain/loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert "pretrain/loss" not in loop.history[1]["metrics"]
     assert loop.ledger.by_kind()["setup/public"] == 2 * (2 * 2 * 4 + 2)
 
 

@@ -29,12 +29,13 @@ def run(method, folder, validation, **settings):
     return loop
 
 
-def trajectory(steps, start=MEAN, target=1 / (1 + math.exp(-0.5)), lr=1.0):
+def trajectory(steps, start=MEAN):
     """Weights before and after every full-batch step of the distillation, by its closed-form gradient (q - p) / 2."""
+    target = 1 / (1 + math.exp(-0.5))
     weights, teacher = [start.clone()], torch.tensor([[target, 1 - target], [1 - target, target]])
     for _ in range(steps):
         q = torch.softmax(weights[-1].T, 1)  # row i answers proxy row i
-        weights.append(weights[-1] - lr * ((q - teacher) / 2).T)
+        weights.append(weights[-1] - ((q - teacher) / 2).T)
     return weights
 
 

@@ -128,6 +128,31 @@ def test_head_and_nearest_prototype_are_judged_on_held_out_samples(tmp_path):
     assert (seen["held_out/head"], seen["held_out/nearest_prototype"]) == pytest.approx((1 / 3, 2 / 3))
 
 
+def test_a_client_answers_with_the_class_of_the_nearest_prototype(tmp_path):
+    loop = toy(FedProto(), tmp_path)
+    loop.clients[1].train = samples([[0.0, 2.0]] * 3, [1] * 3)
+    loop.server.test = samples([E0, [-1.0, 0.0], [-4.0, 0.0]], [0, 0, 1])
+    loop.run()
+    # prototypes (½, -½) and (-2, 2); W₀ = [[½, 0], [-½, 0]] embeds the test inputs at (½, -½), (-½, ½) and (-2, 2)
+    model = loop.method.client_model(loop.server, loop.clients[0])
+    logits = loop.clients[0].predict(model, loop.server.test)
+    centres = torch.tensor([[0.5, -0.5], [-2.0, 2.0]])
+    embedded = torch.tensor([[0.5, -0.5], [-0.5, 0.5], [-2.0, 2.0]])
+    torch.testing.assert_close(logits, -torch.cdist(embedded, centres).square())
+    assert logits.argmax(1).tolist() == [0, 0, 1] and loop.history[0]["clients"]["0"]["test/accuracy"] == 1.0
+    head = toy(FedProto(answer="head"), tmp_path / "head")
+    head.clients[1].train, head.server.test = loop.clients[1].train, loop.server.test
+    head.run()
+    assert head.history[0]["clients"]["0"]["test/accuracy"] == pytest.approx(2 / 3)  # the sign of the first input
+
+
+def test_a_class_without_a_prototype_is_the_last_guess(tmp_path):
+    loop = run(FedProto(), tmp_path)  # class 0 alone has one
+    model = loop.method.client_model(loop.server, loop.clients[0])
+    logits = loop.clients[0].predict(model, samples([E0, E1], [0, 1]))
+    torch.testing.assert_close(logits[:, 0] - logits[:, 1], torch.full((2,), 30.0))
+
+
 def test_a_resumed_run_equals_the_straight_one(tmp_path):
     settings = {"rounds": 4, "local": 3, "participation": 0.5}
     straight = run(FedProto(), tmp_path / "straight", **settings)

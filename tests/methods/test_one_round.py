@@ -132,7 +132,10 @@ def test_feddf_distils_the_mean_logits_into_the_average(tmp_path):
 
 
 def test_feddf_without_distillation_is_fedavg(tmp_path):
-    fused, plain = run(FedDF(select="last"), tmp_path / "a", distil=0, rounds=3), run(FedAvg(), tmp_path / "b", rounds=3)
+    fused, plain = (
+        run(FedDF(select="last"), tmp_path / "a", distil=0, rounds=3),
+        run(FedAvg(), tmp_path / "b", rounds=3),
+    )
     assert torch.equal(student(fused), student(plain))
 
 

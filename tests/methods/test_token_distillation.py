@@ -12,10 +12,13 @@ from fdl.comm.quantize import Quantize
 from fdl.errors import RefusedError, UserError
 from fdl.estimate import estimate_bytes
 from fdl.knowledge.token_confidence import BayesianMixture, TokenEntropy
-from fdl.knowledge.tokens import TokenAnswering
+from fdl.knowledge.token_mixture import TokenKnowledge, TokenMixture
+from fdl.knowledge.tokens import TokenAnswering, _comb, drawn_message
+from fdl.methods import token_distillation as token_distillation_module
 from fdl.methods.token_distillation import TokenDistillation
 from fdl.modules.tokenizers import train_bpe
 from fdl.recipe import load
+from fdl.sparse_responses import SparseResponses
 from fdl.token_losses import next_token_loss, sparse_distillation, token_distillation
 from tests.toy import Linear
 from tests.toy_language import DOWN, LENGTH, SHORT, UP, VOCAB, Bigram, Letters, federation, table, windows
@@ -307,3 +310,100 @@ def test_a_model_may_have_more_logits_than_there_are_tokens(tmp_path):
 def test_settings_out_of_range(settings, reason):
     with pytest.raises(UserError, match=reason):
         TokenDistillation(**settings)
+
+
+def flat_mixture(vocab=40, clients=20, draws=12, capacity=None, seed=0):
+    """The mixture of draws that several clients with one flat distribution make, and that distribution."""
+    p = torch.softmax(torch.randn(vocab, generator=torch.Generator().manual_seed(seed)), 0)
+    mixture = TokenMixture(torch.arange(1), 1, vocab, draws, capacity or vocab, False)
+    for client in range(clients):
+        ids = _comb(p[None], draws, torch.Generator().manual_seed(100 + client))[0].long()
+        ids, counts = ids.unique(return_counts=True)
+        sizes = torch.tensor([[len(ids)]], dtype=torch.int32)
+        mixture.add(SparseResponses(ids.int(), counts.to(torch.uint8), sizes, vocab), client)
+    return mixture.result(), p
+
+
+def test_draws_from_the_mixture_are_the_mixture_in_the_mean():
+    draws, repeats = 12, 1000
+    knowledge, _ = flat_mixture(draws=draws)
+    total, stream = torch.zeros(40, dtype=torch.float64), torch.Generator().manual_seed(5)
+    for _ in range(repeats):
+        message = drawn_message(knowledge, 40, draws, stream)
+        message.validate()
+        assert message.form == "sampled" and int(message.values.sum()) == draws
+        total[message.ids.long()] += message.values.double() / draws
+    expected = torch.zeros(40, dtype=torch.float64)
+    expected[knowledge.ids[0, 0].long()] = knowledge.probabilities[0, 0].double()
+    # a count is off by less than one from N p, so its frequency varies by no more than 1 / (2 N)
+    assert (total / repeats - expected).abs().max() < 5 / (2 * draws) / repeats**0.5
+
+
+def test_what_clients_are_sent_in_mode_sampled_teaches_them_the_mixture():
+    """Gradient descent on the mean over messages of the digest's loss ends where the mixture is, and not on a list.
+
+    The loss is linear in what was drawn, so that its mean over messages is that of the mean frequencies. Sent as the
+    likeliest ids, the mixture would be taught without what is left for the others.
+    """
+    draws, repeats, logits = 12, 200, torch.zeros(1, 1, 40, requires_grad=True)
+    knowledge, _ = flat_mixture(draws=draws)
+    stream, total = torch.Generator().manual_seed(1), torch.zeros(40)
+    for _ in range(repeats):
+        message = drawn_message(knowledge, 40, draws, stream)
+        again = TokenMixture(torch.arange(1), 1, 40, draws, 40, False)
+        again.add(message, -1)
+        heard = again.result()
+        grad = torch.autograd.grad(
+            sparse_distillation(logits, lambda x: x, heard.ids.long(), heard.probabilities, "sampled"), logits
+        )[0]
+        total += grad.flatten()
+    mixture = torch.zeros(40)
+    mixture[knowledge.ids[0, 0].long()] = knowledge.probabilities[0, 0]
+    # the gradient of the full cross entropy at q uniform: q - p
+    torch.testing.assert_close(total / repeats, 1 / 40 - mixture, atol=5 / (2 * draws) / repeats**0.5, rtol=0)
+    top = knowledge.message(40, draws)
+    missing = 1 - float(top.values.exp().sum())
+    assert missing > 0.3  # which the loss for draws would have told clients to be nothing
+
+
+def test_what_a_full_mixture_does_not_name_is_lost_and_not_given_to_other_ids():
+    knowledge, _ = flat_mixture(capacity=5)
+    message = drawn_message(knowledge, 40, 200, torch.Generator().manual_seed(0))
+    named = float(knowledge.probabilities.sum())
+    assert named < 0.6 and int(message.values.int().sum()) == pytest.approx(200 * named, abs=1)
+    assert set(message.ids.tolist()) <= set(knowledge.ids.flatten().tolist())
+
+
+def test_the_form_of_what_comes_back_is_that_of_the_mode_and_picks_the_loss(tmp_path, monkeypatch):
+    modes = []
+    real = token_distillation_module.sparse_distillation
+
+    def seen(hidden, head, ids, probabilities, mode, *rest):
+        modes.append(mode)
+        return real(hidden, head, ids, probabilities, mode, *rest)
+
+    monkeypatch.setattr(token_distillation_module, "sparse_distillation", seen)
+    for mode, form in (("tail", "top"), ("sampled", "sampled"), ("renormalised", "top")):
+        loop = ran(tmp_path / mode, 2, method={"mode": mode, "k": 2, "draws": 9})
+        message = loop.method.download(loop.server, 0)
+        assert message.form == form and set(modes) == {mode}
+        modes.clear()
+    # a list of the likeliest is never taken for draws, whoever sends it
+    top = SparseResponses(**loop.server.state["answers"])
+    client, sampled = loop.clients[0], TokenDistillation(mode="sampled", draws=9)
+    sampled.local_update(client, top)
+    assert set(modes) == {"tail"}
+
+
+def test_a_position_that_nobody_answered_is_drawn_as_such():
+    knowledge = TokenKnowledge(
+        torch.arange(1),
+        torch.tensor([[[3, 1], [-1, -1]]], dtype=torch.int32),
+        torch.tensor([[[0.75, 0.25], [0.0, 0.0]]]),
+        torch.tensor([[1, 0]]),
+        torch.zeros(1, 2),
+    )
+    message = drawn_message(knowledge, 5, 4, torch.Generator().manual_seed(0))
+    assert message.ids.tolist() == [1, 3] and message.values.tolist() == [1, 3] and message.sizes.tolist() == [[2, 0]]
+    back = SparseResponses.build(message.fields(), message.meta())
+    assert torch.equal(back.ids, message.ids) and torch.equal(back.values, message.values)
