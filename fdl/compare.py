@@ -126,12 +126,20 @@ def _publish(results: Sequence[dict[str, Any]], settings: Compare, folder: Path)
     """Write the table as CSV and Markdown and all runs' hyperparameters for TensorBoard; print the table."""
     from fdl import compare_report as report
 
-    variants = {result["variant"] for result in results}
-    reference = settings.reference if settings.reference in variants else None
-    bytes_reference = settings.bytes_reference if settings.bytes_reference in variants else None
-    table = report.compare_table(results, reference, bytes_reference)
+    named = (settings.reference, settings.bytes_reference, settings.single_site_reference)
+    references = [_row_of(name, results) for name in named]
+    table = report.compare_table(results, *references)
     report.write_compare_csv(folder / "compare.csv", table)
-    report.write_compare_markdown(folder / "compare.md", table, reference, bytes_reference)
-    report.log_compare(folder, results)
-    report.print_compare(table, console(), reference, bytes_reference)
-    print(f"In {folder}: compare.csv, compare.md; tensorboard --logdir {folder / 'tensorboard'}")
+    report.write_compare_json(folder / "compare.json", results, *references)
+    report.write_compare_markdown(folder / "compare.md", table, *references)
+    report.log_compare(folder, results, *references)
+    report.print_compare(table, console(), *references)
+    files = "compare.md, compare.csv, compare.json"
+    print(f"In {folder}: {files}; tensorboard --logdir {folder / 'tensorboard'}")
+
+
+def _row_of(name: str, results: Sequence[dict[str, Any]]) -> str | None:
+    """The row of the variant of this name or, where there is none, of the only one with a method of this name."""
+    methods = {result["variant"]: result["summary"]["method"] for result in results}
+    rows = [row for row, method in methods.items() if method == name]
+    return name if name in methods else rows[0] if len(rows) == 1 else None

@@ -92,21 +92,46 @@ def knowledge_transfer_efficiency(federated: float, central: float) -> float:
     return federated / central if central else math.nan
 
 
-def nll_transfer_efficiency(single: float, federated: float, central: float) -> float:
-    """Return which share of the way from one site's NLL to the centralised NLL the federation goes.
+def recovered_gap(single: float, federated: float, central: float) -> float:
+    """Return which share of the way from one site's score to the centralised score the federation goes.
 
-    0 is a single site alone, 1 the centralised model; below 0 the federation harms. A ratio of NLLs or perplexities
-    has no such fixed points.
+    0 is a single site alone, 1 the centralised model; below 0 the federation harms. It is the knowledge-transfer
+    efficiency of losses, too: a ratio of NLLs or perplexities has no such fixed points.
 
     Args:
-        single: NLL of (the mean of) models trained at one site, in nats.
-        federated: NLL of the federated model.
-        central: NLL of a model trained on the pooled data.
+        single: the score, or loss, of (the mean of) models trained at one site and never taught by others.
+        federated: the same of the federated model.
+        central: the same of a model trained on the pooled data.
 
     Returns:
-        ``(single - federated) / (single - central)``, ``nan`` where the two ends are equal.
+        ``(federated - single) / (central - single)``, ``nan`` where the two ends are equal.
     """
-    return (single - federated) / (single - central) if single != central else math.nan
+    return (federated - single) / (central - single) if single != central else math.nan
+
+
+def paired_difference(
+    ours: Sequence[float], theirs: Sequence[float], level: float = 0.95
+) -> tuple[float, float, float]:
+    """Estimate a difference from pairs, e.g. of runs with the same seed, with Student's t interval.
+
+    Args:
+        ours: a score a pair.
+        theirs: what it is compared with, likewise.
+        level: of confidence.
+
+    Returns:
+        The mean of ``ours - theirs`` and the ends of its interval, ``nan`` where there are fewer than two pairs.
+    """
+    from scipy.stats import t
+
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    count = len(differences)
+    if count < 2:
+        return (differences[0] if differences else math.nan), math.nan, math.nan
+    mean = math.fsum(differences) / count
+    spread = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (count - 1) / count)
+    half = float(t.ppf(0.5 + level / 2, count - 1)) * spread
+    return mean, mean - half, mean + half
 
 
 def equity(gains: Sequence[float]) -> dict[str, float]:
@@ -164,38 +189,3 @@ def rounds_to_target(history: Mapping[int, float], target: float, window: int = 
         if math.fsum(recent) >= target * window:
             return rounds[end - 1]
     return None
-
-
-def bytes_to_best(history: Mapping[int, float], sent: Mapping[int, int]) -> int | None:
-    """Return the bytes sent by the end of the best round, the earliest where several are equally good.
-
-    Args:
-        history: round → score, more is better, e.g. from `series`.
-        sent: round → bytes since the start, e.g. from `traffic`.
-
-    Returns:
-        The bytes, or None where nothing was measured.
-    """
-    rounds = sorted(round for round, score in history.items() if not math.isnan(score))
-    return sent[max(rounds, key=lambda round: history[round])] if rounds else None
-
-
-def strong_scaling_efficiency(alone: float, together: float, workers: int) -> float:
-    """Return ``T(1) / (N T(N))``: one fixed job shared by N workers; 1 is ideal.
-
-    Args:
-        alone: seconds that one worker takes for the job.
-        together: seconds that N workers take for the same job.
-        workers: N.
-    """
-    return alone / (workers * together)
-
-
-def weak_scaling_efficiency(alone: float, together: float) -> float:
-    """Return ``T(1) / T(N)``: N workers do N times the job; 1 is ideal.
-
-    Args:
-        alone: seconds that one worker takes for one job.
-        together: seconds that N workers take for N jobs.
-    """
-    return alone / together

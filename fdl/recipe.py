@@ -191,6 +191,9 @@ class Compare:
     seeds: list[int] = key([0, 1, 2], "one run of every variant for each seed")
     reference: str = key("centralized", "variant or method whose score counts as 1")
     bytes_reference: str = key("fedavg", "variant or method whose bytes count as 1")
+    single_site_reference: str = key(
+        "single_site", "variant or method whose clients train alone: where gains and the recovered gap count from"
+    )
     variants: dict[str, dict[str, Any]] = key({}, "by name, the keys in which a variant differs")
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 
 import fdl
 from fdl.checkpoint import write_atomically
+from fdl.modules.weights import state_bytes
 from fdl.privacy.spent import spent
 from fdl.tasks import TASKS, Task
 
@@ -54,10 +55,12 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         ``name``, ``method``, ``seed``, ``score`` (the ``metric`` by which rounds and runs are compared, and whether
         ``higher_is_better``), ``rounds`` (done), ``metrics`` (of the last round), ``best`` (the round of the best score
         on validation data, of equals the one that the task's tie breaker prefers where that is measured, else the
-        earliest; the last round where nothing was validated: its ``round``, ``metrics`` and ``communication``),
-        ``history`` (all records), ``communication`` (with ``by_kind``), ``privacy`` (as `fdl.privacy.spent` says; in
-        JSON an infinite ε is null), ``time``, ``memory`` (``peak_device_bytes`` is
-        None without a CUDA device), ``participants``, ``environment``
+        earliest; the last round where nothing was validated: its ``round``, ``metrics`` and ``communication``, and
+        ``validation_samples``, on how many it was chosen, 0 where it was not),
+        ``history`` (all records), ``communication`` (with ``by_kind``; ``student_delivery_bytes``: the student after
+        the last round, sent to every site once more; and ``total_bytes``: messages, set-up and that delivery),
+        ``privacy`` (as `fdl.privacy.spent` says; in JSON an infinite ε is null), ``time``, ``memory``
+        (``peak_device_bytes`` is None without a CUDA device), ``participants``, ``environment``
         and ``audit`` (as `fdl.auditing.Audit.summary` says; None where nothing was attacked).
     """
     history = loop.history
@@ -74,9 +77,10 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         "score": {"metric": task.score, "higher_is_better": task.higher_is_better},
         "rounds": last["round"],
         "metrics": last["metrics"],
-        "best": {key: best[key] for key in ("round", "metrics", "communication")},
+        "best": {key: best[key] for key in ("round", "metrics", "communication")}
+        | {"validation_samples": 0 if number is None else len(loop.server.validation)},
         "history": history,
-        "communication": {**loop.ledger.totals(), "by_kind": loop.ledger.by_kind()},
+        "communication": _communication(loop),
         "privacy": spent(loop),
         "time": {
             "total_s": total,
@@ -89,6 +93,16 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         "environment": _environment(loop.runtime.device),
         "audit": None if loop.audit is None else loop.audit.summary(),
     }
+
+
+def _communication(loop: FederatedLoop) -> dict[str, Any]:
+    """All that was sent, and what bringing the outcome to the sites takes."""
+    totals, delivery = loop.ledger.totals(), 0
+    if loop.server.student is not None:
+        delivery = len(loop.clients) * state_bytes(loop.server.student)
+    sent = totals["upload_bytes"] + totals["download_bytes"] + totals["setup_bytes"]
+    counts = {"student_delivery_bytes": delivery, "total_bytes": sent + delivery}
+    return {**totals, **counts, "by_kind": loop.ledger.by_kind()}
 
 
 def best_round(history: Sequence[Mapping[str, Any]], task: Task) -> int | None:
@@ -144,7 +158,8 @@ def _outcome(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if owner == "student" and name:
             text = f"{value:.4f}"
             if best["round"] != summary["rounds"] and best["metrics"].get(key) is not None:
-                text += f"  ({best['metrics'][key]:.4f} in round {best['round']}, best on validation)"
+                chosen = f", best on {best['validation_samples']:,} validation samples"
+                text += f"  ({best['metrics'][key]:.4f} in round {best['round']}{chosen})"
             rows.append((f"Student, test {_title(name)}", text))
         elif owner.startswith("pools/") and name:
             rows.append((f"Pool {owner.removeprefix('pools/')}, test {_title(name)}", f"{value:.4f}"))
@@ -171,6 +186,9 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "download_bytes": "Sent down to clients",
         "setup_bytes": f"Sent once, before round 1 ({', '.join(setup)})" if setup else "Sent once, before round 1",
     }
+    if sent["student_delivery_bytes"]:
+        titles["student_delivery_bytes"] = "To bring the student to all sites"
+    titles["total_bytes"] = "Bytes in all"
     rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in titles.items()]
     refused = [pair for record in summary["history"] for pair in record["refused"].items()]
     if refused:

@@ -298,7 +298,7 @@ def _comparison(tree: dict[str, Any], broken: set[str]) -> Problems:
     if not compare["seeds"] or len(set(compare["seeds"])) < len(compare["seeds"]):
         problems.append(("compare.seeds", f"expected different seeds, at least one; got {compare['seeds']}"))
     known = {*compare["variants"], *short_names(KINDS["method"])}
-    for part in ("reference", "bytes_reference"):
+    for part in ("reference", "bytes_reference", "single_site_reference"):
         if compare[part] not in known:
             hint = suggest(compare[part], known)
             problems.append((f"compare.{part}", f"{compare[part]!r} is neither a variant nor a method{hint}"))

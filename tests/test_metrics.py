@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
+from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 
 from fdl import metrics
@@ -99,12 +100,32 @@ def test_transfer_efficiency_is_a_share_of_the_centralised_score():
     assert math.isnan(metrics.knowledge_transfer_efficiency(0.5, 0.0))
 
 
-def test_nll_transfer_efficiency_is_0_alone_and_1_centralised():
-    assert metrics.nll_transfer_efficiency(2.0, 2.0, 1.0) == 0
-    assert metrics.nll_transfer_efficiency(2.0, 1.0, 1.0) == 1
-    assert metrics.nll_transfer_efficiency(2.0, 1.25, 1.0) == 0.75
-    assert metrics.nll_transfer_efficiency(2.0, 2.5, 1.0) == -0.5
-    assert math.isnan(metrics.nll_transfer_efficiency(1.0, 0.9, 1.0))
+def test_recovered_gap_is_0_alone_and_1_centralised_for_scores_and_losses():
+    assert metrics.recovered_gap(2.0, 2.0, 1.0) == 0
+    assert metrics.recovered_gap(2.0, 1.0, 1.0) == 1
+    assert metrics.recovered_gap(2.0, 1.25, 1.0) == 0.75
+    assert metrics.recovered_gap(2.0, 2.5, 1.0) == -0.5
+    assert metrics.recovered_gap(0.5, 0.875, 1.0) == 0.75
+    assert metrics.recovered_gap(0.5, 0.25, 1.0) == -0.5
+    assert math.isnan(metrics.recovered_gap(1.0, 0.9, 1.0))
+
+
+def test_a_paired_difference_has_the_interval_of_scipy_s_paired_t_test():
+    ours, theirs = [0.91, 0.88, 0.95, 0.90], [0.90, 0.86, 0.96, 0.85]
+    mean, low, high = metrics.paired_difference(ours, theirs)
+    assert mean == pytest.approx(np.mean(np.subtract(ours, theirs)))
+    assert (low, high) == pytest.approx(tuple(ttest_rel(ours, theirs).confidence_interval(0.95)))
+    low, high = metrics.paired_difference(ours, theirs, level=0.5)[1:]
+    assert (low, high) == pytest.approx(tuple(ttest_rel(ours, theirs).confidence_interval(0.5)))
+    # 12.7062 is the 97.5th percentile of Student's t with one degree of freedom
+    assert metrics.paired_difference([1.0, 3.0], [0.0, 0.0]) == pytest.approx((2.0, 2 - 12.7062, 2 + 12.7062), abs=1e-4)
+    assert metrics.paired_difference([0.5, 0.7], [0.4, 0.6]) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_one_pair_has_no_interval():
+    mean, low, high = metrics.paired_difference([0.5], [0.25])
+    assert mean == 0.25 and math.isnan(low) and math.isnan(high)
+    assert all(math.isnan(value) for value in metrics.paired_difference([], []))
 
 
 def test_equity_of_equal_and_of_one_sided_gains():
@@ -141,16 +162,8 @@ def record(round: int, accuracy: float | None, upload: int, download: int) -> di
     return {"round": round, "metrics": measured, "communication": sent}
 
 
-def test_bytes_to_best_counts_both_directions_up_to_the_earliest_best_round():
+def test_a_series_leaves_out_rounds_without_measurement_and_traffic_counts_both_directions():
     records = [record(0, None, 0, 0), record(1, 0.5, 10, 1), record(2, 0.9, 20, 2), record(3, 0.9, 30, 3)]
     history, sent = metrics.series(records, "student/test/accuracy"), metrics.traffic(records)
     assert history == {1: 0.5, 2: 0.9, 3: 0.9}
     assert sent == {0: 0, 1: 11, 2: 22, 3: 33}
-    assert metrics.bytes_to_best(history, sent) == 22
-    assert metrics.bytes_to_best({1: math.nan, 2: 0.1}, sent) == 22
-    assert metrics.bytes_to_best({}, sent) is None
-
-
-def test_scaling_efficiencies():
-    assert metrics.strong_scaling_efficiency(alone=8.0, together=2.5, workers=4) == 0.8
-    assert metrics.weak_scaling_efficiency(alone=8.0, together=10.0) == 0.8

@@ -36,7 +36,9 @@ def test_summary_has_its_stable_keys(loop):
     assert (summary["name"], summary["method"], summary["seed"], summary["rounds"]) == ("tiny", "fedprox", 4, 3)
     assert summary["metrics"] == record(3)["metrics"]
     assert summary["history"] == [record(1), record(2), record(3)]
-    assert summary["communication"] == {**loop.ledger.totals(), "by_kind": loop.ledger.by_kind()}
+    # the student has 4 · 3 weights and 3 biases in 4 bytes each, for three sites
+    everything = {"student_delivery_bytes": 3 * 15 * 4, "total_bytes": 4096 + 1024 + 7 + 180}
+    assert summary["communication"] == {**loop.ledger.totals(), **everything, "by_kind": loop.ledger.by_kind()}
     assert set(summary["environment"]) == {"python", "torch", "lightning", "fdl", "platform", "device", "cpus"}
     assert summary["environment"]["torch"] == torch.__version__
     assert summary["environment"]["device"] == "cpu"
@@ -61,7 +63,7 @@ def test_memory_is_in_bytes(loop):
 def test_best_round_is_the_first_of_the_highest_validation_accuracy(loop):
     loop.history.append(record(4))  # as good as round 2 on validation data, better on test data
     best = report.summarise(loop)["best"]
-    assert best == {key: record(2)[key] for key in ("round", "metrics", "communication")}
+    assert best == {key: record(2)[key] for key in ("round", "metrics", "communication")} | {"validation_samples": 8}
 
 
 def test_of_rounds_that_tie_the_most_likely_is_the_best(loop):
@@ -77,7 +79,23 @@ def test_without_validation_the_last_round_is_the_best(loop, value):
         one["metrics"].pop(VALIDATION)
         if value is not None:
             one["metrics"][VALIDATION] = value
-    assert report.summarise(loop)["best"]["round"] == 3
+    best = report.summarise(loop)["best"]
+    assert (best["round"], best["validation_samples"]) == (3, 0)
+
+
+def test_without_a_student_nothing_is_delivered(loop, tmp_path):
+    loop.server.student = None
+    sent = report.summarise(loop)["communication"]
+    assert (sent["student_delivery_bytes"], sent["total_bytes"]) == (0, 4096 + 1024 + 7)
+    assert "To bring the student" not in text_of(report.print_table, report.summarise(loop), tmp_path)
+
+
+def test_frozen_public_weights_are_not_delivered_and_tied_ones_once(loop):
+    student = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 10), torch.nn.Linear(10, 10))
+    student[2].weight = student[1].weight
+    student.frozen = ("0.weight", "0.bias")
+    loop.server.student = student
+    assert report.summarise(loop)["communication"]["student_delivery_bytes"] == 3 * 4 * (100 + 10 + 10)
 
 
 def test_run_without_any_round_has_a_summary(tmp_path):
@@ -120,11 +138,13 @@ def test_written_summary_is_strict_json_in_full_precision(tmp_path):
 def test_closing_table_says_all_that_matters(loop, tmp_path):
     text = text_of(report.print_table, report.summarise(loop), tmp_path)
     lines = {line.strip().split("  ")[0]: line for line in text.splitlines()}
-    assert "0.8000  (0.7000 in round 2, best on validation)" in lines["Student, test accuracy"]
+    assert "0.8000  (0.7000 in round 2, best on 8 validation samples)" in lines["Student, test accuracy"]
     assert "0.4000 on average  (0.0000 to 0.6667)" in lines["Specialists, test accuracy"]
     assert "4.1 kB  (4,096 bytes)" in lines["Sent up by clients"]
     assert "1.0 kB  (1,024 bytes)" in lines["Sent down to clients"]
     assert "7 bytes" in lines["Sent once, before round 1 (encoder)"]
+    assert "180 bytes" in lines["To bring the student to all sites"]
+    assert "5.3 kB  (5,307 bytes)" in lines["Bytes in all"]
     assert "1, of client 1  (not finite)" in lines["Messages refused"]
     assert lines["Rounds"].split()[-1] == "3"
     assert "1.9  (clients 1.0, server 0.5, evaluate 0.2)" in lines["Seconds"]

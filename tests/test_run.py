@@ -118,7 +118,7 @@ def test_a_run_ends_with_a_table_and_leaves_its_files(straight):
     assert set(found["communication"]) == {"upload_bytes", "download_bytes", "setup_bytes", "by_kind"}
     assert set(found["time"]) == {"total_s", "clients_s", "server_s", "evaluate_s", "transfer_s", "parts"}
     assert set(found["memory"]) == {"peak_rss_bytes", "peak_device_bytes"}
-    assert set(found["best"]) == {"round", "metrics", "communication"}
+    assert set(found["best"]) == {"round", "metrics", "communication", "validation_samples"}
     assert set(found["participants"][0]) == {"id", "samples", "architecture", "parameters", "metrics"}
     assert [one["round"] for one in found["history"]] == [1, 2, 3, 4, 5]
     assert found["metrics"]["student/test/accuracy"] > 0.7 > found["metrics"]["specialists/test/accuracy"]

@@ -102,6 +102,35 @@ class Curves:
             self.writer.add_scalar(prefix + key, value, step)
 
 
+def log_outcome(writer: SummaryWriter, summary: Mapping[str, Any]) -> list[str]:
+    """Write what a finished run came to, beside the last round's metrics, which are in its curves.
+
+    Tags: ``best_on_validation/…``, the student's metrics in the round that was best on validation data, and in how many
+    samples those consist; ``communication/student_delivery_bytes`` and ``communication/total_bytes``.
+
+    Args:
+        writer: the run's writer.
+        summary: as `fdl.report.summarise` makes it, or read from a ``summary.json``.
+
+    Returns:
+        The tags.
+    """
+    best, sent = summary["best"], summary["communication"]
+    found = {key: value for key, value in best["metrics"].items() if key.startswith("student/")}
+    found |= {"round": best["round"], "validation_samples": best.get("validation_samples")}
+    tagged = {f"best_on_validation/{key}": value for key, value in found.items()}
+    tagged |= {f"communication/{key}": sent.get(key) for key in ("student_delivery_bytes", "total_bytes")}
+    return log_scalars(writer, tagged, summary["rounds"])
+
+
+def log_scalars(writer: SummaryWriter, values: Mapping[str, float | None], step: int) -> list[str]:
+    """Write numbers at one step, and return the tags of those that there are."""
+    known = {tag: value for tag, value in values.items() if value is not None}
+    for tag, value in known.items():
+        writer.add_scalar(tag, value, step)
+    return list(known)
+
+
 def log_hparams(writer: SummaryWriter, hparams: Mapping[str, str | float], metrics: Iterable[str]) -> None:
     """Write a run's hyperparameters into the run itself.
 

@@ -9,7 +9,7 @@ import numpy as np
 from fdl.auditing import log
 from fdl.callbacks import figures
 from fdl.callbacks.base import Callback
-from fdl.callbacks.events import MANY_CLIENTS, Curves, hyperparameters, log_hparams, open_writer
+from fdl.callbacks.events import MANY_CLIENTS, Curves, hyperparameters, log_hparams, log_outcome, open_writer
 from fdl.modules.shards import is_sharded
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class TensorBoard(Callback):
 
     Events go to ``tensorboard/`` in the run's folder. At the start: the recipe as text and who holds how many samples
     of which class; every round: what `fdl.callbacks.events.Curves` lists; at the end: the student's confusion matrix
-    on the test set, what attacks found, and hyperparameters with the final metrics. A resumed run shows every round
-    once.
+    on the test set, what attacks found, what `fdl.callbacks.events.log_outcome` lists, and hyperparameters with the
+    last round's metrics. A resumed run shows every round once.
     """
 
     name = "tensorboard"
@@ -46,12 +46,13 @@ class TensorBoard(Callback):
         self._curves.log(record)
 
     def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
-        """Write the confusion matrix, what attacks found, and the hyperparameters."""
+        """Write the confusion matrix, what attacks found, the best round, all bytes, and the hyperparameters."""
         self._confusion(loop)
         if loop.audit is not None:
             log(self._writer, loop.audit)
         sent = [f"communication/{key}" for key in ("upload_bytes", "download_bytes")]
-        log_hparams(self._writer, hyperparameters(loop.recipe.to_dict()), [*summary["metrics"], *sent])
+        outcome = log_outcome(self._writer, summary)
+        log_hparams(self._writer, hyperparameters(loop.recipe.to_dict()), [*summary["metrics"], *sent, *outcome])
         self._close()
 
     def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:

@@ -24,6 +24,13 @@ _PINNED_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDi
 _IN_PARTS: WeakSet[nn.Module] = WeakSet()
 
 
+def state_bytes(module: nn.Module) -> int:
+    """Return how many bytes `state_of` has, of the whole module where it is spread over ranks, without gathering it."""
+    kept = set(module.state_dict()) - set(getattr(module, "frozen", ()))
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}  # tied ones once
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name in kept)
+
+
 def state_of(module: nn.Module) -> Mapping[str, Tensor]:
     """Return a module's parameters and persistent buffers by name.
 
