@@ -4,9 +4,10 @@
                                     [--shares 0.1 0.2 0.4] [--seeds 0 1 2] [--quick] [--output DIR]
 
 The job: recipes/digits/robustness.yaml, whose variants with `adversaries` are the attacks and whose variants with
-`method.args.robust` are the defences, among them three means: of answers by the confidence that clients declare, by it
-up to two equal shares, and of all alike. Every pair is run at every share; without liars, every defence once. In the
-space of parameters the method is FedAvg in its place, which has one mean, and attacks on answers are left out.
+`method.args.robust` are the defences, among them four means: of answers by the confidence that clients declare, by it
+up to two equal shares of a round or of each row, and of all alike. Every pair is run at every share; without liars,
+every defence once. In the space of parameters the method is FedAvg in its place, which has one mean, and attacks on
+answers are left out.
 
 A cell's accuracy is the student's on test data after the last round. Its loss is in points against the same seed with
 all clients honest and the plain mean. Liars withhold their data, too, which no defence can bring back: the row
@@ -57,7 +58,7 @@ FEDAVG = {
 }
 CIFAR10 = ["evaluation.probes=[]", "distil.steps=200"]
 QUICK = ["federation.clients=11", "federation.rounds=1", "local.steps=2", "distil.steps=2", "evaluation.every=1"]
-OF_CONFIDENCE = ("method.args.cap", "method.args.confidence")
+OF_CONFIDENCE = ("method.args.cap", "method.args.cap_over", "method.args.confidence")
 """Settings of how answers are weighed, which do not exist in the space of parameters."""
 EXPERT = 4
 """How many equal shares of a class a minority expert has at least."""

@@ -48,6 +48,9 @@ def hear(
 ) -> None:
     """Carry uploads to the server as they are made, and add them up; what cannot be used is refused and counted.
 
+    A link goes on from an upload only where the aggregate has taken it: after one that was refused, both ends remember
+    the one before.
+
     With several ranks, each carries what its own clients say; at the end all ranks have added what anybody said.
 
     Args:
@@ -76,6 +79,8 @@ def hear(
                             aggregate.add(received, client.id)
                     else:
                         waiting[client.id] = received
+                if client.id not in waiting:
+                    loop.channel.confirm(client.id)
             except RefusedError as refusal:
                 _refuse(loop, client.id, refusal, record)
             now = time.perf_counter()
@@ -96,6 +101,7 @@ def hear(
         for client, received in heard:
             try:
                 aggregate.add(received, client)
+                loop.channel.confirm(client)
             except RefusedError as refusal:
                 _refuse(loop, client, refusal, record)
         if aggregate is not None and streams:

@@ -131,7 +131,8 @@ class FederatedLoop:
         aggregate = self.method.aggregate(self.server)
         with self.seconds("clients"):
             honest = self.executor(self.method, self.adversaries.listen(round, turns))
-            hear(self, honest, aggregate, record)
+            with self.channel.unconfirmed():
+                hear(self, honest, aggregate, record)
 
         # 3  what they know together; nothing, when nobody was heard
         with self.seconds("clients"), self.seconds.part("aggregate"):

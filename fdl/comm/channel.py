@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,9 +29,10 @@ class Channel:
     message counts like any other: it was sent. Writing the refusal into the ledger is left to the caller, who may
     refuse a message for reasons of his own.
 
-    A chain that remembers refers to the last message that was accepted here: decoded, and fit to use. Its receiver
-    tells the sender so by the checksum, and both ends keep it; after a message that was lost or refused, both go on
-    from the one before. Each client then has its own past, so each download is encoded for one client alone.
+    A chain that remembers refers to the last message that was accepted: decoded, and fit to use. Its receiver tells the
+    sender so by the checksum, and both ends keep it; after a message that was lost or refused, both go on from the one
+    before. What decodes is accepted, unless its receiver has more to ask of it, and says so (`unconfirmed`). Each
+    client then has its own past, so each download is encoded for one client alone.
 
     On a link with a budget what is too large is coded more cheaply, rung by rung of a `Ladder`, then with fewer of its
     rows (`narrowed`) if it has any; the ledger notes what was chosen. What does not fit at all is refused and not sent.
@@ -76,6 +78,7 @@ class Channel:
         self.ledger, self._seed, self._limit = ledger, seed, limit
         ledger.links = self.bandwidth.link if self.bandwidth.timed else None
         self._memories: dict[tuple[str, int, str], Memory] = {}
+        self._waiting: dict[int, list[Memory]] | None = None
         self._authentication, self._deadline = authentication, deadline
         self.clock = Stopwatch()
         self._round = -1
@@ -111,6 +114,27 @@ class Channel:
         write into its tensors.
         """
         return None if message is None else self._carry(message, "down", client, round)
+
+    @contextmanager
+    def unconfirmed(self) -> Iterator[None]:
+        """Let links go on from an upload only once `confirm` says that its receiver could use it.
+
+        What is not confirmed when the context ends was refused: both ends of the link go on from the message before.
+        """
+        self._waiting = {}
+        try:
+            yield
+        finally:
+            self._waiting = None
+
+    def confirm(self, client: int) -> None:
+        """The receiver has accepted the upload that came last from a client; nothing to do for one that came elsewhere.
+
+        Args:
+            client: its id.
+        """
+        for memory in (self._waiting or {}).pop(client, ()):
+            memory.commit()
 
     def busy(self, client: int, round: int, seconds: float) -> None:
         """Let simulated time pass at a client, which its next upload waits for."""
@@ -164,8 +188,11 @@ class Channel:
         received = [self._deliver(part, codec, direction, client, round, accepted) for part in _parts(message)]
         if len({type(part) for part in received}) < len(received):
             raise RefusedError("two parts of one type")
-        for memory in accepted:
-            memory.commit()
+        if direction == "up" and self._waiting is not None:
+            self._waiting[client] = accepted
+        else:
+            for memory in accepted:
+                memory.commit()
         return Bundle(tuple(received)) if isinstance(message, Bundle) else received[0]
 
     def _deliver(

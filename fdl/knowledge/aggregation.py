@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fdl.errors import RefusedError
 from fdl.knowledge.confidence import LIMIT
-from fdl.knowledge.shares import CAP, checked_cap, limited
+from fdl.knowledge.shares import CAP, Cap
 from fdl.messages import Parameters, Responses
 from fdl.pieces import Pieces, as_one
 
@@ -67,19 +67,19 @@ class Knowledge:
 class ResponseMean:
     """Mean over clients of their answers to the proxy set, each row weighted by softmax over clients of log-weights.
 
-    A log-weight is what a client says of itself. With a cap, no client has more than so many equal shares of a row
-    (`fdl.knowledge.shares.limited`), whatever it says. Whom that cuts is known once all have spoken: messages are kept
+    A log-weight is what a client says of itself. With a cap, no client has more than so many equal shares of a round
+    (`fdl.knowledge.shares.Cap`), whatever it says. Whom that cuts is known once all have spoken: messages are kept
     as they came until then, for K clients K n (C + 1) numbers. Without a cap, or where all count alike, the mean
     streams: the softmax is taken online, a row keeps the largest log-weight seen so far, and the sums relative to it.
 
     Args:
         n_rows: size of the proxy set.
         num_classes: C.
-        space: average probabilities (DS-FL), where one of K clients can move a row by no more than √2 times its share,
-            so √2 cap / K, or logits (FedMD, FedDF), where an over-confident client counts for more.
+        space: average probabilities (DS-FL), where one client can move a row by no more than √2 times its share, or
+            logits (FedMD, FedDF), where an over-confident client counts for more.
         weighted: True refuses answers without confidence, False refuses those with. None takes both; an answer
             without confidence then has log-weight 0.
-        cap: equal shares of a row that one client may have at most, ≥ 1; None for any.
+        cap: how much one client may have at most; None for any.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class ResponseMean:
         num_classes: int,
         space: Space = "probabilities",
         weighted: bool | None = None,
-        cap: float | None = CAP,
+        cap: Cap | None = CAP,
     ):
         self.n_rows, self.num_classes, self.space, self.weighted = n_rows, num_classes, space, weighted
-        self.cap = None if weighted is False else checked_cap(cap)
+        self.cap = None if weighted is False else cap
         self.clients = 0
         self._waiting: list[tuple[int, Responses]] = []
         self._largest = torch.full((n_rows,), -torch.inf, dtype=torch.float64)
@@ -155,7 +155,7 @@ class ResponseMean:
         for own, message in zip(logs, told):
             own[self._checked_rows(message)] = self._checked_log_weights(message)
         mean = ResponseMean(self.n_rows, self.num_classes, self.space, self.weighted, cap=None)
-        for own, message in zip(limited(logs, self.cap), told):
+        for own, message in zip(self.cap.limit(logs), told):
             rows, values = self._checked_rows(message), self._checked_values(message)
             weight = torch.ones(len(rows), dtype=torch.float64)
             mean._accumulate(rows, own[rows], weight, values, torch.ones_like(rows))

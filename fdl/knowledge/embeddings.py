@@ -19,7 +19,7 @@ from fdl.datamodules.samples import Samples
 from fdl.errors import RefusedError
 from fdl.knowledge.calibration import fit_temperature
 from fdl.knowledge.confidence import LIMIT
-from fdl.knowledge.shares import CAP, checked_cap, limited
+from fdl.knowledge.shares import CAP, Cap
 from fdl.messages import Responses
 from fdl.modules.dual_encoder import scale_of
 from fdl.participants import Client, Participant
@@ -107,11 +107,11 @@ class AnswerPool:
     Args:
         n_rows: size of the proxy set.
         weighted: whether answers must come with a confidence.
-        cap: equal shares of a pair that one client may have at most, ≥ 1; None for any.
+        cap: how much one client may have at most; None for any.
     """
 
-    def __init__(self, n_rows: int, weighted: bool, cap: float | None = CAP):
-        self.n_rows, self.weighted, self.cap = n_rows, weighted, checked_cap(cap)
+    def __init__(self, n_rows: int, weighted: bool, cap: Cap | None = CAP):
+        self.n_rows, self.weighted, self.cap = n_rows, weighted, cap
         self._by_client: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, message: Responses, client: int) -> None:
@@ -134,7 +134,9 @@ class AnswerPool:
             return None
         clients = sorted(self._by_client)
         values, log_weights = zip(*(self._by_client[client] for client in clients))
-        return Teachers(list(values), limited(torch.stack(log_weights).double(), self.cap).float(), clients)
+        logs = torch.stack(log_weights).double()
+        logs = logs if self.cap is None else self.cap.limit(logs)
+        return Teachers(list(values), logs.float(), clients)
 
     def _checked(self, message: Responses) -> Tensor:
         """Which rows were answered, int64."""

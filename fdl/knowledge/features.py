@@ -15,7 +15,7 @@ from fdl.knowledge.confidence import LIMIT
 from fdl.knowledge.extraction import Extracted, Moments, layer_names
 from fdl.knowledge.option import Option, at_least, not_negative, one_of
 from fdl.knowledge.selection import LayerSelection
-from fdl.knowledge.shares import CAP, checked_cap, limited
+from fdl.knowledge.shares import CAP, Cap
 from fdl.messages import Features
 from fdl.participants import Client
 from fdl.seeding import torch_stream
@@ -125,12 +125,12 @@ class FeatureMean:
         width: of the common space.
         seed: the recipe's.
         apart: keep clients apart, for an adapter.
-        cap: equal shares of a row that one client may have at most, ≥ 1; None for any. Both keep n_rows · width numbers
+        cap: how much one client may have at most; None for any. Both keep n_rows · width numbers
             of each client until the end of the round.
     """
 
-    def __init__(self, n_rows: int, width: int, seed: int, apart: bool = False, cap: float | None = CAP):
-        self.n_rows, self.width, self.seed, self.apart, self.cap = n_rows, width, seed, apart, checked_cap(cap)
+    def __init__(self, n_rows: int, width: int, seed: int, apart: bool = False, cap: Cap | None = CAP):
+        self.n_rows, self.width, self.seed, self.apart, self.cap = n_rows, width, seed, apart, cap
         self._largest = torch.full((n_rows,), -torch.inf, dtype=torch.float64)
         self._weight = torch.zeros(n_rows, dtype=torch.float64)
         self._values = torch.zeros(n_rows, width, dtype=torch.float64)
@@ -189,7 +189,7 @@ class FeatureMean:
         logs = torch.full((len(participants), self.n_rows), -torch.inf, dtype=torch.float64)
         for own, client in zip(logs, participants):
             own[self._clients[client][0]] = self._clients[client][2]
-        logs = limited(logs, self.cap)
+        logs = logs if self.cap is None else self.cap.limit(logs)
         if not self.apart:
             if participants:
                 mean = FeatureMean(self.n_rows, self.width, self.seed, cap=None)

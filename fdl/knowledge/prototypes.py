@@ -15,7 +15,7 @@ from fdl.knowledge.confidence import LIMIT, ClientView, public_space
 from fdl.knowledge.extraction import EMBEDDING, Extracted, Moments
 from fdl.knowledge.features import WIDEST, sketch
 from fdl.knowledge.option import Option, at_least, not_negative, one_of, positive
-from fdl.knowledge.shares import CAP, checked_cap, limited
+from fdl.knowledge.shares import CAP, Cap
 from fdl.messages import Confidences, Prototypes
 from fdl.participants import Client, Server
 from fdl.prototype_losses import PROTOTYPE_LOSSES
@@ -138,12 +138,12 @@ class PrototypePool:
         server: gives the number of classes and the public space.
         transfer: the settings.
         width: of the adapter's input space, into which embeddings are brought.
-        cap: equal shares of a class's weight that one client's prototypes may have at most, whatever counts and
-            confidences it declares, ≥ 1; None for any.
+        cap: how much weight one client's prototypes may have at most among classes, whatever counts and confidences it
+            declares; None for any.
     """
 
-    def __init__(self, server: Server, transfer: PrototypeTransfer, width: int, cap: float | None = CAP):
-        self.cap = checked_cap(cap)
+    def __init__(self, server: Server, transfer: PrototypeTransfer, width: int, cap: Cap | None = CAP):
+        self.cap = cap
         self.transfer, self.width, self.seed, self.num_classes = transfer, width, server.seed, server.num_classes
         self._public = _public(server).shape[1] if transfer.space == "public" else None
         self._by_client: dict[int, Prototypes] = {}
@@ -200,7 +200,7 @@ class PrototypePool:
         total = torch.zeros(len(clients), len(classes), dtype=torch.float64)
         total.index_put_(place, weights.double(), accumulate=True)
         logs = total.log()
-        return (weights * (limited(logs, self.cap) - logs)[place].exp()).float()
+        return (weights * (self.cap.limit(logs) - logs)[place].exp()).float()
 
     def _merged(self, values: Tensor, labels: Tensor, weights: Tensor, owners: Tensor) -> PrototypeKnowledge:
         """At most k prototypes a class: means of all clients' by weighted k-means."""

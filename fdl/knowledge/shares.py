@@ -1,49 +1,103 @@
-"""How much of a row's weight one client may have."""
+"""How much weight one client may have in what several say together."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fdl.errors import UserError
 
-CAP = 2.0
-"""Equal shares of a row that one client may have at most where a recipe says nothing else."""
-
 _EQUAL = 1e-9
 """By how much rounding may carry a log-weight above the largest that is allowed."""
 
+_GRID = 2.0**20
+"""Steps of a shift in a unit: so coarse that no order of additions shows in it."""
 
-def checked_cap(cap: float | None) -> float | None:
-    """Return a cap.
+_ITERATIONS = 5000
+
+
+@dataclass(frozen=True)
+class Cap:
+    """The most weight that one client can have by what it declares.
+
+    Where K_r clients answer row r, an equal share of it is 1/K_r. A client is given no more than `shares` times the sum
+    of the equal shares of the rows that it answers (over a round), or of no row more than `shares` equal shares (over a
+    row). So of K clients one can move a row of a mean of probabilities by no more than ``√2 shares / K``, over a round
+    on average over rows, over a row in each. Over a row it costs much where only one client knows a class: the others,
+    who do not, then have 1 − shares / K of its rows. Over a round an expert may have those rows for itself, since it
+    claims others less; and so may a liar, but no more than ``shares / K`` of them.
 
     Args:
-        cap: equal shares that one client may have of a row; None for any.
+        shares: the multiple, ≥ 1.
+        over: a round or each row.
 
     Raises:
-        UserError: it is below 1, an equal share.
+        UserError: for other values.
     """
-    if cap is not None and not cap >= 1:
-        raise UserError(f"cap must be at least 1, an equal share, or null for none; got {cap}")
-    return cap
+
+    shares: float = 2.0
+    over: Literal["round", "row"] = "round"
+
+    def __post_init__(self) -> None:
+        if not self.shares >= 1:
+            raise UserError(f"cap must be at least 1, an equal share, or null for none; got {self.shares}")
+        if self.over not in ("round", "row"):
+            raise UserError(f"cap_over must be round or row, got {self.over!r}")
+
+    @classmethod
+    def of(cls, shares: float | None, over: Literal["round", "row"] = "round") -> Cap | None:
+        """A cap, or None for none; arguments as of the class."""
+        return None if shares is None else cls(shares, over)
+
+    def limit(self, log_weights: Tensor) -> Tensor:
+        """Lower log-weights until the cap holds; they are the same whatever the order of clients.
+
+        Args:
+            log_weights: float64 [K, R]; -inf where a client says nothing.
+
+        Returns:
+            float64 [K, R]. Over a row those below the limit stay as they are; over a round all of a client's are lower
+            by one number, so that its rows stand to each other as it said.
+        """
+        if len(log_weights) == 0 or log_weights.numel() == 0:
+            return log_weights
+        if self.over == "row":
+            return torch.minimum(log_weights, ceiling(log_weights, self.shares))
+        return log_weights - excess(log_weights, self.shares).unsqueeze(1)
 
 
-def limited(log_weights: Tensor, cap: float | None) -> Tensor:
-    """Cut log-weights so that no client has more than a multiple of an equal share of a row.
+def excess(log_weights: Tensor, cap: float) -> Tensor:
+    """By how much each client's log-weights must fall so that no client exceeds its part of a round, float64 [K], ≥ 0.
 
-    Where K clients answer a row, ``w_i ≤ (cap / K) Σ_j w_j`` holds for the weights ``exp`` of what is returned, and a
-    client can move the row's mean of probabilities by no more than ``√2 cap / K``, whatever it declares. Up to `cap`
-    clients may have a row for themselves: the bound is then 1. Those below the limit keep their log-weights, so that
-    they stand to each other as they did.
+    Of all weights that keep the cap these are the nearest to those declared, by the Kullback–Leibler divergence of
+    shares: the shifts f ≤ 0 minimise Σ_r log Σ_i exp(l_ir + f_i) − Σ_i b_i f_i, b_i being a client's part of the rows.
+    They are found by iterative scaling (Csiszár, "I-divergence geometry", 1975):
+    f ← min(0, f + log b − log Σ_r shares).
 
     Args:
-        log_weights: float64 [K, R]; -inf where a client says nothing.
-        cap: the multiple, ≥ 1; 1 is the mean of all alike, None cuts nothing.
-
-    Returns:
-        float64 [K, R]; the same whatever the order of clients.
+        log_weights: as for `Cap.limit`.
+        cap: equal shares.
     """
-    return log_weights if cap is None else torch.minimum(log_weights, ceiling(log_weights, cap))
+    answered = torch.isfinite(log_weights)
+    count = answered.sum(0).clamp_min(1).double()
+    part = (answered * (cap / count).clamp_max(1.0)).sum(1)
+    silent = part == 0
+    part = part.masked_fill(silent, 1.0).log()
+    known = log_weights[:, answered.any(0)]
+    # begin where the clients' mean levels would be cut: one that claims e^64 times as much is then near at once
+    level = torch.logsumexp(log_weights, 1) - answered.sum(1).clamp_min(1).double().log()
+    shift = (torch.minimum(level, ceiling(level.unsqueeze(1), cap)) - level).masked_fill(silent, 0.0)
+    for _ in range(_ITERATIONS):
+        moved = known + shift.unsqueeze(1)
+        had = torch.logsumexp(moved - torch.logsumexp(moved, 0), 1)
+        new = (shift + part - had).clamp_max(0.0).masked_fill(silent, 0.0)
+        change, shift = float((new - shift).abs().max()), new
+        if change < 1 / (8 * _GRID):
+            break
+    return (-shift * _GRID).round() / _GRID
 
 
 def ceiling(log_weights: Tensor, cap: float) -> Tensor:
@@ -53,8 +107,8 @@ def ceiling(log_weights: Tensor, cap: float) -> Tensor:
     that leave none above it.
 
     Args:
-        log_weights: as for `limited`.
-        cap: as for `limited`.
+        log_weights: as for `Cap.limit`.
+        cap: equal shares, ≥ 1.
     """
     count = torch.isfinite(log_weights).sum(0)
     bound = (cap / count.clamp_min(1).double()).clamp_max(1.0)
@@ -73,3 +127,7 @@ def ceiling(log_weights: Tensor, cap: float) -> Tensor:
         if not bool(above.any()):
             break
     return level
+
+
+CAP = Cap()
+"""What holds where nothing else is said."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdl.errors import RefusedError
 from fdl.knowledge.confidence import LIMIT
-from fdl.knowledge.shares import CAP, checked_cap, limited
+from fdl.knowledge.shares import CAP, Cap
 from fdl.messages import Message
 from fdl.sparse_responses import FLOOR, SparseResponses
 
@@ -55,7 +55,7 @@ class TokenKnowledge:
 class TokenMixture:
     """Mean over clients of their distributions over the next token, weighted by softmax over clients of log-weights.
 
-    With a cap, no client has more than so many equal shares of a position, whatever it says of itself. Whom that cuts
+    With a cap, no client has more than so many equal shares, whatever it says of itself. Whom that cuts
     is known once all have spoken: their messages, at 8 bytes an id, are kept until then. Without a cap, or where all
     count alike, memory grows with the proxy text and nothing else: the softmax is taken online, a position keeps the
     largest log-weight seen so far, and the sums relative to it.
@@ -71,7 +71,7 @@ class TokenMixture:
         most: ids a position at most that a client may send.
         capacity: ids a position that are kept.
         weighted: True refuses answers without weights, False refuses those with.
-        cap: equal shares of a position that one client may have at most, ≥ 1; None for any.
+        cap: how much one client may have at most; None for any.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class TokenMixture:
         most: int,
         capacity: int,
         weighted: bool,
-        cap: float | None = CAP,
+        cap: Cap | None = CAP,
     ):
         self.rows, self.length, self.vocab, self.most, self.weighted = rows, length, vocab, most, weighted
-        self.capacity, self.cap = min(capacity, vocab), checked_cap(cap) if weighted else None
+        self.capacity, self.cap = min(capacity, vocab), cap if weighted else None
         count = len(rows) * length
         self.clients = 0
         self._waiting: list[tuple[int, SparseResponses]] = []
@@ -121,7 +121,7 @@ class TokenMixture:
             own[places] = log_weights.masked_fill(message.sizes.flatten() == 0, -torch.inf)
         settings = self.rows, self.length, self.vocab, self.most, self.capacity, self.weighted
         mixture = TokenMixture(*settings, cap=None)
-        for own, message in zip(limited(logs, self.cap), told):
+        for own, message in zip(self.cap.limit(logs), told):
             places = self._checked(message)[0]
             mixture._take(message, places, own[places])
         mixture.clients = self.clients

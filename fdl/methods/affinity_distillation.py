@@ -10,7 +10,7 @@ from fdl.knowledge.confidence import Confidence
 from fdl.knowledge.embeddings import AnswerPool, Teachers, answers, temperature_of
 from fdl.knowledge.mimicry import Mimicry
 from fdl.knowledge.pair_confidence import confidences
-from fdl.knowledge.shares import CAP, checked_cap
+from fdl.knowledge.shares import Cap
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -38,8 +38,9 @@ class AffinityDistillation(Method):
             ≥ 0.
         calibrate: divide each specialist's logits by a temperature fitted on its held-out private pairs.
         feedback: what clients receive from the second round on: the student's vectors of the proxy pairs, or nothing.
-        cap: equal shares of a proxy pair that one client may have at most, whatever confidence it declares, ≥ 1; None
-            for any.
+        cap: equal shares of the weight of a round that one client may have at most, whatever confidence it declares,
+            ≥ 1; None for any.
+        cap_over: whether the cap holds over a round, or for each proxy pair.
     """
 
     name = "affinity_distillation"
@@ -54,10 +55,11 @@ class AffinityDistillation(Method):
         interactive: float = 0.0,
         calibrate: bool = False,
         feedback: Literal["student", "none"] = "none",
-        cap: float | None = CAP,
+        cap: float | None = 2.0,
+        cap_over: Literal["round", "row"] = "round",
     ):
         self.confidence, self.calibrate, self.feedback = confidence, calibrate, feedback
-        self.mimicry, self.cap = Mimicry(contrastive, features, interactive), checked_cap(cap)
+        self.mimicry, self.cap = Mimicry(contrastive, features, interactive), Cap.of(cap, cap_over)
         self.needs_calibration = calibrate or (confidence is not None and confidence.needs_calibration)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:

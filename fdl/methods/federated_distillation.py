@@ -23,7 +23,7 @@ from fdl.knowledge.option import at_least, one_of
 from fdl.knowledge.personal import AdaptiveWeights, Gains, Similarity
 from fdl.knowledge.pools import labelled_bytes
 from fdl.knowledge.prototypes import PrototypePool, PrototypeTransfer
-from fdl.knowledge.shares import CAP, checked_cap
+from fdl.knowledge.shares import Cap
 from fdl.knowledge.subsampling import AnswerCache, rows_of_round
 from fdl.knowledge.targets import Answered, ResponseObjective
 from fdl.losses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
@@ -45,7 +45,7 @@ class FederatedDistillation(Method):
 
     Up go responses and, row by row, each client's confidence in them; down go responses. Neither data nor weights
     leave a site. Answers are weighted by softmax over clients of their confidences, which are log-weights, up to two
-    equal shares (`cap`). Everything below `feedback` is off unless it is named.
+    equal shares of a round (`cap`). Everything below `feedback` is off unless it is named.
 
     Args:
         confidence: how much a client's answer to a proxy sample counts; None weighs all alike.
@@ -73,9 +73,11 @@ class FederatedDistillation(Method):
         frequency: when a client has something new to say.
         release: makes the answers private.
         robust: a rule in the place of the mean of answers, which holds where some clients lie; None is the mean.
-        cap: equal shares of a row that one client may have at most, of what is averaged of answers, features and
+        cap: equal shares of the weight of a round that one client may have at most, of answers, features and
             prototypes, whatever confidence it declares, ≥ 1: of K clients none moves a row of probabilities by more
-            than √2 cap / K. None for any. A robust rule has a cap of its own.
+            than √2 cap / K on average. None for any. A robust rule has a cap of its own.
+        cap_over: whether the cap holds over a round, or in each row: then no row can be one client's, which is safer
+            where sites have the same classes, and costs accuracy where only one of them knows a class.
     """
 
     name = "federated_distillation"
@@ -106,7 +108,8 @@ class FederatedDistillation(Method):
         frequency: OnChange | None = None,
         release: Release | None = None,
         robust: Rule | None = None,
-        cap: float | None = CAP,
+        cap: float | None = 2.0,
+        cap_over: Literal["round", "row"] = "round",
     ):
         for key, value in (("temperature", temperature), ("sharpen", sharpen)):
             if value is not None and not value > 0:
@@ -131,7 +134,7 @@ class FederatedDistillation(Method):
         self.curriculum = curriculum if curriculum is not None and curriculum.start < 1 else None
         self.frequency = frequency if frequency is not None and frequency.threshold > 0 else None
         what = self.features, self.prototypes
-        self.release, self.robust, self.cap = release, robust, checked_cap(cap)
+        self.release, self.robust, self.cap = release, robust, Cap.of(cap, cap_over)
         self.answering = Answering(space, calibrate, confidence, *what, subsample, self.frequency, release)
         self.teaching = Teaching(loss, temperature, alpha, *what, adapter)
         if personal is not None and feedback == "none":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fdl.datamodules.samples import Batch
 from fdl.errors import UserError
 from fdl.knowledge.option import at_least, not_negative, positive
-from fdl.knowledge.shares import CAP, checked_cap
+from fdl.knowledge.shares import Cap
 from fdl.knowledge.subsampling import rows_of_round
 from fdl.knowledge.targets import Answered
 from fdl.knowledge.token_confidence import TokenConfidence
@@ -55,8 +55,9 @@ class TokenDistillation(Method):
         ground_truth: weight of the plain next-token loss on the proxy text beside the distillation's, ≥ 0.
         feedback: whether clients receive the mixture, and learn from it, from the second round on.
         subsample: share of the proxy windows that is answered in a round, the same ones by all clients.
-        cap: equal shares of a token that one client may have at most, whatever confidence it declares, ≥ 1; None for
-            any.
+        cap: equal shares of the weight of a round that one client may have at most, whatever confidence it declares,
+            ≥ 1; None for any.
+        cap_over: whether the cap holds over a round, or for each token.
     """
 
     name = "token_distillation"
@@ -74,14 +75,15 @@ class TokenDistillation(Method):
         ground_truth: float = 0.0,
         feedback: Literal["aggregate", "none"] = "aggregate",
         subsample: float = 1.0,
-        cap: float | None = CAP,
+        cap: float | None = 2.0,
+        cap_over: Literal["round", "row"] = "round",
     ):
         for key, value in (("mass", mass), ("subsample", subsample)):
             if not 0 < value <= 1:
                 raise UserError(f"{key} must be in (0, 1], got {value}")
         if not 1 <= draws <= 255:
             raise UserError(f"draws must be in 1 … 255, got {draws}")
-        self.mode, self.subsample, self.feedback, self.cap = mode, subsample, feedback, checked_cap(cap)
+        self.mode, self.subsample, self.feedback, self.cap = mode, subsample, feedback, Cap.of(cap, cap_over)
         self.temperature = positive("temperature", temperature)
         self.ground_truth = not_negative("ground_truth", ground_truth)
         drawn = draws if mode == "sampled" else None

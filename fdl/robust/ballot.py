@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fdl.knowledge.shares import limited
+from fdl.knowledge.shares import ceiling
 
 if TYPE_CHECKING:
     from fdl.participants import Server
@@ -153,11 +153,12 @@ def capped(log_weights: Tensor, cap: float | None) -> Tensor:
         cap: the multiple; None for no bound.
 
     Returns:
-        float64 [n, R]: softmax over clients of what `fdl.knowledge.shares.limited` leaves. Columns sum to 1, or are 0
+        float64 [n, R]: softmax over clients of what `fdl.knowledge.shares.ceiling` leaves. Columns sum to 1, or are 0
         where nobody says anything.
     """
     answered = torch.isfinite(log_weights)
-    log_weights = limited(log_weights, cap)
+    if cap is not None:
+        log_weights = torch.minimum(log_weights, ceiling(log_weights, cap))
     return torch.softmax(log_weights.masked_fill(~answered.any(0), 0.0), dim=0).masked_fill(~answered, 0.0)
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fdl.knowledge.shares import checked_cap
+from fdl.knowledge.shares import Cap
 from fdl.robust.ballot import Ballot, Decision, Votes
 
 
@@ -34,7 +34,8 @@ class Rule(ABC):
     beside: ClassVar[int] = 1
 
     def __init__(self, cap: float | None = 2.0):
-        self.cap = checked_cap(cap)
+        Cap.of(cap, "row")
+        self.cap = cap
 
     @property
     def least(self) -> int:

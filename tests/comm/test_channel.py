@@ -13,6 +13,7 @@ from fdl.comm.delta import Delta
 from fdl.comm.entropy import Deflate
 from fdl.comm.ledger import Ledger, Row
 from fdl.comm.quantize import Quantize
+from fdl.comm.sparsify import TopK
 from fdl.comm.wire import BROADCAST, pack
 from fdl.errors import RefusedError, UserError
 from fdl.messages import Bundle, Features, Parameters, Responses
@@ -228,6 +229,23 @@ def test_a_message_that_is_not_usable_is_not_remembered():
         link.upload(Parameters({"w": torch.full((40, 10), float("nan"))}), 0, 2)
     assert checkpoint.pack(link.state_dict()) == before
     assert link.upload(weights(0), 0, 3) is not None
+
+
+def test_what_its_receiver_does_not_confirm_is_not_remembered():
+    chain = [TopK(0.25, error_feedback=True)]
+    link, spared = channel(chain), channel(chain)
+    for round in range(1, 9):
+        message = weights(round)
+        with link.unconfirmed():
+            got = link.upload(message, 0, round)
+            before = checkpoint.pack(link.state_dict())
+            if round in (1, 4, 5):
+                continue
+            link.confirm(0)
+            assert checkpoint.pack(link.state_dict()) != before
+        assert torch.equal(got.tensors["w"], spared.upload(message, 0, round).tensors["w"])
+    link.confirm(0)  # nothing waits any more
+    assert checkpoint.pack(link.state_dict()) == checkpoint.pack(spared.state_dict())
 
 
 def test_parts_of_a_bundle_are_packed_counted_and_remembered_by_kind():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fdl.errors import RefusedError
 from fdl.knowledge.aggregation import ParameterMean, ResponseMean
+from fdl.knowledge.shares import Cap
 from fdl.messages import Confidences, Parameters, Responses
 
 ROWS, CLASSES = 7, 4
@@ -84,7 +85,7 @@ def test_streaming_is_the_weighted_mean_of_all_at_once(seed, clients, subsets, s
 @given(st.integers(0, 10**6), st.integers(1, 9), st.booleans(), st.sampled_from([1.0, 1.5, 2.0, 3.0]))
 def test_with_a_cap_it_is_the_mean_of_shares_that_were_cut(seed, clients, subsets, cap):
     answers = random_answers(seed, clients, subsets=subsets)
-    capped = mean_of(answers, cap=cap).result().values
+    capped = mean_of(answers, cap=Cap(cap, "row")).result().values
     np.testing.assert_allclose(capped, by_formula(answers, "probabilities", cap), atol=2e-6)
 
 

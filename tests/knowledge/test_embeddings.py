@@ -17,6 +17,7 @@ from fdl.knowledge.density import Density
 from fdl.knowledge.embeddings import AnswerPool, Teachers, answers, blocks, temperature_of
 from fdl.knowledge.mimicry import Guided
 from fdl.knowledge.pair_confidence import OwnPair, confidences
+from fdl.knowledge.shares import Cap
 from fdl.messages import Confidences, Responses
 from fdl.methods.affinity_distillation import AffinityDistillation
 from tests.pairs import PairSamples, blobs, federation, fit, tiny
@@ -72,12 +73,12 @@ def test_the_order_of_clients_does_not_matter_and_equal_clients_are_one():
 
 def test_a_loud_client_has_two_equal_shares_of_a_pair():
     shares = {}
-    for cap in (2.0, None):
+    for cap in (Cap(), None):
         pool = AnswerPool(9, weighted=True, cap=cap)
         for i, level in enumerate((0.0, 32.0, 0.0, 0.0)):
             pool.add(Responses(A, "embeddings", None, Confidences.quantize(torch.full((9,), level))), i)
         shares[cap] = pool.result().weights[:, 0]
-    torch.testing.assert_close(shares[2.0], torch.tensor([1 / 6, 1 / 2, 1 / 6, 1 / 6]))
+    torch.testing.assert_close(shares[Cap()], torch.tensor([1 / 6, 1 / 2, 1 / 6, 1 / 6]))
     torch.testing.assert_close(shares[None], torch.tensor([0.0, 1.0, 0.0, 0.0]))
 
 

@@ -6,6 +6,7 @@ import torch
 from fdl.errors import RefusedError, UserError
 from fdl.feature_losses import linear_cka, relational_distance
 from fdl.knowledge.features import FeatureMean, FeatureTransfer, principal, sketch
+from fdl.knowledge.shares import Cap
 from fdl.messages import Confidences, Features
 
 
@@ -34,16 +35,16 @@ def test_sketches_depend_on_client_layer_and_seed_only():
 def test_the_running_sum_is_weighted_by_the_roots_of_shares(order):
     layers = [{"a": draw(4, width, seed=width)} for width in (3, 5, 7)]
     logs = torch.stack([draw(4, seed=9 + i) * 5 for i in range(3)]).double()
-    for cap in (None, 2.0):
+    for cap in (None, Cap(2.0, "row")):
         mean = FeatureMean(4, 6, seed=0, cap=cap)
         for i in order:
             mean.add(Features(layers[i]), logs[i], i)
         shares = torch.softmax(logs, 0)
         if cap is not None:  # what the largest of three has above 2/3 goes to the others in proportion
             largest = shares.amax(0)
-            over = largest > cap / 3
-            others = shares * torch.where(over, (1 - cap / 3) / (1 - largest), 1.0)
-            shares = torch.where(over & (shares == largest), cap / 3, others)
+            over = largest > 2 / 3
+            others = shares * torch.where(over, (1 / 3) / (1 - largest), 1.0)
+            shares = torch.where(over & (shares == largest), 2 / 3, others)
         expected = sum(shares[i].sqrt().unsqueeze(1) * sketch(layers[i], i, 6, 0) for i in range(3))
         got = mean.result()
         torch.testing.assert_close(got.values, expected.float())

@@ -10,6 +10,7 @@ from fdl.errors import UserError
 from fdl.knowledge.encoder import Pixels
 from fdl.knowledge.extraction import Extracted
 from fdl.knowledge.prototypes import PrototypeKnowledge, PrototypePool, PrototypeTransfer, centroids
+from fdl.knowledge.shares import Cap
 from fdl.messages import Confidences, Prototypes
 from tests.knowledge.clients import client
 
@@ -88,9 +89,11 @@ def test_the_server_merges_by_class_and_counts():
 
 def test_no_client_has_more_than_two_equal_shares_of_a_class_whatever_it_declares():
     sure = Confidences.quantize(torch.full((1,), 32.0))
-    for cap, expected in ((None, 10.0), (2.0, 5.0)):  # of four clients the loud one has 1/2, of two all it wants
-        options = {} if cap == 2.0 else {"cap": cap}
-        pool = PrototypePool(server(), PrototypeTransfer(count=1), 64, **options)
+    for cap, expected in (
+        (None, 10.0),
+        (Cap(2.0, "row"), 5.0),
+    ):  # of four clients the loud one has 1/2, of two all it wants
+        pool = PrototypePool(server(), PrototypeTransfer(count=1), 64, cap)
         for client_id in range(3):
             pool.add(prototypes([[0.0, 0.0], [0.0, 0.0]], [0, 1], [4, 4]), client_id)
         loud = dataclasses.replace(prototypes([[10.0, 0.0]], [0], [4]), confidence=sure)

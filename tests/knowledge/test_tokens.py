@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fdl.errors import RefusedError, UserError
+from fdl.knowledge.shares import Cap
 from fdl.knowledge.token_confidence import BayesianMixture, Certainty, TokenEntropy, TokenMaxProbability
 from fdl.knowledge.token_mixture import TokenMixture, padded, relative
 from fdl.knowledge.tokens import TokenAnswering, require_language_model
@@ -291,7 +292,8 @@ def test_a_loud_client_has_two_equal_shares_of_a_token(client):
         answered(client, table(3, 2.0), torch.tensor([0, 1])),
         weights=LogWeights.quantize(torch.full((2, LENGTH), -30.0)),
     )
-    held = mixture(*messages, weighted=True)
+    by_row = Cap(2.0, "row")
+    held = mixture(*messages, weighted=True, cap=by_row)
     p = [dense(m) for m in whole]
     told = spread(held.result())
     torch.testing.assert_close(told[:2], (p[0] / 2 + (p[1] + p[2] + p[3]) / 6)[:2].float())
@@ -299,7 +301,7 @@ def test_a_loud_client_has_two_equal_shares_of_a_token(client):
     alone = mixture(*messages, weighted=True, cap=None).result()
     torch.testing.assert_close(spread(alone), p[0].float())
     # whoever comes first, to the bit
-    other = TokenMixture(torch.arange(3), LENGTH, VOCAB, VOCAB, 99, True)
+    other = TokenMixture(torch.arange(3), LENGTH, VOCAB, VOCAB, 99, True, by_row)
     for i in (2, 0, 3, 1):
         other.add(messages[i], i)
     assert torch.equal(spread(other.result()), told)
