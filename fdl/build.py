@@ -89,6 +89,7 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
     partitioner = instantiate(recipe.partition, "partitioner", "partition")
     try:
         shares = data.partition(partitioner, recipe.federation.clients, recipe.seed)
+        names = partitioner.names(shares, data.groups)
     except UserError as error:
         raise UserError(f"partition: {error}") from error
 
@@ -124,6 +125,7 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
                 calibration=incoming(calibration),
                 dp_sgd=dp_sgd,
                 store=store,
+                name=names[id],
                 **common | {"local": fits[id]},
             )
         )
