@@ -86,12 +86,14 @@ def check_classes(source: Source, place: Place, needed: bool) -> None:
             f"{place('train', 'y')}: all {len(source.train):,} samples are of one class, {only!r}; a classifier needs "
             "at least two"
         )
-    if names == list(map(str, range(len(names)))):
+    numbered = names == list(map(str, range(len(names))))
+    if numbered:
         require_dense(len(names) - 1, int(present.sum()), place("train", "y"))
     absent = [names[c] for c in np.flatnonzero(~present)]
     if absent:
         tested = sum(int((counts[split] > 0)[~present].sum()) for split in counts if split == "test")
         also = f"; {tested} of these are in the test split" if tested else ""
+        also += "; number them from 0 without gaps, unless samples were left out on purpose" if numbered else ""
         log.warning(
             "%s: %d of %d classes have no training samples: %s%s",
             *(place("train", "y"), len(absent), len(names), _list(absent), also),
