@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl.attacks import roc
 from fdl.attacks.base import Curve, Findings, Subject
 from fdl.callbacks import figures
-from fdl.callbacks.events import open_writer
+from fdl.callbacks.events import add_figure, open_writer
 from fdl.errors import UserError
 from fdl.report import write_summary
 from fdl.seeding import numpy_stream
@@ -74,12 +75,12 @@ class Audit:
             "attacks": attacks,
         }
 
-    def figures(self) -> dict[str, Figure]:
-        """A ROC curve for each target, with all attacks on it, and what else the attacks have to show."""
+    def figures(self) -> dict[str, Callable[[], Figure]]:
+        """What draws a ROC curve for each target, with all attacks on it, and what else the attacks have to show."""
         targets = dict.fromkeys(curve.target for found in self.findings.values() for curve in found.curves)
-        drawn = {f"roc/{target}": self._roc(target) for target in targets}
+        drawn = {f"roc/{target}": partial(self._roc, target) for target in targets}
         for label, found in self.findings.items():
-            drawn.update({f"{label}/{name}": draw() for name, draw in found.figures.items()})
+            drawn.update({f"{label}/{name}": draw for name, draw in found.figures.items()})
         return drawn
 
     def _roc(self, target: str) -> Figure:
@@ -208,10 +209,10 @@ def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Rec
 
 def log(writer: SummaryWriter, result: Audit) -> None:
     """Write an audit's figures and numbers for TensorBoard."""
-    for name, figure in result.figures().items():
-        writer.add_figure(f"audit/{name}", figure, result.round, close=False)
     for name, value in result.metrics().items():
         writer.add_scalar(f"audit/{name}", value, result.round)
+    for name, draw in result.figures().items():
+        add_figure(writer, f"audit/{name}", draw, result.round)
 
 
 def print_table(result: Audit, console: Console) -> None:

@@ -100,6 +100,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     partitioner = instantiate(recipe.partition, "partitioner", "partition")
     try:
         shares = data.partition(partitioner, recipe.federation.clients, recipe.seed)
+        names = partitioner.names(shares, data.groups)
     except UserError as error:
         raise UserError(f"partition: {error}") from error
 
@@ -137,6 +138,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
                 calibration=incoming(calibration),
                 dp_sgd=dp_sgd,
                 store=store,
+                name=names[id],
                 **common | {"local": fits[id]},
             )
         )

@@ -104,18 +104,20 @@ class Checker:
         if found.signature is None:
             return dict(args)
         known = found.signature.parameters
-        result = {}
+        result, renamed = {}, (found.definition.own_constant("renamed") if found.definition else None) or {}
         for name, value in args.items():
             where = f"{key}.args.{name}"
             if name in kind.reserved:
                 self.problem(where, f"{name} is given by fdl")
             elif name not in known and not found.signature.open:
                 names = [n for n in known if n not in kind.reserved]
-                self.problem(where, f"{found.path} takes no {name!r}{suggest(str(name), names)}")
+                hint = f"; it is called {renamed[name]!r}" if name in renamed else suggest(str(name), names)
+                self.problem(where, f"{found.path} takes no {name!r}{hint}")
             else:
                 result[name] = self.read(value, known.get(name, Parameter(name, False)), where)
         for name, parameter in known.items():
-            if parameter.required and name not in args and not self.has(name, kind):
+            given = name in args or name in (renamed[n] for n in args if n in renamed)  # said above
+            if parameter.required and not given and not self.has(name, kind):
                 self.problem(f"{key}.args.{name}", f"missing: {found.path} needs it")
         return result
 

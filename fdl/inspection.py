@@ -47,7 +47,7 @@ def _clients(loop: FederatedLoop) -> list[str]:
             histogram = _histogram(client.train, client.num_classes)
         rows.append(
             (
-                client.id,
+                f"{client.id}  {client.name}" if client.name else client.id,
                 client.architecture,
                 f"{_parameters(loop.runtime.template(client.architecture)):,}",
                 f"{len(client.train):,}",
@@ -59,7 +59,11 @@ def _clients(loop: FederatedLoop) -> list[str]:
                 histogram,
             )
         )
-    return [*columns(rows, right=(0, 2, 3, 4, 5, 6)), *_traffic(first, later, loop.recipe.federation.participation)]
+    numbers = () if any(client.name for client in loop.clients) else (0,)
+    return [
+        *columns(rows, right=(*numbers, 2, 3, 4, 5, 6)),
+        *_traffic(first, later, loop.recipe.federation.participation),
+    ]
 
 
 def _traffic(first: _Sizes, later: _Sizes, participation: float) -> list[str]:

@@ -1,7 +1,9 @@
 """Metrics of a model's answers, and of a federation as a whole.
 
-What a model answers is measured by torchmetrics; this file chooses the names and settings. Metrics of a federation
-are short formulas over numbers that a run has already recorded.
+What a model answers is counted class by class: of n answers to C classes nothing larger than ``[n, C]`` or ``[C, C]``
+is ever made. (The multi-class metrics of torchmetrics, made deterministic, compare every answer with every cell of the
+confusion matrix: 9 n C² bytes, 90 GB for 10,000 answers to 1,000 classes.) Metrics of a federation are short formulas
+over numbers that a run has already recorded.
 """
 
 from __future__ import annotations
@@ -10,13 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-    multiclass_f1_score,
-)
+from torchmetrics.functional.classification import binary_calibration_error
 
 from fdl.catalog import suggest
 from fdl.errors import UserError
@@ -24,22 +23,32 @@ from fdl.errors import UserError
 # --- a model's answers
 
 
+_ROWS = 1024
+"""Answers of which probabilities are held at a time."""
+
+
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return multiclass_accuracy(logits, labels, logits.shape[1], average="micro", validate_args=False)
+    return (logits.argmax(1) == labels).float().mean()
 
 
 def _top5(logits: Tensor, labels: Tensor) -> Tensor:
-    classes = logits.shape[1]
-    return multiclass_accuracy(logits, labels, classes, average="micro", top_k=min(5, classes), validate_args=False)
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return (best == labels[:, None]).any(1).float().mean()
 
 
 def _macro_f1(logits: Tensor, labels: Tensor) -> Tensor:
-    return multiclass_f1_score(logits, labels, logits.shape[1], average="macro", validate_args=False)
+    classes, predicted = logits.shape[1], logits.argmax(1)
+    right = labels[predicted == labels].bincount(minlength=classes)
+    occurrences = labels.bincount(minlength=classes) + predicted.bincount(minlength=classes)
+    occurs = occurrences > 0
+    return (2 * right[occurs].double() / occurrences[occurs]).mean()
 
 
 def _ece(logits: Tensor, labels: Tensor) -> Tensor:
-    # Softmax here: torchmetrics takes logits that happen to lie in [0, 1] for probabilities.
-    return multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], n_bins=15, validate_args=False)
+    # softmax here: torchmetrics takes logits that happen to lie in [0, 1] for probabilities
+    confidence = torch.cat([part.softmax(1).amax(1) for part in logits.split(_ROWS)])
+    right = (logits.argmax(1) == labels).long()
+    return binary_calibration_error(confidence, right, n_bins=15, validate_args=False)
 
 
 CLASSIFICATION_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -54,6 +63,20 @@ CLASSIFICATION_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 ``accuracy`` and ``top5`` are shares of the rows; ``nll`` is in nats; ``macro_f1`` averages over the classes that occur
 among the labels or the predictions; ``ece`` is the expected calibration error over 15 equal bins.
 """
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Count answers by true and predicted class.
+
+    Args:
+        predicted: class of each answer, int64 [n].
+        labels: true classes, int64 [n].
+        classes: how many there are.
+
+    Returns:
+        int64 [classes, classes], true by predicted.
+    """
+    return (labels * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
 
 
 def classification(logits: Tensor, labels: Tensor, names: Sequence[str] = ("accuracy",)) -> dict[str, float]:

@@ -130,6 +130,7 @@ class Client(Participant):
         calibration: private labelled samples held out from training, to calibrate confidence; may be empty.
         dp_sgd: trains on private samples with noise, and keeps them from all else; None trains without.
         store: where its state lies between its turns; None keeps it in memory.
+        name: of the site whose data it has, for people; empty where it is only a number.
         participant: the arguments of `Participant`.
 
     Attributes:
@@ -149,11 +150,12 @@ class Client(Participant):
         calibration: Samples | Incoming,
         dp_sgd: DPSGD | None = None,
         store: DiskStore | None = None,
+        name: str = "",
         **participant: Any,
     ):
         self._store, self._state = store, None
         super().__init__(**participant)
-        self.dp_sgd, self.gate = dp_sgd, Gate()
+        self.dp_sgd, self.gate, self.name = dp_sgd, Gate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
         self.corrupt: Callable[[Samples, str], Samples] | None = None
         self.corrupt_from, self._corrupted = 1, False

@@ -252,6 +252,7 @@ def _participants(loop: FederatedLoop) -> list[dict[str, Any]]:
             sizes[architecture] = sum(p.numel() for p in loop.runtime.template(architecture).parameters())
         return {
             "id": client.id,
+            **({"name": client.name} if client.name else {}),
             "samples": len(client.train),
             "architecture": architecture,
             "parameters": sizes[architecture],

@@ -74,7 +74,7 @@ def _data(recipe: Recipe, folder: Path) -> list[str]:
             place = folder / f"images/site_{institution}/class_{label}"
             place.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 32), (60 * institution, 80 * label, 6 * image)).save(place / f"{image}.png")
-        return [f"data.args.root={folder / 'images'}", "data.args.size=32"]
+        return [f"data.args.path={folder / 'images'}", "data.args.size=32"]
     if target in ("text_classification", "text_table"):
         group, where = given.get("group") or "site", given.get("where") or {}
         sites = where.get(group) or [*(f"site {i}" for i in range(7)), "public"]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.special import log_softmax, softmax
 from scipy.stats import ttest_rel
-from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, top_k_accuracy_score
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdl import metrics
 from fdl.errors import UserError
@@ -63,6 +64,45 @@ def test_logits_within_0_and_1_are_still_logits():
 
 def test_top5_of_three_classes_is_one():
     assert metrics.classification(torch.randn(6, 3), torch.arange(6) % 3, ["top5"]) == {"top5": 1.0}
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.fixture
+def deterministic():
+    """As a run sets torch: this is where some libraries count by comparing everything with everything."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def test_many_classes_take_no_more_memory_than_answers_or_pairs_of_classes(deterministic):
+    count, classes = 900, 300
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    logits = torch.randn(count, classes, generator=generator)
+    logits[::2] += 6 * torch.nn.functional.one_hot(labels[::2], classes)
+    with Largest() as largest:
+        got = metrics.classification(logits, labels, EVERY)
+        matrix = metrics.confusion_matrix(logits.argmax(1), labels, classes)
+    assert largest.elements == count * classes  # counting by comparison would make 900 * 300 * 300
+    z, y = logits.numpy(), labels.numpy()
+    np.testing.assert_array_equal(matrix, confusion_matrix(y, z.argmax(1), labels=range(classes)))
+    assert got["macro_f1"] == pytest.approx(f1_score(y, z.argmax(1), average="macro"), rel=1e-12)
+    assert got["top5"] == pytest.approx(top_k_accuracy_score(y, z, k=5, labels=range(classes)), rel=1e-6)
+    assert got["ece"] == pytest.approx(calibration_error(z, y), rel=1e-4)
 
 
 def test_half_precision_is_measured_in_float32(answers):

@@ -126,7 +126,7 @@ def test_promptfl_with_a_small_clip(tmp_path):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     overrides = [
         *CPU,
-        f"data.args.root={tmp_path}/images",
+        f"data.args.path={tmp_path}/images",
         "data.args.size=16",
         "federation.clients=2",
         "federation.rounds=1",

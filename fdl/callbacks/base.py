@@ -5,13 +5,18 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fdl.errors import UserError
+
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
+
+log = logging.getLogger("fdl")
 
 
 class Callback:
@@ -22,12 +27,15 @@ class Callback:
 
     Attributes:
         name: the short name in recipes, and the key of this callback's state in a checkpoint.
+        optional: whether it only shows what a run does: should it fail, the run goes on without it, with a warning.
+            Whatever else a callback raises ends the run.
 
     Raises:
         TypeError: at the making of a subclass with a mistyped hook.
     """
 
     name: ClassVar[str] = ""
+    optional: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -93,10 +101,8 @@ def _each(hook: str) -> Callable[..., None]:
     @functools.wraps(nothing)
     def call(self: CallbackList, *arguments: Any) -> None:
         for callback in self.callbacks:
-            if getattr(type(callback), hook) is nothing and hook not in vars(callback):
-                continue
-            with _named(callback, hook):
-                getattr(callback, hook)(*arguments)
+            if getattr(type(callback), hook) is not nothing or hook in vars(callback):
+                self.call(callback, hook, *arguments)
 
     return call
 
@@ -104,8 +110,10 @@ def _each(hook: str) -> Callable[..., None]:
 class CallbackList(Callback):
     """Calls every callback in the order of the recipe.
 
-    An exception of a callback goes on to the caller with a note that names the callback. In `on_exception` every
-    callback is heard, and one that fails there does not hide the error that ended the run.
+    An exception of a callback goes on to the caller with a note that names the callback; of an `optional` one it is
+    logged as a warning, unless it is a `UserError`, and the callback is not called any more. At the end of a run, in
+    `on_fit_end` and `on_exception`, every callback is told, whatever the others do: the first error of `on_fit_end` is
+    raised when all have been told, and one in `on_exception` does not hide the error that ended the run.
 
     Args:
         callbacks: in the order in which they are called.
@@ -113,6 +121,7 @@ class CallbackList(Callback):
 
     def __init__(self, callbacks: Sequence[Callback] = ()):
         self.callbacks = list(callbacks)
+        self._failed: list[Callback] = []
 
     def append(self, callback: Callback) -> None:
         """Add a callback, called after all others."""
@@ -129,7 +138,20 @@ class CallbackList(Callback):
     on_client_end = _each("on_client_end")
     on_round_end = _each("on_round_end")
     on_checkpoint = _each("on_checkpoint")
-    on_fit_end = _each("on_fit_end")
+
+    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+        """After the last round; every callback is told, then the first error is raised."""
+        first: Exception | None = None
+        for callback in self.callbacks:
+            try:
+                self.call(callback, "on_fit_end", loop, summary)
+            except Exception as error:
+                if first is None:
+                    first = error
+                else:
+                    _note(first, f'callback "{_name(callback)}" failed as well, in on_fit_end: {error!r}')
+        if first is not None:
+            raise first
 
     def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
         """When the run ends early; every callback is told, whatever the others do."""
@@ -138,6 +160,24 @@ class CallbackList(Callback):
                 callback.on_exception(loop, error)
             except Exception as second:
                 _note(error, f'callback "{_name(callback)}" failed as well, in on_exception: {second!r}')
+
+    def call(self, callback: Callback, hook: str, *arguments: Any) -> None:
+        """Call one hook of one callback; an optional callback that fails is left out from then on."""
+        if any(callback is failed for failed in self._failed):
+            return
+        try:
+            with _named(callback, hook):
+                getattr(callback, hook)(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            if not callback.optional:
+                raise
+            self._failed.append(callback)
+            log.warning('callback "%s" failed in %s, and the run goes on without it: %r', _name(callback), hook, error)
+            log.debug("where it failed", exc_info=error)
+            with suppress(Exception):
+                callback.on_exception(arguments[0], error)  # gives back what it holds, such as open files
 
     def state_dict(self) -> dict[str, Any]:
         """Return every callback's state by its name; the second of a name is called ``name.2``, and so on."""

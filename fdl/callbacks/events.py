@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger("fdl")
 
 MANY_CLIENTS = 50
 """Beyond this many, clients are shown as a distribution and no longer one curve each."""
@@ -38,6 +43,23 @@ def open_writer(folder: Path) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter  # a second of imports, spared when nobody asks for TensorBoard
 
     return SummaryWriter(str(folder), purge_step=0, flush_secs=10)
+
+
+def add_figure(writer: SummaryWriter, tag: str, draw: Callable[[], Figure], step: int) -> None:
+    """Draw a figure and write it; one that cannot be drawn is left out with a warning, whatever went wrong.
+
+    Args:
+        writer: where to.
+        tag: what it is called.
+        draw: makes the figure; it is called once.
+        step: the round.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")  # a box in its place says so
+            writer.add_figure(tag, draw(), step, close=False)
+    except Exception as error:  # a picture is never worth a run
+        log.warning("the figure %s is left out: it cannot be drawn (%r)", tag, error)
 
 
 class Curves:

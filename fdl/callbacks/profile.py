@@ -36,6 +36,7 @@ class Profile(Callback):
     """
 
     name = "profile"
+    optional = True
 
     def __init__(self, skip: int = 1, rounds: int = 1, top: int = 20):
         if skip < 0 or rounds < 1 or top < 1:

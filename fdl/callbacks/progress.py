@@ -27,6 +27,7 @@ class ProgressBar(Callback):
     """
 
     name = "progress"
+    optional = True
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdl.auditing import log
+from fdl import auditing
 from fdl.callbacks import figures
 from fdl.callbacks.base import Callback
-from fdl.callbacks.events import MANY_CLIENTS, Curves, hyperparameters, log_hparams, log_outcome, open_writer
+from fdl.callbacks.events import MANY_CLIENTS, Curves, add_figure, hyperparameters, log_hparams, log_outcome, open_writer
+from fdl.metrics import confusion_matrix
 from fdl.modules.shards import is_sharded
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
     from fdl.loop import FederatedLoop
@@ -24,10 +26,12 @@ class TensorBoard(Callback):
     Events go to ``tensorboard/`` in the run's folder. At the start: the recipe as text and who holds how many samples
     of which class; every round: what `fdl.callbacks.events.Curves` lists; at the end: the student's confusion matrix
     on the test set, what attacks found, what `fdl.callbacks.events.log_outcome` lists, and hyperparameters with the
-    last round's metrics. A resumed run shows every round once.
+    last round's metrics. A resumed run shows every round once. A figure that cannot be drawn is left out with a
+    warning.
     """
 
     name = "tensorboard"
+    optional = True
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
@@ -49,7 +53,7 @@ class TensorBoard(Callback):
         """Write the confusion matrix, what attacks found, the best round, all bytes, and the hyperparameters."""
         self._confusion(loop)
         if loop.audit is not None:
-            log(self._writer, loop.audit)
+            auditing.log(self._writer, loop.audit)
         sent = [f"communication/{key}" for key in ("upload_bytes", "download_bytes")]
         outcome = log_outcome(self._writer, summary)
         log_hparams(self._writer, hyperparameters(loop.recipe.to_dict()), [*summary["metrics"], *sent, *outcome])
@@ -60,29 +64,29 @@ class TensorBoard(Callback):
         self._close()
 
     def _label_histogram(self, loop: FederatedLoop) -> None:
-        classes = loop.server.classes
+        classes, names = loop.server.classes, [client.name for client in loop.clients]
         private = loop.recipe.privacy is not None  # then how many samples of a class somebody has is not shown
         if private or any(client.train.labels is None for client in loop.clients):
-            figure = figures.sizes([len(client.train) for client in loop.clients])
-            self._writer.add_figure("clients/samples", figure, 0, close=False)
+            samples = [len(client.train) for client in loop.clients]
+            add_figure(self._writer, "clients/samples", lambda: figures.sizes(samples, names), 0)
             return
         counts = [client.train.labels.bincount(minlength=len(classes)).numpy() for client in loop.clients]
-        figure = figures.label_histogram(np.stack(counts), classes)
-        self._writer.add_figure("clients/labels", figure, 0, close=False)
+        add_figure(self._writer, "clients/labels", lambda: figures.label_histogram(np.stack(counts), classes, names), 0)
 
     def _confusion(self, loop: FederatedLoop) -> None:
-        from torchmetrics.functional.classification import multiclass_confusion_matrix
-
         server = loop.server
         if server.task != "classification" or server.student is None or len(server.test) == 0:
             return
         if is_sharded(server.student):
             return  # it takes all ranks to answer, and only one has callbacks
-        predicted = server.predict(server.student, server.test).argmax(1)
-        matrix = multiclass_confusion_matrix(predicted, server.test.labels, server.num_classes)
         title = f"Student on the test set after round {loop.round}"
-        figure = figures.confusion(matrix.numpy(), server.classes, title)
-        self._writer.add_figure("student/test/confusion", figure, loop.round, close=False)
+
+        def draw() -> Figure:
+            predicted = server.predict(server.student, server.test).argmax(1)
+            matrix = confusion_matrix(predicted, server.test.labels, server.num_classes)
+            return figures.confusion(matrix.numpy(), server.classes, title)
+
+        add_figure(self._writer, "student/test/confusion", draw, loop.round)
 
     def _close(self) -> None:
         if self._writer is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fdl.datamodules.base import Source
+from fdl.datamodules.checks import require_dense
 from fdl.datamodules.images import ImageDataModule
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
@@ -27,8 +28,9 @@ _TO_CHW: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class Arrays(ImageDataModule):
     """Images and labels from an .npz file, or from a folder of .npy files.
 
-    Images are [n, H, W], [n, H, W, C] or [n, C, H, W], uint8 (255 is white) or floating point; labels are whole
-    numbers from 0, [n]. Arrays that hold Python objects are not read.
+    Images are [n, H, W], [n, H, W, C] or [n, C, H, W], uint8 (255 is white) or floating point: 0 … 1, or 0 … 255, or
+    standardised, with values below 0; in all splits alike. Other ranges and integers need `value_range`. Labels are
+    whole numbers from 0, [n]. Arrays that hold Python objects are not read.
 
     Args:
         path: an .npz file, or a folder with one .npy file a key, named after it.
@@ -81,16 +83,46 @@ class Arrays(ImageDataModule):
         arrays = self._read()
         train = self._samples("train", arrays)
         test = self._samples("test", arrays) if "x_test" in arrays else None
-        top = max((int(s.labels.max()) + 1 for s in (train, test) if s and s.labels is not None and len(s)), default=0)
-        classes = [str(name) for name in arrays.get("classes", range(top))]
-        if len(classes) < top:
-            raise self._wrong("classes", f"{len(classes)} names, but labels go up to {top - 1}")
-        if test is not None and test.input_shape != train.input_shape:
-            raise self._wrong("x_test", f"images of shape {test.input_shape}, but training has {train.input_shape}")
         groups = arrays.get("groups")
-        if groups is not None and groups.shape != (len(train),):
-            raise self._wrong("groups", f"shape {groups.shape}, expected ({len(train)},)")
-        return Source(train, classes, test=test, groups=groups)
+        if groups is not None:
+            if groups.shape != (len(train),):
+                raise self._wrong("groups", f"shape {groups.shape}, expected ({len(train)},)")
+            groups = self._decoded("groups", groups)
+        return Source(train, self._classes(arrays, train, test), test=test, groups=groups)
+
+    def place(self, split: str, part: str) -> str:
+        """The file and key of a part of the data."""
+        key = self._keys.get("classes" if part == "classes" else f"{part}_{split}")
+        return f"{self._path}: {key!r}" if key is not None else super().place(split, part)
+
+    def _classes(self, arrays: dict[str, np.ndarray], *splits: TensorSamples | None) -> list[str]:
+        """Names of the classes, or their numbers."""
+        labels = [s.labels for s in splits if s is not None and s.labels is not None and len(s)]
+        top = max((int(own.max()) for own in labels), default=-1)
+        if "classes" in arrays:
+            names = self._decoded("classes", arrays["classes"])
+            if names.ndim != 1:
+                raise self._wrong("classes", f"expected one name a class, got an array of shape {names.shape}")
+            if len(names) <= top:
+                raise self._wrong("classes", f"{len(names)} names, but labels go up to {top}")
+            return [str(name) for name in names.tolist()]
+        if labels:
+            kinds = len(np.unique(np.concatenate([own.numpy() for own in labels])))
+            require_dense(top, kinds, self.place("train", "y"))
+        return [str(number) for number in range(top + 1)]
+
+    def _decoded(self, role: str, array: np.ndarray) -> np.ndarray:
+        """Text as text, where it is stored as bytes.
+
+        Raises:
+            UserError: the bytes are no UTF-8.
+        """
+        if array.dtype.kind != "S":
+            return array
+        try:
+            return np.char.decode(array, "utf-8")
+        except UnicodeDecodeError as error:
+            raise self._wrong(role, f"its bytes are no text in UTF-8 ({error})") from error
 
     def _read(self) -> dict[str, np.ndarray]:
         """The arrays by our names for them; those that may be missing and are, are left out."""
@@ -146,12 +178,17 @@ class Arrays(ImageDataModule):
             raise self._wrong(y_role, f"{len(y)} labels for {len(x)} images in {self._keys[x_role]!r}")
         if len(y) and int(y.min()) < 0:
             raise self._wrong(y_role, f"labels must be ≥ 0, got {y.min()}")
+        if len(y) and int(y.max()) > np.iinfo(np.int64).max:
+            raise self._wrong(y_role, f"labels go up to {y.max()}; number the classes from 0")
         return self.in_memory(x, torch.from_numpy(y.astype(np.int64)))
 
     def _images(self, role: str, x: np.ndarray) -> Tensor:
         """Images as [n, C, H, W]."""
+        if x.dtype.kind in "iu" and x.dtype != np.uint8 and self.value_range is not None:
+            x = x.astype(np.float32)
         if x.dtype != np.uint8 and x.dtype.kind != "f":
-            raise self._wrong(role, f"images must be uint8 or floating point, got {x.dtype}")
+            hint = "; or set value_range to what is black and what is white" if x.dtype.kind in "iu" else ""
+            raise self._wrong(role, f"images must be uint8 or floating point, got {x.dtype}{hint}")
         if x.dtype.kind == "f":
             with np.errstate(over="ignore"):
                 x = x.astype(np.float32, copy=False)

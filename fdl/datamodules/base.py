@@ -12,6 +12,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from fdl.datamodules.checks import check_classes, check_samples
 from fdl.datamodules.partition import Partitioner
 from fdl.datamodules.samples import Batch, Samples
 from fdl.errors import UserError
@@ -147,13 +148,31 @@ class FederatedDataModule(LightningDataModule, ABC):
         Args:
             stratify: draw them in proportion to the classes.
         """
-        source = self.load()
+        source = self.checked(self.load())
         if self._limit is None or self._limit >= len(source.train):
             return source
         kept, _ = self._hold_out("limit", np.arange(len(source.train)), source.train, self._limit, stratify)
         kept.sort()
         groups = None if source.groups is None else source.groups[kept]
         return replace(source, train=source.train.subset(kept), groups=groups)
+
+    def checked(self, source: Source) -> Source:
+        """What `load` gave, if models can be trained and tested with it.
+
+        Raises:
+            UserError: naming the split and what is wrong with it.
+        """
+        check_samples(source, self.place)
+        return source
+
+    def place(self, split: str, part: str) -> str:
+        """Where a part of the data comes from, for messages; a subclass may name a file and key.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+            part: ``"x"`` for the inputs, ``"y"`` for the labels, ``"classes"`` for the names of the classes.
+        """
+        return f"{self.name}: {'classes' if part == 'classes' else split + {'x': ' samples', 'y': ' labels'}[part]}"
 
     def prepare_data(self) -> None:
         """Download what is asked for; here only for a nested proxy set."""
@@ -169,6 +188,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         if self._ready:
             return
         source = self.source()
+        check_classes(source, self.place, self.task == "classification")
         pool, counts = source.train, self._counts(source)
         rows = np.arange(len(pool))
         held_out, self.test_groups = {}, None

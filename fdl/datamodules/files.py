@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fdl.datamodules.pixels import PLAIN, Range, Reading, extremes, flat, is_deep, is_float
 from fdl.datamodules.samples import ImageSamples
 from fdl.errors import UserError
 
@@ -37,6 +40,7 @@ class FileSamples(ImageSamples):
         mean: as in `ImageSamples`.
         std: as in `ImageSamples`.
         augment: as in `ImageSamples`.
+        reading: what the files' values mean.
 
     Raises:
         UserError: from `batch`, naming a file that is no readable image.
@@ -51,10 +55,11 @@ class FileSamples(ImageSamples):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: str | None = None,
+        reading: Reading = PLAIN,
     ):
         if labels is not None and labels.shape != (len(paths),):
             raise ValueError(f"{len(paths)} files with labels of shape {tuple(labels.shape)}")
-        self._store = _ImageStore(paths, size, channels)
+        self._store = _ImageStore(paths, size, channels, reading)
         self._rows = torch.arange(len(paths))
         super().__init__(labels, mean, std, augment)
 
@@ -83,6 +88,7 @@ class FileSamples(ImageSamples):
         return {"_rows": self._rows[indices]}
 
     def _hash_inputs(self, digest: Any) -> None:
+        digest.update(repr(self._store.reading).encode())
         for part in in_threads(_hash_file, self.paths):
             digest.update(part)
 
@@ -90,8 +96,8 @@ class FileSamples(ImageSamples):
 class _ImageStore:
     """Decoded images by row, kept in memory when all of them fit in `CACHE_BELOW` bytes."""
 
-    def __init__(self, paths: Sequence[Path], size: int, channels: int):
-        self.paths, self.size, self.channels = list(paths), size, channels
+    def __init__(self, paths: Sequence[Path], size: int, channels: int, reading: Reading):
+        self.paths, self.size, self.channels, self.reading = list(paths), size, channels, reading
         self.shape = (channels, size, size)
         self._kept: Tensor | None = None
         if len(paths) * channels * size * size < CACHE_BELOW:
@@ -112,11 +118,17 @@ class _ImageStore:
         return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.shape), dtype=torch.uint8)
 
     def _decode_one(self, path: Path) -> np.ndarray:
-        return decode(path, self.size, self.channels)
+        return decode(path, self.size, self.channels, self.reading)
 
 
-def decode(path: Path, size: int, channels: int) -> np.ndarray:
-    """Read one image: central square, resized with antialiasing; 16-bit greyscale is scaled to 8 bits.
+def decode(path: Path, size: int, channels: int, reading: Reading = PLAIN) -> np.ndarray:
+    """Read one image as a viewer shows it: its central square, resized with antialiasing.
+
+    Args:
+        path: the file, or one that is open for reading bytes.
+        size: height and width of the result.
+        channels: 3 for colour, 1 for greyscale.
+        reading: what the file's values mean.
 
     Returns:
         uint8 [channels, size, size].
@@ -126,37 +138,95 @@ def decode(path: Path, size: int, channels: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                # Pillow would clip 16-bit values at 255 instead of scaling them
-                image = Image.fromarray((np.asarray(image).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
-            image = ImageOps.fit(image.convert(_CHANNELS[channels]), (size, size), Image.Resampling.BILINEAR)
-            pixels = np.asarray(image, dtype=np.uint8)
+            shown = flat(image, reading).convert(_CHANNELS[channels])
+            shown = ImageOps.fit(shown, (size, size), Image.Resampling.BILINEAR)
+            pixels = np.asarray(shown, dtype=np.uint8)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except _UNREADABLE as error:
         raise UserError(f"{path}: not a readable image ({_why(error)})") from error
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def unreadable(paths: Sequence[Path], whole: bool = False) -> dict[Path, str]:
-    """Which files are not images, and why.
+@dataclass
+class Survey:
+    """What the headers of image files tell.
+
+    Attributes:
+        problems: which files are no images, and why.
+        deep: greyscale images of more than 8 bits.
+        several: files of more than one image or page, of which the first is read.
+    """
+
+    problems: dict[Path, str] = field(default_factory=dict)
+    deep: list[Path] = field(default_factory=list)
+    several: list[Path] = field(default_factory=list)
+
+
+def survey(paths: Sequence[Path], whole: bool = False) -> Survey:
+    """Look at image files.
 
     Args:
         paths: the files.
         whole: decode every image, to find truncated ones too; else only headers are read.
     """
 
-    def check(path: Path) -> str | None:
+    def look(path: Path) -> tuple[str | None, bool, bool]:
         try:
             with Image.open(path) as image:
+                several = getattr(image, "is_animated", False)
                 if whole:
+                    image.seek(0)
                     image.load()
+                return None, is_deep(image), several
         except _UNREADABLE as error:
-            return _why(error)
-        return None
+            return _why(error), False, False
 
-    return {path: problem for path, problem in zip(paths, in_threads(check, paths)) if problem}
+    found = Survey()
+    for path, (problem, deep, several) in zip(paths, in_threads(look, paths)):
+        if problem is not None:
+            found.problems[path] = problem
+        if deep:
+            found.deep.append(path)
+        if several:
+            found.several.append(path)
+    return found
 
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+def unreadable(paths: Sequence[Path], whole: bool = False) -> dict[Path, str]:
+    """Which files are not images, and why; arguments as in `survey`."""
+    return survey(paths, whole).problems
+
+
+def spread_of(paths: Sequence[Path], places: Sequence[str] = ()) -> dict[bool, Range]:
+    """The smallest and largest value of images, by whether they are of floating-point numbers.
+
+    Args:
+        paths: the files, or ones that are open for reading bytes.
+        places: what to call each in messages; its path where there are none.
+
+    Raises:
+        UserError: naming a file that is no readable image, or holds numbers that are not finite.
+    """
+
+    def look(path_and_place: tuple[Path, str]) -> tuple[bool, Range]:
+        path, place = path_and_place
+        try:
+            with Image.open(path) as image:
+                return is_float(image), extremes(image)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        except _UNREADABLE as error:
+            raise UserError(f"{place}: not a readable image ({_why(error)})") from error
+
+    found: dict[bool, Range] = {}
+    for floats, (low, high) in in_threads(look, zip(paths, places or map(str, paths))):
+        before = found.get(floats, (low, high))
+        found[floats] = min(low, before[0]), max(high, before[1])
+    return found
+
+
+_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 def _why(error: Exception) -> str:

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from fdl.datamodules.base import Source
-from fdl.datamodules.files import FileSamples, unreadable
+from fdl.datamodules.files import FileSamples
+from fdl.datamodules.folders import Photo, read_tree
 from fdl.datamodules.images import ImageDataModule
 from fdl.errors import UserError
 
 log = logging.getLogger("fdl")
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+_NAMED = 5
+"""How many files a message names."""
 
 
 class ImageFolder(ImageDataModule):
-    """Images in one folder a class: root/class/*, or root/train/class/* with test and val beside train.
+    """Images in one folder a class: path/class/*, or path/train/class/* with test and validation beside train.
 
-    With `domain_folders` there is one more level, root/domain/class/* or root/train/domain/class/*, and the domains
-    are the natural clients. A folder ``val`` without ``test`` is the test split, with it the validation split.
-    Images are decoded when needed. Colour is the default; other arguments as in `ImageDataModule`.
+    With `domain_folders` there is one more level, path/domain/class/* or path/train/domain/class/*, and the domains
+    are the natural clients. Splits may have any usual name, in any case (`fdl.datamodules.splits`); a validation split
+    without a test split is the test split. Images in folders below that of a class are of that class. All kinds of
+    images that Pillow reads are read; other files, empty folders and images without a class are left out, and a line
+    says which. Images are decoded when needed: upright, on the background where they are transparent, and in 8 bits.
+    Colour is the default; other arguments as in `ImageDataModule`.
 
     Args:
-        root: the folder.
+        path: the folder.
         size: images are cut to their central square and resized to size × size.
         domain_folders: whether there is a level of domains above the classes.
         skip_unreadable: leave out files that cannot be decoded, and log which, at the price of decoding all of them
@@ -36,70 +41,64 @@ class ImageFolder(ImageDataModule):
         common: the arguments of `ImageDataModule`.
 
     Raises:
-        UserError: when the folder is missing; from `setup` when it holds no classes or unreadable files.
+        UserError: when the folder is missing; from `setup` when its folders are not so, or files unreadable.
     """
 
     name = "image_folder"
+    renamed: ClassVar[dict[str, str]] = {"root": "path"}
 
     def __init__(
-        self, root: str, size: int, domain_folders: bool = False, skip_unreadable: bool = False, **common: Any
+        self, path: str, size: int, domain_folders: bool = False, skip_unreadable: bool = False, **common: Any
     ):
         super().__init__(size=size, **common)
-        self._root = Path(root).expanduser()
+        self._path = Path(path).expanduser()
         self._domains, self._skip = domain_folders, skip_unreadable
-        if not self._root.is_dir():
-            raise UserError(f"{self._root}: no such folder")
+        if not self._path.is_dir():
+            raise UserError(f"{self._path}: no such folder")
 
     def load(self) -> Source:
-        """List the files; headers are read, pixels are not."""
-        split = (self._root / "train").is_dir()
-        train = self._files(self._root / "train" if split else self._root)
-        others = [self._files(self._root / name) for name in ("test", "val") if split and (self._root / name).is_dir()]
-        classes = sorted({label for _, label, _ in train})
-        samples = [self._samples(files, classes) for files in (train, *others)]
+        """List the files; headers are read, and the pixels of images of more than 8 bits."""
+        splits = self._readable(read_tree(self._path, self._domains))
+        classes = sorted({photo.label for photo in splits["train"]})
+        samples = {split: self._samples(photos, classes) for split, photos in splits.items()}
         return Source(
-            samples[0],
+            samples["train"],
             classes,
-            test=samples[1] if others else None,
-            validation=samples[2] if len(others) == 2 else None,
-            groups=np.array([domain for _, _, domain in train]) if self._domains else None,
+            test=samples.get("test"),
+            validation=samples.get("validation"),
+            groups=np.array([photo.domain for photo in splits["train"]]) if self._domains else None,
         )
 
-    def _samples(self, files: list[tuple[Path, str, str]], classes: list[str]) -> FileSamples:
+    def place(self, split: str, part: str) -> str:
+        """The folder, and the split."""
+        return f"{self._path}: {split}"
+
+    def _samples(self, photos: Sequence[Photo], classes: Sequence[str]) -> FileSamples:
         codes = {label: code for code, label in enumerate(classes)}
-        unknown = next((path for path, label, _ in files if label not in codes), None)
-        if unknown is not None:
-            raise UserError(f"{unknown.parent}: class {unknown.parent.name!r} has no training images")
-        return self.in_files([path for path, _, _ in files], torch.tensor([codes[label] for _, label, _ in files]))
+        for photo in photos:
+            if photo.label not in codes:
+                near = next((label for label in classes if label.casefold() == photo.label.casefold()), None)
+                hint = f"; the training images have {near!r}, spelt otherwise" if near is not None else ""
+                raise UserError(f"{photo.path.parent}: class {photo.label!r} has no training images{hint}")
+        return self.in_files(
+            [photo.path for photo in photos], torch.tensor([codes[photo.label] for photo in photos], dtype=torch.int64)
+        )
 
-    def _files(self, folder: Path) -> list[tuple[Path, str, str]]:
-        """Readable images below a folder: (path, class, domain), in the order of their names."""
-        domains = _folders(folder) if self._domains else [folder]
-        found = [
-            (path, label.name, domain.name)
-            for domain in domains
-            for label in _folders(domain)
-            for path in _sorted(label, lambda p: p.is_file() and p.suffix.lower() in _SUFFIXES)
-        ]
-        if not found:
-            levels = "domain/class" if self._domains else "class"
-            raise UserError(f"{folder}: no images in {folder.name}/{levels}/ ({', '.join(sorted(_SUFFIXES))})")
-        problems = unreadable([path for path, _, _ in found], whole=self._skip)
-        if problems:
-            first = [f"\n  {path}: {why}" for path, why in list(problems.items())[:5]]
-            named = "".join(first) + (f"\n  and {len(problems) - 5} more" if len(problems) > 5 else "")
-            if not self._skip:
-                raise UserError(
-                    f"{folder}: {len(problems)} file(s) are not readable images; mend or remove them, or set "
-                    f"skip_unreadable: true{named}"
-                )
-            log.warning("%s: left out %d file(s) that are not readable images%s", folder, len(problems), named)
-        return [file for file in found if file[0] not in problems]
+    def _readable(self, splits: dict[str, list[Photo]]) -> dict[str, list[Photo]]:
+        """The images that can be read.
 
-
-def _folders(folder: Path) -> list[Path]:
-    return _sorted(folder, Path.is_dir)
-
-
-def _sorted(folder: Path, keep: Callable[[Path], bool]) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and keep(path))
+        Raises:
+            UserError: naming those that cannot.
+        """
+        problems = self.survey([photo.path for photos in splits.values() for photo in photos], self._skip).problems
+        if not problems:
+            return splits
+        first = [f"\n  {path}: {why}" for path, why in list(problems.items())[:_NAMED]]
+        named = "".join(first) + (f"\n  and {len(problems) - _NAMED} more" if len(problems) > _NAMED else "")
+        if not self._skip:
+            raise UserError(
+                f"{self._path}: {len(problems)} file(s) are not readable images; mend or remove them, or set "
+                f"skip_unreadable: true{named}"
+            )
+        log.warning("%s: left out %d file(s) that are not readable images%s", self._path, len(problems), named)
+        return {split: [photo for photo in photos if photo.path not in problems] for split, photos in splits.items()}

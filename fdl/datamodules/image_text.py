@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from fdl.datamodules.base import Source
 from fdl.datamodules.classes import Classes
-from fdl.datamodules.files import unreadable
 from fdl.datamodules.pairs import PairDataModule, PairSamples
 from fdl.datamodules.records import Record
 from fdl.datamodules.tables import Layout
@@ -31,7 +30,7 @@ class ImageText(PairDataModule):
     Args:
         path: the table, or a folder with one a split.
         size: images are cut to their central square and resized to size × size.
-        root: folder that the files' names start from; None: the folder of the table.
+        image_root: folder that the files' names start from; None: the folder of the table.
         file: key of the image file's name.
         caption: key of the caption.
         label: key of the class, a whole number or a name; None: there are no classes.
@@ -49,12 +48,13 @@ class ImageText(PairDataModule):
     """
 
     name = "image_text"
+    renamed: ClassVar[dict[str, str]] = {"root": "image_root"}
 
     def __init__(
         self,
         path: str,
         size: int,
-        root: str | None = None,
+        image_root: str | None = None,
         file: str = "file",
         caption: str = "caption",
         label: str | None = None,
@@ -69,7 +69,8 @@ class ImageText(PairDataModule):
         super().__init__(size=size, **common)
         self._layout, self._skip = Layout(path, split, splits, where), skip_unreadable
         table = Path(path).expanduser()
-        self._root = Path(root).expanduser() if root else table if table.is_dir() else table.parent
+        folder = table if table.is_dir() else table.parent
+        self._root = Path(image_root).expanduser() if image_root else folder
         self._file, self._caption, self._label, self._group = file, caption, label, group
         self._classes = classes
 
@@ -102,7 +103,7 @@ class ImageText(PairDataModule):
             UserError: naming those that cannot.
         """
         records = [record for split in splits.values() for record in split]
-        problems = unreadable([self._path(record) for record in records], whole=self._skip)
+        problems = self.survey([self._path(record) for record in records], whole=self._skip).problems
         if not problems:
             return splits
         bad = [record for record in records if self._path(record) in problems]

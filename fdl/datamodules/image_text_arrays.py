@@ -74,7 +74,7 @@ class ImageTextArrays(PairDataModule, Arrays):
     def _samples(self, split: str, arrays: dict[str, np.ndarray]) -> PairSamples:
         images = super()._samples(split, arrays)
         role = f"captions_{split}"
-        captions = arrays[role]
+        captions = self._decoded(role, arrays[role])
         if captions.dtype.kind != "U" or captions.shape != (len(images),):
             raise self._wrong(
                 role, f"expected {len(images)} strings, one an image, got {captions.dtype} of shape {captions.shape}"

@@ -15,15 +15,16 @@ import torch
 
 from fdl.datamodules.base import Source
 from fdl.datamodules.classes import Classes
-from fdl.datamodules.files import decode
+from fdl.datamodules.files import decode, spread_of, survey
 from fdl.datamodules.pairs import PairDataModule, PairSamples
 from fdl.datamodules.records import Record
 from fdl.errors import UserError
 
 log = logging.getLogger("fdl")
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 _MOST_BYTES = 16 << 30
+_Pair = tuple[Record, np.ndarray]
 
 
 class ImageTextShards(PairDataModule):
@@ -72,7 +73,7 @@ class ImageTextShards(PairDataModule):
 
     def load(self) -> Source:
         """Read and decode all shards."""
-        splits = {split: self._read(shards) for split, shards in self._shards.items()}
+        splits = self._levelled({split: self._read(shards) for split, shards in self._shards.items()})
         records = {split: [record for record, _ in pairs] for split, pairs in splits.items()}
         classes = Classes.of(records, self._label, self._classes) if self._label else None
         samples = {split: self._samples(pairs, classes) for split, pairs in splits.items()}
@@ -86,8 +87,25 @@ class ImageTextShards(PairDataModule):
         groups = np.array([str(record[self._group]) for record in records]) if self._group else None
         return self.pairs(images, [record.text(self._caption) for record in records], groups)
 
-    def _read(self, shards: list[Path]) -> list[tuple[Record, np.ndarray]]:
-        """All pairs of some shards, with their decoded images."""
+    def _levelled(self, splits: dict[str, list[tuple[Record, np.ndarray | bytes]]]) -> dict[str, list[_Pair]]:
+        """Decode also the images of more than 8 bits, now that the values of all of them are known."""
+        deep = [(record, image) for pairs in splits.values() for record, image in pairs if isinstance(image, bytes)]
+        if not deep:
+            return splits
+        spread = spread_of([io.BytesIO(image) for _, image in deep], [record.place for record, _ in deep])
+        reading = self.reading_of(spread, len(deep), sum(map(len, splits.values())))
+        return {
+            split: [
+                (record, decode(io.BytesIO(image), self.size, self.channels or 3, reading))
+                if isinstance(image, bytes)
+                else (record, image)
+                for record, image in pairs
+            ]
+            for split, pairs in splits.items()
+        }
+
+    def _read(self, shards: list[Path]) -> list[tuple[Record, np.ndarray | bytes]]:
+        """All pairs of some shards, with their decoded images, or the file's bytes of images of more than 8 bits."""
         channels, pairs, size = self.channels or 3, [], 0
         for shard in shards:
             for place, parts in _members(shard):
@@ -96,14 +114,17 @@ class ImageTextShards(PairDataModule):
                 if image is None:
                     raise UserError(f"{place}: no image with this caption ({', '.join(_IMAGES)})")
                 try:
-                    pixels = decode(io.BytesIO(image), self.size, channels)
+                    deep = self.value_range is None and bool(survey([io.BytesIO(image)]).deep)
+                    pixels = (
+                        image if deep else decode(io.BytesIO(image), self.size, channels, self.reading_of({}, 0, 0))
+                    )
                 except UserError as error:
                     reason = str(error).partition(": ")[2]
                     if not self._skip:
                         raise UserError(f"{place}: {reason}; set skip_unreadable: true to leave such out") from error
                     log.warning("%s: left out: %s", place, reason)
                     continue
-                size += pixels.nbytes
+                size += len(image) if deep else pixels.nbytes
                 if size > _MOST_BYTES:
                     raise UserError(f"{shard}: the images need more than {_MOST_BYTES >> 30} GiB; unpack the shards")
                 pairs.append((record, pixels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,10 +11,17 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from fdl.datamodules.base import FederatedDataModule
-from fdl.datamodules.files import FileSamples
+from fdl.datamodules.base import FederatedDataModule, Source
+from fdl.datamodules.files import FileSamples, Survey, spread_of, survey
+from fdl.datamodules.pixels import Range, Reading, colour, white
+from fdl.datamodules.ranges import in_unit_range
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
+
+log = logging.getLogger("fdl")
+
+_NAMED = 5
+"""How many files a message names."""
 
 
 class ImageDataModule(FederatedDataModule):
@@ -29,6 +37,11 @@ class ImageDataModule(FederatedDataModule):
         std: likewise.
         augment: ``"crop_flip"`` (random crop and mirror of private training batches) or ``"none"``. The proxy set is
             never augmented: student and specialists answer the same images.
+        value_range: which value is black and which is white in images that are not of 8 bits, e.g. ``[0, 4095]``, or a
+            window of Hounsfield units; values beyond are cut off. None: whole numbers have 8, 10, 12, 14 or 16 bits,
+            whichever is enough for the largest of all images, and floating-point numbers are 0 … 1 or 0 … 255; a line
+            says which was taken.
+        background: what shows through where images in files are transparent: a colour's name, or ``"#rrggbb"``.
         common: the arguments of `FederatedDataModule`.
 
     Raises:
@@ -46,6 +59,8 @@ class ImageDataModule(FederatedDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         augment: Literal["none", "crop_flip"] = "none",
+        value_range: list[float] | None = None,
+        background: str = "white",
         **common: Any,
     ):
         super().__init__(**common)
@@ -61,7 +76,11 @@ class ImageDataModule(FederatedDataModule):
             raise UserError("mean and std are given, but normalize is false")
         if std is not None and min(std) <= 0:
             raise UserError(f"std must be > 0, got {std}")
+        if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
+            raise UserError(f"value_range must be two numbers, black and white, the larger last; got {value_range}")
         self.size, self.channels, self.normalize = size, channels, normalize
+        self.value_range: Range | None = None if value_range is None else tuple(value_range)
+        self._background, self._reading = colour(background), None
         self._given = None if mean is None else (mean, std)
         self._augment = None if augment == "none" else augment
 
@@ -78,13 +97,78 @@ class ImageDataModule(FederatedDataModule):
         mean, std = self.train.mean, self.train.std
         return super().provides | ({} if mean is None else {"normalization": (list(mean), list(std))})
 
+    def checked(self, source: Source) -> Source:
+        """The data set with floating-point images in 0 … 1, after what all data are checked for."""
+        return in_unit_range(super().checked(source), self.place, self.value_range is not None)
+
     def in_memory(self, x: Tensor, y: Tensor | None) -> TensorSamples:
         """Samples of images [n, C, H, W], brought to the wanted size and channels."""
+        if self.value_range is not None and x.dtype != torch.uint8:
+            black, whitest = self.value_range
+            x = ((x.float() - black) / (whitest - black)).clamp_(0, 1)
         return TensorSamples(resized(recoloured(x, self.channels), self.size), y)
 
     def in_files(self, paths: Sequence[Path], y: Tensor | None) -> FileSamples:
-        """Samples of image files, decoded on demand to the wanted size and channels."""
-        return FileSamples(paths, y, size=self.size, channels=self.channels or 3)
+        """Samples of image files, decoded on demand to the wanted size and channels.
+
+        All files of a data set should have been given to `survey` before, which finds out what their values mean; where
+        they were not, those of the first call tell.
+        """
+        if self._reading is None:
+            self.survey(paths)
+        return FileSamples(paths, y, size=self.size, channels=self.channels or 3, reading=self._reading)
+
+    def survey(self, paths: Sequence[Path], whole: bool = False) -> Survey:
+        """Look at all image files of the data set, and find out what is black and white in those beyond 8 bits.
+
+        Args:
+            paths: the files of all splits.
+            whole: decode every image, to find truncated ones too; else only headers are read, and such images as have
+                more than 8 bits.
+
+        Raises:
+            UserError: images have values that are not those of an image.
+        """
+        found = survey(paths, whole)
+        if found.several:
+            first = ", ".join(str(path) for path in found.several[:_NAMED])
+            log.warning(
+                "%s: of %d files with several images or pages the first is read: %s",
+                self.name,
+                len(found.several),
+                first,
+            )
+        deep = [path for path in found.deep if path not in found.problems]
+        spread = spread_of(deep) if deep and self.value_range is None else {}
+        self._reading = self.reading_of(spread, len(deep), len(paths))
+        return found
+
+    def reading_of(self, spread: dict[bool, Range], deep: int, total: int) -> Reading:
+        """What the values of images beyond 8 bits mean, said in a line.
+
+        Args:
+            spread: the smallest and largest value, by whether they are floating-point numbers.
+            deep: how many images have more than 8 bits.
+            total: of how many.
+
+        Raises:
+            UserError: the values are not those of an image.
+        """
+        if self.value_range is not None:
+            return Reading(self._background, self.value_range, self.value_range)
+        found: dict[bool, Range] = {}
+        for floats, (low, high) in spread.items():
+            kind = "of floating-point numbers" if floats else "of more than 8 bits"
+            try:
+                found[floats] = 0.0, white(low, high, not floats)
+            except UserError as error:
+                raise UserError(f"{self.name}: greyscale {kind} {error}") from error
+            log.info(
+                "%s: greyscale %s (%d of %d images) has values from %g to %g: 0 is taken for black and %g for white; "
+                "value_range sets them",
+                *(self.name, kind, deep, total, low, high, found[floats][1]),
+            )
+        return Reading(self._background, found.get(False), found.get(True))
 
     def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         channels = self.input_shape[0]

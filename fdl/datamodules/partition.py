@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from fdl.datamodules.group_names import group_names, tell
 from fdl.errors import UserError
 
 
@@ -55,6 +57,15 @@ class Partitioner(ABC):
                 "use fewer clients"
             )
         return parts
+
+    def names(self, parts: Sequence[np.ndarray], groups: np.ndarray | None = None) -> list[str]:
+        """What people call each client; empty where it is only a number, as here.
+
+        Args:
+            parts: what `split` gave.
+            groups: as in `split`.
+        """
+        return [""] * len(parts)
 
     @abstractmethod
     def assign(
@@ -309,7 +320,7 @@ class ByGroup(Partitioner):
     """Natural clients: samples stay with the site, writer or domain that they came from.
 
     With more groups than clients, whole groups are put together so that sizes are as equal as they can be; with
-    fewer, the largest groups are divided among several clients.
+    fewer, the largest groups are divided among several clients. Either is said in a warning: who went where.
 
     Raises:
         UserError: from `split` when the data name no groups.
@@ -323,7 +334,15 @@ class ByGroup(Partitioner):
             raise UserError("by_group needs data with a natural client or domain column, and these data have none")
         _, codes = np.unique(groups, return_inverse=True)
         members = [rng.permutation(np.flatnonzero(codes == g)) for g in range(codes.max() + 1)]
-        return _merged(members, clients) if len(members) > clients else _divided(members, clients)
+        if len(members) == clients:
+            return members
+        parts = _merged(members, clients) if len(members) > clients else _divided(members, clients)
+        tell(self.name, parts, groups)
+        return parts
+
+    def names(self, parts, groups=None):
+        """The groups of each client, as `fdl.datamodules.group_names` writes them; arguments as in `Partitioner`."""
+        return group_names(parts, groups)
 
 
 def _merged(members: list[np.ndarray], clients: int) -> list[np.ndarray]:

@@ -253,6 +253,32 @@ class TensorSamples(ImageSamples):
         """Bytes of the inputs as they are stored."""
         return len(self) * self._x.nbytes // max(self._x.shape[0], 1)
 
+    @property
+    def is_float(self) -> bool:
+        """Whether the inputs are stored as floating-point numbers."""
+        return self._x.is_floating_point()
+
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest value of all inputs; there has to be one."""
+        parts = [self._stored(indices).aminmax() for indices in torch.arange(len(self)).split(_CHUNK)]
+        return min(float(part.min) for part in parts), max(float(part.max) for part in parts)
+
+    def not_finite(self) -> int:
+        """How many values are infinite or no number."""
+        if not self.is_float:
+            return 0
+        return sum(int((~self._stored(indices).isfinite()).sum()) for indices in torch.arange(len(self)).split(_CHUNK))
+
+    def is_constant(self) -> bool:
+        """Whether all values of all inputs are the same."""
+        first = self._stored(torch.zeros(1, dtype=torch.int64)).flatten()[:1]
+        chunks = torch.arange(len(self)).split(_CHUNK)
+        return all(bool((self._stored(indices) == first).all()) for indices in chunks)
+
+    def divided(self, by: float) -> TensorSamples:
+        """The same examples with every value divided by a number."""
+        return self._changed(_x=self._x / by)
+
     def _stored(self, indices: Tensor) -> Tensor:
         return self._x.index_select(0, indices if self._rows is None else self._rows[indices])
 

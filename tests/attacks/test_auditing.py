@@ -105,7 +105,8 @@ def test_figures_and_numbers_are_in_tensorboard(run):
 
 def test_the_figure_is_logarithmic_and_shows_the_ceiling(tmp_path):
     loop = finished(tmp_path, federation={"clients": 2, "rounds": 1})
-    (figure,) = audit(loop, [Planted(), Planted(gap=0.5, label="weak")]).figures().values()
+    (draw,) = audit(loop, [Planted(), Planted(gap=0.5, label="weak")]).figures().values()
+    figure = draw()
     axes = figure.axes[0]
     FigureCanvasAgg(figure).draw()
     assert axes.get_xscale() == axes.get_yscale() == "log"

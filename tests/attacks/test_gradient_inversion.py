@@ -279,7 +279,8 @@ def test_there_is_nothing_to_invert_where_no_parameters_are_sent(tmp_path):
 
 def test_images_are_drawn_for_tensorboard(subject):
     result = audit(subject.loop, [GradientInversion(["gradient"], batch_size=3, steps=5, clients=1)])
-    (figure,) = result.figures().values()
+    (draw,) = result.figures().values()
+    figure = draw()
     FigureCanvasAgg(figure).draw()
     assert len(figure.axes) == 6 and "gradient_inversion/gradient/ssim" in result.metrics()
     assert result.findings["gradient_inversion"].arrays["gradient/private"].shape == (3, *SHAPE)

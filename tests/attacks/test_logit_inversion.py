@@ -110,7 +110,8 @@ def test_answers_of_a_run_are_inverted(tmp_path):
     quiet = any("no leakage found" in note for note in result.findings["logit_inversion"].notes)
     assert quiet == (own["ssim_gain"] <= 2 * own["ssim_gain_error"])
     assert attack.run(Subject(loop)).metrics == own
-    (figure,) = result.figures().values()
+    (draw,) = result.figures().values()
+    figure = draw()
     FigureCanvasAgg(figure).draw()
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == [
         "nearest private",

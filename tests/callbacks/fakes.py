@@ -38,6 +38,7 @@ class FakeClient:
     id: int
     train: Any
     architecture: str = "mlp"
+    name: str = ""
     state: dict = field(default_factory=lambda: {"specialist": {}})
 
 

@@ -1,6 +1,7 @@
 import pytest
 
 from fdl.callbacks.base import HOOKS, Callback, CallbackList
+from fdl.errors import UserError
 
 
 class Recorder(Callback):
@@ -124,6 +125,57 @@ def test_failure_in_on_exception_hides_nothing_and_stops_nobody():
     CallbackList([Failing(), Recorder(log, "after")]).on_exception("loop", error)
     assert log == [("after", "on_exception", "loop", error)]
     assert "failing" in error.__notes__[0] and "disk full" in error.__notes__[0]
+
+
+class Shows(Failing):
+    name = "shows"
+    optional = True
+    given_back = 0
+
+    def on_exception(self, loop, error):
+        self.given_back += 1
+
+
+def test_an_optional_callback_that_fails_is_left_out_and_the_run_goes_on(caplog):
+    log, shows = [], Shows()
+    callbacks = CallbackList([shows, Recorder(log, "after")])
+    callbacks.on_round_end("loop", {"round": 1})
+    assert (
+        "\"shows\" failed in on_round_end, and the run goes on without it: ZeroDivisionError('by zero')" in caplog.text
+    )
+    assert shows.given_back == 1
+    caplog.clear()
+    callbacks.on_round_end("loop", {"round": 2})
+    assert not caplog.text
+    assert [entry[-1] for entry in log] == [{"round": 1}, {"round": 2}]
+
+
+def test_what_an_optional_callback_says_of_a_recipe_ends_the_run():
+    class Particular(Callback):
+        optional = True
+
+        def on_fit_start(self, loop):
+            raise UserError("cannot be written")
+
+    with pytest.raises(UserError, match="cannot be written"):
+        CallbackList([Particular()]).on_fit_start(None)
+
+
+def test_every_callback_is_told_of_the_end_before_an_error_is_raised():
+    class Demanding(Callback):
+        def __init__(self, wanted):
+            self.wanted = wanted
+
+        def on_fit_end(self, loop, summary):
+            assert summary["accuracy"] > self.wanted, f"below {self.wanted}"
+
+    log = []
+    callbacks = CallbackList([Demanding(0.9), Demanding(0.8), Recorder(log, "after")])
+    with pytest.raises(AssertionError, match=r"below 0\.9") as caught:
+        callbacks.on_fit_end("loop", {"accuracy": 0.5})
+    assert log == [("after", "on_fit_end", "loop", {"accuracy": 0.5})]
+    assert caught.value.__notes__[0] == 'in on_fit_end of callback "Demanding"'
+    assert "below 0.8" in caught.value.__notes__[1]
 
 
 def test_states_are_kept_by_name_and_come_back():

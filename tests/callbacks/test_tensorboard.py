@@ -101,11 +101,37 @@ def test_figures_get_the_right_counts(tmp_path, monkeypatch):
     from fdl.callbacks import figures
 
     histogram, confusion = figures.label_histogram, figures.confusion
-    monkeypatch.setattr(figures, "label_histogram", lambda c, n: seen.update(labels=c) or histogram(c, n))
+    monkeypatch.setattr(figures, "label_histogram", lambda c, *n: seen.update(labels=c) or histogram(c, *n))
     monkeypatch.setattr(figures, "confusion", lambda m, n, t: seen.update(matrix=m) or confusion(m, n, t))
     FakeLoop(tmp_path).run(TensorBoard())
     np.testing.assert_array_equal(seen["labels"], [[2, 0, 0], [0, 3, 0], [0, 0, 4]])
     np.testing.assert_array_equal(seen["matrix"], [[3, 0, 1], [0, 4, 0], [0, 0, 4]])
+
+
+def test_a_figure_that_fails_is_left_out_and_the_rest_is_written(tmp_path, monkeypatch, caplog):
+    from fdl.callbacks import figures
+
+    def fails(*arguments):
+        raise RuntimeError("no paint")
+
+    monkeypatch.setattr(figures, "label_histogram", fails)
+    monkeypatch.setattr(figures, "confusion", fails)
+    FakeLoop(tmp_path).run(TensorBoard())
+    assert "the figure clients/labels is left out: it cannot be drawn (RuntimeError('no paint'))" in caplog.text
+    assert "the figure student/test/confusion is left out" in caplog.text
+    events = read(tmp_path / "tensorboard")
+    assert {"student/test/accuracy", "cohort/invited"} <= set(curves(events))
+    assert hparams(events)[0]["method"] == "fedprox"
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_class_and_client_name_is_drawn(tmp_path, caplog):
+    loop = FakeLoop(tmp_path)
+    loop.server.classes = ["$5 to $10", "日本 🫀", "50%_a/b"]
+    loop.clients[0].name = "$ite_$"
+    loop.run(TensorBoard())
+    assert not caplog.text
+    assert {"clients/labels", "student/test/confusion"} <= set(read(tmp_path / "tensorboard").Tags()["tensors"])
 
 
 def test_a_sharded_student_is_not_asked_by_one_rank_alone(tmp_path, monkeypatch):

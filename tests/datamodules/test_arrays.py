@@ -128,6 +128,28 @@ def broken(**changes):
         (broken(x_test=X[:12, :4]), {}, r"'x_test': images of shape \(3, 4, 8\), but training has \(3, 8, 8\)"),
         (broken(site=np.arange(59)), {"groups": "site"}, r"'site': shape \(59,\), expected \(60,\)"),
         (broken(y_train=np.array([None] * 60)), {}, "'y_train': not a plain array"),
+        (broken(x_train=X / 1.0, x_test=X[:12] / 255), {}, "'x_train': values from 0 to 255, but .*'x_test' there are"),
+        (broken(x_train=X / 255, x_test=X[:12] / 1.0), {}, "'x_train': values from 0 to 1, but .*'x_test' there are"),
+        (broken(x_train=X / 1.0), {}, "'x_train': values from 0 to 255, but in .*'x_test' there are bytes"),
+        (broken(x_train=X / 127.5 - 1), {}, "'x_train': values from -1 to 1, but in .*'x_test' there are bytes"),
+        (broken(x_train=X * 16.0), {}, r"'x_train': values from 0 to 4080, .* set value_range .* \[0, 4080\]"),
+        (broken(x_train=X.astype(np.int64)), {}, "got int64; or set value_range"),
+        (
+            broken(y_train=Y * 100_000),
+            {},
+            "'y_train': 3 different classes, but numbers up to 200000; number them from 0",
+        ),
+        (
+            broken(y_train=Y.astype(np.uint64) + 2**63),
+            {},
+            r"'y_train': labels go up to 9\d+; number the classes from 0",
+        ),
+        (broken(y_train=Y * 0), {}, "'y_train': all 60 samples are of one class, '0'; a classifier needs"),
+        (broken(x_test=X[:0], y_test=Y[:0]), {}, "'x_test': there are none; leave the split out, and set test"),
+        (broken(x_train=X[:0], y_train=Y[:0]), {}, "'x_train': there are none"),
+        (broken(classes=["a", "b", "a"]), {}, "'classes': classes 0 and 2 are both called 'a'"),
+        (broken(classes=np.array([["a", "b", "c"]])), {}, r"'classes': expected one name a class, .* \(1, 3\)"),
+        (broken(classes=np.array([b"\xff", b"b", b"c"])), {}, "'classes': its bytes are no text in UTF-8"),
     ],
 )
 def test_what_is_wrong_is_named(save, arrays, options, message):
@@ -135,6 +157,54 @@ def test_what_is_wrong_is_named(save, arrays, options, message):
     with pytest.raises(UserError, match=message) as caught:
         ready(Arrays(path, **options))
     assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [1 / 255, 1.0], ids=["0 to 1", "0 to 255"])
+def test_floating_point_images_end_on_one_scale(save, scale, caplog):
+    with caplog.at_level("INFO"):
+        data = ready(Arrays(save(**{**PLAIN, "x_train": X * scale, "x_test": X[:12] * scale})))
+    np.testing.assert_allclose(everything(data.train), X.transpose(0, 3, 1, 2) / 255, atol=1e-6)
+    np.testing.assert_allclose(everything(data.test), X[:12].transpose(0, 3, 1, 2) / 255, atol=1e-6)
+    assert ("'x_train': values from 0 to 255 are divided by 255" in caplog.text) == (scale == 1)
+
+
+def test_standardised_images_are_as_they_are_and_this_is_said(save, caplog):
+    x = ((X / 255 - 0.45) / 0.22).astype(np.float32)
+    with caplog.at_level("INFO"):
+        data = ready(Arrays(save(**{**PLAIN, "x_train": x, "x_test": x[:12]})))
+    np.testing.assert_array_equal(everything(data.train), x.transpose(0, 3, 1, 2))
+    assert "'x_train': values from -2.04545 to 2.5 are taken as they are" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64, np.float32])
+def test_black_and_white_can_be_given(save, dtype):
+    x = X.astype(dtype) * 16
+    arrays = {**PLAIN, "x_train": x, "x_test": x[:12]}
+    data = ready(Arrays(save(**arrays), value_range=[1600, 4000]))
+    expected = (x.clip(1600, 4000).astype(float) - 1600) / 2400
+    np.testing.assert_allclose(everything(data.train), expected.transpose(0, 3, 1, 2), atol=1e-6)
+    with pytest.raises(UserError, match="value_range must be two numbers, black and white, the larger last"):
+        Arrays(save(**arrays), value_range=[255, 0])
+
+
+def test_names_that_are_stored_as_bytes(save):
+    path = save(**PLAIN, classes=np.array(["Katze", "größer", "日本"]))
+    assert ready(Arrays(path)).classes == ["Katze", "größer", "日本"]
+    encoded = np.array([name.encode() for name in ("Katze", "größer", "日本")])
+    path = save(**PLAIN, classes=encoded, site=np.array([b"a", b"b"] * 30))
+    data = ready(Arrays(path, groups="site"))
+    assert data.classes == ["Katze", "größer", "日本"]
+    assert sorted(set(data.groups.tolist())) == ["a", "b"]
+
+
+def test_classes_without_training_samples_are_named(save, caplog):
+    ready(Arrays(save(**{**PLAIN, "y_train": Y * 2, "y_test": Y[:12]})))
+    assert "'y_train': 2 of 5 classes have no training samples: 1, 3; 1 of these are in the test split" in caplog.text
+    caplog.clear()
+    ready(Arrays(save(**{**PLAIN, "x_train": X * 0, "x_test": X[:12] * 0})))
+    assert "'x_train': all values of all images are the same" in caplog.text
+    ready(Arrays(save(**PLAIN, classes=["Cat", "cat ", "owl"])))
+    assert "'Cat' and 'cat ' are two classes, though they differ only in case or spaces" in caplog.text
 
 
 def test_missing_file_is_found_in_the_constructor_and_nothing_is_read(tmp_path):

@@ -27,7 +27,7 @@ class Numbered(ImageDataModule):
 
         def make(n, start):
             x = torch.zeros(n, *shape)
-            x[:, 0, 0, 0] = torch.arange(start, start + n) / 1000
+            x[:, 0, 0, 0] = torch.arange(start, start + n) / 10_000
             y = torch.tensor([0] * 5 + [1] * 3 + [2] * 2).repeat_interleave(-(-n // 10))[:n]
             return self.in_memory(x, y if labelled else None)
 
@@ -47,7 +47,7 @@ def ready(module):
 
 
 def numbers(samples):
-    return (samples.batch(torch.arange(len(samples)))[0][:, 0, 0, 0] * 1000).round().long().tolist()
+    return (samples.batch(torch.arange(len(samples)))[0][:, 0, 0, 0] * 10_000).round().long().tolist()
 
 
 def test_held_out_sets_are_disjoint_and_cover_the_source():
@@ -234,7 +234,7 @@ def test_settings_out_of_range(options, message):
 def test_normalisation_is_of_the_proxy_set_and_for_all():
     data = ready(Numbered(proxy=Numbered(offset=5000), test=60, normalize=True))
     public = torch.zeros(400, 1, 4, 4)
-    public[:, 0, 0, 0] = torch.arange(5000, 5400) / 1000
+    public[:, 0, 0, 0] = torch.arange(5000, 5400) / 10_000
     mean, std = public.double().mean().item(), public.double().std(unbiased=False).item()
     for samples in (data.train, data.proxy, data.validation, data.test):
         assert samples.mean == pytest.approx((mean,))

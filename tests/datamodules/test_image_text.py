@@ -175,7 +175,7 @@ def test_names_from_another_folder_in_a_table_of_columns(tmp_path):
     for name, number in (("train", 0), ("test", 1)):
         (tmp_path / "lists" / f"{name}.csv").write_text(f'name,says\nimages/{number}.png,"red, or so"\n')
     data = ready(
-        ImageText(str(tmp_path / "lists"), size=6, root=str(tmp_path), file="name", caption="says", channels=1)
+        ImageText(str(tmp_path / "lists"), size=6, image_root=str(tmp_path), file="name", caption="says", channels=1)
     )
     assert captions(data, data.train) == captions(data, data.test) == ["red, or so"]
     assert data.input_shape == (1, 6, 6)

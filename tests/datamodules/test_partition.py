@@ -208,6 +208,38 @@ def test_by_group_divides_the_largest_groups():
     assert [len(part) for part in parts] == [225] * 4 + [100]
 
 
+def test_by_group_names_clients_and_tells_who_went_where(caplog):
+    kinds, sites = np.zeros(120, int), np.repeat(["north", "east", "west"], [60, 40, 20])
+
+    def named(clients):
+        caplog.clear()
+        parts = ByGroup().split(kinds, clients, np.random.default_rng(0), sites)
+        return ByGroup().names(parts, sites), caplog.text
+
+    names, said = named(3)
+    assert names == ["east", "north", "west"]
+    assert not said
+    names, said = named(2)
+    assert names == ["north", "east + west"]
+    assert "by_group: 3 groups are put together to make 2 clients: client 0: north; client 1: east + west" in said
+    names, said = named(5)
+    assert names == ["east (1/2)", "east (2/2)", "north (1/2)", "north (2/2)", "west"]
+    assert "by_group: 3 groups are divided to make 5 clients: client 0: east (1/2); " in said
+
+
+def test_names_of_many_groups_stay_short(caplog):
+    sites = np.arange(900) // 3
+    parts = ByGroup().split(np.zeros(900, int), 30, np.random.default_rng(0), sites)
+    names = ByGroup().names(parts, sites)
+    assert names[0].endswith(" + 6 more") and max(map(len, names)) < 40
+    assert "; and 18 more" in caplog.text
+
+
+def test_clients_of_other_partitioners_are_numbers():
+    parts = IID().split(LABELS, 3, np.random.default_rng(0), GROUPS)
+    assert IID().names(parts, GROUPS) == ["", "", ""]
+
+
 def test_by_group_needs_groups():
     with pytest.raises(UserError, match="natural client or domain column"):
         ByGroup().split(LABELS, 3, np.random.default_rng(0))
