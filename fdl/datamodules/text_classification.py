@@ -34,8 +34,10 @@ class TextClassification(FederatedDataModule):
         context: most tokens of a text, with the special ones.
         tokenizer: ``"bytes"``, a local file or folder, or a name on the Hugging Face hub.
         text: key of the text, or two keys for pairs, e.g. ``[sentence1, sentence2]``.
-        label: key of the class: whole numbers from 0, or names.
-        classes: names of the classes in the order of their numbers; None: the sorted names, or the numbers.
+        label: key of the class: whole numbers or names. Numbers are classes in their order, so that 1 and 5 are classes
+            0 and 1, which a line says; 1.0 is 1.
+        classes: names of the classes in the order of their numbers, which then count from 0; None: the sorted names or
+            numbers of the training texts.
         group: key of the natural client or domain; None: there are no groups.
         split: key of the split; records without it are training texts.
         splits: what the splits are called, by ``train``, ``validation`` and ``test``; None: the usual names.
