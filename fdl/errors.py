@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 
 
 class UserError(Exception):
@@ -12,6 +16,26 @@ class UserError(Exception):
     The message is complete: it names the file, key or client and what was expected. The command line prints
     it without a traceback and exits with code 2.
     """
+
+
+class MissingPathError(UserError):
+    """There is nothing at a path that the user gave.
+
+    Args:
+        path: as given; a relative one starts where the process does.
+        expected: what should be there.
+    """
+
+    def __init__(self, path: Path, expected: str = "file or folder"):
+        self.path = path
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        super().__init__(f"{path}: no such {expected}{where}{variable_hint(path)}")
+
+
+def variable_hint(path: str | Path) -> str:
+    """How an environment variable in a path is written in a recipe, where one was written as in a shell."""
+    found = _VARIABLE.search(str(path))
+    return f"; environment variables are written ${{oc.env:{found[1]}}}" if found else ""
 
 
 class RecipeError(UserError):

@@ -85,8 +85,8 @@ def test_files_that_are_no_text(tmp_path):
         TextFiles(str(tmp_path / "absent.txt"), context=8)
     with pytest.raises(UserError, match=r"no text in this folder \(\.txt"):
         ready(TextFiles(str(tmp_path), context=8, test=1))
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 text \(invalid start byte at byte 0\)"):
+    (tmp_path / "a.txt").write_bytes(b"a\n\xff")
+    with pytest.raises(UserError, match=r"a\.txt: line 2: not UTF-8 text \(invalid start byte\); set encoding"):
         ready(TextFiles(str(tmp_path), context=8, test=1))
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"a\.txt: the file is empty"):
