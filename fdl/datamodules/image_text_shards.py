@@ -168,7 +168,8 @@ def _expanded(pattern: str) -> list[str]:
         if ends:
             low, high = ends.groups()
             padded = any(len(end) > 1 and end[0] == "0" for end in (low, high))
-            choices = [str(number).zfill(len(high) if padded else 1) for number in range(int(low), int(high) + 1)]
+            width = max(len(low), len(high)) if padded else 1
+            choices = [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
         elif "," in braces[1]:
             choices = braces[1].split(",")
         else:

@@ -14,7 +14,7 @@ from fdl.datamodules.base import FederatedDataModule, Source
 from fdl.datamodules.classes import Classes
 from fdl.datamodules.records import SKIP, Record, existing
 from fdl.datamodules.tables import Layout, Table, read_folders
-from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids
+from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids, token_limit
 from fdl.errors import UserError
 from fdl.seeding import numpy_stream
 
@@ -105,7 +105,7 @@ class TextClassification(FederatedDataModule):
         samples = {split: self._samples(split, records, classes) for split, records in table.splits.items()}
         if cut := {split: count for split, count in self.truncated.items() if count}:
             parts = [f"{count:,} of {len(samples[split]):,} {split} texts" for split, count in cut.items()]
-            log.warning("%s: cut to %d tokens: %s", self.name, self.context, ", ".join(parts))
+            log.warning("%s: cut to %s: %s", self.name, token_limit(self.context, self._spec), ", ".join(parts))
         train = samples["train"]
         return Source(
             train, classes.names, test=samples.get("test"), validation=samples.get("validation"), groups=train.groups

@@ -65,6 +65,10 @@ class TextFiles(LanguageDataModule):
             result["test"] = result.pop("validation")
         return result
 
+    def _advice(self) -> str:
+        finer = {"file": "paragraph or line", "paragraph": "line"}.get(self._document)
+        return super()._advice() + (f", or make more documents of the files with document: {finer}" if finer else "")
+
     def _cut(self, text: str) -> list[str]:
         pattern = _CUTS[self._document]
         return [text] if pattern is None else [part for part in re.split(pattern, text) if part.strip()]

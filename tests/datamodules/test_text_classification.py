@@ -79,6 +79,11 @@ def test_texts_get_what_bert_expects_around_them(tmp_path, bert):
     assert data.truncated == {"train": 2}  # of all training texts, before some are held out
 
 
+def test_what_tokens_are_is_said_where_none_were_chosen(tmp_path, caplog):
+    ready(TextClassification(reviews(tmp_path / "a.jsonl"), context=10, test=10))
+    assert "cut to 10 tokens, which are bytes (set tokenizer for others): " in caplog.text
+
+
 def test_pairs_with_marks_between(tmp_path, bert, caplog):
     rows = [{"q": "good film", "p": "bad play", "label": 0}, {"q": "a", "p": "b b b b b b b", "label": 1}] * 2
     path = jsonl(tmp_path / "a.jsonl", rows)
