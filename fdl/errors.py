@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 
 
 class UserError(Exception):
@@ -29,13 +26,7 @@ class MissingPathError(UserError):
     def __init__(self, path: Path, expected: str = "file or folder"):
         self.path = path
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
-        super().__init__(f"{path}: no such {expected}{where}{variable_hint(path)}")
-
-
-def variable_hint(path: str | Path) -> str:
-    """How an environment variable in a path is written in a recipe, where one was written as in a shell."""
-    found = _VARIABLE.search(str(path))
-    return f"; environment variables are written ${{oc.env:{found[1]}}}" if found else ""
+        super().__init__(f"{path}: no such {expected}{where}")
 
 
 class RecipeError(UserError):

@@ -20,6 +20,7 @@ from fdl.datamodules.files import decode
 from fdl.datamodules.pairs import PairDataModule, PairSamples
 from fdl.datamodules.records import SKIP, Record
 from fdl.errors import UserError
+from fdl.paths import expanded
 
 log = logging.getLogger("fdl")
 
@@ -141,7 +142,7 @@ class ImageTextShards(PairDataModule):
 
 def _shards(path: str) -> list[Path]:
     """The tar files that a path or pattern means, in the order of their names."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_file():
         return [place]
     if place.is_dir():

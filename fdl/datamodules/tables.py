@@ -13,6 +13,7 @@ from fdl.datamodules.records import TEXTS, Record, ends_with, existing, read_tex
 from fdl.datamodules.table_files import TABLES, read_named_table, table_files
 from fdl.errors import UserError
 from fdl.libraries import library
+from fdl.paths import expanded
 
 log = logging.getLogger("fdl")
 
@@ -147,14 +148,14 @@ class Layout:
 
     def files(self) -> list[tuple[str | None, Path]]:
         """The tables in the folder, each with its split, as `table_files`; none where the path is no folder."""
-        folder = Path(self.path).expanduser()
+        folder = expanded(self.path)
         known = self.splits.values() if self.splits else [name for names in SPLITS.values() for name in names]
         return table_files(folder, list(known)) if folder.is_dir() else []
 
     @property
     def is_saved(self) -> bool:
         """Whether the path is a folder that the library ``datasets`` has saved."""
-        return any((Path(self.path).expanduser() / name).is_file() for name in _SAVED)
+        return any((expanded(self.path) / name).is_file() for name in _SAVED)
 
 
 def read_folders(

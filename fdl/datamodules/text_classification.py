@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from fdl.datamodules.records import SKIP, Record, existing
 from fdl.datamodules.tables import Layout, Table, read_folders
 from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids, token_limit
 from fdl.errors import UserError
+from fdl.paths import expanded
 from fdl.seeding import numpy_stream
 
 log = logging.getLogger("fdl")
@@ -81,7 +81,7 @@ class TextClassification(FederatedDataModule):
             raise UserError(f"text must be one key, or two for pairs, got {text}")
         full = tuple(self._texts) if skip_empty else ()
         self._layout = Layout(path, split, splits, where, full, delimiter, encoding)
-        self._folders = Path(path).expanduser().is_dir() and not (self._layout.is_saved or self._layout.files())
+        self._folders = expanded(path).is_dir() and not (self._layout.is_saved or self._layout.files())
         self.context, self._spec = context, tokenizer
         self._label, self._classes, self._group = label, classes, group
         self.truncated: dict[str, int] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +12,7 @@ from fdl.datamodules.base import Source
 from fdl.datamodules.images import ImageDataModule
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
+from fdl.paths import expanded
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -35,7 +35,7 @@ class TorchvisionDataModule(ImageDataModule):
 
     def __init__(self, path: str = "data", download: bool = False, normalize: bool = True, **common: Any):
         super().__init__(normalize=normalize, **common)
-        self._path, self._download = Path(path).expanduser(), download
+        self._path, self._download = expanded(path), download
 
     @property
     @abstractmethod
