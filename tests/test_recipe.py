@@ -373,7 +373,7 @@ def test_a_target_s_override_is_blamed_and_not_the_recipe_s_line():
         ("data.args.root=x", "takes no 'root'; known: "),
         ("data={target: text_files, args: {root: x, context: 8}}", "takes no 'root'; did you mean 'path'?"),
         ("data={target: text_files, args: {path: x, max_length: 8}}", "takes no 'max_length'; did you mean 'context'?"),
-        ("data.args.colour=x", "takes no 'colour'; known: batch_size, limit, proxy,"),
+        ("data.args.colour=x", "takes no 'colour'; known: augment, batch_size, channels, limit,"),
         ("data.args.proxy=a/b.txt", "to read it, write {target: text_files, args: {path: a/b.txt, context: 64}}"),
         (
             "data.args.proxy=b.csv",
