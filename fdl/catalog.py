@@ -203,6 +203,8 @@ def find(target: str, kind: Kind, base: str = "") -> Target:
     Raises:
         UserError: when there is no such thing, or it is something else; without the recipe's key.
     """
+    if _is_path(target):
+        raise UserError(f"{target!r} is a path; expected the name of {kind}{_reader(target, kind)}")
     if "." not in target:
         names = short_names(kind)
         if target not in names:
@@ -223,6 +225,32 @@ def find(target: str, kind: Kind, base: str = "") -> Target:
         raise UserError(f"{target} cannot be used: its {kind.called}() needs {missing!r}")
     arguments = signature(found)
     return Target(target, found, arguments if arguments is not None else _inspect(import_dotted(target)))
+
+
+_READERS = {
+    (".txt", ".md", ".txt.gz", ".md.gz"): "text_files, args: {path: PATH, context: 64}",
+    (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".csv.gz", ".tsv.gz", ".parquet"): (
+        "text_table, args: {path: PATH, context: 64, text: text}"
+    ),
+    (".npz",): "arrays, args: {path: PATH}",
+    (".tar", ".tar.gz", ".tgz"): "image_text_shards, args: {path: PATH, size: 224}",
+}
+"""Which data module reads files of an ending, as one would write it."""
+
+
+def _is_path(target: str) -> bool:
+    """Whether a file or folder stands where a name or dotted path should."""
+    return "/" in target or target.lower().endswith(tuple(end for ends in _READERS for end in ends))
+
+
+def _reader(target: str, kind: Kind) -> str:
+    """What to write in place of a path, where a data module reads it."""
+    if kind.name != "datamodule":
+        return ", or a dotted path"
+    found = next((how for ends, how in _READERS.items() if target.lower().endswith(ends)), None)
+    if found is None:
+        found = "NAME, args: {path: PATH}"
+    return f"; to read it, write {{target: {found.replace('PATH', target)}}}"
 
 
 def _missing_in_call(found: Definition, kind: Kind) -> str | None:

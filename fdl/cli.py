@@ -10,41 +10,23 @@ from pathlib import Path
 
 from fdl import __version__
 from fdl.clusters import is_follower
-from fdl.errors import UserError
-from fdl.terminal import console, log_to_stderr
+from fdl.errors import MissingPathError, UserError
+from fdl.terminal import console, log_to_stderr, write_anything
 
 FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
 
 AUDIT_FAILED = 3
 """Exit code of a run that was carried out well but whose data are less private than its account says."""
 
-LISTS = (
-    "methods",
-    "modules",
-    "datamodules",
-    "partitioners",
-    "codecs",
-    "faults",
-    "confidences",
-    "encoders",
-    "evaluators",
-    "attacks",
-    "aligners",
-    "adversaries",
-    "options",
-    "server_optimizers",
-    "robust_rules",
-    "callbacks",
-    "optimizers",
-    "schedulers",
-    "recipes",
-    "keys",
-)
-
 
 def run(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
+    options = None
+    write_anything()
     try:
+        if not argv:
+            _parser().print_help()
+            return 0
         options, overrides = _parse(argv)
         log_to_stderr()
         if str(Path.cwd()) not in sys.path:
@@ -54,7 +36,7 @@ def run(argv: list[str]) -> int:
         return COMMANDS[options.command](options, overrides, argv)
     except UserError as error:
         where = " in another process of the run" if is_follower() else ""
-        print(f"error{where}: {error}", file=sys.stderr)
+        print(f"error{where}: {error}{_beside_recipe(error, options)}", file=sys.stderr)
         return 2
 
 
@@ -128,11 +110,10 @@ def audit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]
 
 
 def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
-    """Print what can stand in a recipe: name, one line, and where it is defined."""
-    from fdl.listing import section
+    """Print what can stand in a recipe: name, one line, and where it is defined; or what one plug-in takes."""
+    from fdl.listing import page
 
-    for name in [options.kind] if options.kind else LISTS:
-        print(section(name, title=options.kind is None))
+    print(page(options.words))
     return 0
 
 
@@ -149,6 +130,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], Sequence[str]], int
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(f"{message}\n{self.prog} --help tells more")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        # as argparse says it, with the nearest choice instead of all in one line
+        if action.choices is not None and value not in action.choices:
+            from fdl.catalog import suggest
+
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggest(str(value), action.choices)}")
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -233,9 +221,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--attacks", type=_names, metavar="A,B", help="default: the recipe's, or else a set of them")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the attacks: evaluation.attacks")
 
-    sub = command("list", "Print what can stand in a recipe, and where it is defined.", "list methods", "list keys")
-    plural = lambda kind: kind if kind in LISTS else f"{kind[:-1]}ies" if kind[-1:] == "y" else f"{kind}s"  # noqa: E731
-    sub.add_argument("kind", nargs="?", type=plural, choices=LISTS, metavar="kind", help=", ".join(LISTS))
+    sub = command(
+        "list",
+        "Print what can stand in a recipe, and where it is defined; of one plug-in, what it takes.",
+        "list methods",
+        "list keys",
+        "list module timm",
+    )
+    sub.add_argument("words", nargs="*", metavar="what", help="a kind, metrics, recipes or keys; and a name of it")
     return parser
 
 
@@ -269,6 +262,22 @@ def _explain_option(option: str, others: list[str]) -> str:
 
 def _folder(options: argparse.Namespace, recipe) -> Path:
     return options.output_dir or Path(recipe.output) / recipe.name
+
+
+def _beside_recipe(error: UserError, options: argparse.Namespace | None) -> str:
+    """Where a recipe lies, when something that it names by a relative path is missing: people look for it there."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, MissingPathError):
+        cause = cause.__cause__
+    recipe = getattr(options, "recipe", None)
+    if cause is None or cause.path.is_absolute() or recipe is None:
+        return ""
+    folders = dict.fromkeys(Path(one).absolute().parent for one in ([recipe] if isinstance(recipe, str) else recipe))
+    for folder in folders:
+        if (folder / cause.path).exists():
+            return f"; beside the recipe there is {folder / cause.path}, but paths start where fdl does"
+    elsewhere = [str(folder) for folder in folders if folder != Path.cwd()]
+    return f"; paths start where fdl does, not in the recipe's {elsewhere[0]}" if elsewhere else ""
 
 
 def _program() -> str:

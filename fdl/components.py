@@ -111,7 +111,8 @@ class Checker:
                 self.problem(where, f"{name} is given by fdl")
             elif name not in known and not found.signature.open:
                 names = [n for n in known if n not in kind.reserved]
-                hint = f"; it is called {renamed[name]!r}" if name in renamed else suggest(str(name), names)
+                hint = f"; it is called {renamed[name]!r}" if name in renamed else _also_called(str(name), names)
+                hint = hint or suggest(str(name), names, few=99)
                 self.problem(where, f"{found.path} takes no {name!r}{hint}")
             else:
                 result[name] = self.read(value, known.get(name, Parameter(name, False)), where)
@@ -259,6 +260,23 @@ _SCALARS = {
     "bool": lambda v: isinstance(v, bool),
     "None": lambda v: v is None,
 }
+
+
+_USUAL_NAMES = {
+    "path": ("root", "dir", "folder", "directory", "file", "filename", "data_dir", "data_path", "image_dir"),
+    "context": ("max_length", "max_len", "seq_len", "sequence_length", "block_size", "context_length"),
+    "size": ("image_size", "img_size", "resolution", "input_size"),
+    "text": ("text_column", "text_key", "column", "sentence"),
+    "label": ("label_column", "label_key", "target_column"),
+    "delimiter": ("sep", "separator"),
+}
+"""What other libraries call arguments, by our name."""
+
+
+def _also_called(name: str, known: list[str]) -> str:
+    """A hint at the argument that another library calls so."""
+    ours = next((ours for ours, theirs in _USUAL_NAMES.items() if name.lower() in theirs and ours in known), None)
+    return f"; did you mean {ours!r}?" if ours else ""
 
 
 def _alternatives(annotation: ast.expr) -> list[ast.expr]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -12,6 +13,20 @@ class UserError(Exception):
     The message is complete: it names the file, key or client and what was expected. The command line prints
     it without a traceback and exits with code 2.
     """
+
+
+class MissingPathError(UserError):
+    """There is nothing at a path that the user gave.
+
+    Args:
+        path: as given; a relative one starts where the process does.
+        expected: what should be there.
+    """
+
+    def __init__(self, path: Path, expected: str = "file or folder"):
+        self.path = path
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        super().__init__(f"{path}: no such {expected}{where}")
 
 
 class RecipeError(UserError):

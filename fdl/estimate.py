@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING
 
 from fdl.errors import RefusedError
@@ -12,12 +14,16 @@ if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
 
 
-def estimate_bytes(loop: FederatedLoop, round: int = 1) -> dict[str, dict[int, int]]:
-    """Rehearse rounds with all clients and untrained models, and really encode their messages.
+log = logging.getLogger("fdl")
 
-    Sizes are exact where a codec's output does not depend on the values; an entropy stage usually does a little better
-    once models are trained. What comes after the first round may differ from it, since the server then has something
-    to say.
+_TELL_AFTER = 5.0
+"""Seconds without a word, after which a line says how far it is."""
+
+Sizes = dict[str, dict[int, int]]
+
+
+def estimate_bytes(loop: FederatedLoop, round: int = 1) -> Sizes:
+    """What one round sends, see `estimate_rounds`.
 
     Args:
         loop: freshly built; left as it was.
@@ -26,6 +32,23 @@ def estimate_bytes(loop: FederatedLoop, round: int = 1) -> dict[str, dict[int, i
     Returns:
         ``{"down": {client: bytes}, "up": {client: bytes}}``.
     """
+    return estimate_rounds(loop, round)[-1]
+
+
+def estimate_rounds(loop: FederatedLoop, rounds: int) -> list[Sizes]:
+    """Rehearse rounds with all clients and untrained models, and really encode their messages.
+
+    Sizes are exact where a codec's output does not depend on the values; an entropy stage usually does a little better
+    once models are trained. What comes after the first round may differ from it, since the server then has something
+    to say.
+
+    Args:
+        loop: freshly built; left as it was.
+        rounds: how many rounds to measure.
+
+    Returns:
+        For each round ``{"down": {client: bytes}, "up": {client: bytes}}``.
+    """
     server = loop.server
     ledger, server_state = loop.ledger.state_dict(), dict(server.state)
     client_states = [dict(client.state) for client in loop.clients]
@@ -33,12 +56,12 @@ def estimate_bytes(loop: FederatedLoop, round: int = 1) -> dict[str, dict[int, i
     with loop.runtime.rehearsal():
         loop.begin(0)
         loop.method.setup(server, loop.clients)
-        for number in range(1, round + 1):
-            _rehearse(loop, number, learn=number < round)
-    sizes: dict[str, dict[int, int]] = {d: {client.id: 0 for client in loop.clients} for d in ("down", "up")}
+        for number in range(1, rounds + 1):
+            _rehearse(loop, number, learn=number < rounds)
+    sizes: list[Sizes] = [{d: {client.id: 0 for client in loop.clients} for d in ("down", "up")} for _ in range(rounds)]
     for row in loop.ledger.rows():
-        if row.direction in sizes and row.round == round:
-            sizes[row.direction][row.client] += row.bytes
+        if row.direction in ("down", "up") and 1 <= row.round <= rounds:
+            sizes[row.round - 1][row.direction][row.client] += row.bytes
     loop.ledger.load_state_dict(ledger)
     server.state = server_state
     if student is not None:
@@ -54,7 +77,11 @@ def _rehearse(loop: FederatedLoop, round: int, learn: bool) -> None:
     """One round of messages; `learn` lets the server take them in, so that it can answer in the next."""
     loop.begin(round)
     aggregate = loop.method.aggregate(loop.server) if learn else None
-    for client in loop.clients:
+    told = time.monotonic()
+    for place, client in enumerate(loop.clients):
+        if time.monotonic() - told > _TELL_AFTER:
+            log.info("still counting: round %d, client %d of %d", round, place + 1, len(loop.clients))
+            told = time.monotonic()
         if loop.server.arrival is not None and len(client.train) == 0:  # as in a run: without data it sits out
             continue
         try:

@@ -17,6 +17,7 @@ from fdl import checkpoint, runs
 from fdl.build import build
 from fdl.checkpoint import write_atomically
 from fdl.errors import UserError
+from fdl.libraries import library
 from fdl.model_card import model_card
 from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.timm_model import Timm
@@ -153,11 +154,8 @@ def _torch(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
 
 
 def _onnx(student: LightningModule, loop: FederatedLoop, folder: Path) -> str:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError('--format onnx needs the extra "onnx": pip install "fdl[onnx]"') from error
+    library("onnx", "onnx", "--format onnx", has="ModelProto")
+    library("onnxscript", "onnx", "--format onnx", has="script")
     lines = ["import onnxruntime", ""]
     for name, (part, example) in _parts(student, loop).items():
         batch = torch.export.Dim("batch", min=1, max=65536)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 from rich.filesize import decimal
 
 from fdl.build import build
-from fdl.estimate import estimate_bytes
+from fdl.estimate import estimate_rounds
 from fdl.listing import columns
 from fdl.sharding import require_gpus
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
     from fdl.loop import FederatedLoop
     from fdl.recipe import Recipe
+
+log = logging.getLogger("fdl")
 
 _MOST_CLASSES = 20
 _Sizes = dict[str, dict[int, int]]
@@ -33,13 +36,16 @@ def describe(recipe: Recipe, folder: Path) -> str:
         UserError: the recipe needs GPUs, and there are none.
     """
     require_gpus(recipe)
+    log.info("reading the data and building the models")
     loop = build(recipe, folder, launch=False)
     return "\n".join([*_clients(loop), "", *_server(loop, folder)])
 
 
 def _clients(loop: FederatedLoop) -> list[str]:
     """A row a client: model, data, and the most bytes of a round."""
-    first, later = estimate_bytes(loop), estimate_bytes(loop, round=2)
+    public = "" if not loop.server.proxy else f", with {len(loop.server.proxy):,} public samples"
+    log.info("counting the bytes of two rounds of %d untrained clients%s", len(loop.clients), public)
+    first, later = estimate_rounds(loop, 2)
     header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
     rows: list[tuple[object, ...]] = [header]
     for client in loop.clients:

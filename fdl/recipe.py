@@ -257,7 +257,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), variant: Mapping[str, 
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        config = OmegaConf.load(path)
+        config, lines = OmegaConf.load(path), _lines(text)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: there is no such recipe file{_near_file(path)}") from None
     except UnicodeDecodeError as error:
@@ -266,14 +266,18 @@ def load(path: str | Path, overrides: Sequence[str] = (), variant: Mapping[str, 
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(str(path), [f"not valid YAML{where}: {getattr(error, 'problem', error)}"]) from error
+        where, hint = "", ""
+        if mark is not None:
+            where = f" in line {mark.line + 1}, column {mark.column + 1}"
+            before = "".join(text.split("\n")[mark.line : mark.line + 1])[: mark.column + 1]
+            hint = "; this is a tab, and YAML is indented with spaces" if "\t" in before else ""
+        raise RecipeError(str(path), [f"not valid YAML{where}: {getattr(error, 'problem', error)}{hint}"]) from error
     except OmegaConfBaseException as error:
         raise RecipeError(str(path), [f"{_plain_key(error.full_key)}: {_first_line(error)}"]) from error
     tree = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else None
     if tree is None:
         raise RecipeError(str(path), ["expected a mapping of keys to values"])
-    return from_mapping(tree, overrides, variant, str(path), path.stem, _lines(text))
+    return from_mapping(tree, overrides, variant, str(path), path.stem, lines)
 
 
 def from_mapping(
@@ -331,6 +335,8 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 _ABSENT = object()
 _MODULE = SourceModule(__name__, Path(__file__))
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The parser that omegaconf reads with: the one in Python refuses tabs that this one, and YAML, allow."""
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -421,14 +427,15 @@ def _lines(text: str) -> dict[str, int]:
                 lines[f"{prefix}.{i}"] = value.start_mark.line + 1
                 walk(value, f"{prefix}.{i}")
 
-    walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    walk(yaml.compose(text, Loader=_LOADER), "")
     return lines
 
 
 def _located(where: str, message: str, overrides: Sequence[Override], lines: Mapping[str, int]) -> str:
     """A problem with the override or line that it comes from."""
     for override in reversed(overrides):
-        if where == override.key or where.startswith(f"{override.key}."):
+        # what is wrong with a component as a whole is wrong with its target
+        if where == override.key or override.key == f"{where}.target" or where.startswith(f"{override.key}."):
             return f"{where}: {message} (from the override {override.text!r})"
     parent = where
     while parent and parent not in lines:

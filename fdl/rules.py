@@ -18,6 +18,8 @@ from fdl.tasks import TASKS
 
 Problems = list[tuple[str, str]]
 
+_LONGEST_NAME = 200
+"""File systems take 255 bytes, and names of files that go with a run have more."""
 _FITS = {"local", "distil", "digest"}
 
 
@@ -61,10 +63,16 @@ def _name(tree: dict[str, Any], broken: set[str]) -> Problems:
         return []
     variants = (tree.get("compare") or {}).get("variants", {}) if "compare" not in broken else {}
     named = {"name": tree["name"], **{f"compare.variants.{v}": v for v in variants}}
-    return [
+    problems = [
         (k, f"{v!r} names a folder: letters, digits, '.', '_', '+' and '-' only, not beginning with a dot")
         for k, v in named.items()
         if not re.fullmatch(r"[\w+-][\w.+-]*", str(v))
+    ]
+    sizes = {k: len(str(v).encode()) for k, v in named.items()}
+    return problems + [
+        (k, f"names a folder, and has {size} bytes; at most {_LONGEST_NAME}, please")
+        for k, size in sizes.items()
+        if size > _LONGEST_NAME
     ]
 
 

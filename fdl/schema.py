@@ -191,7 +191,8 @@ def keys(schema: type, prefix: str = "") -> list[tuple[str, str, Any, str]]:
             result += keys(hint, f"{prefix}{name}.")
         else:
             kind = field.metadata.get("kind")
-            text = (f"list of {kind}s" if _item(hint) else kind) if kind else describe(parse_expression(field.type))
+            text = describe(parse_expression(field.type)) if kind is None else kind
+            text = f"list of {KINDS[kind].plural}" if kind and _item(hint) else text
             if kind and optional:
                 text += " or null"
             result.append((f"{prefix}{name}", text, default, field.metadata.get("doc", "")))

@@ -72,12 +72,14 @@ class Parameter(NamedTuple):
         required: whether it has no default.
         annotation: its type as written, None where there is none.
         module: the file in which the annotation's names have their meaning.
+        default: its default as written, None where there is none or the source does not tell.
     """
 
     name: str
     required: bool
     annotation: ast.expr | None = None
     module: SourceModule | None = None
+    default: ast.expr | None = None
 
 
 class Signature(NamedTuple):
@@ -309,7 +311,7 @@ def _of_function(node: ast.FunctionDef, module: SourceModule, skip_first: bool) 
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     pairs = list(zip(positional, defaults))[len(arguments.posonlyargs) or int(skip_first) :]
     pairs += zip(arguments.kwonlyargs, arguments.kw_defaults)
-    parameters = {a.arg: Parameter(a.arg, d is None, a.annotation, module) for a, d in pairs}
+    parameters = {a.arg: Parameter(a.arg, d is None, a.annotation, module, d) for a, d in pairs}
     if arguments.kwarg is None:
         return Signature(parameters), None
     for call in (n for n in ast.walk(node) if isinstance(n, ast.Call)):

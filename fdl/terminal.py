@@ -21,6 +21,13 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDE)
 
 
+def write_anything() -> None:
+    """Let standard output and error replace letters that their encoding lacks, such as μ in Windows' cp1252."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def log_to_stderr() -> None:
     """Show what fdl logs on standard error; of others, warnings only."""
     root = logging.getLogger()

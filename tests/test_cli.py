@@ -13,6 +13,7 @@ from fdl import runs
 from fdl.__main__ import main
 from fdl.callbacks.base import CallbackList
 from fdl.recipe import load
+from fdl.tasks import TASKS
 
 RECIPE = """\
 # python -m fdl fit --recipe recipes/small.yaml
@@ -108,8 +109,9 @@ FIT = "fit --recipe recipes/small.yaml"
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", ["the following arguments are required: command"]),
-        ("fitt", ["invalid choice: 'fitt'"]),
+        ("fitt", ["invalid choice: 'fitt'; did you mean 'fit'?"]),
+        ("fi", ["invalid choice: 'fi'; did you mean 'fit'?"]),
+        ("export --run x --format onx", ["argument --format: invalid choice: 'onx'; did you mean 'onnx'?"]),
         ("fit", ["the following arguments are required: --recipe"]),
         ("fit --recipe", ["argument --recipe: expected one argument"]),
         ("fit --recipe nothing.yaml", ["nothing.yaml: there is no such recipe file", "recipes/small.yaml"]),
@@ -131,7 +133,14 @@ FIT = "fit --recipe recipes/small.yaml"
         (f"compare{FIT[3:]} --methods distillation", ["teacher: missing: method distillation needs teacher"]),
         (f"{FIT} --resume", ["runs/small: there is no checkpoint to resume from"]),
         (f"{FIT} --output-dir recipes/small.yaml", ["recipes/small.yaml: is a file, expected a folder"]),
-        ("list method-s", ["invalid choice: 'method-ss'", "'methods'"]),
+        ("list method-s", ["nothing is called 'method-s'; did you mean 'methods'?"]),
+        ("list nonsense", ["nothing is called 'nonsense'; fdl list takes methods, modules,"]),
+        ("list tim", ["nothing is called 'tim'; did you mean 'timm'?"]),
+        ("list modules tim", ["there is no module 'tim'; did you mean 'timm'?"]),
+        ("list keys seed", ["'keys' is no kind of plug-in; fdl list takes"]),
+        ("list a b c", ["expected at most a kind and a name"]),
+        (f"{FIT} name={'x' * 300}", ["name: names a folder, and has 300 bytes; at most 200"]),
+        (f"{FIT} data.args.proxy=public/notes.txt", ["data.args.proxy: 'public/notes.txt' is a path"]),
     ],
 )
 def test_mistakes_end_with_one_message_and_code_2(federation, capsys, line, words):
@@ -184,6 +193,52 @@ def test_every_command_has_help_with_an_example(capsys, command):
     assert f"python -m fdl {command}" in capsys.readouterr().out
 
 
+def test_no_command_prints_the_help(capsys):
+    code, out, err = fdl(capsys, "")
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: ") and "Run a federation." in out
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize("line", ["list", "list keys", f"{FIT} seed=μ"])
+def test_output_in_any_encoding(here, encoding, line):
+    """Letters that it lacks are replaced, and end nothing: μ is in none of these."""
+    command = [sys.executable, "-m", "fdl", *line.split()]
+    result = subprocess.run(command, capture_output=True, env={**_environment(), "PYTHONIOENCODING": encoding})
+    printed = (result.stdout + result.stderr).decode(encoding)
+    assert result.returncode == (2 if "seed" in line else 0) and "Traceback" not in printed
+    assert "'?'" in printed if "seed" in line else "federation.rounds" in printed
+
+
+def test_list_says_what_a_plugin_takes(here, capsys):
+    code, out, _ = fdl(capsys, "list text_files")
+    assert code == 0 and out.startswith("text_files, a datamodule: Plain text, .txt or .md")
+    rows = {line.split()[0]: line for line in out.partition("\nargs\n")[2].splitlines() if line[2:3].strip()}
+    assert list(rows)[:2] == ["path", "context"]  # what is needed comes first
+    assert "str, needed" in rows["path"] and "tokens of a window" in rows["context"]
+    assert "one of 'file', 'paragraph', 'line', default 'file'" in rows["document"]
+    assert "public proxy set" in rows["proxy"]  # of the base class
+    assert fdl(capsys, "list datamodule text_files") == (code, out, "")
+    both = fdl(capsys, "list adam")[1] + fdl(capsys, "list prototypes")[1]
+    assert "adam, an optimizer" in both and "prototypes, " in both
+
+
+def test_list_metrics(here, capsys):
+    out = fdl(capsys, "list metrics")[1]
+    lines = dict(line.split(None, 1) for line in out.splitlines())
+    assert lines["nll"] == "classification, language (by default)" and lines["accuracy"].endswith("(by default)")
+    assert len(lines) == len({name for task in TASKS.values() for name in task.metrics})
+
+
+def test_lists_wrap_on_a_terminal(here, capsys, monkeypatch):
+    monkeypatch.setattr("fdl.listing._width", lambda: 80)
+    for line in ("list", "list keys", "list modules", "list timm"):
+        printed = fdl(capsys, line)[1].splitlines()
+        assert max(map(len, printed)) <= 80, line
+    keys = fdl(capsys, "list keys")[1]
+    assert "list of adversaries" in " ".join(keys.split())
+
+
 def test_list_prints_name_line_and_place(here, capsys):
     code, out, _ = fdl(capsys, "list methods")
     assert code == 0
@@ -217,6 +272,18 @@ def test_list_shows_everything(here, capsys):
         "  seed",
     ):
         assert word in out
+
+
+def test_where_a_missing_file_was_looked_for(here, capsys):
+    data = "data={target: text_files, args: {path: notes/a.txt, context: 8, test: 1}}"
+    command = ["check", "--recipe", "recipes/small.yaml", data, "method=centralized"]
+    code = main(command)
+    err = capsys.readouterr().err
+    assert code == 2 and f"notes/a.txt: no such file or folder in {here}; paths start where fdl does, not in" in err
+    (here / "recipes" / "notes").mkdir()
+    (here / "recipes" / "notes" / "a.txt").write_text("text")
+    main(command)
+    assert f"beside the recipe there is {here}/recipes/notes/a.txt, but paths start where" in capsys.readouterr().err
 
 
 # --- fit and its folder
@@ -472,8 +539,12 @@ def test_compare_of_a_changed_recipe_is_refused(federation, capsys):
 
 
 def test_check_builds_and_trains_nothing(here, capsys):
-    code, out, _ = fdl(capsys, "check --recipe recipes/small.yaml")
+    code, out, err = fdl(capsys, "check --recipe recipes/small.yaml")
     assert code == 0
+    assert err.splitlines() == [
+        "reading the data and building the models",
+        "counting the bytes of two rounds of 3 untrained clients, with 400 public samples",
+    ]
     assert "alpha: 0.5" in out  # the resolved recipe
     rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["student"]]
     assert [row[0] for row in rows] == ["0", "1", "2"]

@@ -357,6 +357,38 @@ def test_a_problem_names_its_override():
     assert "(from the override 'local={batch_size: x}')" in problems("local={batch_size: x}")[0]
 
 
+def test_a_target_s_override_is_blamed_and_not_the_recipe_s_line():
+    with pytest.raises(RecipeError) as caught:
+        from_mapping(
+            {**BASE, "specialists": [{"target": "mlp"}]}, ["specialists.0.target=mpl"], lines={"specialists.0": 16}
+        )
+    assert caught.value.problems == [
+        "specialists.0: unknown module 'mpl'; did you mean 'mlp'? (from the override 'specialists.0.target=mpl')"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.args.root=x", "takes no 'root'; known: "),
+        ("data={target: text_files, args: {root: x, context: 8}}", "takes no 'root'; did you mean 'path'?"),
+        ("data={target: text_files, args: {path: x, max_length: 8}}", "takes no 'max_length'; did you mean 'context'?"),
+        ("data.args.colour=x", "takes no 'colour'; known: augment, batch_size, channels, limit,"),
+        ("data.args.proxy=a/b.txt", "to read it, write {target: text_files, args: {path: a/b.txt, context: 64}}"),
+        (
+            "data.args.proxy=b.csv",
+            "to read it, write {target: text_table, args: {path: b.csv, context: 64, text: text}}",
+        ),
+        ("data.args.proxy=~/b.npz", "to read it, write {target: arrays, args: {path: ~/b.npz}}"),
+        ("data.args.proxy=shards/", "to read it, write {target: NAME, args: {path: shards/}}"),
+        ("data=a/b.parquet", "'a/b.parquet' is a path; expected the name of a datamodule; to read it, write"),
+        ("student=a/b", "'a/b' is a path; expected the name of a module, or a dotted path"),
+    ],
+)
+def test_what_to_write_instead(override, words):
+    assert any(words in problem for problem in problems(override)), problems(override)
+
+
 def test_the_message_is_whole():
     with pytest.raises(RecipeError) as caught:
         from_mapping({**BASE, "seed": "x"}, source="my.yaml")
@@ -411,7 +443,8 @@ def written(tmp_path, text) -> Path:
     [
         ("method: [fedavg\n", ["not valid YAML in line 2, column 1"]),
         ("seed: 1\nseed: 2\n", ["not valid YAML in line 2", "duplicate key seed"]),
-        ("seed: 1\n\tname: x\n", ["not valid YAML in line 2"]),
+        ("seed: 1\n\tname: x\n", ["not valid YAML in line 2", "this is a tab, and YAML is indented with spaces"]),
+        ("method:\tfedavg\ndata: digits\nstudent:\tmlpp\n", ["unknown module 'mlpp'", "(line 3)"]),
         ("- method\n- data\n", ["expected a mapping of keys to values"]),
         ("seed: ${name\n", ["seed: ", "${name"]),
         ("seed: !!python/name:os.system ''\n", ["not valid YAML in line 1"]),

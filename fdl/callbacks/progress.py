@@ -40,16 +40,17 @@ class ProgressBar(Callback):
         console = Console(file=self._stream)
         if not console.is_terminal or console.is_dumb_terminal:
             return
+        self._brief = console.width < _WIDE
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10 if self._brief else 40),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=console, refresh_per_second=4)
-        status = _status(loop.history[-1]) if loop.history else ""
+        status = _status(loop.history[-1], self._brief) if loop.history else ""
         self._rounds = self._bar.add_task("rounds", total=loop.rounds, completed=loop.round, status=status)
         self._clients = self._bar.add_task("clients", total=None, status="", visible=False)
         self._bar.start()
@@ -70,7 +71,7 @@ class ProgressBar(Callback):
     def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
         """Move the bar of rounds on, or print the round's line."""
         if self._bar is not None:
-            self._bar.update(self._rounds, completed=record["round"], status=_status(record))
+            self._bar.update(self._rounds, completed=record["round"], status=_status(record, self._brief))
             return
         seconds, self._seconds = _seconds(record) - self._seconds, _seconds(record)
         self._stream.write(f"round {record['round']}/{loop.rounds}  {_status(record)}  {seconds:.1f} s\n")
@@ -131,13 +132,25 @@ class SteadyStream:
         return None
 
 
-def _status(record: Mapping[str, Any]) -> str:
-    """The round's outcome in a few words, e.g. ``student 0.912  specialists 0.654  up 12.3 kB  down 4.1 kB``."""
+_WIDE = 120
+"""Letters of a terminal on which all there is to say of a round stands beside the bar."""
+
+
+def _status(record: Mapping[str, Any], brief: bool = False) -> str:
+    """The round's outcome in a few words, e.g. ``student 0.912  specialists 0.654  up 12.3 kB  down 4.1 kB``.
+
+    Args:
+        record: of the round.
+        brief: only the first score, and all bytes in one, e.g. ``student 0.912  16.4 kB``.
+    """
     metrics, sent = record["metrics"], record["communication"]
     score = next((t.score for t in TASKS.values() if any(key.endswith(f"/test/{t.score}") for key in metrics)), "")
     names = {owner: f"{owner}/test/{score}" for owner in ("student", "specialists")}
     words = [f"{name} {metrics[key]:.3f}" for name, key in names.items() if key in metrics]
-    words += [f"up {decimal(sent['upload_bytes'])}", f"down {decimal(sent['download_bytes'])}"]
+    if brief:
+        words = [*words[:1], decimal(sent["upload_bytes"] + sent["download_bytes"])]
+    else:
+        words += [f"up {decimal(sent['upload_bytes'])}", f"down {decimal(sent['download_bytes'])}"]
     if record["refused"]:
         words.append(f"refused {len(record['refused'])}")
     return "  ".join(words)

@@ -67,6 +67,7 @@ class FederatedDataModule(LightningDataModule, ABC):
 
     Attributes:
         task: what models of these data are asked: ``"classification"``, ``"language"`` or ``"image_text"``.
+        counted: what `proxy`, `validation`, `test` and `limit` count, for messages.
         seed: of the held-out sets.
         train: the pooled private samples, labelled where the task is classification.
         proxy: the public proxy set, unlabelled; empty where none was asked for.
@@ -85,6 +86,7 @@ class FederatedDataModule(LightningDataModule, ABC):
     """
 
     task: ClassVar[str] = "classification"
+    counted: ClassVar[str] = "samples"
 
     train: Samples
     proxy: Samples
@@ -292,19 +294,35 @@ class FederatedDataModule(LightningDataModule, ABC):
         total = len(source.train)
         if source.train.labels is None and self.task == "classification":
             raise UserError(f"{self.name}: the training samples have no labels; such data can only be a proxy set")
-        counts = {
-            split: round(size * total) if isinstance(size, float) else size or 0 for split, size in self._sizes.items()
-        }
+        counts = {split: self._count(split, size, total) for split, size in self._sizes.items()}
         if source.test is not None and self._sizes["test"] is not None:
             raise UserError(f"{self.name}: test is set, but the data have a test split of {len(source.test)} already")
         if source.test is None and counts["test"] == 0:
             raise UserError(
-                f"{self.name}: the data have no test split; set test to how many samples to hold out for it"
+                f"{self.name}: the data have no test split; set test to how many {self.counted} to hold out for it, or "
+                "to a share such as 0.2"
             )
         if sum(counts.values()) >= total:
             wanted = " + ".join(f"{split} {count}" for split, count in counts.items() if count)
-            raise UserError(f"{self.name}: {wanted} leave nothing to train on of {total} training samples")
+            raise UserError(f"{self.name}: {wanted} leave nothing to train on of {total} training {self.counted}")
         return counts
+
+    def _count(self, split: str, size: int | float | None, total: int) -> int:
+        """How many a number or share of `total` is.
+
+        Raises:
+            UserError: a share that comes to none.
+        """
+        if not isinstance(size, float):
+            return size or 0
+        count = round(size * total)
+        if size and not count:
+            raise UserError(f"{self.name}: {split} {size:g} of {total} {self.counted} rounds to 0; {self._advice()}")
+        return count
+
+    def _advice(self) -> str:
+        """What to do about a share that comes to none."""
+        return "set a larger share, or a number"
 
     def _hold_out(
         self, split: str, rows: np.ndarray, pool: Samples, count: int, stratify: bool
@@ -318,7 +336,7 @@ class FederatedDataModule(LightningDataModule, ABC):
     def _hold_out_public(self) -> Samples:
         """Take the server's training samples out of those that are ready to be trained on, and leave the rest."""
         size, total = self._public_size or 0, len(self.train)
-        count = round(size * total) if isinstance(size, float) else size
+        count = self._count("public", size, total)
         if count == 0:
             return self.train.subset(np.arange(0))
         if count >= total:

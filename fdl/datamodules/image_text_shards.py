@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +18,16 @@ from fdl.datamodules.base import Source
 from fdl.datamodules.classes import Classes
 from fdl.datamodules.files import decode, spread_of, survey
 from fdl.datamodules.pairs import PairDataModule, PairSamples
-from fdl.datamodules.records import Record
+from fdl.datamodules.records import SKIP, Record
 from fdl.errors import UserError
+from fdl.paths import expanded
 
 log = logging.getLogger("fdl")
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 _MOST_BYTES = 16 << 30
 _Pair = tuple[Record, np.ndarray]
+_ENDS = re.compile(r"\.(tar|tar\.gz|tgz)$", re.IGNORECASE)
 
 
 class ImageTextShards(PairDataModule):
@@ -35,7 +38,8 @@ class ImageTextShards(PairDataModule):
     `image_text`.
 
     Args:
-        path: a tar file, a folder of them, or a pattern such as ``data/train-*.tar``.
+        path: a tar file (also .tar.gz and .tgz), a folder of them, or a pattern such as ``data/train-*.tar`` or
+            ``data/train-{000..012}.tar``.
         size: images are cut to their central square and resized to size × size.
         test_path: tar files of the test split, likewise; None: there is none.
         caption: key of the caption in a .json.
@@ -44,6 +48,7 @@ class ImageTextShards(PairDataModule):
         group: key of the natural client or domain in a .json, or ``"shard"`` for the tar file's name; None: there
             are no groups.
         skip_unreadable: leave out images that cannot be decoded, and log which; else an error names the first one.
+        skip_empty: leave out images without a caption, and log how many; else an error names the first one.
         common: the other arguments of `PairDataModule`.
 
     Raises:
@@ -62,6 +67,7 @@ class ImageTextShards(PairDataModule):
         classes: list[str] | None = None,
         group: str | None = None,
         skip_unreadable: bool = False,
+        skip_empty: bool = False,
         **common: Any,
     ):
         super().__init__(size=size, **common)
@@ -69,7 +75,7 @@ class ImageTextShards(PairDataModule):
         if test_path is not None:
             self._shards["test"] = _shards(test_path)
         self._caption, self._label, self._classes, self._group = caption, label, classes, group
-        self._skip = skip_unreadable
+        self._skip, self._skip_empty = skip_unreadable, skip_empty
 
     def load(self) -> Source:
         """Read and decode all shards."""
@@ -85,7 +91,7 @@ class ImageTextShards(PairDataModule):
         labels = None if classes is None else torch.tensor([classes.code(record) for record in records])
         images = self.in_memory(torch.from_numpy(np.stack([pixels for _, pixels in pairs])), labels)
         groups = np.array([str(record[self._group]) for record in records]) if self._group else None
-        return self.pairs(images, [record.text(self._caption) for record in records], groups)
+        return self.pairs(images, [record.text(self._caption, SKIP) for record in records], groups)
 
     def _levelled(self, splits: dict[str, list[tuple[Record, np.ndarray | bytes]]]) -> dict[str, list[_Pair]]:
         """Decode also the images of more than 8 bits, now that the values of all of them are known."""
@@ -106,10 +112,15 @@ class ImageTextShards(PairDataModule):
 
     def _read(self, shards: list[Path]) -> list[tuple[Record, np.ndarray | bytes]]:
         """All pairs of some shards, with their decoded images, or the file's bytes of images of more than 8 bits."""
-        channels, pairs, size = self.channels or 3, [], 0
+        channels, pairs, size, empty = self.channels or 3, [], 0, 0
         for shard in shards:
             for place, parts in _members(shard):
                 record = self._record(place, shard, parts)
+                if not str(record.fields.get(self._caption) or "").strip():
+                    if not self._skip_empty:
+                        raise UserError(f"{place}: no caption, neither .txt nor {self._caption!r} in a .json{SKIP}")
+                    empty += 1
+                    continue
                 image = next((parts[kind] for kind in _IMAGES if kind in parts), None)
                 if image is None:
                     raise UserError(f"{place}: no image with this caption ({', '.join(_IMAGES)})")
@@ -128,13 +139,15 @@ class ImageTextShards(PairDataModule):
                 if size > _MOST_BYTES:
                     raise UserError(f"{shard}: the images need more than {_MOST_BYTES >> 30} GiB; unpack the shards")
                 pairs.append((record, pixels))
+        if empty:
+            log.warning("%s: left out %d image(s) without a caption", shards[0].parent, empty)
         if not pairs:
             raise UserError(f"{shards[0]}: no images with captions in these shards")
         return pairs
 
     def _record(self, place: str, shard: Path, parts: dict[str, bytes]) -> Record:
         """What is said of a pair, beside its image."""
-        fields: dict[str, Any] = {"shard": shard.stem}
+        fields: dict[str, Any] = {"shard": _ENDS.sub("", shard.name)}
         try:
             if "json" in parts:
                 described = json.loads(parts["json"])
@@ -142,7 +155,7 @@ class ImageTextShards(PairDataModule):
                     raise UserError(f"{place}.json: expected a JSON object")
                 fields |= described
             if "txt" in parts:
-                fields[self._caption] = parts["txt"].decode().strip()
+                fields[self._caption] = parts["txt"].decode("utf-8-sig").strip()
         except ValueError as error:
             raise UserError(f"{place}: its text is not valid ({error})") from error
         return Record(place, fields)
@@ -150,13 +163,42 @@ class ImageTextShards(PairDataModule):
 
 def _shards(path: str) -> list[Path]:
     """The tar files that a path or pattern means, in the order of their names."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_file():
         return [place]
-    found = sorted(place.glob("*.tar") if place.is_dir() else place.parent.glob(place.name))
+    if place.is_dir():
+        found = sorted(file for file in place.iterdir() if file.is_file() and _ENDS.search(file.name))
+        if not found:
+            raise UserError(f"{place}: no tar files in this folder (.tar, .tar.gz, .tgz)")
+        return found
+    found = []
+    for pattern in _expanded(str(place)):
+        one = Path(pattern)
+        files = [one] if one.is_file() else sorted(one.parent.glob(one.name))
+        if not files:
+            raise UserError(f"{one}: no such tar file, nor a folder or pattern of some")
+        found += files
     if not found:
-        raise UserError(f"{place}: no such tar file, nor a folder or pattern of some")
-    return found
+        raise UserError(f"{place}: its braces mean no file: the smaller number comes first")
+    return list(dict.fromkeys(found))
+
+
+def _expanded(pattern: str) -> list[str]:
+    """All that is meant by ``{000..012}`` and ``{a,b}``, as a shell and webdataset read them."""
+    for braces in re.finditer(r"\{([^{}]*)\}", pattern):
+        ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+        if ends:
+            low, high = ends.groups()
+            padded = any(len(end) > 1 and end[0] == "0" for end in (low, high))
+            width = max(len(low), len(high)) if padded else 1
+            choices = [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
+        elif "," in braces[1]:
+            choices = braces[1].split(",")
+        else:
+            continue
+        start, end = pattern[: braces.start()], pattern[braces.end() :]
+        return [one for choice in choices for one in _expanded(f"{start}{choice}{end}")]
+    return [pattern]
 
 
 def _members(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -57,6 +57,7 @@ class LanguageDataModule(FederatedDataModule):
     """
 
     task = "language"
+    counted = "documents"
 
     def __init__(self, context: int, tokenizer: str = "bytes", proxy_groups: list[str] | None = None, **common: Any):
         super().__init__(**common)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fdl.datamodules.base import FederatedDataModule
 from fdl.datamodules.images import ImageDataModule
 from fdl.datamodules.samples import Batch, ImageSamples, Samples, as_indices
-from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids
+from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids, token_limit
 from fdl.errors import UserError
 
 log = logging.getLogger("fdl")
@@ -151,7 +151,8 @@ class PairDataModule(ImageDataModule):
             raise UserError(f"{self.name}: the tokenizer makes nothing of the caption {empty!r:.60}")
         cut = sum(len(one) > self.context for one in ids)
         if cut:
-            log.warning("%s: cut to %d tokens: %d of %d captions", self.name, self.context, cut, len(ids))
+            limit = token_limit(self.context, self._spec)
+            log.warning("%s: cut to %s: %d of %d captions", self.name, limit, cut, len(ids))
         self.truncated += cut
         return PairSamples(images, from_ids(self.tokenizer, [one[: self.context] for one in ids]), groups)
 

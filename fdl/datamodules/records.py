@@ -1,17 +1,14 @@
-"""Reading texts and tables from files, with messages that name file and line."""
+"""Records, and texts of files, with messages that name file and line."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from fdl.errors import UserError
+from fdl.datamodules.decoding import read_decoded
+from fdl.errors import MissingPathError, UserError
+from fdl.paths import expanded
 
 SKIP = "; set skip_empty: true to leave such ones out"
 """Advice on empty texts, for data modules that have this argument."""
@@ -19,8 +16,6 @@ SKIP = "; set skip_empty: true to leave such ones out"
 TEXTS = (".txt", ".md", ".txt.gz", ".md.gz")
 """How the names of files of plain text end."""
 
-TABLES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
-"""How the names of files with a record a line end."""
 UNPAIRED = frozenset(map(chr, range(0xD800, 0xE000)))
 """Halves of surrogate pairs: escapes in JSON or Python can make them, UTF-8 and tokenizers have none."""
 
@@ -84,14 +79,18 @@ def checked_text(value: Any, place: str, advice: str = "") -> str:
 
 
 def existing(path: str) -> Path:
-    """A path that the user gave.
+    """A path that the user gave, as `fdl.paths.expanded` reads it.
 
     Raises:
         UserError: when there is nothing.
     """
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise UserError(f"{found}: no such file or folder")
+    found = expanded(path)
+    try:
+        there = found.exists()
+    except OSError as error:  # such as a name that is too long for any file
+        raise UserError(f"{found}: cannot be read ({error.strerror})") from error
+    if not there:
+        raise MissingPathError(found)
     return found
 
 
@@ -101,75 +100,22 @@ def ends_with(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 
 def stem(path: Path) -> str:
-    """The name without its suffixes of `TEXTS` and `TABLES`."""
-    suffix = next((s for s in sorted((*TEXTS, *TABLES), key=len, reverse=True) if path.name.lower().endswith(s)), "")
-    return path.name[: len(path.name) - len(suffix)]
+    """The name without what tells of the format, and of packing."""
+    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
+    return name.rpartition(".")[0].removesuffix(".snappy") or name
 
 
-def read_text(path: Path) -> str:
-    """The whole text of a file in UTF-8, unpacked where it ends in .gz; line ends are left as they are.
+def read_text(path: Path, encoding: str | None = None) -> str:
+    """The whole text of a file, unpacked where it ends in .gz; line ends are left as they are.
+
+    Args:
+        path: the file.
+        encoding: as in `read_decoded`.
 
     Raises:
-        UserError: when it cannot be read, is no UTF-8, or empty.
+        UserError: when it cannot be read, is of another encoding, or empty.
     """
-    text = _read(path, lambda file: file.read())
+    text = read_decoded(path, lambda file: file.read(), encoding)
     if not text.strip():
         raise UserError(f"{path}: the file is empty")
     return text
-
-
-def read_table(path: Path) -> list[Record]:
-    """The records of a JSONL, CSV or TSV file; the latter two begin with a line of column names.
-
-    Raises:
-        UserError: naming the line that is no JSON object, or has another number of columns.
-    """
-    suffixes = path.name.lower().removesuffix(".gz")
-    read = _json_lines if suffixes.endswith(".jsonl") else _delimited("\t" if suffixes.endswith(".tsv") else ",")
-    records = _read(path, lambda file: [Record(f"{path}: line {line}", row) for line, row in read(path, file)])
-    if not records:
-        raise UserError(f"{path}: the file has no records")
-    return records
-
-
-def _json_lines(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(file, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {line}: not valid JSON ({error.msg} at character {error.pos})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: line {line}: expected a JSON object, got {text.strip()[:60]}")
-        yield line, row
-
-
-def _delimited(delimiter: str) -> Callable[[Path, TextIO], Iterator[tuple[int, dict[str, Any]]]]:
-    def read(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-        # files with tabs between columns, such as GLUE's, do not quote
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        rows = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
-        try:
-            for row in rows:
-                if None in row or None in row.values():
-                    count = len(rows.fieldnames)
-                    raise UserError(f"{path}: line {rows.line_num}: expected {count} columns, as in the first line")
-                yield rows.line_num, row
-        except csv.Error as error:
-            raise UserError(f"{path}: line {rows.line_num}: {error}") from error
-
-    return read
-
-
-def _read(path: Path, use: Callable[[TextIO], Any]) -> Any:
-    try:
-        if path.name.lower().endswith(".gz"):
-            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-                return use(file)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return use(file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdl.datamodules.records import TABLES, TEXTS, Record, ends_with, existing, read_table, read_text, stem
+from fdl.datamodules.decoding import checked_encoding
+from fdl.datamodules.records import TEXTS, Record, ends_with, existing, read_text
+from fdl.datamodules.table_files import TABLES, read_named_table, table_files
 from fdl.errors import UserError
+from fdl.libraries import library
+from fdl.paths import expanded
 
 log = logging.getLogger("fdl")
 
@@ -38,16 +42,20 @@ class Layout:
     """Where records are, and which of their keys say where they belong.
 
     Args:
-        path: a JSONL, CSV or TSV file (also .gz); a folder with one such file a split; a folder that the library
-            ``datasets`` has saved; or ``hub:name`` or ``hub:name:config`` for a data set on the Hugging Face hub.
-        split: key of the split; records without it are training records.
+        path: a JSONL, JSON, CSV or TSV file (also .gz), or a parquet file; a folder of such files, called as their
+            splits are, also numbered (``train-00000-of-00002.parquet``) or in folders so called; a folder that the
+            library ``datasets`` has saved; or ``hub:name`` or ``hub:name:config`` for a data set on the Hugging Face
+            hub.
+        split: key of the split; records without it, or with nothing there, are training records.
         splits: which value of it is ``train``, ``validation`` and ``test``, others being left out; None: the usual
             names, with the validation split as the test split where there is no other.
         where: take only records with these values, by key; a list of values takes any of them.
-        full: leave out records in which the value of one of these keys is an empty text.
+        full: leave out records in which the value of one of these keys is an empty text, or null.
+        delimiter: what is between the columns of CSV and TSV files; None: found out from their first lines.
+        encoding: of JSON, CSV and TSV files; None: UTF-8, or what a mark at their start says.
 
     Raises:
-        UserError: when there is nothing at the path.
+        UserError: when there is nothing at the path, or no table; when delimiter or encoding are none.
     """
 
     path: str
@@ -55,8 +63,13 @@ class Layout:
     splits: dict[str, str] | None = None
     where: dict[str, Any] | None = None
     full: tuple[str, ...] = ()
+    delimiter: str | None = None
+    encoding: str | None = None
 
     def __post_init__(self) -> None:
+        checked_encoding(self.encoding)
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            raise UserError(f"delimiter must be one character, such as ';' or '\\t', got {self.delimiter!r}")
         for name in self.splits or {}:
             if name not in SPLITS:
                 raise UserError(f"splits: {name!r} is none of {', '.join(SPLITS)}")
@@ -86,10 +99,11 @@ class Layout:
         found: dict[str, list[Record]] = {}
         empty = 0
         for record in records:
-            if any(isinstance(text := record[key], str) and not text.strip() for key in self.full):
+            if any(_is_empty(record[key]) for key in self.full):
                 empty += 1
             elif record.within(self.where):
-                found.setdefault(str(record.fields.get(self.split, "train")), []).append(record)
+                split = record.fields.get(self.split)
+                found.setdefault("train" if split in (None, "") else str(split), []).append(record)
         if empty:
             log.warning("%s: left out %d records with empty texts", self.path, empty)
         splits: dict[str, list[Record]] = {}
@@ -119,16 +133,34 @@ class Layout:
             return _from_datasets(name, config or None, self.split)
         path = existing(self.path)
         if path.is_file():
-            return read_table(path), {}
-        if any((path / name).is_file() for name in _SAVED):
+            return read_named_table(path, self.delimiter, self.encoding)
+        if self.is_saved:
             return _from_datasets(path, None, self.split)
-        files = [file for file in sorted(path.iterdir()) if ends_with(file, TABLES)]
+        files = self.files()
         if not files:
             raise UserError(f"{path}: no file of {', '.join(TABLES)} in this folder")
-        return [_with(record, self.split, stem(file)) for file in files for record in read_table(file)], {}
+        records, names = [], {}
+        for split, file in files:
+            found, more = read_named_table(file, self.delimiter, self.encoding)
+            records += [_with(record, self.split, split) for record in found]
+            names |= more
+        return records, names
+
+    def files(self) -> list[tuple[str | None, Path]]:
+        """The tables in the folder, each with its split, as `table_files`; none where the path is no folder."""
+        folder = expanded(self.path)
+        known = self.splits.values() if self.splits else [name for names in SPLITS.values() for name in names]
+        return table_files(folder, list(known)) if folder.is_dir() else []
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the path is a folder that the library ``datasets`` has saved."""
+        return any((expanded(self.path) / name).is_file() for name in _SAVED)
 
 
-def read_folders(path: Path, label: str, text: str, split: str, group: str | None) -> list[Record]:
+def read_folders(
+    path: Path, label: str, text: str, split: str, group: str | None, encoding: str | None = None
+) -> list[Record]:
     """Texts in one folder a class, with folders of groups above these, and folders of splits above all.
 
     Args:
@@ -137,6 +169,7 @@ def read_folders(path: Path, label: str, text: str, split: str, group: str | Non
         text: key of the file's text.
         split: key of the split, where there is a folder ``train``.
         group: key of the group; None where there is no such level.
+        encoding: as in `read_text`.
     """
     files = [file for file in sorted(path.rglob("*")) if ends_with(file, TEXTS)]
     levels = [
@@ -148,7 +181,7 @@ def read_folders(path: Path, label: str, text: str, split: str, group: str | Non
     for file in files:
         parts = file.relative_to(path).parts[:-1]
         if len(parts) == len(levels):
-            records.append(Record(str(file), {**dict(zip(levels, parts)), text: read_text(file)}))
+            records.append(Record(str(file), {**dict(zip(levels, parts)), text: read_text(file, encoding)}))
     if not records:
         order = "/".join(["split"] * (split in levels) + ["group"] * (group is not None) + ["class"])
         raise UserError(f"{path}: no texts in {path.name}/{order}/ ({', '.join(TEXTS)})")
@@ -157,10 +190,7 @@ def read_folders(path: Path, label: str, text: str, split: str, group: str | Non
 
 def _from_datasets(source: str | Path, config: str | None, split_key: str) -> tuple[list[Record], dict[str, list[str]]]:
     """All splits of a data set of the library ``datasets``."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f'{source}: needs the library datasets; pip install "fdl[datasets]"') from error
+    datasets = library("datasets", "datasets", str(source), has="load_dataset")
     try:
         if isinstance(source, Path):
             data = datasets.load_from_disk(str(source))
@@ -178,5 +208,9 @@ def _from_datasets(source: str | Path, config: str | None, split_key: str) -> tu
     return records, {key: list(kind.names) for key, kind in features.items() if getattr(kind, "names", None)}
 
 
-def _with(record: Record, key: str, value: str) -> Record:
-    return record if key in record.fields else Record(record.place, {**record.fields, key: value})
+def _is_empty(text: Any) -> bool:
+    return text is None or (isinstance(text, str) and not text.strip())
+
+
+def _with(record: Record, key: str, value: str | None) -> Record:
+    return record if value is None or key in record.fields else Record(record.place, {**record.fields, key: value})

@@ -229,6 +229,11 @@ def require_same_tokenizer(own: Any, public: Any, name: str) -> None:
         raise UserError(f"proxy: {public.name} and {name} have different tokenizers; give both the same")
 
 
+def token_limit(context: int, tokenizer: str) -> str:
+    """A length in tokens, for messages, which say what tokens are where no tokenizer was chosen."""
+    return f"{context} tokens" + (", which are bytes (set tokenizer for others)" if tokenizer == "bytes" else "")
+
+
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """starts[0] … starts[0]+lengths[0]-1, starts[1] …: positions of ragged rows in one array."""
     before = np.cumsum(lengths) - lengths

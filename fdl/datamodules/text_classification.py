@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,18 @@ import torch
 
 from fdl.datamodules.base import FederatedDataModule, Source
 from fdl.datamodules.classes import Classes
-from fdl.datamodules.records import SKIP, TABLES, Record, ends_with, existing
+from fdl.datamodules.records import SKIP, Record, existing
 from fdl.datamodules.tables import Layout, Table, read_folders
-from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids
+from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids, token_limit
 from fdl.errors import UserError
+from fdl.paths import expanded
 from fdl.seeding import numpy_stream
 
 log = logging.getLogger("fdl")
 
 
 class TextClassification(FederatedDataModule):
-    """Labelled texts from JSONL, CSV or TSV files, from folders named after classes, or of Hugging Face.
+    """Labelled texts from JSONL, JSON, CSV, TSV or parquet files, from folders named after classes, or of Hugging Face.
 
     In folders, root/class/*.txt, there may be one more level, root/group/class/*.txt, if `group` is set to any name,
     and folders ``train``, ``test`` and ``val`` above all. Texts get what the tokenizer puts around them, such as
@@ -34,13 +34,17 @@ class TextClassification(FederatedDataModule):
         context: most tokens of a text, with the special ones.
         tokenizer: ``"bytes"``, a local file or folder, or a name on the Hugging Face hub.
         text: key of the text, or two keys for pairs, e.g. ``[sentence1, sentence2]``.
-        label: key of the class: whole numbers from 0, or names.
-        classes: names of the classes in the order of their numbers; None: the sorted names, or the numbers.
+        label: key of the class: whole numbers or names. Numbers are classes in their order, so that 1 and 5 are classes
+            0 and 1, which a line says; 1.0 is 1.
+        classes: names of the classes in the order of their numbers, which then count from 0; None: the sorted names or
+            numbers of the training texts.
         group: key of the natural client or domain; None: there are no groups.
         split: key of the split; records without it are training texts.
         splits: what the splits are called, by ``train``, ``validation`` and ``test``; None: the usual names.
         where: take only records with these values, by key; a list of values takes any of them.
-        skip_empty: leave out records with an empty text; else an error names the first one.
+        skip_empty: leave out records with an empty text or none; else an error names the first one.
+        delimiter: what is between the columns of CSV and TSV files; None: found out from their first lines.
+        encoding: of the files, such as ``cp1252``; None: UTF-8, or what a mark at their start says.
         common: the arguments of `FederatedDataModule`.
 
     Attributes:
@@ -65,6 +69,8 @@ class TextClassification(FederatedDataModule):
         splits: dict[str, str] | None = None,
         where: dict[str, Any] | None = None,
         skip_empty: bool = False,
+        delimiter: str | None = None,
+        encoding: str | None = None,
         **common: Any,
     ):
         super().__init__(**common)
@@ -73,8 +79,9 @@ class TextClassification(FederatedDataModule):
         self._texts = [text] if isinstance(text, str) else list(text)
         if len(self._texts) not in (1, 2):
             raise UserError(f"text must be one key, or two for pairs, got {text}")
-        self._layout = Layout(path, split, splits, where, tuple(self._texts) if skip_empty else ())
-        self._folders = _is_folders(path)
+        full = tuple(self._texts) if skip_empty else ()
+        self._layout = Layout(path, split, splits, where, full, delimiter, encoding)
+        self._folders = expanded(path).is_dir() and not (self._layout.is_saved or self._layout.files())
         self.context, self._spec = context, tokenizer
         self._label, self._classes, self._group = label, classes, group
         self.truncated: dict[str, int] = {}
@@ -98,7 +105,7 @@ class TextClassification(FederatedDataModule):
         samples = {split: self._samples(split, records, classes) for split, records in table.splits.items()}
         if cut := {split: count for split, count in self.truncated.items() if count}:
             parts = [f"{count:,} of {len(samples[split]):,} {split} texts" for split, count in cut.items()]
-            log.warning("%s: cut to %d tokens: %s", self.name, self.context, ", ".join(parts))
+            log.warning("%s: cut to %s: %s", self.name, token_limit(self.context, self._spec), ", ".join(parts))
         train = samples["train"]
         return Source(
             train, classes.names, test=samples.get("test"), validation=samples.get("validation"), groups=train.groups
@@ -108,7 +115,8 @@ class TextClassification(FederatedDataModule):
         if not self._folders:
             return self._layout.read()
         root, layout = existing(self._layout.path), self._layout
-        return layout.sorted(read_folders(root, self._label, self._texts[0], layout.split, self._group))
+        records = read_folders(root, self._label, self._texts[0], layout.split, self._group, layout.encoding)
+        return layout.sorted(records)
 
     def _samples(self, split: str, records: list[Record], classes: Classes) -> TextSamples:
         columns = [token_ids(self.tokenizer, [record.text(key, SKIP) for record in records]) for key in self._texts]
@@ -134,12 +142,6 @@ class TextClassification(FederatedDataModule):
         require_same_tokenizer(self, public, self.name)
         texts = public.source(self.stratify_public).train.unlabelled().truncated(self.context)
         return texts.subset(numpy_stream(self.seed, "proxy order").permutation(len(texts)))
-
-
-def _is_folders(path: str) -> bool:
-    """Whether a path is a folder of folders of texts, with no table in it."""
-    folder = Path(path).expanduser()
-    return folder.is_dir() and not any(ends_with(file, (*TABLES, ".json")) for file in folder.iterdir())
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from fdl.datamodules.decoding import checked_encoding
 from fdl.datamodules.language import Documents, LanguageDataModule
 from fdl.datamodules.records import TEXTS, ends_with, existing, read_text, stem
 from fdl.datamodules.tables import SPLITS
@@ -19,13 +20,14 @@ class TextFiles(LanguageDataModule):
 
     In a folder, each folder directly below it is a group, with all files in it; without such folders each file is a
     group. Folders ``train``, ``test`` and ``val`` (or ``dev``, ``valid``, ``validation``) are splits, and the groups
-    are looked for in each of them; ``val`` without ``test`` is the test split. Files are UTF-8.
+    are looked for in each of them; ``val`` without ``test`` is the test split.
 
     Args:
         path: the file or folder.
         context: tokens of a window.
         document: what a document is, of which no part goes to another set: a file, a paragraph (ended by an empty
             line), or a line.
+        encoding: of the files, such as ``cp1252``; None: UTF-8, or what a mark at their start says.
         common: the other arguments of `LanguageDataModule`.
 
     Raises:
@@ -34,11 +36,18 @@ class TextFiles(LanguageDataModule):
 
     name = "text_files"
 
-    def __init__(self, path: str, context: int, document: Literal["file", "paragraph", "line"] = "file", **common: Any):
+    def __init__(
+        self,
+        path: str,
+        context: int,
+        document: Literal["file", "paragraph", "line"] = "file",
+        encoding: str | None = None,
+        **common: Any,
+    ):
         super().__init__(context=context, **common)
         if document not in _CUTS:
             raise UserError(f"document must be one of {', '.join(_CUTS)}, got {document!r}")
-        self._path, self._document = existing(path), document
+        self._path, self._document, self._encoding = existing(path), document, checked_encoding(encoding)
 
     def documents(self) -> dict[str, Documents]:
         """Read all files, in the order of their names."""
@@ -51,10 +60,14 @@ class TextFiles(LanguageDataModule):
         for split, folder in folders.items():
             result[split] = Documents()
             for group, file in _files(folder):
-                result[split].add(self._cut(read_text(file)), group)
+                result[split].add(self._cut(read_text(file, self._encoding)), group)
         if "test" not in result and "validation" in result:
             result["test"] = result.pop("validation")
         return result
+
+    def _advice(self) -> str:
+        finer = {"file": "paragraph or line", "paragraph": "line"}.get(self._document)
+        return super()._advice() + (f", or make more documents of the files with document: {finer}" if finer else "")
 
     def _cut(self, text: str) -> list[str]:
         pattern = _CUTS[self._document]

@@ -10,7 +10,7 @@ from fdl.datamodules.tables import Layout
 
 
 class TextTable(LanguageDataModule):
-    """Texts from JSONL, CSV or TSV files, one record a line, or from a data set of Hugging Face.
+    """Texts from JSONL, JSON, CSV, TSV or parquet files, one record a text, or from a data set of Hugging Face.
 
     Args:
         path: as in `Layout`: a file, a folder with a file a split, or ``hub:name``.
@@ -20,7 +20,9 @@ class TextTable(LanguageDataModule):
         split: key of the split; records without it are training documents.
         splits: what the splits are called, by ``train``, ``validation`` and ``test``; None: the usual names.
         where: take only records with these values, by key; a list of values takes any of them.
-        skip_empty: leave out records with an empty text; else an error names the first one.
+        skip_empty: leave out records with an empty text or none; else an error names the first one.
+        delimiter: what is between the columns of CSV and TSV files; None: found out from their first lines.
+        encoding: of the files, such as ``cp1252``; None: UTF-8, or what a mark at their start says.
         common: the other arguments of `LanguageDataModule`.
 
     Raises:
@@ -39,10 +41,12 @@ class TextTable(LanguageDataModule):
         splits: dict[str, str] | None = None,
         where: dict[str, Any] | None = None,
         skip_empty: bool = False,
+        delimiter: str | None = None,
+        encoding: str | None = None,
         **common: Any,
     ):
         super().__init__(context=context, **common)
-        self._layout = Layout(path, split, splits, where, (text,) if skip_empty else ())
+        self._layout = Layout(path, split, splits, where, (text,) if skip_empty else (), delimiter, encoding)
         self._text, self._group = text, group
 
     def documents(self) -> dict[str, Documents]:

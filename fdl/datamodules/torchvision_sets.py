@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +12,7 @@ from fdl.datamodules.base import Source
 from fdl.datamodules.images import ImageDataModule
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
+from fdl.paths import expanded
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -21,7 +21,7 @@ class TorchvisionDataModule(ImageDataModule):
     """Base of data sets that torchvision reads, in the folders and formats that it writes.
 
     Args:
-        root: torchvision's data folder.
+        path: torchvision's data folder.
         download: fetch the data set when it is not there.
         normalize: as in `ImageDataModule`, with the published constants of each data set.
         common: the other arguments of `ImageDataModule`.
@@ -31,11 +31,11 @@ class TorchvisionDataModule(ImageDataModule):
     """
 
     folder: ClassVar[str] = ""
-    """Where torchvision keeps the data set below the root."""
+    """Where torchvision keeps the data set below the path."""
 
-    def __init__(self, root: str = "data", download: bool = False, normalize: bool = True, **common: Any):
+    def __init__(self, path: str = "data", download: bool = False, normalize: bool = True, **common: Any):
         super().__init__(normalize=normalize, **common)
-        self._root, self._download = Path(root).expanduser(), download
+        self._path, self._download = expanded(path), download
 
     @property
     @abstractmethod
@@ -54,7 +54,7 @@ class TorchvisionDataModule(ImageDataModule):
                 try:
                     self.open(split, download=True)
                 except (OSError, RuntimeError) as error:
-                    raise UserError(f"{self.name}: cannot download to {self._root.absolute()}: {error}") from error
+                    raise UserError(f"{self.name}: cannot download to {self._path.absolute()}: {error}") from error
 
     def read(self, split: str) -> datasets.VisionDataset:
         """One split from the disk.
@@ -65,10 +65,10 @@ class TorchvisionDataModule(ImageDataModule):
         try:
             return self.open(split, download=False)
         except (OSError, RuntimeError) as error:
-            place = (self._root / self.folder).absolute()
+            place = (self._path / self.folder).absolute()
             raise UserError(
                 f"{self.name}: its {split} split is absent from {place}, or damaged; set download: true to fetch it "
-                "from the internet, or root to the folder where torchvision has stored it"
+                "from the internet, or path to the folder where torchvision has stored it"
             ) from error
 
 
@@ -109,7 +109,7 @@ class CIFAR10(_InMemory):
 
     def open(self, split: str, download: bool) -> datasets.CIFAR10:
         """One split as torchvision gives it."""
-        return datasets.CIFAR10(self._root, train=split == "train", download=download)
+        return datasets.CIFAR10(self._path, train=split == "train", download=download)
 
 
 class CIFAR100(_InMemory):
@@ -124,7 +124,7 @@ class CIFAR100(_InMemory):
 
     def open(self, split: str, download: bool) -> datasets.CIFAR100:
         """One split as torchvision gives it."""
-        return datasets.CIFAR100(self._root, train=split == "train", download=download)
+        return datasets.CIFAR100(self._path, train=split == "train", download=download)
 
 
 class FashionMNIST(_InMemory):
@@ -139,7 +139,7 @@ class FashionMNIST(_InMemory):
 
     def open(self, split: str, download: bool) -> datasets.FashionMNIST:
         """One split as torchvision gives it."""
-        return datasets.FashionMNIST(self._root, train=split == "train", download=download)
+        return datasets.FashionMNIST(self._path, train=split == "train", download=download)
 
 
 class SVHN(_InMemory):
@@ -166,7 +166,7 @@ class SVHN(_InMemory):
 
     def open(self, split: str, download: bool) -> datasets.SVHN:
         """One split as torchvision gives it."""
-        return datasets.SVHN(self._root, split=split, download=download)
+        return datasets.SVHN(self._path, split=split, download=download)
 
     def class_names(self, train: datasets.VisionDataset) -> list[str]:
         """The ten digits."""
@@ -193,7 +193,7 @@ class Flowers102(TorchvisionDataModule):
 
     def open(self, split: str, download: bool) -> datasets.Flowers102:
         """One split as torchvision gives it."""
-        return datasets.Flowers102(self._root, split=split, download=download)
+        return datasets.Flowers102(self._path, split=split, download=download)
 
     def load(self) -> Source:
         """List the files of the three splits."""

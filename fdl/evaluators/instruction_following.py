@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fdl.catalog import suggest
-from fdl.datamodules.records import Record, existing, read_table
+from fdl.datamodules.records import Record, existing
+from fdl.datamodules.table_files import read_table
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator, at_least
 from fdl.evaluators.continuation import continuations, text_model

@@ -108,7 +108,7 @@ class Tokenizer:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if self.eos is not None:
             settings["eos_token"] = self.inner.id_to_token(self.eos)
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 class ByteTokenizer(Tokenizer):
@@ -251,7 +251,7 @@ def _from_folder(folder: Path) -> Tokenizer | ClipTokenizer:
     if (folder / "tokenizer.json").is_file():
         return _from_file(folder / "tokenizer.json")
     if (folder / FILE).is_file():
-        return ClipTokenizer(json.loads((folder / FILE).read_text(encoding="utf-8"))["model"])
+        return ClipTokenizer(json.loads((folder / FILE).read_text(encoding="utf-8-sig"))["model"])
     for vocabulary in _PAIRS:
         if (folder / vocabulary).is_file():
             return _from_file(folder / vocabulary)
@@ -295,7 +295,7 @@ def _eos(inner: tokenizers.Tokenizer, folder: Path) -> int | None:
     """The id that ends a text, by the settings beside a file, else by the one name that all of ours have."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            settings = json.loads((folder / name).read_text(encoding="utf-8-sig"))
             found = next((settings[key] for key in _EOS_KEYS if settings.get(key)), None)
             if found is not None:
                 return inner.token_to_id(found["content"] if isinstance(found, dict) else found)
@@ -328,7 +328,7 @@ def _by_transformers(spec: str) -> Tokenizer:
 def _text(path: Path) -> str:
     content = path.read_bytes()
     try:
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"tokenizer: {path} cannot be read: {error}") from error
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from fdl.catalog import suggest
 from fdl.errors import UserError
+from fdl.libraries import library
 from fdl.modules.features import matching
 
 TUNINGS = ("full", "head", "frozen", "lora")
@@ -140,13 +141,10 @@ def linear_layers(network: nn.Module) -> list[str]:
 
 
 def _add_lora(network: nn.Module, head_names: Sequence[str], settings: dict[str, Any]) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError('tuning: lora needs peft: pip install "fdl[peft]"') from error
+    peft = library("peft", "peft", "tuning: lora", has="inject_adapter_in_model")
     rank, alpha = settings["rank"], settings["alpha"]
     chosen = _targets(network, head_names, settings["targets"])
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=settings["dropout"],
@@ -155,7 +153,7 @@ def _add_lora(network: nn.Module, head_names: Sequence[str], settings: dict[str,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of GPT-2's transposed weights, which it handles
-        inject_adapter_in_model(config, network)
+        peft.inject_adapter_in_model(config, network)
     if settings["freeze_a"]:
         for name, layer in network.named_modules():
             if name.endswith(".lora_A.default"):

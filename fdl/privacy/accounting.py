@@ -31,6 +31,7 @@ from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 from fdl.errors import UserError
+from fdl.libraries import library
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -258,10 +259,7 @@ def _sampled(noise: float, probability: float, count: int) -> DpEvent:
 
 def import_accounting() -> None:
     """Raise a UserError that names the extra where ``dp_accounting`` is not installed."""
-    try:
-        import dp_accounting  # noqa: F401
-    except ImportError as error:
-        raise UserError('privacy needs dp-accounting: pip install "fdl[privacy]"') from error
+    library("dp_accounting", "privacy", "privacy", has="dp_event")
 
 
 def _delta(delta: float) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.callbacks.base import Callback
 from fdl.cohort import draw
-from fdl.errors import UserError
+from fdl.libraries import library
 from fdl.privacy.accounting import Policy, import_accounting
 
 if TYPE_CHECKING:
@@ -39,10 +39,7 @@ def trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
     settings = recipe.privacy
     if policy is None or settings.training != "dp_sgd":
         return None
-    try:
-        import opacus  # noqa: F401
-    except ImportError as error:
-        raise UserError('privacy needs opacus: pip install "fdl[privacy]"') from error
+    library("opacus", "privacy", "privacy", has="PrivacyEngine")
     from fdl.privacy.dp_sgd import DPSGD
 
     return DPSGD(

@@ -1,4 +1,5 @@
 import io
+import re
 import subprocess
 import sys
 import time
@@ -67,6 +68,16 @@ def test_bar_on_a_terminal_ends_with_the_last_state(tmp_path, terminal):
     assert "4/4" in last and "student 0.900" in last and "up 24.6 kB" in last
     assert "\x1b[?25h" in screen.getvalue(), "the cursor must come back"
     assert sys.stdout is screen
+
+
+def test_bar_fits_a_narrow_terminal(tmp_path, terminal, monkeypatch):
+    """Everything that is shown is whole, and the bar is wide enough to be one."""
+    screen = terminal()
+    monkeypatch.setenv("COLUMNS", "80")
+    FakeLoop(tmp_path).run(ProgressBar())
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue().rsplit("rounds", 1)[1]).splitlines()[0]
+    assert re.fullmatch(r" ━{10} 4/4 student 0\.900  36\.9 kB \d:\d\d:\d\d \d:\d\d:\d\d\s*", last), last
+    assert "…" not in screen.getvalue()
 
 
 def test_bar_shows_the_clients_of_a_round(tmp_path, terminal):

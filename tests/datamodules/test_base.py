@@ -195,7 +195,11 @@ def test_no_proxy_set(none):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "no test split; set test to"),
+        ({}, "no test split; set test to how many samples to hold out for it, or to a share such as 0.2"),
+        ({"test": 0.001}, "test 0.001 of 400 samples rounds to 0; set a larger share, or a number"),
+        ({"test": 10, "proxy": 0.001}, "proxy 0.001 of 400 samples rounds to 0"),
+        ({"test": 10, "validation": 0.001}, "validation 0.001 of 400 samples rounds to 0"),
+        ({"test": 10, "public": 0.001}, "public 0.001 of 390 samples rounds to 0"),
         ({"test_count": 50, "test": 20}, "test is set, but the data have a test split of 50 already"),
         ({"test": 300, "proxy": 0.25}, r"test 300 \+ proxy 100 leave nothing to train on of 400"),
         ({"test": 10, "labelled": False}, "no labels; such data can only be a proxy set"),

@@ -252,7 +252,7 @@ def test_what_is_wrong_with_arrays(tmp_path, changes, message):
 
 
 def shard(path, members):
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -288,6 +288,34 @@ def test_shards(tmp_path):
     assert colours(data.test) == ["red"]
 
 
+def test_shards_by_pattern_and_folder(tmp_path):
+    """In the order of their names, packed or not; numbers in braces are as wide as they are written."""
+    for name, colour in (("train-008", "red"), ("train-009", "green"), ("train-010", "blue")):
+        shard(tmp_path / f"{name}.tar.gz", {"1.png": painted(colour), "1.txt": b"\xef\xbb\xbf" + colour.encode()})
+    for path in (tmp_path, tmp_path / "train-{008..010}.tar.gz", tmp_path / "train-{008,009,010}.tar.gz"):
+        data = ImageTextShards(str(path), 6, group="shard").load().train
+        assert colours(data) == ["red", "green", "blue"]
+        assert data.groups.tolist() == ["train-008", "train-009", "train-010"]
+    assert len(ImageTextShards(str(tmp_path / "train-0{09..10}.tar.gz"), 6).load().train) == 2
+    with pytest.raises(UserError, match=r"train-011\.tar\.gz: no such tar file"):
+        ImageTextShards(str(tmp_path / "train-{008..011}.tar.gz"), 6)
+    with pytest.raises(UserError, match="its braces mean no file: the smaller number comes first"):
+        ImageTextShards(str(tmp_path / "train-{010..008}.tar.gz"), 6)
+    assert shards_module._expanded("a{0..10..2}-{8..10}{x}") == [f"a{{0..10..2}}-{i}{{x}}" for i in (8, 9, 10)]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no tar files in this folder"):
+        ImageTextShards(str(tmp_path / "empty"), 6)
+
+
+def test_images_without_captions_can_be_left_out(tmp_path, caplog):
+    members = {f"{i}.png": painted("red") for i in range(5)} | {"0.txt": b"red", "1.txt": b" ", "4.txt": b"rose"}
+    members["2.json"] = b'{"caption": null}'
+    shard(tmp_path / "a.tar", dict(sorted(members.items())))
+    data = ready(ImageTextShards(str(tmp_path / "a.tar"), 6, test=1, skip_empty=True))
+    assert sorted(captions(data, data.train) + captions(data, data.test)) == ["red", "rose"]
+    assert "left out 3 image(s) without a caption" in caplog.text
+
+
 def test_what_is_wrong_with_a_shard(tmp_path, monkeypatch):
     path = tmp_path / "a.tar"
     good = {"1.png": painted("red"), "1.txt": b"red", "3.png": painted("red"), "3.txt": b"red"}
@@ -297,7 +325,9 @@ def test_what_is_wrong_with_a_shard(tmp_path, monkeypatch):
     data = ready(ImageTextShards(str(path), 6, test=1, skip_unreadable=True))
     assert len(data.train) + len(data.test) == 2
     for members, message in (
-        ({"1.png": painted("red")}, r"a\.tar: 1: no key 'caption'"),
+        ({"1.png": painted("red")}, r"a\.tar: 1: no caption, neither .* set skip_empty: true"),
+        ({"1.png": painted("red"), "1.txt": b" "}, r"a\.tar: 1: no caption, neither"),
+        ({"1.png": painted("red"), "1.json": b'{"caption": null}'}, r"a\.tar: 1: no caption, neither"),
         ({"1.txt": b"red"}, r"a\.tar: 1: no image with this caption"),
         ({"1.png": painted("red"), "1.json": b"{"}, r"a\.tar: 1: its text is not valid"),
         ({"1.png": painted("red"), "1.json": b"[]"}, r"a\.tar: 1\.json: expected a JSON object"),

@@ -66,6 +66,25 @@ def test_a_file_in_windows(tmp_path):
         assert data.proxy.batch(torch.arange(len(data.proxy)))[0].shape == (len(data.proxy), 8)
 
 
+def test_a_share_that_rounds_to_no_document_is_told(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text("one\n\ntwo\n" * 20)
+    with pytest.raises(UserError, match=r"test 0\.05 of 4 documents rounds to 0; set .* document: paragraph or line"):
+        ready(TextFiles(str(tmp_path), context=8, test=0.05))
+    assert len(ready(TextFiles(str(tmp_path), context=8, test=0.05, document="paragraph")).test) > 0
+
+
+def test_files_of_another_encoding(tmp_path):
+    text = "café, naïve\n" * 8
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
+    with pytest.raises(UserError, match=r"a\.txt: line 1: not UTF-8 text .*; set encoding to .* cp1252"):
+        TextFiles(str(tmp_path / "a.txt"), context=8).documents()
+    for written, said in (("cp1252", "cp1252"), ("utf-16", None), ("utf-8-sig", None)):
+        (tmp_path / "a.txt").write_bytes(text.encode(written))
+        data = TextFiles(str(tmp_path / "a.txt"), context=8, encoding=said)
+        assert data.documents()["train"].texts == [text]
+
+
 def test_folders_are_groups_and_splits(tmp_path):
     for place in ("train/law/a", "train/law/deep/b", "train/poems/c", "val/poems/d"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +104,8 @@ def test_files_that_are_no_text(tmp_path):
         TextFiles(str(tmp_path / "absent.txt"), context=8)
     with pytest.raises(UserError, match=r"no text in this folder \(\.txt"):
         ready(TextFiles(str(tmp_path), context=8, test=1))
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 text \(invalid start byte at byte 0\)"):
+    (tmp_path / "a.txt").write_bytes(b"a\n\xff")
+    with pytest.raises(UserError, match=r"a\.txt: line 2: not UTF-8 text \(invalid start byte\); set encoding"):
         ready(TextFiles(str(tmp_path), context=8, test=1))
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(UserError, match=r"a\.txt: the file is empty"):

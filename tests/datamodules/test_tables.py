@@ -1,9 +1,15 @@
+import codecs
+import csv
 import gzip
+import io
 import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
+import pyarrow
+import pyarrow.parquet as pyarrow_parquet
 import pytest
 
 from fdl.datamodules.tables import Layout
@@ -92,12 +98,184 @@ def test_damaged_and_missing_files(tmp_path):
         Layout(str(tmp_path / "b.csv")).read()
     with pytest.raises(UserError, match=r"absent\.jsonl: no such file or folder"):
         Layout(str(tmp_path / "absent.jsonl"))
-    (tmp_path / "c.parquet").write_text("x")
-    with pytest.raises(UserError, match=r"c\.parquet: expected a file of \.jsonl"):
-        Layout(str(tmp_path / "c.parquet"))
+    (tmp_path / "c.xlsx").write_text("x")
+    with pytest.raises(UserError, match=r"c\.xlsx: expected a file of \.jsonl"):
+        Layout(str(tmp_path / "c.xlsx"))
+    with pytest.raises(UserError, match=r"cannot be read .*File name too long"):
+        Layout("x" * 300)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no file of \.jsonl"):
         Layout(str(tmp_path / "empty")).read()
+
+
+# -- formats -----------------------------------------------------------------------------------------------------
+
+
+def columns(delimiter=",", quoting=csv.QUOTE_MINIMAL, rows=ROWS):
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter, quoting=quoting)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def parquet(rows=ROWS):
+    stream = io.BytesIO()
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+def written(path, content):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def texts(path, **options):
+    table = Layout(path, **options).read()
+    return {split: [(r["text"], str(r["n"])) for r in records] for split, records in table.splits.items()}
+
+
+EXPECTED = {"train": [(f"t{i}", str(i)) for i in range(4)], "test": [("t4", "4"), ("t5", "5")]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("comma.csv", columns()),
+        ("semicolon.csv", columns(";")),
+        ("bar.csv", columns("|")),
+        ("tab.csv", columns("\t")),
+        ("tab.tsv", columns("\t")),
+        ("quoted.tsv", columns("\t", csv.QUOTE_ALL)),
+        ("semicolon.tsv", columns(";")),
+        ("semicolon.csv.gz", gzip.compress(columns(";").encode())),
+        ("excel.csv", "sep=;\r\n" + columns(";")),
+        ("mark.csv", b"\xef\xbb\xbf" + columns().encode()),
+        ("mark.csv.gz", gzip.compress(b"\xef\xbb\xbf" + columns().encode())),
+        ("mark.jsonl", b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in ROWS).encode()),
+        ("mark.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + "".join(json.dumps(r) + "\n" for r in ROWS).encode())),
+        ("utf16.csv", columns().encode("utf-16")),
+        ("utf16.csv", codecs.BOM_UTF16_BE + columns().encode("utf-16-be")),
+        ("utf32.csv", columns().encode("utf-32")),
+        ("list.json", json.dumps(ROWS)),
+        ("list.jsonl", json.dumps(ROWS, indent=1)),
+        ("lines.json", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("list.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("some.parquet", parquet()),
+    ],
+)
+def test_every_format_gives_the_same_records(tmp_path, name, content):
+    assert texts(written(tmp_path / name, content)) == EXPECTED
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_fields_of_any_length(tmp_path, suffix):
+    """The library's limit on fields is the process's; it is as before afterwards."""
+    long = "very long document " * 8000
+    rows = [{"text": long, "n": 1}, {"text": "x", "n": 2}]
+    make = {"csv": columns, "tsv": lambda rows: columns("\t", rows=rows), "parquet": parquet}
+    make |= {"jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows), "json": json.dumps}
+    before = csv.field_size_limit()
+    found = texts(written(tmp_path / f"a.{suffix}", make[suffix](rows=rows) if suffix == "csv" else make[suffix](rows)))
+    assert found == {"train": [(long, "1"), ("x", "2")]}
+    assert csv.field_size_limit() == before == 131072
+
+
+def test_delimiters_that_are_found_or_given(tmp_path):
+    """A semicolon within a comma's columns is text, and so is a comma within a semicolon's."""
+    assert texts(written(tmp_path / "a.csv", "text,n\na;b;c,1\nd;e,2\n")) == {"train": [("a;b;c", "1"), ("d;e", "2")]}
+    assert texts(written(tmp_path / "b.csv", "text;n\na, b;1\nc;2\n")) == {"train": [("a, b", "1"), ("c", "2")]}
+    assert texts(written(tmp_path / "c.csv", "text~n\na~1\n"), delimiter="~") == {"train": [("a", "1")]}
+    only = Layout(written(tmp_path / "d.csv", "text\nno columns; just text\n")).read()
+    assert [r["text"] for r in only.splits["train"]] == ["no columns; just text"]
+    with pytest.raises(UserError, match=r"e\.csv: line 3: expected 2 columns, as in the first line, with ';' between"):
+        Layout(written(tmp_path / "e.csv", "text;n\na;1\nb;2;3\n")).read()
+    with pytest.raises(UserError, match="delimiter must be one character"):
+        Layout(str(tmp_path / "a.csv"), delimiter=", ")
+
+
+def test_a_quote_that_never_ends(tmp_path):
+    """What follows it would all be one text."""
+    with pytest.raises(UserError, match=r"a\.csv: line 3: a quotation mark is opened here and never closed"):
+        Layout(written(tmp_path / "a.csv", 'n,text\n1,a\n2,"b\n3,c\n4,d\n')).read()
+    assert texts(written(tmp_path / "b.csv", 'n,text\n1,a\n2,"b\nc"')) == {"train": [("a", "1"), ("b\nc", "2")]}
+
+
+def test_encodings(tmp_path):
+    path = written(tmp_path / "a.csv", columns(rows=[*ROWS[:2], {"text": "café", "n": 2}]).encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.csv: line 4: not UTF-8 text .*; set encoding to .* cp1252 .* or latin-1"):
+        Layout(path).read()
+    assert texts(path, encoding="latin-1")["train"][2] == ("café", "2")
+    with pytest.raises(UserError, match="there is no encoding of text 'latin-11'; did you mean 'latin-1'"):
+        Layout(path, encoding="latin-11")
+    with pytest.raises(UserError, match="there is no encoding of text 'base64'"):
+        Layout(path, encoding="base64")
+    bare = written(tmp_path / "b.csv", columns().encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"looks like UTF-16 without the mark .* set encoding: utf-16-le"):
+        Layout(bare).read()
+    assert texts(bare, encoding="utf-16-le") == EXPECTED
+    # a mark at the start goes before what is set
+    assert texts(written(tmp_path / "c.csv", columns().encode("utf-16")), encoding="cp1252") == EXPECTED
+
+
+def test_json_that_is_no_table(tmp_path):
+    with pytest.raises(UserError, match=r"a\.json: record 1: expected a JSON object, got 3"):
+        Layout(written(tmp_path / "a.json", '[{"text": "a"}, 3]')).read()
+    with pytest.raises(UserError, match=r"b\.json: line 2: not valid JSON .*expected a list of objects, or one object"):
+        Layout(written(tmp_path / "b.json", "[1, 2]\n[3]\n")).read()
+    with pytest.raises(UserError, match=r"c\.json: line 1: not valid JSON .*; expected one object a line"):
+        Layout(written(tmp_path / "c.json", json.dumps(ROWS[0], indent=1))).read()
+    with pytest.raises(UserError, match=r"d\.json: expected a list of objects.*orient='records'"):
+        Layout(written(tmp_path / "d.json", '{"text": {"0": "a"}, "n": {"0": 1}}')).read()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.parquet", None, "dev.parquet"),
+        ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation-00000-of-00001.parquet"),
+        ("train-00000-of-00002-1a2b3c4d5e.parquet", "train-00001-of-00002-1a2b3c4d5e.parquet", "dev.parquet"),
+        ("train_0.parquet", "train_1.parquet", "dev.parquet"),
+        ("train/0000.parquet", "train/0001.parquet", "test/0000.parquet"),
+        ("split=train/part-0.parquet", "split=train/part-1.parquet", "split=test/part-0.parquet"),
+    ],
+)
+def test_a_folder_of_shards(tmp_path, names):
+    rows = [{"text": row["text"], "n": row["n"]} for row in ROWS]
+    first, second, held_out = names
+    written(tmp_path / first, parquet(rows[: 2 if second else 4]))
+    if second:
+        written(tmp_path / second, parquet(rows[2:4]))
+    written(tmp_path / held_out, parquet(rows[4:]))
+    (tmp_path / "info.json").write_text('{"about": "these files"}')
+    assert texts(str(tmp_path)) == EXPECTED
+
+
+def test_parts_have_the_split_that_their_records_say(tmp_path):
+    for i in range(3):
+        written(tmp_path / f"part-0000{i}-5f3e.snappy.parquet", parquet(ROWS[2 * i : 2 * i + 2]))
+    assert texts(str(tmp_path)) == EXPECTED
+    assert texts(str(tmp_path), splits={"train": "dev"}) == {"train": EXPECTED["test"]}
+
+
+def test_shards_that_are_missing(tmp_path):
+    written(tmp_path / "train-00000-of-00003.parquet", parquet())
+    with pytest.raises(UserError, match="1 of the 3 files train-…-of-00003 are there"):
+        Layout(str(tmp_path)).read()
+
+
+def test_parquet_files(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
+        Layout(written(tmp_path / "a.parquet", "text")).read()
+    table = pyarrow.Table.from_pylist([{"text": "a", "label": 1}])
+    features = {"text": {"dtype": "string"}, "label": {"names": ["bad", "good"], "_type": "ClassLabel"}}
+    noted = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pyarrow_parquet.write_table(noted, tmp_path / "b.parquet")
+    assert Layout(str(tmp_path / "b.parquet")).read().names == {"label": ["bad", "good"]}
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r'b\.parquet: needs the library pyarrow; pip install "fdl\[parquet\]"'):
+        Layout(str(tmp_path / "b.parquet")).read()
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------
@@ -146,3 +324,15 @@ def test_without_the_library_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r'needs the library datasets; pip install "fdl\[datasets\]"'):
         Layout("hub:somebody/reviews").read()
+
+
+def test_a_folder_called_as_the_library_is_no_library(tmp_path, monkeypatch):
+    """Python imports any folder of the name; where the library is not installed, that is what it finds."""
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / "datasets").exists())])
+    with pytest.raises(
+        UserError, match=r'needs the library datasets; pip install "fdl\[datasets\]" .*/datasets has its'
+    ):
+        Layout("hub:glue:sst2").read()
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)

@@ -79,6 +79,11 @@ def test_texts_get_what_bert_expects_around_them(tmp_path, bert):
     assert data.truncated == {"train": 2}  # of all training texts, before some are held out
 
 
+def test_what_tokens_are_is_said_where_none_were_chosen(tmp_path, caplog):
+    ready(TextClassification(reviews(tmp_path / "a.jsonl"), context=10, test=10))
+    assert "cut to 10 tokens, which are bytes (set tokenizer for others): " in caplog.text
+
+
 def test_pairs_with_marks_between(tmp_path, bert, caplog):
     rows = [{"q": "good film", "p": "bad play", "label": 0}, {"q": "a", "p": "b b b b b b b", "label": 1}] * 2
     path = jsonl(tmp_path / "a.jsonl", rows)
@@ -120,7 +125,13 @@ def test_pairs_are_cut_at_their_longer_text(room):
         (["owl", "cat", "dog"], {"classes": ["dog", "owl", "cat", "elk"]}, ["dog", "owl", "cat", "elk"], [1, 2, 0]),
         ([5, 3, 4], {"classes": ["3", "4", "5"]}, ["3", "4", "5"], [2, 0, 1]),
         (["007", "x", "9"], {}, ["007", "9", "x"], [0, 2, 1]),
-        ([True, False, True], {}, ["0", "1"], [1, 0, 1]),
+        ([True, False, True], {}, ["False", "True"], [1, 0, 1]),
+        ([True, False, True], {"classes": ["ham", "spam"]}, ["ham", "spam"], [1, 0, 1]),
+        ([1.0, 0.0, 1.0], {}, ["0", "1"], [1, 0, 1]),
+        (["1.0", "0.0", "1.0"], {}, ["0", "1"], [1, 0, 1]),
+        ([1, 2, 1], {}, ["1", "2"], [0, 1, 0]),
+        (["5", "1", "10"], {}, ["1", "5", "10"], [1, 0, 2]),
+        ([5.0, "x", 10], {}, ["10", "5", "x"], [1, 2, 0]),
     ],
 )
 def test_names_and_numbers_of_classes(tmp_path, values, options, classes, codes):
@@ -139,8 +150,9 @@ def test_names_and_numbers_of_classes(tmp_path, values, options, classes, codes)
         (-1, {}, "line 3: 'label' is -1, which stands for no class; leave out splits"),
         (None, {}, "line 3: 'label' must be the number or name of a class, got None"),
         (" ", {}, "line 3: 'label' is an empty name"),
-        (4_000, {}, "'label': 2 different classes, but numbers up to 4000; number them from 0"),
-        (4_000, {"classes": ["a", "b"]}, "line 3: 'label' is 4000, but there are only 2 classes"),
+        ("2.5", {}, r"line 3: 'label' is 2.5, a score: regression is not supported"),
+        (float("nan"), {}, "line 3: 'label' is nan, which stands for no class"),
+        (2, {"classes": ["a", "b"]}, "line 3: 'label' is 2, but there are only 2 classes, and numbers count from 0"),
     ],
 )
 def test_labels_that_are_none(tmp_path, value, options, message):
@@ -149,15 +161,42 @@ def test_labels_that_are_none(tmp_path, value, options, message):
         ready(TextClassification(path, context=20, test=1, **options))
 
 
-def test_classes_of_the_test_set_must_be_known(tmp_path):
-    rows = [
-        {"text": "a", "label": "cat"},
-        {"text": "b", "label": "dog"},
-        {"text": "c", "label": "owl", "split": "test"},
-    ]
+@pytest.mark.parametrize("kinds", [("cat", "dog", "owl"), (0, 1, 2), ("1.0", "2.0", "3.0")])
+def test_classes_of_the_test_set_must_be_known(tmp_path, kinds):
+    """Named or numbered, a class of which there is nothing to learn is no mistake to pass over."""
+    rows = [{"text": f"t{i}", "label": kind, "split": "test" if i == 2 else "train"} for i, kind in enumerate(kinds)]
     path = jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match=r"line 3: class 'owl' is none of the classes of the training samples"):
+    with pytest.raises(UserError, match=r"line 3: class .* is none of the classes of the training samples; list all"):
         ready(TextClassification(path, context=20))
+    named = ready(TextClassification(path, context=20, classes=[str(kind) for kind in kinds]))
+    assert named.num_classes == 3 and named.test.labels.tolist() == [2]
+
+
+def test_labels_that_are_not_counted_from_0_are_told(tmp_path, caplog):
+    caplog.set_level("INFO", "fdl")
+    ready(TextClassification(stars(tmp_path, [1, 5] * 10), context=20, test=2))
+    assert caplog.messages == ["'label': the numbers 1, 5 are classes 0 … 1 in this order"]
+    caplog.clear()
+    ready(TextClassification(stars(tmp_path, [0, 1] * 10), context=20, test=2))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("kind", [int, "row {}".format])
+def test_identifiers_as_labels_are_told(tmp_path, caplog, kind):
+    ready(TextClassification(stars(tmp_path, [kind(i) for i in range(30)]), context=20, test=2))
+    assert "'label' has 30 different values in 30 training samples: these look like identifiers" in caplog.text
+    caplog.clear()
+    ready(TextClassification(stars(tmp_path, [kind(i // 2) for i in range(30)]), context=20, test=2))
+    assert "identifiers" not in caplog.text
+
+
+def test_names_that_differ_in_case_only_are_told(tmp_path, caplog):
+    ready(TextClassification(stars(tmp_path, ["neg", "pos", "Pos"] * 4), context=20, test=2))
+    assert "'label': 'Pos' and 'pos' are two classes, and differ in their case only" in caplog.text
+
+
+def stars(folder, labels):
+    return jsonl(folder / "labels.jsonl", [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)])
 
 
 def test_texts_that_are_none(tmp_path, bert):

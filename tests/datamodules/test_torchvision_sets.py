@@ -62,14 +62,14 @@ def write_cifar(root, cls, monkeypatch, key, names, coarse=False):
 )
 def test_cifar(tmp_path, monkeypatch, module, cls, key, names):
     x, y = write_cifar(tmp_path, cls, monkeypatch, key, names)
-    data = ready(module(root=str(tmp_path)))
+    data = ready(module(path=str(tmp_path)))
     assert data.classes == names
     assert data.input_shape == (3, 32, 32)
     np.testing.assert_array_equal(bytes_of(data.train), x)
     np.testing.assert_array_equal(data.train.labels, y)
     assert len(data.test) == 20
     assert data.train.mean == module.published[0]
-    assert ready(module(root=str(tmp_path), normalize=False)).train.mean is None
+    assert ready(module(path=str(tmp_path), normalize=False)).train.mean is None
 
 
 def test_fashion_mnist(tmp_path):
@@ -80,7 +80,7 @@ def test_fashion_mnist(tmp_path):
         header = struct.pack(">4BIII", 0, 0, 8, 3, 30, 28, 28)
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + x.tobytes())
         (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, 30) + y.tobytes())
-    data = ready(sets.FashionMNIST(root=str(tmp_path), proxy=10))
+    data = ready(sets.FashionMNIST(path=str(tmp_path), proxy=10))
     assert data.input_shape == (1, 28, 28)
     assert data.classes[9] == "Ankle boot"
     assert [len(s) for s in (data.train, data.proxy, data.test)] == [20, 10, 30]
@@ -101,7 +101,7 @@ def svhn(tmp_path, monkeypatch):
 
 def test_svhn(svhn):
     root, images = svhn
-    data = ready(sets.SVHN(root=str(root)))
+    data = ready(sets.SVHN(path=str(root)))
     np.testing.assert_array_equal(bytes_of(data.train), images["train"].transpose(3, 2, 0, 1))
     # in the file 10 stands for the digit 0
     assert data.train.labels.tolist() == [*range(2, 10), 0, 1] * 2
@@ -110,13 +110,13 @@ def test_svhn(svhn):
 
 def test_another_split_as_the_proxy_set(svhn):
     root, images = svhn
-    data = ready(sets.SVHN(root=str(root), proxy=sets.SVHN(train_split="extra", root=str(root))))
+    data = ready(sets.SVHN(path=str(root), proxy=sets.SVHN(train_split="extra", path=str(root))))
     assert [len(s) for s in (data.train, data.proxy, data.test)] == [20, 20, 20]
     extra = {image.tobytes() for image in np.ascontiguousarray(images["extra"].transpose(3, 2, 0, 1))}
     assert {image.tobytes() for image in bytes_of(data.proxy)} == extra
     assert data.proxy.labels is None
     with pytest.raises(UserError, match="train_split must be 'train' or 'extra', got 'test'"):
-        sets.SVHN(train_split="test", root=str(root))
+        sets.SVHN(train_split="test", path=str(root))
 
 
 def test_flowers(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_flowers(tmp_path, monkeypatch):
     for key in ("label", "setid"):
         files[key] = (files[key][0], md5(folder / files[key][0]))
     monkeypatch.setattr(datasets.Flowers102, "_file_dict", files)
-    data = ready(sets.Flowers102(root=str(tmp_path), size=16))
+    data = ready(sets.Flowers102(path=str(tmp_path), size=16))
     assert [len(s) for s in (data.train, data.validation, data.test)] == [4, 2, 6]
     assert data.num_classes == 102
     assert data.input_shape == (3, 16, 16)
@@ -143,7 +143,7 @@ ALL = [sets.CIFAR10, sets.CIFAR100, sets.FashionMNIST, sets.SVHN, sets.Flowers10
 
 @pytest.mark.parametrize("module", ALL)
 def test_absent_files_say_where_and_how(module, tmp_path):
-    data = module(root=str(tmp_path / "nowhere"))
+    data = module(path=str(tmp_path / "nowhere"))
     data.prepare_data()
     with pytest.raises(UserError, match=f"{module.name}: its train split is absent from .*nowhere.*download: true"):
         data.setup()
@@ -155,7 +155,7 @@ def test_damaged_files_are_not_read(svhn):
     with open(root / "train_32x32.mat", "ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"svhn: its train split is absent from .* or damaged"):
-        ready(sets.SVHN(root=str(root)))
+        ready(sets.SVHN(path=str(root)))
 
 
 def test_download_is_asked_for_every_split_and_failure_is_told(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_download_is_asked_for_every_split_and_failure_is_told(tmp_path, monkeyp
 
     monkeypatch.setattr(datasets.svhn, "download_url", refuse)
     with pytest.raises(UserError, match=f"svhn: cannot download to {tmp_path}: no route to host"):
-        sets.SVHN(root=str(tmp_path), download=True).prepare_data()
+        sets.SVHN(path=str(tmp_path), download=True).prepare_data()
     assert asked == ["http://ufldl.stanford.edu/housenumbers/train_32x32.mat"]
 
 
@@ -175,5 +175,5 @@ def test_a_nested_proxy_set_is_downloaded_too(svhn, monkeypatch):
     root, _ = svhn
     opened = []
     monkeypatch.setattr(sets.SVHN, "open", lambda self, split, download: opened.append((split, download)))
-    sets.SVHN(root=str(root), proxy=sets.SVHN(train_split="extra", root=str(root), download=True)).prepare_data()
+    sets.SVHN(path=str(root), proxy=sets.SVHN(train_split="extra", path=str(root), download=True)).prepare_data()
     assert opened == [("extra", True), ("test", True)]

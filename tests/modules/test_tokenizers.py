@@ -144,6 +144,17 @@ def test_word_pieces_are_as_in_transformers(tmp_path):
     assert (tokenizer.vocab_size, tokenizer.eos) == (12, 3)
 
 
+def test_a_mark_of_the_byte_order_is_no_part_of_a_vocabulary(bpe, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    plain = make_tokenizer(str(tmp_path / "vocab.txt"))
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8-sig")
+    assert make_tokenizer(str(tmp_path / "vocab.txt")).fingerprint == plain.fingerprint
+    bpe.save(tmp_path / "saved")
+    for file in (tmp_path / "saved").iterdir():
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert make_tokenizer(str(tmp_path / "saved")).fingerprint == bpe.fingerprint
+
+
 def test_a_vocabulary_with_capitals_is_of_a_cased_model(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, "The"]) + "\n")
     assert make_tokenizer(str(tmp_path / "vocab.txt")).encode("The the THE") == [12, 5, 1]
