@@ -55,6 +55,8 @@ def _rehearse(loop: FederatedLoop, round: int, learn: bool) -> None:
     loop.begin(round)
     aggregate = loop.method.aggregate(loop.server) if learn else None
     for client in loop.clients:
+        if client.id in loop.left_out:
+            continue
         if loop.server.arrival is not None and len(client.train) == 0:  # as in a run: without data it sits out
             continue
         try:
