@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,10 +27,13 @@ from fdl.errors import UserError
 from fdl.executor import EXECUTORS
 from fdl.faults.base import Schedule
 from fdl.faults.channel import FaultyChannel
+from fdl.fits import check_fits
+from fdl.inference import each
 from fdl.knowledge.encoder import Frozen
 from fdl.knowledge.pair_confidence import Images
 from fdl.learning_rates import local_fits
 from fdl.loop import FederatedLoop
+from fdl.modules.foreign import conforming
 from fdl.modules.shards import to_host
 from fdl.participants import Client, Server
 from fdl.privacy.settings import policy, trainer
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
     from fdl.evaluators.base import Evaluator
     from fdl.knowledge.encoder import Encoder
     from fdl.methods.base import Method
+
+log = logging.getLogger("fdl")
 
 
 CALIBRATION = 0.1
@@ -174,6 +180,9 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     callbacks += watching_privacy(recipe)
     if dp_sgd is not None:
         dp_sgd.check(clients)
+    left_out = check_fits(recipe, method, clients, server)
+    for client, reason in left_out.items():
+        log.warning("client %d is left out: %s", client, reason)
     return FederatedLoop(
         recipe=recipe,
         folder=folder,
@@ -187,6 +196,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         attacks=attacks,
         adversaries=_adversaries(recipe, method, clients),
         store=store,
+        left_out=left_out,
         fingerprint=_fingerprint(data, shares, runtime, {client.architecture for client in clients}, server),
     )
 
@@ -271,7 +281,11 @@ def _factory(component: Component, key: str, data: FederatedDataModule) -> Calla
     for name in KINDS["module"].supplied:
         if name in parameters and parameters[name].required and name not in {*provides, *component.args}:
             raise UserError(f"{key}: {component.target} is no model for {data.task} data: those have no {name}")
-    return lambda: instantiate(component, "module", key, **provides)
+
+    def example() -> Any:
+        return each(data.train.batch(torch.zeros(2, dtype=torch.int64))[0], torch.zeros_like)
+
+    return lambda: conforming(instantiate(component, "module", key, **provides), key, example)
 
 
 def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:

@@ -79,6 +79,8 @@ def _rehearse(loop: FederatedLoop, round: int, learn: bool) -> None:
     aggregate = loop.method.aggregate(loop.server) if learn else None
     told = time.monotonic()
     for place, client in enumerate(loop.clients):
+        if client.id in loop.left_out:
+            continue
         if time.monotonic() - told > _TELL_AFTER:
             log.info("still counting: round %d, client %d of %d", round, place + 1, len(loop.clients))
             told = time.monotonic()

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from fdl.errors import UserError
 from fdl.modules.optim import build_optimizer, build_scheduler
 
 if TYPE_CHECKING:
@@ -65,6 +66,15 @@ class FitOptimizers:
         return optimizer
 
 
+def build_fit_optimizer(parameters: Sequence[nn.Parameter], config: Fit) -> Optimizer:
+    """The optimiser that a fit's settings name, as torch builds it.
+
+    Raises:
+        UserError: there is no such optimiser, or it refuses its arguments.
+    """
+    return build_optimizer(parameters, config.optimizer.target, config.optimizer.args)
+
+
 def schedule_of(optimizer: Optimizer, config: Fit, round: int) -> tuple[Any, str]:
     """The schedule of a fit in a round, None where there is none, and what it counts."""
     if config.scheduler is None:
@@ -73,5 +83,17 @@ def schedule_of(optimizer: Optimizer, config: Fit, round: int) -> tuple[Any, str
     if config.scheduler.interval == "round":
         for _ in range(round - 1):
             optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
-            scheduler.step()
+            advance(scheduler, config)
     return scheduler, config.scheduler.interval
+
+
+def advance(scheduler: Any, config: Fit) -> None:
+    """Take one step of a schedule.
+
+    Raises:
+        UserError: the schedule has ended before its fit.
+    """
+    try:
+        scheduler.step()
+    except ValueError as error:
+        raise UserError(f"scheduler {config.scheduler.target} ends before its fit: {error}") from error

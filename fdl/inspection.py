@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from fdl.build import build
 from fdl.estimate import estimate_rounds
 from fdl.listing import columns
+from fdl.rehearsal import rehearse
 from fdl.sharding import require_gpus
 
 if TYPE_CHECKING:
@@ -28,17 +29,21 @@ _Sizes = dict[str, dict[int, int]]
 def describe(recipe: Recipe, folder: Path) -> str:
     """Build a recipe's federation and describe it; nothing is trained or written.
 
+    Every model takes one training step on two samples, which is undone: mistakes in a model of one's own show here.
+
     Args:
         recipe: the checked recipe.
         folder: the folder that a run would use.
 
     Raises:
-        UserError: the recipe needs GPUs, and there are none.
+        UserError: the recipe needs GPUs, and there are none; or a model fails at its step.
     """
     require_gpus(recipe)
     log.info("reading the data and building the models")
     loop = build(recipe, folder, launch=False)
-    return "\n".join([*_clients(loop), "", *_server(loop, folder)])
+    rehearse(loop)
+    left = [f"client {client} is left out: {reason}" for client, reason in loop.left_out.items()]
+    return "\n".join([*_clients(loop), *left, "", *_server(loop, folder)])
 
 
 def _clients(loop: FederatedLoop) -> list[str]:

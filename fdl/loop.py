@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class FederatedLoop:
         attacks: what is tried on private data after the last round.
         adversaries: the dishonest among the clients; None: nobody is.
         store: where clients' states lie between their turns; None: in memory.
+        left_out: why clients take no part at all, by id.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class FederatedLoop:
         attacks: Sequence[Attack] = (),
         adversaries: Adversaries | None = None,
         store: DiskStore | None = None,
+        left_out: Mapping[int, str] | None = None,
     ):
+        self.left_out = dict(left_out or {})
         self.recipe, self.folder, self.method = recipe, folder, method
         self.server, self.clients, self.channel, self.executor = server, list(clients), channel, executor
         self.callbacks, self.fingerprint, self.probes = CallbackList(callbacks), fingerprint, probes
@@ -170,6 +173,8 @@ class FederatedLoop:
     def cohort(self, round: int) -> tuple[list[int], list[int]]:
         """Who is asked in a round, and who of them drops out; whoever has no data yet, or none any more, sits out."""
         asked, dropped = draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
+        if self.left_out:
+            asked, dropped = ([c for c in ids if c not in self.left_out] for ids in (asked, dropped))
         if self.server.arrival is not None:
             asked, dropped = ([c for c in ids if len(self.clients[c].train)] for ids in (asked, dropped))
         return self.channel.reach(asked, dropped, round)
@@ -190,6 +195,7 @@ class FederatedLoop:
             self.method.setup(self.server, self.clients)
             for kind, size in self.method.setup_bytes(self.server).items():
                 for client in self.clients:
-                    self.channel.setup_cost(kind, size, client.id)
+                    if client.id not in self.left_out:
+                        self.channel.setup_cost(kind, size, client.id)
         self.server.rest()
         snapshot.save(self)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fdl.modules.foreign import losses_of
+
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Batch
 
@@ -17,7 +19,9 @@ Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
 
 def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """The default objective: the module's own training step on a labelled batch."""
-    return module.training_step(batch)
+    losses = module.training_step(batch)
+    known = isinstance(losses, dict) and "loss" in losses
+    return losses if known else losses_of(losses, f"{type(module).__qualname__}.training_step")
 
 
 def kind_of(objective: Objective) -> Any:

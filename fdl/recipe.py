@@ -94,6 +94,9 @@ class Federation:
     )
     state: Literal["memory", "disk"] = key("memory", "where clients' models and states lie between their turns")
     learning_rates: Any = key({}, "by client id, learning rates of training on own data that differ from local's")
+    too_small: Literal["refuse", "leave_out"] = key(
+        "refuse", "sites with fewer samples than their model can be trained on: refuse the run, or run without them"
+    )
     calibration: float | None = key(
         None,
         "share of a client's data held out to calibrate; null: a tenth where the method looks at it, else none",

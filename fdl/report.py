@@ -60,8 +60,9 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         ``history`` (all records), ``communication`` (with ``by_kind``; ``student_delivery_bytes``: the student after
         the last round, sent to every site once more; and ``total_bytes``: messages, set-up and that delivery),
         ``privacy`` (as `fdl.privacy.spent` says; in JSON an infinite ε is null), ``time``, ``memory``
-        (``peak_device_bytes`` is None without a CUDA device), ``participants``, ``environment``
-        and ``audit`` (as `fdl.auditing.Audit.summary` says; None where nothing was attacked).
+        (``peak_device_bytes`` is None without a CUDA device), ``participants``, ``left_out`` (why clients took no part
+        at all, by id), ``environment`` and ``audit`` (as `fdl.auditing.Audit.summary` says; None where nothing was
+        attacked).
     """
     history = loop.history
     last = history[-1] if history else {"round": 0, "metrics": {}, "communication": loop.ledger.totals()}
@@ -90,6 +91,7 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
         },
         "memory": _memory(),
         "participants": _participants(loop),
+        "left_out": {str(client): reason for client, reason in loop.left_out.items()},
         "environment": _environment(loop.runtime.device),
         "audit": None if loop.audit is None else loop.audit.summary(),
     }
@@ -190,6 +192,8 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         titles["student_delivery_bytes"] = "To bring the student to all sites"
     titles["total_bytes"] = "Bytes in all"
     rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in titles.items()]
+    if left := summary.get("left_out"):
+        rows.append(("Clients left out", f"{', '.join(left)}  ({next(iter(left.values()))})"))
     refused = [pair for record in summary["history"] for pair in record["refused"].items()]
     if refused:
         who = ", ".join(sorted({client for client, _ in refused}, key=int))

@@ -24,7 +24,7 @@ from fdl.answer_cache import AnswerCache
 from fdl.compiling import Compiler
 from fdl.devices import fabric_of
 from fdl.errors import UserError
-from fdl.fit_optimizers import FitOptimizers, schedule_of
+from fdl.fit_optimizers import FitOptimizers, advance, schedule_of
 from fdl.inference import Question, answer, copied, each, staged
 from fdl.modules.weights import count_parameters, pin, state_of, trainable
 from fdl.objectives import Objective, training_step
@@ -227,7 +227,7 @@ class Runtime:
                 sums[name] = sums[name] + value if name in sums else value.clone()
             steps += 1
             if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
-                scheduler.step()
+                advance(scheduler, config)
             if watch is not None:
                 if watch(steps):
                     break

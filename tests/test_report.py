@@ -31,7 +31,7 @@ def text_of(show, *arguments):
 
 def test_summary_has_its_stable_keys(loop):
     summary = report.summarise(loop)
-    keys = "name method seed score rounds metrics best history communication privacy time memory participants"
+    keys = "name method seed score rounds metrics best history communication privacy time memory participants left_out"
     assert " ".join(summary) == f"{keys} environment audit"
     assert (summary["name"], summary["method"], summary["seed"], summary["rounds"]) == ("tiny", "fedprox", 4, 3)
     assert summary["metrics"] == record(3)["metrics"]

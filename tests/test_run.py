@@ -113,7 +113,7 @@ def straight(recipe, tmp_path_factory):
 def test_a_run_ends_with_a_table_and_leaves_its_files(straight):
     folder, out = straight
     found = summary(folder)
-    keys = "name method seed score rounds metrics best history communication privacy time memory participants"
+    keys = "name method seed score rounds metrics best history communication privacy time memory participants left_out"
     assert " ".join(found) == f"{keys} environment audit"
     assert set(found["communication"]) == {"upload_bytes", "download_bytes", "setup_bytes", "by_kind"}
     assert set(found["time"]) == {"total_s", "clients_s", "server_s", "evaluate_s", "transfer_s", "parts"}

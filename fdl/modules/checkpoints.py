@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
-from pathlib import Path
+import re
+from collections import defaultdict
+from collections.abc import Collection
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -13,23 +18,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fdl.errors import UserError
+from fdl.modules.state_names import fitted, misfit, weights_within
 
 _PICKLED = {".pth", ".pt", ".bin", ".ckpt", ".tar"}
 _KNOWN = (".safetensors", ".npz", *sorted(_PICKLED))
-# Where training scripts put the weights among other things; averaged weights first, as timm does.
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What wrappers put before every name: DDP, torch.compile, and our own modules.
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+# What training scripts put beside the weights that is no tensor: to make one of these runs no code of the file's.
+_HARMLESS = [argparse.Namespace, defaultdict, PosixPath, PurePosixPath, WindowsPath, PureWindowsPath]
+_HARMLESS += [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")]
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, wanted: Collection[str] = ()) -> dict[str, Tensor]:
     """Read a file of named weights onto the CPU.
 
     Args:
         path: ``.safetensors``; ``.npz`` with arrays in torch's layout under torch's names; or a file of torch
-            (``.pth``, ``.pt``, ``.bin``, ``.ckpt``, ``.tar``), of which only tensors and plain containers are
-            accepted. Weights may lie under ``state_dict``, ``model`` or their averaged forms; a prefix that a wrapper
-            gave to all names is taken off. Entries that are no numbers are left out.
+            (``.pth``, ``.pt``, ``.bin``, ``.ckpt``, ``.tar``), of which only tensors, plain containers and values
+            are accepted. Weights may lie under ``state_dict``, ``model`` and other usual names, as in
+            `weights_within`. Entries that are no numbers are left out.
+        wanted: the names of the network that is to have them: prefixes of wrappers are taken off until most of them
+            are found, see `fitted`. Without it, those go that are known and before all names.
 
     Raises:
         UserError: the file is missing, of another kind, damaged, or holds objects other than tensors.
@@ -45,23 +52,34 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         elif path.suffix == ".npz":
             found = {k: torch.from_numpy(v) for k, v in read_arrays(path).items() if v.dtype.kind in "fiub"}
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([*_HARMLESS, *_numpy_scalars()]):
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"checkpoint: {path} is damaged or holds objects other than tensors: {reason}") from error
+        raise UserError(
+            f"checkpoint: {path} is damaged or holds objects other than tensors{_foreign(error)}"
+        ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, TypeError, OSError, KeyError) as error:
         raise UserError(f"checkpoint: {path} cannot be read: {error}") from error
-    for key in _NESTED:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-            break
-    weights = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    weights = weights_within(found)
     if not weights:
-        raise UserError(f"checkpoint: {path} holds no named tensors")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+        held = f"; it has {', '.join(map(repr, list(found)[:6]))}" if isinstance(found, dict) and found else ""
+        raise UserError(f"checkpoint: {path} holds no named tensors, or several sets of them{held}")
+    return fitted(weights, wanted, path)
+
+
+def _numpy_scalars() -> list[Any]:
+    """What a pickled number of numpy's is made by: a score beside the weights, say."""
+    module = getattr(np, "_core", None) or np.core  # called so before numpy 2
+    scalar = module.multiarray.scalar
+    return [(scalar, f"numpy.{package}.multiarray.scalar") for package in ("_core", "core")]
+
+
+def _foreign(error: Exception) -> str:
+    """Which object of a file is refused, from torch's page of advice."""
+    name = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if name is None:
+        return ""
+    return f" ({name[1]}); save the weights alone, torch.save(model.state_dict(), path), where the file was made"
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -94,11 +112,17 @@ def load_weights(network: nn.Module, head: str, weights: dict[str, Tensor], path
     Raises:
         UserError: a name is missing or left over, or a shape differs.
     """
+    own = network.state_dict()
+    # files of old have no count of batches, as torch itself allows
+    weights = {**{n: v for n, v in own.items() if n.endswith("num_batches_tracked") and n not in weights}, **weights}
     layer, stem = weights.get(f"{head}.weight"), weights.get(f"{first_convolution(network)}.weight")
     if layer is None or stem is None or layer.ndim < 2 or stem.ndim != 4:
-        raise UserError(f"checkpoint: {path} does not fit {label}: its first or last layer is missing")
+        wrong = misfit(weights, own) or "its first or last layer has another shape"
+        raise UserError(f"checkpoint: {path} does not fit {label}: its first or last layer is missing: {wrong}")
     set_inputs(network, stem.shape[1])
     set_outputs(network, head, len(layer))
+    if wrong := misfit(weights, network.state_dict()):
+        raise UserError(f"checkpoint: {path} does not fit {label}: {wrong}")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

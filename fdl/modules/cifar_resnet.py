@@ -101,7 +101,13 @@ class CifarResNet(ImageClassifier):
         adapter = adapter_for(adapt, input_shape, normalization, _PUBLISHED)
         network = _Network(depth, num_classes)
         if checkpoint is not None:
-            load_weights(network, "linear", read_weights(checkpoint), checkpoint, f"cifar_resnet of depth {depth}")
+            load_weights(
+                network,
+                "linear",
+                read_weights(checkpoint, network.state_dict()),
+                checkpoint,
+                f"cifar_resnet of depth {depth}",
+            )
         set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
         fresh = set_outputs(network, "linear", num_classes)
         super().__init__(

@@ -7,17 +7,22 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from fdl.catalog import suggest
 from fdl.errors import UserError
+from fdl.modules.checkpoints import brief, read_weights
 from fdl.modules.clip_tokenizer import model_config
+from fdl.modules.state_names import misfit
 from fdl.modules.tuning import linear_layers
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_FAULTS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, SafetensorError)
 # Last projections: of transformers, of CLIP's ResNets, of timm's towers, and of either kind of text tower.
 _HEADS = ("visual.proj", "visual.attnpool.c_proj", "visual.head", "text_projection", "text.text_projection")
 
@@ -106,7 +111,8 @@ def read(network: nn.Module, path: str, label: str) -> None:
 
     Args:
         network: filled in place; every name has to fit.
-        path: ``.safetensors``, or a file of torch, of which only tensors and plain containers are accepted.
+        path: ``.safetensors``, or a file of torch, of which only tensors and plain containers are accepted; prefixes
+            and containers as in `read_weights`.
         label: what to call the network in messages.
 
     Raises:
@@ -124,8 +130,23 @@ def read(network: nn.Module, path: str, label: str) -> None:
         raise UserError(
             f"checkpoint: {path} is damaged or holds objects other than tensors: {_first_line(error)}"
         ) from error
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, SafetensorError) as error:
-        raise UserError(f"checkpoint: {path} does not fit {label}: {error}") from error
+    except _FAULTS:
+        _read_wrapped(network, path, label)
+
+
+def _read_wrapped(network: nn.Module, path: str, label: str) -> None:
+    """As `read`, from a file whose names or containers open_clip does not know."""
+    from open_clip.factory import load_checkpoint
+
+    weights = read_weights(path, network.state_dict())
+    with TemporaryDirectory() as folder:  # open_clip reads files only
+        unwrapped = Path(folder) / "weights.safetensors"
+        save_file({name: value.clone().contiguous() for name, value in weights.items()}, unwrapped)
+        try:
+            load_checkpoint(network, str(unwrapped), strict=True)
+        except _FAULTS as error:
+            wrong = misfit(weights, network.state_dict()) or brief(error)
+            raise UserError(f"checkpoint: {path} does not fit {label}: {wrong}") from error
 
 
 def heads(network: nn.Module) -> list[str]:

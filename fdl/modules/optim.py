@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -63,10 +64,30 @@ def _construct(kind: str, target: str, args: Mapping[str, Any], first: Any) -> A
         for name in args:
             if name not in names:
                 raise UserError(f"{kind} {target} takes no {name!r}{suggest(str(name), names)}")
+    _check_numbers(kind, target, make, args)
     try:
         return make(first, **args)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{kind} {target} refuses its arguments: {error}") from error
+
+
+def _check_numbers(kind: str, target: str, make: Callable[..., Any], args: Mapping[str, Any]) -> None:
+    """Refuse texts where numbers belong, and numbers that are none: torch lets some of these pass.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    known = inspect.signature(make).parameters
+    for name, value in args.items():
+        default = known[name].default if name in known else None
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        if (number or name in ("lr", "max_lr", "base_lr")) and isinstance(value, str):
+            raise UserError(f"{kind} {target}: {name} must be a number, got the text {value!r}")
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, float) and math.isnan(one) for one in values):
+            raise UserError(f"{kind} {target}: {name} must be a number, got {value!r}")
+        if name == "lr" and isinstance(value, float) and math.isinf(value):
+            raise UserError(f"{kind} {target}: lr must be finite, got {value!r}")
 
 
 @cache

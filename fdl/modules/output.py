@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,10 +17,10 @@ class Output(NamedTuple):
 
     Attributes:
         logits: unnormalised scores, ``[B, C]``.
-        embedding: what the last layer saw, ``[B, D]``.
+        embedding: what the last layer saw, ``[B, D]``; None from a module that does not say, for which it is looked up.
         features: activations of the submodules that were asked for, by name; empty when none were.
     """
 
     logits: Tensor
-    embedding: Tensor
-    features: Mapping[str, Tensor]
+    embedding: Tensor | None = None
+    features: Mapping[str, Tensor] = MappingProxyType({})

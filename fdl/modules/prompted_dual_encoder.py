@@ -20,7 +20,7 @@ from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.prompts import Context, PromptedTowers, embedding_of, placeholder_for, sentences_of, start_of
 from fdl.modules.tokenizers import make_tokenizer
 from fdl.modules.tuning import frozen_names
-from fdl.modules.weights import load_into
+from fdl.modules.weights import load_into, state_of
 
 
 class PromptedDualEncoder(ImageClassifier):
@@ -151,7 +151,7 @@ def _other(encoder: dict, pretrained: str | None, path: str | None, data: dict[s
     towers = instantiate(encoder, "module", "encoder", **data)
     if not isinstance(towers, DualEncoder):
         raise UserError(f"encoder: {encoder['target']} is no dual encoder")
-    weights = read_weights(path)
+    weights = read_weights(path, state_of(towers))
     if any(name.startswith("student/") for name in weights):
         weights = checkpoints.load_best(Path(path))["student"]
     try:

@@ -15,6 +15,7 @@ from fdl.errors import UserError
 from fdl.modules.checkpoints import brief, read_arrays, read_weights
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.input_adapter import adapter_for
+from fdl.modules.state_names import misfit
 
 
 class Timm(ImageClassifier):
@@ -152,8 +153,8 @@ def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]
     # Google's names are paths
     if Path(path).suffix == ".npz" and any("/" in name for name in read_arrays(path)):
         return _from_google(model, path, num_classes, settings)
-    weights = read_weights(path)
     blank = _create(model, num_classes=num_classes, **settings)
+    weights = read_weights(path, blank.state_dict())
     layer = weights.get(f"{_head(blank)}.weight")
     outputs = 0 if layer is None else len(layer)
     overlay = {"state_dict": weights, "num_classes": outputs, "custom_load": False, "label_offset": 0}
@@ -164,7 +165,9 @@ def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]
     try:
         network = _create(model, pretrained=True, num_classes=outputs, pretrained_cfg_overlay=overlay, **settings)
     except UserError as error:
-        raise UserError(f"checkpoint: {path} does not fit: {error}") from error
+        # timm renames what it knows from elsewhere; where it could not, the names tell more than torch's list of all
+        wrong = misfit(weights, (name for name in blank.state_dict() if outputs or not name.startswith(_head(blank))))
+        raise UserError(f"checkpoint: {path} does not fit timm's {model}: {wrong or error}") from error
     # The configuration would otherwise keep a second copy of all weights alive.
     network.pretrained_cfg.pop("state_dict", None)
     if outputs != num_classes:

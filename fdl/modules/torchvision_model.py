@@ -63,7 +63,9 @@ class Torchvision(ImageClassifier):
         other_size = weights is not None and fixed is not None and tuple(input_shape[1:]) != (fixed, fixed)
         adapter = adapter_for(adapt, input_shape, normalization, _published(model, weights), wanted=other_size)
         if checkpoint is not None:
-            load_weights(network, head, read_weights(checkpoint), checkpoint, f"torchvision's {model}")
+            load_weights(
+                network, head, read_weights(checkpoint, network.state_dict()), checkpoint, f"torchvision's {model}"
+            )
         set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
         fresh = set_outputs(network, head, num_classes)
         super().__init__(

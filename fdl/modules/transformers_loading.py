@@ -61,11 +61,16 @@ def load_model(
             return maker.from_config(settings), []
     except _FAULTS as error:
         raise UserError(f"transformers cannot build {model}: {brief(error)}") from error
-    state = None if checkpoint is None else read_weights(checkpoint)
+    state = None
     try:
-        if state is not None:
-            with torch.device("meta"):  # only to learn which class it is
-                maker = type(maker.from_config(settings))
+        if checkpoint is not None:
+            with torch.device("meta"):  # only to learn which class it is, and its names
+                blank = maker.from_config(settings)
+            maker, base = type(blank), f"{blank.base_model_prefix}."
+            # files of a base model alone lack its prefix
+            state = read_weights(
+                checkpoint, {n for name in blank.state_dict() for n in (name, name.removeprefix(base))}
+            )
         with _quiet(), nullcontext() if state is not None or _is_path(model) else hub():
             network, seen = maker.from_pretrained(
                 str(Path(model).expanduser()) if state is None else None,
@@ -81,7 +86,12 @@ def load_model(
     lost = [name for name in names if not (fresh_head and _is_head(network, name))]
     if lost:
         few = ", ".join(lost[:3]) + (", …" if len(lost) > 3 else "")
-        raise UserError(f"{_source(model, checkpoint)} does not fit: no weights of the right shape for {few}")
+        extra = sorted(seen["unexpected_keys"])
+        rest = f"; unexpected: {', '.join(extra[:3])}{', …' if len(extra) > 3 else ''}" if extra else ""
+        raise UserError(
+            f"{_source(model, checkpoint)} does not fit: no weights of the right shape for {few}{rest}; they are of "
+            "another family or size than model and config say"
+        )
     return network, names
 
 

@@ -82,7 +82,7 @@ class FakeLoop:
             student={"target": "mlp", "args": {"hidden": [32, 16]}},
             evaluation=SimpleNamespace(every=1),
         )
-        self.folder = folder
+        self.folder, self.left_out = folder, {}
         self.clients = [FakeClient(i, Labelled(torch.full((i + 2,), i % classes))) for i in range(clients)]
         self.server = FakeServer(classes)
         self.ledger = FakeLedger()

@@ -1,0 +1,166 @@
+"""Weights as other programs save them, brought to the names of the network that is to have them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fdl.errors import UserError
+
+log = logging.getLogger("fdl")
+
+CONTAINERS = (
+    "state_dict_ema",
+    "model_ema_state_dict",
+    "ema_state_dict",
+    "model_ema",
+    "params_ema",
+    "ema_model",
+    "ema",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "module",
+    "params",
+    "weights",
+    "backbone",
+    "encoder",
+    "student",
+)
+"""Where training scripts put the weights among other things; averaged weights first, as timm does."""
+
+_WRAPPERS = ("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# `module` is also what a network may call a part of its own, so in the middle of a name only the others go
+_INNER = re.compile(r"(?<=\.)(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def weights_within(found: Any) -> dict[str, Tensor]:
+    """Find the named tensors in what a training script saved.
+
+    Args:
+        found: what was read: tensors by name, or a mapping that has such a mapping, at any depth, under one of the
+            names in `CONTAINERS` or as the only one of its kind. What else lies beside them is left out.
+
+    Returns:
+        Tensors by name; empty where there are none, or several sets under names that are not known.
+    """
+    if not isinstance(found, Mapping):
+        return {}
+    for key in CONTAINERS:
+        if isinstance(found.get(key), Mapping) and (inside := weights_within(found[key])):
+            return inside
+    own = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if own:
+        return own
+    # an optimiser's state is by number, or by names of numbers and moments, under "state"
+    others = [
+        inside
+        for name, value in found.items()
+        if isinstance(name, str) and not name.startswith(("optimizer", "lr_scheduler", "callbacks", "loops"))
+        if (inside := weights_within(value))
+    ]
+    return others[0] if len(others) == 1 else {}
+
+
+def fitted(weights: Mapping[str, Tensor], wanted: Collection[str], path: str | Path) -> dict[str, Tensor]:
+    """Take off what wrappers put before a network's names; a line of the log says what that was.
+
+    DistributedDataParallel, torch.compile, FSDP and Fabric put names of theirs before all others, in any order; a
+    LightningModule puts the attribute's name, and has other parts beside the network, which are left out.
+
+    Args:
+        weights: by the file's names.
+        wanted: the network's own names.
+        path: of the file, for messages.
+
+    Returns:
+        The weights under the prefix with which most of the network's names are found; as they were where no prefix
+        gives any.
+
+    Raises:
+        UserError: several parts of the file fit equally well, and none of them is an average.
+    """
+    wanted = set(wanted)
+    inner = {_INNER.sub("", name): value for name, value in weights.items()}
+    weights = inner if len(inner) == len(weights) and not wanted & (weights.keys() - inner.keys()) else dict(weights)
+    scores: dict[str, int] = {}
+    for name in weights:
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            rest = ".".join(parts[depth:])
+            if rest in wanted:
+                prefix = name.removesuffix(rest)
+                scores[prefix] = scores.get(prefix, 0) + 1
+    best = max(scores.values(), default=0)
+    if best * 4 < len(wanted) or not best:  # parts of networks resemble each other
+        return _unwrapped(weights, path)
+    if scores.get("", 0) == best:
+        return weights
+    prefixes = sorted((prefix for prefix, score in scores.items() if score == best), key=len)
+    averaged = [prefix for prefix in prefixes if "ema" in re.split(r"[._]", prefix)]
+    if len(prefixes) > 1 and len(averaged) != 1:
+        raise UserError(
+            f"checkpoint: {path} has weights that fit under {' and under '.join(map(repr, prefixes))}; save those that "
+            "are meant in a file of their own"
+        )
+    return _without((averaged or prefixes)[0], weights, path)
+
+
+def misfit(weights: Iterable[str], wanted: Iterable[str]) -> str:
+    """Say how a file's names differ from a network's.
+
+    Args:
+        weights: the file's names, as `fitted` left them.
+        wanted: the network's.
+
+    Returns:
+        A sentence with up to three missing and three unexpected names, and what may have happened; empty where the
+        names are the same.
+    """
+    weights, wanted = list(weights), list(wanted)
+    known, asked = set(weights), set(wanted)
+    missing = [name for name in wanted if name not in known]
+    extra = [name for name in weights if name not in asked]
+    if not missing and not extra:
+        return ""
+    said = [
+        f"{len(names)} of {total} names {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for word, names, total in (("missing", missing, len(wanted)), ("unexpected", extra, len(weights)))
+        if names
+    ]
+    if len(missing) == len(asked):
+        hint = "no name fits: these are weights of another architecture, or a wrapper renamed them"
+    elif not extra:
+        hint = "the file holds only a part of the network"
+    else:
+        hint = "the file was made by another architecture, or another size or version of this one"
+    return f"{' and '.join(said)}; {hint}"
+
+
+def _unwrapped(weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Without the names of known wrappers, for networks whose library renames what it reads."""
+    prefix, names = "", list(weights)
+    while True:
+        first = {name.removeprefix(prefix).partition(".")[0] for name in names}
+        if len(first) != 1 or next(iter(first)) not in (*_WRAPPERS, "backbone"):
+            break
+        if any("." not in name.removeprefix(prefix) for name in names):
+            break
+        prefix += f"{first.pop()}."
+    return _without(prefix, weights, path) if prefix else weights
+
+
+def _without(prefix: str, weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    kept = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    rest = len(weights) - len(kept)
+    beside = f"; left out {rest} names without it" if rest else ""
+    log.info("checkpoint: %s: took the prefix %r off %d names%s", path, prefix, len(kept), beside)
+    return kept
