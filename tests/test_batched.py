@@ -106,7 +106,7 @@ def together(monkeypatch):
         ("fedavg", 1),
         ({"target": "fedprox", "args": {"mu": 0.5}}, 1),
         ("single_site", 1),
-        ({"target": "feddf", "args": {"architectures": "specialists"}}, 1),
+        ({"target": "feddf", "args": {"architectures": "specialists", "select": "last"}}, 1),
         ("federated_distillation", 2),
         ({"target": "fed_lpfm", "args": {"fine_tune": True}}, 1),
     ],

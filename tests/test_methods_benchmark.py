@@ -47,8 +47,8 @@ def test_the_table_says_what_the_runs_say(folder):
         assert float(line["setup_bytes"]) == sent["setup_bytes"]
         assert float(line["peak_bytes"]) == summaries[method]["memory"]["peak_rss_bytes"] > 1e8
     assert table["single_site"]["answers"] == "clients" and float(table["single_site"]["bytes"]) == 0
-    # one round, three clients, answers of ten classes to 400 samples in 4 bits, entropy coded, two scales a sample and
-    # a byte of confidence; 41 bytes a sample without a code
+    # one round, three clients, answers of ten classes to 400 samples: 4 bits each, entropy coded, two scales and a
+    # byte of confidence a sample; 41 bytes without a code
     assert 3 * 400 < float(table["one_shot"]["bytes"]) < 3 * 400 * (5 + 8 + 1)
     assert table["one_shot"]["rounds"] == "1" and ", single round" in (folder / "methods.md").read_text("utf-8")
 
