@@ -196,7 +196,8 @@ def compare_caption(
         sentences.append(f"Best round: chosen on {labels:,} validation samples, which a real server hardly has.")
     sentences.append(
         "Messages: up and down, all clients. Together: with what is sent before round 1 (proxy set, public encoder, "
-        "labelled public samples), and with the final student, uncompressed, sent to every site."
+        "labelled public samples), and with the final student, uncompressed, sent to every site; private data that a "
+        "centralised run needs in one place are in neither."
     )
     if bytes_reference is not None:
         sentences.append(f"%: of {bytes_reference}'s bytes of the same kind.")

@@ -160,8 +160,9 @@ def _outcome(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if owner == "student" and name:
             text = f"{value:.4f}"
             if best["round"] != summary["rounds"] and best["metrics"].get(key) is not None:
-                chosen = f", best on {best['validation_samples']:,} validation samples"
-                text += f"  ({best['metrics'][key]:.4f} in round {best['round']}{chosen})"
+                samples = best.get("validation_samples")  # runs of earlier versions did not say
+                chosen = f"{samples:,} validation samples" if samples else "validation"
+                text += f"  ({best['metrics'][key]:.4f} in round {best['round']}, best on {chosen})"
             rows.append((f"Student, test {_title(name)}", text))
         elif owner.startswith("pools/") and name:
             rows.append((f"Pool {owner.removeprefix('pools/')}, test {_title(name)}", f"{value:.4f}"))
@@ -188,10 +189,10 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "download_bytes": "Sent down to clients",
         "setup_bytes": f"Sent once, before round 1 ({', '.join(setup)})" if setup else "Sent once, before round 1",
     }
-    if sent["student_delivery_bytes"]:
+    if sent.get("student_delivery_bytes"):
         titles["student_delivery_bytes"] = "To bring the student to all sites"
-    titles["total_bytes"] = "Bytes in all"
-    rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in titles.items()]
+    titles["total_bytes"] = "Bytes in all"  # runs of earlier versions have none
+    rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in titles.items() if key in sent]
     if left := summary.get("left_out"):
         rows.append(("Clients left out", f"{', '.join(left)}  ({next(iter(left.values()))})"))
     refused = [pair for record in summary["history"] for pair in record["refused"].items()]

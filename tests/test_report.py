@@ -176,3 +176,11 @@ def test_what_people_copy_is_not_broken_over_lines(loop):
     console = Console(file=io.StringIO(), width=60)
     report.print_table(report.summarise(loop), console, folder)
     assert f"tensorboard --logdir '{folder}'\n" in console.file.getvalue()
+
+
+def test_a_summary_of_an_earlier_version_can_be_read(loop, tmp_path):
+    summary = report.summarise(loop)
+    del summary["best"]["validation_samples"]
+    del summary["communication"]["student_delivery_bytes"], summary["communication"]["total_bytes"]
+    text = text_of(report.print_table, summary, tmp_path)
+    assert "(0.7000 in round 2, best on validation)" in text and "Bytes in all" not in text

@@ -115,7 +115,8 @@ def test_a_run_ends_with_a_table_and_leaves_its_files(straight):
     found = summary(folder)
     keys = "name method seed score rounds metrics best history communication privacy time memory participants left_out"
     assert " ".join(found) == f"{keys} environment audit"
-    assert set(found["communication"]) == {"upload_bytes", "download_bytes", "setup_bytes", "by_kind"}
+    counts = {"upload_bytes", "download_bytes", "setup_bytes", "student_delivery_bytes", "total_bytes"}
+    assert set(found["communication"]) == counts | {"by_kind"}
     assert set(found["time"]) == {"total_s", "clients_s", "server_s", "evaluate_s", "transfer_s", "parts"}
     assert set(found["memory"]) == {"peak_rss_bytes", "peak_device_bytes"}
     assert set(found["best"]) == {"round", "metrics", "communication", "validation_samples"}
@@ -141,7 +142,8 @@ def test_bytes_add_up(straight):
     sent = found["communication"]
     for direction, key in (("up", "upload_bytes"), ("down", "download_bytes"), ("setup", "setup_bytes")):
         assert sum(v for kind, v in sent["by_kind"].items() if kind.startswith(f"{direction}/")) == sent[key]
-    totals = {key: value for key, value in sent.items() if key != "by_kind"}
+    totals = {key: sent[key] for key in ("upload_bytes", "download_bytes", "setup_bytes")}
+    assert sent["total_bytes"] == sum(totals.values()) + sent["student_delivery_bytes"]
     assert found["history"][-1]["communication"] == {**totals, "transfer_s": found["time"]["transfer_s"]}
     assert sent["setup_bytes"] == 4 * 100 * 64 * 4  # four clients get 100 images of 64 floats
 
