@@ -32,7 +32,7 @@ from fdl.learning_rates import local_fits
 from fdl.loop import FederatedLoop
 from fdl.modules.shards import to_host
 from fdl.participants import Client, Server
-from fdl.privacy.settings import policy, trainer
+from fdl.privacy.settings import noise_seed, policy, trainer
 from fdl.privacy.settings import watching as watching_privacy
 from fdl.recipe import Component, Recipe, instantiate
 from fdl.runtime import Runtime
@@ -110,6 +110,7 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
         "encoder": _encoder(recipe, data, runtime),
         "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
         "privacy": policy(recipe),
+        "noise_seed": noise_seed(recipe),
     }
     incoming, test_stages = _arriving(common["arrival"], data)
     dp_sgd, clients, fits = trainer(recipe, common["privacy"]), [], local_fits(recipe, entries)
