@@ -306,7 +306,8 @@ class Server(Participant):
     """The coordinator: public data, the student, and no private sample.
 
     Args:
-        validation: labelled samples for model selection; never trained on.
+        validation: labelled samples for model selection. The student never trains on them; `fltrust`, where there are
+            no public samples, trains a model for reference on them, and adaptive weights look where they would lead.
         test: labelled samples for the report.
         student: the global model, None for a method that has none.
         teacher: the large model of standard distillation, None otherwise.
