@@ -34,6 +34,9 @@ AUDIT = "audit.json"
 DEFAULT = ("loss_threshold", "lira", "rmia", "label_leakage")
 """What a run is audited with where its recipe names no attacks."""
 
+ON_CONFIDENCES = ("confidence_inference",)
+"""What is added to these where a confidence is measured on private samples, as `density` is."""
+
 CONFIDENCE = 0.99
 """Chance with which an audit in which no attack goes beyond the ceiling passes, whatever the number of attacks."""
 
@@ -198,13 +201,21 @@ def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Rec
     ]
     if other:
         raise UserError(f"{other[0]}: an audit looks at the run as it was; only evaluation.attacks can be given")
-    chosen = recipe.evaluation.attacks or [Component(name) for name in DEFAULT]
+    chosen = recipe.evaluation.attacks or [Component(name) for name in (*DEFAULT, *_on_confidences(recipe))]
     return replace(
         recipe,
         evaluation=replace(recipe.evaluation, attacks=chosen),
         fabric=replace(recipe.fabric, devices=1, num_nodes=1, strategy="auto"),
         callbacks=[],
     )
+
+
+def _on_confidences(recipe: Recipe) -> tuple[str, ...]:
+    """The attacks on what clients say of their answers, where that is measured on their samples."""
+    from fdl.recipe import instantiate
+
+    confidence = getattr(instantiate(recipe.method, "method", "method"), "confidence", None)
+    return ON_CONFIDENCES if getattr(confidence, "reads_samples", False) else ()
 
 
 def log(writer: SummaryWriter, result: Audit) -> None:

@@ -36,7 +36,7 @@ from fdl.loop import FederatedLoop
 from fdl.modules.foreign import conforming
 from fdl.modules.shards import to_host
 from fdl.participants import Client, Server
-from fdl.privacy.settings import policy, trainer
+from fdl.privacy.settings import noise_seed, policy, trainer
 from fdl.privacy.settings import watching as watching_privacy
 from fdl.recipe import Component, Recipe, instantiate
 from fdl.runtime import Runtime
@@ -128,6 +128,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         "encoder": _encoder(recipe, data, runtime),
         "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
         "privacy": policy(recipe),
+        "noise_seed": noise_seed(recipe),
     }
     incoming, test_stages = _arriving(common["arrival"], data)
     dp_sgd, clients, fits = trainer(recipe, common["privacy"]), [], local_fits(recipe, entries)

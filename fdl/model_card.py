@@ -96,7 +96,12 @@ def _privacy(summary: Mapping[str, Any]) -> str:
         )
     level, limit = spent["level"], spent.get("limit")
     budget = "" if limit is None else f", of a budget of {limit:g}"
-    hidden = "one example of a client more or less" if level == "example" else "all data of a client, put in for others"
+    hidden = "one example of a client, in or out" if level == "example" else "all data of a client, put in for others"
+    source = (
+        "Noise was drawn from a secret noise seed: who has it can take the noise off."
+        if spent.get("noise") == "secret"
+        else "Noise was drawn from the recipe's seed, as in a simulation: whoever knows it can take the noise off."
+    )
     each = ", ".join(f"client {client} {value:.3f}" for client, value in spent["clients"].items())
     return "\n".join(
         [
@@ -104,8 +109,7 @@ def _privacy(summary: Mapping[str, Any]) -> str:
             f"sent and from this student (differential privacy, {spent['accountant'].upper()} accountant, all rounds).",
             f"- By client: {each}.",
             "- Not covered: how many samples a client has, who took part in which round, and what is known of a "
-            "person who has several examples. Noise was drawn from the recipe's seed: whoever knows it can take the "
-            "noise off.",
+            f"person who has several examples. {source}",
         ]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,8 @@ class Participant:
         encoder: the frozen public encoder, None where the recipe names none.
         arrival: when private data come in; None: all are there from the first.
         privacy: what an account of differential privacy is held against; None where there is no budget and no δ.
+        noise_seed: a secret from which noise and secret samplings are drawn; None draws them from `seed`, which is for
+            simulations.
 
     Attributes:
         round: the current round, set by the loop.
@@ -77,8 +80,10 @@ class Participant:
         arrival: Arrival | None = None,
         public: Samples | None = None,
         privacy: Policy | None = None,
+        noise_seed: str | None = None,
     ):
         self.id, self.runtime, self.seed = id, runtime, seed
+        self._noise_seed, self._drawn = noise_seed, Counter[str]()
         self.local, self.distil, self.digest = local, distil, digest
         self.proxy, self.public, self.num_classes, self.encoder = proxy, public, num_classes, encoder
         self.task, self.provides = task, dict(provides or {})
@@ -89,7 +94,7 @@ class Participant:
 
     def begin(self, round: int) -> None:
         """A new round has come."""
-        self.round, self.metrics = round, {}
+        self.round, self.metrics, self._drawn = round, {}, Counter()
         stage = 0 if self.arrival is None else self.arrival.stage(round)
         if stage != self.stage:
             self.stage = stage
@@ -101,6 +106,30 @@ class Participant:
     def rng(self, purpose: str) -> torch.Generator:
         """This participant's stream for one purpose in the current round."""
         return torch_stream(self.seed, purpose, self.round, self.id)
+
+    @property
+    def has_noise_seed(self) -> bool:
+        """Whether noise is drawn from a secret, and not from the recipe's seed."""
+        return self._noise_seed is not None
+
+    def secret_seed(self, purpose: str) -> int:
+        """The seed of a stream of noise, or of a sampling that must stay secret: another one at every call.
+
+        Calls are counted within a round, so that whatever is drawn twice in one is drawn independently, and that a
+        round which is run again, after a restart or in another process, draws what it drew. From a noise seed, where
+        there is one, else from the recipe's.
+
+        Args:
+            purpose: what the stream is for.
+        """
+        self._drawn[purpose] += 1
+        count = self._drawn[purpose]
+        name = purpose if count == 1 else f"{purpose}/{count}"
+        return stream_seed(self.seed if self._noise_seed is None else self._noise_seed, name, self.round, self.id)
+
+    def noise(self, purpose: str) -> torch.Generator:
+        """A stream as `secret_seed` says."""
+        return torch.Generator().manual_seed(self.secret_seed(purpose))
 
     def fit(
         self,
@@ -237,6 +266,11 @@ class Client(Participant):
         """How many private samples it trains on."""
         return len(self.train)
 
+    @property
+    def told_samples(self) -> int:
+        """How many it says it has, beside weights that are averaged by it: 1, as all do, where training is private."""
+        return self.samples if self.dp_sgd is None else min(self.samples, 1)
+
     def specialist(self) -> LightningModule:
         """Its private model: the architecture's template, filled with this client's weights."""
         module = self.runtime.template(self.architecture)
@@ -277,7 +311,8 @@ class Server(Participant):
     """The coordinator: public data, the student, and no private sample.
 
     Args:
-        validation: labelled samples for model selection; never trained on.
+        validation: labelled samples for model selection. The student never trains on them; `fltrust`, where there are
+            no public samples, trains a model for reference on them, and adaptive weights look where they would lead.
         test: labelled samples for the report.
         student: the global model, None for a method that has none.
         teacher: the large model of standard distillation, None otherwise.

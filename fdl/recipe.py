@@ -120,6 +120,10 @@ class Privacy:
     clip: float = key(1.0, "largest norm of an example's gradient", bounds=Bounds(0, open_low=True))
     ghost: bool = key(False, "clip without the gradients of single examples: less memory, more time for small models")
     chunk: int | None = key(None, "examples whose gradients are held at once; null: a whole batch", bounds=_COUNT)
+    noise_seed: Any = key(
+        None,
+        "{file: PATH} of a secret that noise is drawn from; null: $FDL_NOISE_SEED, else the seed, for simulations",
+    )
     exhausted: Literal["client", "run"] = key(
         "client", "what ends when a client's budget is spent: its training on private data, or the run"
     )

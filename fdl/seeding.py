@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def stream_seed(seed: int, purpose: str, round: int = 0, client: int = -1) -> int:
+def stream_seed(seed: int | str, purpose: str, round: int = 0, client: int = -1) -> int:
     """Derive the 63-bit seed of one stream.
 
     Args:
-        seed: the recipe's seed.
+        seed: the recipe's seed, or a secret in its place.
         purpose: what the stream is for, e.g. ``"partition"``, ``"cohort"``, ``"fit"``.
         round: the round, 0 before the first.
         client: the client's id, -1 for the server.

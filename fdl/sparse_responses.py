@@ -20,8 +20,10 @@ from fdl.messages import (
     check_samples,
     narrow,
     nothing_left,
+    samples_told,
     take_integers,
     take_meta,
+    take_samples,
     to_torch,
 )
 
@@ -105,7 +107,7 @@ class SparseResponses(Message):
         tail: logarithm of the probability of all other ids, float [n, T], for the form ``"top"``.
         weights: the sender's log-weight of every position, or None.
         rows: int64 [n], the windows of the proxy set, or None for the whole set in order.
-        samples: how many windows the sender trained on, 0 from the server.
+        samples: how many windows the sender trained on; 0, which is not sent, where it does not tell.
     """
 
     kind: ClassVar[str] = "sparse_responses"
@@ -146,7 +148,7 @@ class SparseResponses(Message):
     def meta(self) -> Meta:
         """Form, vocabulary, bits of a distance, samples; the ids a position where all have as many; weights' scale."""
         meta: Meta = {"form": _FORMS.index(self.form), "vocab": self.vocab, "width": self._width}
-        meta["samples"] = int(self.samples)
+        meta |= samples_told(self.samples)
         if self._alike:
             meta |= {"size": int(self.sizes[0, 0]), "length": self.sizes.shape[1]}
         if self.weights is not None:
@@ -198,7 +200,7 @@ class SparseResponses(Message):
         """Inverse of `fields` and `meta`; every length is compared with what was received before memory is taken."""
         fields, meta = dict(fields), dict(meta)
         form, vocab, width = (take_meta(meta, key, int) for key in ("form", "vocab", "width"))
-        samples = take_meta(meta, "samples", int)
+        samples = take_samples(meta)
         packed, values = fields.pop("ids", None), fields.pop("values", None)
         if packed is None or values is None or values.ndim != 1 or not 0 <= form < len(_FORMS):
             raise RefusedError("sparse responses without ids or values, or of an unknown form")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -97,6 +98,7 @@ def twin_of(client: Client) -> Client:
     """A client with the same data, streams and settings, but a state and a cache of its own, empty and in memory."""
     twin = copy.copy(client)
     twin._store, twin.state, twin.cache, twin.metrics = None, {}, {}, {}
+    twin._drawn = Counter()  # it draws what the client drew in this round
     return twin
 
 

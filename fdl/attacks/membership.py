@@ -33,9 +33,9 @@ class MembershipInference(Attack):
     """Base of the attacks that score candidates; settings only.
 
     The student is asked about all candidates, each client's specialist about that client's. Of a client's answers to
-    the proxy set, which is all that its server sees, those to the proxy samples nearest to a candidate stand for the
-    model's answer to the candidate itself; shadows are looked at in the same way (after Distillation-LiRA,
-    arXiv 2502.08001, which distils a model from the answers and asks that).
+    the proxy set, which its server sees (beside confidences, for which there is `confidence_inference`), those to the
+    proxy samples nearest to a candidate stand for the model's answer to the candidate itself; shadows are looked at in
+    the same way (after Distillation-LiRA, arXiv 2502.08001, which distils a model from the answers and asks that).
 
     Args:
         targets: what is attacked; by default all that the run has.

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from fdl.participants import Server
 
 TARGETS = ("student", "specialists", "responses")
-"""What can be attacked: the global model, each client's own, and what each client answers to the proxy set."""
+"""What φ can be had of: the global model, each client's own, and what each client answers to the proxy set.
+
+Confidences are sent, too, and attacked by `fdl.attacks.confidence_inference`.
+"""
 
 _LEAST = 1e-7
 """Below what a quantised probability may have been 0."""

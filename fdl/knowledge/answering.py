@@ -69,7 +69,7 @@ class Answering:
         if self.release is not None:
             return self.release.message(client, Responses(values[chosen], self.space, rows), weights)
         sure = None if weights is None else Confidences.quantize(weights)
-        parts: list[Message] = [Responses(values[chosen], self.space, rows, sure, client.samples)]
+        parts: list[Message] = [Responses(values[chosen], self.space, rows, sure)]
         if self.features is not None:
             parts.append(self.features.message(client, known, rows))
         if self.prototypes is not None:

@@ -46,10 +46,12 @@ class Confidence(ABC):
     Attributes:
         needs_encoder: whether it is measured in the space of the recipe's public encoder.
         needs_calibration: whether it looks at private samples that are held out from training.
+        reads_samples: whether it is measured on private samples, and so says of them what answers do not.
     """
 
     needs_encoder: bool = False
     needs_calibration: bool = False
+    reads_samples: bool = False
 
     def log_weights(self, client: ClientView, logits: Tensor) -> Tensor:
         """Weigh one client's answers.
@@ -187,6 +189,7 @@ class Product(Confidence):
         self.factors = list(factors)
         self.needs_encoder = any(factor.needs_encoder for factor in self.factors)
         self.needs_calibration = any(factor.needs_calibration for factor in self.factors)
+        self.reads_samples = any(factor.reads_samples for factor in self.factors)
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
         """The sum of the factors' log-weights."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fdl.errors import UserError
 from fdl.knowledge.confidence import ClientView, Confidence, positive, public_space
 
 
@@ -17,7 +18,8 @@ class DomainClassifier(Confidence):
     Each client fits a logistic regression of its own data against the proxy set in the public space. Both sides weigh
     alike in the fit, however many samples they have, so the log-odds estimate ``log p_k(x) / p_proxy(x)``; the
     denominator is the same for all clients and cancels. Source: the scores of FedAUX (Sattler et al.), without their
-    noise for differential privacy.
+    noise for differential privacy: from as many odds as the space has dimensions the classifier can be read off, which
+    for a site of few samples points at these. A site below `floor` therefore says nothing.
 
     Args:
         strength: inverse of the L2 penalty, scikit-learn's ``C``, on features whose unit is the proxy set's root mean
@@ -25,19 +27,23 @@ class DomainClassifier(Confidence):
         sharpness: factor of the log-odds; > 0.
         by_size: add ``log n_k``, so that clients are compared by how many samples they expect around x, rather than
             by the share of theirs.
+        floor: fewest samples of a site that says anything of its data; others are weighed like one without any.
     """
 
     name = "domain_classifier"
     needs_encoder = True
+    reads_samples = True
 
-    def __init__(self, strength: float = 5.0, sharpness: float = 1.0, by_size: bool = True):
+    def __init__(self, strength: float = 5.0, sharpness: float = 1.0, by_size: bool = True, floor: int = 4):
         self.strength = positive("strength", strength)
         self.sharpness = positive("sharpness", sharpness)
-        self.by_size = by_size
+        if floor < 1:
+            raise UserError(f"floor must be at least 1, got {floor}")
+        self.by_size, self.floor = by_size, floor
 
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
-        """``sharpness · log-odds (+ log n_k)``; the floor for a client without data."""
-        if len(client.train) == 0:
+        """``sharpness · log-odds (+ log n_k)``; the least there is for a client with too few data."""
+        if len(client.train) < self.floor:
             return torch.full((len(logits),), -math.inf)
         size = math.log(client.samples) if self.by_size else 0.0
         return self.sharpness * self.log_odds(client) + size

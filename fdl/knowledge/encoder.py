@@ -188,6 +188,16 @@ class PCA(Encoder):
             raise RuntimeError("PCA.fit comes before PCA.encode")
         return self._pca.transform(inputs.flatten(1).cpu().numpy())
 
+    def decode(self, points: np.ndarray) -> np.ndarray:
+        """The inputs, flat, that lie nearest to points of the space: float64 [n, values] for [n, d].
+
+        Raises:
+            RuntimeError: nothing was fitted yet.
+        """
+        if self._pca is None:
+            raise RuntimeError("PCA.fit comes before PCA.decode")
+        return self._pca.inverse_transform(np.asarray(points, dtype=np.float64))
+
 
 class Frozen(Encoder):
     """The embedding of a public pretrained model, which is shipped to every site once and never trained.

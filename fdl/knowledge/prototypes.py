@@ -29,7 +29,8 @@ class PrototypeTransfer(Option):
     the server merges them. A specialist's own embedding space compares with nobody's; there an adapter must bring
     them together. A proxy sample belongs to the prototypes of a class to the extent that the clients' answers say so.
 
-    Centroids are means of private samples in a feature space: with few samples each, they say much about these.
+    Centroids are means of private samples in a feature space: with few samples each, they say much about these, and the
+    mean of one is that sample. Those of fewer than `floor` samples are not sent.
 
     Args:
         count: k, centroids a class (or of all data, by concept), at most one for each distinct sample.
@@ -38,6 +39,7 @@ class PrototypeTransfer(Option):
         loss: ``"infonce"`` contrasts prototypes, ``"mse"`` draws the student to those of its class.
         weight: γ, the weight in the server's loss; 0 switches prototypes off.
         temperature: of the contrast, > 0.
+        floor: fewest samples that a centroid which is sent stands for.
     """
 
     name = "prototypes"
@@ -50,10 +52,12 @@ class PrototypeTransfer(Option):
         loss: Literal["infonce", "mse"] = "infonce",
         weight: float = 0.1,
         temperature: float = 0.1,
+        floor: int = 4,
     ):
         self.count, self.space = at_least("count", count, 1), one_of("space", space, ("public", "embedding"))
         self.by, self.loss = one_of("by", by, ("class", "concept")), one_of("loss", loss, PROTOTYPE_LOSSES)
         self.weight, self.temperature = not_negative("weight", weight), positive("temperature", temperature)
+        self.floor = at_least("floor", floor, 1)
         settings = {"temperature": self.temperature} if loss == "infonce" else {}
         self.function: Callable[..., Tensor] = lambda *sides: PROTOTYPE_LOSSES[loss](*sides, **settings)
 
@@ -85,7 +89,8 @@ class PrototypeTransfer(Option):
         sure = torch.log_softmax(own.logits, 1).gather(1, labels.unsqueeze(1)).squeeze(1).clamp_min(-LIMIT)
         counts = torch.bincount(members, minlength=len(values))
         mean = torch.zeros(len(values)).index_add_(0, members, sure.float()) / counts
-        return Prototypes(values, kept, counts, Confidences.quantize(mean))
+        many = counts >= self.floor
+        return Prototypes(values[many], kept[many], counts[many], Confidences.quantize(mean[many]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,7 +66,7 @@ class TokenAnswering:
         if self.confidence is not None:
             weights = LogWeights.quantize(self.confidence.log_weights(client, _certainty(seen)))
         tail = tail if self.draws is None else None
-        return SparseResponses(ids, values, sizes, vocab, tail, weights, rows, client.samples)
+        return SparseResponses(ids, values, sizes, vocab, tail, weights, rows)
 
     def _question(self, vocab: int, stream: torch.Generator) -> Callable[[LightningModule, Tensor], Tensor]:
         """What the model is asked: [B, T, 4 + k + k] with ids and log-probabilities, or [B, T, 4 + N] with ids."""

@@ -8,7 +8,17 @@ from fdl.messages.base import Message, Meta, message_type
 from fdl.messages.bundle import Bundle, parts_of
 from fdl.messages.confidences import Confidences
 from fdl.messages.features import Features
-from fdl.messages.fields import check_finite, check_samples, narrow, nothing_left, take_integers, take_meta, to_torch
+from fdl.messages.fields import (
+    check_finite,
+    check_samples,
+    narrow,
+    nothing_left,
+    samples_told,
+    take_integers,
+    take_meta,
+    take_samples,
+    to_torch,
+)
 from fdl.messages.parameters import Parameters
 from fdl.messages.prototypes import Prototypes
 from fdl.messages.responses import Form, Responses
@@ -31,7 +41,9 @@ __all__ = [
     "narrow",
     "nothing_left",
     "parts_of",
+    "samples_told",
     "take_integers",
     "take_meta",
+    "take_samples",
     "to_torch",
 ]

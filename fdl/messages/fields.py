@@ -39,6 +39,16 @@ def take_meta(meta: Meta, key: str, kind: type) -> int | float | str:
     return value
 
 
+def samples_told(samples: int) -> Meta:
+    """What is sent of a sample count: nothing where it is 0, so where the sender does not tell."""
+    return {"samples": int(samples)} if samples else {}
+
+
+def take_samples(meta: Meta) -> int:
+    """Take a sample count out of what was received, 0 where none was told."""
+    return take_meta(meta, "samples", int) if "samples" in meta else 0
+
+
 def nothing_left(mapping: Mapping) -> None:
     """Refuse what is left of received fields or numbers after all that belongs there was taken out."""
     if mapping:

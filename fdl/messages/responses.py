@@ -17,7 +17,9 @@ from fdl.messages.fields import (
     check_finite,
     check_samples,
     nothing_left,
+    samples_told,
     take_meta,
+    take_samples,
     to_numpy,
     to_torch,
 )
@@ -36,7 +38,7 @@ class Responses(Message):
         form: which of the three.
         rows: int64 [n], the rows of the proxy set, or None for the whole set in order.
         confidence: the sender's log-weight of every row, or None.
-        samples: how many examples the sender trained on, 0 from the server.
+        samples: how many examples the sender trained on; 0, which is not sent, where it does not tell.
     """
 
     kind: ClassVar[str] = "responses"
@@ -61,8 +63,8 @@ class Responses(Message):
         return fields
 
     def meta(self) -> Meta:
-        """The form's number, the sample count, the confidence's scale."""
-        meta: Meta = {"form": _FORMS.index(self.form), "samples": int(self.samples)}
+        """The form's number, the sample count where one is told, the confidence's scale."""
+        meta: Meta = {"form": _FORMS.index(self.form)} | samples_told(self.samples)
         if self.confidence is not None:
             meta |= {"lo": float(self.confidence.lo), "step": float(self.confidence.step)}
         return meta
@@ -94,7 +96,7 @@ class Responses(Message):
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Responses:
         """Inverse of `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
-        form, samples = take_meta(meta, "form", int), take_meta(meta, "samples", int)
+        form, samples = take_meta(meta, "form", int), take_samples(meta)
         if not 0 <= form < len(_FORMS) or "values" not in fields:
             raise RefusedError("responses without values or of an unknown form")
         values, rows, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)

@@ -96,7 +96,7 @@ class AffinityDistillation(Method):
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
         given = answers(client, specialist, client.proxy, temperature)
         sure = None if self.confidence is None else confidences(self.confidence, client, given)
-        return Responses(given, "embeddings", None, sure, client.samples)
+        return Responses(given, "embeddings", None, sure)
 
     def aggregate(self, server: Server) -> AnswerPool:
         """All answers of the round, in 16 bits."""

@@ -77,7 +77,7 @@ class CFeD(FedAvg):
         noted = parts.get(Responses)
         objective = None if noted is None else self._rehearsing(client, noted.values)
         client.fit(module, client.train, client.local, objective)
-        return Parameters(state_of(module), samples=client.samples)
+        return Parameters(state_of(module), samples=client.told_samples)
 
     def _rehearsing(self, client: Client, noted: Tensor) -> Objective:
         """What a client minimises; proxy samples are drawn with replacement from a stream of their own."""

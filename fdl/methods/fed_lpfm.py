@@ -86,7 +86,7 @@ class FedLPFM(FedAvg):
             client.metrics.update(self._costs(client, proxy))
             labelled = Answered(client.train, client.train.labels, more=[answers])
         client.fit(proxy, labelled, client.local, self._taught)
-        return Parameters(state_of(proxy), samples=client.samples)
+        return Parameters(state_of(proxy), samples=client.told_samples)
 
     def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, labels, answers = batch

@@ -97,7 +97,7 @@ class FedDF(Method):
         """Train the group's model on private data and return its weights."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
         client.fit(module, client.train, client.local)
-        return Parameters(state_of(module), samples=client.samples)
+        return Parameters(state_of(module), samples=client.told_samples)
 
     def aggregate(self, server: Server) -> _Ensemble:
         """Means of the weights by group, and of all clients' logits."""

@@ -68,7 +68,7 @@ class FederatedPrompts(FedAvg):
         load_into(module, {**state_of(module), **download.tensors})
         client.fit(module, client.train, client.local, self.objective(module))
         client.keep(module)
-        return Parameters(self._shared(state_of(module)), samples=client.samples)
+        return Parameters(self._shared(state_of(module)), samples=client.told_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters:
         """A mean weighted by sample counts, or what is robust."""

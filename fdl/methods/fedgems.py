@@ -76,7 +76,7 @@ class FedGEMS(Method):
             client.fit(specialist, samples, client.digest, _taught, name="digest")
         client.fit(specialist, client.train, client.local)
         client.keep(specialist)
-        return Responses(client.predict(specialist, client.public), "logits", samples=client.samples)
+        return Responses(client.predict(specialist, client.public), "logits")
 
     def aggregate(self, server: Server) -> RightOnes:
         """What the clients that are right say, sample by sample."""

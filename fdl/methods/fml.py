@@ -61,7 +61,7 @@ class FML(FedAvg):
         both.train()  # a fresh container says that it trains, whatever its parts did last
         client.fit(both, client.train, client.local, self.mutual)
         client.keep(personal)
-        return Parameters(state_of(meme), samples=client.samples)
+        return Parameters(state_of(meme), samples=client.told_samples)
 
     def mutual(self, both: nn.ModuleDict, batch: Any) -> Mapping[str, Tensor]:
         """The sum of both losses; no gradient of the one reaches the other's model."""

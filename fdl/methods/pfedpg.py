@@ -79,7 +79,7 @@ class PFedPG(Method):
         client.fit(module, client.train, client.local)
         client.keep(module)
         after = client.state["specialist"]
-        return Parameters({k: after[k] - before.cpu() for k, before in download.tensors.items()}, client.samples)
+        return Parameters({k: after[k] - before.cpu() for k, before in download.tensors.items()}, client.told_samples)
 
     def aggregate(self, server: Server) -> _Changes:
         """All changes, by site."""

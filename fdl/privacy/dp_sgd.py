@@ -24,7 +24,6 @@ from fdl.fit_optimizers import schedule_of
 from fdl.modules.weights import trainable
 from fdl.objectives import training_step
 from fdl.privacy.accounting import Policy, affords, event, solve_noise, spend
-from fdl.seeding import stream_seed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -158,7 +157,7 @@ class DPSGD:
         wrapped = runtime.optimizers.fresh(module, trainable(module), config)
         scheduler, interval = schedule_of(wrapped.optimizer, config, max(client.round, 1))
         stream = torch.Generator(runtime.device)
-        stream.manual_seed(stream_seed(client.seed, f"{name}/noise", client.round, client.id))
+        stream.manual_seed(client.secret_seed(f"{name}/noise"))
         if self.ghost:
             gradients = Ghost(module, objective, fabric, self.clip)
         else:
@@ -170,7 +169,7 @@ class DPSGD:
             expected_batch_size=probability * len(samples),
             generator=stream,
         )
-        order = client.rng(name)
+        order = client.noise(name)  # who takes part in a step must not be known: the account counts on it
         drawn = poisson(len(samples), probability, mechanism["count"], order)
         try:
             if self.ghost and not known:

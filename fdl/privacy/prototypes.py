@@ -78,7 +78,7 @@ class NoisyPrototypes(PrototypeTransfer):
             with client.gate.open():
                 own, labels = torch.tensor(space.encode(client.train), dtype=torch.float32), client.train.labels
         sums, counts = class_sums(own, labels, client.num_classes, clip)
-        deviation, stream = self.noise_multiplier * math.sqrt(2), client.rng("prototypes")
+        deviation, stream = self.noise_multiplier * math.sqrt(2), client.noise("prototypes")
         sums, counts = noisy(sums, deviation * clip, stream), noisy(counts, deviation, stream)
         labels = torch.nonzero(counts >= max(deviation, 1.0)).squeeze(1)
         means = clipped(sums[labels] / counts[labels].unsqueeze(1), clip)

@@ -61,7 +61,7 @@ class NoisyResponses(Release):
                 return None
             parts = 1 if sure is None else 2
             deviation = self.noise_multiplier * response_sensitivity(len(values), parts)
-            stream = client.rng("release")
+            stream = client.noise("release")
             values = noisy(values, self.clip * deviation, stream)
             if sure is not None:
                 sure = noisy(sure, self.bound * deviation, stream).clamp(-self.bound, self.bound)
@@ -85,7 +85,7 @@ class NoisyResponses(Release):
             # the sum over clients divided by all that were heard, whoever answered the row
             means = (knowledge.values * (knowledge.coverage / clients).unsqueeze(1))[asked]
             deviation = self.noise_multiplier * self.clip * response_sensitivity(len(asked)) / clients
-            return released(knowledge, asked, noisy(means, deviation, server.rng("release")), clients)
+            return released(knowledge, asked, noisy(means, deviation, server.noise("release")), clients)
 
         return Protected(mean, bound, release)
 

@@ -20,7 +20,8 @@ def spent(loop: FederatedLoop) -> dict[str, Any]:
     Returns:
         ``epsilon``, the largest of all clients, infinite where anything went without noise or nobody kept account.
         With an account ``level`` (what it protects), ``delta``, ``accountant``, ``limit`` (the budget, or None) and
-        ``clients`` (ε by id).
+        ``clients`` (ε by id) and ``noise`` (``"recipe"`` where noise was drawn from the recipe's seed, so that whoever
+        knows it can take the noise off, else ``"secret"``).
     """
     policy = loop.server.privacy
     if policy is None:
@@ -48,4 +49,5 @@ def spent(loop: FederatedLoop) -> dict[str, Any]:
         "accountant": policy.accountant,
         "limit": policy.epsilon,
         "clients": clients,
+        "noise": "secret" if loop.server.has_noise_seed else "recipe",
     }

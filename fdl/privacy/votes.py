@@ -65,7 +65,7 @@ class NoisyVotes(Release):
             answers = event("gnmax", self.noise / math.sqrt(2), count=int(passed.sum()), level="institution")
             if not passed.any() or not paid(server, answers):
                 return None
-            elected = noisy(tally[passed], self.noise, server.rng("release")).argmax(1)
+            elected = noisy(tally[passed], self.noise, server.noise("release")).argmax(1)
             labels = torch.nn.functional.one_hot(elected, tally.shape[1])
             return released(knowledge, asked[passed], labels, clients)
 
@@ -77,7 +77,7 @@ class NoisyVotes(Release):
             return torch.ones(len(tally), dtype=torch.bool)
         if not paid(server, event("gnmax_check", self.threshold_noise, count=len(tally), level="institution")):
             return None
-        return noisy(tally.amax(1), self.threshold_noise, server.rng("threshold")) >= self.threshold
+        return noisy(tally.amax(1), self.threshold_noise, server.noise("threshold")) >= self.threshold
 
 
 def _ballot(responses: Responses) -> Responses:

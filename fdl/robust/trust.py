@@ -24,8 +24,8 @@ class FLTrust(Rule):
     model that knew these samples alone would answer; the cosine is taken over all rows at once, each row weighted by
     how much the client claims to know of it against the others, so that it is judged where it wants to count: whoever
     knows one class alone, and says so by its confidence, is judged by that class. Answers on the simplex keep their
-    length. The server's labelled samples are its `public` ones, else those for validation, which then weigh clients
-    and teach nobody.
+    length. The server's labelled samples are its `public` ones, else those for validation. A model for
+    reference is trained on them; the student learns nothing from it, but by whom it listens to.
 
     Args:
         judge: ``"server"``, or ``"peers"``: the geometric median of what all clients say, with their capped shares, for

@@ -3,11 +3,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import logsumexp
 from sklearn.neighbors import NearestNeighbors
 
 from fdl.knowledge.confidence import LIMIT
-from fdl.knowledge.density import Density, intrinsic_dimension, typical_distance
+from fdl.knowledge.density import Density, group_means, intrinsic_dimension, typical_distance
 from fdl.knowledge.encoder import PCA, Pixels
 from tests.knowledge.clients import client, samples
 
@@ -58,7 +60,7 @@ def test_centroids_by_formula(per_class):
     centres, counts = np.stack([own[p].mean(axis=0) for p in parts]), [p.sum() for p in parts]
     distances = np.linalg.norm(proxy[:, None] - centres[None], axis=-1)
     expected = logsumexp(-(distances - typical_distance(proxy, 3)) / 50, axis=1, b=counts)
-    confidence = Density("centroids", centroids_per_class=per_class, sharpness=1.0, scale=50.0)
+    confidence = Density("centroids", centroids_per_class=per_class, sharpness=1.0, scale=50.0, floor=0)
     np.testing.assert_allclose(weigh(confidence, own, proxy, torch.as_tensor(labels)), expected, atol=1e-3)
 
 
@@ -66,7 +68,7 @@ def test_centroids_by_formula(per_class):
 def test_farther_counts_less(method):
     own = np.zeros((4, 2), dtype=np.float32) + RNG.normal(scale=0.01, size=(4, 2)).astype(np.float32)
     proxy = np.stack([np.linspace(0.1, 5, 30), np.zeros(30)], axis=1).astype(np.float32)
-    assert (np.diff(weigh(Density(method, scale=1.0), own, proxy)) < 0).all()
+    assert (np.diff(weigh(Density(method, scale=1.0, floor=0), own, proxy)) < 0).all()
 
 
 @pytest.mark.parametrize("method", ["neighbours", "centroids"])
@@ -99,14 +101,14 @@ def test_few_samples_and_copies_are_no_trouble():
         warnings.simplefilter("error")
         for method in ("neighbours", "centroids"):
             for own in (OWN[:1], copies):
-                found = weigh(Density(method, k=5), own)
+                found = weigh(Density(method, k=5, floor=0), own)
                 assert np.isfinite(found).all() and np.ptp(found) > 1
             assert np.isfinite(weigh(Density(method), OWN, np.ones((9, 4), dtype=np.float32))).all()
             assert np.isfinite(weigh(Density(method), OWN, PROXY[:1])).all()
 
 
 def test_copies_count_for_a_centroid():
-    once, twice = (weigh(Density("centroids", scale=1.0), np.repeat(OWN[:3], n, axis=0)) for n in (1, 2))
+    once, twice = (weigh(Density("centroids", scale=1.0, floor=0), np.repeat(OWN[:3], n, axis=0)) for n in (1, 2))
     np.testing.assert_allclose(twice - once, np.log(2), atol=1e-4)
 
 
@@ -163,3 +165,52 @@ def test_intrinsic_dimension_of_a_flat_piece_in_a_larger_space(dimension):
 @pytest.mark.parametrize("proxy", [np.ones((50, 3)), np.ones((1, 3)), np.eye(3)[:2]])
 def test_intrinsic_dimension_where_nothing_can_be_told(proxy):
     assert intrinsic_dimension(proxy.astype(np.float32)) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 90), st.integers(1, 9))
+def test_groups_are_of_many_samples_and_hold_each_once(seed, count, least):
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(count, 3)).round(1)  # some are equal
+    means = group_means(points, least) if count >= least else points.mean(0, keepdims=True)
+    assert 1 <= len(means) <= max(count // least, 1)
+    if least == 1:
+        assert means is points
+    # as powers of two of the rows: which of them are in a group can be read off its mean
+    marks = np.concatenate([points, np.eye(count) * 1e-9], axis=1)  # too small to decide on a split
+    if count >= least > 1:
+        parts = group_means(marks, least)[:, 3:] * 1e9
+        sizes = (1 / parts.max(1)).round()
+        assert sizes.min() >= least and sizes.sum() == count and sizes.max() < 2 * least
+        np.testing.assert_allclose(parts.T @ sizes, np.ones(count))
+        np.testing.assert_allclose(np.sort(group_means(marks, least)[:, :3], 0), np.sort(means, 0), atol=1e-12)
+
+
+def test_groups_are_the_same_to_the_bit_in_any_layout():
+    points = np.random.default_rng(0).normal(size=(103, 7)).astype(np.float32)
+    expected = group_means(points, 4)
+    for other in (np.asfortranarray(points), points.copy()[::-1][::-1], np.repeat(points, 2, axis=1)[:, ::2]):
+        np.testing.assert_array_equal(group_means(other, 4), expected)
+
+
+def test_a_small_site_is_measured_by_groups_and_one_below_a_group_says_nothing():
+    few = OWN[:6]
+    mean = few.astype(np.float64).mean(0)
+    expected = np.linalg.norm(PROXY - mean, axis=1)
+    confidence = Density(k=3, sharpness=1.0, scale=0.5)
+    found = weigh(confidence, few)
+    np.testing.assert_allclose(confidence.distances(found, PROXY), expected, atol=1e-4)
+    assert (weigh(confidence, OWN[:3]) == -LIMIT).all()
+    np.testing.assert_array_equal(weigh(Density(), OWN), weigh(Density(floor=0), OWN))  # 25 samples are enough
+    assert not np.array_equal(weigh(Density(floor=26), OWN), weigh(Density(), OWN))
+
+
+def test_no_centroid_stands_for_fewer_samples_than_a_group():
+    # class 0 has five samples, class 1 one that lies on a proxy sample, and must not be seen in its weight
+    own = np.concatenate([OWN[:5], PROXY[:1]])
+    labels = torch.tensor([0] * 5 + [1])
+    confidence = Density("centroids", centroids_per_class=1, scale=1.0, sharpness=1.0)
+    found = weigh(confidence, own, labels=labels)
+    np.testing.assert_array_equal(found, weigh(confidence, OWN[:5], labels=labels[:5]))
+    assert weigh(Density("centroids", 1, 1, 1.0, 1.0, floor=0), own, labels=labels)[0] > found[0]
+    assert (weigh(confidence, OWN[:3], labels=labels[:3]) == -LIMIT).all()

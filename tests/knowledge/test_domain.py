@@ -51,9 +51,10 @@ def test_the_unit_of_length_does_not_matter():
 def test_few_samples_are_no_trouble_and_none_are_silence():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.isfinite(weigh(DomainClassifier(), OWN[:1])).all()
+        assert np.isfinite(weigh(DomainClassifier(floor=1), OWN[:1])).all()
         assert np.isfinite(weigh(DomainClassifier(), OWN, np.ones((9, 3), dtype=np.float32))).all()
         assert (weigh(DomainClassifier(), OWN[:0]) == -LIMIT).all()
+        assert (weigh(DomainClassifier(), OWN[:3]) == -LIMIT).all()  # below the floor
 
 
 def test_it_is_fitted_once_for_each_client():

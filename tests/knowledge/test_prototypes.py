@@ -42,20 +42,23 @@ def extracted(logits, embedding):
 def test_a_client_sends_means_counts_and_how_sure_it_is():
     owner = client(POINTS[:3], POINTS, torch.tensor([0, 0, 1]), encoder=Pixels())
     sure = extracted(torch.tensor([[0.0, 0.0], [0.0, 0.0], [-50.0, 50.0]]), torch.zeros(3, 1))
-    got = PrototypeTransfer(count=1).message(owner, lambda: sure, sure)
+    got = PrototypeTransfer(count=1, floor=1).message(owner, lambda: sure, sure)
     assert got.values.tolist() == [[0.0, 1.0], [10.0, 0.0]]
     assert got.labels.tolist() == [0, 1] and got.counts.tolist() == [2, 1]
     torch.testing.assert_close(got.confidence.values(), torch.tensor([-0.6931, 0.0]), atol=2e-3, rtol=0)
     got.validate()
-    concepts = PrototypeTransfer(count=1, by="concept").message(owner, lambda: sure, sure)
+    concepts = PrototypeTransfer(count=1, by="concept", floor=3).message(owner, lambda: sure, sure)
     assert concepts.labels.tolist() == [-1] and concepts.counts.tolist() == [3]
+    # the mean of one sample is that sample: it stays at the site, and by default those of fewer than four do
+    assert PrototypeTransfer(count=1, floor=2).message(owner, lambda: sure, sure).labels.tolist() == [0]
+    assert len(PrototypeTransfer(count=1).message(owner, lambda: sure, sure).values) == 0
 
 
 def test_in_the_embedding_space_they_are_standardised_over_the_proxy_set():
     owner = client(POINTS[:2], POINTS, torch.tensor([0, 1]))
     own = extracted(torch.zeros(2, 2), torch.tensor([[3.0], [7.0]]))
     proxy = extracted(torch.zeros(2, 2), torch.tensor([[1.0], [5.0]]))
-    got = PrototypeTransfer(count=1, space="embedding").message(owner, lambda: own, proxy)
+    got = PrototypeTransfer(count=1, space="embedding", floor=1).message(owner, lambda: own, proxy)
     assert got.values.flatten().tolist() == [0.0, 2.0]
 
 

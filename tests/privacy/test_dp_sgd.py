@@ -320,7 +320,7 @@ def test_spend_is_told_everywhere(tmp_path):
     assert summary["metrics"]["privacy/epsilon"] == max(last.values()) == summary["privacy"]["epsilon"]
     card = model_card(made, json.loads(json.dumps(summary, default=str)), 2, "")
     assert f"ε ≤ {summary['privacy']['epsilon']:.3f} at δ = 0.0001, of a budget of 4" in card
-    assert "one example of a client more or less" in card
+    assert "one example of a client, in or out" in card
     written = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("clients/1/privacy/epsilon")
     assert [point.tensor_proto.float_val[0] for point in written] == pytest.approx([first["1"], last["1"]])
 
@@ -398,3 +398,83 @@ def test_models_with_batch_normalisation_are_refused_before_the_first_round(tmp_
     specialists = [{"target": "cnn", "args": {"norm": "batch"}}]
     with pytest.raises(UserError, match=r"of cnn is BatchNorm2d.*GroupNorm"):
         build(recipe(specialists=specialists), tmp_path)
+
+
+def test_two_fits_of_one_name_in_a_round_have_noise_and_batches_of_their_own(monkeypatch):
+    def drawn(client, fits=2):
+        seen = []
+
+        def watch(std, reference, generator=None, secure_mode=False):
+            seen.append(noise_of(std=std, reference=reference, generator=generator, secure_mode=secure_mode))
+            return seen[-1]
+
+        noise_of = optimizer._generate_noise
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer, "_generate_noise", watch)
+            for _ in range(fits):
+                client.fit(client.specialist(), client.train, client.local)
+        return torch.stack([noise.norm() for noise in seen]).view(fits, -1)
+
+    import opacus.optimizers.optimizer as optimizer
+
+    client, _ = client_of(noise_multiplier=1.0)
+    first, second = drawn(client)
+    assert not torch.equal(first, second)
+    # a round that is run again, e.g. after a restart, draws what it drew, and the next round draws other noise
+    client.begin(1)
+    assert torch.equal(drawn(client), torch.stack([first, second]))
+    client.begin(2)
+    assert not torch.isin(drawn(client), torch.stack([first, second])).any()
+    again, _ = client_of(noise_multiplier=1.0)
+    assert torch.equal(drawn(again), torch.stack([first, second]))
+    # who takes part is drawn anew, too
+    streams = [again.noise("fit").initial_seed() for _ in range(3)]
+    assert len({*streams, client_of()[0].noise("fit").initial_seed()}) == 4
+
+
+def test_a_noise_seed_comes_from_a_file_or_the_environment_and_from_no_recipe(tmp_path, monkeypatch):
+    secret = tmp_path / "noise"
+    secret.write_text("ab" * 32 + "\n")
+    secret.chmod(0o600)
+    name = f"privacy.noise_seed={{file: {secret}}}"
+    plain, kept = build(recipe(), tmp_path / "a"), build(recipe(name), tmp_path / "b")
+    seeds = {loop.clients[0].secret_seed("fit") for loop in (plain, kept)}
+    assert len(seeds) == 2
+    monkeypatch.setenv("FDL_NOISE_SEED", "ab" * 32)
+    given = build(recipe(), tmp_path / "c")
+    assert given.clients[0].secret_seed("fit") in seeds and given.clients[0].noise("fit").initial_seed() not in seeds
+    assert given.server.has_noise_seed and not plain.server.has_noise_seed
+    assert given.clients[0].rng("fit").initial_seed() == plain.clients[0].rng("fit").initial_seed()
+    summary = given.run()
+    assert summary["privacy"]["noise"] == "secret" and "secret noise seed" in model_card(recipe(), summary, 2, "")
+    assert "abab" not in json.dumps(summary, default=str) + str(recipe(name).to_dict())
+    monkeypatch.delenv("FDL_NOISE_SEED")
+    summary = build(recipe(), tmp_path / "d").run()
+    assert summary["privacy"]["noise"] == "recipe" and "as in a simulation" in model_card(recipe(), summary, 2, "")
+
+    def refused(*overrides):
+        with pytest.raises(UserError) as caught:
+            build(recipe(*overrides), tmp_path / "e")
+        return str(caught.value)
+
+    assert "must not stand in a recipe" in refused("privacy.noise_seed=12345")
+    assert "must not stand in a recipe" in refused("privacy.noise_seed={file: a, more: b}")
+    assert "cannot be read" in refused(f"privacy.noise_seed={{file: {tmp_path / 'none'}}}")
+    secret.write_text("short")
+    assert "at least 32 characters" in refused(name) and "short" not in refused(name).replace("at least", "")
+    secret.chmod(0o644)
+    assert "chmod 600" in refused(name)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "federated_distillation"])
+def test_how_many_samples_a_client_has_does_not_go_up(method, tmp_path, monkeypatch):
+    loop = build(recipe(f"method={method}", "federation.rounds=1"), tmp_path)
+    told, carry = [], loop.channel.upload
+
+    def upload(message, client, round):
+        told.append(message.samples)
+        return carry(message, client, round)
+
+    monkeypatch.setattr(loop.channel, "upload", upload)
+    loop.run()
+    assert told == [1, 1] if method == "fedavg" else told == [0, 0]

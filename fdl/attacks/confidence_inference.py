@@ -1,0 +1,155 @@
+"""Membership inference from confidences: what log-weights say of the samples from which they were made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fdl.attacks.base import Attack, Curve, Findings, twin_of
+from fdl.attacks.candidates import candidates
+from fdl.attacks.membership import protection
+from fdl.errors import UserError
+from fdl.knowledge.confidence import Confidence, public_space
+from fdl.knowledge.option import at_least
+from fdl.privacy.accounting import Policy
+from fdl.seeding import numpy_stream
+
+if TYPE_CHECKING:
+    from fdl.attacks.base import Subject
+    from fdl.attacks.candidates import Candidates
+    from fdl.participants import Client
+
+TARGET = "confidences"
+"""What is attacked."""
+
+_POLICY = Policy(1e-5)
+"""Where a recipe says nothing of privacy, and so gives no δ."""
+
+
+class ConfidenceInference(Attack):
+    """Likelihood ratio of a client's confidences, with and without a sample among those that they were made from.
+
+    A confidence that is measured on private samples, such as `density`, can be computed by anybody for any set of
+    samples, since all else that it rests on is public; no model has to be trained. The attacker is as strong as that of
+    differential privacy and of LiRA here: it knows all samples of a client but for the candidates, of which it knows
+    that half are in. It draws such halves, computes what the client would have sent for each, and fits, for each proxy
+    sample near a candidate, Gaussians to the log-weights with and without it (Carlini et al., 2022, algorithm 1, on
+    log-weights in the place of losses). Answers are those of the client's last model in all of them, so a confidence
+    that is a function of answers alone has no score, and is reported as no better than a guess.
+
+    Args:
+        simulations: how many halves are drawn, even and at least 4; two of them share out the candidates.
+        neighbours: proxy samples nearest to a candidate that are looked at, at least 1.
+        label: as in `Attack`.
+    """
+
+    name = "confidence_inference"
+
+    def __init__(self, simulations: int = 100, neighbours: int = 20, label: str | None = None):
+        super().__init__(label)
+        self.simulations, self.neighbours = (
+            at_least("simulations", simulations, 4),
+            at_least("neighbours", neighbours, 1),
+        )
+        if simulations % 2:
+            raise UserError(f"simulations must be even, since two of them share out the candidates; got {simulations}")
+
+    def run(self, subject: Subject) -> Findings:
+        """Score the candidates of every client that sends confidences.
+
+        Raises:
+            UserError: there are no candidates, or nobody sends confidences.
+        """
+        confidence = confidence_of(subject, self.label)
+        asked, findings = candidates(subject), Findings()
+        scores, owners = np.full(len(asked.owner), np.nan), []
+        for client in subject.clients:
+            mine = np.flatnonzero(asked.owner == client.id)
+            answers = subject.answers(client) if len(mine) else None
+            if answers is None or answers.confidence is None:
+                continue
+            owners.append(client)
+            rows = np.arange(len(client.proxy)) if answers.rows is None else answers.rows.numpy()
+            inside, simulated = self._simulate(subject, confidence, client, asked)
+            near = _nearest(client, asked, mine, rows, self.neighbours)
+            seen = answers.confidence.values().double().numpy()
+            scores[mine] = likelihood_ratio(seen, simulated[:, rows], inside[:, mine], near, answers.confidence.step)
+        known = ~np.isnan(scores)
+        members, others = scores[known & asked.member], scores[known & ~asked.member]
+        if not (len(members) and len(others)):
+            raise UserError(f"{self.label}: no client has sent confidences that could be attacked")
+        policy = subject.server.privacy or _POLICY
+        proven = max(protection(subject, client, TARGET, policy) for client in owners)
+        findings.curves.append(Curve(TARGET, members, others, proven, policy.delta))
+        findings.arrays[f"{TARGET}/scores"] = scores
+        findings.arrays["members"], findings.arrays["owners"] = asked.member, asked.owner
+        return findings
+
+    def _simulate(
+        self, subject: Subject, confidence: Confidence, client: Client, asked: Candidates
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which candidates are in, bool [S, n], and what the client would have sent then, float64 [S, n_proxy]."""
+        stream = numpy_stream(subject.seed, f"attack/{self.name}", 0, client.id)
+        logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
+        twin, inside, sent = twin_of(client), [], []
+        twin.corrupt, twin._corrupted = None, False
+        for number in range(self.simulations):
+            inside.append(asked.halves(stream) if number % 2 == 0 else ~inside[-1])
+            twin._train = asked.share(client, inside[-1])
+            twin.arrive()
+            twin.state, twin.cache["encoder"] = client.state, space
+            sent.append(confidence.log_weights(twin, logits).double().numpy())
+        client.rest(changed=False)
+        return np.stack(inside), np.stack(sent)
+
+
+def confidence_of(subject: Subject, label: str) -> Confidence:
+    """How the clients of a run weigh their answers.
+
+    Args:
+        subject: the run.
+        label: of the attack that asks.
+
+    Raises:
+        UserError: they do not.
+    """
+    confidence = getattr(subject.method, "confidence", None)
+    if not isinstance(confidence, Confidence):
+        raise UserError(f"{label}: not applicable: clients of this run send no confidences")
+    return confidence
+
+
+def likelihood_ratio(
+    seen: np.ndarray, simulated: np.ndarray, inside: np.ndarray, near: np.ndarray, step: float
+) -> np.ndarray:
+    """Σ over proxy rows of ln N(w; μ_in, σ²) − ln N(w; μ_out, σ²), one for each candidate.
+
+    Args:
+        seen: log-weights that were received, [m].
+        simulated: such of S made-up sets of samples, [S, m].
+        inside: which candidates these hold, bool [S, n].
+        near: rows that are looked at for each candidate, int [n, r].
+        step: of the quantiser; what rounds to one number differs by a variance of step² / 12.
+
+    Returns:
+        float64 [n]; 0 where the rows say nothing.
+    """
+    scores = np.zeros(inside.shape[1])
+    for candidate, rows in enumerate(near):
+        w, those = seen[rows], inside[:, candidate]
+        within, without = simulated[those][:, rows], simulated[~those][:, rows]
+        variance = (within.var(0) + without.var(0)) / 2 + max(step, 1e-6) ** 2 / 12
+        ratio = (np.square(w - without.mean(0)) - np.square(w - within.mean(0))) / (2 * variance)
+        scores[candidate] = ratio.sum()
+    return scores
+
+
+def _nearest(client: Client, asked: Candidates, mine: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Of the answered rows, those nearest to each candidate in the public space, int [n, r]."""
+    from sklearn.neighbors import NearestNeighbors
+
+    space = public_space(client)
+    public, own = space.encode_public(client.proxy)[rows], space.encode(asked.samples.subset(torch.from_numpy(mine)))
+    return NearestNeighbors(n_neighbors=min(count, len(rows))).fit(public).kneighbors(own, return_distance=False)
