@@ -14,7 +14,7 @@ import torch
 
 from fdl.adversaries.coalition import Adversaries, chosen, recruit
 from fdl.callbacks.profile import Profile
-from fdl.catalog import KINDS, find
+from fdl.catalog import KINDS, find, short_names
 from fdl.comm import authentication
 from fdl.comm.authentication import Authentication
 from fdl.comm.bandwidth import Bandwidth
@@ -39,6 +39,7 @@ from fdl.participants import Client, Server
 from fdl.privacy.settings import noise_seed, policy, trainer
 from fdl.privacy.settings import watching as watching_privacy
 from fdl.recipe import Component, Recipe, instantiate
+from fdl.rules import PROXY
 from fdl.runtime import Runtime
 from fdl.seeding import numpy_stream, stream_seed
 from fdl.store import CLIENTS, DiskStore
@@ -87,7 +88,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     if method.tasks and data.task not in method.tasks:
         raise UserError(
             f"method: {recipe.method.target} is for {' and '.join(method.tasks)} data, and {recipe.data.target} is for "
-            f"{data.task}; fdl list methods has others"
+            f"{data.task}; methods for it: {', '.join(_methods_for(data.task))}"
         )
     TASKS[data.task].asked(recipe.evaluation.metrics)
     if recipe.evaluation.probes and "student" not in method.requires:
@@ -95,7 +96,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     probes = _probes(recipe, data)
     attacks = _attacks(recipe, data)
     if "proxy" in method.requires and len(data.proxy) == 0:
-        raise UserError(f"data.args.proxy: the proxy set is empty, and method {recipe.method.target} needs one")
+        raise UserError(f"data.args.proxy: is empty, and method {recipe.method.target} needs a proxy set: {PROXY}")
     if "public" in method.requires and len(data.public) == 0:
         raise UserError(
             f"data.args.public: the server has no labelled samples, and method {recipe.method.target} trains on some; "
@@ -200,6 +201,13 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         left_out=left_out,
         fingerprint=_fingerprint(data, shares, runtime, {client.architecture for client in clients}, server),
     )
+
+
+def _methods_for(task: str) -> list[str]:
+    """The built-in methods for data of a task."""
+    found = {name: find(name, KINDS["method"]).definition for name in short_names(KINDS["method"])}
+    tasks = {name: (own and own.constant("tasks")) or (task,) for name, own in sorted(found.items())}  # none: for any
+    return [name for name, own in tasks.items() if task in own]
 
 
 def _runtime(recipe: Recipe, launch: bool) -> Runtime:

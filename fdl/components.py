@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.catalog import KINDS, Kind, Target, find, import_dotted, kind_of, suggest
 from fdl.errors import UserError
-from fdl.source import Definition, Parameter, SourceModule, ancestors, parse_expression
+from fdl.source import Definition, Parameter, SourceModule, ancestors, argument_docs, parse_expression
 
 if TYPE_CHECKING:
     from fdl.recipe import Component
@@ -119,7 +119,7 @@ class Checker:
         for name, parameter in known.items():
             given = name in args or name in (renamed[n] for n in args if n in renamed)  # said above
             if parameter.required and not given and not self.has(name, kind):
-                self.problem(f"{key}.args.{name}", f"missing: {found.path} needs it")
+                self.problem(f"{key}.args.{name}", f"missing: {found.path} needs it{_meaning(found, parameter)}")
         return result
 
     def has(self, name: str, kind: Kind) -> bool:
@@ -260,6 +260,14 @@ _SCALARS = {
     "bool": lambda v: isinstance(v, bool),
     "None": lambda v: v is None,
 }
+
+
+def _meaning(found: Target, parameter: Parameter) -> str:
+    """What an argument is, as its type and docstring say."""
+    typed = "" if parameter.annotation is None else describe(parameter.annotation)
+    said = argument_docs(found.definition).get(parameter.name, "") if found.definition is not None else ""
+    words = ", ".join(filter(None, (typed, said.partition(";")[0].rstrip("."))))
+    return f" ({words})" if words else ""
 
 
 _USUAL_NAMES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import shutil
 import sys
 import textwrap
@@ -15,7 +14,7 @@ from fdl.components import describe
 from fdl.errors import UserError
 from fdl.recipe import Recipe
 from fdl.schema import Component, keys
-from fdl.source import Definition, ancestors
+from fdl.source import argument_docs
 from fdl.tasks import TASKS
 
 SECTIONS = (*(kind.plural for kind in KINDS.values()), "metrics", "recipes", "keys")
@@ -135,7 +134,7 @@ def _described(kind: Kind, entry: Entry) -> str:
     lines = [f"{entry.name}, {kind}: {entry.summary}", f"{entry.path}, {_short(entry.file)}:{entry.line}"]
     target = find(entry.name, kind)
     taken = target.signature.parameters if target.signature is not None else {}
-    docs = _argument_docs(target.definition)
+    docs = argument_docs(target.definition) if target.definition is not None else {}
     rows = []
     for name, parameter in sorted(taken.items(), key=lambda item: not item[1].required):
         if name not in (*kind.reserved, *kind.supplied):
@@ -151,19 +150,6 @@ def _described(kind: Kind, entry: Entry) -> str:
 def _default_text(default: ast.expr) -> str:
     text = ast.unparse(default)
     return {"None": "null", "True": "true", "False": "false"}.get(text, text)
-
-
-def _argument_docs(definition: Definition | None) -> dict[str, str]:
-    """What docstrings say of arguments, of the class itself before those of its bases."""
-    if definition is None:
-        return {}
-    nodes = [cls.node for cls in ancestors(definition) if cls is not None] if definition.is_class else [definition.node]
-    docs: dict[str, str] = {}
-    for node in nodes:
-        text = (ast.get_docstring(node) or "").partition("Args:\n")[2].partition("\n\n")[0]
-        for name, said in re.findall(r"^ {4}(\w+)[^:\n]*: (.*(?:\n {5,}.*)*)", text, re.MULTILINE):
-            docs.setdefault(name, " ".join(said.split()).replace("``", ""))
-    return docs
 
 
 def _metrics() -> list[tuple[str, str]]:

@@ -341,6 +341,8 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 _ABSENT = object()
+_LONGEST = 200
+"""Letters of an override that a message repeats."""
 _MODULE = SourceModule(__name__, Path(__file__))
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The parser that omegaconf reads with: the one in Python refuses tabs that this one, and YAML, allow."""
@@ -443,7 +445,7 @@ def _located(where: str, message: str, overrides: Sequence[Override], lines: Map
     for override in reversed(overrides):
         # what is wrong with a component as a whole is wrong with its target
         if where == override.key or override.key == f"{where}.target" or where.startswith(f"{override.key}."):
-            return f"{where}: {message} (from the override {override.text!r})"
+            return f"{where}: {message} (from the override {override.text[:_LONGEST]!r})"
     parent = where
     while parent and parent not in lines:
         parent = parent.rpartition(".")[0]

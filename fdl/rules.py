@@ -5,6 +5,7 @@ A rule speaks of keys that are right by themselves, so each is silent where one 
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,9 @@ from fdl.learning_rates import rates_by_client
 from fdl.tasks import TASKS
 
 Problems = list[tuple[str, str]]
+
+PROXY = "a number of training samples or a share such as 0.3, which are held out for it, or another data set"
+"""What a proxy set can be, for messages."""
 
 _LONGEST_NAME = 200
 """File systems take 255 bytes, and names of files that go with a run have more."""
@@ -43,6 +47,7 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
         _keys,
         _faults,
         _required_parts,
+        _proxy,
         _assigned,
         _rates,
         _dishonest,
@@ -288,6 +293,20 @@ def _required_parts(tree: dict[str, Any], broken: set[str]) -> Problems:
         for part in _requires(tree)
         if part in tree and part not in broken and not tree[part]
     ]
+
+
+def _proxy(tree: dict[str, Any], broken: set[str]) -> Problems:
+    """A proxy set, where the method needs one and the data make none without being asked."""
+    if broken & {"method", "data"} or "proxy" not in _requires(tree):
+        return []
+    args, taken = tree["data"]["args"], find(tree["data"]["target"], KINDS["datamodule"]).signature
+    parameter = taken.parameters.get("proxy") if taken is not None else None
+    if parameter is None or args.get("proxy_groups") or args.get("proxy"):
+        return []
+    if "proxy" not in args and not (isinstance(parameter.default, ast.Constant) and parameter.default.value is None):
+        return []
+    message = f"missing: method {tree['method']['target']} needs a proxy set: {PROXY}"
+    return [("data.args.proxy", message)]
 
 
 def _requires(tree: dict[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib.util
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -291,6 +292,18 @@ def signature(definition: Definition) -> Signature | None:
         if not (isinstance(base, ast.Name) and base.id == "object"):
             return None
     return Signature({})
+
+
+@cache
+def argument_docs(definition: Definition) -> dict[str, str]:
+    """What docstrings say of arguments by their names, of a class itself before those of its bases."""
+    nodes = [cls.node for cls in ancestors(definition) if cls is not None] if definition.is_class else [definition.node]
+    docs: dict[str, str] = {}
+    for node in nodes:
+        text = (ast.get_docstring(node) or "").partition("Args:\n")[2].partition("\n\n")[0]
+        for name, said in re.findall(r"^ {4}(\w+)[^:\n]*: (.*(?:\n {5,}.*)*)", text, re.MULTILINE):
+            docs.setdefault(name, " ".join(said.split()).replace("``", ""))
+    return docs
 
 
 _WITHOUT_INIT = {"abc.ABC", "typing.Generic", "typing.Protocol", "typing_extensions.Protocol"}

@@ -389,6 +389,36 @@ def test_what_to_write_instead(override, words):
     assert any(words in problem for problem in problems(override)), problems(override)
 
 
+@pytest.mark.parametrize(
+    ("method", "data", "wanted"),
+    [
+        ("federated_distillation", "{target: text_classification, args: {path: x, context: 8}}", True),
+        ("federated_distillation", "{target: text_classification, args: {path: x, context: 8, proxy: 0}}", True),
+        ("federated_distillation", "{target: text_classification, args: {path: x, context: 8, proxy: 0.3}}", False),
+        ("token_distillation", "{target: text_files, args: {path: x, context: 8, proxy_groups: [a]}}", False),
+        ("federated_distillation", "digits", False),  # which has one unasked
+        ("fedavg", "{target: text_classification, args: {path: x, context: 8}}", False),
+    ],
+)
+def test_a_proxy_set_that_the_method_needs(method, data, wanted):
+    found = problems(f"method={method}", f"data={data}", "seed=x", specialists=["mlp"])
+    told = [problem for problem in found if problem.startswith("data.args.proxy: missing: ")]
+    assert bool(told) is wanted
+    assert all("or a share such as 0.3, which are held out for it, or another data set" in one for one in told)
+
+
+def test_what_is_missing_is_described():
+    assert (
+        "data.args.context: missing: fdl.datamodules.text_files.TextFiles needs it (int, tokens of a window)"
+        " (from the override 'data=text_files')"
+    ) in problems("data=text_files")
+
+
+def test_a_long_override_is_cut_in_messages():
+    (problem,) = problems(f"name={'x' * 3000}")
+    assert "has 3000 bytes" in problem and len(problem) < 400
+
+
 def test_the_message_is_whole():
     with pytest.raises(RecipeError) as caught:
         from_mapping({**BASE, "seed": "x"}, source="my.yaml")

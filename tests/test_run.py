@@ -241,7 +241,10 @@ def test_resume_needs_a_checkpoint_of_the_same_recipe(recipe, straight, tmp_path
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["data.args.proxy=0"], ["data.args.proxy: the proxy set is empty", "federated_distillation"]),
+        (
+            ["data.args.proxy=0"],
+            ["data.args.proxy: missing: method federated_distillation needs a proxy set", "such as 0.3"],
+        ),
         (["student.args.num_classes=7"], ["student.args.num_classes: 7", "10 classes"]),
         (["specialists.1.args.num_classes=12"], ["specialists.1.args.num_classes: 12", "10 classes"]),
         (["federation.clients=5000"], ["partition", "5000"]),
