@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "export",
         "Write a run's student, with a model card, as another library loads it.",
-        "export --run runs/quickstart --format timm",
+        "export --run runs/quickstart --format torch",
     )
     sub.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a finished run")
     sub.add_argument("--format", required=True, choices=FORMATS, help="for which library")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.filesize import decimal
 
 import fdl
 from fdl.recipe import Component, Recipe
+from fdl.redaction import without_paths
 
 
-def model_card(recipe: Recipe, summary: Mapping[str, Any], round: int, usage: str) -> str:
+def model_card(recipe: Recipe, summary: Mapping[str, Any], round: int, usage: str, inputs: Mapping[str, Any]) -> str:
     """Write the card of an exported student, in Markdown.
 
     Args:
@@ -21,7 +24,18 @@ def model_card(recipe: Recipe, summary: Mapping[str, Any], round: int, usage: st
         summary: of the run.
         round: whose student it is.
         usage: lines of Python that load it.
+        inputs: what it takes and answers; may have ``images``, ``texts`` and ``classes``.
     """
+    # a card is made to be published: whose files these were, and where, is nobody's business
+    recipe = dataclasses.replace(
+        recipe,
+        **{
+            part: dataclasses.replace(one, args=without_paths(one.args))
+            for part in ("data", "student")
+            if (one := getattr(recipe, part)) is not None
+        },
+        specialists=[dataclasses.replace(one, args=without_paths(one.args)) for one in recipe.specialists],
+    )
     record = next((r for r in summary["history"] if r["round"] == round), None)
     return "\n\n".join(
         [
@@ -31,11 +45,12 @@ def model_card(recipe: Recipe, summary: Mapping[str, Any], round: int, usage: st
             f"`{summary['method']}`: round {round} of {summary['rounds']}, seed {summary['seed']}.",
             f"```python\n{usage}\n```\n\n`FOLDER` stands for this folder.",
             f"## Model\n\n{_model(recipe)}",
+            f"## Inputs\n\n{_inputs(inputs)}",
             f"## Data\n\n{_data(recipe, summary)}",
             f"## Quality\n\n{_quality(summary, record)}",
             f"## Communication\n\n{_communication(summary, record)}",
             f"## Privacy\n\n{_privacy(summary)}",
-            f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```\n",
+            f"## Recipe\n\n```yaml\n{OmegaConf.to_yaml(without_paths(recipe.to_dict()))}```\n",
         ]
     )
 
@@ -50,6 +65,23 @@ def _model(recipe: Recipe) -> str:
     if not recipe.specialists:
         return f"Student: {student}. Every client has this architecture."
     return f"Student: {student}. Specialists at the clients: {', '.join(_named(one) for one in recipe.specialists)}."
+
+
+def _inputs(inputs: Mapping[str, Any]) -> str:
+    lines = []
+    if "images" in inputs:
+        images = inputs["images"]
+        mean, std = (", ".join(f"{value:.6g}" for value in images[key]) for key in ("mean", "std"))
+        size = "×".join(map(str, images["shape"][1:]))
+        lines.append(
+            f"- Images: {size} (channels×height×width), 0 is black and 1 is white, then normalised: mean {mean}, "
+            f"standard deviation {std}. {images['resize'][0].upper()}{images['resize'][1:]}."
+        )
+    if "texts" in inputs:
+        lines.append(f"- Texts: at most {inputs['texts']['shape'][1]} tokens, ids {inputs['texts']['ids']}.")
+    if "classes" in inputs:
+        lines.append(f"- Classes, in the order of the logits: {', '.join(inputs['classes'])}.")
+    return "\n".join(lines) or "As the data of the recipe give them."
 
 
 def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
@@ -69,7 +101,7 @@ def _quality(summary: Mapping[str, Any], record: Mapping[str, Any] | None) -> st
     score = f"test/{summary['score']['metric']}"
     own = [p["metrics"][score] for p in summary["participants"] if p["metrics"].get(score) is not None]
     table = "\n".join(["| metric | value |", "|---|---|", *lines])
-    if not own:
+    if not own or record is None or record["round"] != summary["rounds"]:  # the participants' are the last round's
         return table
     return f"{table}\n\nSpecialists: {score} {statistics.fmean(own):.4f} on average, {min(own):.4f} to {max(own):.4f}."
 
@@ -82,7 +114,8 @@ def _communication(summary: Mapping[str, Any], record: Mapping[str, Any] | None)
         "clients together; every message was encoded and counted.",
         f"- Once, before the first round: {decimal(total['setup_bytes'])}.",
     ]
-    return "\n".join([*lines, *([f"- In the whole run, by kind: {kinds}."] if kinds else [])])
+    last = record is None or record["round"] == summary["rounds"]
+    return "\n".join([*lines, *([f"- By kind: {kinds}."] if kinds and last else [])])
 
 
 def _privacy(summary: Mapping[str, Any]) -> str:

@@ -28,6 +28,8 @@ _WRITTEN = (
     "audit.json",
     "metrics.csv",
     "best.safetensors",
+    "inputs.json",
+    "tokenizer",
     CHECKPOINTS,
     "clients",
     "profile.txt",
@@ -73,6 +75,7 @@ def fit(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, Any]:
         refuse(recipe, folder, resume)
     if resume and is_complete(recipe, folder):
         return read_summary(folder)
+    from fdl import inputs
     from fdl.build import build
     from fdl.launcher import processes
     from fdl.report import write_summary
@@ -83,6 +86,8 @@ def fit(recipe: Recipe, folder: Path, resume: bool = False) -> dict[str, Any]:
             loop.callbacks.append(_Supersede(recipe, folder))
         elif leader:
             _begin(recipe, folder)
+        if leader:
+            inputs.keep(loop)
         summary = loop.run(resume=resume)
         if leader:
             _note(recipe, folder)

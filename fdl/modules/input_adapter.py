@@ -36,6 +36,11 @@ class InputAdapter(nn.Module):
         interpolation: of the resizing.
         antialias: filter before shrinking; enlarging is not changed by it.
 
+    Attributes:
+        output_shape: (C, H, W) of the images that come out.
+        mean: of each channel, what they are normalised with.
+        std: likewise.
+
     Raises:
         UserError: for values that do not fit together.
     """
@@ -60,6 +65,7 @@ class InputAdapter(nn.Module):
         if interpolation not in ("bicubic", "bilinear"):
             raise UserError(f"adapt.interpolation must be bicubic or bilinear, got {interpolation!r}")
         mean, std = _pair("", mean, std, channels)
+        self.mean, self.std = mean.tolist(), std.tolist()
         data_mean, data_std = _pair("data_", data_mean, data_std, own)
         self.size = tuple(data_size) if size is None else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:

@@ -225,7 +225,9 @@ def _byte_level(model: models.BPE, use_regex: bool = True) -> tokenizers.Tokeniz
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([END])
     end = (END, inner.token_to_id(END))
-    inner.post_processor = processors.TemplateProcessing(single=f"{END} $A {END}", special_tokens=[end])
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A {END}", pair=f"{END} $A {END} $B {END}", special_tokens=[end]
+    )
     return inner
 
 
