@@ -9,7 +9,15 @@ import numpy as np
 from fdl import auditing
 from fdl.callbacks import figures
 from fdl.callbacks.base import Callback
-from fdl.callbacks.events import MANY_CLIENTS, Curves, add_figure, hyperparameters, log_hparams, log_outcome, open_writer
+from fdl.callbacks.events import (
+    MANY_CLIENTS,
+    Curves,
+    add_figure,
+    hyperparameters,
+    log_hparams,
+    log_outcome,
+    open_writer,
+)
 from fdl.metrics import confusion_matrix
 from fdl.modules.shards import is_sharded
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -32,7 +34,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             gave to all names is taken off. Entries that are no numbers are left out.
 
     Raises:
-        UserError: the file is missing, of another kind, damaged, or holds objects other than tensors.
+        UserError: the file is missing, of another kind, damaged, holds objects other than tensors, or numbers that are
+            not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,24 +64,49 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    require_finite(weights, f"checkpoint: {path}")
     return weights
+
+
+def require_finite(weights: Mapping[str, Tensor | np.ndarray], where: str) -> None:
+    """Raise where weights to start from hold NaN or infinite numbers.
+
+    Args:
+        weights: by name.
+        where: what holds them, for the message: a file, or a model of a hub.
+
+    Raises:
+        UserError: naming the first tensor that does, and how many of its numbers.
+    """
+    for name, values in weights.items():
+        if isinstance(values, np.ndarray):
+            wrong = int((~np.isfinite(values)).sum()) if values.dtype.kind == "f" else 0
+        else:
+            wrong = int((~torch.isfinite(values)).sum()) if values.is_floating_point() else 0
+        if wrong:
+            count = math.prod(values.shape)
+            raise UserError(
+                f"{where}: {wrong:,} of {count:,} numbers in {name} are not finite; a model cannot start so"
+            )
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Read all arrays of an ``.npz`` file.
 
     Raises:
-        UserError: the file is missing, damaged, or holds pickled objects.
+        UserError: the file is missing, damaged, or holds pickled objects or numbers that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint: no such file: {path}")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     # a file that is no archive at all is taken for a pickle or a single array, and has no `files`
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, BadZipFile) as error:
         raise UserError(f"checkpoint: {path} cannot be read: {error}") from error
+    require_finite(arrays, f"checkpoint: {path}")
+    return arrays
 
 
 def load_weights(network: nn.Module, head: str, weights: dict[str, Tensor], path: str, label: str) -> None:
