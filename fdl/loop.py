@@ -11,6 +11,7 @@ from fdl.accounts import account
 from fdl.adversaries.coalition import Adversaries
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.cohort import draw
+from fdl.divergence import require_finite, require_heard, warn_unheard
 from fdl.errors import memory_of
 from fdl.evaluation import ask, attack, evaluate
 from fdl.hearing import hear, speak
@@ -105,6 +106,7 @@ class FederatedLoop:
                         snapshot.save(self)
                         raise KeyboardInterrupt
                     self.run_round(self.round + 1)
+            require_heard(self)
             if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
                 ask(self.server, self.probes, self.history[-1]["metrics"])
             if self.attacks:
@@ -133,6 +135,7 @@ class FederatedLoop:
             honest = self.executor(self.method, self.adversaries.listen(round, turns))
             with self.channel.unconfirmed():
                 hear(self, honest, aggregate, record)
+        warn_unheard(self, record)
 
         # 3  what they know together; nothing, when nobody was heard
         with self.seconds("clients"), self.seconds.part("aggregate"):
@@ -145,6 +148,7 @@ class FederatedLoop:
                 seed_everything(self.recipe.seed, "server", round)
                 self.server.metrics.update(self.method.server_update(self.server, knowledge))
         record["metrics"] = self.server.metrics
+        require_finite(self, round)
 
         # evaluate, log, save
         last = round == self.rounds
