@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fdl import checkpoint, runs
+from fdl import checkpoint, run_folder, runs
 from fdl.build import build
 from fdl.checkpoint import write_atomically
 from fdl.errors import UserError
@@ -39,26 +39,27 @@ def export(run: Path, format: str, output: Path | None = None, which: str = "bes
         run: the run's folder.
         format: a name among `FORMATS`.
         output: a new or empty folder; default ``export-<format>`` in the run's folder.
-        which: ``"best"``: the round that was best on validation data, or the last where none was validated;
-            ``"last"``: the last.
+        which: ``"best"``: the round that was best on validation data, or the last where none was validated, as the
+            run's report names it; ``"last"``: the last.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder holds no finished run, its student cannot be had in this format, or files are in the way.
+        UserError: the folder holds no finished run, or no student of that round any more, its student cannot be had in
+            this format, or files are in the way.
     """
     output = output or run / f"export-{format}"
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already; name another folder with --output-dir, or delete it")
-    if not (run / runs.RECIPE).is_file() or not (run / runs.SUMMARY).is_file():
-        raise UserError(f"{run}: holds no finished run (no {runs.RECIPE} and {runs.SUMMARY})")
+    runs.require_finished(run)
+    runs.require_usable(output)
     summary = runs.read_summary(run)
     loop = build(load(run / runs.RECIPE), run, launch=False)
     student = loop.server.student
     if student is None:
         raise UserError(f"{run}: method {summary['method']} has no student")
-    state = _saved(run, which)
+    state = _saved(run, summary, which)
     load_into(student, state["student"])
     loop.server.state = state["server"]
     loop.method.restored(loop.server)
@@ -70,17 +71,29 @@ def export(run: Path, format: str, output: Path | None = None, which: str = "bes
         folder.mkdir()
         usage = FORMATS[format](student, loop, folder)
         write_atomically(folder / "README.md", model_card(loop.recipe, summary, state["round"], usage).encode())
-        if output.is_dir():
-            output.rmdir()
-        shutil.move(folder, output)
+        try:
+            os.rename(folder, output)  # takes the place of an empty folder, and of no other
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    run_folder.note_export(run, output)
     return output
 
 
-def _saved(run: Path, which: str) -> Mapping[str, Any]:
-    """The ``round``, the ``student``, and what belongs to it of the ``server``'s state."""
-    if which == "best" and (run / BEST).is_file():
+def _saved(run: Path, summary: Mapping[str, Any], which: str) -> Mapping[str, Any]:
+    """The ``round``, the ``student``, and what belongs to it of the ``server``'s state.
+
+    Raises:
+        UserError: the round that is asked for is not there any more, or damaged.
+    """
+    number = summary["best"]["round"] if which == "best" else summary["rounds"]
+    if which == "best" and checkpoint.round_of(run / BEST) == number:
         return checkpoint.load_best(run / BEST)
-    return checkpoint.load(run / runs.CHECKPOINTS)[0]
+    if (state := checkpoint.load_round(run / runs.CHECKPOINTS, number)) is not None:
+        return state
+    raise UserError(
+        f"{run}: the student of round {number}, the run's {which}, is not there: neither {BEST} nor a whole checkpoint "
+        "has it; run again, or export another round with --which"
+    )
 
 
 # --- formats: each writes a folder and returns the lines of Python that read it
