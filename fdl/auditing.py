@@ -196,7 +196,7 @@ def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Rec
 
     recipe = load(path, [*overrides, *([f"evaluation.attacks=[{','.join(attacks)}]"] if attacks else [])])
     before, now = load(path).to_dict(), recipe.to_dict()
-    changed = [key for key in changes(before, now) if not within(key, ["evaluation.attacks"])]
+    changed = [key for key in changes(before, now) if not within(key, ["evaluation.attacks", "fabric.threads"])]
     if other := [key for key in changed if key not in places(before, now, changed)]:
         raise UserError(
             f"{other[0]}: an audit looks at the run as it was; only evaluation.attacks can be given, and where "

@@ -186,10 +186,11 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "download_bytes": "Sent down to clients",
         "setup_bytes": f"Sent once, before round 1 ({', '.join(setup)})" if setup else "Sent once, before round 1",
     }
-    if sent["student_delivery_bytes"]:
+    if sent.get("student_delivery_bytes"):
         titles["student_delivery_bytes"] = "To bring the student to all sites"
     titles["total_bytes"] = "Bytes in all"
-    rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in titles.items()]
+    known = {key: title for key, title in titles.items() if key in sent}  # older versions did not count all of them
+    rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in known.items()]
     refused = [pair for record in summary["history"] for pair in record["refused"].items()]
     if refused:
         who = ", ".join(sorted({client for client, _ in refused}, key=int))

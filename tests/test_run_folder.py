@@ -523,7 +523,7 @@ def test_home_and_variables_in_paths_are_replaced_or_refused(recipe, capsys, mon
 @pytest.mark.parametrize("line", ["fit", "check"])
 def test_a_name_that_no_file_system_takes_is_refused(recipe, capsys, line):
     long = "x" * 300
-    for more in ([f"name={long}"], ["--output-dir", long], ["--output-dir", f"a/{long}/b"]):
+    for more in (["--output-dir", long], ["--output-dir", f"a/{long}/b"], ["output=" + long]):
         code, _, err = command(capsys, line, "--recipe", recipe, *more)
         assert code == 2 and "Traceback" not in err and "File name too long" in err and len(err) < 1200
     for other in (["audit", "--run", long], ["export", "--run", long, "--format", "torch"], ["fit", "--recipe", long]):
