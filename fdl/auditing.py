@@ -159,6 +159,8 @@ def judge(curve: Curve, level: float, seed: int) -> tuple[dict[str, float], str]
 def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Audit, Path]:
     """Rebuild a finished run from its folder, attack it, and write ``audit.json`` and figures there.
 
+    Those of an earlier audit stay, as ``audit-1.json`` and so on.
+
     Args:
         run: the run's folder.
         attacks: short names or dotted paths; by default those of the recipe, or else `DEFAULT`.
@@ -170,37 +172,40 @@ def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] =
     Raises:
         UserError: the folder holds no finished run, or an attack cannot be tried on it.
     """
-    from fdl import runs, snapshot
+    from fdl import run_folder, runs, snapshot
     from fdl.build import build
+    from fdl.locks import FolderLock, require_unlocked
 
-    if not (run / runs.RECIPE).is_file() or not (run / runs.SUMMARY).is_file():
-        raise UserError(f"{run}: holds no finished run (no {runs.RECIPE} and {runs.SUMMARY})")
+    runs.require_finished(run)
+    require_unlocked(run)
     loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)
-    snapshot.restore(loop)
+    snapshot.restore(loop, write=False)
     loop.begin(loop.round)
     result = audit(loop, loop.attacks)
-    write_summary(run / AUDIT, result.summary())
-    writer = open_writer(run / "tensorboard" / "audit")
-    log(writer, result)
-    writer.close()
+    with FolderLock(run):
+        run_folder.renamed_aside(run / AUDIT)
+        run_folder.renamed_aside(run / "tensorboard" / "audit")
+        write_summary(run / AUDIT, result.summary())
+        writer = open_writer(run / "tensorboard" / "audit")
+        log(writer, result)
+        writer.close()
     return result, run / AUDIT
 
 
 def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Recipe:
     """The run's recipe with the attacks that are asked for, in one process and watched by nobody."""
-    from fdl.recipe import Component, difference, load
-    from fdl.runs import FREE
+    from fdl.recipe import Component, load
+    from fdl.run_keys import changes, places, within
 
-    plain = load(path)
     recipe = load(path, [*overrides, *([f"evaluation.attacks=[{','.join(attacks)}]"] if attacks else [])])
-    free = (*FREE, "evaluation.attacks", "evaluation.batch_size", "fabric.threads")
-    other = [
-        key
-        for key in difference(plain.to_dict(), recipe.to_dict())
-        if not any(f"{key}.".startswith(f"{prefix}.") for prefix in free)
-    ]
-    if other:
-        raise UserError(f"{other[0]}: an audit looks at the run as it was; only evaluation.attacks can be given")
+    before, now = load(path).to_dict(), recipe.to_dict()
+    allowed = ["evaluation.attacks", "evaluation.batch_size", "fabric.threads"]
+    changed = [key for key in changes(before, now) if not within(key, allowed)]
+    if other := [key for key in changed if key not in places(before, now, changed)]:
+        raise UserError(
+            f"{other[0]}: an audit looks at the run as it was; only evaluation.attacks can be given, and where "
+            "the data lie now"
+        )
     chosen = recipe.evaluation.attacks or [Component(name) for name in (*DEFAULT, *_on_confidences(recipe))]
     return replace(
         recipe,

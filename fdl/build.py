@@ -64,7 +64,7 @@ CALIBRATION = 0.1
 """Share of a client's data that is held out where the method looks at it and the recipe does not say how much."""
 
 
-def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
+def build(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedLoop:
     """Build everything a recipe names: data, participants, channel, method, callbacks.
 
     Args:
@@ -76,7 +76,7 @@ def build(recipe: Recipe, folder: Path, launch: bool = True) -> FederatedLoop:
         UserError: when parts do not fit together, naming their keys.
     """
     with pinned(recipe.fabric.threads):
-        return _built(recipe, folder, launch)
+        return _built(recipe, Path(folder), launch)
 
 
 def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from fdl.errors import UserError
+from fdl.files import write_atomically
+from fdl.run_folder import checkpoints
 
 JSON = "__json__"
 """Name of the tensor that holds all that is no tensor, as JSON."""
@@ -50,9 +50,19 @@ def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> P
     for old in files(folder)[keep:]:
         if old != path:
             old.unlink(missing_ok=True)
-    for rest in folder.glob(".*.partial"):  # of a run that was killed while it wrote
+    for rest in folder.glob(".round-*.partial"):  # of a run that was killed while it wrote
         rest.unlink(missing_ok=True)
     return path
+
+
+def load_round(folder: Path, round: int) -> dict[str, Any] | None:
+    """Read the checkpoint of a round; None where there is no whole one."""
+    for path in (path for path, number in checkpoints(folder).items() if number == round):
+        try:
+            return unpack(_whole(path))
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue
+    return None
 
 
 def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
@@ -67,10 +77,7 @@ def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
     damaged = []
     for path in files(folder):
         try:
-            data = path.read_bytes()
-            if digest(data) != path.stem.rsplit("-", 1)[-1]:
-                raise ValueError("its bytes do not match the digest in its name")
-            return unpack(data), path, damaged
+            return unpack(_whole(path)), path, damaged
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             damaged.append(f"{path}: damaged checkpoint passed over: {error}")
     raise UserError("\n".join([f"{folder}: there is no checkpoint to resume from", *damaged]))
@@ -102,6 +109,15 @@ def load_best(path: Path) -> dict[str, Any]:
         return {key: state[key] for key in ("round", "student", "server")}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def round_of(path: Path) -> int | None:
+    """The round of the student that `save_best` wrote, without its weights; None where there is no whole file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(bytes(file.get_tensor(JSON).numpy()))["round"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
 
 
 def exists(folder: Path) -> bool:
@@ -197,42 +213,6 @@ def _filled(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     return fill(state)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment either the old or the whole new one is there.
-
-    Args:
-        path: the file; its folder is made when absent.
-        data: its bytes.
-
-    Raises:
-        UserError: when the disk refuses; what was there is untouched.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    # two processes may write the same: each by itself, so that neither takes the other's file away
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, must survive a power cut
-    finally:
-        os.close(folder)
-
-
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copy views of one storage apart, which safetensors refuses to store."""
     owners: set[int] = set()
@@ -244,9 +224,21 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
+def _whole(path: Path) -> bytes:
+    """The bytes of a checkpoint.
+
+    Raises:
+        ValueError: they are not those that were written.
+    """
+    data = path.read_bytes()
+    if digest(data) != path.stem.rsplit("-", 1)[-1]:
+        raise ValueError("its bytes do not match the digest in its name")
+    return data
+
+
 def files(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
-    return sorted(folder.glob("round-*.safetensors"), reverse=True) if folder.is_dir() else []
+    return list(checkpoints(folder))
 
 
 def digest(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,12 +12,17 @@ from pathlib import Path
 from fdl import __version__
 from fdl.clusters import is_follower
 from fdl.errors import MissingPathError, UserError
+from fdl.interrupts import Interrupted, Interrupts
+from fdl.paths import expanded
 from fdl.terminal import console, log_to_stderr, write_anything
 
 FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
 
 AUDIT_FAILED = 3
 """Exit code of a run that was carried out well but whose data are less private than its account says."""
+
+_OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the operating system refuses, whatever the program did: a sentence tells as much as a traceback."""
 
 
 def run(argv: list[str]) -> int:
@@ -29,15 +35,23 @@ def run(argv: list[str]) -> int:
             return 0
         options, overrides = _parse(argv)
         log_to_stderr()
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(
-                0, str(Path.cwd())
-            )  # a recipe's own plug-ins lie here; `python -m` adds this, `fdl` does not
-        return COMMANDS[options.command](options, overrides, argv)
+        with Interrupts(at_once=True):
+            return _run(options, overrides, argv)
     except UserError as error:
         where = " in another process of the run" if is_follower() else ""
         print(f"error{where}: {error}{_beside_recipe(error, options)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE or not error.filename:
+            raise
+        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a recipe's own plug-ins lie here; `python -m` adds this, `fdl` does not
+    return COMMANDS[options.command](options, overrides, argv)
 
 
 def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
@@ -45,20 +59,20 @@ def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
     from fdl import recipe, runs
 
     loaded = recipe.load(options.recipe, overrides)
-    folder = _folder(options, loaded)
+    folder = runs.folder_of(loaded, options.output_dir)
     try:
-        summary = runs.fit(loaded, folder, options.resume)
-    except KeyboardInterrupt:
-        if not runs.has_checkpoint(folder):
+        summary = runs.fit(loaded, folder, options.resume, options.overwrite)
+    except Interrupted as stop:
+        if not stop.saved:
             raise
-        if is_follower():
-            return 130
-        command = [*argv] if options.resume else [*argv, "--resume"]
-        print(
-            f"interrupted; the run is saved in {folder}. To go on:\n  {_program()} {shlex.join(command)}",
-            file=sys.stderr,
-        )
-        return 130
+        if not is_follower():
+            command = [word for word in argv if word not in ("--resume", "--overwrite")]
+            print(
+                f"interrupted; the run is saved in {folder}. To go on:\n"
+                f"  {_program()} {shlex.join([*command, '--resume'])}",
+                file=sys.stderr,
+            )
+        return stop.code
     if is_follower():
         return 0
     from fdl.report import print_table
@@ -69,13 +83,17 @@ def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
 
 def check(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Build everything a recipe names and show it; nothing is trained or written."""
-    from fdl import recipe
+    from fdl import recipe, runs
 
     loaded = recipe.load(options.recipe, overrides)
+    folder = runs.folder_of(loaded, options.output_dir)
+    runs.require_usable(folder)
     print(loaded.to_yaml())
     from fdl.inspection import describe
 
-    print(describe(loaded, _folder(options, loaded)))
+    print(describe(loaded, folder))
+    if note := runs.foreseen(loaded, folder):
+        print(f"fdl fit would stop: {note}")
     return 0
 
 
@@ -84,10 +102,11 @@ def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[st
     from fdl.compare import compare as run_all
 
     try:
-        run_all(options.recipe, overrides, options.methods, options.seeds, options.output_dir)
-    except KeyboardInterrupt:
-        print(f"interrupted. To go on, give the same command:\n  {_program()} {shlex.join(argv)}", file=sys.stderr)
-        return 130
+        run_all(options.recipe, overrides, options.methods, options.seeds, options.output_dir, options.overwrite)
+    except KeyboardInterrupt as stop:
+        command = [word for word in argv if word != "--overwrite"]
+        print(f"interrupted. To go on, give the same command:\n  {_program()} {shlex.join(command)}", file=sys.stderr)
+        return getattr(stop, "code", 130)
     return 0
 
 
@@ -170,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--recipe", required=True, action=action, metavar="FILE", help=f"the recipe, a YAML file{hint}"
         )
-        sub.add_argument("--output-dir", type=Path, metavar="DIR", help="exactly this folder; default <output>/<name>")
+        sub.add_argument("--output-dir", type=_path, metavar="DIR", help="exactly this folder; default <output>/<name>")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; the later wins")
 
     sub = command(
@@ -180,7 +199,11 @@ def _parser() -> argparse.ArgumentParser:
         "fit --recipe recipes/quickstart.yaml federation.rounds=10 specialists.1.args.hidden=[32]",
     )
     recipe_options(sub)
-    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    how.add_argument(
+        "--overwrite", action="store_true", help="take the place of a run that is there; other files are left alone"
+    )
 
     recipe_options(
         command(
@@ -198,16 +221,19 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(sub, many=True)
     sub.add_argument("--methods", type=_names, metavar="A,B", help="variants of the recipe, or methods")
     sub.add_argument("--seeds", type=_seeds, metavar="0,1", help="default: compare.seeds of the recipe")
+    sub.add_argument(
+        "--overwrite", action="store_true", help="run again what is there of a recipe that has changed since"
+    )
 
     sub = command(
         "export",
         "Write a run's student, with a model card, as another library loads it.",
         "export --run runs/quickstart --format torch",
     )
-    sub.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a finished run")
+    sub.add_argument("--run", required=True, type=_path, metavar="DIR", help="folder of a finished run")
     sub.add_argument("--format", required=True, choices=FORMATS, help="for which library")
     sub.add_argument("--which", default="best", choices=("best", "last"), help="round, by validation; default best")
-    sub.add_argument("--output-dir", type=Path, metavar="DIR", help="default export-<format> in the run's folder")
+    sub.add_argument("--output-dir", type=_path, metavar="DIR", help="default export-<format> in the run's folder")
 
     sub = command(
         "audit",
@@ -217,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         "audit --run runs/quickstart --attacks loss_threshold,label_leakage",
         "audit --run runs/quickstart 'evaluation.attacks=[{target: lira, args: {shadows: 64}}]'",
     )
-    sub.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of a finished run")
+    sub.add_argument("--run", required=True, type=_path, metavar="DIR", help="folder of a finished run")
     sub.add_argument("--attacks", type=_names, metavar="A,B", help="default: the recipe's, or else a set of them")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the attacks: evaluation.attacks")
 
@@ -234,6 +260,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _path(text: str) -> Path:
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seeds(text: str) -> list[int]:
@@ -256,12 +289,8 @@ def _explain_option(option: str, others: list[str]) -> str:
     if path:
         value = value or next((other for other in others if "=" not in other and not other.startswith("-")), "…")
         return f"unknown option {option}; keys of the recipe are set without dashes: {path}={value}"
-    options = ["--recipe", "--resume", "--output-dir", "--methods", "--seeds"]
+    options = ["--recipe", "--resume", "--overwrite", "--output-dir", "--methods", "--seeds"]
     return f"unknown option {option}{suggest(f'--{name}', options, few=0)}"
-
-
-def _folder(options: argparse.Namespace, recipe) -> Path:
-    return options.output_dir or Path(recipe.output) / recipe.name
 
 
 def _beside_recipe(error: UserError, options: argparse.Namespace | None) -> str:

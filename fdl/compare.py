@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fdl import runs
+from fdl import run_folder, runs
 from fdl.catalog import KINDS, short_names, suggest
 from fdl.clusters import started_by_others
 from fdl.errors import UserError
@@ -40,8 +40,11 @@ def compare(
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     output: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Run everything that is not complete yet; then write and print the table.
+
+    A run that fails does not keep the others from being run; the table marks it, and the same call tries it again.
 
     Args:
         files: recipe files.
@@ -50,9 +53,11 @@ def compare(
         seeds: default those of the recipe.
         output: the comparison's folder; default ``<output>/<name>/compare`` of the first recipe. A run lies in
             ``<variant>/seed-<k>`` in it.
+        overwrite: run again what is there of a recipe that has changed since; what is complete stays.
 
     Raises:
-        UserError: from a recipe, before anything runs; or from a run, naming it.
+        UserError: from a recipe, or where the folder holds something else, before anything runs; or in the end, naming
+            the runs that have failed.
         KeyboardInterrupt: after Ctrl-C; what was done is kept.
     """
     if started_by_others():
@@ -61,18 +66,92 @@ def compare(
             "fabric.devices=N, or start every run with fdl fit"
         )
     base = load(files[0], overrides)
-    folder = output or Path(base.output) / base.name / "compare"
+    folder = output or runs.folder_of(base) / "compare"
     planned = [run for file in files for run in plan(file, overrides, methods, seeds, folder, many=len(files) > 1)]
-    results = []
+    _require_place(folder)
+    for run in planned if not overwrite else ():
+        if not runs.is_complete(run.recipe, run.folder):
+            _require_unchanged(run)
+    results: list[dict[str, Any]] = []
+    failed: list[tuple[Run, str]] = []
     for number, run in enumerate(planned, 1):
-        note = ", complete already" if runs.is_complete(run.recipe, run.folder) else ""
+        complete = runs.is_complete(run.recipe, run.folder)
+        note = ", complete already" if complete else ""
         log.info("%d of %d: %s, seed %d%s", number, len(planned), run.variant, run.seed, note)
         try:
-            summary = runs.fit(run.recipe, run.folder, resume=runs.has_checkpoint(run.folder))
-        except UserError as error:
-            raise UserError(f"{run.variant}, seed {run.seed}: {error}") from error
+            summary = runs.read_summary(run.folder) if complete else _fit(run, overwrite)
+        except Exception as error:  # of the user's own code, too: the others have nothing to do with it
+            if not isinstance(error, UserError):
+                log.exception("%s, seed %d failed", run.variant, run.seed)
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            log.error("%d of %d: %s, seed %d failed: %s", number, len(planned), run.variant, run.seed, reason)
+            failed.append((run, reason))
+            continue
         results.append({"variant": run.variant, "seed": run.seed, "summary": summary})
-    _publish(results, base.compare or Compare(), folder)
+    _publish(results, failed, base.compare or Compare(), folder)
+    if failed:
+        lines = [f"  - {run.variant}, seed {run.seed}: {reason}" for run, reason in failed]
+        raise UserError(
+            "\n".join(
+                [
+                    f"{len(failed)} of {len(planned)} run(s) failed:",
+                    *lines,
+                    "The same command runs what is missing and leaves the others as they are",
+                ]
+            )
+        )
+
+
+def _fit(run: Run, overwrite: bool) -> dict[str, Any]:
+    """Run, or go on with, a run that is not complete."""
+    resume, replace = _way(run, overwrite)
+    return runs.fit(run.recipe, run.folder, resume, replace)
+
+
+def _way(run: Run, overwrite: bool = False) -> tuple[bool, bool]:
+    """Whether a run goes on with what lies in its folder, and whether it takes its place.
+
+    Raises:
+        UserError: neither can be.
+    """
+    resume = runs.has_checkpoint(run.folder)
+    try:
+        runs.refuse(run.recipe, run.folder, resume)
+    except UserError:
+        if not resume:
+            raise
+        # of another recipe: no loss where it has not finished a round
+        runs.refuse(run.recipe, run.folder, overwrite=overwrite)
+        return False, overwrite
+    return resume, False
+
+
+def _require_unchanged(run: Run) -> None:
+    """Raise, before anything runs, where a run of another recipe lies in the place of a run.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        _way(run)
+    except UserError as error:
+        raise UserError(f"{run.variant}, seed {run.seed}: {error}") from error
+
+
+def _require_place(folder: Path) -> None:
+    """Make the comparison's folder, or raise where it holds something else.
+
+    Raises:
+        UserError: it does, or cannot be written to.
+    """
+    runs.require_usable(folder)
+    ours = run_folder.read_mark(folder).get("kind") == "comparison" or any(folder.glob(f"**/seed-*/{runs.RECIPE}"))
+    if not ours and (found := run_folder.others(folder)):
+        raise UserError(
+            f"{folder}: is no empty folder, and holds no comparison of fdl's, but {run_folder.names(found)}; choose "
+            "another folder with --output-dir"
+        )
+    run_folder.mark(folder, "comparison")
 
 
 def plan(
@@ -122,18 +201,30 @@ def plan(
     return planned
 
 
-def _publish(results: Sequence[dict[str, Any]], settings: Compare, folder: Path) -> None:
+def _publish(
+    results: Sequence[dict[str, Any]],
+    failed: Sequence[tuple[Run, str]],
+    settings: Compare,
+    folder: Path,
+) -> None:
     """Write the table as CSV and Markdown and all runs' hyperparameters for TensorBoard; print the table."""
     from fdl import compare_report as report
 
     named = (settings.reference, settings.bytes_reference, settings.single_site_reference)
     references = [_row_of(name, results) for name in named]
     table = report.compare_table(results, *references)
-    report.write_compare_csv(folder / "compare.csv", table)
+    reasons: dict[str, list[str]] = {}
+    for run, reason in failed:
+        reasons.setdefault(run.variant, []).append(f"seed {run.seed}: {' '.join(reason.split())}")
+    sentences = {variant: "; ".join(why) for variant, why in reasons.items()}
+    report.write_compare_csv(folder / "compare.csv", table, sentences)
     report.write_compare_json(folder / "compare.json", results, *references)
-    report.write_compare_markdown(folder / "compare.md", table, *references)
+    report.write_compare_markdown(folder / "compare.md", table, *references, failed=sentences)
     report.log_compare(folder, results, *references)
-    report.print_compare(table, console(), *references)
+    if table:
+        report.print_compare(table, console(), *references)
+    for variant, sentence in sentences.items():
+        print(f"Failed: {variant}, {sentence}")
     files = "compare.md, compare.csv, compare.json"
     print(f"In {folder}: {files}; tensorboard --logdir {folder / 'tensorboard'}")
 

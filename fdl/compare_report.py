@@ -81,12 +81,22 @@ SORTED_BY = (
 lists that were written for a run it knows the first."""
 
 
-def write_compare_csv(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """Write a comparison in full precision, a row a variant; what is None is left empty."""
+def write_compare_csv(path: Path, table: Sequence[Mapping[str, Any]], failed: Mapping[str, str] | None = None) -> None:
+    """Write a comparison in full precision, a row a variant; what is None is left empty.
+
+    Args:
+        path: of the file.
+        table: from `compare_table`.
+        failed: what went wrong, by variant, for the column ``failed``. One of which no run went well has nothing else.
+    """
+    failed = failed or {}
+    rows = [{**line, "failed": failed.get(line["variant"])} for line in table]
+    there = {line["variant"] for line in table}
+    rows += [{"variant": name, "seeds": 0, "failed": why} for name, why in failed.items() if name not in there]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
 
 
@@ -126,16 +136,23 @@ def write_compare_markdown(
     reference: str | None = None,
     bytes_reference: str | None = None,
     single_site: str | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a comparison for people, in parts, and what its columns mean; arguments as in `compare_table`."""
+    """Write a comparison for people, in parts, and what its columns mean; arguments as in `compare_table`.
+
+    What went wrong, by variant, comes last; variants of which no run went well are in no other part.
+    """
     parts = []
-    for title, columns in PARTS.items():
+    for title, columns in PARTS.items() if table else ():
         titles, cells = _cells(table, columns, reference, bytes_reference)
         if len(titles) == 2:  # nothing but names and seeds
             continue
         lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *cells]
         parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    parts.append(compare_caption(table, reference, bytes_reference, single_site))
+    if table:
+        parts.append(compare_caption(table, reference, bytes_reference, single_site))
+    if failed:
+        parts.append("## Failed\n\n" + "\n".join(f"- {name}: {why}" for name, why in failed.items()))
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fdl import checkpoint, runs
+from fdl import checkpoint, run_folder, runs
 from fdl.build import build
 from fdl.checkpoint import write_atomically
 from fdl.errors import UserError
@@ -49,21 +49,23 @@ def export(run: Path, format: str, output: Path | None = None, which: str = "bes
         run: the run's folder.
         format: a name among `FORMATS`.
         output: a new or empty folder; default ``export-<format>`` in the run's folder.
-        which: ``"best"``: the round that was best on validation data, or the last where none was validated;
-            ``"last"``: the last.
+        which: ``"best"``: the round that was best on validation data, or the last where none was validated, as the
+            run's report names it; ``"last"``: the last.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder holds no finished run, its student cannot be had in this format, or files are in the way.
+        UserError: the folder holds no finished run, or no student of that round any more, its student cannot be had in
+            this format, or files are in the way.
     """
     output = output or run / f"export-{format}"
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already; name another folder with --output-dir, or delete it")
-    if not (run / runs.RECIPE).is_file() or not (run / runs.SUMMARY).is_file():
-        raise UserError(f"{run}: holds no finished run (no {runs.RECIPE} and {runs.SUMMARY})")
-    summary, subject = runs.read_summary(run), _subject(run, which)
+    runs.require_finished(run)
+    runs.require_usable(output)
+    summary = runs.read_summary(run)
+    subject = _subject(run, summary, which)
     student = subject.student
     student.to("cpu").eval()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +76,11 @@ def export(run: Path, format: str, output: Path | None = None, which: str = "bes
         usage = FORMATS[format](student, subject, folder)
         card = model_card(subject.recipe, summary, subject.round, usage, subject.told())
         write_atomically(folder / "README.md", card.encode())
-        if output.is_dir():
-            output.rmdir()
-        shutil.move(folder, output)
+        try:
+            os.rename(folder, output)  # takes the place of an empty folder, and of no other
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    run_folder.note_export(run, output)
     return output
 
 
@@ -140,7 +144,7 @@ class Subject:
         return told
 
 
-def _subject(run: Path, which: str) -> Subject:
+def _subject(run: Path, summary: Mapping[str, Any], which: str) -> Subject:
     """Build a run's student, without the data where the run kept what is needed of them.
 
     Raises:
@@ -156,7 +160,7 @@ def _subject(run: Path, which: str) -> Subject:
         server = _server(recipe, method, inputs)
     if server.student is None:
         raise UserError(f"{run}: method {recipe.method.target} has no student")
-    state = _saved(run, which)
+    state = _saved(run, summary, which)
     load_into(server.student, state["student"])
     server.state = state["server"]
     method.restored(server)
@@ -189,11 +193,21 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
     )
 
 
-def _saved(run: Path, which: str) -> Mapping[str, Any]:
-    """The ``round``, the ``student``, and what belongs to it of the ``server``'s state."""
-    if which == "best" and (run / BEST).is_file():
+def _saved(run: Path, summary: Mapping[str, Any], which: str) -> Mapping[str, Any]:
+    """The ``round``, the ``student``, and what belongs to it of the ``server``'s state.
+
+    Raises:
+        UserError: the round that is asked for is not there any more, or damaged.
+    """
+    number = summary["best"]["round"] if which == "best" else summary["rounds"]
+    if which == "best" and checkpoint.round_of(run / BEST) == number:
         return checkpoint.load_best(run / BEST)
-    return checkpoint.load(run / runs.CHECKPOINTS)[0]
+    if (state := checkpoint.load_round(run / runs.CHECKPOINTS, number)) is not None:
+        return state
+    raise UserError(
+        f"{run}: the student of round {number}, the run's {which}, is not there: neither {BEST} nor a whole checkpoint "
+        "has it; run again, or export another round with --which"
+    )
 
 
 # --- formats: each writes a folder and returns the lines of Python that read it

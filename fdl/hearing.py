@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fdl.divergence import require_finite_client
 from fdl.errors import RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def hear(
         for client, upload in loop.adversaries(round, honest, partial(loop.spread.show, round)):
             record["clients"][str(client.id)] = client.metrics
             try:
+                if aggregate is None:
+                    require_finite_client(client)
                 received = loop.channel.upload(upload, client.id, round)
                 if aggregate is not None and received is not None:
                     if streams:

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from fdl.checkpoint import write_atomically
 from fdl.errors import UserError
+from fdl.run_folder import INPUTS, TOKENIZER
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
-
-FILE, TOKENIZER = "inputs.json", "tokenizer"
-"""In the run's folder: the file, and the folder of a tokenizer that has no name of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def keep(loop: FederatedLoop) -> None:
         return
     if told["tokenizer"] == TOKENIZER:
         tokenizer.save(folder / TOKENIZER)
-    write_atomically(folder / FILE, f"{text}\n".encode())
+    write_atomically(folder / INPUTS, f"{text}\n".encode())
 
 
 def read(folder: Path) -> Inputs | None:
@@ -76,7 +74,7 @@ def read(folder: Path) -> Inputs | None:
     Raises:
         UserError: the file, or the tokenizer beside it, is damaged.
     """
-    path = folder / FILE
+    path = folder / INPUTS
     if not path.is_file():
         return None
     try:

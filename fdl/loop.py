@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,11 @@ from fdl.accounts import account
 from fdl.adversaries.coalition import Adversaries
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.cohort import draw
+from fdl.divergence import require_finite, require_heard, warn_unheard
 from fdl.errors import memory_of
 from fdl.evaluation import ask, attack, evaluate
 from fdl.hearing import hear, speak
-from fdl.interrupts import Interrupts
+from fdl.interrupts import Interrupted, Interrupts
 from fdl.report import summarise
 from fdl.runtime import seed_everything
 from fdl.spread import Spread
@@ -52,6 +53,9 @@ class FederatedLoop:
         adversaries: the dishonest among the clients; None: nobody is.
         store: where clients' states lie between their turns; None: in memory.
         left_out: why clients take no part at all, by id.
+
+    Attributes:
+        on_summary: given the summary as soon as the rounds are done, before attacks and callbacks, which may fail.
     """
 
     def __init__(
@@ -84,13 +88,15 @@ class FederatedLoop:
         self.history: list[dict[str, Any]] = []
         self.seconds = self.runtime.clock = channel.clock = Stopwatch()
         self.stopped: str | None = None
+        self.on_summary: Callable[[Mapping[str, Any]], object] = lambda summary: None
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Run all rounds that are left and return the summary.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, once the round in progress is finished and saved.
-            UserError: when `resume` finds no good checkpoint, or another process of the run is gone.
+            Interrupted: after Ctrl-C or another signal to stop, once the round in progress is finished and saved.
+            UserError: when `resume` finds no good checkpoint, or the folder holds another run without it; when training
+                diverges, or no message of any client could be used; when another process of the run is gone.
         """
         with pinned(self.recipe.fabric.threads):
             return self._run(resume)
@@ -98,21 +104,26 @@ class FederatedLoop:
     def _run(self, resume: bool) -> dict[str, Any]:
         if resume:
             snapshot.restore(self)
+        elif self.runtime.ranks.leader:
+            snapshot.require_vacant(self.folder)
         try:
             self.callbacks.on_fit_start(self)
             with Interrupts() as interrupts:
                 if not resume:
                     self.set_up()
                 while self.round < self.rounds and self.stopped is None:
-                    if self.runtime.ranks.any(interrupts.requested):
+                    if number := self.runtime.ranks.highest(interrupts.requested):
                         snapshot.save(self)
-                        raise KeyboardInterrupt
+                        raise Interrupted(number, saved=True)
                     self.run_round(self.round + 1)
+            require_heard(self)
             if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
                 ask(self.server, self.probes, self.history[-1]["metrics"])
             if self.attacks:
+                self.on_summary(summarise(self))
                 attack(self)
             summary = summarise(self)
+            self.on_summary(summary)
             self.callbacks.on_fit_end(self, summary)
         except BaseException as error:
             self.callbacks.on_exception(self, error)
@@ -136,6 +147,7 @@ class FederatedLoop:
             honest = self.executor(self.method, self.adversaries.listen(round, turns))
             with self.channel.unconfirmed():
                 hear(self, honest, aggregate, record)
+        warn_unheard(self, record)
 
         # 3  what they know together; nothing, when nobody was heard
         with self.seconds("clients"), self.seconds.part("aggregate"):
@@ -148,6 +160,7 @@ class FederatedLoop:
                 seed_everything(self.recipe.seed, "server", round)
                 self.server.metrics.update(self.method.server_update(self.server, knowledge))
         record["metrics"] = self.server.metrics
+        require_finite(self, round)
 
         # evaluate, log, save
         last = round == self.rounds
@@ -164,6 +177,8 @@ class FederatedLoop:
             self.stopped = self.stopped or "as the leading process was asked to"
         if last or self.stopped is not None or round % self.recipe.checkpoint.every == 0:
             snapshot.save(self)
+        else:
+            snapshot.save_best(self)
 
     def begin(self, round: int) -> None:
         """Tell everybody which round it is."""

@@ -99,7 +99,9 @@ def _quality(summary: Mapping[str, Any], record: Mapping[str, Any] | None) -> st
     rows = [(key, value) for key, value in metrics.items() if key.startswith(("student/", "specialists/"))]
     lines = [f"| `{key}` | {value:.4f} |" for key, value in rows if value is not None]
     score = f"test/{summary['score']['metric']}"
-    own = [p["metrics"][score] for p in summary["participants"] if p["metrics"].get(score) is not None]
+    # of the same round as the table; the newest of each client is what the participants' list has
+    measured = [p["metrics"] for p in summary["participants"]] if record is None else record["clients"].values()
+    own = [metrics[score] for metrics in measured if metrics.get(score) is not None]
     table = "\n".join(["| metric | value |", "|---|---|", *lines])
     if not own or record is None or record["round"] != summary["rounds"]:  # the participants' are the last round's
         return table

@@ -102,12 +102,16 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank."""
+        return bool(self.highest(int(flag)))
+
+    def highest(self, number: int) -> int:
+        """The highest of the numbers that the ranks give."""
         if self.count == 1:
-            return flag
-        value = torch.tensor([int(flag)])
+            return number
+        value = torch.tensor([number])
         with self._peers():
             dist.all_reduce(value, dist.ReduceOp.MAX, group=self._group)
-        return bool(value)
+        return int(value)
 
     def sum(self, tensor: Tensor) -> None:
         """Replace a tensor in host memory by its sum over ranks."""

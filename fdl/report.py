@@ -191,8 +191,9 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     }
     if sent.get("student_delivery_bytes"):
         titles["student_delivery_bytes"] = "To bring the student to all sites"
-    titles["total_bytes"] = "Bytes in all"  # runs of earlier versions have none
-    rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in titles.items() if key in sent]
+    titles["total_bytes"] = "Bytes in all"
+    known = {key: title for key, title in titles.items() if key in sent}  # older versions did not count all of them
+    rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in known.items()]
     if left := summary.get("left_out"):
         rows.append(("Clients left out", f"{', '.join(left)}  ({next(iter(left.values()))})"))
     refused = [pair for record in summary["history"] for pair in record["refused"].items()]

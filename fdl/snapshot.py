@@ -3,26 +3,67 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from fdl import checkpoint
 from fdl.errors import UserError
 from fdl.modules.weights import load_into, state_of
 from fdl.report import best_round
+from fdl.run_folder import INPUTS, RECIPE, SUMMARY, TOKENIZER, last_round, names, own_files
 from fdl.tasks import TASKS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fdl.loop import FederatedLoop
 
 BEST = "best.safetensors"
 """The student of the round that was best on validation data, in the run's folder."""
 
+BEFORE = "best-before.safetensors"
+"""The student that was the best at the last checkpoint, where a better one has come since."""
+
 log = logging.getLogger("fdl")
+
+
+def require_vacant(folder: Path) -> None:
+    """Raise where a new run would mix its files with those of another.
+
+    Raises:
+        UserError: there are such files.
+    """
+    own = {folder / RECIPE, folder / INPUTS}  # written before the first round
+    found = [path for path in own_files(folder) if path not in own and path.parent != folder / TOKENIZER]
+    # one that failed in its first round has nothing that anybody could miss
+    if found and not (last_round(folder) == 0 and not (folder / SUMMARY).exists()):
+        shown = names([str(path.relative_to(folder)) for path in found])
+        raise UserError(f"{folder}: holds files of a run: {shown}; take another folder, or `fdl.fit` to replace it")
+
+
+def save_best(loop: FederatedLoop) -> None:
+    """Keep the student of the round that has just ended, where it is the best so far on validation data.
+
+    The file that this replaces stays beside it until the next checkpoint: a run that is killed before goes on from a
+    round at which that one was the best.
+    """
+    student = loop.server.student
+    best = student is not None and best_round(loop.history, TASKS[loop.server.task]) == loop.round > 0
+    if not loop.runtime.ranks.any(best):
+        return
+    with loop.seconds("checkpoint"):
+        weights = state_of(student)
+        if loop.runtime.ranks.leader:
+            path, before = loop.folder / BEST, loop.folder / BEFORE
+            if path.exists() and not before.exists():
+                os.replace(path, before)
+            checkpoint.save_best(path, loop.round, weights, loop.method.beside_student(loop.server))
 
 
 def save(loop: FederatedLoop) -> None:
     """Write a checkpoint of the loop as it is between two rounds; of several ranks, the first one writes it."""
     student = loop.server.student
+    save_best(loop)  # first: a run killed in between does this round again and writes the same student
     with loop.seconds("checkpoint"):
         owned = loop.spread.all_states()
         weights = None if student is None else state_of(student)
@@ -30,10 +71,6 @@ def save(loop: FederatedLoop) -> None:
             loop.store.settle()
         if not loop.runtime.ranks.leader:
             return
-        # before the checkpoint: a run killed in between does this round again and writes the same student
-        if student is not None and loop.history and best_round(loop.history, TASKS[loop.server.task]) == loop.round:
-            beside = loop.method.beside_student(loop.server)
-            checkpoint.save_best(loop.folder / BEST, loop.round, weights, beside)
         state = {
             "round": loop.round,
             "fingerprint": loop.fingerprint,
@@ -48,13 +85,18 @@ def save(loop: FederatedLoop) -> None:
             "callbacks": loop.callbacks.state_dict(),
         }
         path = checkpoint.save(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
+        (loop.folder / BEFORE).unlink(missing_ok=True)
         if loop.store is not None:
             loop.store.hold(checkpoint.files(path.parent))
     loop.callbacks.on_checkpoint(loop, path)
 
 
-def restore(loop: FederatedLoop) -> None:
+def restore(loop: FederatedLoop, write: bool = True) -> None:
     """Put the newest good checkpoint back into a freshly built loop.
+
+    Args:
+        loop: freshly built.
+        write: whether the run goes on, so that what a killed process has left is tidied up; or it is only looked at.
 
     Raises:
         UserError: when there is none, or when the data are not those it was written with.
@@ -63,7 +105,10 @@ def restore(loop: FederatedLoop) -> None:
     for sentence in damaged:
         log.warning("%s", sentence)
     if state["fingerprint"] != loop.fingerprint:
-        raise UserError(f"{path}: the data, or who holds which of them, changed since this checkpoint was written")
+        raise UserError(
+            f"{path}: the data, or who holds which of them, changed since this checkpoint was written; a run goes on "
+            "with the same data only, wherever they lie"
+        )
     loop.round = loop.resumed_from = state["round"]
     loop.history, loop.stopped = state["history"], state["stopped"]
     loop.seconds.update(state["seconds"])
@@ -73,9 +118,28 @@ def restore(loop: FederatedLoop) -> None:
     loop.server.state = state["server"]
     loop.method.restored(loop.server)
     if loop.store is not None and loop.runtime.ranks.leader:
-        loop.store.hold(checkpoint.files(path.parent), sweep=True)
+        loop.store.hold(checkpoint.files(path.parent), sweep=write)
+    if loop.runtime.ranks.leader and write:
+        _restore_best(loop)
     loop.runtime.ranks.any(False)  # nobody writes before this is done
     loop.spread.restore(state)
     loop.ledger.load_state_dict(state["ledger"])
     loop.callbacks.load_state_dict(state["callbacks"])
     log.info("resuming after round %d of %d from %s", loop.round, loop.rounds, path)
+
+
+def _restore_best(loop: FederatedLoop) -> None:
+    """Make `BEST` the student of the round that was the best at this checkpoint.
+
+    A run that was killed may have found a better one since, and saved it; it will be found again.
+    """
+    number = best_round(loop.history, TASKS[loop.server.task])
+    if loop.server.student is None or number is None:
+        return
+    path, before = loop.folder / BEST, loop.folder / BEFORE
+    if checkpoint.round_of(path) != number and checkpoint.round_of(before) == number:
+        os.replace(before, path)
+    before.unlink(missing_ok=True)
+    if (found := checkpoint.round_of(path)) != number:
+        there = "is not there" if found is None else f"is that of round {found}"
+        log.warning("%s: the student of round %d, the best so far, is lost: the file %s", path, number, there)

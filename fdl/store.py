@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from fdl import checkpoint
 from fdl.errors import UserError
+from fdl.run_folder import CLIENT
+
+OWN = re.compile(rf"{CLIENT.pattern}|\.client-.*\.partial")
+"""Names that a store gives; of other files in its folder it knows nothing."""
 
 CLIENTS = "clients"
 """The store's folder in the run's own."""
@@ -97,7 +102,7 @@ class DiskStore:
         before = set().union(*self._held.values())
         self._held = {path: self._held.get(path) or _named(path) for path in checkpoints}
         if sweep and self.folder.is_dir():
-            before = {file.name for file in self.folder.iterdir()}
+            before = {file.name for file in self.folder.iterdir() if OWN.fullmatch(file.name)}
         for name in before.difference(*self._held.values()):
             (self.folder / name).unlink(missing_ok=True)
 

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -33,11 +34,14 @@ compare:
 """
 
 
+CHECKPOINT = "round-000001-0123456789abcdef.safetensors"
+
+
 class Federation:
     """Stands in for `fdl.build.build`: counts what is run and leaves the files that a loop leaves."""
 
     def __init__(self):
-        self.runs, self.error = [], None
+        self.runs, self.error, self.failing = [], None, None
 
     def build(self, recipe, folder):
         federation = self
@@ -48,9 +52,10 @@ class Federation:
             def run(self, resume=False):
                 federation.runs.append((recipe, resume))
                 (folder / runs.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-                (folder / runs.CHECKPOINTS / "round-000001-0.safetensors").touch()
-                if federation.error is not None:
-                    raise federation.error
+                (folder / runs.CHECKPOINTS / CHECKPOINT).touch()
+                error = federation.error or (federation.failing and federation.failing(recipe))
+                if error:
+                    raise error
                 return summary(recipe)
 
         return Loop()
@@ -312,13 +317,33 @@ def test_overrides_may_stand_anywhere(federation, capsys):
     assert (recipe.seed, recipe.federation.rounds, recipe.name) == (3, 4, "n")
 
 
-def test_a_finished_run_of_the_same_recipe_is_replaced(federation, capsys):
+def files_of(folder) -> dict[str, bytes]:
+    """All files in a folder with their contents, but for those that only note who made it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name != ".fdl.json"
+    }
+
+
+def test_a_finished_run_is_replaced_only_when_asked_for_and_nothing_else_of_its_folder_is(federation, capsys):
     fdl(capsys, FIT)
-    Path("runs/small/metrics.csv").write_text("old")
-    Path("runs/small/notes.txt").write_text("mine")
-    assert fdl(capsys, FIT)[0] == 0
+    mine = ("notes.txt", "checkpoints/vit.pth", "clients/site_a/private.csv", "tensorboard/figure.png")
+    for name in (*mine, "metrics.csv", "audit.json"):
+        Path("runs/small", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("runs/small", name).write_text("old")
+    before = files_of("runs/small")
+    code, _, err = fdl(capsys, FIT)
+    assert code == 2 and "runs/small: holds a finished run of this recipe" in err
+    assert "--overwrite" in err and "--output-dir" in err and "--resume" in err
+    assert files_of("runs/small") == before and len(federation.runs) == 1
+
+    assert fdl(capsys, f"{FIT} --overwrite")[0] == 0
     assert [resume for _, resume in federation.runs] == [False, False]
-    assert not Path("runs/small/metrics.csv").exists() and Path("runs/small/notes.txt").exists()
+    after = files_of("runs/small")
+    assert set(before) - set(after) == {"metrics.csv", "audit.json"}
+    assert all(after[name] == b"old" for name in mine)
+    assert fdl(capsys, f"{FIT} --overwrite --resume")[0] == 2
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -332,6 +357,8 @@ def test_a_run_of_another_recipe_is_never_overwritten(federation, capsys, finish
         "differs in:\n  - partition.args.alpha: 0.5 there, 1.0 here\n  - federation.clients: 3 there, 4 here\n" in err
     )
     assert "--output-dir" in err
+    assert fdl(capsys, f"{FIT} federation.clients=4 --overwrite")[0] == 0
+    assert load("runs/small/recipe.yaml").federation.clients == 4
 
 
 def test_more_rounds_need_resume(federation, capsys):
@@ -395,8 +422,11 @@ def test_a_run_that_never_reached_a_checkpoint_is_begun_anew(federation, capsys)
 def test_a_damaged_stored_recipe_is_explained(federation, capsys):
     Path("runs/small").mkdir(parents=True)
     Path("runs/small/recipe.yaml").write_text("a: [")
+    Path("runs/small", runs.CHECKPOINTS).mkdir()
+    Path("runs/small", runs.CHECKPOINTS, CHECKPOINT).touch()
     code, _, err = fdl(capsys, FIT)
     assert code == 2 and "runs/small/recipe.yaml: cannot be read" in err
+    assert fdl(capsys, f"{FIT} --overwrite")[0] == 0
 
 
 def test_a_recipe_stored_before_a_key_existed_is_still_the_same(federation, capsys):
@@ -521,18 +551,65 @@ def test_compare_of_several_recipes(federation, capsys):
     assert "small/slow" in out and "other" in out
 
 
-def test_compare_names_the_run_that_fails(federation, capsys):
+def test_compare_goes_on_after_a_run_that_fails_and_marks_it(federation, capsys):
     from fdl.errors import UserError
 
-    federation.error = UserError("data: no samples")
-    code, _, err = fdl(capsys, f"{COMPARE} --seeds 4")
-    assert code == 2 and "error: fedavg, seed 4: data: no samples" in err
+    def failing(recipe):
+        if recipe.local.optimizer.args.get("lr") == 0.01 and recipe.seed == 1:
+            return UserError("data: no samples")
+        return ZeroDivisionError("a bug") if recipe.method.target == "centralized" else None
+
+    federation.failing = failing
+    code, out, err = fdl(capsys, COMPARE)
+    assert code == 2 and len(federation.runs) == 6
+    assert "error: 3 of 6 run(s) failed:\n  - slow, seed 1: data: no samples\n  - centralized, seed 0: ZeroDiv" in err
+    with open("runs/small/compare/compare.csv", newline="") as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file)}
+    assert {name: (row["seeds"], row["failed"]) for name, row in rows.items()} == {
+        "fedavg": ("2", ""),
+        "slow": ("1", "seed 1: data: no samples"),
+        "centralized": ("0", "seed 0: ZeroDivisionError: a bug; seed 1: ZeroDivisionError: a bug"),
+    }
+    assert float(rows["slow"]["student_last_mean"]) == 0.5 and rows["centralized"]["student_last_mean"] == ""
+    text = Path("runs/small/compare/compare.md").read_text()
+    assert "Failed: slow, seed 1: data: no samples" in out
+    assert (
+        "## Failed\n\n- slow: seed 1: data: no samples\n- centralized: seed 0: ZeroDivisionError: a bug; seed 1" in text
+    )
+
+    federation.failing, count = None, len(federation.runs)
+    assert fdl(capsys, COMPARE)[0] == 0
+    assert [(r.method.target, r.seed) for r, _ in federation.runs[count:]] == [
+        ("fedavg", 1),
+        ("centralized", 0),
+        ("centralized", 1),
+    ]
+    assert "Failed" not in Path("runs/small/compare/compare.md").read_text()
+
+
+def test_a_comparison_in_which_all_failed_says_so(federation, capsys):
+    federation.failing = lambda recipe: ZeroDivisionError("a bug")
+    code, out, _ = fdl(capsys, f"{COMPARE} --seeds 0")
+    assert code == 2 and "Failed: fedavg, seed 0: ZeroDivisionError: a bug" in out
+    assert "- fedavg: seed 0: ZeroDivisionError: a bug" in Path("runs/small/compare/compare.md").read_text()
+
+
+def test_a_comparison_is_not_written_among_other_files(federation, capsys):
+    Path("mine").mkdir()
+    Path("mine/compare.csv").write_text("by hand")
+    code, _, err = fdl(capsys, f"{COMPARE} --output-dir mine")
+    assert code == 2 and "mine: is no empty folder" in err and "compare.csv" in err
+    assert files_of("mine") == {"compare.csv": b"by hand"} and federation.runs == []
 
 
 def test_compare_of_a_changed_recipe_is_refused(federation, capsys):
     fdl(capsys, COMPARE)
     code, _, err = fdl(capsys, f"{COMPARE} local.batch_size=8")
     assert code == 2 and "fedavg, seed 0" in err and "local.batch_size: 32 there, 8 here" in err
+    count = len(federation.runs)
+    assert fdl(capsys, f"{COMPARE} local.batch_size=8 --overwrite")[0] == 0
+    assert fdl(capsys, f"{COMPARE} local.batch_size=8 --overwrite")[0] == 0  # all complete by now
+    assert [r.local.batch_size for r, _ in federation.runs[count:]] == [8] * 6
 
 
 # --- check

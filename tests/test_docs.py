@@ -1,8 +1,13 @@
 """docs/security.md, docs/scale.md and benchmarks/README.md name what is there, and all of it where they list a kind."""
 
 import importlib.util
+import os
 import re
 import shlex
+import signal
+import subprocess
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +31,7 @@ SECURITY, SCALE, BENCHMARKS = (PAGES[name] for name in ("docs/security.md", "doc
 
 KEYS = {path for path, *_ in keys(Recipe)}
 COMMANDS = {  # those that are complete, not those that are only named
-    line.partition("  #")[0]
+    line.partition("  #")[0].removesuffix(" &")
     for text in PAGES.values()
     for line in re.findall(r"-m fdl ([^`\n]+)", text)
     if "…" not in line and "--" in line
@@ -140,6 +145,40 @@ def test_the_batch_script_asks_for_as_many_tasks_as_the_recipe_for_devices():
         assert re.search(asked, script).group(1) == re.search(rf"fabric\.{key}=(\d+)", script).group(1)
     for line in re.findall(r"^torchrun .* -m fdl .*$", SCALE, re.M):
         assert re.search(r"--nproc_per_node=(\d+)", line).group(1) == re.search(r"fabric\.devices=(\d+)", line).group(1)
+
+
+def test_the_script_for_time_limits_hands_the_signal_on_and_requeues_the_job(tmp_path):
+    """With stand-ins for fdl and Slurm: a first start, a signal, the requeued job's start, and one that fails."""
+    script = next(block for block in re.findall(r"^```bash\n(.*?)^```", SCALE, re.M | re.S) if "--requeue" in block)
+    (tmp_path / "job.sh").write_text(script)
+    tools = {
+        "python": """
+            echo "$@" >> calls
+            if [ "${FAIL:-}" ]; then exit 2; fi
+            mkdir -p runs/quickstart/checkpoints && touch runs/quickstart/checkpoints/round-000001-0.safetensors
+            trap "sleep 0.2; exit 138" USR1
+            sleep 0.2; touch ready; for _ in $(seq 600); do sleep 0.05; done
+        """,
+        "scontrol": 'echo "scontrol $@" >> calls',
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{textwrap.dedent(text)}")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+
+    def job(warned, **more):
+        (tmp_path / "ready").unlink(missing_ok=True)
+        process = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env={**environment, **more})
+        while warned and not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        if warned:
+            process.send_signal(signal.SIGUSR1)
+        return process.wait(60)
+
+    assert [job(True), job(True), job(False, FAIL="1")] == [138, 138, 2]
+    fit = "-m fdl fit --recipe recipes/quickstart.yaml"
+    expected = [fit, "scontrol requeue 7", f"{fit} --resume", "scontrol requeue 7", f"{fit} --resume"]
+    assert (tmp_path / "calls").read_text().splitlines() == expected
 
 
 def test_every_benchmark_is_described_with_options_that_it_has():

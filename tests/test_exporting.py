@@ -11,6 +11,7 @@ from fdl.build import build
 from fdl.cli import FORMATS as NAMES
 from fdl.errors import UserError
 from fdl.exporting import FORMATS, export
+from fdl.model_card import model_card
 from fdl.modules.weights import load_into
 from fdl.snapshot import BEST
 
@@ -195,3 +196,24 @@ def test_open_clip_reads_its_own_model_back(tmp_path):
     folder = export(run, "torch")
     program = torch.export.load(folder / "encode_image.pt2").module()
     assert torch.allclose(program(images), student.encode_image(images), atol=1e-5)
+
+
+def test_a_card_speaks_of_one_round_only():
+    """The specialists' line is of the same round as the table, not of the last one."""
+    accuracy = {1: [0.75, 0.25], 2: [0.5, 0.875]}
+    history = [
+        {
+            "round": round,
+            "metrics": {"student/test/accuracy": round / 10, "specialists/test/accuracy": sum(own) / 2},
+            "communication": {"upload_bytes": round, "download_bytes": round},
+            "clients": {str(client): {"test/accuracy": value} for client, value in enumerate(own)},
+        }
+        for round, own in accuracy.items()
+    ]
+    people = [{"samples": 5, "metrics": {"test/accuracy": value}} for value in accuracy[2]]
+    summary = {"name": "n", "method": "fedavg", "seed": 0, "rounds": 2, "history": history, "participants": people}
+    summary |= {"score": {"metric": "accuracy"}, "communication": {"setup_bytes": 0, "by_kind": {}}}
+    summary["metrics"] = history[1]["metrics"]
+    card = model_card(recipe.from_mapping(DIGITS), summary, 1, "")
+    assert "| `specialists/test/accuracy` | 0.5000 |" in card
+    assert "test/accuracy 0.5000 on average, 0.2500 to 0.7500." in card and "0.8750" not in card

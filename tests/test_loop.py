@@ -143,11 +143,64 @@ def test_who_drops_out_is_sent_to_but_not_heard(tmp_path):
 
 
 def test_a_round_in_which_nobody_is_heard_changes_nothing(tmp_path):
-    loop = federation(FedAvg(), tmp_path, rounds=2)
-    loop.cohort = lambda round: ([0, 1], [0, 1])
+    loop = federation(FedAvg(), tmp_path, rounds=3)
+    loop.cohort = lambda round: ([0, 1], [0, 1] if round < 3 else [])
+    students = []
+    end = loop.run_round
+    loop.run_round = lambda round: (end(round), students.append(weight(loop.server.student).clone()))
     loop.run()
-    assert torch.equal(weight(loop.server.student), torch.zeros(2, 2))
-    assert len(loop.history) == 2
+    assert torch.equal(students[1], torch.zeros(2, 2)) and not torch.equal(students[2], students[1])
+    assert len(loop.history) == 3
+
+
+def test_a_run_in_which_nobody_was_ever_heard_fails(tmp_path, caplog):
+    loop = federation(FedAvg(), tmp_path / "dropped", rounds=2)
+    loop.cohort = lambda round: ([0, 1], [0, 1])
+    with pytest.raises(UserError, match=r"could be used in any of 2 round.*every client that was asked dropped out"):
+        loop.run()
+    loop = federation(FedAvg(), tmp_path / "refused", rounds=2)
+    update = loop.method.local_update
+
+    def spoil(client, download):
+        message = update(client, download)
+        return type(message)({"linear.weight": torch.full((2, 2), float("nan"))}, samples=message.samples)
+
+    loop.method.local_update = spoil
+    with pytest.raises(UserError, match=r"4 refused, 4 of them since: .*linear\.weight.* \(clients 0, 1\)"):
+        loop.run()
+    told = [record.message for record in caplog.records if "could be used" in record.message]
+    assert len(told) == 2 and all(text.startswith("round 1: ") for text in told)  # once a streak, for each run
+
+
+class Diverging(Callback):
+    """Counts the rounds that ended."""
+
+    def __init__(self):
+        self.ended = []
+
+    def on_round_end(self, loop, record):
+        self.ended.append(record["round"])
+
+
+@pytest.mark.parametrize("make", [Centralized, SingleSite])
+def test_a_training_without_messages_that_diverges_ends_with_who_when_and_the_loss(tmp_path, make):
+    """Nobody would refuse NaN there: the report would only lack a row."""
+    watch = Diverging()
+    loop = federation(make(), tmp_path, rounds=5, callbacks=[watch])
+    fit, who = loop.runtime.fit, "client 1, round 3" if make is SingleSite else "round 3: the student's"
+
+    def diverging(module, samples, *rest, **more):
+        losses = fit(module, samples, *rest, **more)
+        if loop.server.round == 3 and samples in (loop.server.pooled, loop.clients[1].train):
+            with torch.no_grad():
+                next(module.parameters())[0, 0] = float("inf")
+            return {"loss": float("nan")}
+        return losses
+
+    loop.runtime.fit = diverging
+    with pytest.raises(UserError, match=rf"{who}.* diverged.*fit/loss is nan.*local\.optimizer"):
+        loop.run()
+    assert watch.ended == [1, 2]
 
 
 @pytest.mark.parametrize("harm", ["corrupt", "nan", "shape", "vanish"])

@@ -223,7 +223,7 @@ def test_resume_needs_a_checkpoint_of_the_same_recipe(recipe, straight, tmp_path
     code, _, err = here(capsys, *fit, straight[0], "--resume", *changed)
     assert code == 2 and "local.steps: 60 there, 9 here" in err and "seed: 0 there, 4 here" in err
     code, _, err = here(capsys, *fit, straight[0], *changed)
-    assert code == 2 and "holds a run of another recipe" in err and "--output-dir" in err
+    assert code == 2 and "holds a finished run of another recipe" in err and "--output-dir" in err
 
     damaged = tmp_path / "damaged"
     shutil.copytree(straight[0], damaged)

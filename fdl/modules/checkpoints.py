@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any
 from zipfile import BadZipFile
@@ -39,7 +40,8 @@ def read_weights(path: str | Path, wanted: Collection[str] = ()) -> dict[str, Te
             are found, see `fitted`. Without it, those go that are known and before all names.
 
     Raises:
-        UserError: the file is missing, of another kind, damaged, or holds objects other than tensors.
+        UserError: the file is missing, of another kind, damaged, holds objects other than tensors, or numbers that are
+            not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -64,6 +66,7 @@ def read_weights(path: str | Path, wanted: Collection[str] = ()) -> dict[str, Te
     if not weights:
         held = f"; it has {', '.join(map(repr, list(found)[:6]))}" if isinstance(found, dict) and found else ""
         raise UserError(f"checkpoint: {path} holds no named tensors, or several sets of them{held}")
+    require_finite(weights, f"checkpoint: {path}")
     return fitted(weights, wanted, path)
 
 
@@ -82,21 +85,45 @@ def _foreign(error: Exception) -> str:
     return f" ({name[1]}); save the weights alone, torch.save(model.state_dict(), path), where the file was made"
 
 
+def require_finite(weights: Mapping[str, Tensor | np.ndarray], where: str) -> None:
+    """Raise where weights to start from hold NaN or infinite numbers.
+
+    Args:
+        weights: by name.
+        where: what holds them, for the message: a file, or a model of a hub.
+
+    Raises:
+        UserError: naming the first tensor that does, and how many of its numbers.
+    """
+    for name, values in weights.items():
+        if isinstance(values, np.ndarray):
+            wrong = int((~np.isfinite(values)).sum()) if values.dtype.kind == "f" else 0
+        else:
+            wrong = int((~torch.isfinite(values)).sum()) if values.is_floating_point() else 0
+        if wrong:
+            count = math.prod(values.shape)
+            raise UserError(
+                f"{where}: {wrong:,} of {count:,} numbers in {name} are not finite; a model cannot start so"
+            )
+
+
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Read all arrays of an ``.npz`` file.
 
     Raises:
-        UserError: the file is missing, damaged, or holds pickled objects.
+        UserError: the file is missing, damaged, or holds pickled objects or numbers that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint: no such file: {path}")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     # a file that is no archive at all is taken for a pickle or a single array, and has no `files`
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, BadZipFile) as error:
         raise UserError(f"checkpoint: {path} cannot be read: {error}") from error
+    require_finite(arrays, f"checkpoint: {path}")
+    return arrays
 
 
 def load_weights(network: nn.Module, head: str, weights: dict[str, Tensor], path: str, label: str) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from fdl.catalog import suggest
 from fdl.errors import UserError
 from fdl.libraries import library
+from fdl.modules.checkpoints import require_finite
 from fdl.modules.features import matching
 
 TUNINGS = ("full", "head", "frozen", "lora")
@@ -58,12 +59,15 @@ def apply_tuning(
         Names in ``network.state_dict()`` that never change.
 
     Raises:
-        UserError: an unknown `tuning`, settings of LoRA that do not fit, or parts of random weights to be frozen.
+        UserError: an unknown `tuning`, settings of LoRA that do not fit, or parts of random weights to be frozen,
+            or pretrained weights that are not finite.
     """
     if tuning not in TUNINGS:
         raise UserError(f"tuning must be one of {', '.join(TUNINGS)}, got {tuning!r}")
     if lora is not None and tuning != "lora":
         raise UserError(f"lora is for tuning: lora, not for tuning: {tuning}")
+    if pretrained:  # of a file this was looked at before, of a hub it was not
+        require_finite(network.state_dict(), f"the pretrained weights of {type(network).__name__}")
     if tuning == "full":
         return frozenset()
     if not pretrained:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.callbacks.base import Callback
 from fdl.cohort import draw
+from fdl.errors import UserError
 from fdl.libraries import library
 from fdl.privacy.accounting import Policy, import_accounting
 

@@ -99,3 +99,17 @@ def test_a_file_without_named_tensors_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "w.pth")
     with pytest.raises(UserError, match="holds no named tensors"):
         read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.npz", "w.pt"])
+def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(tmp_path, name, value):
+    weights = {name: tensor.clone() for name, tensor in WEIGHTS.items()}
+    weights["head.weight"][1, 2] = value
+    path = tmp_path / name
+    if name.endswith("npz"):
+        np.savez(path, **{name: tensor.numpy() for name, tensor in weights.items()})
+    else:
+        save_file(weights, path) if name.endswith("safetensors") else torch.save(weights, path)
+    with pytest.raises(UserError, match=rf"{name}: 1 of 6 numbers in head\.weight are not finite"):
+        read_weights(path)

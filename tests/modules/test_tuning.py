@@ -177,3 +177,12 @@ def test_settings_that_mean_nothing_are_refused(tuning, lora, message):
 def test_random_weights_are_not_frozen(tuning):
     with pytest.raises(UserError, match="needs pretrained weights"):
         apply_tuning(Net(), tuning, ["head"], pretrained=False)
+
+
+def test_pretrained_weights_that_are_not_finite_are_refused_wherever_they_come_from():
+    network = Net()
+    with torch.no_grad():
+        network.second.bias[3] = float("nan")
+    with pytest.raises(UserError, match=r"pretrained weights of Net: 1 of 8 numbers in second\.bias are not finite"):
+        apply_tuning(network, "full", ["head"], pretrained=True)
+    apply_tuning(network, "full", ["head"], pretrained=False)  # new ones are nobody's promise

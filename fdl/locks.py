@@ -1,0 +1,205 @@
+"""A folder that one process at a time may write to. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fdl.errors import UserError
+
+LOCK = ".fdl.lock"
+"""The lock's file in the folder."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that has a folder.
+
+    Attributes:
+        pid: its number.
+        host: the machine that it runs on.
+        since: local time at which it took the folder.
+        job: its Slurm job, empty where it is part of none.
+        restart: how many times Slurm had requeued the job before.
+    """
+
+    pid: int
+    host: str
+    since: str
+    job: str = ""
+    restart: int = 0
+
+    @staticmethod
+    def current() -> Holder:
+        """This process."""
+        restart = os.environ.get("SLURM_RESTART_COUNT", "")
+        return Holder(
+            os.getpid(),
+            socket.gethostname(),
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            os.environ.get("SLURM_JOB_ID", ""),
+            int(restart) if restart.isdigit() else 0,
+        )
+
+    def is_gone(self, unlocked: bool | None) -> bool:
+        """Whether it has surely ended.
+
+        Args:
+            unlocked: whether the operating system has let its lock go, as it does when a process ends; None where the
+                file system knows no locks.
+        """
+        now = Holder.current()
+        if self.job and self.job == now.job and self.restart < now.restart:
+            return True  # Slurm requeues a job once all its processes have ended
+        if self.host != now.host:
+            return False  # a lock of another machine may not be seen here
+        return not _runs(self.pid) if unlocked is None else unlocked
+
+
+class FolderLock:
+    """Within this context no other process that asks for the lock of a folder gets it.
+
+    The operating system lets go of the lock when a process ends, however it ends; on file systems without locks the
+    number of the process decides. What another machine has locked stays so until it lets go or somebody deletes the
+    file. Folders that had to be made are removed at the end if nothing was put there.
+
+    Args:
+        folder: made when absent.
+
+    Raises:
+        UserError: on entering: another process has the folder, or it cannot be written to.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._file, self._made = -1, []
+
+    def __enter__(self) -> FolderLock:
+        absent = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._made = absent
+            self._take()
+        except OSError as error:
+            self._remove_made()
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from error
+        except BaseException:
+            self._remove_made()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        path = self.folder / LOCK
+        if _is(self._file, path):
+            path.unlink(missing_ok=True)  # before it is let go, so that nobody takes a file that is about to vanish
+        os.close(self._file)
+        self._remove_made()
+
+    def _take(self) -> None:
+        path = self.folder / LOCK
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                unlocked, held = _try(file), _read(file)
+                if unlocked is False or (held is not None and not held.is_gone(unlocked)):
+                    raise _busy(self.folder, held)
+                if not _is(file, path):  # whoever had it has removed it meanwhile
+                    os.close(file)
+                    continue
+                os.ftruncate(file, 0)
+                os.pwrite(file, json.dumps(asdict(Holder.current())).encode(), 0)
+            except BaseException:
+                os.close(file)
+                raise
+            self._file = file
+            return
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:  # something was put there
+                return
+
+
+def require_unlocked(folder: Path) -> None:
+    """Raise when another process has a folder.
+
+    Raises:
+        UserError: naming the process.
+    """
+    path = folder / LOCK
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        unlocked, held = _try(file), _read(file)
+        if unlocked is False or (held is not None and not held.is_gone(unlocked)):
+            raise _busy(folder, held)
+    finally:
+        os.close(file)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a folder has a lock, of whatever process."""
+    return (folder / LOCK).exists()
+
+
+def _try(file: int) -> bool | None:
+    """Take the system's lock of an open file: whether that went well, None where the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _read(file: int) -> Holder | None:
+    """Who a lock's file names; None where it names nobody yet, or is damaged."""
+    try:
+        return Holder(**json.loads(os.pread(file, 4096, 0)))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _is(file: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _busy(folder: Path, held: Holder | None) -> UserError:
+    if held is None:
+        return UserError(f"{folder}: another process is just taking it; choose another folder")
+    text = f"{folder}: is in use by process {held.pid} on {held.host} since {held.since}"
+    if held.host == socket.gethostname():
+        return UserError(f"{text}; wait for it, stop it, or choose another folder")
+    return UserError(
+        f"{text}, which cannot be looked at from here; choose another folder or, if that process is over, delete "
+        f"{folder / LOCK}"
+    )
