@@ -103,7 +103,7 @@ def _quality(summary: Mapping[str, Any], record: Mapping[str, Any] | None) -> st
     measured = [p["metrics"] for p in summary["participants"]] if record is None else record["clients"].values()
     own = [metrics[score] for metrics in measured if metrics.get(score) is not None]
     table = "\n".join(["| metric | value |", "|---|---|", *lines])
-    if not own or record is None or record["round"] != summary["rounds"]:  # the participants' are the last round's
+    if not own:
         return table
     return f"{table}\n\nSpecialists: {score} {statistics.fmean(own):.4f} on average, {min(own):.4f} to {max(own):.4f}."
 

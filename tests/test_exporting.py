@@ -214,6 +214,6 @@ def test_a_card_speaks_of_one_round_only():
     summary = {"name": "n", "method": "fedavg", "seed": 0, "rounds": 2, "history": history, "participants": people}
     summary |= {"score": {"metric": "accuracy"}, "communication": {"setup_bytes": 0, "by_kind": {}}}
     summary["metrics"] = history[1]["metrics"]
-    card = model_card(recipe.from_mapping(DIGITS), summary, 1, "")
+    card = model_card(recipe.from_mapping(DIGITS), summary, 1, "", {})
     assert "| `specialists/test/accuracy` | 0.5000 |" in card
     assert "test/accuracy 0.5000 on average, 0.2500 to 0.7500." in card and "0.8750" not in card
