@@ -183,7 +183,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     if dp_sgd is not None:
         dp_sgd.check(clients)
     left_out = check_fits(recipe, method, clients, server)
-    for client, reason in left_out.items():
+    for client, reason in left_out.items() if runtime.ranks.leader else ():
         log.warning("client %d is left out: %s", client, reason)
     return FederatedLoop(
         recipe=recipe,

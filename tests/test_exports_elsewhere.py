@@ -60,7 +60,7 @@ def test_timms_own_transform_gives_the_runs_accuracy(tmp_path, weights):
     import timm
 
     blobs(tmp_path / "private pictures")
-    data = {"root": str(tmp_path / "private pictures"), "size": 16, "validation": 12, "test": 30}
+    data = {"path": str(tmp_path / "private pictures"), "size": 16, "validation": 12, "test": 30}
     if weights == "normalised":
         data |= {"normalize": True, "mean": [0.2, 0.3, 0.25], "std": [0.2, 0.1, 0.3]}
     student = {"target": "timm", "args": {"model": "test_vit", "kwargs": {"img_size": 16, "patch_size": 4}}}
