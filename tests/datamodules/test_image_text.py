@@ -135,7 +135,10 @@ def test_captions_are_cut_to_the_context(caplog):
     data = ready(CaptionedDigits(context=7))
     assert max(len(caption) for caption in captions(data, data.train)) == 7
     assert data.truncated == 1797  # no sentence is as short
-    assert "captioned_digits: cut to 7 tokens: 1797 of 1797 captions" in caplog.text
+    assert (
+        "captioned_digits: cut to 7 tokens, which are bytes (set tokenizer for others): 1797 of 1797 captions"
+        in caplog.text
+    )
     with pytest.raises(UserError, match="context must be at least 1 token"):
         CaptionedDigits(context=0)
 
