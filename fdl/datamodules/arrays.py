@@ -5,7 +5,6 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 from fdl.datamodules.base import Source
 from fdl.datamodules.classes import class_codes, class_numbers, whole_numbers
 from fdl.datamodules.images import ImageDataModule
+from fdl.datamodules.records import existing
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
 
@@ -64,7 +64,7 @@ class Arrays(ImageDataModule):
         super().__init__(**common)
         if layout not in ("auto", *_TO_CHW):
             raise UserError(f"layout must be one of auto, {', '.join(_TO_CHW)}, got {layout!r}")
-        self._path, self._layout = Path(path).expanduser(), layout
+        self._path, self._layout = existing(path), layout
         self._keys = {
             "x_train": x_train,
             "y_train": y_train,
@@ -73,8 +73,6 @@ class Arrays(ImageDataModule):
             "classes": classes,
             "groups": groups,
         }
-        if not self._path.exists():
-            raise UserError(f"{self._path}: no such file or folder")
         if self._path.is_file() and not zipfile.is_zipfile(self._path):
             raise UserError(f"{self._path}: not an .npz file; for .npy files give the folder that holds them")
 
