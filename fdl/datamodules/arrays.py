@@ -5,7 +5,6 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fdl.datamodules.base import Source
-from fdl.datamodules.checks import require_dense
+from fdl.datamodules.classes import class_codes, class_numbers, whole_numbers
 from fdl.datamodules.images import ImageDataModule
+from fdl.datamodules.records import existing
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
 
@@ -30,7 +30,7 @@ class Arrays(ImageDataModule):
 
     Images are [n, H, W], [n, H, W, C] or [n, C, H, W], uint8 (255 is white) or floating point: 0 … 1, or 0 … 255, or
     standardised, with values below 0; in all splits alike. Other ranges and integers need `value_range`. Labels are
-    whole numbers from 0, [n]. Arrays that hold Python objects are not read.
+    whole numbers, [n]: classes in their order, or positions in `classes`. Arrays that hold Python objects are not read.
 
     Args:
         path: an .npz file, or a folder with one .npy file a key, named after it.
@@ -64,7 +64,7 @@ class Arrays(ImageDataModule):
         super().__init__(**common)
         if layout not in ("auto", *_TO_CHW):
             raise UserError(f"layout must be one of auto, {', '.join(_TO_CHW)}, got {layout!r}")
-        self._path, self._layout = Path(path).expanduser(), layout
+        self._path, self._layout = existing(path), layout
         self._keys = {
             "x_train": x_train,
             "y_train": y_train,
@@ -73,14 +73,13 @@ class Arrays(ImageDataModule):
             "classes": classes,
             "groups": groups,
         }
-        if not self._path.exists():
-            raise UserError(f"{self._path}: no such file or folder")
         if self._path.is_file() and not zipfile.is_zipfile(self._path):
             raise UserError(f"{self._path}: not an .npz file; for .npy files give the folder that holds them")
 
     def load(self) -> Source:
         """Read and check the arrays."""
         arrays = self._read()
+        names = self._classes(arrays)
         train = self._samples("train", arrays)
         test = self._samples("test", arrays) if "x_test" in arrays else None
         groups = arrays.get("groups")
@@ -88,28 +87,45 @@ class Arrays(ImageDataModule):
             if groups.shape != (len(train),):
                 raise self._wrong("groups", f"shape {groups.shape}, expected ({len(train)},)")
             groups = self._decoded("groups", groups)
-        return Source(train, self._classes(arrays, train, test), test=test, groups=groups)
+        return Source(train, names, test=test, groups=groups)
 
     def place(self, split: str, part: str) -> str:
         """The file and key of a part of the data."""
         key = self._keys.get("classes" if part == "classes" else f"{part}_{split}")
         return f"{self._path}: {key!r}" if key is not None else super().place(split, part)
 
-    def _classes(self, arrays: dict[str, np.ndarray], *splits: TensorSamples | None) -> list[str]:
-        """Names of the classes, or their numbers."""
-        labels = [s.labels for s in splits if s is not None and s.labels is not None and len(s)]
-        top = max((int(own.max()) for own in labels), default=-1)
+    def _classes(self, arrays: dict[str, np.ndarray]) -> list[str]:
+        """Names of the classes; labels become numbers of classes, from 0, where names do not say what they mean."""
+        labels = {role: self._labels(role, arrays[role]) for role in ("y_train", "y_test") if role in arrays}
+        arrays |= labels
         if "classes" in arrays:
             names = self._decoded("classes", arrays["classes"])
             if names.ndim != 1:
                 raise self._wrong("classes", f"expected one name a class, got an array of shape {names.shape}")
+            top = max((int(own.max()) for own in labels.values() if len(own)), default=-1)
             if len(names) <= top:
                 raise self._wrong("classes", f"{len(names)} names, but labels go up to {top}")
             return [str(name) for name in names.tolist()]
-        if labels:
-            kinds = len(np.unique(np.concatenate([own.numpy() for own in labels])))
-            require_dense(top, kinds, self.place("train", "y"))
-        return [str(number) for number in range(top + 1)]
+        if "y_train" not in labels or not len(labels["y_train"]):
+            return []
+        found = class_numbers(labels["y_train"], self.place("train", "y"))
+        if len(found) == 1:  # nothing to tell apart, which the checks of all data say
+            found = np.unique(np.concatenate(list(labels.values())))
+        for role, own in labels.items():
+            arrays[role] = class_codes(own, found, f"{self._path}: {self._keys[role]!r}")
+        return [str(number) for number in found.tolist()]
+
+    def _labels(self, role: str, y: np.ndarray) -> np.ndarray:
+        """Labels as whole numbers ≥ 0, int64 [n]."""
+        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+        if y.dtype.kind not in "biuf" or y.ndim != 1:
+            raise self._wrong(role, f"labels must be whole numbers, one an image, got {y.dtype} of shape {y.shape}")
+        if len(y) and int(np.nanmax(y)) > np.iinfo(np.int64).max:
+            raise self._wrong(role, f"labels go up to {y.max()}; number the classes from 0")
+        y = whole_numbers(y, f"{self._path}: {self._keys[role]!r}")
+        if len(y) and int(y.min()) < 0:
+            raise self._wrong(role, f"labels must be ≥ 0, got {y.min()}")
+        return y
 
     def _decoded(self, role: str, array: np.ndarray) -> np.ndarray:
         """Text as text, where it is stored as bytes.
@@ -171,16 +187,9 @@ class Arrays(ImageDataModule):
         if y_role not in arrays:
             return self.in_memory(x, None)
         y = arrays[y_role]
-        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-        if y.dtype.kind not in "iu" or y.ndim != 1:
-            raise self._wrong(y_role, f"labels must be whole numbers, one an image, got {y.dtype} of shape {y.shape}")
         if len(y) != len(x):
             raise self._wrong(y_role, f"{len(y)} labels for {len(x)} images in {self._keys[x_role]!r}")
-        if len(y) and int(y.min()) < 0:
-            raise self._wrong(y_role, f"labels must be ≥ 0, got {y.min()}")
-        if len(y) and int(y.max()) > np.iinfo(np.int64).max:
-            raise self._wrong(y_role, f"labels go up to {y.max()}; number the classes from 0")
-        return self.in_memory(x, torch.from_numpy(y.astype(np.int64)))
+        return self.in_memory(x, torch.from_numpy(y))
 
     def _images(self, role: str, x: np.ndarray) -> Tensor:
         """Images as [n, C, H, W]."""

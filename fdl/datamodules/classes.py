@@ -67,7 +67,6 @@ class Classes:
         if switches or any(isinstance(value, str) for value in values):
             found = sorted({_written(record[key]) for record in splits["train"]})
             _warn_of_identifiers(len(splits["train"]), len(found), repr(key))
-            _warn_of_spellings(found, key)
             return cls(key, found if given is None else given, None)
         for record, value in zip(records, values):
             if isinstance(value, float):
@@ -190,15 +189,6 @@ def _warn_of_identifiers(count: int, kinds: int, place: str) -> None:
             kinds,
             count,
         )
-
-
-def _warn_of_spellings(found: Sequence[str], key: str) -> None:
-    """Say that names of classes are the same but for their case."""
-    spelt: dict[str, str] = {}
-    for name in found:
-        other = spelt.setdefault(name.casefold(), name)
-        if other != name:
-            log.warning("%r: %r and %r are two classes, and differ in their case only", key, other, name)
 
 
 def _some(found: np.ndarray) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from fdl.datamodules.base import Source
 from fdl.datamodules.files import FileSamples
 from fdl.datamodules.folders import Photo, read_tree
 from fdl.datamodules.images import ImageDataModule
+from fdl.datamodules.records import existing
 from fdl.errors import UserError
 
 log = logging.getLogger("fdl")
@@ -51,10 +51,10 @@ class ImageFolder(ImageDataModule):
         self, path: str, size: int, domain_folders: bool = False, skip_unreadable: bool = False, **common: Any
     ):
         super().__init__(size=size, **common)
-        self._path = Path(path).expanduser()
+        self._path = existing(path)
         self._domains, self._skip = domain_folders, skip_unreadable
         if not self._path.is_dir():
-            raise UserError(f"{self._path}: no such folder")
+            raise UserError(f"{self._path}: is a file, expected a folder")
 
     def load(self) -> Source:
         """List the files; headers are read, and the pixels of images of more than 8 bits."""

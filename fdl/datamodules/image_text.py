@@ -12,7 +12,7 @@ import torch
 from fdl.datamodules.base import Source
 from fdl.datamodules.classes import Classes
 from fdl.datamodules.pairs import PairDataModule, PairSamples
-from fdl.datamodules.records import Record
+from fdl.datamodules.records import SKIP, Record
 from fdl.datamodules.tables import Layout
 from fdl.errors import UserError
 
@@ -23,7 +23,7 @@ _NAMED = 5
 
 
 class ImageText(PairDataModule):
-    """Image files with captions in a table: JSONL, CSV or TSV, one record an image.
+    """Image files with captions in a table: JSONL, JSON, CSV, TSV or parquet, one record an image.
 
     Images are decoded when needed. Colour is the default; other arguments as in `PairDataModule`.
 
@@ -41,6 +41,9 @@ class ImageText(PairDataModule):
         where: take only records with these values, by key; a list of values takes any of them.
         skip_unreadable: leave out files that cannot be decoded, and log which, at the price of decoding all of them
             once at the start; else an error names them.
+        skip_empty: leave out records without a caption; else an error names the first one.
+        delimiter: as in `Layout`.
+        encoding: as in `Layout`.
         common: the other arguments of `PairDataModule`.
 
     Raises:
@@ -64,10 +67,14 @@ class ImageText(PairDataModule):
         splits: dict[str, str] | None = None,
         where: dict[str, Any] | None = None,
         skip_unreadable: bool = False,
+        skip_empty: bool = False,
+        delimiter: str | None = None,
+        encoding: str | None = None,
         **common: Any,
     ):
         super().__init__(size=size, **common)
-        self._layout, self._skip = Layout(path, split, splits, where), skip_unreadable
+        full = (caption,) if skip_empty else ()
+        self._layout, self._skip = Layout(path, split, splits, where, full, delimiter, encoding), skip_unreadable
         table = Path(path).expanduser()
         folder = table if table.is_dir() else table.parent
         self._root = Path(image_root).expanduser() if image_root else folder
@@ -89,7 +96,7 @@ class ImageText(PairDataModule):
 
     def _samples(self, records: list[Record], classes: Classes | None) -> PairSamples:
         labels = None if classes is None else torch.tensor([classes.code(record) for record in records])
-        captions = [record.text(self._caption) for record in records]
+        captions = [record.text(self._caption, SKIP) for record in records]
         groups = np.array([str(record[self._group]) for record in records]) if self._group else None
         return self.pairs(self.in_files([self._path(record) for record in records], labels), captions, groups)
 

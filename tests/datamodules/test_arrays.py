@@ -114,7 +114,7 @@ def broken(**changes):
         (broken(), {"groups": "site"}, "no array 'site' for groups"),
         (broken(y_test=None), {}, "'x_test': test images without labels"),
         (broken(y_train=Y[:59]), {}, "'y_train': 59 labels for 60 images in 'x_train'"),
-        (broken(y_train=Y / 2), {}, "'y_train': labels must be whole numbers, one an image, got float64"),
+        (broken(y_train=Y / 2), {}, "'y_train': 0.5 is no class: labels must be whole numbers"),
         (broken(y_train=np.eye(3, dtype=int)[Y]), {}, r"'y_train': labels must be .* of shape \(60, 3\)"),
         (broken(y_train=Y - 1), {}, "'y_train': labels must be ≥ 0, got -1"),
         (broken(classes=["a", "b"]), {}, "'classes': 2 names, but labels go up to 2"),
@@ -137,7 +137,7 @@ def broken(**changes):
         (
             broken(y_train=Y * 100_000),
             {},
-            "'y_train': 3 different classes, but numbers up to 200000; number them from 0",
+            "'y_test': class 1 is none of the classes of the training samples; list all classes in classes",
         ),
         (
             broken(y_train=Y.astype(np.uint64) + 2**63),
@@ -197,9 +197,29 @@ def test_names_that_are_stored_as_bytes(save):
     assert sorted(set(data.groups.tolist())) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda y: y + 1, ["1", "2", "3"]),
+        (lambda y: y * 100_000, ["0", "100000", "200000"]),
+        (lambda y: y * 1.0, ["0", "1", "2"]),
+        (lambda y: y > 0, ["0", "1"]),
+    ],
+)
+def test_labels_are_counted_as_in_tables(save, caplog, change, names):
+    """In the order of the numbers, and with a line where these are not 0, 1, …."""
+    caplog.set_level("INFO", "fdl")
+    data = ready(Arrays(save(**{**PLAIN, "y_train": change(Y), "y_test": change(Y[:12])})))
+    assert data.classes == names
+    np.testing.assert_array_equal(data.train.labels, np.unique(change(Y), return_inverse=True)[1])
+    np.testing.assert_array_equal(data.test.labels, data.train.labels[:12])
+    told = [line for line in caplog.messages if "are classes 0 … 2 in this order" in line]
+    assert bool(told) is (names != [str(i) for i in range(len(names))])
+
+
 def test_classes_without_training_samples_are_named(save, caplog):
-    ready(Arrays(save(**{**PLAIN, "y_train": Y * 2, "y_test": Y[:12]})))
-    assert "'y_train': 2 of 5 classes have no training samples: 1, 3; 1 of these are in the test split" in caplog.text
+    ready(Arrays(save(**{**PLAIN, "y_train": Y * 2, "y_test": Y[:12]}, classes=list("abcde"))))
+    assert "'y_train': 2 of 5 classes have no training samples: b, d; 1 of these are in the test split" in caplog.text
     caplog.clear()
     ready(Arrays(save(**{**PLAIN, "x_train": X * 0, "x_test": X[:12] * 0})))
     assert "'x_train': all values of all images are the same" in caplog.text

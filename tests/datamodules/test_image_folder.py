@@ -93,7 +93,7 @@ def test_unreadable_files_are_named_or_skipped(tmp_path, caplog):
 
 
 def test_folders_that_do_not_fit(tmp_path):
-    with pytest.raises(UserError, match="absent: no such folder"):
+    with pytest.raises(UserError, match="absent: no such file or folder"):
         ImageFolder(str(tmp_path / "absent"), size=8)
     with pytest.raises(UserError, match=r"no images in .*/class/ \(\.bmp"):
         ready(ImageFolder(str(tmp_path), size=8))

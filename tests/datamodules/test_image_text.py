@@ -135,7 +135,10 @@ def test_captions_are_cut_to_the_context(caplog):
     data = ready(CaptionedDigits(context=7))
     assert max(len(caption) for caption in captions(data, data.train)) == 7
     assert data.truncated == 1797  # no sentence is as short
-    assert "captioned_digits: cut to 7 tokens: 1797 of 1797 captions" in caplog.text
+    assert (
+        "captioned_digits: cut to 7 tokens, which are bytes (set tokenizer for others): 1797 of 1797 captions"
+        in caplog.text
+    )
     with pytest.raises(UserError, match="context must be at least 1 token"):
         CaptionedDigits(context=0)
 
@@ -201,9 +204,21 @@ def test_images_that_are_missing_or_broken_are_named(tmp_path, caplog):
     assert captions(data, data.train) == [f"it is {name}" for name in colours(data.train)]
 
 
+def test_tables_with_oddities(tmp_path, caplog):
+    """Semicolons, another encoding, and a caption that is missing."""
+    table(tmp_path, 6)
+    rows = [f"images/{i}.png;{'café' if i else ''}" for i in range(6)]
+    (tmp_path / "a.csv").write_bytes("\n".join(["file;caption", *rows]).encode("latin-1"))
+    data = ready(ImageText(str(tmp_path / "a.csv"), 6, test=1, encoding="latin-1", skip_empty=True))
+    assert captions(data, data.train) == ["café"] * 4
+    assert "left out 1 records with empty texts" in caplog.text
+    with pytest.raises(UserError, match="line 2: 'caption' is an empty text; set skip_empty: true"):
+        ready(ImageText(str(tmp_path / "a.csv"), 6, test=1, encoding="latin-1"))
+
+
 def test_captions_that_are_none(tmp_path):
     path = table(tmp_path, caption=" ")
-    with pytest.raises(UserError, match=r"line 1: 'caption' is an empty text$"):
+    with pytest.raises(UserError, match=r"line 1: 'caption' is an empty text; set skip_empty: true"):
         ready(ImageText(path, size=6, test=3))
     with pytest.raises(UserError, match="line 1: no key 'says'; there are 'file', 'caption'"):
         ready(ImageText(path, size=6, test=3, caption="says"))

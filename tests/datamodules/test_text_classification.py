@@ -192,7 +192,7 @@ def test_identifiers_as_labels_are_told(tmp_path, caplog, kind):
 
 def test_names_that_differ_in_case_only_are_told(tmp_path, caplog):
     ready(TextClassification(stars(tmp_path, ["neg", "pos", "Pos"] * 4), context=20, test=2))
-    assert "'label': 'Pos' and 'pos' are two classes, and differ in their case only" in caplog.text
+    assert "'Pos' and 'pos' are two classes, though they differ only in case" in caplog.text
 
 
 def stars(folder, labels):
