@@ -301,7 +301,8 @@ def _proxy(tree: dict[str, Any], broken: set[str]) -> Problems:
         return []
     args, taken = tree["data"]["args"], find(tree["data"]["target"], KINDS["datamodule"]).signature
     parameter = taken.parameters.get("proxy") if taken is not None else None
-    if parameter is None or args.get("proxy_groups") or args.get("proxy"):
+    # by whatever name: some data make a proxy set of groups or packages
+    if parameter is None or any(value for name, value in args.items() if name.startswith("proxy")):
         return []
     if "proxy" not in args and not (isinstance(parameter.default, ast.Constant) and parameter.default.value is None):
         return []

@@ -1,10 +1,12 @@
 """Which samples a run measures on and which are public: of its own seed, unless the data are given one."""
 
+from pathlib import Path
+
 import pytest
 
 from fdl.build import build
 from fdl.errors import UserError
-from fdl.recipe import from_mapping
+from fdl.recipe import from_mapping, load
 from fdl.runs import fit
 
 SETS = ("test", "validation", "proxy")
@@ -73,3 +75,8 @@ def test_a_run_is_not_resumed_with_samples_of_another_seed(tmp_path):
         fit(changed, tmp_path / "run", resume=True)
     longer = tree(seed=0) | {"federation": {"clients": 2, "rounds": 2}}
     assert fit(from_mapping(longer), tmp_path / "run", resume=True)["rounds"] == 2
+
+
+def test_a_proxy_set_of_packages_is_one():
+    recipe = load(Path(__file__).parents[1] / "recipes/quickstart_language.yaml")
+    assert "proxy" not in recipe.data.args and recipe.data.args["proxy_packages"]
