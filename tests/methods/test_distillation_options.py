@@ -22,10 +22,10 @@ from tests.toy import E0, E1, federation, samples, weight
 OPTIONS = {
     "features": lambda: {"features": FeatureTransfer(layers=0)},
     "projector": lambda: {"features": FeatureTransfer(layers=0, loss="mse")},
-    "prototypes": lambda: {"prototypes": PrototypeTransfer(count=1)},
-    "concepts": lambda: {"prototypes": PrototypeTransfer(count=1, by="concept", loss="mse")},
+    "prototypes": lambda: {"prototypes": PrototypeTransfer(floor=1, count=1)},
+    "concepts": lambda: {"prototypes": PrototypeTransfer(floor=1, count=1, by="concept", loss="mse")},
     "film": lambda: {"features": FeatureTransfer(layers=0, loss="cosine"), "adapter": "film"},
-    "own space": lambda: {"prototypes": PrototypeTransfer(space="embedding"), "adapter": "low_rank"},
+    "own space": lambda: {"prototypes": PrototypeTransfer(floor=1, space="embedding"), "adapter": "low_rank"},
     "weights": lambda: {"weights": AdaptiveWeights()},
     "personal": lambda: {"personal": Similarity()},
     "curriculum": lambda: {"curriculum": Curriculum(start=0.5)},
@@ -39,7 +39,7 @@ OPTIONS = {
     "alpha": lambda: {"alpha": 0.5},
     "all": lambda: {
         "features": FeatureTransfer(layers=0),
-        "prototypes": PrototypeTransfer(count=1),
+        "prototypes": PrototypeTransfer(floor=1, count=1),
         "adapter": "affine",
         "weights": AdaptiveWeights(),
         "personal": Similarity(by="prototypes"),
@@ -116,7 +116,7 @@ def test_parts_of_the_loss_add_up(tmp_path):
         tmp_path,
         alpha=0.5,
         features=FeatureTransfer(layers=0, loss="cosine", weight=2.0),
-        prototypes=PrototypeTransfer(count=1, weight=0.25),
+        prototypes=PrototypeTransfer(floor=1, count=1, weight=0.25),
         adapter="film",
     )
     for record in loop.history:
@@ -126,7 +126,7 @@ def test_parts_of_the_loss_add_up(tmp_path):
 
 
 def test_every_kind_is_counted_under_its_name(tmp_path):
-    loop = ran(tmp_path, features=FeatureTransfer(layers=0), prototypes=PrototypeTransfer(count=1))
+    loop = ran(tmp_path, features=FeatureTransfer(layers=0), prototypes=PrototypeTransfer(floor=1, count=1))
     kinds = loop.ledger.by_kind()
     assert {"up/responses", "up/features", "up/prototypes", "down/responses"} <= kinds.keys()
 
@@ -304,7 +304,7 @@ def test_a_personal_download_is_what_the_others_say(tmp_path):
         ({"subsample": 0.0}, "subsample must be"),
         ({"cache": 0}, "cache must be"),
         ({"adapter": "fylm"}, "adapter must be one of identity, linear"),
-        ({"prototypes": PrototypeTransfer(space="embedding")}, "adapter: identity"),
+        ({"prototypes": PrototypeTransfer(floor=1, space="embedding")}, "adapter: identity"),
         ({"personal": Similarity(by="prototypes")}, "prototypes are switched off"),
         ({"personal": Similarity(), "feedback": "none"}, "feedback is none"),
         ({"loss": "mse", "space": "logits", "sharpen": 0.1}, "unsharpened"),
@@ -328,7 +328,7 @@ def test_options_that_do_not_go_together(options, reason):
     ],
 )
 def test_an_upload_that_does_not_fit_is_refused_whole(tmp_path, spoil, reason):
-    options = {"features": FeatureTransfer(layers=0), "prototypes": PrototypeTransfer(count=1)}
+    options = {"features": FeatureTransfer(layers=0), "prototypes": PrototypeTransfer(floor=1, count=1)}
     loop, alone = toy(tmp_path / "a", rounds=1, **options), toy(tmp_path / "b", rounds=1, **options)
     update = loop.method.local_update
 

@@ -19,5 +19,6 @@ def someone(id=0, round=1, seed=0, privacy=None, dp_sgd=None, **more):
         gate=Gate(),
         dp_sgd=dp_sgd,
         rng=lambda purpose: torch_stream(seed, purpose, round, id),
+        noise=lambda purpose: torch_stream(seed, purpose, round, id),
         **more,
     )

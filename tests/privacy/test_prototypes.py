@@ -72,7 +72,7 @@ def test_the_same_data_are_paid_for_once_and_others_again():
     client = owner(torch.rand(30, 4), torch.arange(30) % 2, 2)
     transfer = NoisyPrototypes(0.5)
     first = transfer.message(client, None, None)
-    client.round, client.rng = 2, someone(round=2).rng
+    client.round, client.noise = 2, someone(round=2).noise
     again = transfer.message(client, None, None)
     assert torch.equal(first.values, again.values)
     assert [one["count"] for one in events_of(client)] == [1]

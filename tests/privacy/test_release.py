@@ -235,7 +235,7 @@ def test_no_attack_tells_neighbours_apart_better_than_promised_and_the_best_come
         box.add(Responses(torch.zeros(rows, C), "logits"), 0)
         box.add(Responses(sign * far, "logits"), 1)
         for round in range(releases):
-            participant.rng = someone(round=2 * round + (sign < 0)).rng
+            participant.noise = someone(round=2 * round + (sign < 0)).noise
             out = box.result() if by == "server" else sent(release, sign * far, client=participant)
             of.append(float(out.values.sum()))  # the likelihood ratio's direction
         scores.append(torch.tensor(of))
