@@ -17,6 +17,9 @@ from fdl.build import build
 from fdl.catalog import KINDS, entries
 from fdl.comm.memory import Memory
 from fdl.comm.stage import Turn
+from fdl.knowledge.encoder import PCA
+from fdl.loop import FederatedLoop
+from fdl.runtime import Runtime
 from fdl.threads import pinned
 from tests.rank_jobs import JOBS, outcome, recipe, run
 
@@ -129,11 +132,33 @@ def all_with(count, folder, *jobs):
     return json.loads((folder / "found.json").read_text())
 
 
-def test_threads_that_the_environment_asks_for_change_nothing(tmp_path):
-    """Student, metrics and bytes; PCA, nearest neighbours, k-means and eigenvectors are on the way."""
-    found = all_with(4, tmp_path / "four", *FEW)
-    for name in FEW:
-        assert json.dumps(found[name]) == json.dumps(run(name, 1, tmp_path / name))
+def test_whatever_a_run_computes_it_computes_with_the_recipes_threads(tmp_path, monkeypatch):
+    """While the encoder is fitted, private samples are encoded, and clients train; and then it is as it was."""
+    seen = {}
+
+    def watched(kind, name):
+        original = getattr(kind, name)
+
+        def call(*arguments, **settings):
+            blas = {count for api, _, count in counts() if api == "blas"}
+            seen[f"{kind.__name__}.{name}"] = (blas, torch.get_num_threads())
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(kind, name, call)
+
+    for kind, name in ((PCA, "fit"), (PCA, "_encode"), (Runtime, "fit"), (FederatedLoop, "run_round")):
+        watched(kind, name)
+    torchs = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threadpool_limits(2, user_api="blas"):
+            outside = counts()
+            run("federated_distillation", 1, tmp_path, ("federation.rounds=1", "fabric.threads=3"))
+            assert counts() == outside
+    finally:
+        torch.set_num_threads(torchs)
+    parts = "PCA.fit", "PCA._encode", "Runtime.fit", "FederatedLoop.run_round"
+    assert seen == dict.fromkeys(parts, ({1}, 3))
 
 
 @pytest.mark.slow
