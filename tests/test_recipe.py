@@ -373,7 +373,12 @@ def test_a_target_s_override_is_blamed_and_not_the_recipe_s_line():
         ("data.args.root=x", "takes no 'root'; known: "),
         ("data={target: text_files, args: {root: x, context: 8}}", "takes no 'root'; did you mean 'path'?"),
         ("data={target: text_files, args: {path: x, max_length: 8}}", "takes no 'max_length'; did you mean 'context'?"),
-        ("data.args.colour=x", "takes no 'colour'; known: augment, batch_size, channels, limit,"),
+        ("data.args.colour=x", "takes no 'colour'; known: augment, background, batch_size, channels,"),
+        (
+            "data={target: image_folder, args: {root: x, size: 8}}",
+            "data.args.root: fdl.datamodules.image_folder.ImageFolder takes no 'root'; it is called 'path'",
+        ),
+        ("data={target: image_text, args: {path: x, size: 8, root: y}}", "takes no 'root'; it is called 'image_root'"),
         ("data.args.proxy=a/b.txt", "to read it, write {target: text_files, args: {path: a/b.txt, context: 64}}"),
         (
             "data.args.proxy=b.csv",
@@ -387,6 +392,11 @@ def test_a_target_s_override_is_blamed_and_not_the_recipe_s_line():
 )
 def test_what_to_write_instead(override, words):
     assert any(words in problem for problem in problems(override)), problems(override)
+
+
+def test_a_renamed_argument_is_not_said_to_be_missing_as_well():
+    (problem,) = [p for p in problems("data={target: image_folder, args: {root: x, size: 8}}") if "data.args" in p]
+    assert "'path'" in problem
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -54,3 +55,16 @@ def test_memory(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="turns differ"):
         memory.assert_equal_work([{"job": "a", "turns": n, "upload_bytes": 1, "parameters": 1} for n in (1, 2)])
     assert np.isclose(float(rows[1]["ratio"]), float(rows[1]["peak_rss_bytes"]) / float(rows[0]["peak_rss_bytes"]))
+
+
+def test_many_classes():
+    many_classes = script("many_classes")
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    try:
+        rows = [many_classes.measure(what, 7, 80) for what in ("macro_f1", "figure of confusions", many_classes.PEER)]
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_num_threads(before[1])
+    assert [tuple(row) for row in rows] == [many_classes.COLUMNS] * 3
+    assert all(row["seconds"] > 0 and row["peak_bytes"] >= 0 for row in rows)
+    assert many_classes.table(rows).count("\n") == 5

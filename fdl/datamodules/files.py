@@ -193,11 +193,6 @@ def survey(paths: Sequence[Path], whole: bool = False) -> Survey:
     return found
 
 
-def unreadable(paths: Sequence[Path], whole: bool = False) -> dict[Path, str]:
-    """Which files are not images, and why; arguments as in `survey`."""
-    return survey(paths, whole).problems
-
-
 def spread_of(paths: Sequence[Path], places: Sequence[str] = ()) -> dict[bool, Range]:
     """The smallest and largest value of images, by whether they are of floating-point numbers.
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from fdl.datamodules import files
 from fdl.datamodules.base import _as_it_is, _Batches
-from fdl.datamodules.files import FileSamples, decode, unreadable
+from fdl.datamodules.files import FileSamples, decode, survey
 from fdl.errors import UserError
 
 
@@ -94,9 +94,9 @@ def test_damaged_files_are_named(photos, tmp_path):
     for path in (text, cut):
         with pytest.raises(UserError, match=f"{path}: not a readable image"):
             FileSamples([*photos, path], size=8).batch(torch.arange(7))
-    headers = unreadable([*photos, text, cut])
+    headers = survey([*photos, text, cut]).problems
     assert list(headers) == [text]
-    assert list(unreadable([*photos, text, cut], whole=True)) == [text, cut]
+    assert list(survey([*photos, text, cut], whole=True).problems) == [text, cut]
 
 
 def test_content_hash_is_of_the_files_and_how_they_are_read(photos):

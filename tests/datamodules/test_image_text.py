@@ -303,6 +303,27 @@ def test_shards(tmp_path):
     assert colours(data.test) == ["red"]
 
 
+def test_depth_of_grey_images_is_that_of_all_shards(tmp_path, caplog):
+    def xray(value):
+        stream = io.BytesIO()
+        Image.fromarray(np.full((6, 6), value, np.uint16)).save(stream, "png")
+        return stream.getvalue()
+
+    shard(tmp_path / "train.tar", {f"{i}.{e}": c for i in range(4) for e, c in (("png", xray(100 * i)), ("txt", b"a"))})
+    shard(tmp_path / "val.tar", {"0.png": xray(4000), "0.txt": b"a", "1.png": painted("red"), "1.txt": b"red"})
+
+    def shades(samples):
+        return (samples.images.batch(torch.arange(len(samples)))[0][:, 0, 0, 0] * 255).round().int().tolist()
+
+    with caplog.at_level("INFO"):
+        data = ready(ImageTextShards(str(tmp_path / "train.tar"), 6, test_path=str(tmp_path / "val.tar")))
+    assert shades(data.train) == [round(value * 255 / 4095) for value in (0, 100, 200, 300)]
+    assert shades(data.test) == [round(4000 * 255 / 4095), 255]
+    assert "(5 of 6 images) has values from 0 to 4000: 0 is taken for black and 4095 for white" in caplog.text
+    window = ready(ImageTextShards(str(tmp_path / "train.tar"), 6, test=1, seed=3, value_range=[100, 300]))
+    assert sorted(shades(window.train) + shades(window.test)) == [0, 0, 128, 255]
+
+
 def test_shards_by_pattern_and_folder(tmp_path):
     """In the order of their names, packed or not; numbers in braces are as wide as they are written."""
     for name, colour in (("train-008", "red"), ("train-009", "green"), ("train-010", "blue")):
