@@ -48,6 +48,7 @@ class Federation:
 
         class Loop:
             callbacks = CallbackList()
+            server = types.SimpleNamespace(task="classification", classes=[], provides={})
 
             def run(self, resume=False):
                 federation.runs.append((recipe, resume))
@@ -58,7 +59,9 @@ class Federation:
                     raise error
                 return summary(recipe)
 
-        return Loop()
+        loop = Loop()
+        loop.folder = folder
+        return loop
 
 
 def summary(recipe) -> dict:

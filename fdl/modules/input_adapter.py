@@ -64,9 +64,9 @@ class InputAdapter(nn.Module):
             raise UserError(f"adapt: images of {own} channels cannot be turned into {channels}")
         if interpolation not in ("bicubic", "bilinear"):
             raise UserError(f"adapt.interpolation must be bicubic or bilinear, got {interpolation!r}")
-        mean, std = _pair("", mean, std, channels)
-        self.mean, self.std = mean.tolist(), std.tolist()
-        data_mean, data_std = _pair("data_", data_mean, data_std, own)
+        self.mean, self.std = _pair("", mean, std, channels)
+        mean, std = _tensors(self.mean, self.std)
+        data_mean, data_std = _tensors(*_pair("data_", data_mean, data_std, own))
         self.size = tuple(data_size) if size is None else tuple(size)
         if len(self.size) != 2 or min(self.size) < 1:
             raise UserError(f"adapt.size must be height and width in pixels, got {list(self.size)}")
@@ -133,7 +133,7 @@ def adapter_for(
 
 def _pair(
     prefix: str, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel; 0 and 1 where there are none."""
     if (mean is None) != (std is None):
         raise UserError(f"adapt: {prefix}mean and {prefix}std go together")
@@ -145,4 +145,8 @@ def _pair(
             f"adapt: {prefix}mean and {prefix}std need one value, and a positive std, for each of {channels} "
             f"channels, got {mean} and {std}"
         )
-    return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return mean, std
+
+
+def _tensors(*values: Sequence[float]) -> list[Tensor]:
+    return [torch.tensor(one, dtype=torch.float64) for one in values]

@@ -248,7 +248,7 @@ def test_recipes_authenticate_when_they_say_so_or_name_keys(tmp_path, monkeypatc
         ("simulated", {"authenticate": True}),
         ("deployed", {"keys": "${oc.env:FDL_KEYS}"}),
     ):
-        loop = build(from_mapping({**RECIPE, "channel": channel}), tmp_path)
+        loop = build(from_mapping({**RECIPE, "channel": channel}), tmp_path / name)
         loop.run()
         sent[name] = loop.ledger.totals()
     for direction in ("upload_bytes", "download_bytes"):

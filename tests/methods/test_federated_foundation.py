@@ -64,9 +64,10 @@ def test_a_first_phase_that_never_ends_is_one_of_the_two_alone(tmp_path):
     central = run(Centralized(), tmp_path / "b", **common)
     assert torch.equal(weight(alone.server.student), weight(central.server.student))
     assert alone.ledger.rows() == []
-    for optimizer in (None, Adam()):
-        federated = run(FederatedFoundation("fine_tuning", Never(), optimizer), tmp_path / "c", **common)
-        averaged = run(FedAvg(optimizer), tmp_path / "d", **common)
+    for name, optimizer in (("mean", None), ("adam", Adam())):
+        method = FederatedFoundation("fine_tuning", Never(), optimizer)
+        federated = run(method, tmp_path / name / "c", **common)
+        averaged = run(FedAvg(optimizer), tmp_path / name / "d", **common)
         assert torch.equal(weight(federated.server.student), weight(averaged.server.student))
         assert [list(row) for row in federated.ledger.rows()] == [list(row) for row in averaged.ledger.rows()]
 

@@ -318,7 +318,7 @@ def test_spend_is_told_everywhere(tmp_path):
     first, last = (record["privacy"] for record in summary["history"])
     assert all(0 < first[client] < last[client] for client in ("0", "1"))
     assert summary["metrics"]["privacy/epsilon"] == max(last.values()) == summary["privacy"]["epsilon"]
-    card = model_card(made, json.loads(json.dumps(summary, default=str)), 2, "")
+    card = model_card(made, json.loads(json.dumps(summary, default=str)), 2, "", {})
     assert f"ε ≤ {summary['privacy']['epsilon']:.3f} at δ = 0.0001, of a budget of 4" in card
     assert "one example of a client, in or out" in card
     written = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("clients/1/privacy/epsilon")
@@ -328,11 +328,11 @@ def test_spend_is_told_everywhere(tmp_path):
 def test_nothing_is_private_without_an_account(tmp_path):
     summary = build(recipe("privacy=null", "federation.rounds=1"), tmp_path).run()
     assert summary["privacy"] == {"epsilon": math.inf}
-    assert "ε = ∞" in model_card(recipe("privacy=null"), {**summary, "privacy": {"epsilon": None}}, 1, "")
+    assert "ε = ∞" in model_card(recipe("privacy=null"), {**summary, "privacy": {"epsilon": None}}, 1, "", {})
     bare = recipe("privacy.noise_multiplier=0.0", "privacy.epsilon=null", "federation.rounds=1")
     summary = build(bare, tmp_path / "bare").run()
     assert summary["privacy"]["epsilon"] == math.inf
-    assert "Not all that clients sent had noise: ε = ∞" in model_card(bare, summary, 1, "")
+    assert "Not all that clients sent had noise: ε = ∞" in model_card(bare, summary, 1, "", {})
 
 
 def test_account_survives_a_restart(tmp_path):
@@ -446,11 +446,11 @@ def test_a_noise_seed_comes_from_a_file_or_the_environment_and_from_no_recipe(tm
     assert given.server.has_noise_seed and not plain.server.has_noise_seed
     assert given.clients[0].rng("fit").initial_seed() == plain.clients[0].rng("fit").initial_seed()
     summary = given.run()
-    assert summary["privacy"]["noise"] == "secret" and "secret noise seed" in model_card(recipe(), summary, 2, "")
+    assert summary["privacy"]["noise"] == "secret" and "secret noise seed" in model_card(recipe(), summary, 2, "", {})
     assert "abab" not in json.dumps(summary, default=str) + str(recipe(name).to_dict())
     monkeypatch.delenv("FDL_NOISE_SEED")
     summary = build(recipe(), tmp_path / "d").run()
-    assert summary["privacy"]["noise"] == "recipe" and "as in a simulation" in model_card(recipe(), summary, 2, "")
+    assert summary["privacy"]["noise"] == "recipe" and "as in a simulation" in model_card(recipe(), summary, 2, "", {})
 
     def refused(*overrides):
         with pytest.raises(UserError) as caught:
