@@ -35,10 +35,17 @@ def require_vacant(folder: Path) -> None:
     """
     own = {folder / RECIPE, folder / INPUTS}  # written before the first round
     found = [path for path in own_files(folder) if path not in own and path.parent != folder / TOKENIZER]
+    # a process that was killed before its first checkpoint leaves half a file, or a log without a round
+    found = [path for path in found if path.suffix != ".partial" and not _is_header(path)]
     # one that failed in its first round has nothing that anybody could miss
     if found and not (last_round(folder) == 0 and not (folder / SUMMARY).exists()):
         shown = names([str(path.relative_to(folder)) for path in found])
         raise UserError(f"{folder}: holds files of a run: {shown}; take another folder, or `fdl.fit` to replace it")
+
+
+def _is_header(path: Path) -> bool:
+    """Whether a file is a table of metrics without a row."""
+    return path.suffix == ".csv" and path.read_bytes().count(b"\n") <= 1
 
 
 def save_best(loop: FederatedLoop) -> None:
