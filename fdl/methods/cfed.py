@@ -29,10 +29,10 @@ class CFeD(FedAvg):
 
     When a stage of the recipe's `arrival` begins, the server notes the global model's answers to the proxy set. From
     then on a round's clients are divided: learners minimise CE on their private data, as in FedAvg, and reviewers, who
-    are drawn anew in every round, λ T² KL(noted ‖ now) on the proxy set over the classes that had arrived before this
-    stage, with the recipe's `local` settings. Both count in the average by their numbers of private samples. Without a
-    division every client minimises the sum of both losses, on as many proxy samples as private ones: learning without
-    forgetting (Li and Hoiem, 2016) with public samples in the place of the private ones, which are gone.
+    are drawn anew in every round, λ T² KL(noted ‖ now) on the proxy set, with the recipe's `local` settings. Both count
+    in the average by their numbers of private samples. Without a division every client minimises the sum of both
+    losses, on as many proxy samples as private ones and over the classes that had arrived before this stage: learning
+    without forgetting (Li and Hoiem, 2016) with public samples in the place of the private ones, which are gone.
 
     In every round, of the first stage too, the server then distils into the average what the clients' models and the
     global model before this round say of the proxy set, with the recipe's `distil` settings, against what one round's

@@ -188,11 +188,15 @@ def test_a_model_that_the_server_cannot_ask_is_refused_whole(tmp_path):
 
 @pytest.mark.slow
 def test_domains_that_are_gone_are_forgotten_less(tmp_path):
-    """Half the angles and rounds of the recipe; forgetting is what the best accuracy on the first angle has lost."""
+    """Half the angles and rounds of the recipe; forgetting is what the best accuracy on the first angle has lost.
+
+    By rehearsal at the clients alone: so few rounds are too few for a division, which learns new data more slowly.
+    """
     lost = {}
-    for name in ("fedavg", "cfed"):
+    methods = {"fedavg": "fedavg", "cfed": "{target: cfed, args: {reviewers: 0, server_distillation: false}}"}
+    for name, method in methods.items():
         short = ["data.args.angles=[0, 90]", "arrival.args={domains: [0°, 90°], rounds: 8}", "federation.rounds=16"]
-        quiet = ["callbacks=[]", "fabric.accelerator=cpu", "checkpoint.every=99", f"method={name}"]
+        quiet = ["callbacks=[]", "fabric.accelerator=cpu", "checkpoint.every=99", f"method={method}"]
         loop = build(load(ROOT / "recipes/continual/rotated_digits.yaml", [*short, *quiet]), tmp_path / name)
         lost[name] = loop.run()["metrics"]["student/continual/forgetting"]
     assert lost["cfed"] < lost["fedavg"] / 2
