@@ -136,6 +136,7 @@ class FederatedLoop:
         self.begin(round)
         self.callbacks.on_round_start(self, round)
         cohort, dropped = self.cohort(round)
+        self.server.cohort = cohort
         record: dict[str, Any] = {"round": round, "cohort": cohort, "dropped": dropped, "refused": {}, "clients": {}}
 
         # 1  the cohort is sent what the server has to say; who drops out receives it and is not heard again

@@ -323,6 +323,7 @@ class Server(Participant):
 
     Attributes:
         pooled: those that are there now.
+        cohort: ids of the clients that are asked in the current round, those who drop out included; set by the loop.
     """
 
     def __init__(
@@ -342,6 +343,7 @@ class Server(Participant):
         self.student, self.teacher, self._pooled, self.test_stages = student, teacher, pooled, test_stages
         self.arrive()
         self.classes = classes or [str(i) for i in range(self.num_classes)]
+        self.cohort: list[int] = []
         self._said: dict[str, Message] = {}
 
     def begin(self, round: int) -> None:

@@ -10,7 +10,7 @@ from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
 from fdl.errors import RefusedError
-from fdl.messages import Bundle, Confidences, Features, Prototypes, Responses, Standing, parts_of
+from fdl.messages import Bundle, Confidences, Features, Prototypes, Responses, Scores, Standing, parts_of
 
 SURE = Confidences.quantize(torch.tensor([0.0, -1.0, 2.0]))
 ROWS = torch.tensor([0, 2, 300])
@@ -40,6 +40,13 @@ def test_prototypes_cross_the_wire():
     assert channel().upload(concepts, 1, 1).labels.tolist() == [-1, -1, -1]
     none = torch.zeros(0, dtype=torch.int64)
     assert len(channel().upload(Prototypes(torch.zeros(0, 5), none, none), 1, 1).values) == 0
+
+
+def test_scores_cross_the_wire_in_a_byte_a_row():
+    link = channel()
+    got = link.upload(Scores(Confidences.quantize(torch.arange(200.0))), 1, 1)
+    torch.testing.assert_close(got.confidence.values(), torch.arange(200.0), atol=199 / 255 / 2 + 1e-3, rtol=0)
+    assert link.ledger.totals()["upload_bytes"] < 200 + 64
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -85,6 +92,9 @@ def test_what_makes_no_sense_is_refused(message, reason):
         (Prototypes, {"labels": np.zeros(1, np.int64), "counts": np.ones(1, np.int64)}, {}),
         (Prototypes, {"values": np.zeros((1, 2), np.float32), "labels": np.zeros(1, np.int64)}, {}),
         (Prototypes, {"values": np.zeros((1, 2), np.float32), "labels": np.zeros(1), "counts": np.ones(1)}, {}),
+        (Scores, {}, {}),
+        (Scores, {"codes": np.zeros(2, np.uint8)}, {"lo": 0.0}),
+        (Scores, {"codes": np.zeros(2, np.uint8), "a": np.zeros(1)}, {"lo": 0.0, "step": 1.0}),
         (Standing, {}, {"round": 1}),
         (Standing, {}, {"round": 1, "wanted": 2}),
         (Standing, {"a": np.zeros(1)}, {"round": 1, "wanted": 1}),

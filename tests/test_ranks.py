@@ -23,7 +23,7 @@ from tests.shared_runs import made_once
 
 pytestmark = pytest.mark.timeout(600)  # two processes with all jobs one after the other, on whatever cores are free
 ROOT = Path(__file__).parents[1]
-SUMMED = ("fedavg", "fedadam", "fedprox", "batch_norm", "batched", "one_client", "cfed", "fml", "fed_lpfm")
+SUMMED = ("fedavg", "fedadam", "fedprox", "batch_norm", "batched", "one_client", "fml", "fed_lpfm")
 SUMMED += ("codistillation", "federated_prompts", "colluding")
 EXACT = tuple(name for name in rank_jobs.JOBS if name not in SUMMED)
 SLOW = {"marks": pytest.mark.slow}

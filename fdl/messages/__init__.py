@@ -22,6 +22,7 @@ from fdl.messages.fields import (
 from fdl.messages.parameters import Parameters
 from fdl.messages.prototypes import Prototypes
 from fdl.messages.responses import Form, Responses
+from fdl.messages.scores import Scores
 from fdl.messages.standing import Standing
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Parameters",
     "Prototypes",
     "Responses",
+    "Scores",
     "Standing",
     "check_finite",
     "check_samples",

@@ -1,4 +1,4 @@
-"""Continual federated averaging that rehearses the past on public data."""
+"""Continual federated averaging that rehearses the past on public data, at clients and at the server."""
 
 from __future__ import annotations
 
@@ -8,30 +8,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdl.errors import UserError
+from fdl.datamodules.samples import Batch
+from fdl.errors import RefusedError, UserError
+from fdl.knowledge.aggregation import ParameterMean
+from fdl.knowledge.targets import Answered
 from fdl.losses import cross_entropy, kd_loss
 from fdl.messages import Bundle, Message, Parameters, Responses, parts_of
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.weights import state_of
+from fdl.modules.weights import load_into, state_of
 from fdl.objectives import Objective
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule
+from fdl.robust.parameters import RobustParameters
 from fdl.server_optimizers import ServerOptimizer
+from fdl.terms import mean_over, samples_of
 
 
 class CFeD(FedAvg):
-    """FedAvg whose clients hold on to what the global model said before the newest data came (Ma et al., 2022).
+    """FedAvg that holds on to what the global model said before the newest data came (Ma et al., IJCAI 2022).
 
     When a stage of the recipe's `arrival` begins, the server notes the global model's answers to the proxy set. From
-    then on clients minimise CE on their own batch plus λ T² KL(noted ‖ now) on as many proxy samples, over the classes
-    that had arrived before this stage: learning without forgetting (Li and Hoiem, 2016) with public samples in the
-    place of the private ones, which are gone. In the first stage, and with λ = 0, this is FedAvg.
+    then on a round's clients are divided: learners minimise CE on their private data, as in FedAvg, and reviewers, who
+    are drawn anew in every round, λ T² KL(noted ‖ now) on the proxy set, with the recipe's `local` settings. Both count
+    in the average by their numbers of private samples. Without a division every client minimises the sum of both
+    losses, on as many proxy samples as private ones and over the classes that had arrived before this stage: learning
+    without forgetting (Li and Hoiem, 2016) with public samples in the place of the private ones, which are gone.
+
+    In every round, of the first stage too, the server then distils into the average what the clients' models and the
+    global model before this round say of the proxy set, with the recipe's `distil` settings, against what one round's
+    data do to the average: T² KL(mean_k softmax(z_k / T) ‖ softmax(z / T)). The published code asks for each sample
+    one of these models in turn; the mean is what that amounts to.
+
+    The published code has one proxy set for each participant, and 0.1 in the place of λ T².
 
     Args:
-        weight: λ ≥ 0.
+        weight: λ ≥ 0; with 0 nobody reviews.
         temperature: T > 0.
         optimizer: what the server does with the mean; None takes it as it is.
-        robust: as in FedAvg.
+        robust: as in FedAvg; without `server_distillation`, which asks the models that it is to guard against.
+        reviewers: share of a round's clients that review, in [0, 1); 0 divides nobody. A share that is no whole number
+            of clients is met on average over rounds, and somebody always learns where there are two or more.
+        server_distillation: whether the server distils as well.
     """
 
     name = "cfed"
@@ -44,13 +61,20 @@ class CFeD(FedAvg):
         temperature: float = 2.0,
         optimizer: ServerOptimizer | None = None,
         robust: Rule | None = None,
+        reviewers: float = 0.4,
+        server_distillation: bool = True,
     ):
         super().__init__(optimizer, robust)
         if not weight >= 0:
             raise UserError(f"weight must be at least 0, got {weight}")
         if not temperature > 0:
             raise UserError(f"temperature must be > 0, got {temperature}")
+        if not 0 <= reviewers < 1:
+            raise UserError(f"reviewers must be a share of the clients in [0, 1), got {reviewers}")
+        if robust is not None and server_distillation:
+            raise UserError("robust guards the mean of weights alone: it needs server_distillation: false")
         self.weight, self.temperature = weight, temperature
+        self.reviewers, self.server_distillation = reviewers, server_distillation
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that there are stages."""
@@ -62,25 +86,60 @@ class CFeD(FedAvg):
         return {"proxy": server.proxy.nbytes}
 
     def download(self, server: Server, client: int) -> Message | Bundle:
-        """The global weights and, from the second stage on, what they are to hold on to."""
+        """The global weights and, from the second stage on, for those who review what they are to hold on to."""
         weights = super().download(server, client)
         if server.stage == 0 or self.weight == 0:
             return weights
         if server.state.get("noted_in") != server.stage:  # the first word of a stage: the weights are still the old
             server.state |= {"noted_in": server.stage, "noted": server.predict(server.student, server.proxy)}
+        if self.reviewers > 0 and client not in self._reviewing(server):
+            return weights
         return server.say("both", lambda: Bundle((weights, Responses(server.state["noted"], "logits"))))
 
     def local_update(self, client: Client, download: Message | Bundle) -> Parameters:
-        """Train the global model on private data without letting go of the noted answers; return its weights."""
+        """Train the global model on private data, on the noted answers, or on both; return its weights."""
         parts = parts_of(download)
         module = client.load(parts[Parameters].tensors, "student")
         noted = parts.get(Responses)
-        objective = None if noted is None else self._rehearsing(client, noted.values)
-        client.fit(module, client.train, client.local, objective)
+        if noted is not None and self.reviewers > 0:
+            samples = Answered(client.proxy, noted.values)
+            client.fit(module, samples, client.local, self._reviewed, name="review")
+        else:
+            objective = None if noted is None else self._rehearsing(client, noted.values)
+            client.fit(module, client.train, client.local, objective)
         return Parameters(state_of(module), samples=client.told_samples)
 
+    def aggregate(self, server: Server) -> ParameterMean | RobustParameters | _MeanAndAnswers:
+        """The mean as in FedAvg and, where the server distils, what all models say of the proxy set."""
+        mean = super().aggregate(server)
+        return _MeanAndAnswers(mean, server, self.temperature) if self.server_distillation else mean
+
+    def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
+        """Move the global weights as in FedAvg, then distil into them what all models said."""
+        if not self.server_distillation:
+            return super().server_update(server, knowledge)
+        mean, probabilities = knowledge
+        log = super().server_update(server, mean)
+        samples = Answered(server.proxy, probabilities)
+        server.fit(server.student, samples, server.distil, self._distilled, name="distil")
+        return log
+
+    def _reviewing(self, server: Server) -> set[int]:
+        """Who reviews in this round: the same on every process, whatever the order in which clients are asked."""
+        cohort, stream = sorted(server.cohort), server.rng("reviewers")
+        count = int(self.reviewers * len(cohort) + float(torch.rand((), generator=stream)))
+        count = min(count, max(len(cohort) - 1, 1))
+        return {cohort[i] for i in torch.randperm(len(cohort), generator=stream)[:count].tolist()}
+
+    @mean_over(samples_of)
+    def _reviewed(self, module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """What a reviewer minimises on proxy samples with the noted logits."""
+        inputs, noted = batch
+        soft = kd_loss(module(inputs).logits, torch.softmax(noted.float(), dim=1), self.temperature)
+        return {"distillation": soft.detach(), "loss": self.weight * soft}
+
     def _rehearsing(self, client: Client, noted: Tensor) -> Objective:
-        """What a client minimises; proxy samples are drawn with replacement from a stream of their own."""
+        """What a client that does both minimises; proxy samples are drawn with replacement from their own stream."""
         known = torch.tensor(client.arrival.known_classes(client.stage - 1, client.num_classes))
         answers, stream = torch.softmax(noted[:, known].float(), dim=1), client.rng("rehearse")
 
@@ -95,3 +154,42 @@ class CFeD(FedAvg):
             return {**parts, "loss": hard + self.weight * soft}
 
         return objective
+
+    @mean_over(samples_of)
+    def _distilled(self, module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """What the server minimises; its targets are at temperature T already."""
+        inputs, probabilities = batch
+        logits = module(inputs).logits / self.temperature
+        return {"loss": self.temperature**2 * kd_loss(logits, probabilities)}
+
+
+class _MeanAndAnswers:
+    """Streams over clients: each one's weights answer the proxy set, then go into the mean."""
+
+    def __init__(self, mean: ParameterMean, server: Server, temperature: float):
+        self.mean, self.server, self.temperature = mean, server, temperature
+        self.sum: Tensor | None = None
+        self.models = 0
+
+    def add(self, message: Parameters, client: int) -> None:
+        self.mean.check(message)
+        module = self.server.runtime.template("student")
+        load_into(module, message.tensors)
+        self.server.runtime.hold("student", None)
+        probabilities = self._ask(module)
+        if not torch.isfinite(probabilities).all():
+            raise RefusedError("its model's answers to the proxy set are not finite")
+        self.mean.add(message, client)
+        self.sum = probabilities if self.sum is None else self.sum + probabilities
+        self.models += 1
+
+    def result(self) -> tuple[Mapping[str, Tensor], Tensor] | None:
+        """The mean of weights, and that of all models' probabilities at T, the global model's among them."""
+        if self.sum is None:
+            return None
+        probabilities = (self.sum + self._ask(self.server.student)) / (self.models + 1)
+        return self.mean.result(), probabilities.float()
+
+    def _ask(self, module: nn.Module) -> Tensor:
+        logits = self.server.predict(module, self.server.proxy)
+        return torch.softmax(logits.double() / self.temperature, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,11 +11,13 @@ from lightning import LightningModule
 from torch import Tensor
 
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation import ParameterMean
+from fdl.knowledge.aggregation import ParameterMean, ResponseMean
+from fdl.knowledge.confidence import Confidence
 from fdl.knowledge.option import at_least
+from fdl.knowledge.shares import Cap
 from fdl.knowledge.targets import Answered, ResponseObjective
 from fdl.knowledge.validated import BestOnValidation
-from fdl.messages import Message, Parameters
+from fdl.messages import Bundle, Confidences, Message, Parameters, Responses, Scores, parts_of
 from fdl.methods.base import Method
 from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server, copy_of
@@ -27,7 +30,7 @@ ABOVE_CHANCE = 1.2
 class FedDF(Method):
     """Average the clients' weights, then distil the mean of their logits into the average (Lin et al., 2020).
 
-    KL(softmax(mean_k f(x_k)) ‖ softmax(f(x))) on the proxy set at temperature 1, teachers weighted alike. With
+    KL(softmax(mean_k f_k(x)) ‖ softmax(f(x))) on the proxy set at temperature 1, teachers weighted alike. With
     specialists of several architectures there is one group an architecture: each is averaged by itself and then taught
     by all clients. The recipe's student then is one more group, which has no clients and is taught only.
 
@@ -40,6 +43,11 @@ class FedDF(Method):
     The paper's settings for 10,000 steps of distillation are ``every: 100`` and ``patience: 1000``, with Adam at 0.001,
     a cosine schedule over all steps and gradients clipped at 5, which are the recipe's `distil`.
 
+    With a confidence, clients send with their weights how much they count as teachers of each proxy sample, and the
+    mean of logits is weighted by it; the average of weights stays by sample counts. With `domain_classifier` that is
+    FedAUX (Sattler et al., 2021) without its start from self-supervised pretraining and without its noise; with
+    ``select: last``, as there, no labels of the server's are used.
+
     Args:
         architectures: whether clients train the student's architecture or their own specialists'.
         select: which model a distillation leaves: the best on ``"validation"`` data, or the ``"last"``.
@@ -48,6 +56,9 @@ class FedDF(Method):
         drop_worst: leave clients whose model does no better than chance on validation data, that is below 1.2 / C of C
             classes as in the published code, out of the ensemble, though not out of the average; where that leaves
             nobody, all are kept.
+        confidence: how much a client counts as a teacher of a proxy sample; None weights all alike. The proxy set is
+            then sent to all clients, with the public encoder where it is measured in its space.
+        cap: as in `FederatedDistillation`, where clients send a confidence.
     """
 
     name = "feddf"
@@ -61,13 +72,17 @@ class FedDF(Method):
         every: int = 100,
         patience: int | None = 1000,
         drop_worst: bool = False,
+        confidence: Confidence | None = None,
+        cap: float | None = 2.0,
     ):
         self.heterogeneous = architectures == "specialists"
         if self.heterogeneous:
             self.requires = (*self.requires, "specialists")
         self.validated, self.every = select == "validation", at_least("every", every, 1)
         self.patience = None if patience is None else at_least("patience", patience, 1)
-        self.drop_worst = drop_worst
+        self.drop_worst, self.weighting, self.cap = drop_worst, confidence, Cap.of(cap)
+        if confidence is not None and confidence.needs_calibration:
+            raise UserError(f"confidence {confidence.name} asks a client's specialist, and clients of feddf have none")
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Draw first weights for every architecture that clients train.
@@ -88,16 +103,29 @@ class FedDF(Method):
             }
             server.state["members"] = {str(client.id): client.architecture for client in clients}
 
+    def setup_bytes(self, server: Server) -> dict[str, int]:
+        """Nothing, or what clients need to say how much they count: the proxy set, and the public encoder."""
+        if self.weighting is None:
+            return {}
+        costs = {"proxy": server.proxy.nbytes}
+        if server.encoder is not None and self.weighting.needs_encoder:
+            costs["encoder"] = server.encoder.nbytes()
+        return costs
+
     def download(self, server: Server, client: int) -> Message:
         """The weights of the client's group, one message for all clients of it."""
         group = self._group(server, client)
         return server.say(group, lambda: Parameters(self._weights(server, group)))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
-        """Train the group's model on private data and return its weights."""
+    def local_update(self, client: Client, download: Parameters) -> Parameters | Bundle:
+        """Train the group's model on private data; return its weights and, if asked, how much it counts."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
         client.fit(module, client.train, client.local)
-        return Parameters(state_of(module), samples=client.told_samples)
+        weights = Parameters(state_of(module), samples=client.told_samples)
+        if self.weighting is None:
+            return weights
+        scores = self.weighting.log_weights(client, client.predict(module, client.proxy))
+        return Bundle((weights, Scores(Confidences.quantize(scores))))
 
     def aggregate(self, server: Server) -> _Ensemble:
         """Means of the weights by group, and of all clients' logits."""
@@ -144,8 +172,19 @@ class _Ensemble:
         # sums of logits and numbers of clients: of those who teach, and of those who are dropped
         self.sums: dict[bool, Tensor] = {}
         self.counts = {True: 0, False: 0}
+        self.expected = {Parameters} if method.weighting is None else {Parameters, Scores}
+        # the same where teachers are weighted
+        self.weighted: dict[bool, ResponseMean] = {}
+        if method.weighting is not None:
+            make = partial(ResponseMean, len(server.proxy), server.num_classes, "logits", True, method.cap)
+            self.weighted = {True: make(), False: make()}
 
-    def add(self, message: Parameters, client: int) -> None:
+    def add(self, upload: Message | Bundle, client: int) -> None:
+        parts = parts_of(upload)
+        if parts.keys() != self.expected:
+            expected, got = (" and ".join(sorted(kind.kind for kind in kinds)) for kinds in (self.expected, parts))
+            raise RefusedError(f"expected {expected}, got {got}")
+        message = parts[Parameters]
         group = self.method._group(self.server, client)
         module = self.server.runtime.template(group)
         try:
@@ -157,19 +196,26 @@ class _Ensemble:
         if not torch.isfinite(logits).all():
             raise RefusedError("its model's answers to the proxy set are not finite")
         teaches = not self.method.drop_worst or self._beats_chance(module)
+        if self.weighted:
+            answers = Responses(logits, "logits", confidence=parts[Scores].confidence)
+            self.weighted[teaches].checked(answers)
         if group not in self.means:
             self.means[group] = ParameterMean(self.method._weights(self.server, group))
         self.means[group].add(message, client)
-        self.sums[teaches] = self.sums[teaches] + logits if teaches in self.sums else logits
+        if self.weighted:
+            self.weighted[teaches].add(answers, client)
+        else:
+            self.sums[teaches] = self.sums[teaches] + logits if teaches in self.sums else logits
         self.counts[teaches] += 1
 
     def result(self) -> tuple[dict[str, Any], Tensor, int] | None:
         """Averages by group, the teachers' mean logits, and how many teachers there are."""
-        if not self.sums:
+        if not self.means:
             return None
         teach = self.counts[True] > 0
         averages = {group: mean.result() for group, mean in self.means.items()}
-        return averages, self.sums[teach] / self.counts[teach], self.counts[teach]
+        logits = self.weighted[teach].result().values if self.weighted else self.sums[teach] / self.counts[teach]
+        return averages, logits, self.counts[teach]
 
     def _beats_chance(self, module: LightningModule) -> bool:
         labels = self.server.validation.labels

@@ -9,8 +9,10 @@ import math
 import pytest
 import torch
 
-from fdl.errors import UserError
+from fdl.errors import RefusedError, UserError
+from fdl.knowledge.confidence import Confidence, Uniform, Validation
 from fdl.knowledge.validated import BestOnValidation
+from fdl.messages import Bundle, Confidences, Parameters, Scores
 from fdl.methods.feddf import FedDF
 from tests.toy import E0, E1, federation, samples, weight
 
@@ -142,3 +144,72 @@ def test_every_architecture_keeps_its_own_best(tmp_path):
     torch.testing.assert_close(loop.server.state["groups"]["linear"]["linear.weight"], MEAN)
     expected = trajectory(3, torch.zeros(2, 2))
     torch.testing.assert_close(weight(loop.server.student), expected[-1])
+
+
+class Told(Confidence):
+    """Literal log-weights by client size."""
+
+    def __init__(self, by_size):
+        self.by_size = by_size
+
+    def score(self, client, logits):
+        return torch.tensor(self.by_size[client.samples])
+
+
+TOLD = {1: [0.0, math.log(3)], 3: [math.log(7), 0.0]}
+"""Of client 0 and 1: it counts for an eighth of the first proxy row, and for three quarters of the second."""
+
+
+def test_teachers_count_by_their_confidence_and_the_average_by_samples(tmp_path):
+    loop = run(FedDF(select="last", confidence=Told(TOLD), cap=None), tmp_path, samples([E0], [0]))
+    models = torch.tensor([[[0.5, 0.0], [-0.5, 0.0]], [[0.0, -0.5], [0.0, 0.5]]])
+    shares = torch.tensor([[1 / 8, 3 / 4], [7 / 8, 1 / 4]])
+    logits = (shares.unsqueeze(2) * models.transpose(1, 2)).sum(0)  # row i answers proxy row i
+    expected = MEAN - ((torch.softmax(MEAN.T, 1) - torch.softmax(logits, 1)) / 2).T
+    torch.testing.assert_close(weight(loop.server.student), expected, atol=2e-3, rtol=0)  # log-weights have 8 bits
+    kinds = {row.kind for row in loop.ledger.rows() if row.direction == "up"}
+    assert kinds == {"parameters", "scores"}
+    assert loop.ledger.totals()["setup_bytes"] == 2 * loop.server.proxy.nbytes
+
+
+def test_equal_confidence_is_no_confidence(tmp_path):
+    equal = run(FedDF(select="last", confidence=Uniform()), tmp_path / "a", samples([E0], [0]), distil=3)
+    plain = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), distil=3)
+    torch.testing.assert_close(weight(equal.server.student), weight(plain.server.student))
+
+
+def test_no_teacher_has_more_than_the_cap(tmp_path):
+    # of two clients, whose equal share is a half, one with 1.0 such shares of the round has no more than the other
+    claims = FedDF(select="last", confidence=Told({1: [30.0, 30.0], 3: [0.0, 0.0]}), cap=1.0)
+    capped = run(claims, tmp_path / "a", samples([E0], [0]))
+    plain = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]))
+    torch.testing.assert_close(weight(capped.server.student), weight(plain.server.student), atol=1e-4, rtol=0)
+
+
+def test_an_upload_without_what_is_asked_is_refused_whole(tmp_path):
+    loop = toy(FedDF(select="last", confidence=Uniform()), tmp_path, samples([E0], [0]))
+    aggregate = loop.method.aggregate(loop.server)
+    weights, sure = (
+        Parameters({"linear.weight": torch.eye(2)}, 1),
+        lambda n: Scores(Confidences.quantize(torch.ones(n))),
+    )
+    for upload, said in (
+        (weights, "expected parameters and scores, got parameters"),
+        (sure(2), "expected parameters and scores, got scores"),
+        (Bundle((weights, sure(3))), "2 answers with 3 confidences"),
+        (Bundle((weights, Scores(Confidences.quantize(torch.full((2,), 99.0))))), "outside of ±32"),
+    ):
+        with pytest.raises(RefusedError, match=said):
+            aggregate.add(upload, 0)
+    assert aggregate.result() is None
+    aggregate.add(Bundle((weights, sure(2))), 0)
+    averages, logits, teachers = aggregate.result()
+    assert torch.equal(averages["student"]["linear.weight"], torch.eye(2)) and teachers == 1
+    torch.testing.assert_close(logits, torch.eye(2))
+    with pytest.raises(RefusedError, match="expected parameters, got parameters and scores"):
+        FedDF(select="last").aggregate(loop.server).add(Bundle((weights, sure(2))), 0)
+
+
+def test_a_confidence_of_a_specialist_is_refused():
+    with pytest.raises(UserError, match="confidence validation asks a client's specialist"):
+        FedDF(confidence=Validation())

@@ -1,0 +1,51 @@
+"""How sure a client is of the proxy set, as a message of its own, beside weights that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fdl.errors import RefusedError
+from fdl.messages.base import Message, Meta
+from fdl.messages.confidences import Confidences, codes_of, scale_of, take_confidence
+from fdl.messages.fields import nothing_left
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Message):
+    """A log-weight for every row of the proxy set, in order, of a client whose weights are sent, too.
+
+    Attributes:
+        confidence: the log-weights, in 8 bits each.
+    """
+
+    kind: ClassVar[str] = "scores"
+    code: ClassVar[int] = 8
+
+    confidence: Confidences
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """The codes."""
+        return codes_of(self.confidence)
+
+    def meta(self) -> Meta:
+        """Their scale."""
+        return scale_of(self.confidence)
+
+    @classmethod
+    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Scores:
+        """Inverse of `fields` and `meta`."""
+        fields, meta = dict(fields), dict(meta)
+        confidence = take_confidence(fields, meta)
+        if confidence is None:
+            raise RefusedError("scores without codes")
+        nothing_left(meta)
+        nothing_left(fields)
+        return cls(confidence)
+
+    def validate(self) -> None:
+        """A vector of 8-bit numbers on a finite scale."""
+        self.confidence.validate()
