@@ -8,8 +8,10 @@ same shares, and the same local steps, batches and optimiser in every round, and
 any. Digesting what comes back comes on top where a method has that, and is listed. Every method is coded as serves it
 best, FedAvg in float32, which counts as 100 %, and coded; how it learns from answers is its own.
 
-Bytes are those of encoded messages, up and down, all clients. A run's student is the one of the best round so far on
-validation data; its accuracy is on test data. Next to the runs themselves, DIR gets communication.md and
+A run's student is the one after the last round; its accuracy is on test data. That of the best round on validation
+data, which takes labels that a server hardly has, stands beside it. Bytes are those of encoded messages, up and down,
+all clients, of all rounds; the column "together" adds what is sent before round 1 (the proxy set, to every site) and
+the final student, uncompressed, to every site. Next to the runs themselves, DIR gets communication.md and
 communication.csv (the table), points.csv (every round of every run), pareto.png, and tensorboard/ with the same figure,
 curves by round and by bytes, and hyperparameters. A second table has size and speed of codec chains, as
 benchmarks/codecs.py measures them. Runs that are complete in DIR are not run again.
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import math
 import os
 import statistics
 import sys
@@ -33,13 +36,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdl import runs
 from fdl.compare import Run, plan
+from fdl.metrics import paired_difference
 from fdl.recipe import difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECIPE = Path(__file__).with_name("communication.yaml")
-REFERENCE = "fedavg"
+REFERENCE, CODED = "fedavg", "fedavg_coded"
+DIFFERENCE = ("difference", "difference_low", "difference_high")
+"""Of accuracies after the last round to `CODED` with the same seed: mean and 95 % t interval."""
 EQUAL = (
     *("seed", "data", "partition", "federation", "student", "specialists", "local", "evaluation"),
     *("distil.steps", "distil.batch_size"),
@@ -84,6 +90,12 @@ class Point(NamedTuple):
         return self.upload + self.download
 
 
+def together(run: Run) -> int:
+    """Bytes of all messages, of what is sent before round 1, and of the final student to every site."""
+    sent = runs.read_summary(run.folder)["communication"]
+    return sum(sent[f"{part}_bytes"] for part in ("upload", "download", "setup", "student_delivery"))
+
+
 def assert_equal_work(planned: Sequence[Run]) -> None:
     """Same recipe but for method and channel, and, once built, same shares of same data, for all methods of a seed."""
     from fdl.build import build
@@ -121,35 +133,50 @@ def points(run: Run) -> list[Point]:
     return found
 
 
-def row(planned: Sequence[Run], method: str, reference: dict[int, int]) -> dict[str, Any]:
-    """One method's row: means and deviations over seeds, each at its best round on validation data.
+def row(planned: Sequence[Run], method: str) -> dict[str, Any]:
+    """One method's row: means over seeds, and deviations of accuracies, after the last round.
 
     Args:
         planned: all runs, done.
         method: whose row.
-        reference: by seed, the bytes that count as 100 %.
     """
     mine = [run for run in planned if run.variant == method]
-    chosen = [best_point(run) for run in mine]
-    spread = statistics.stdev(point.accuracy for point in chosen) if len(chosen) > 1 else None
-    shares = [100 * point.sent / reference[point.seed] for point in chosen]
-    last = runs.read_summary(mine[0].folder)["history"][-1]
-    digests = any(key.startswith("digest/") for metrics in last["clients"].values() for key in metrics)
+    last, best = [points(run)[-1] for run in mine], [best_point(run) for run in mine]
+    history = runs.read_summary(mine[0].folder)["history"][-1]
+    digests = any(key.startswith("digest/") for metrics in history["clients"].values() for key in metrics)
     recipe = mine[0].recipe
-    return {
+    found = {
         "method": method,
-        "seeds": len(chosen),
-        "accuracy": statistics.fmean(point.accuracy for point in chosen),
-        "accuracy_std": spread,
-        "upload_bytes": round(statistics.fmean(point.upload for point in chosen)),
-        "download_bytes": round(statistics.fmean(point.download for point in chosen)),
-        "bytes": round(statistics.fmean(point.sent for point in chosen)),
-        "percent_of_reference": statistics.fmean(shares),
-        "best_round": statistics.fmean(point.round for point in chosen),
-        "bytes_all_rounds": round(statistics.fmean(points(run)[-1].sent for run in mine)),
+        "seeds": len(last),
+        "accuracy": statistics.fmean(point.accuracy for point in last),
+        "accuracy_std": _spread([point.accuracy for point in last]),
+        "accuracy_best": statistics.fmean(point.accuracy for point in best),
+        "accuracy_best_std": _spread([point.accuracy for point in best]),
+        "best_round": statistics.fmean(point.round for point in best),
+        "upload_bytes": round(statistics.fmean(point.upload for point in last)),
+        "download_bytes": round(statistics.fmean(point.download for point in last)),
+        "bytes": round(statistics.fmean(point.sent for point in last)),
+        "bytes_together": round(statistics.fmean(together(run) for run in mine)),
         "local_steps": recipe.local.steps,
         "digest_steps": recipe.digest.steps if digests else 0,
     }
+    for name in (REFERENCE, CODED):
+        theirs = {run.seed: run for run in planned if run.variant == name}
+        pairs = [(run, theirs[run.seed]) for run in mine]
+        shares = [points(run)[-1].sent / points(other)[-1].sent for run, other in pairs]
+        whole = [together(run) / together(other) for run, other in pairs]
+        found[f"percent_of_{name}"] = 100 * statistics.fmean(shares)
+        found[f"percent_of_{name}_together"] = 100 * statistics.fmean(whole)
+    if method != CODED:
+        other = [points(run)[-1].accuracy for run in planned if run.variant == CODED]
+        found |= dict(zip(DIFFERENCE, paired_difference([point.accuracy for point in last], other)))
+    else:
+        found |= dict.fromkeys(DIFFERENCE)
+    return found
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def best_point(run: Run) -> Point:
@@ -173,24 +200,51 @@ def markdown(table: Sequence[dict[str, Any]], title: str) -> list[str]:
     lines = [
         title,
         "",
-        f"| method | test accuracy | up, MB | down, MB | both, MB | % of {REFERENCE} | best round | all rounds, MB "
-        "| client steps a round | on the front |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        f"| method | test accuracy | difference to {CODED} | up, MB | down, MB | both, MB | % of {REFERENCE} "
+        f"| % of {CODED} | together, MB | % of {CODED}, together | best round | accuracy there | client steps a round "
+        "| on the front |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for line in table:
-        spread = "" if line["accuracy_std"] is None else f" ± {line['accuracy_std']:.3f}"
-        sent = (f"{line[key] / 1e6:.3f}" for key in ("upload_bytes", "download_bytes", "bytes"))
-        steps = f"{line['local_steps']}" + (f" + {line['digest_steps']} digest" if line["digest_steps"] else "")
-        lines.append(
-            f"| {line['method']} | {line['accuracy']:.3f}{spread} | {' | '.join(sent)} "
-            f"| {line['percent_of_reference']:.2f} | {line['best_round']:.1f} | {line['bytes_all_rounds'] / 1e6:.3f} "
-            f"| {steps} | {'yes' if line['method'] in best else ''} |"
-        )
-    return [*lines, "", "Mean ± standard deviation over seeds, at each run's best round on validation data.", ""]
+        sent = {key: f"{line[key] / 1e6:.3f}" for key in line if "bytes" in key}
+        cells = [
+            line["method"],
+            _score(line, "accuracy"),
+            _difference(line),
+            *(sent[key] for key in ("upload_bytes", "download_bytes", "bytes")),
+            f"{line[f'percent_of_{REFERENCE}']:.2f}",
+            f"{line[f'percent_of_{CODED}']:.1f}",
+            sent["bytes_together"],
+            f"{line[f'percent_of_{CODED}_together']:.1f}",
+            f"{line['best_round']:.1f}",
+            _score(line, "accuracy_best"),
+            f"{line['local_steps']}" + (f" + {line['digest_steps']} digest" if line["digest_steps"] else ""),
+            "yes" if line["method"] in best else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "Mean ± standard deviation over seeds, after the last round; differences with their 95 % t interval. Together: "
+        "with what is sent before round 1 and the final student to all sites.",
+        "",
+    ]
+
+
+def _score(line: dict[str, Any], key: str) -> str:
+    spread = line[f"{key}_std"]
+    return f"{line[key]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def _difference(line: dict[str, Any]) -> str:
+    mean, low, high = (line[key] for key in DIFFERENCE)
+    if mean is None:
+        return ""
+    return f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else "")
 
 
 def figure(planned: Sequence[Run], table: Sequence[dict[str, Any]], title: str) -> Figure:
-    """Accuracy of the student at best validation over bytes, every run, and the front of the means."""
+    """Accuracy of every round's student over bytes, every run, and the front of the means of the last round."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
     drawn = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -200,7 +254,7 @@ def figure(planned: Sequence[Run], table: Sequence[dict[str, Any]], title: str) 
         for run in planned:
             if run.variant == method:
                 found = points(run)
-                axes.plot([p.sent for p in found], [p.best for p in found], color=colour, alpha=0.35, linewidth=1)
+                axes.plot([p.sent for p in found], [p.accuracy for p in found], color=colour, alpha=0.35, linewidth=1)
         spread = line["accuracy_std"] or 0.0
         axes.errorbar(line["bytes"], line["accuracy"], spread, color=colour, marker="o", capsize=3, label=method)
     means = {line["method"]: (line["bytes"], line["accuracy"]) for line in table}
@@ -284,8 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, run in enumerate(planned, 1):
         print(f"{number} of {len(planned)}: {run.variant}, seed {run.seed}", flush=True)
         runs.fit(run.recipe, run.folder, resume=runs.has_checkpoint(run.folder))
-    reference = {run.seed: best_point(run).sent for run in planned if run.variant == REFERENCE}
-    table = [row(planned, method, reference) for method in dict.fromkeys(run.variant for run in planned)]
+    table = [row(planned, method) for method in dict.fromkeys(run.variant for run in planned)]
     recipe = planned[0].recipe
     title = f"{options.data}, {recipe.federation.clients} clients, {recipe.federation.rounds} rounds."
     lines = [*markdown(table, title), *codec_table(options.quick)]

@@ -4,9 +4,9 @@
 
 What is tried is in benchmarks/tune.yaml: as many settings for every method, the first of which is the table's. Each is
 run once, with the seed given, on the job of benchmarks/methods.py, whose checks for equal work hold here, too. The best
-is the one whose student does best on the server's validation samples in its best round, and of equals the likeliest;
-test samples are looked at by nobody. A method that is not named there (fedavg, say) has no setting of its own: its
-clients' training is the same for all.
+is the one whose student does best on the server's validation samples after the last round, which is what the table
+reports, and of equals the likeliest; test samples are looked at by nobody. A method that is not named there (fedavg,
+say) has no setting of its own: its clients' training is the same for all.
 
 DIR, by default runs/tune-<data>, gets tune.md and tune.csv, a line a trial, and the runs; those that are complete are
 not run again. The winners go into methods.yaml by hand, with a comment that names seed and budget.
@@ -80,11 +80,9 @@ def planned(
 
 
 def score(folder: Path) -> dict[str, Any]:
-    """How a finished trial did in its best round on validation data."""
-    best = runs.read_summary(folder)["best"]
-    metrics = best["metrics"]
-    found = {key: metrics[f"student/validation/{key}"] for key in ("accuracy", "nll")}
-    return {"round": best["round"], **found}
+    """How a finished trial did on validation data after the last round."""
+    metrics = runs.read_summary(folder)["metrics"]
+    return {key: metrics[f"student/validation/{key}"] for key in ("accuracy", "nll")}
 
 
 def tabulate(plan: Sequence[tuple[Run, int, list[str]]]) -> list[dict[str, Any]]:
@@ -109,7 +107,7 @@ def tabulate(plan: Sequence[tuple[Run, int, list[str]]]) -> list[dict[str, Any]]
 def markdown(table: Sequence[Mapping[str, Any]], seed: int) -> list[str]:
     """The table for people."""
     lines = [
-        f"Seed {seed}, one run a trial; validation data, in the best round.",
+        f"Seed {seed}, one run a trial; validation data, after the last round.",
         "",
         "| method | settings | accuracy | NLL | best |",
         "|---|---|---:|---:|---|",

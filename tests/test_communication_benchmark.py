@@ -41,13 +41,27 @@ def summary(folder, method):
 def test_the_table_says_what_the_runs_say(folder):
     table = rows(folder / "communication.csv")
     assert [line["method"] for line in table] == METHODS
-    base = sum(summary(folder, "fedavg")["best"]["communication"][f"{way}_bytes"] for way in ("upload", "download"))
+    coded = summary(folder, "fedavg_coded")
+    parts = ("upload", "download", "setup", "student_delivery")
+    base = sum(summary(folder, "fedavg")["communication"][f"{way}_bytes"] for way in parts[:2])
+    whole = sum(coded["communication"][f"{part}_bytes"] for part in parts)
     for line in table:
-        best = summary(folder, line["method"])["best"]
-        assert float(line["accuracy"]) == best["metrics"]["student/test/accuracy"]
-        assert int(line["upload_bytes"]) == best["communication"]["upload_bytes"]
-        assert int(line["download_bytes"]) == best["communication"]["download_bytes"]
-        assert float(line["percent_of_reference"]) == pytest.approx(100 * int(line["bytes"]) / base)
+        found = summary(folder, line["method"])
+        sent = found["communication"]
+        # after the last round; the best is beside it
+        assert float(line["accuracy"]) == found["metrics"]["student/test/accuracy"]
+        assert float(line["accuracy_best"]) == found["best"]["metrics"]["student/test/accuracy"]
+        assert float(line["best_round"]) == found["best"]["round"]
+        assert int(line["upload_bytes"]) == sent["upload_bytes"]
+        assert int(line["download_bytes"]) == sent["download_bytes"]
+        assert int(line["bytes_together"]) == sum(sent[f"{part}_bytes"] for part in parts)
+        assert float(line["percent_of_fedavg"]) == pytest.approx(100 * int(line["bytes"]) / base)
+        assert float(line["percent_of_fedavg_coded_together"]) == pytest.approx(
+            100 * int(line["bytes_together"]) / whole
+        )
+        if line["method"] != "fedavg_coded":
+            expected = float(line["accuracy"]) - coded["metrics"]["student/test/accuracy"]
+            assert float(line["difference"]) == pytest.approx(expected)
         assert int(line["digest_steps"]) == (5 if line["method"] in ANSWERS else 0)
 
 
@@ -55,8 +69,8 @@ def test_bytes_of_fedavg_are_those_of_its_weights(folder):
     weights = 4 * (64 * 128 + 128 + 128 * 64 + 64 + 64 * 10 + 10)
     line = rows(folder / "communication.csv")[0]
     # 3 clients, 3 rounds, both ways; a message's names and shapes are on top
-    assert int(line["bytes_all_rounds"]) == pytest.approx(2 * 3 * 3 * weights, rel=0.01)
-    cheap = {line["method"]: int(line["bytes_all_rounds"]) for line in rows(folder / "communication.csv")}
+    assert int(line["bytes"]) == pytest.approx(2 * 3 * 3 * weights, rel=0.01)
+    cheap = {line["method"]: int(line["bytes"]) for line in rows(folder / "communication.csv")}
     order = ["cfd_like", "ds_fl_like_subsampled", "confidence_weighted", "fedavg_coded", "fedavg"]
     assert sorted(order, key=cheap.__getitem__) == order
     assert cheap["fedavg_coded"] < cheap["fedavg"] / 4 and cheap["ds_fl_like"] < cheap["fedavg_coded"]
