@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fdl import checkpoint
-from fdl.messages import Bundle, Confidences, Features, Message, Parameters, Prototypes, Responses, Standing
+from fdl.messages import Bundle, Confidences, Features, Message, Parameters, Prototypes, Responses, Scores, Standing
 from fdl.parcels import unwrapped, wrapped
 
 RANDOM = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
@@ -18,6 +18,7 @@ MESSAGES = [
     Features({"a": RANDOM, "b": RANDOM.half()}, torch.arange(4), None),
     Prototypes(RANDOM, torch.arange(4), torch.ones(4, dtype=torch.int64), None),
     Standing(3, True),
+    Scores(Confidences.quantize(RANDOM[:, 0])),
     Bundle((RESPONSES, Prototypes(RANDOM, torch.arange(4), torch.ones(4, dtype=torch.int64), None))),
 ]
 
