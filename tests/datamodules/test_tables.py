@@ -139,6 +139,9 @@ def texts(path, **options):
 EXPECTED = {"train": [(f"t{i}", str(i)) for i in range(4)], "test": [("t4", "4"), ("t5", "5")]}
 
 
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -153,8 +156,8 @@ EXPECTED = {"train": [(f"t{i}", str(i)) for i in range(4)], "test": [("t4", "4")
         ("excel.csv", "sep=;\r\n" + columns(";")),
         ("mark.csv", b"\xef\xbb\xbf" + columns().encode()),
         ("mark.csv.gz", gzip.compress(b"\xef\xbb\xbf" + columns().encode(), mtime=0)),
-        ("mark.jsonl", b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in ROWS).encode()),
-        ("mark.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + "".join(json.dumps(r) + "\n" for r in ROWS).encode(), mtime=0)),
+        ("mark.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("mark.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + LINES, mtime=0)),
         ("utf16.csv", columns().encode("utf-16")),
         ("utf16.csv", codecs.BOM_UTF16_BE + columns().encode("utf-16-be")),
         ("utf32.csv", columns().encode("utf-32")),
