@@ -50,7 +50,7 @@ class Density(Confidence):
         scale: the length over which the weight falls by a factor e at sharpness 1, > 0; None as said above.
         floor: a site with fewer samples measures distances to means of groups of its samples in the place of single
             ones, so that these cannot be rebuilt. A number above all sites' sizes protects members of large sites, too,
-            at some cost in accuracy: an AUC of 0.64 with groups of four. 0 never groups.
+            at some cost in accuracy: an AUC of 0.65 with groups of four. 0 never groups.
         group: how many samples at least each such mean is of; a site with fewer says nothing of its data, like one
             without any.
     """
