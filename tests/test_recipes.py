@@ -135,3 +135,15 @@ def test_equal_specialists_share_a_template_and_others_have_names_of_their_own(t
 def test_every_method_has_a_recipe():
     covered = {load(path).method.target for path in RECIPES}
     assert covered >= set(short_names(KINDS["method"]))
+
+
+PROBED = [path for path in RECIPES if "probes:" in (text := path.read_text(encoding="utf-8")) and "variants:" in text]
+
+
+@pytest.mark.parametrize("path", PROBED, ids=lambda path: path.stem)
+def test_no_variant_asks_a_student_that_its_method_does_not_have(path):
+    # a probe of the recipe is asked in all of its variants, and building refuses it without a student
+    for name, changes in load(path).compare.variants.items():
+        recipe = load(path, [], changes)
+        method = find(recipe.method.target, KINDS["method"]).load()
+        assert not recipe.evaluation.probes or "student" in method.requires, name

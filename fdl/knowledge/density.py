@@ -36,7 +36,7 @@ class Density(Confidence):
 
     What leaves the site is this number for each proxy row, and it gives away more than where the site has data. All
     else in the formula is public, so each number is a distance to private samples. Who knows a site's other samples
-    can tell whether one more was among them, for sites of 88 to 233 digits with an AUC of 0.87 where distances are to
+    can tell whether one more was among them, for sites of 107 to 249 digits with an AUC of 0.89 where distances are to
     single samples (the attack `confidence_inference`); and the samples of a site with six or fewer can be rebuilt
     (`confidence_inversion`). Hence `floor`. Nothing of this is differential privacy, under which this confidence is
     refused.
@@ -50,7 +50,7 @@ class Density(Confidence):
         scale: the length over which the weight falls by a factor e at sharpness 1, > 0; None as said above.
         floor: a site with fewer samples measures distances to means of groups of its samples in the place of single
             ones, so that these cannot be rebuilt. A number above all sites' sizes protects members of large sites, too,
-            at some cost in accuracy: an AUC of 0.64 with groups of four. 0 never groups.
+            at some cost in accuracy: an AUC of 0.65 with groups of four. 0 never groups.
         group: how many samples at least each such mean is of; a site with fewer says nothing of its data, like one
             without any.
     """
