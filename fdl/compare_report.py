@@ -287,7 +287,7 @@ def _cell(name: str, line: Mapping[str, Any]) -> str:
     if mean is None:
         missed = target is not None and "percent" not in name and line[f"reached_{target}"] < line["seeds"]
         trained = line["student_last_mean"] is not None
-        return f"not reached ({line[f'reached_{target}']} of {line['seeds']})" if missed and trained else "-"
+        return f"by {line[f'reached_{target}']} of {line['seeds']} seeds only" if missed and trained else "-"
     if name in DIFFERENCES:
         low, high = line[f"{name}_low"], line[f"{name}_high"]
         return f"{mean:+.4f}" + ("" if low is None else f" [{low:+.4f}, {high:+.4f}]")
