@@ -23,17 +23,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fdl.comm.arithmetic import Range
-from fdl.comm.cache import Cache
-from fdl.comm.cast import BFloat16, Float16
 from fdl.comm.codec import Codec
-from fdl.comm.delta import Delta
-from fdl.comm.entropy import Best, Deflate, Zstd
-from fdl.comm.labels import OneHot, Simplex
-from fdl.comm.memory import Memory
-from fdl.comm.quantize import Quantize
-from fdl.comm.sparsify import RandomK, TopK
-from fdl.comm.stage import EntropyStage
+from fdl.comm.link_state import Memory
+from fdl.comm.stages.base import EntropyStage
+from fdl.comm.stages.cast import BFloat16, Float16
+from fdl.comm.stages.delta import Delta
+from fdl.comm.stages.entropy import Best, Deflate, Zstd
+from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.quantize import Quantize
+from fdl.comm.stages.range_coder import Range
+from fdl.comm.stages.row_cache import Cache
+from fdl.comm.stages.sparsify import RandomK, TopK
 
 ENTROPY_BAR, CHAIN_BAR = 1.01, 1.30
 LIMIT = 1 << 30

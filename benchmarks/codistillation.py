@@ -38,9 +38,9 @@ from typing import Any
 
 import numpy as np
 
-from fdl import runs
-from fdl.compare import Run, plan
 from fdl.recipe import difference, load
+from fdl.runs import run as runs
+from fdl.runs.compare import Run, plan
 
 HERE = Path(__file__).parent
 RECIPES = {

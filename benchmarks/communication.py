@@ -34,10 +34,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fdl import runs
-from fdl.compare import Run, plan
-from fdl.metrics import paired_difference
+from fdl.metrics.federation import paired_difference
 from fdl.recipe import difference
+from fdl.runs import run as runs
+from fdl.runs.compare import Run, plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -291,8 +291,8 @@ def codec_table(quick: bool) -> list[str]:
 
 def write(folder: Path, planned: Sequence[Run], table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
     """Table, points and figure, as files and for TensorBoard; the runs' curves are there already."""
-    from fdl.callbacks.events import open_writer
-    from fdl.compare_report import log_compare
+    from fdl.runs.compare_report import log_compare
+    from fdl.utils.tensorboard import open_writer
 
     title = lines[0].rstrip(".")
     (folder / "communication.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

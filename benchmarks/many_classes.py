@@ -36,7 +36,7 @@ def measure(what: str, classes: int, samples: int) -> dict[str, Any]:
     """One measurement, in this process."""
     import torch
 
-    from fdl.report import _peak_rss as peak
+    from fdl.federation.summary import _peak_rss as peak
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -63,8 +63,8 @@ def job(what: str, classes: int, logits: Any, labels: Any) -> Callable[[], Any]:
     """What is measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from fdl import metrics
-    from fdl.callbacks import figures
+    from fdl.metrics import classification as metrics
+    from fdl.utils import figures
 
     names = [f"class {i}" for i in range(classes)]
     if what in METRICS:

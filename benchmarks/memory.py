@@ -58,8 +58,8 @@ def recipe(job: str, clients: int, state: str, images: Path) -> dict[str, Any]:
 def one(job: str, clients: int, state: str, folder: Path) -> dict[str, Any]:
     """One run, in this process."""
     from fdl.build import build
+    from fdl.federation.summary import summarise
     from fdl.recipe import from_mapping
-    from fdl.report import summarise
 
     loop = build(from_mapping(recipe(job, clients, state, folder / "images.npz")), folder / f"{job}-{clients}-{state}")
     for client in loop.clients:

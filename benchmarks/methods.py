@@ -35,9 +35,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fdl import runs
-from fdl.compare import Run, plan
 from fdl.recipe import difference
+from fdl.runs import run as runs
+from fdl.runs.compare import Run, plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +118,7 @@ def assert_equal_work(planned: Sequence[Run]) -> None:
 def carry_out(run: Run) -> None:
     """Run in a process of its own, forked from one that has nothing but the libraries."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fdl.build"])
+    context.set_forkserver_preload(["fdl.build.federation"])
     process = context.Process(target=runs.fit, args=(run.recipe, run.folder, runs.has_checkpoint(run.folder)))
     process.start()
     process.join()
@@ -133,7 +133,7 @@ def measure(run: Run, central: dict[int, float]) -> dict[str, Any]:
         run: done.
         central: by seed, the accuracy of centralised training.
     """
-    from fdl.metrics import rounds_to_target, series
+    from fdl.metrics.federation import rounds_to_target, series
 
     summary = runs.read_summary(run.folder)
     best, last = summary["best"], summary["metrics"]
@@ -247,8 +247,8 @@ def figure(table: Sequence[dict[str, Any]], title: str) -> Figure:
 
 def write(folder: Path, planned: Sequence[Run], table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
     """Table and figure, as files and for TensorBoard, beside the runs' curves."""
-    from fdl.callbacks.events import open_writer
-    from fdl.compare_report import log_compare
+    from fdl.runs.compare_report import log_compare
+    from fdl.utils.tensorboard import open_writer
 
     (folder / "methods.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with open(folder / "methods.csv", "w", encoding="utf-8", newline="") as file:

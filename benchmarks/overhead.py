@@ -28,7 +28,7 @@ from torch import nn
 from fdl.build import build
 from fdl.loop import FederatedLoop
 from fdl.recipe import load
-from fdl.seeding import torch_stream
+from fdl.utils.seeding import torch_stream
 
 RECIPE = Path(__file__).with_name("overhead.yaml")
 ROUNDS = 20

@@ -48,11 +48,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fdl import runs
 from fdl.attacks.roc import ceiling
-from fdl.compare import Run
 from fdl.privacy.accounting import solve_noise
 from fdl.recipe import from_mapping
+from fdl.runs import run as runs
+from fdl.runs.compare import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -437,7 +437,7 @@ def figure(table: Sequence[dict[str, Any]], title: str) -> Figure:
 
 def write(folder: Path, table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
     """Table and figure, as files and for TensorBoard."""
-    from fdl.callbacks.events import open_writer
+    from fdl.utils.tensorboard import open_writer
 
     (folder / "privacy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with open(folder / "privacy.csv", "w", encoding="utf-8", newline="") as file:

@@ -39,8 +39,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import yaml
 
-from fdl import runs
 from fdl.recipe import Recipe, load
+from fdl.runs import run as runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -286,8 +286,8 @@ def figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 def write(folder: Path, rows: Sequence[Mapping[str, Any]], lines: Sequence[str]) -> None:
     """The tables and the figure, as files and for TensorBoard."""
-    from fdl.callbacks.events import open_writer
-    from fdl.checkpoint import write_atomically
+    from fdl.utils.files import write_atomically
+    from fdl.utils.tensorboard import open_writer
 
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

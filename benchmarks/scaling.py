@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdl import runs
-from fdl.compare import Run
 from fdl.recipe import from_mapping
+from fdl.runs import run as runs
+from fdl.runs.compare import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    from fdl.callbacks.events import open_writer
+    from fdl.utils.tensorboard import open_writer
 
     drawn = figure(rows)
     drawn.savefig(options.output / "scaling.png")

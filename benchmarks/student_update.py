@@ -41,15 +41,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from fdl.datamodules.pairs import PairSamples
 from fdl.datamodules.samples import Samples
 from fdl.datamodules.text import TextSamples
+from fdl.engine.batches import batches
+from fdl.engine.runtime import Runtime
+from fdl.losses.tokens import sparse_distillation
 from fdl.modules.language_model import LanguageModel
 from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.timm_model import Timm
 from fdl.modules.tokenizers import make_tokenizer
-from fdl.modules.weights import load_into, state_of
 from fdl.recipe import Component, Fit
-from fdl.runtime import Runtime
-from fdl.sampling import batches
-from fdl.token_losses import sparse_distillation
+from fdl.state.weights import load_into, state_of
 
 Loop = Callable[["Job", Runtime], None]
 """Trains a job's module."""

@@ -1,4 +1,4 @@
-"""Teacher inference: fdl.inference.answer against the plain loop that each library's users write.
+"""Teacher inference: fdl.engine.inference.answer against the plain loop that each library's users write.
 
     python benchmarks/teacher_inference.py [--device cpu] [--precision 32-true] [--repeats 5] [--output FILE.md]
 
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdl.datamodules.samples import Samples, TensorSamples
 from fdl.datamodules.text import TextSamples
-from fdl.inference import Question, answer
+from fdl.engine.inference import Question, answer
 from fdl.modules.timm_model import Timm
 
 

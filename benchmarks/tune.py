@@ -25,9 +25,9 @@ from typing import Any
 
 import yaml
 
-from fdl import runs
-from fdl.compare import Run
 from fdl.recipe import load
+from fdl.runs import run as runs
+from fdl.runs.compare import Run
 
 SPACE = Path(__file__).with_name("tune.yaml")
 REPORTED = (0, 1, 2)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fdl.recipe import Recipe
+    from fdl.recipe.config import Recipe
 
 # MKL, which multiplies matrices for torch, else chooses kernels by where in memory a matrix happens to lie; it reads
 # this once, when it is first used (docs/reproducibility.md)
@@ -29,8 +29,8 @@ def load(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     Raises:
         fdl.errors.UserError: with all that is wrong in it.
     """
-    from fdl.recipe import from_mapping
-    from fdl.recipe import load as read
+    from fdl.recipe.loading import from_mapping
+    from fdl.recipe.loading import load as read
 
     return from_mapping(recipe, overrides) if isinstance(recipe, Mapping) else read(recipe, overrides)
 
@@ -55,15 +55,15 @@ def fit(
         overwrite: take the place of a run that is there.
 
     Returns:
-        What ``summary.json`` holds, see `fdl.report.summarise`.
+        What ``summary.json`` holds, see `fdl.federation.summary.summarise`.
 
     Raises:
         fdl.errors.UserError: the recipe is wrong, or the folder holds something that would be lost.
         KeyboardInterrupt: after Ctrl-C, once the round is saved.
     """
-    from fdl import runs
-    from fdl.paths import expanded
-    from fdl.recipe import Recipe
+    from fdl.recipe.config import Recipe
+    from fdl.runs import run as runs
+    from fdl.utils.paths import expanded
 
     if not isinstance(recipe, Recipe):
         recipe = load(recipe, overrides)

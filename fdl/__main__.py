@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments, by default those of the process.
     """
-    from fdl.cli import run
+    from fdl.cli.main import run
 
     try:
         return run(list(sys.argv[1:] if argv is None else argv))

@@ -6,33 +6,34 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdl import snapshot
-from fdl.accounts import account
 from fdl.adversaries.coalition import Adversaries
+from fdl.attacks.callback import attack
 from fdl.callbacks.base import Callback, CallbackList
-from fdl.cohort import draw
-from fdl.divergence import require_finite, require_heard, warn_unheard
+from fdl.engine.runtime import seed_everything
 from fdl.errors import memory_of
-from fdl.evaluation import ask, attack, evaluate
-from fdl.hearing import hear, speak
-from fdl.interrupts import Interrupted, Interrupts
-from fdl.report import summarise
-from fdl.runtime import seed_everything
-from fdl.spread import Spread
-from fdl.stopwatch import Stopwatch
-from fdl.store import CLIENTS
-from fdl.threads import pinned
+from fdl.federation import snapshot
+from fdl.federation.client_placement import Spread
+from fdl.federation.client_sampling import draw
+from fdl.federation.divergence import require_finite, require_heard, warn_unheard
+from fdl.federation.evaluation import ask, evaluate
+from fdl.federation.exchange import hear, speak
+from fdl.federation.round_record import account
+from fdl.federation.summary import summarise
+from fdl.state.client_store import CLIENTS
+from fdl.utils.interrupts import Interrupted, Interrupts
+from fdl.utils.stopwatch import Stopwatch
+from fdl.utils.threads import pinned
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Attack
     from fdl.comm.channel import Channel
     from fdl.evaluators.base import Evaluator
-    from fdl.executor import Executor
+    from fdl.federation.executors import Executor
     from fdl.messages import Message
     from fdl.methods.base import Method
     from fdl.participants import Client, Server
-    from fdl.recipe import Recipe
-    from fdl.store import DiskStore
+    from fdl.recipe.config import Recipe
+    from fdl.state.client_store import DiskStore
 
 
 class FederatedLoop:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fdl import checkpoint
 from fdl.datamodules.arrivals import seen
-from fdl.modules.weights import load_into, state_of
-from fdl.objectives import Objective
-from fdl.privacy.guard import Gate, Guarded, is_guarded
-from fdl.runtime import Runtime
-from fdl.seeding import stream_seed, torch_stream
-from fdl.store import DiskStore, resolve
+from fdl.datamodules.guarded import Gate, Guarded, is_guarded
+from fdl.engine.runtime import Runtime
+from fdl.modules.objectives import Objective
+from fdl.state import checkpoint
+from fdl.state.client_store import DiskStore, resolve
+from fdl.state.weights import load_into, state_of
+from fdl.utils.seeding import stream_seed, torch_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from fdl.datamodules.arrivals import Arrival, Incoming
     from fdl.datamodules.samples import Samples
-    from fdl.inference import Question
-    from fdl.knowledge.encoder import Encoder
+    from fdl.encoders.base import Encoder
+    from fdl.engine.inference import Question
     from fdl.messages import Message
     from fdl.privacy.accounting import Policy
     from fdl.privacy.dp_sgd import DPSGD
-    from fdl.recipe import Fit
+    from fdl.recipe.config import Fit
 
 
 class Participant:
@@ -48,7 +48,7 @@ class Participant:
         public: labelled public samples to train on; None or empty where there are none. They are the server's: a
             method whose clients look at them counts their bytes in `setup_bytes`.
         num_classes: the data's number of classes, 0 where there are none.
-        task: which of `fdl.tasks.TASKS` the data are for.
+        task: which of `fdl.metrics.tasks.TASKS` the data are for.
         provides: what the data tell a model's constructor, e.g. their tokenizer.
         encoder: the frozen public encoder, None where the recipe names none.
         arrival: when private data come in; None: all are there from the first.

@@ -58,7 +58,8 @@ def resumed(folder: Path) -> dict:
 
 def apart(name: str, folder: Path, more: tuple[str, ...]) -> dict:
     """A run as the command line starts it, with its processes."""
-    from fdl import checkpoint, runs
+    from fdl.runs import run as runs
+    from fdl.state import checkpoint
 
     summary = runs.fit(rank_jobs.recipe(name, 2, more, folder), folder)
     student = checkpoint.load(folder / "checkpoints")[0]["student"]
@@ -70,8 +71,8 @@ def exported(format: str, folder: Path, more: tuple[str, ...]) -> dict:
     """The tensors of an export, or its graph's bytes."""
     from safetensors.torch import load_file
 
-    from fdl import runs
-    from fdl.exporting import export
+    from fdl.runs import run as runs
+    from fdl.runs.export import export
 
     runs.fit(rank_jobs.recipe("fedavg", 1, more, folder), folder)
     written = export(folder, format)

@@ -7,14 +7,15 @@ from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
 from fdl.datamodules.samples import Samples
-from fdl.executor import Sequential
+from fdl.engine.runtime import Runtime
+from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
 from fdl.modules.dual_encoder import DualEncoder
-from fdl.modules.tiny_dual_encoder import TinyDualEncoder
+from fdl.modules.small_dual_encoder import TinyDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.participants import Client, Server
-from fdl.recipe import Component, Evaluation, Federation, Fit, Recipe
-from fdl.runtime import Runtime
+from fdl.recipe import Component, Fit, Recipe
+from fdl.recipe.config import Evaluation, Federation
 
 
 class PairSamples(Samples):

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py run: ``python tests/rank_jobs.py FOLDER [longer]``, once for each rank.
+"""What the processes of tests/engine/distributed/test_ranks.py run: ``python tests/rank_jobs.py FOLDER [longer]``, once for each rank.
 
 Small federations one after the other, each built and run as `fdl fit` does; rank 0 leaves what came of them in FOLDER.
 """
@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from fdl import runtime
 from fdl.build import build
+from fdl.engine import runtime
+from fdl.engine.distributed.batch_split import part_of
 from fdl.errors import UserError
-from fdl.knowledge.pools import together
+from fdl.knowledge.aggregation.pools import together
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.tiny import MLP
-from fdl.modules.tiny_dual_encoder import TinyDualEncoder
+from fdl.modules.small_classifiers import MLP
+from fdl.modules.small_dual_encoder import TinyDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.modules.tuning import apply_tuning
-from fdl.modules.weights import state_of
 from fdl.recipe import load
-from fdl.terms import part_of
+from fdl.state.weights import state_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = [

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_sharding.py run: ``python tests/shard_jobs.py FOLDER WHAT``, once for each rank.
+"""What the processes of tests/engine/distributed/test_sharding.py run: ``python tests/shard_jobs.py FOLDER WHAT``, once for each rank.
 
 A recipe refuses FSDP on a CPU, where nobody needs it; below the recipe it works there as on GPUs, over gloo.
 """
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from fdl import checkpoint, runtime
 from fdl.build import build
+from fdl.engine import runtime
+from fdl.engine.distributed.batch_split import part_of
 from fdl.errors import UserError
-from fdl.modules.shards import local
-from fdl.terms import part_of
+from fdl.state import checkpoint
+from fdl.state.shards import local
 from tests import rank_jobs
 
 SGD = "{target: sgd, args: {lr: 0.1}}"

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fdl.callbacks.base import Callback
-from fdl.cohort import draw
 from fdl.errors import UserError
-from fdl.estimate import estimate_bytes
+from fdl.federation.client_sampling import draw
+from fdl.federation.traffic_estimate import estimate_bytes
+from fdl.knowledge.aggregation.server_optimizers import Adam
 from fdl.methods.centralized import Centralized
 from fdl.methods.distillation import Distillation
 from fdl.methods.fedavg import FedAvg
@@ -17,9 +18,8 @@ from fdl.methods.feddf import FedDF
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedprox import FedProx
 from fdl.methods.single_site import SingleSite
-from fdl.recipe import Federation
-from fdl.seeding import numpy_stream
-from fdl.server_optimizers import Adam
+from fdl.recipe.config import Federation
+from fdl.utils.seeding import numpy_stream
 from tests.toy import federation, weight
 
 METHODS = [
@@ -323,8 +323,8 @@ def test_transfer_times_add_up_over_rounds(tmp_path):
 
 
 def test_a_narrow_link_is_on_record(tmp_path):
-    from fdl.accounts import account
     from fdl.comm.ledger import Ledger
+    from fdl.federation.round_record import account
 
     ledger = Ledger()
     ledger.add(1, 3, "up", "responses", 50)

@@ -12,12 +12,13 @@ from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
 from fdl.datamodules.samples import TensorSamples
-from fdl.executor import Sequential
+from fdl.engine.runtime import Runtime
+from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
 from fdl.modules.output import Output
 from fdl.participants import Client, Server
-from fdl.recipe import Component, Evaluation, Federation, Fit, Recipe
-from fdl.runtime import Runtime
+from fdl.recipe import Component, Fit, Recipe
+from fdl.recipe.config import Evaluation, Federation
 
 E0, E1 = [1.0, 0.0], [0.0, 1.0]
 

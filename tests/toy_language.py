@@ -14,12 +14,13 @@ from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
 from fdl.datamodules.text import TextSamples
-from fdl.executor import Sequential
+from fdl.engine.runtime import Runtime
+from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
 from fdl.modules.output import Output
 from fdl.participants import Client, Server
-from fdl.recipe import Component, Evaluation, Federation, Recipe
-from fdl.runtime import Runtime
+from fdl.recipe import Component, Recipe
+from fdl.recipe.config import Evaluation, Federation
 from tests.toy import steps
 
 VOCAB, LENGTH = 5, 4

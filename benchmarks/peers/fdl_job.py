@@ -15,7 +15,7 @@ import numpy as np
 
 from fdl.build import build
 from fdl.callbacks.base import Callback
-from fdl.launcher import processes
+from fdl.engine.distributed.launcher import processes
 from fdl.loop import FederatedLoop
 from fdl.recipe import from_mapping
 

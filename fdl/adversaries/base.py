@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.confidence import LIMIT
-from fdl.knowledge.option import one_of
+from fdl.knowledge.confidence.base import LIMIT
 from fdl.messages import Bundle, Confidences, Message, Parameters, Responses, parts_of
+from fdl.utils.arguments import one_of
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples

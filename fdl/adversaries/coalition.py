@@ -12,12 +12,12 @@ from fdl.adversaries.base import SPACES, Adversary, Scene, Upload
 from fdl.errors import UserError
 from fdl.messages import Bundle, Message
 from fdl.methods.base import Method
-from fdl.seeding import numpy_stream, torch_stream
+from fdl.utils.seeding import numpy_stream, torch_stream
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
     from fdl.participants import Client
-    from fdl.recipe import Dishonest
+    from fdl.recipe.config import Dishonest
 
 Gather = Callable[[dict[int, Upload]], Mapping[int, Upload]]
 

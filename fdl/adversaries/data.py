@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fdl.adversaries.answers import in_range
 from fdl.adversaries.base import Adversary
-from fdl.datamodules.samples import Batch, ImageSamples, Samples, as_indices
+from fdl.datamodules.samples import ImageSamples, Samples, as_indices
 from fdl.errors import UserError
-from fdl.knowledge.option import at_least
+from fdl.modules.types import Batch
 from fdl.participants import Client
+from fdl.utils.arguments import at_least
 
 
 class LabelFlip(Adversary):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fdl.comm.ledger import Ledger
 from fdl.errors import RefusedError, UserError
-from fdl.executor import Sequential
+from fdl.federation.executors import Sequential
 from fdl.messages import Responses, parts_of
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fdl.comm.channel import Channel
+    from fdl.engine.runtime import Runtime
     from fdl.loop import FederatedLoop
     from fdl.methods.base import Method
     from fdl.participants import Client, Server
-    from fdl.runtime import Runtime
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ class Attack(ABC):
 
     Attributes:
         name: the short name in recipes and in what is recorded.
-        tasks: the kinds of data that it is for, among `fdl.tasks.TASKS`.
+        tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`.
 
     Raises:
         UserError: the label is empty or has a slash.

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fdl.datamodules.samples import Batch, Inputs, Samples, as_indices
+from fdl.datamodules.samples import Samples, as_indices
 from fdl.errors import UserError
-from fdl.seeding import numpy_stream
+from fdl.modules.types import Batch, Inputs
+from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Subject

@@ -11,10 +11,10 @@ from fdl.attacks.base import Attack, Curve, Findings, twin_of
 from fdl.attacks.candidates import candidates
 from fdl.attacks.membership import protection
 from fdl.errors import UserError
-from fdl.knowledge.confidence import Confidence, public_space
-from fdl.knowledge.option import at_least
+from fdl.knowledge.confidence.base import Confidence, public_space
 from fdl.privacy.accounting import Policy
-from fdl.seeding import numpy_stream
+from fdl.utils.arguments import at_least
+from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Subject

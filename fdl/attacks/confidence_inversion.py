@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fdl.attacks.base import Attack, Findings
 from fdl.attacks.confidence_inference import confidence_of
+from fdl.encoders.base import PCA
 from fdl.errors import UserError
-from fdl.knowledge.confidence import public_space
-from fdl.knowledge.density import Density
-from fdl.knowledge.encoder import PCA
-from fdl.knowledge.option import at_least
-from fdl.seeding import torch_stream
+from fdl.knowledge.confidence.base import public_space
+from fdl.knowledge.confidence.density import Density
+from fdl.utils.arguments import at_least
+from fdl.utils.seeding import torch_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,8 +15,8 @@ from fdl.attacks.image_quality import Scale, alike, assigned, gallery, psnr, ssi
 from fdl.attacks.matching import MATCHINGS, Search, analytic, gradients, inferred_labels, ready
 from fdl.attacks.updates import Update, update
 from fdl.errors import UserError
-from fdl.knowledge.option import at_least, not_negative, one_of, positive
-from fdl.seeding import numpy_stream, torch_stream
+from fdl.utils.arguments import at_least, not_negative, one_of, positive
+from fdl.utils.seeding import numpy_stream, torch_stream
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Subject

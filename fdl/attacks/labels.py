@@ -8,8 +8,8 @@ import numpy as np
 
 from fdl.attacks.base import Attack, Findings
 from fdl.attacks.signals import probabilities
-from fdl.callbacks.figures import shares
 from fdl.errors import UserError
+from fdl.utils.figures import shares
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Subject

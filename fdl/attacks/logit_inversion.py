@@ -14,8 +14,8 @@ from fdl.attacks.image_quality import Scale, alike, gallery, psnr, ssim
 from fdl.attacks.inversion_network import LEAST, Inversion, public_means, targets
 from fdl.attacks.signals import probabilities
 from fdl.errors import UserError
-from fdl.knowledge.option import at_least, positive
-from fdl.seeding import numpy_stream, stream_seed, torch_stream
+from fdl.utils.arguments import at_least, positive
+from fdl.utils.seeding import numpy_stream, stream_seed, torch_stream
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Subject

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fdl.modules.features import last_layer
-from fdl.objectives import training_step
+from fdl.modules.objectives import training_step
 
 if TYPE_CHECKING:
     from fdl.attacks.image_quality import Scale

@@ -13,8 +13,8 @@ from fdl.attacks.candidates import candidates
 from fdl.attacks.shadows import observe, shadows
 from fdl.attacks.signals import TARGETS
 from fdl.errors import UserError
-from fdl.knowledge.option import at_least, one_of, positive
 from fdl.privacy.accounting import Policy, epsilon, events_of
+from fdl.utils.arguments import at_least, one_of, positive
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Subject

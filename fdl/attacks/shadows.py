@@ -13,7 +13,7 @@ from fdl.attacks.base import Subject, twin_of, unused
 from fdl.attacks.candidates import Candidates, Joined, candidates
 from fdl.attacks.signals import near_rows, signals
 from fdl.loop import FederatedLoop
-from fdl.seeding import numpy_stream, stream_seed
+from fdl.utils.seeding import numpy_stream, stream_seed
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.knowledge.encoder import Pixels
+from fdl.encoders.base import Pixels
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Subject

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fdl.attacks.base import twin_of, unused
+from fdl.datamodules.guarded import Guarded
 from fdl.errors import RefusedError
-from fdl.executor import Sequential
+from fdl.federation.executors import Sequential
 from fdl.messages import Parameters, parts_of
-from fdl.privacy.guard import Guarded
-from fdl.seeding import stream_seed
+from fdl.utils.seeding import stream_seed
 
 if TYPE_CHECKING:
     from fdl.attacks.base import Subject
-    from fdl.datamodules.samples import Batch, Samples
+    from fdl.datamodules.samples import Samples
+    from fdl.modules.types import Batch
     from fdl.participants import Client, Server
 
 _LR = 1e-3

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl.callbacks.base import Callback
-from fdl.checkpoint import write_atomically
 from fdl.errors import UserError
+from fdl.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop

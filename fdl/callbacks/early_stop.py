@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fdl.callbacks.base import Callback
 from fdl.errors import UserError
-from fdl.tasks import TASKS
+from fdl.metrics.tasks import TASKS
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop

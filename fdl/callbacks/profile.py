@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from fdl.callbacks.base import Callback
-from fdl.checkpoint import write_atomically
 from fdl.errors import UserError
+from fdl.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop

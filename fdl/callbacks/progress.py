@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fdl.callbacks.base import Callback
-from fdl.tasks import TASKS
+from fdl.metrics.tasks import TASKS
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdl import auditing
-from fdl.callbacks import figures
+from fdl.attacks import audit as auditing
 from fdl.callbacks.base import Callback
-from fdl.callbacks.events import (
+from fdl.metrics.classification import confusion_matrix
+from fdl.state.shards import is_sharded
+from fdl.utils import figures
+from fdl.utils.tensorboard import (
     MANY_CLIENTS,
     Curves,
     add_figure,
@@ -18,8 +20,6 @@ from fdl.callbacks.events import (
     log_outcome,
     open_writer,
 )
-from fdl.metrics import confusion_matrix
-from fdl.modules.shards import is_sharded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,8 @@ class TensorBoard(Callback):
     """Writes curves by round and by bytes, figures, hyperparameters and the recipe for TensorBoard.
 
     Events go to ``tensorboard/`` in the run's folder. At the start: the recipe as text and who holds how many samples
-    of which class; every round: what `fdl.callbacks.events.Curves` lists; at the end: the student's confusion matrix
-    on the test set, what attacks found, what `fdl.callbacks.events.log_outcome` lists, and hyperparameters with the
+    of which class; every round: what `fdl.utils.tensorboard.Curves` lists; at the end: the student's confusion matrix
+    on the test set, what attacks found, what `fdl.utils.tensorboard.log_outcome` lists, and hyperparameters with the
     last round's metrics. A resumed run shows every round once. A figure that cannot be drawn is left out with a
     warning.
     """

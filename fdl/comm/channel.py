@@ -12,14 +12,14 @@ from weakref import WeakKeyDictionary
 from fdl.comm.authentication import TAG, Authentication, digest
 from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.codec import Codec
-from fdl.comm.ladder import Ladder
+from fdl.comm.fallback import Ladder
 from fdl.comm.ledger import Ledger
-from fdl.comm.memory import Memory
+from fdl.comm.link_state import Memory
 from fdl.comm.wire import BROADCAST, pack, unpack
 from fdl.errors import RefusedError, UserError
 from fdl.messages import Bundle, Message
-from fdl.seeding import numpy_stream
-from fdl.stopwatch import Stopwatch
+from fdl.utils.seeding import numpy_stream
+from fdl.utils.stopwatch import Stopwatch
 
 
 class Channel:

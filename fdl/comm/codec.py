@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fdl.arrays import Arrays
 from fdl.comm.binary import Reader, text, varint
-from fdl.comm.stage import ArrayStage, Coded, EntropyStage, Spec, Stage, Turn
+from fdl.comm.stages.base import ArrayStage, Coded, EntropyStage, Spec, Stage, Turn
 from fdl.errors import RefusedError, UserError
-from fdl.floats import BFLOAT16
+from fdl.state.flat_arrays import Arrays
+from fdl.state.float_formats import BFLOAT16
 
 if TYPE_CHECKING:
-    from fdl.comm.memory import Memory
+    from fdl.comm.link_state import Memory
 
 _INTEGERS = ["|b1", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8"]
 # The order is the wire format: new dtypes go to the end.
@@ -150,7 +150,7 @@ class Codec:
         Uncompressed arrays are not copied, so join the buffers before the arrays change.
 
         Args:
-            fields: arrays of booleans, integers or real numbers (`fdl.floats.BFLOAT16` included), any shape.
+            fields: arrays of booleans, integers or real numbers (`fdl.state.float_formats.BFLOAT16` included), any shape.
             rng: source of rounding noise; needed when `draws`.
             round: the current round.
             memory: of the link that the message goes over, for a chain that `remembers`; without it every message is

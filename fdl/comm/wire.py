@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdl import private_features, sparse_responses  # noqa: F401  a type of message is known once its module is imported
 from fdl.comm.binary import Reader, crc32, text, varint
 from fdl.comm.codec import Codec
 from fdl.errors import RefusedError
-from fdl.messages import Message, Meta, message_type
+from fdl.messages import Message, Meta, message_type, private_features, sparse_responses  # noqa: F401  a type of message is known once its module is imported
 
 if TYPE_CHECKING:
-    from fdl.comm.ladder import Ladder
-    from fdl.comm.memory import Memory
+    from fdl.comm.fallback import Ladder
+    from fdl.comm.link_state import Memory
 
 #: Stands in the header for the client's id of a message that goes to every client.
 BROADCAST = 0xFFFFFFFF

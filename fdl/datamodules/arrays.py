@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.datamodules.base import Source
 from fdl.datamodules.classes import class_codes, class_numbers, whole_numbers
 from fdl.datamodules.images import ImageDataModule
 from fdl.datamodules.records import existing
 from fdl.datamodules.samples import TensorSamples
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
 
 _TO_CHW: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,28 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from fdl.datamodules.checks import check_classes, check_samples
 from fdl.datamodules.partition import Partitioner
-from fdl.datamodules.samples import Batch, Samples
+from fdl.datamodules.samples import Samples
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
-from fdl.seeding import numpy_stream, torch_stream
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a data set consists of before anything is held out.
-
-    Attributes:
-        train: its training samples.
-        classes: names of the classes, in the order of the labels.
-        test: its own test split, None where it has none.
-        validation: its own validation split, None where it has none.
-        groups: natural client or domain of each training sample, [n]; None where there are none.
-    """
-
-    train: Samples
-    classes: list[str]
-    test: Samples | None = None
-    validation: Samples | None = None
-    groups: np.ndarray | None = None
+from fdl.modules.types import Batch
+from fdl.utils.seeding import numpy_stream, torch_stream
 
 
 class FederatedDataModule(LightningDataModule, ABC):

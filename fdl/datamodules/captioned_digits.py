@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdl.datamodules.base import FederatedDataModule, Source
+from fdl.datamodules.base import FederatedDataModule
 from fdl.datamodules.pairs import PairDataModule
-from fdl.seeding import numpy_stream
+from fdl.datamodules.source import Source
+from fdl.utils.seeding import numpy_stream
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 """Names of the classes, as captions write them."""

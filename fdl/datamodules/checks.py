@@ -12,7 +12,7 @@ from fdl.datamodules.samples import ImageSamples, Samples, TensorSamples
 from fdl.errors import UserError
 
 if TYPE_CHECKING:
-    from fdl.datamodules.base import Source
+    from fdl.datamodules.source import Source
 
 log = logging.getLogger("fdl")
 

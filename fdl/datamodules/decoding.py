@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
+from fdl.utils.suggest import suggest
 
 # UTF-32's begins with UTF-16's
 _MARKS = {

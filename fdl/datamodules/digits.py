@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from fdl.datamodules.base import FederatedDataModule, Source
+from fdl.datamodules.base import FederatedDataModule
 from fdl.datamodules.images import ImageDataModule
+from fdl.datamodules.source import Source
 
 
 class Digits(ImageDataModule):

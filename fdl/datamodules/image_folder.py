@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fdl.datamodules.base import Source
 from fdl.datamodules.files import FileSamples
 from fdl.datamodules.folders import Photo, read_tree
 from fdl.datamodules.images import ImageDataModule
 from fdl.datamodules.records import existing
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
 
 log = logging.getLogger("fdl")

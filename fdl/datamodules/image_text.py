@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fdl.datamodules.base import Source
 from fdl.datamodules.classes import Classes
 from fdl.datamodules.pairs import PairDataModule, PairSamples
 from fdl.datamodules.records import SKIP, Record
+from fdl.datamodules.source import Source
 from fdl.datamodules.tables import Layout
 from fdl.errors import UserError
 

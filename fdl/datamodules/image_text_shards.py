@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdl.datamodules.base import Source
 from fdl.datamodules.classes import Classes
 from fdl.datamodules.files import decode, spread_of, survey
 from fdl.datamodules.pairs import PairDataModule, PairSamples
 from fdl.datamodules.records import SKIP, Record
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
-from fdl.paths import expanded
+from fdl.utils.paths import expanded
 
 log = logging.getLogger("fdl")
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from fdl.datamodules.base import FederatedDataModule, Source
+from fdl.datamodules.base import FederatedDataModule
 from fdl.datamodules.files import FileSamples, Survey, spread_of, survey
 from fdl.datamodules.pixels import Range, Reading, colour, white
 from fdl.datamodules.ranges import in_unit_range
 from fdl.datamodules.samples import TensorSamples
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
 
 log = logging.getLogger("fdl")

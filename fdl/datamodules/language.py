@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fdl.catalog import suggest
-from fdl.datamodules.base import FederatedDataModule, Source
+from fdl.datamodules.base import FederatedDataModule
+from fdl.datamodules.source import Source
 from fdl.datamodules.text import TextSamples, encoded, require_same_tokenizer
 from fdl.errors import UserError
+from fdl.utils.suggest import suggest
 
 
 @dataclass

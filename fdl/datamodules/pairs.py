@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fdl.datamodules.base import FederatedDataModule
 from fdl.datamodules.images import ImageDataModule
-from fdl.datamodules.samples import Batch, ImageSamples, Samples, as_indices
+from fdl.datamodules.samples import ImageSamples, Samples, as_indices
 from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids, token_limit
 from fdl.errors import UserError
+from fdl.modules.types import Batch
 
 log = logging.getLogger("fdl")
 

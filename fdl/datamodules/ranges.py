@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fdl.datamodules.base import Source
 from fdl.datamodules.samples import Samples, TensorSamples
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
 
 log = logging.getLogger("fdl")

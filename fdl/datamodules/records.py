@@ -8,7 +8,7 @@ from typing import Any
 
 from fdl.datamodules.decoding import read_decoded
 from fdl.errors import MissingPathError, UserError
-from fdl.paths import expanded
+from fdl.utils.paths import expanded
 
 SKIP = "; set skip_empty: true to leave such ones out"
 """Advice on empty texts, for data modules that have this argument."""
@@ -79,7 +79,7 @@ def checked_text(value: Any, place: str, advice: str = "") -> str:
 
 
 def existing(path: str) -> Path:
-    """A path that the user gave, as `fdl.paths.expanded` reads it.
+    """A path that the user gave, as `fdl.utils.paths.expanded` reads it.
 
     Raises:
         UserError: when there is nothing.

@@ -10,10 +10,10 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from fdl.datamodules.base import Source
 from fdl.datamodules.digits import Digits
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
-from fdl.seeding import numpy_stream
+from fdl.utils.seeding import numpy_stream
 
 
 class RotatedDigits(Digits):

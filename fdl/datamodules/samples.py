@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Inputs = Tensor | tuple[Tensor, ...]
-"""Images [B, C, H, W] float32, or token ids [B, T] int64 with -1 as padding on the right, or a pair of the two."""
-
-Batch = tuple[Inputs, Tensor | None]
-"""Inputs, and classes [B] int64 or None where there are none."""
+from fdl.modules.types import Batch
 
 COPY_BELOW = 64 << 20
 """Subsets of fewer bytes get their own copy of the rows: gathers stay cheap, and the pool they came from can go."""

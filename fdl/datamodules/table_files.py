@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from fdl.datamodules.decoding import read_decoded
 from fdl.datamodules.records import Record, ends_with, stem
 from fdl.errors import UserError
-from fdl.libraries import library
+from fdl.utils.libraries import library
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".json", ".json.gz")
 """How the names of files of records end."""

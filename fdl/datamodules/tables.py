@@ -12,8 +12,8 @@ from fdl.datamodules.decoding import checked_encoding
 from fdl.datamodules.records import TEXTS, Record, ends_with, existing, read_text
 from fdl.datamodules.table_files import TABLES, read_named_table, table_files
 from fdl.errors import UserError
-from fdl.libraries import library
-from fdl.paths import expanded
+from fdl.utils.libraries import library
+from fdl.utils.paths import expanded
 
 log = logging.getLogger("fdl")
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.datamodules.samples import COPY_BELOW, Batch, Samples, as_indices
+from fdl.datamodules.samples import COPY_BELOW, Samples, as_indices
 from fdl.errors import UserError
+from fdl.modules.types import Batch
 
 PADDING = -1
 """Stands where a text has ended; no tokenizer has such an id."""

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdl.datamodules.base import FederatedDataModule, Source
+from fdl.datamodules.base import FederatedDataModule
 from fdl.datamodules.classes import Classes
 from fdl.datamodules.records import SKIP, Record, existing
+from fdl.datamodules.source import Source
 from fdl.datamodules.tables import Layout, Table, read_folders
 from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids, token_limit
 from fdl.errors import UserError
-from fdl.paths import expanded
-from fdl.seeding import numpy_stream
+from fdl.utils.paths import expanded
+from fdl.utils.seeding import numpy_stream
 
 log = logging.getLogger("fdl")
 

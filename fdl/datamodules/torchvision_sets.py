@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torchvision import datasets
 
-from fdl.datamodules.base import Source
 from fdl.datamodules.images import ImageDataModule
 from fdl.datamodules.samples import TensorSamples
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
-from fdl.paths import expanded
+from fdl.utils.paths import expanded
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

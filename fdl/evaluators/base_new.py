@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator
 from fdl.evaluators.continual import accuracy_among
-from fdl.modules.weights import load_into
 from fdl.participants import copy_of
+from fdl.state.weights import load_into
+from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
     from lightning import LightningModule

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdl.errors import UserError
-from fdl.modules.shards import whole
+from fdl.state.shards import whole
 
 if TYPE_CHECKING:
     from lightning import LightningModule

@@ -9,7 +9,7 @@ import torch
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator, at_least
 from fdl.evaluators.continuation import continuations, text_model, until
-from fdl.seeding import numpy_stream
+from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
     from lightning import LightningModule

@@ -7,13 +7,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fdl.catalog import suggest
 from fdl.datamodules.records import Record, existing
 from fdl.datamodules.table_files import read_table
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator, at_least
 from fdl.evaluators.continuation import continuations, text_model
 from fdl.evaluators.instructions import RULES, follows
+from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ from fdl.datamodules.base import FederatedDataModule
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator, at_least
 from fdl.evaluators.labelled import image_features, labelled
-from fdl.seeding import numpy_stream
+from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
     from lightning import LightningModule

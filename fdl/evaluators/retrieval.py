@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator, at_least
-from fdl.retrieval_metrics import captions, embed, match_ranks, recall
+from fdl.metrics.retrieval import captions, embed, match_ranks, recall
 
 if TYPE_CHECKING:
     from lightning import LightningModule

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fdl.catalog import suggest
 from fdl.datamodules.base import FederatedDataModule
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator
 from fdl.evaluators.labelled import labelled
-from fdl.metrics import classification
-from fdl.zero_shot import templates_of, zero_shot_classifier, zero_shot_question
+from fdl.metrics.classification import classification
+from fdl.modules.zero_shot import templates_of, zero_shot_classifier, zero_shot_question
+from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -29,7 +29,7 @@ class ZeroShot(Evaluator):
     Args:
         data: labelled images, tested on their test set; None for the recipe's own test set, if it has labels.
         classes: only these of the classes, e.g. those that no site had; images of others are left out. None: all.
-        templates: a name among `fdl.zero_shot.TEMPLATES`, or sentences with ``{}`` for the class's name.
+        templates: a name among `fdl.modules.zero_shot.TEMPLATES`, or sentences with ``{}`` for the class's name.
         every: as in `Evaluator`.
         label: as in `Evaluator`.
     """

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from fdl.errors import UserError
-from fdl.seeding import numpy_stream
+from fdl.utils.seeding import numpy_stream
 
 #: Gives a fault's own stream of one client in a round.
 Stream = Callable[[int], np.random.Generator]

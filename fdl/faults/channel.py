@@ -9,8 +9,8 @@ import numpy as np
 
 from fdl.comm.channel import Channel
 from fdl.faults.base import Schedule
-from fdl.floats import is_float, narrow
 from fdl.messages import Bundle, Message
+from fdl.state.float_formats import is_float, narrow
 
 
 class FaultyChannel(Channel):

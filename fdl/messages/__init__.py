@@ -8,7 +8,11 @@ from fdl.messages.base import Message, Meta, message_type
 from fdl.messages.bundle import Bundle, parts_of
 from fdl.messages.confidences import Confidences
 from fdl.messages.features import Features
-from fdl.messages.fields import (
+from fdl.messages.parameters import Parameters
+from fdl.messages.prototypes import Prototypes
+from fdl.messages.responses import Form, Responses
+from fdl.messages.scores import Scores
+from fdl.messages.serialization import (
     check_finite,
     check_samples,
     narrow,
@@ -19,11 +23,7 @@ from fdl.messages.fields import (
     take_samples,
     to_torch,
 )
-from fdl.messages.parameters import Parameters
-from fdl.messages.prototypes import Prototypes
-from fdl.messages.responses import Form, Responses
-from fdl.messages.scores import Scores
-from fdl.messages.standing import Standing
+from fdl.messages.upload_status import Standing
 
 __all__ = [
     "Bundle",

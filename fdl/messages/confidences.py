@@ -11,11 +11,7 @@ from torch import Tensor
 
 from fdl.errors import RefusedError
 from fdl.messages.base import Meta
-from fdl.messages.fields import (
-    take_meta,
-    to_numpy,
-    to_torch,
-)
+from fdl.messages.serialization import take_meta, to_numpy, to_torch
 
 
 @dataclass(frozen=True, eq=False)

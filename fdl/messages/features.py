@@ -13,14 +13,7 @@ from torch import Tensor
 from fdl.errors import RefusedError
 from fdl.messages.base import Message, Meta
 from fdl.messages.confidences import Confidences, check_confidence, codes_of, scale_of, take_confidence, taken
-from fdl.messages.fields import (
-    check_finite,
-    narrow,
-    nothing_left,
-    take_integers,
-    to_numpy,
-    to_torch,
-)
+from fdl.messages.serialization import check_finite, narrow, nothing_left, take_integers, to_numpy, to_torch
 
 
 @dataclass(frozen=True, eq=False)

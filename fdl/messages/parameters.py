@@ -12,17 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.arrays import Arrays
 from fdl.messages.base import Message, Meta
-from fdl.messages.fields import (
-    check_finite,
-    check_samples,
-    nothing_left,
-    take_meta,
-    to_numpy,
-    to_torch,
-)
-from fdl.pieces import Pieces, as_one
+from fdl.messages.serialization import check_finite, check_samples, nothing_left, take_meta, to_numpy, to_torch
+from fdl.state.flat_arrays import Arrays
+from fdl.state.flat_tensors import Pieces, as_one
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fdl.errors import RefusedError
 from fdl.messages.base import Message, Meta
 from fdl.messages.confidences import Confidences, taken
-from fdl.messages.fields import (
+from fdl.messages.serialization import (
     check_finite,
     check_samples,
     nothing_left,

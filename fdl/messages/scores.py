@@ -11,7 +11,7 @@ import numpy as np
 from fdl.errors import RefusedError
 from fdl.messages.base import Message, Meta
 from fdl.messages.confidences import Confidences, codes_of, scale_of, take_confidence
-from fdl.messages.fields import nothing_left
+from fdl.messages.serialization import nothing_left
 
 
 @dataclass(frozen=True, eq=False)

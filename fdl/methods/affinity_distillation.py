@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fdl.errors import UserError
-from fdl.knowledge.confidence import Confidence
-from fdl.knowledge.embeddings import AnswerPool, Teachers, answers, temperature_of
-from fdl.knowledge.mimicry import Mimicry
-from fdl.knowledge.pair_confidence import confidences
-from fdl.knowledge.shares import Cap
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.knowledge.confidence.base import Confidence
+from fdl.knowledge.confidence.pairs import confidences
+from fdl.knowledge.distillation.affinity import Mimicry
+from fdl.knowledge.transfer.embeddings import AnswerPool, Teachers, answers, temperature_of
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
 from fdl.participants import Client, Server

@@ -41,7 +41,7 @@ class Method(ABC):
 
     Attributes:
         name: the short name in recipes.
-        tasks: the kinds of data that it is for, among `fdl.tasks.TASKS`; empty where it is for any, as are methods
+        tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`; empty where it is for any, as are methods
             that touch nothing but weights and a module's own loss.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.

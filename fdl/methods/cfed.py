@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdl.datamodules.samples import Batch
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation import ParameterMean
-from fdl.knowledge.targets import Answered
-from fdl.losses import cross_entropy, kd_loss
+from fdl.knowledge.aggregation.means import ParameterMean
+from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
+from fdl.knowledge.distillation.targets import Answered
+from fdl.losses.responses import cross_entropy, kd_loss
 from fdl.messages import Bundle, Message, Parameters, Responses, parts_of
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.weights import load_into, state_of
-from fdl.objectives import Objective
+from fdl.modules.objectives import Objective, mean_over, samples_of
+from fdl.modules.types import Batch
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule
 from fdl.robust.parameters import RobustParameters
-from fdl.server_optimizers import ServerOptimizer
-from fdl.terms import mean_over, samples_of
+from fdl.state.weights import load_into, state_of
 
 
 class CFeD(FedAvg):

@@ -8,7 +8,7 @@ from typing import Literal
 from lightning import LightningModule
 
 from fdl.errors import UserError
-from fdl.knowledge.pools import (
+from fdl.knowledge.aggregation.pools import (
     PoolAggregates,
     PoolMeans,
     Weights,
@@ -19,16 +19,16 @@ from fdl.knowledge.pools import (
     taught_by_others,
     together,
 )
-from fdl.knowledge.targets import ResponseObjective
-from fdl.knowledge.token_pools import require_equal_tokens, tokens_taught_by_others
+from fdl.knowledge.aggregation.server_optimizers import Adam, ServerOptimizer
+from fdl.knowledge.distillation.targets import ResponseObjective
+from fdl.knowledge.distillation.token_pools import require_equal_tokens, tokens_taught_by_others
 from fdl.messages import Parameters
 from fdl.methods.base import Method
-from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule
 from fdl.robust.parameters import RobustParameters
-from fdl.seeding import stream_seed
-from fdl.server_optimizers import Adam, ServerOptimizer
+from fdl.state.weights import load_into, state_of
+from fdl.utils.seeding import stream_seed
 
 
 class Codistillation(Method):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.knowledge.targets import Answered, ResponseObjective
-from fdl.losses import distillation
+from fdl.knowledge.distillation.targets import Answered, ResponseObjective
+from fdl.losses.responses import distillation
 from fdl.messages import Message
 from fdl.methods.base import Method
+from fdl.modules.objectives import mean_over, samples_of
 from fdl.participants import Client, Server
-from fdl.terms import mean_over, samples_of
 
 
 class Distillation(Method):

@@ -10,16 +10,16 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.knowledge.costs import answer_flops, samples_seen, training_flops, weight_bytes
-from fdl.knowledge.pools import architectures
-from fdl.knowledge.targets import Answered
-from fdl.losses import RESPONSE_LOSSES, cross_entropy
+from fdl.knowledge.aggregation.pools import architectures
+from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
+from fdl.knowledge.distillation.cost_model import answer_flops, samples_seen, training_flops, weight_bytes
+from fdl.knowledge.distillation.targets import Answered
+from fdl.losses.responses import RESPONSE_LOSSES, cross_entropy
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server, copy_of
 from fdl.robust.base import Rule
-from fdl.server_optimizers import ServerOptimizer
+from fdl.state.weights import load_into, state_of
 
 
 class FedLPFM(FedAvg):
@@ -35,7 +35,7 @@ class FedLPFM(FedAvg):
     Args:
         weight: λ, the foundation models' share of the loss, in [0, 1]; 0 is FedAvg.
         temperature: T > 0.
-        loss: how the proxy is compared with them, a name among `fdl.losses.RESPONSE_LOSSES`. Losses between logits
+        loss: how the proxy is compared with them, a name among `fdl.losses.responses.RESPONSE_LOSSES`. Losses between logits
             take the mean of logits for p.
         models: foundation models at a client, ≥ 1: its own entry of the specialists and those that follow it.
         fine_tune: train each site's copies on its own data before they answer, with the `local` settings: once, or,

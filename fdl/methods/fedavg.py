@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fdl.knowledge.aggregation import ParameterMean
+from fdl.knowledge.aggregation.means import ParameterMean
+from fdl.knowledge.aggregation.server_optimizers import Average, ServerOptimizer
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
-from fdl.modules.weights import load_into, state_of
-from fdl.objectives import Objective
+from fdl.modules.objectives import Objective
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule
 from fdl.robust.parameters import RobustParameters
-from fdl.server_optimizers import Average, ServerOptimizer
+from fdl.state.weights import load_into, state_of
 
 
 class FedAvg(Method):

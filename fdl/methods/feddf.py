@@ -11,17 +11,17 @@ from lightning import LightningModule
 from torch import Tensor
 
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation import ParameterMean, ResponseMean
-from fdl.knowledge.confidence import Confidence
-from fdl.knowledge.option import at_least
-from fdl.knowledge.shares import Cap
-from fdl.knowledge.targets import Answered, ResponseObjective
-from fdl.knowledge.validated import BestOnValidation
+from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.knowledge.confidence.base import Confidence
+from fdl.knowledge.distillation.targets import Answered, ResponseObjective
+from fdl.knowledge.distillation.validated import BestOnValidation
 from fdl.messages import Bundle, Confidences, Message, Parameters, Responses, Scores, parts_of
 from fdl.methods.base import Method
-from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server, copy_of
-from fdl.seeding import stream_seed
+from fdl.state.weights import load_into, state_of
+from fdl.utils.arguments import at_least
+from fdl.utils.seeding import stream_seed
 
 ABOVE_CHANCE = 1.2
 """A teacher must be right so many times as often as by guessing, where the worst are dropped; the published code's."""

@@ -10,32 +10,32 @@ import torch
 from lightning import LightningModule
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation import Knowledge, ResponseMean
-from fdl.knowledge.answering import Answering
-from fdl.knowledge.collection import Collected, Collection
-from fdl.knowledge.confidence import Confidence
-from fdl.knowledge.curriculum import Curriculum
-from fdl.knowledge.features import FeatureMean, FeatureTransfer
-from fdl.knowledge.frequency import OnChange
-from fdl.knowledge.learner import Teaching
-from fdl.knowledge.memory import LastAnswers
-from fdl.knowledge.option import at_least, one_of
-from fdl.knowledge.personal import AdaptiveWeights, Gains, Similarity
-from fdl.knowledge.pools import labelled_bytes
-from fdl.knowledge.prototypes import PrototypePool, PrototypeTransfer
-from fdl.knowledge.shares import Cap
-from fdl.knowledge.subsampling import AnswerCache, rows_of_round
-from fdl.knowledge.targets import Answered, ResponseObjective
-from fdl.losses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
+from fdl.knowledge.aggregation.bundle import Collected, Collection
+from fdl.knowledge.aggregation.last_uploads import LastAnswers
+from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
+from fdl.knowledge.aggregation.pools import labelled_bytes
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.knowledge.confidence.base import Confidence
+from fdl.knowledge.distillation.client_upload import Answering
+from fdl.knowledge.distillation.curriculum import Curriculum
+from fdl.knowledge.distillation.personalization import AdaptiveWeights, Gains, Similarity
+from fdl.knowledge.distillation.proxy_subsampling import AnswerCache, rows_of_round
+from fdl.knowledge.distillation.student import Teaching
+from fdl.knowledge.distillation.targets import Answered, ResponseObjective
+from fdl.knowledge.distillation.upload_on_change import OnChange
+from fdl.knowledge.release import Release
+from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer
+from fdl.knowledge.transfer.prototypes import PrototypePool, PrototypeTransfer
+from fdl.losses.responses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
 from fdl.messages import Bundle, Message, Responses, Standing, parts_of
 from fdl.methods.base import Method
-from fdl.modules.weights import load_into
 from fdl.participants import Client, Server
-from fdl.privacy.release import Release
-from fdl.recipe import Fit
+from fdl.recipe.config import Fit
 from fdl.robust.answers import RobustAnswers
 from fdl.robust.base import Rule
-from fdl.seeding import stream_seed
+from fdl.state.weights import load_into
+from fdl.utils.arguments import at_least, one_of
+from fdl.utils.seeding import stream_seed
 
 _SHARPENINGS = {"entropy_reduction": entropy_reduction, "power": power_sharpening}
 

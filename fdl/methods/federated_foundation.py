@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation import ParameterMean
-from fdl.knowledge.switching import CENTRALIZED, FEDERATED, Plateau, Switch
+from fdl.knowledge.aggregation.means import ParameterMean
+from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
+from fdl.knowledge.distillation.phase_schedule import CENTRALIZED, FEDERATED, Plateau, Switch
 from fdl.messages import Message, Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule
 from fdl.robust.parameters import RobustParameters
-from fdl.server_optimizers import ServerOptimizer
 
 _FIRST = {"pre_training": CENTRALIZED, "fine_tuning": FEDERATED}
 

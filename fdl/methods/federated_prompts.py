@@ -8,14 +8,14 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation import ParameterMean
+from fdl.knowledge.aggregation.means import ParameterMean
+from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.messages import Message, Parameters
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
 from fdl.robust.base import Rule
 from fdl.robust.parameters import RobustParameters
-from fdl.server_optimizers import ServerOptimizer
+from fdl.state.weights import load_into, state_of
 
 
 class FederatedPrompts(FedAvg):

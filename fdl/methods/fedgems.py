@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation import Knowledge, ResponseMean
-from fdl.knowledge.pools import labelled_bytes
-from fdl.knowledge.targets import Answered
-from fdl.losses import cross_entropy
+from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
+from fdl.knowledge.aggregation.pools import labelled_bytes
+from fdl.knowledge.distillation.targets import Answered
+from fdl.losses.responses import cross_entropy
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
 from fdl.participants import Client, Server

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.option import not_negative, positive
-from fdl.knowledge.pools import architectures
-from fdl.knowledge.targets import Answered
-from fdl.losses import cross_entropy, kd_loss
+from fdl.knowledge.aggregation.pools import architectures
+from fdl.knowledge.distillation.targets import Answered
+from fdl.losses.responses import cross_entropy, kd_loss
 from fdl.messages import Responses
+from fdl.messages.private_features import PrivateFeatures
 from fdl.methods.base import Method
 from fdl.modules.output import Output
-from fdl.modules.weights import load_into
 from fdl.participants import Client, Server, copy_of
-from fdl.private_features import PrivateFeatures
+from fdl.state.weights import load_into
+from fdl.utils.arguments import not_negative, positive
 
 
 class FedGKT(Method):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation import ParameterMean
-from fdl.knowledge.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
+from fdl.knowledge.aggregation.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
+from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
-from fdl.modules.shards import is_sharded
-from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server
+from fdl.state.shards import is_sharded
+from fdl.state.weights import load_into, state_of
 
 _MERGE = "merge"
 

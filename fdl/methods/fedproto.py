@@ -10,12 +10,12 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.pools import architectures
-from fdl.losses import cross_entropy
+from fdl.knowledge.aggregation.pools import architectures
+from fdl.losses.responses import cross_entropy
 from fdl.messages import Prototypes
 from fdl.methods.base import Method
+from fdl.modules.objectives import Objective
 from fdl.modules.output import Output
-from fdl.objectives import Objective
 from fdl.participants import Client, Server
 
 UNKNOWN = 30.0

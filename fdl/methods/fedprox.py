@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
+from fdl.losses.proximal import proximal
 from fdl.methods.fedavg import FedAvg
-from fdl.objectives import Objective, training_step
-from fdl.proximal import proximal
+from fdl.modules.objectives import Objective, training_step
 from fdl.robust.base import Rule
-from fdl.server_optimizers import ServerOptimizer
 
 
 @dataclass(eq=False)

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.losses import distillation
+from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
+from fdl.losses.responses import distillation
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.weights import state_of
 from fdl.participants import Client
 from fdl.robust.base import Rule
-from fdl.server_optimizers import ServerOptimizer
+from fdl.state.weights import state_of
 
 
 class FML(FedAvg):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation import ParameterMean
+from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
 from fdl.modules.site_prompts import Generator
-from fdl.modules.weights import load_into, state_of
 from fdl.participants import Client, Server, copy_of
+from fdl.state.weights import load_into, state_of
 
 
 class PFedPG(Method):

@@ -9,20 +9,26 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fdl.datamodules.samples import Batch
 from fdl.errors import UserError
-from fdl.knowledge.option import at_least, not_negative, positive
-from fdl.knowledge.shares import Cap
-from fdl.knowledge.subsampling import rows_of_round
-from fdl.knowledge.targets import Answered
-from fdl.knowledge.token_confidence import TokenConfidence
-from fdl.knowledge.token_mixture import TokenKnowledge, TokenMixture
-from fdl.knowledge.tokens import TokenAnswering, drawn_message, require_language_model, translates, vocabulary
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
+from fdl.knowledge.confidence.tokens import TokenConfidence
+from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
+from fdl.knowledge.distillation.targets import Answered
+from fdl.knowledge.distillation.token_upload import (
+    TokenAnswering,
+    drawn_message,
+    require_language_model,
+    translates,
+    vocabulary,
+)
+from fdl.losses.tokens import next_token_and_sparse, sparse_distillation
+from fdl.messages.sparse_responses import SparseResponses
 from fdl.methods.base import Method
+from fdl.modules.objectives import mean_over
+from fdl.modules.types import Batch
 from fdl.participants import Client, Participant, Server
-from fdl.sparse_responses import SparseResponses
-from fdl.terms import mean_over
-from fdl.token_losses import next_token_and_sparse, sparse_distillation
+from fdl.utils.arguments import at_least, not_negative, positive
 
 _CAPACITY = 4  # ids a token that the mixture keeps, for each that a client may send
 _LOGITS = 1 << 22  # values of a head's output that exist at a time

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
+from fdl.losses.tokens import next_token_loss, token_nll
 from fdl.modules.features import capture
 from fdl.modules.language_model import LanguageModel
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, make_tokenizer, own_tokenizer
 from fdl.modules.transformers_module import Batch, masked_mean
-from fdl.token_losses import next_token_loss, token_nll
 
 
 class Alignment(NamedTuple):

@@ -8,16 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
-from fdl.losses import cross_entropy
+from fdl.losses.responses import cross_entropy
 from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.input_adapter import InputAdapter
+from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
 from fdl.modules.trainer_hooks import TrainerHooks
 from fdl.modules.tuning import apply_tuning, hold_frozen
-from fdl.padding import ignores_padding
-from fdl.terms import mean_over, samples_of
+from fdl.utils.suggest import suggest
 
 Batch = tuple[Tensor, Tensor | None]
 

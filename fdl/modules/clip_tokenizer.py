@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
+from fdl.utils.suggest import suggest
 
 PREFIX = "open_clip:"
 """What a tokenizer's name begins with where it is that of an open_clip model."""

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdl.contrastive_losses import MAX_SCALE, clamp_scale, gathered_info_nce, info_nce, logits_between, sigmoid_loss
 from fdl.errors import UserError
+from fdl.losses.contrastive import MAX_SCALE, clamp_scale, gathered_info_nce, info_nce, logits_between, sigmoid_loss
 from fdl.modules.features import capture
 from fdl.modules.output import Output
 from fdl.modules.trainer_hooks import TrainerHooks

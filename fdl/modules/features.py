@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
+from fdl.utils.suggest import suggest
 
 
 def matching(network: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
+from fdl.utils.suggest import suggest
 
 # ITU-R 601 luma, as torchvision and Pillow turn colour into grey
 _LUMA = (0.2989, 0.587, 0.114)

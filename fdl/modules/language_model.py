@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
+from fdl.losses.tokens import next_token_loss, sample_ids, token_nll
 from fdl.modules.features import capture
+from fdl.modules.objectives import mean_over, next_tokens_of
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
 from fdl.modules.transformers_loading import load_model
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
-from fdl.terms import mean_over, next_tokens_of
-from fdl.token_losses import next_token_loss, sample_ids, token_nll
 
 
 class LanguageModel(TransformersModule):
@@ -147,7 +147,7 @@ class LanguageModel(TransformersModule):
         return Output(self.head(hidden), masked_mean(hidden, tokens >= 0), seen)
 
     def token_nll(self, tokens: Tensor) -> Tensor:
-        """Return the negative log-likelihood of every next token, see `fdl.token_losses.token_nll`."""
+        """Return the negative log-likelihood of every next token, see `fdl.losses.tokens.token_nll`."""
         return token_nll(self.hidden(tokens), self.head, tokens, self.chunk)
 
     @mean_over(next_tokens_of)

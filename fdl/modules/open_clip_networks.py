@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
 from fdl.modules.checkpoints import brief, read_weights
 from fdl.modules.clip_tokenizer import model_config
 from fdl.modules.state_names import misfit
 from fdl.modules.tuning import linear_layers
+from fdl.utils.suggest import suggest
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _FAULTS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, SafetensorError)

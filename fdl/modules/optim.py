@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fdl.catalog import KINDS, find, suggest
 from fdl.errors import UserError
+from fdl.registry.kinds import KINDS, find
+from fdl.utils.suggest import suggest
 
 
 def build_optimizer(

@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fdl import checkpoint as checkpoints
-from fdl.catalog import suggest
-from fdl.components import instantiate
 from fdl.errors import UserError
 from fdl.modules.checkpoints import read_weights
 from fdl.modules.classifier import ImageClassifier
@@ -20,7 +17,10 @@ from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.prompts import Context, PromptedTowers, embedding_of, placeholder_for, sentences_of, start_of
 from fdl.modules.tokenizers import make_tokenizer
 from fdl.modules.tuning import frozen_names
-from fdl.modules.weights import load_into, state_of
+from fdl.registry.instantiate import instantiate
+from fdl.state import checkpoint as checkpoints
+from fdl.state.weights import load_into, state_of
+from fdl.utils.suggest import suggest
 
 
 class PromptedDualEncoder(ImageClassifier):

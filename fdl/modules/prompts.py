@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fdl.contrastive_losses import MAX_SCALE
 from fdl.errors import UserError
+from fdl.losses.contrastive import MAX_SCALE
 from fdl.modules.dual_encoder import DualEncoder
-from fdl.zero_shot import padded
+from fdl.modules.zero_shot import padded
 
 _SPREAD = 0.02
 """Standard deviation of context vectors that start from no words (CoOp)."""

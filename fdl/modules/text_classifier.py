@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.losses import cross_entropy
+from fdl.losses.responses import cross_entropy
 from fdl.modules.checkpoints import brief
 from fdl.modules.features import capture, capture_input, last_layer
+from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
 from fdl.modules.transformers_loading import load_model, own_head
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
-from fdl.padding import ignores_padding
-from fdl.terms import mean_over, samples_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,12 +10,12 @@ import timm
 from timm.models import PretrainedCfg
 from torch import nn
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
 from fdl.modules.checkpoints import brief, read_arrays, read_weights
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.input_adapter import adapter_for
 from fdl.modules.state_names import misfit
+from fdl.utils.suggest import suggest
 
 
 class Timm(ImageClassifier):

@@ -7,12 +7,12 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
 from fdl.modules.checkpoints import brief, load_weights, read_weights, set_inputs, set_outputs
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.features import last_layer
 from fdl.modules.input_adapter import adapter_for
+from fdl.utils.suggest import suggest
 
 
 class Torchvision(ImageClassifier):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
 from fdl.modules.checkpoints import brief, read_weights
 from fdl.modules.hub import hub
+from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fdl.catalog import suggest
 from fdl.errors import UserError
-from fdl.libraries import library
 from fdl.modules.checkpoints import require_finite
 from fdl.modules.features import matching
+from fdl.utils.libraries import library
+from fdl.utils.suggest import suggest
 
 TUNINGS = ("full", "head", "frozen", "lora")
 """What `apply_tuning` knows."""

@@ -13,7 +13,7 @@ from fdl.modules.classifier import ImageClassifier
 from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.dual_encoder import scale_of
 from fdl.modules.open_clip_model import OpenClip
-from fdl.zero_shot import zero_shot_classifier
+from fdl.modules.zero_shot import zero_shot_classifier
 
 
 class ZeroShotClassifier(ImageClassifier):
@@ -29,7 +29,7 @@ class ZeroShotClassifier(ImageClassifier):
         classes: names of the classes, in the order of the labels.
         pretrained: tag of open_clip's weights, e.g. ``laion2b_s34b_b79k``.
         checkpoint: local file of weights instead, as in `OpenClip`.
-        templates: a name among `fdl.zero_shot.TEMPLATES`, or sentences with ``{}`` for the class's name.
+        templates: a name among `fdl.modules.zero_shot.TEMPLATES`, or sentences with ``{}`` for the class's name.
         adapt: bring images to what the model knows, as in `OpenClip`.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.

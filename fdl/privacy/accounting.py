@@ -31,7 +31,7 @@ from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 from fdl.errors import UserError
-from fdl.libraries import library
+from fdl.utils.libraries import library
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent

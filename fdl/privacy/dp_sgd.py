@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fdl.executor import Executor, Sequential
-from fdl.fit_optimizers import schedule_of
-from fdl.modules.weights import trainable
-from fdl.objectives import training_step
+from fdl.engine.optimizers import schedule_of
+from fdl.federation.executors import Executor, Sequential
+from fdl.modules.objectives import training_step
 from fdl.privacy.accounting import Policy, affords, event, solve_noise, spend
+from fdl.state.weights import trainable
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fdl.datamodules.samples import Samples
-    from fdl.objectives import Objective
+    from fdl.modules.objectives import Objective
     from fdl.participants import Client
-    from fdl.recipe import Fit
+    from fdl.recipe.config import Fit
 
 log = logging.getLogger("fdl")
 

@@ -14,14 +14,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fdl.engine.inference import each
 from fdl.errors import UserError
-from fdl.inference import each
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from fdl.datamodules.samples import Batch, Samples
-    from fdl.objectives import Objective
+    from fdl.datamodules.samples import Samples
+    from fdl.modules.objectives import Objective
+    from fdl.modules.types import Batch
 
 log = logging.getLogger("fdl")
 

@@ -19,75 +19,18 @@ each institution keeps a seed of its own to itself. It is floating-point noise, 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdl.errors import UserError
-from fdl.knowledge.aggregation import Knowledge, ResponseMean
-from fdl.knowledge.option import Option
+from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
 from fdl.messages import Responses
-from fdl.participants import Client, Participant, Server
+from fdl.participants import Participant
 from fdl.privacy.accounting import affords, spend
 
 log = logging.getLogger("fdl")
-
-
-class Release(Option, ABC):
-    """How answers to the proxy set are made private.
-
-    Attributes:
-        by: who adds the noise.
-        space: what the clients have to send.
-    """
-
-    by: Literal["client", "server"]
-    space: Literal["logits", "probabilities"]
-
-    def check(self, space: str, weighted: bool, beside: Mapping[str, object]) -> None:
-        """Refuse settings by which more would go out than this covers.
-
-        Args:
-            space: what the clients send.
-            weighted: whether confidences go with the answers.
-            beside: options by name, None where one is off.
-
-        Raises:
-            UserError: naming the option.
-        """
-        name = type(self).name
-        if space != self.space:
-            raise UserError(f"release: {name} is for {self.space}, and space is {space}")
-        if weighted and self.by == "server":
-            raise UserError(f"release: {name} counts all clients alike, so confidence must be left out")
-        # what is sent, or left unsaid, without noise; and what is made of single clients' answers before the noise
-        bare = ("features", "prototypes", "frequency", *(("weights", "personal") if self.by == "server" else ()))
-        for option in bare:
-            if beside.get(option) is not None:
-                raise UserError(f"release: {name} adds noise to answers, and {option} would go out without any")
-
-    @abstractmethod
-    def message(self, client: Client, said: Responses, log_weights: Tensor | None) -> Responses | None:
-        """What a client sends; None where its budget is spent.
-
-        Args:
-            client: who answers.
-            said: its exact answers, as many a row as there are classes.
-            log_weights: how sure it is of each, [n]; None where no confidence is asked for.
-        """
-
-    def collect(self, mean: ResponseMean, server: Server, rows: Tensor | None) -> ResponseMean | Protected:
-        """What takes in the clients' answers in a round.
-
-        Args:
-            mean: that averages them.
-            server: who asks.
-            rows: of the proxy set that are asked for, int64 [n], None for all.
-        """
-        return mean
 
 
 class Protected:

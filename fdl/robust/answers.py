@@ -9,15 +9,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fdl.engine.runtime import seed_everything
 from fdl.errors import UserError
-from fdl.knowledge.aggregation import Knowledge, ResponseMean, Space
+from fdl.knowledge.aggregation.means import Knowledge, ResponseMean, Space
 from fdl.messages import Responses
 from fdl.participants import Server
-from fdl.robust.ballot import BLOCK, Ballot, Votes, capped, report
 from fdl.robust.base import Plain, Rule
 from fdl.robust.parameters import own_samples
-from fdl.runtime import seed_everything
-from fdl.seeding import stream_seed, torch_stream
+from fdl.robust.votes import BLOCK, Ballot, Votes, capped, report
+from fdl.utils.seeding import stream_seed, torch_stream
 
 log = logging.getLogger("fdl")
 

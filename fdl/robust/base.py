@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fdl.knowledge.shares import Cap
-from fdl.robust.ballot import Ballot, Decision, Votes
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.robust.votes import Ballot, Decision, Votes
 
 
 class Rule(ABC):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.option import not_negative, one_of, positive
-from fdl.robust.ballot import Ballot, Decision
 from fdl.robust.base import Plain, Rule
-from fdl.robust.distances import GeometricMedian
+from fdl.robust.distance_based import GeometricMedian
+from fdl.robust.votes import Ballot, Decision
+from fdl.utils.arguments import not_negative, one_of, positive
 
 _TINY = torch.finfo(torch.float64).tiny
 _NEAR = 1e-6

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
-from fdl.knowledge.aggregation import ParameterMean
+from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Parameters
-from fdl.modules.weights import load_into, state_of
 from fdl.participants import Server
-from fdl.robust.ballot import BLOCK, Ballot, Votes, report
 from fdl.robust.base import Plain, Rule
+from fdl.robust.votes import BLOCK, Ballot, Votes, report
+from fdl.state.weights import load_into, state_of
 
 log = logging.getLogger("fdl")
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.option import one_of
-from fdl.robust.ballot import Ballot, Decision, Votes
 from fdl.robust.base import Rule
-from fdl.robust.distances import GeometricMedian
+from fdl.robust.distance_based import GeometricMedian
+from fdl.robust.votes import Ballot, Decision, Votes
+from fdl.utils.arguments import one_of
 
 _TINY = torch.finfo(torch.float64).tiny
 

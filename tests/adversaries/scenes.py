@@ -6,7 +6,7 @@ import torch
 
 from fdl.adversaries.base import Scene
 from fdl.messages import Confidences, Parameters, Responses
-from fdl.seeding import torch_stream
+from fdl.utils.seeding import torch_stream
 
 
 @dataclass

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fdl.adversaries.answers import ClassConfusion, FixedClass, HiddenReplay, LeastLikely, RandomClass
-from fdl.adversaries.riders import FreeRider, Sybil
-from fdl.adversaries.vectors import ALittleIsEnough, GaussianNoise, InnerProduct, SignFlip, largest_z
+from fdl.adversaries.free_riders import FreeRider, Sybil
+from fdl.adversaries.parameters import ALittleIsEnough, GaussianNoise, InnerProduct, SignFlip, largest_z
 from fdl.errors import UserError
 from fdl.messages import Bundle, Features, Parameters, Prototypes, Responses, Standing, parts_of
 from tests.adversaries.scenes import Player, answers, flat, scene, weights

@@ -7,14 +7,14 @@ from fdl.adversaries.answers import FixedClass, LeastLikely, RandomClass
 from fdl.adversaries.base import Scene
 from fdl.adversaries.coalition import Adversaries, Coalition, chosen, recruit
 from fdl.adversaries.data import LabelFlip
-from fdl.adversaries.riders import FreeRider, Sybil
-from fdl.adversaries.vectors import ALittleIsEnough, GaussianNoise, SignFlip
+from fdl.adversaries.free_riders import FreeRider, Sybil
+from fdl.adversaries.parameters import ALittleIsEnough, GaussianNoise, SignFlip
 from fdl.errors import UserError
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedproto import FedProto
 from fdl.methods.single_site import SingleSite
-from fdl.recipe import Dishonest
+from fdl.recipe.config import Dishonest
 from tests.adversaries.scenes import Player, answers, flat, weights
 from tests.test_loop import Crash, outcome
 from tests.toy import federation, weight

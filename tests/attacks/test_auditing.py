@@ -6,11 +6,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-from fdl import cli, runs
+from fdl.attacks.audit import audit, judge
 from fdl.attacks.base import Attack, Curve, Findings, Subject
-from fdl.auditing import AUDIT, audit, audit_run, judge
+from fdl.cli import main as cli
 from fdl.errors import UserError
-from fdl.report import print_table
+from fdl.runs import run as runs
+from fdl.runs.audit import AUDIT, audit_run
+from fdl.runs.report import print_table
 from tests.attacks.runs import finished, recipe
 
 
@@ -143,7 +145,7 @@ def test_what_cannot_be_audited_is_said_in_one_message(run, tmp_path, capsys):
 def test_attacks_are_for_data_that_they_know():
     from types import SimpleNamespace
 
-    from fdl.build import _attacks
+    from fdl.build.federation import _attacks
 
     with pytest.raises(UserError, match=r"evaluation\.attacks\.0: lira is for classification data"):
         _attacks(recipe(evaluation={"attacks": ["lira"]}), SimpleNamespace(task="language"))

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from fdl.attacks.audit import audit
 from fdl.attacks.base import Subject, twin_of
 from fdl.attacks.confidence_inference import ConfidenceInference, likelihood_ratio
 from fdl.attacks.confidence_inversion import ConfidenceInversion
 from fdl.attacks.roc import Roc
-from fdl.auditing import _recipe, audit
 from fdl.build import build
 from fdl.errors import UserError
-from fdl.knowledge.confidence import public_space
-from fdl.knowledge.density import Density
+from fdl.knowledge.confidence.base import public_space
+from fdl.knowledge.confidence.density import Density
 from fdl.messages import Confidences
 from fdl.recipe import from_mapping
+from fdl.runs.audit import _recipe
 
 FIT = {"steps": 1, "batch_size": 16, "optimizer": {"target": "sgd", "args": {"lr": 0.1}}}
 

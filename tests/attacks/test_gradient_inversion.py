@@ -6,18 +6,18 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
+from fdl.attacks.audit import audit
 from fdl.attacks.base import Subject
 from fdl.attacks.gradient_inversion import GradientInversion
 from fdl.attacks.image_quality import Scale, alike, assigned, psnr, ssim
 from fdl.attacks.matching import analytic, gradients, inferred_labels, total_variation
 from fdl.attacks.updates import update
-from fdl.auditing import audit
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
 from fdl.modules.classifier import ImageClassifier
-from fdl.modules.tiny import MLP, TrunkAndHead
-from fdl.modules.weights import state_of
-from fdl.seeding import stream_seed
+from fdl.modules.small_classifiers import MLP, TrunkAndHead
+from fdl.state.weights import state_of
+from fdl.utils.seeding import stream_seed
 from tests.attacks.runs import finished
 
 SHAPE = (1, 8, 8)

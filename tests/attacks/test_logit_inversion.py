@@ -2,10 +2,10 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from fdl.attacks.audit import audit
 from fdl.attacks.base import Subject
 from fdl.attacks.inversion_network import LEAST, Inversion, public_means, targets
 from fdl.attacks.logit_inversion import LogitInversion, compare
-from fdl.auditing import audit
 from fdl.errors import UserError
 from tests.attacks.runs import finished
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from fdl.attacks.audit import audit
 from fdl.attacks.base import Subject
 from fdl.attacks.candidates import candidates
 from fdl.attacks.membership import RMIA, LiRA, LossThreshold, protection
 from fdl.attacks.roc import Roc
 from fdl.attacks.shadows import run_shadow, shadows
-from fdl.auditing import audit
 from fdl.errors import UserError
 from fdl.messages import Responses, parts_of
-from fdl.modules.weights import state_of
 from fdl.privacy.accounting import Policy, event, spend
+from fdl.state.weights import state_of
 from tests.attacks.runs import FIT, finished, recipe
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from fdl.report import summarise
-from fdl.stopwatch import Stopwatch
+from fdl.federation.summary import summarise
+from fdl.utils.stopwatch import Stopwatch
 
 
 @dataclass

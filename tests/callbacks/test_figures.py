@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fdl.callbacks.figures import MOST_COLUMNS, confusion, label_histogram, roc, shares, sizes
+from fdl.utils.figures import MOST_COLUMNS, confusion, label_histogram, roc, shares, sizes
 
 
 def texts(figure):

@@ -5,8 +5,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 
-from fdl.callbacks.events import Curves, hyperparameters, open_writer
 from fdl.callbacks.tensorboard import TensorBoard
+from fdl.utils.tensorboard import Curves, hyperparameters, open_writer
 from tests.callbacks.fakes import FakeLoop, record
 
 
@@ -98,7 +98,7 @@ def test_figures_are_there(finished):
 
 def test_figures_get_the_right_counts(tmp_path, monkeypatch):
     seen = {}
-    from fdl.callbacks import figures
+    from fdl.utils import figures
 
     histogram, confusion = figures.label_histogram, figures.confusion
     monkeypatch.setattr(figures, "label_histogram", lambda c, *n: seen.update(labels=c) or histogram(c, *n))
@@ -109,7 +109,7 @@ def test_figures_get_the_right_counts(tmp_path, monkeypatch):
 
 
 def test_a_figure_that_fails_is_left_out_and_the_rest_is_written(tmp_path, monkeypatch, caplog):
-    from fdl.callbacks import figures
+    from fdl.utils import figures
 
     def fails(*arguments):
         raise RuntimeError("no paint")
@@ -135,7 +135,8 @@ def test_any_class_and_client_name_is_drawn(tmp_path, caplog):
 
 
 def test_a_sharded_student_is_not_asked_by_one_rank_alone(tmp_path, monkeypatch):
-    from fdl.callbacks import figures, tensorboard
+    from fdl.callbacks import tensorboard
+    from fdl.utils import figures
 
     monkeypatch.setattr(tensorboard, "is_sharded", lambda module: True)
     monkeypatch.setattr(figures, "confusion", lambda *arguments: pytest.fail("the other ranks are not there"))

@@ -7,16 +7,16 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fdl.comm.arithmetic import Range
-from fdl.comm.cache import Cache
-from fdl.comm.cast import BFloat16, Float16
 from fdl.comm.codec import Codec
-from fdl.comm.delta import Delta
-from fdl.comm.entropy import Best, Deflate, Zstd
-from fdl.comm.labels import OneHot, Simplex
-from fdl.comm.quantize import Quantize
-from fdl.comm.sparsify import RandomK, TopK
-from fdl.floats import BFLOAT16
+from fdl.comm.stages.cast import BFloat16, Float16
+from fdl.comm.stages.delta import Delta
+from fdl.comm.stages.entropy import Best, Deflate, Zstd
+from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.quantize import Quantize
+from fdl.comm.stages.range_coder import Range
+from fdl.comm.stages.row_cache import Cache
+from fdl.comm.stages.sparsify import RandomK, TopK
+from fdl.state.float_formats import BFLOAT16
 
 LOSSLESS = [Codec(), *(Codec([entropy]) for entropy in (Deflate(), Zstd(), Range(), Best([Deflate(), Range()])))]
 NARROWING = [

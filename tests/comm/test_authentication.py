@@ -16,9 +16,9 @@ from fdl.comm.authentication import KEY, TAG, Authentication
 from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
-from fdl.comm.delta import Delta
 from fdl.comm.ledger import Ledger
-from fdl.comm.quantize import Quantize
+from fdl.comm.stages.delta import Delta
+from fdl.comm.stages.quantize import Quantize
 from fdl.comm.wire import pack
 from fdl.errors import RecipeError, RefusedError, UserError
 from fdl.messages import Bundle, Features, Parameters, Responses

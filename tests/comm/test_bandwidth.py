@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from fdl import checkpoint
 from fdl.comm.bandwidth import Bandwidth, Link
-from fdl.comm.cast import Float16
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
-from fdl.comm.delta import Delta
-from fdl.comm.entropy import Deflate, Zstd
-from fdl.comm.labels import OneHot, Simplex
-from fdl.comm.ladder import Ladder
+from fdl.comm.fallback import Ladder
 from fdl.comm.ledger import Ledger, Note
-from fdl.comm.quantize import Quantize
-from fdl.comm.sparsify import RandomK, TopK
+from fdl.comm.stages.cast import Float16
+from fdl.comm.stages.delta import Delta
+from fdl.comm.stages.entropy import Deflate, Zstd
+from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.quantize import Quantize
+from fdl.comm.stages.sparsify import RandomK, TopK
 from fdl.errors import RecipeError, RefusedError, UserError
 from fdl.messages import Bundle, Confidences, Features, Parameters, Responses
 from fdl.recipe import from_mapping
+from fdl.state import checkpoint
 
 
 def responses(n=400, classes=10, seed=0, **kwargs):

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from fdl.comm.binary import Reader, text, varint
 from fdl.comm.codec import _DTYPES, Codec
-from fdl.comm.memory import Memory
+from fdl.comm.link_state import Memory
 from fdl.comm.wire import pack, unpack
 from fdl.errors import RefusedError, UserError
 from fdl.messages import Parameters

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fdl.comm.cast import BFloat16, Float16
-from fdl.comm.stage import Spec, Turn
-from fdl.floats import BFLOAT16, is_float, narrow, widen
+from fdl.comm.stages.base import Spec, Turn
+from fdl.comm.stages.cast import BFloat16, Float16
+from fdl.state.float_formats import BFLOAT16, is_float, narrow, widen
 
 BITS = hnp.arrays(np.uint32, st.integers(1, 50), elements=st.integers(0, 2**32 - 1))
 

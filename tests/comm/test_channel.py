@@ -6,18 +6,18 @@ import weakref
 import pytest
 import torch
 
-from fdl import checkpoint
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
-from fdl.comm.delta import Delta
-from fdl.comm.entropy import Deflate
 from fdl.comm.ledger import Ledger, Row
-from fdl.comm.quantize import Quantize
-from fdl.comm.sparsify import TopK
+from fdl.comm.stages.delta import Delta
+from fdl.comm.stages.entropy import Deflate
+from fdl.comm.stages.quantize import Quantize
+from fdl.comm.stages.sparsify import TopK
 from fdl.comm.wire import BROADCAST, pack
 from fdl.errors import RefusedError, UserError
 from fdl.messages import Bundle, Features, Parameters, Responses
-from fdl.seeding import numpy_stream
+from fdl.state import checkpoint
+from fdl.utils.seeding import numpy_stream
 
 
 class Tapped(Channel):

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.comm.binary import Reader, text, varint
-from fdl.comm.cast import Float16
 from fdl.comm.codec import Codec
-from fdl.comm.entropy import Deflate, Zstd
-from fdl.comm.quantize import Quantize
-from fdl.comm.stage import ArrayStage, Coded, Spec, Turn
+from fdl.comm.stages.base import ArrayStage, Coded, Spec, Turn
+from fdl.comm.stages.cast import Float16
+from fdl.comm.stages.entropy import Deflate, Zstd
+from fdl.comm.stages.quantize import Quantize
 from fdl.errors import RefusedError, UserError
-from fdl.floats import BFLOAT16, is_float
+from fdl.state.float_formats import BFLOAT16, is_float
 from tests.comm.strategies import CHAINS, FURTHER, LOSSLESS, LOSSY, allocates_at_most, as_float64, fields, same
 
 LIMIT = 1 << 20

@@ -9,9 +9,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl.comm.arithmetic import Range
-from fdl.comm.entropy import Best, Deflate, Zstd
-from fdl.comm.quantize import Quantize
+from fdl.comm.stages.entropy import Best, Deflate, Zstd
+from fdl.comm.stages.quantize import Quantize
+from fdl.comm.stages.range_coder import Range
 from fdl.errors import RefusedError, UserError
 from tests.comm.strategies import allocates_at_most
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.comm.codec import Codec
-from fdl.comm.entropy import Deflate
-from fdl.comm.labels import OneHot, Simplex
-from fdl.comm.quantize import Quantize
-from fdl.comm.stage import Spec, Turn
+from fdl.comm.stages.base import Spec, Turn
+from fdl.comm.stages.entropy import Deflate
+from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.quantize import Quantize
 from fdl.errors import RefusedError, UserError
-from fdl.floats import BFLOAT16, narrow
+from fdl.state.float_formats import BFLOAT16, narrow
 from tests.comm.strategies import as_float64, same
 
 

@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl import checkpoint
-from fdl.comm.arithmetic import Range
-from fdl.comm.cache import Cache
 from fdl.comm.codec import Codec
-from fdl.comm.delta import Delta
-from fdl.comm.entropy import Best, Deflate
-from fdl.comm.labels import OneHot, Simplex
-from fdl.comm.memory import Memory
-from fdl.comm.quantize import Quantize
-from fdl.comm.sparsify import RandomK, TopK
+from fdl.comm.link_state import Memory
+from fdl.comm.stages.delta import Delta
+from fdl.comm.stages.entropy import Best, Deflate
+from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.quantize import Quantize
+from fdl.comm.stages.range_coder import Range
+from fdl.comm.stages.row_cache import Cache
+from fdl.comm.stages.sparsify import RandomK, TopK
 from fdl.errors import RefusedError, UserError
-from fdl.floats import BFLOAT16, narrow
+from fdl.state import checkpoint
+from fdl.state.float_formats import BFLOAT16, narrow
 from tests.comm.strategies import allocates_at_most, same
 
 LIMIT = 1 << 20

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl.comm import positions
+from fdl.comm.stages import positions
 from fdl.errors import RefusedError
 
 

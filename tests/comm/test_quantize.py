@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl.comm.quantize import Quantize, _outwards
-from fdl.comm.stage import Spec, Turn
+from fdl.comm.stages.base import Spec, Turn
+from fdl.comm.stages.quantize import Quantize, _outwards
 from fdl.errors import RefusedError, UserError
 from tests.comm.strategies import as_float64, float_arrays
 

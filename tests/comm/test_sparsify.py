@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.comm.codec import Codec
-from fdl.comm.delta import Delta
-from fdl.comm.memory import Memory
-from fdl.comm.quantize import Quantize
-from fdl.comm.sparsify import RandomK, TopK
-from fdl.comm.stage import Coded, Spec, Turn
+from fdl.comm.link_state import Memory
+from fdl.comm.stages.base import Coded, Spec, Turn
+from fdl.comm.stages.delta import Delta
+from fdl.comm.stages.quantize import Quantize
+from fdl.comm.stages.sparsify import RandomK, TopK
 from fdl.errors import RefusedError, UserError
 
 LIMIT = 1 << 20

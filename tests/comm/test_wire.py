@@ -12,12 +12,12 @@ from torch import nn
 
 from fdl.comm.binary import text, varint
 from fdl.comm.codec import Codec
-from fdl.comm.entropy import Deflate, Zstd
-from fdl.comm.quantize import Quantize
+from fdl.comm.stages.entropy import Deflate, Zstd
+from fdl.comm.stages.quantize import Quantize
 from fdl.comm.wire import BROADCAST, HEADER, _decode_meta, _encode_meta, pack, unpack
 from fdl.errors import RefusedError
 from fdl.messages import Confidences, Parameters, Responses
-from fdl.pieces import Pieces
+from fdl.state.flat_tensors import Pieces
 from tests.comm.strategies import CHAINS, allocates_at_most
 
 RAW = Codec()

@@ -8,7 +8,7 @@ import pytest
 from fdl.build import build
 from fdl.datamodules.arrivals import ClassIncremental, DomainIncremental
 from fdl.errors import UserError
-from fdl.estimate import estimate_bytes
+from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.recipe import from_mapping
 from tests.test_loop import Crash
 

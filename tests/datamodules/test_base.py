@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from fdl.datamodules.base import FederatedDataModule, Source, stratified
+from fdl.datamodules.base import FederatedDataModule, stratified
 from fdl.datamodules.digits import Digits
 from fdl.datamodules.images import ImageDataModule, recoloured, resized
 from fdl.datamodules.partition import ByGroup, Dirichlet
 from fdl.datamodules.samples import TensorSamples
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from fdl.datamodules.base import FederatedDataModule, Source
+from fdl.datamodules.base import FederatedDataModule
 from fdl.datamodules.digits import Digits
 from fdl.datamodules.images import ImageDataModule
 from fdl.datamodules.samples import TensorSamples
+from fdl.datamodules.source import Source
 from fdl.errors import UserError
 
 X = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ from fdl.datamodules.partition import ByGroup, ClassSplit
 from fdl.datamodules.samples import TensorSamples
 from fdl.datamodules.text import TextSamples
 from fdl.errors import UserError
-from fdl.modules.tiny_dual_encoder import TinyDualEncoder
+from fdl.modules.small_dual_encoder import TinyDualEncoder
 
 SPLITS = ("train", "proxy", "validation", "test")
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

@@ -16,7 +16,7 @@ from fdl.datamodules.partition import (
     Shards,
 )
 from fdl.errors import UserError
-from fdl.seeding import numpy_stream
+from fdl.utils.seeding import numpy_stream
 
 LABELS = np.random.default_rng(0).integers(0, 10, 2000)
 GROUPS = np.random.default_rng(1).choice(["north", "south", "east"], 2000, p=[0.6, 0.3, 0.1])

@@ -2,13 +2,13 @@
 
 import pytest
 
-from fdl.catalog import KINDS, entries
-from fdl.components import instantiate
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator
 from fdl.evaluators.linear_probe import LinearProbe
 from fdl.evaluators.zero_shot import ZeroShot
-from fdl.tasks import TASKS
+from fdl.metrics.tasks import TASKS
+from fdl.registry.instantiate import instantiate
+from fdl.registry.kinds import KINDS, entries
 
 
 def test_all_are_found_by_name_and_say_what_they_are_for():

@@ -13,7 +13,7 @@ from fdl.errors import UserError
 from fdl.evaluators.labelled import labelled
 from fdl.evaluators.linear_probe import LinearProbe
 from fdl.modules.output import Output
-from fdl.modules.tiny import MLP
+from fdl.modules.small_classifiers import MLP
 from tests.evaluators.models import Towers
 from tests.evaluators.pairs import Pairs
 from tests.evaluators.worlds import server

@@ -44,9 +44,9 @@ def test_an_empty_test_set_and_a_cut_at_nothing():
 
 
 def test_a_small_dual_encoder_learns_to_find_its_pairs():
-    from fdl.modules.tiny_dual_encoder import TinyDualEncoder
+    from fdl.modules.small_dual_encoder import TinyDualEncoder
     from fdl.modules.tokenizers import ByteTokenizer
-    from fdl.zero_shot import padded
+    from fdl.modules.zero_shot import padded
 
     class Icons(Pairs):
         """Noise for images, so that they differ in more than brightness."""

@@ -1,8 +1,8 @@
 """A server with public data and no federation around it."""
 
+from fdl.engine.runtime import Runtime
 from fdl.participants import Server
 from fdl.recipe import Fit
-from fdl.runtime import Runtime
 
 
 def server(

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.errors import RefusedError
-from fdl.knowledge.aggregation import ParameterMean, ResponseMean
-from fdl.knowledge.shares import Cap
+from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
+from fdl.knowledge.aggregation.shares import Cap
 from fdl.messages import Confidences, Parameters, Responses
 
 ROWS, CLASSES = 7, 4

@@ -3,8 +3,8 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 
-from fdl.knowledge.aggregation import ResponseMean
-from fdl.knowledge.calibration import LIMITS, fit_temperature
+from fdl.knowledge.aggregation.means import ResponseMean
+from fdl.knowledge.confidence.calibration import LIMITS, fit_temperature
 from fdl.messages import Responses
 
 

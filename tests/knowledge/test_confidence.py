@@ -5,8 +5,9 @@ import torch
 from scipy.special import softmax
 from scipy.stats import entropy
 
+from fdl.encoders.base import Pixels
 from fdl.errors import UserError
-from fdl.knowledge.confidence import (
+from fdl.knowledge.confidence.base import (
     LIMIT,
     Confidence,
     Entropy,
@@ -17,9 +18,8 @@ from fdl.knowledge.confidence import (
     Uniform,
     Validation,
 )
-from fdl.knowledge.density import Density
-from fdl.knowledge.domain import DomainClassifier
-from fdl.knowledge.encoder import Pixels
+from fdl.knowledge.confidence.density import Density
+from fdl.knowledge.confidence.domain_classifier import DomainClassifier
 from fdl.messages import Confidences
 from tests.knowledge.clients import client
 

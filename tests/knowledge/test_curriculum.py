@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fdl.datamodules.samples import TensorSamples
+from fdl.engine.batches import batches
 from fdl.errors import UserError
-from fdl.knowledge.aggregation import Knowledge
-from fdl.knowledge.curriculum import PACINGS, Curriculum, Paced, difficulty
+from fdl.knowledge.aggregation.means import Knowledge
+from fdl.knowledge.distillation.curriculum import PACINGS, Curriculum, Paced, difficulty
 from fdl.recipe import Fit
-from fdl.sampling import batches
 
 
 def knowledge(agreement, log_weight):

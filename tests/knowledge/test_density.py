@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 from sklearn.neighbors import NearestNeighbors
 
-from fdl.knowledge.confidence import LIMIT
-from fdl.knowledge.density import Density, group_means, intrinsic_dimension, typical_distance
-from fdl.knowledge.encoder import PCA, Pixels
+from fdl.encoders.base import PCA, Pixels
+from fdl.knowledge.confidence.base import LIMIT
+from fdl.knowledge.confidence.density import Density, group_means, intrinsic_dimension, typical_distance
 from tests.knowledge.clients import client, samples
 
 RNG = np.random.default_rng(0)

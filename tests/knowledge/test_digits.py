@@ -9,11 +9,11 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from fdl.knowledge.aggregation import ResponseMean
-from fdl.knowledge.confidence import Entropy, Product
-from fdl.knowledge.density import Density
-from fdl.knowledge.domain import DomainClassifier
-from fdl.knowledge.encoder import PCA, Pixels
+from fdl.encoders.base import PCA, Pixels
+from fdl.knowledge.aggregation.means import ResponseMean
+from fdl.knowledge.confidence.base import Entropy, Product
+from fdl.knowledge.confidence.density import Density
+from fdl.knowledge.confidence.domain_classifier import DomainClassifier
 from fdl.messages import Confidences, Responses
 from tests.knowledge.clients import client
 

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from fdl.knowledge.confidence import LIMIT
-from fdl.knowledge.domain import DomainClassifier
-from fdl.knowledge.encoder import Pixels
+from fdl.encoders.base import Pixels
+from fdl.knowledge.confidence.base import LIMIT
+from fdl.knowledge.confidence.domain_classifier import DomainClassifier
 from tests.knowledge.clients import client
 
 RNG = np.random.default_rng(0)

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
-from fdl.comm.quantize import Quantize
-from fdl.contrastive_losses import affinities, logits_between
+from fdl.comm.stages.quantize import Quantize
 from fdl.errors import RefusedError
-from fdl.knowledge.confidence import Entropy, Margin, SampleCount, Uniform, Validation
-from fdl.knowledge.density import Density
-from fdl.knowledge.embeddings import AnswerPool, Teachers, answers, blocks, temperature_of
-from fdl.knowledge.mimicry import Guided
-from fdl.knowledge.pair_confidence import OwnPair, confidences
-from fdl.knowledge.shares import Cap
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.knowledge.confidence.base import Entropy, Margin, SampleCount, Uniform, Validation
+from fdl.knowledge.confidence.density import Density
+from fdl.knowledge.confidence.pairs import OwnPair, confidences
+from fdl.knowledge.distillation.affinity import Guided
+from fdl.knowledge.transfer.embeddings import AnswerPool, Teachers, answers, blocks, temperature_of
+from fdl.losses.contrastive import affinities, logits_between
 from fdl.messages import Confidences, Responses
 from fdl.methods.affinity_distillation import AffinityDistillation
 from tests.pairs import PairSamples, blobs, federation, fit, tiny

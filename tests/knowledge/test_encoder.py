@@ -5,8 +5,8 @@ from lightning import LightningModule
 from sklearn.metrics import pairwise_distances
 from torch import nn
 
+from fdl.encoders.base import PCA, Frozen, Pixels
 from fdl.errors import UserError
-from fdl.knowledge.encoder import PCA, Frozen, Pixels
 from fdl.modules.output import Output
 from tests.knowledge.clients import samples
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from fdl.datamodules.samples import TensorSamples
+from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
-from fdl.knowledge.extraction import EMBEDDING, Moments, blocks, extract, layer_names, pool
-from fdl.modules.tiny import CNN, MLP, ViT
-from fdl.runtime import Runtime
+from fdl.knowledge.transfer.extraction import EMBEDDING, Moments, blocks, extract, layer_names, pool
+from fdl.modules.small_classifiers import CNN, MLP, ViT
 
 SHAPE = {"num_classes": 3, "input_shape": (1, 8, 8)}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fdl.errors import RefusedError, UserError
-from fdl.feature_losses import linear_cka, relational_distance
-from fdl.knowledge.features import FeatureMean, FeatureTransfer, principal, sketch
-from fdl.knowledge.shares import Cap
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer, principal, sketch
+from fdl.losses.features import linear_cka, relational_distance
 from fdl.messages import Confidences, Features
 
 

@@ -5,13 +5,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fdl import checkpoint
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.frequency import MEASURES, OnChange
-from fdl.knowledge.memory import LastAnswers, LogWeights
-from fdl.knowledge.personal import AdaptiveWeights, Gains, Similarity, prototype_likeness, response_likeness, shifted
-from fdl.knowledge.subsampling import AnswerCache, rows_of_round
+from fdl.knowledge.aggregation.last_uploads import LastAnswers, LogWeights
+from fdl.knowledge.distillation.personalization import (
+    AdaptiveWeights,
+    Gains,
+    Similarity,
+    prototype_likeness,
+    response_likeness,
+    shifted,
+)
+from fdl.knowledge.distillation.proxy_subsampling import AnswerCache, rows_of_round
+from fdl.knowledge.distillation.upload_on_change import MEASURES, OnChange
 from fdl.messages import Confidences, Features, Prototypes, Responses, Standing
+from fdl.state import checkpoint
 
 P = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75], [0.0, 1.0]])
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fdl.knowledge.pools import PoolAggregates, PoolMeans, between, part_of, together
+from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, between, part_of, together
 from fdl.messages import Parameters
 
 

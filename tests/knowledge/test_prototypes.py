@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from fdl.encoders.base import Pixels
 from fdl.errors import UserError
-from fdl.knowledge.encoder import Pixels
-from fdl.knowledge.extraction import Extracted
-from fdl.knowledge.prototypes import PrototypeKnowledge, PrototypePool, PrototypeTransfer, centroids
-from fdl.knowledge.shares import Cap
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.knowledge.transfer.extraction import Extracted
+from fdl.knowledge.transfer.prototypes import PrototypeKnowledge, PrototypePool, PrototypeTransfer, centroids
 from fdl.messages import Confidences, Prototypes
 from tests.knowledge.clients import client
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fdl.datamodules.samples import TensorSamples
+from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
-from fdl.feature_losses import linear_cka
-from fdl.knowledge.extraction import Extracted
-from fdl.knowledge.features import FeatureTransfer, principal
-from fdl.knowledge.selection import LayerSelection, dependence, select
-from fdl.modules.tiny import CNN
-from fdl.runtime import Runtime
+from fdl.knowledge.transfer.extraction import Extracted
+from fdl.knowledge.transfer.features import FeatureTransfer, principal
+from fdl.knowledge.transfer.layer_selection import LayerSelection, dependence, select
+from fdl.losses.features import linear_cka
+from fdl.modules.small_classifiers import CNN
 
 
 def draw(*shape, seed=0):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.errors import UserError
-from fdl.knowledge.shares import Cap
+from fdl.knowledge.aggregation.shares import Cap
 
 
 def limited(logs, cap):

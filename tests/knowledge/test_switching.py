@@ -3,7 +3,7 @@
 import pytest
 
 from fdl.errors import UserError
-from fdl.knowledge.switching import CENTRALIZED, FEDERATED, Fixed, Never, Plateau
+from fdl.knowledge.distillation.phase_schedule import CENTRALIZED, FEDERATED, Fixed, Never, Plateau
 
 
 class Scripted(Plateau):

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.knowledge.token_pools import mixture_objective, require_equal_tokens
+from fdl.knowledge.aggregation.server_optimizers import SGD
+from fdl.knowledge.distillation.token_pools import mixture_objective, require_equal_tokens
 from fdl.methods.codistillation import Codistillation
-from fdl.server_optimizers import SGD
 from tests.toy_language import DOWN, SHORT, UP, VOCAB, Bigram, Letters, federation, table
 
 PLAIN = {"optimizer": SGD(lr=1.0, momentum=0.0)}

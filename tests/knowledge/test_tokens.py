@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.shares import Cap
-from fdl.knowledge.token_confidence import BayesianMixture, Certainty, TokenEntropy, TokenMaxProbability
-from fdl.knowledge.token_mixture import TokenMixture, padded, relative
-from fdl.knowledge.tokens import TokenAnswering, require_language_model
+from fdl.knowledge.aggregation.shares import Cap
+from fdl.knowledge.aggregation.tokens import TokenMixture, padded, relative
+from fdl.knowledge.confidence.tokens import BayesianMixture, Certainty, TokenEntropy, TokenMaxProbability
+from fdl.knowledge.distillation.token_upload import TokenAnswering, require_language_model
 from fdl.messages import Responses
+from fdl.messages.sparse_responses import FLOOR, LogWeights
 from fdl.methods.token_distillation import TokenDistillation
-from fdl.sparse_responses import FLOOR, LogWeights
 from tests.toy import Linear
 from tests.toy_language import DOWN, LENGTH, SHORT, UP, VOCAB, Bigram, federation, table, windows
 
@@ -103,7 +103,7 @@ def test_only_the_rows_that_are_asked(client):
 
 def test_large_vocabularies_are_done_in_parts(client, monkeypatch):
     whole = answered(client, table(0), k=2, confidence=BayesianMixture())
-    monkeypatch.setattr("fdl.knowledge.tokens._VALUES", 1)
+    monkeypatch.setattr("fdl.knowledge.distillation.token_upload._VALUES", 1)
     parts = answered(client, table(0), k=2, confidence=BayesianMixture())
     assert torch.equal(parts.ids, whole.ids)
     torch.testing.assert_close(parts.values, whole.values)
@@ -333,7 +333,7 @@ def test_a_full_mixture_leaves_the_least_to_the_tail(client):
 def test_it_goes_through_positions_in_parts(client, monkeypatch):
     messages = list(weighted_messages(client))
     whole = mixture(*messages, weighted=True).result()
-    monkeypatch.setattr("fdl.knowledge.token_mixture._POSITIONS", 3)
+    monkeypatch.setattr("fdl.knowledge.aggregation.tokens._POSITIONS", 3)
     parts = mixture(*messages, weighted=True).result()
     assert torch.equal(whole.ids, parts.ids) and torch.equal(whole.probabilities, parts.probabilities)
 

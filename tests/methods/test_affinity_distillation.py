@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from fdl.comm.quantize import Quantize
+from fdl.comm.stages.quantize import Quantize
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.confidence import SampleCount
-from fdl.knowledge.embeddings import answers
-from fdl.knowledge.pair_confidence import OwnPair
+from fdl.knowledge.confidence.base import SampleCount
+from fdl.knowledge.confidence.pairs import OwnPair
+from fdl.knowledge.transfer.embeddings import answers
 from fdl.messages import Responses
 from fdl.methods.affinity_distillation import AffinityDistillation
-from fdl.modules.weights import state_of
 from fdl.participants import copy_of
+from fdl.state.weights import state_of
 from tests.pairs import Given, blobs, federation, fit, given, tiny
 
 

@@ -15,7 +15,7 @@ from fdl.methods.cfed import CFeD
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.output import Output
 from fdl.recipe import load
-from fdl.robust.coordinates import Median
+from fdl.robust.coordinate_wise import Median
 from tests.test_recipes import ROOT
 from tests.toy import federation, weight
 

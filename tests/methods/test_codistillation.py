@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from fdl import runs
-from fdl.comm.quantize import Quantize
+from fdl.comm.stages.quantize import Quantize
 from fdl.errors import UserError
-from fdl.estimate import estimate_bytes
+from fdl.federation.traffic_estimate import estimate_bytes
+from fdl.knowledge.aggregation.server_optimizers import SGD, Adam
 from fdl.methods.codistillation import Codistillation
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.output import Output
-from fdl.modules.tiny import MLP
+from fdl.modules.small_classifiers import MLP
 from fdl.recipe import from_mapping
-from fdl.server_optimizers import SGD, Adam
+from fdl.runs import run as runs
 from tests.test_loop import outcome
 from tests.toy import Linear, federation, weight
 

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from fdl.comm.quantize import Quantize
+from fdl.comm.stages.quantize import Quantize
 from fdl.errors import RefusedError, UserError
-from fdl.estimate import estimate_bytes
-from fdl.knowledge.curriculum import Curriculum
-from fdl.knowledge.features import FeatureTransfer
-from fdl.knowledge.frequency import OnChange
-from fdl.knowledge.personal import AdaptiveWeights, Similarity
-from fdl.knowledge.prototypes import PrototypeTransfer
+from fdl.federation.traffic_estimate import estimate_bytes
+from fdl.knowledge.distillation.curriculum import Curriculum
+from fdl.knowledge.distillation.personalization import AdaptiveWeights, Similarity
+from fdl.knowledge.distillation.upload_on_change import OnChange
+from fdl.knowledge.transfer.features import FeatureTransfer
+from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Bundle, Features, Prototypes, Responses, Standing, parts_of
 from fdl.methods.federated_distillation import FederatedDistillation
 from tests.test_loop import outcome

@@ -8,13 +8,13 @@ import torch
 
 from fdl.datamodules.arrivals import ClassIncremental, Incoming
 from fdl.errors import UserError
-from fdl.estimate import estimate_bytes
-from fdl.knowledge.costs import answer_flops, samples_seen, training_flops, weight_bytes
+from fdl.federation.traffic_estimate import estimate_bytes
+from fdl.knowledge.aggregation.server_optimizers import Adam
+from fdl.knowledge.distillation.cost_model import answer_flops, samples_seen, training_flops, weight_bytes
 from fdl.methods.fed_lpfm import FedLPFM
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.tiny import CNN, MLP
+from fdl.modules.small_classifiers import CNN, MLP
 from fdl.recipe import Component, Fit
-from fdl.server_optimizers import Adam
 from tests.test_loop import outcome
 from tests.toy import E0, E1, Linear, federation, samples, weight
 
@@ -207,7 +207,7 @@ def test_counting_leaves_statistics_and_gradients_alone(tmp_path):
     ],
 )
 def test_samples_seen_are_those_that_batches_draw(count, config, seen):
-    from fdl.sampling import batches
+    from fdl.engine.batches import batches
 
     fit = Fit(batch_size=4, optimizer=Component("sgd"), **config)
     assert samples_seen(count, fit) == seen

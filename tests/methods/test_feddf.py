@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.confidence import Confidence, Uniform, Validation
-from fdl.knowledge.validated import BestOnValidation
+from fdl.knowledge.confidence.base import Confidence, Uniform, Validation
+from fdl.knowledge.distillation.validated import BestOnValidation
 from fdl.messages import Bundle, Confidences, Parameters, Scores
 from fdl.methods.feddf import FedDF
 from tests.toy import E0, E1, federation, samples, weight

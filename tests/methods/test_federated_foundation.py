@@ -11,13 +11,13 @@ from fdl.build import build
 from fdl.datamodules.digits import Digits
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
-from fdl.estimate import estimate_bytes
-from fdl.knowledge.switching import Fixed, Never, Plateau
+from fdl.federation.traffic_estimate import estimate_bytes
+from fdl.knowledge.aggregation.server_optimizers import Adam
+from fdl.knowledge.distillation.phase_schedule import Fixed, Never, Plateau
 from fdl.methods.centralized import Centralized
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_foundation import FederatedFoundation
 from fdl.recipe import from_mapping, load
-from fdl.server_optimizers import Adam
 from tests.test_loop import Crash, outcome
 from tests.toy import E0, E1, federation, samples, weight
 

@@ -9,10 +9,10 @@ from torch import nn
 
 import tests.toy
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.server_optimizers import Adam
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_prompts import FederatedPrompts
 from fdl.modules.output import Output
-from fdl.server_optimizers import Adam
 from tests.test_loop import Crash, outcome
 from tests.toy import Linear, federation
 

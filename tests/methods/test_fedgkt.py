@@ -10,14 +10,14 @@ from torch import nn
 
 from fdl.build import build
 from fdl.comm.codec import Codec
-from fdl.comm.entropy import Deflate
-from fdl.comm.quantize import Quantize
+from fdl.comm.stages.entropy import Deflate
+from fdl.comm.stages.quantize import Quantize
 from fdl.comm.wire import pack, unpack
 from fdl.errors import RefusedError, UserError
+from fdl.messages.private_features import PrivateFeatures
 from fdl.methods.fedgkt import FedGKT
 from fdl.methods.single_site import SingleSite
 from fdl.modules.output import Output
-from fdl.private_features import PrivateFeatures
 from fdl.recipe import from_mapping
 from tests.test_loop import Crash, outcome
 from tests.toy import federation, weight

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.executor import EXECUTORS
-from fdl.knowledge.lora import FFA, FedEx, FedIT, FlexLoRA, FLoRA, adapted_layers, merged
+from fdl.federation.executors import EXECUTORS
+from fdl.knowledge.aggregation.lora import FFA, FedEx, FedIT, FlexLoRA, FLoRA, adapted_layers, merged
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.fedlora import FedLoRA
 from fdl.modules.tuning import apply_tuning
@@ -342,9 +342,10 @@ def exported(loop, folder):
     """An exported student has what was added to its frozen weights, as the run's own has."""
     from transformers import AutoModelForSequenceClassification
 
-    from fdl.exporting import export
-    from fdl.report import summarise, write_summary
-    from fdl.runs import RECIPE, SUMMARY
+    from fdl.federation.summary import summarise
+    from fdl.runs.export import export
+    from fdl.runs.report import write_summary
+    from fdl.state.run_folder import RECIPE, SUMMARY
 
     (loop.folder / RECIPE).write_text(loop.recipe.to_yaml())
     write_summary(loop.folder / SUMMARY, summarise(loop))

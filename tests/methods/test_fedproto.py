@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fdl.errors import UserError
-from fdl.estimate import estimate_bytes
+from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.methods.fedproto import FedProto
 from fdl.methods.single_site import SingleSite
 from fdl.modules.output import Output
-from fdl.modules.tiny import MLP
+from fdl.modules.small_classifiers import MLP
 from tests.test_loop import outcome
 from tests.toy import E0, E1, Linear, federation, samples
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fdl.errors import UserError
-from fdl.estimate import estimate_bytes
+from fdl.federation.traffic_estimate import estimate_bytes
+from fdl.knowledge.aggregation.server_optimizers import Adam
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.fml import FML
 from fdl.methods.single_site import SingleSite
-from fdl.server_optimizers import Adam
 from tests.test_loop import outcome
 from tests.toy import federation, weight
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fdl.knowledge.confidence import SampleCount
+from fdl.knowledge.aggregation.server_optimizers import SGD, Adagrad, Adam, Yogi
+from fdl.knowledge.confidence.base import SampleCount
 from fdl.messages import Confidences
 from fdl.methods.centralized import Centralized
 from fdl.methods.distillation import Distillation
@@ -19,7 +20,6 @@ from fdl.methods.feddf import FedDF
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedprox import FedProx
 from fdl.methods.single_site import SingleSite
-from fdl.server_optimizers import SGD, Adagrad, Adam, Yogi
 from tests.toy import federation, weight
 
 SIGMA = 1 / (1 + math.exp(-1))

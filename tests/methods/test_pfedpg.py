@@ -6,7 +6,7 @@ from torch import nn
 
 import tests.toy
 from fdl.errors import RefusedError, UserError
-from fdl.estimate import estimate_bytes
+from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.pfedpg import PFedPG

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from fdl.build import build
-from fdl.comm.entropy import Deflate
-from fdl.comm.quantize import Quantize
+from fdl.comm.stages.entropy import Deflate
+from fdl.comm.stages.quantize import Quantize
 from fdl.errors import RefusedError, UserError
-from fdl.estimate import estimate_bytes
-from fdl.knowledge.token_confidence import BayesianMixture, TokenEntropy
-from fdl.knowledge.token_mixture import TokenKnowledge, TokenMixture
-from fdl.knowledge.tokens import TokenAnswering, _comb, drawn_message
+from fdl.federation.traffic_estimate import estimate_bytes
+from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
+from fdl.knowledge.confidence.tokens import BayesianMixture, TokenEntropy
+from fdl.knowledge.distillation.token_upload import TokenAnswering, _comb, drawn_message
+from fdl.losses.tokens import next_token_loss, sparse_distillation, token_distillation
+from fdl.messages.sparse_responses import SparseResponses
 from fdl.methods import token_distillation as token_distillation_module
 from fdl.methods.token_distillation import TokenDistillation
 from fdl.modules.tokenizers import train_bpe
 from fdl.recipe import load
-from fdl.sparse_responses import SparseResponses
-from fdl.token_losses import next_token_loss, sparse_distillation, token_distillation
 from tests.toy import Linear
 from tests.toy_language import DOWN, LENGTH, SHORT, UP, VOCAB, Bigram, Letters, federation, table, windows
 

@@ -6,9 +6,9 @@ import torch
 from lightning import Trainer
 from torch import nn
 
-from fdl.modules.dotted import Dotted
+from fdl.modules.custom import Dotted
+from fdl.modules.small_classifiers import CNN, MLP, ViT
 from fdl.modules.timm_model import Timm
-from fdl.modules.tiny import CNN, MLP, ViT
 from fdl.modules.torchvision_model import Torchvision
 
 GREY = {"num_classes": 10, "input_shape": (1, 8, 8)}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fdl.errors import UserError
 from fdl.modules.cifar_resnet import CifarResNet, _Block
-from fdl.modules.weights import count_parameters
+from fdl.state.weights import count_parameters
 from tests.modules.makers import COLOUR
 
 DATA = os.environ.get("FDL_DATA")

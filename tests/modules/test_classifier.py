@@ -8,10 +8,10 @@ from lightning import Fabric
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fdl.components import instantiate
 from fdl.errors import UserError
 from fdl.modules.classifier import ImageClassifier
-from fdl.modules.tiny import MLP, ViT
+from fdl.modules.small_classifiers import MLP, ViT
+from fdl.registry.instantiate import instantiate
 from tests.modules.makers import COLOUR, FAMILIES, GREY, Pair, images, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fdl.errors import UserError
-from fdl.modules.dotted import Dotted
+from fdl.modules.custom import Dotted
 from tests.modules.makers import COLOUR, GREY
 
 HERE = "tests.modules.makers"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fdl.contrastive_losses import info_nce, sigmoid_loss
 from fdl.errors import UserError
+from fdl.losses.contrastive import info_nce, sigmoid_loss
 from fdl.modules.dual_encoder import scale_of
-from fdl.modules.tiny_dual_encoder import Bag, TinyDualEncoder
+from fdl.modules.small_dual_encoder import Bag, TinyDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from tests.modules.makers import quiet_trainer
 from tests.pairs import blobs, tiny

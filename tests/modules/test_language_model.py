@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fdl.errors import UserError
 from fdl.modules.language_model import LanguageModel
 from fdl.modules.tokenizers import train_bpe
-from fdl.modules.weights import load_into, state_of
+from fdl.state.weights import load_into, state_of
 from tests.modules.makers import quiet_trainer
 from tests.modules.text_models import BYTES, DECODERS, padded, saved, windows
 

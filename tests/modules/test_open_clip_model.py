@@ -10,7 +10,7 @@ from fdl.errors import UserError
 from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.open_clip_model import OpenClip, framed
 from fdl.modules.tokenizers import ByteTokenizer
-from fdl.modules.weights import state_of
+from fdl.state.weights import state_of
 
 CONFIG = {
     "embed_dim": 12,

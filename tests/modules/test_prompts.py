@@ -15,13 +15,13 @@ from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.prompt_generator import PromptGenerator
 from fdl.modules.prompted_dual_encoder import PromptedDualEncoder
 from fdl.modules.prompts import inserted, placeholder_for, sentences_of
+from fdl.modules.small_dual_encoder import TinyDualEncoder
 from fdl.modules.soft_prompts import SoftPromptLM
 from fdl.modules.timm_model import Timm
-from fdl.modules.tiny_dual_encoder import TinyDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.modules.visual_prompts import PromptedViT
-from fdl.modules.weights import load_into, state_of
-from fdl.zero_shot import zero_shot_classifier, zero_shot_question
+from fdl.modules.zero_shot import zero_shot_classifier, zero_shot_question
+from fdl.state.weights import load_into, state_of
 from tests.modules.test_language_model import make
 from tests.modules.test_zero_shot_classifier import named  # noqa: F401
 from tests.modules.text_models import BYTES, DECODERS, saved, windows

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from fdl.errors import UserError
 from fdl.modules.text_classifier import TextClassifier
 from fdl.modules.tokenizers import train_bpe
-from fdl.modules.weights import state_of
+from fdl.state.weights import state_of
 from tests.modules.makers import quiet_trainer
 from tests.modules.text_models import BYTES, DECODERS, ENCODERS, padded, saved, windows
 

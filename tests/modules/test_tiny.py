@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.tiny import CNN, MLP, ViT
-from fdl.modules.weights import count_parameters
+from fdl.modules.small_classifiers import CNN, MLP, ViT
+from fdl.state.weights import count_parameters
 from tests.modules.makers import GREY, images
 
 pytestmark = pytest.mark.filterwarnings("ignore")

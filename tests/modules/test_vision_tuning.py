@@ -13,7 +13,7 @@ from fdl.errors import UserError
 from fdl.modules.cifar_resnet import CifarResNet
 from fdl.modules.timm_model import Timm
 from fdl.modules.torchvision_model import Torchvision
-from fdl.modules.weights import load_into, state_of
+from fdl.state.weights import load_into, state_of
 from tests.modules.makers import COLOUR, images
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fdl.modules.weights import count_parameters, load_into, state_of
+from fdl.state.weights import count_parameters, load_into, state_of
 from tests.modules.makers import FAMILIES
 
 

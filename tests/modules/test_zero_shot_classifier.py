@@ -6,9 +6,9 @@ import torch
 from fdl.errors import UserError
 from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.open_clip_model import OpenClip
-from fdl.modules.weights import state_of
+from fdl.modules.zero_shot import zero_shot_classifier, zero_shot_question
 from fdl.modules.zero_shot_classifier import ZeroShotClassifier
-from fdl.zero_shot import zero_shot_classifier, zero_shot_question
+from fdl.state.weights import state_of
 
 CLASSES = ["airplane", "fire truck", "cat"]
 DATA = {"num_classes": 3, "input_shape": (3, 8, 8)}

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from fdl.privacy.guard import Gate
-from fdl.seeding import torch_stream
+from fdl.datamodules.guarded import Gate
+from fdl.utils.seeding import torch_stream
 
 
 def someone(id=0, round=1, seed=0, privacy=None, dp_sgd=None, **more):

@@ -15,21 +15,21 @@ from torch.nn import functional as F
 pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
 
-from fdl import snapshot
 from fdl.build import build
 from fdl.datamodules.samples import TensorSamples
+from fdl.engine.runtime import Runtime
 from fdl.errors import RecipeError, UserError
-from fdl.executor import Sequential
-from fdl.knowledge.targets import Answered
+from fdl.federation import snapshot
+from fdl.federation.executors import Sequential
+from fdl.knowledge.distillation.targets import Answered
 from fdl.methods.fedprox import Held
-from fdl.model_card import model_card
 from fdl.modules.output import Output
 from fdl.modules.tuning import apply_tuning
 from fdl.participants import Client, copy_of
 from fdl.privacy.accounting import Policy, events_of
 from fdl.privacy.dp_sgd import DPSGD, poisson
 from fdl.recipe import Component, Fit, from_mapping
-from fdl.runtime import Runtime
+from fdl.runs.model_card import model_card
 
 N, B = 12, 4
 

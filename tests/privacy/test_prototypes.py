@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from fdl.datamodules.guarded import Guarded
 from fdl.errors import UserError
 from fdl.messages import Prototypes, parts_of
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.privacy.accounting import epsilon, events_of
-from fdl.privacy.guard import Guarded
-from fdl.privacy.prototypes import NoisyPrototypes, class_sums
+from fdl.privacy.noisy_prototypes import NoisyPrototypes, class_sums
 from tests.privacy.clients import someone
 from tests.test_loop import outcome
 from tests.toy import federation, samples

@@ -8,18 +8,18 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation import ResponseMean
-from fdl.knowledge.confidence import Entropy, SampleCount
-from fdl.knowledge.features import FeatureTransfer
-from fdl.knowledge.frequency import OnChange
-from fdl.knowledge.personal import AdaptiveWeights, Similarity
-from fdl.knowledge.prototypes import PrototypeTransfer
+from fdl.knowledge.aggregation.means import ResponseMean
+from fdl.knowledge.confidence.base import Entropy, SampleCount
+from fdl.knowledge.distillation.personalization import AdaptiveWeights, Similarity
+from fdl.knowledge.distillation.upload_on_change import OnChange
+from fdl.knowledge.transfer.features import FeatureTransfer
+from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Responses
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.privacy.accounting import Policy, epsilon, events_of
+from fdl.privacy.noisy_responses import NoisyResponses, response_sensitivity
+from fdl.privacy.noisy_votes import NoisyVotes
 from fdl.privacy.release import clipped
-from fdl.privacy.responses import NoisyResponses, response_sensitivity
-from fdl.privacy.votes import NoisyVotes
 from tests.privacy.clients import someone
 from tests.test_loop import outcome
 from tests.toy import federation, weight

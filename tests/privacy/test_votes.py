@@ -10,12 +10,12 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.stats import norm
 
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation import ResponseMean
-from fdl.knowledge.confidence import Entropy
+from fdl.knowledge.aggregation.means import ResponseMean
+from fdl.knowledge.confidence.base import Entropy
 from fdl.messages import Responses
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.privacy.accounting import epsilon, events_of
-from fdl.privacy.votes import NoisyVotes
+from fdl.privacy.noisy_votes import NoisyVotes
 from tests.privacy.clients import someone
 from tests.toy import federation
 

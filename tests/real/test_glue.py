@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from fdl import runs
 from fdl.build import build
-from fdl.exporting import export
 from fdl.recipe import load
+from fdl.runs import run as runs
+from fdl.runs.export import export
 from tests.real.data import FOLDER, real
 
 pytestmark = real

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdl.metrics import classification
+from fdl.metrics.classification import classification
 from tests.real.data import FOLDER, adam, federation, real
 
 pytestmark = [real, pytest.mark.slow, pytest.mark.timeout(900)]

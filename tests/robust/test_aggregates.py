@@ -9,9 +9,9 @@ import torch
 from fdl.comm.channel import Channel
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation import ParameterMean, ResponseMean
-from fdl.knowledge.confidence import SampleCount
-from fdl.knowledge.pools import PoolAggregates, together
+from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
+from fdl.knowledge.aggregation.pools import PoolAggregates, together
+from fdl.knowledge.confidence.base import SampleCount
 from fdl.messages import Confidences, Parameters, Responses
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_distillation import FederatedDistillation
@@ -19,8 +19,8 @@ from fdl.methods.fedprox import FedProx
 from fdl.recipe import from_mapping
 from fdl.robust.answers import RobustAnswers
 from fdl.robust.base import Plain
-from fdl.robust.coordinates import Median
-from fdl.robust.distances import GeometricMedian, Krum
+from fdl.robust.coordinate_wise import Median
+from fdl.robust.distance_based import GeometricMedian, Krum
 from fdl.robust.history import ExpGuard
 from fdl.robust.parameters import RobustParameters
 from fdl.robust.trust import FLTrust
@@ -228,8 +228,8 @@ def test_trust_needs_samples_of_the_server(tmp_path):
 
 
 def test_what_would_go_around_a_rule_is_refused():
-    from fdl.knowledge.personal import Similarity
-    from fdl.knowledge.prototypes import PrototypeTransfer
+    from fdl.knowledge.distillation.personalization import Similarity
+    from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 
     with pytest.raises(UserError, match="personal would go around it"):
         FederatedDistillation(robust=Median(), personal=Similarity())

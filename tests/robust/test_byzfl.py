@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fdl.robust.coordinates import Median, TrimmedMean
-from fdl.robust.distances import GeometricMedian, Krum, MultiKrum, NormClipping
+from fdl.robust.coordinate_wise import Median, TrimmedMean
+from fdl.robust.distance_based import GeometricMedian, Krum, MultiKrum, NormClipping
 from tests.robust.votes import decide
 
 byzfl = pytest.importorskip("byzfl", reason="byzfl is not installed; pip install byzfl")

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.errors import UserError
-from fdl.robust.ballot import capped
-from fdl.robust.coordinates import Median, TrimmedMean
-from fdl.robust.distances import Cronus, GeometricMedian, Krum, MultiKrum, NormClipping
+from fdl.robust.coordinate_wise import Median, TrimmedMean
+from fdl.robust.distance_based import Cronus, GeometricMedian, Krum, MultiKrum, NormClipping
 from fdl.robust.history import ExpGuard
 from fdl.robust.trust import FLTrust
+from fdl.robust.votes import capped
 from tests.robust.votes import NoServer, ballot, decide
 
 RULES = [

@@ -2,7 +2,7 @@
 
 import torch
 
-from fdl.robust.ballot import Ballot, Votes
+from fdl.robust.votes import Ballot, Votes
 
 
 class NoServer:

@@ -1,0 +1,262 @@
+"""From a checked recipe to a federation ready to run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fdl.adversaries.coalition import Adversaries, chosen, recruit
+from fdl.build.channel import _authentication, _codec
+from fdl.build.data import _arriving, _fingerprint, _hold_out, _together
+from fdl.build.fit_checks import check_fits
+from fdl.build.models import _architectures, _encoder, _model, assign
+from fdl.build.privacy import noise_seed, policy, trainer
+from fdl.build.privacy import watching as watching_privacy
+from fdl.callbacks.profile import Profile
+from fdl.comm.bandwidth import Bandwidth
+from fdl.comm.channel import Channel
+from fdl.comm.ledger import Ledger
+from fdl.engine.distributed.devices import NO_SUCH_DEVICES
+from fdl.engine.runtime import Runtime
+from fdl.errors import UserError
+from fdl.faults.base import Schedule
+from fdl.faults.channel import FaultyChannel
+from fdl.federation.executors import EXECUTORS
+from fdl.loop import FederatedLoop
+from fdl.metrics.tasks import TASKS
+from fdl.participants import Client, Server
+from fdl.recipe.config import Recipe
+from fdl.recipe.cross_checks import PROXY
+from fdl.recipe.learning_rates import local_fits
+from fdl.registry.instantiate import instantiate
+from fdl.registry.kinds import KINDS, find, short_names
+from fdl.state.client_store import CLIENTS, DiskStore
+from fdl.utils.threads import pinned
+
+if TYPE_CHECKING:
+    from fdl.attacks.base import Attack
+    from fdl.datamodules.base import FederatedDataModule
+    from fdl.evaluators.base import Evaluator
+    from fdl.methods.base import Method
+
+log = logging.getLogger("fdl")
+
+
+def build(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedLoop:
+    """Build everything a recipe names: data, participants, channel, method, callbacks.
+
+    Args:
+        recipe: checked, as `fdl.recipe.loading.load` gives it.
+        folder: the run's folder; nothing is written yet.
+        launch: join the other processes that the recipe asks for; without it the loop is for looking at.
+
+    Raises:
+        UserError: when parts do not fit together, naming their keys.
+    """
+    with pinned(recipe.fabric.threads):
+        return _built(recipe, Path(folder), launch)
+
+
+def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
+    method: Method = instantiate(recipe.method, "method", "method")
+    data: FederatedDataModule = instantiate(recipe.data, "datamodule", "data")
+    data.set_default_seed(recipe.seed)
+    data.prepare_data()
+    data.setup()
+    if method.tasks and data.task not in method.tasks:
+        raise UserError(
+            f"method: {recipe.method.target} is for {' and '.join(method.tasks)} data, and {recipe.data.target} is for "
+            f"{data.task}; methods for it: {', '.join(_methods_for(data.task))}"
+        )
+    TASKS[data.task].asked(recipe.evaluation.metrics)
+    if recipe.evaluation.probes and "student" not in method.requires:
+        raise UserError(f"evaluation.probes: method {recipe.method.target} has no student that could be asked")
+    probes = _probes(recipe, data)
+    attacks = _attacks(recipe, data)
+    if "proxy" in method.requires and len(data.proxy) == 0:
+        raise UserError(f"data.args.proxy: is empty, and method {recipe.method.target} needs a proxy set: {PROXY}")
+    if "public" in method.requires and len(data.public) == 0:
+        raise UserError(
+            f"data.args.public: the server has no labelled samples, and method {recipe.method.target} trains on some; "
+            "set it to how many to hold out"
+        )
+    if "specialists" in method.requires and not recipe.specialists:
+        raise UserError(f"specialists: missing: method {recipe.method.target} needs them with these arguments")
+    partitioner = instantiate(recipe.partition, "partitioner", "partition")
+    try:
+        shares = data.partition(partitioner, recipe.federation.clients, recipe.seed)
+        names = partitioner.names(shares, data.groups)
+    except UserError as error:
+        raise UserError(f"partition: {error}") from error
+
+    runtime = _runtime(recipe, launch)
+    specialists = _architectures(recipe, data, runtime)
+    entries = assign(recipe) if "specialists" in method.requires else None
+    architectures = ["student"] * len(shares) if entries is None else [specialists[entry] for entry in entries]
+    common: dict[str, Any] = {
+        "runtime": runtime,
+        "seed": recipe.seed,
+        "local": recipe.local,
+        "distil": recipe.distil,
+        "digest": recipe.digest or recipe.distil,
+        "proxy": data.proxy,
+        "public": data.public,
+        "num_classes": data.num_classes,
+        "task": data.task,
+        "provides": data.provides,
+        "encoder": _encoder(recipe, data, runtime),
+        "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
+        "privacy": policy(recipe),
+        "noise_seed": noise_seed(recipe),
+    }
+    incoming, test_stages = _arriving(common["arrival"], data)
+    dp_sgd, clients, fits = trainer(recipe, common["privacy"]), [], local_fits(recipe, entries)
+    trained: list[np.ndarray] = []
+    store = DiskStore(folder / CLIENTS) if recipe.federation.state == "disk" else None
+    for id, share in enumerate(shares):
+        train, calibration = _hold_out(share, recipe, id, method)
+        trained.append(train)
+        clients.append(
+            Client(
+                id=id,
+                architecture=architectures[id],
+                train=incoming(train),
+                calibration=incoming(calibration),
+                dp_sgd=dp_sgd,
+                store=store,
+                name=names[id],
+                **common | {"local": fits[id]},
+            )
+        )
+    server = Server(
+        validation=data.validation,
+        test=data.test,
+        student=_model("student", "init", method, recipe, runtime),
+        teacher=_model("teacher", "teacher", method, recipe, runtime),
+        pooled=incoming(_together(trained, data)) if "pooled" in method.requires else None,
+        classes=data.classes,
+        test_stages=test_stages,
+        **common,
+    )
+    settings: dict[str, Any] = {
+        "upload": _codec(recipe.channel.upload, "channel.upload"),
+        "download": _codec(recipe.channel.download, "channel.download"),
+        "ledger": Ledger(),
+        "seed": recipe.seed,
+        "limit": recipe.channel.limit,
+        "bandwidth": Bandwidth(recipe.channel.bandwidth, recipe.channel.clients),
+        "authentication": _authentication(recipe),
+        "deadline": recipe.federation.deadline or math.inf,
+    }
+    faults = [instantiate(fault, "fault", f"faults.{i}") for i, fault in enumerate(recipe.faults)]
+    channel = FaultyChannel(schedule=Schedule(faults, recipe.seed), **settings) if faults else Channel(**settings)
+    for probe in probes:
+        probe.prepare(server)
+    # only one process writes and shows things
+    watching = recipe.callbacks if runtime.ranks.leader else ()
+    callbacks = [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(watching)]
+    if recipe.profile and runtime.ranks.leader:
+        callbacks.append(Profile())
+    callbacks += watching_privacy(recipe)
+    if dp_sgd is not None:
+        dp_sgd.check(clients)
+    left_out = check_fits(recipe, method, clients, server)
+    for client, reason in left_out.items() if runtime.ranks.leader else ():
+        log.warning("client %d is left out: %s", client, reason)
+    return FederatedLoop(
+        recipe=recipe,
+        folder=folder,
+        method=method,
+        server=server,
+        clients=clients,
+        channel=channel,
+        executor=EXECUTORS[recipe.executor]() if dp_sgd is None else dp_sgd.executor(recipe.executor),
+        callbacks=callbacks,
+        probes=probes,
+        attacks=attacks,
+        adversaries=_adversaries(recipe, method, clients),
+        store=store,
+        left_out=left_out,
+        fingerprint=_fingerprint(data, shares, runtime, {client.architecture for client in clients}, server),
+    )
+
+
+def _methods_for(task: str) -> list[str]:
+    """The built-in methods for data of a task."""
+    found = {name: find(name, KINDS["method"]).definition for name in short_names(KINDS["method"])}
+    tasks = {name: (own and own.constant("tasks")) or (task,) for name, own in sorted(found.items())}  # none: for any
+    return [name for name, own in tasks.items() if task in own]
+
+
+def _runtime(recipe: Recipe, launch: bool) -> Runtime:
+    """The devices that the recipe asks for.
+
+    Raises:
+        UserError: when this machine does not have them.
+    """
+    try:
+        own = {**vars(recipe.fabric), **vars(recipe.inference)}
+        del own["threads"]  # which go by `pinned`
+        return Runtime(**own, batch_size=recipe.evaluation.batch_size, launch=launch)
+    except NO_SUCH_DEVICES as error:
+        settings = ", ".join(f"{key}={value}" for key, value in vars(recipe.fabric).items() if value is not None)
+        raise UserError(f"fabric: {error} ({settings})") from error
+
+
+def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:
+    """The further questions to the student.
+
+    Raises:
+        UserError: one is not for this kind of data.
+    """
+    probes = []
+    for i, component in enumerate(recipe.evaluation.probes):
+        probe: Evaluator = instantiate(component, "evaluator", f"evaluation.probes.{i}")
+        if data.task not in probe.tasks:
+            known = ", ".join(probe.tasks)
+            raise UserError(f"evaluation.probes.{i}: {probe.name} is for {known} data; these are for {data.task}")
+        if probe.label in {other.label for other in probes}:
+            raise UserError(f"evaluation.probes.{i}: there is a probe {probe.label!r} already; give one another label")
+        probes.append(probe)
+    return probes
+
+
+def _attacks(recipe: Recipe, data: FederatedDataModule) -> list[Attack]:
+    """The attacks that are tried on the finished run.
+
+    Raises:
+        UserError: one is not for this kind of data.
+    """
+    attacks = []
+    for i, component in enumerate(recipe.evaluation.attacks):
+        key = f"evaluation.attacks.{i}"
+        attack: Attack = instantiate(component, "attack", key)
+        if data.task not in attack.tasks:
+            known = " and ".join(attack.tasks)
+            raise UserError(f"{key}: {attack.name} is for {known} data; these are for {data.task}")
+        if attack.label in {other.label for other in attacks}:
+            raise UserError(f"{key}: there is an attack {attack.label!r} already; give one another label")
+        attacks.append(attack)
+    return attacks
+
+
+def _adversaries(recipe: Recipe, method: Method, clients: Sequence[Client]) -> Adversaries:
+    """The clients that are dishonest.
+
+    Raises:
+        UserError: they cannot be, with this method and these data.
+    """
+    coalitions = []
+    for i, ids in enumerate(chosen(recipe.adversaries, len(clients), recipe.seed)):
+        key, entry = f"adversaries.{i}", recipe.adversaries[i]
+        adversary = instantiate(entry, "adversary", key)
+        try:
+            coalitions.append(recruit(adversary, entry.start, [clients[id] for id in ids], method))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+    return Adversaries(coalitions)

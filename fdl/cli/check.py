@@ -1,0 +1,127 @@
+"""What ``fdl check`` prints: the federation that a recipe builds, and what a round will send."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.filesize import decimal
+
+from fdl.build.federation import build
+from fdl.cli.listing import columns
+from fdl.engine.distributed.devices import require_gpus
+from fdl.federation.rehearsal import rehearse
+from fdl.federation.traffic_estimate import estimate_rounds
+
+if TYPE_CHECKING:
+    from fdl.datamodules.samples import Samples
+    from fdl.loop import FederatedLoop
+    from fdl.recipe.config import Recipe
+
+log = logging.getLogger("fdl")
+
+_MOST_CLASSES = 20
+_Sizes = dict[str, dict[int, int]]
+
+
+def describe(recipe: Recipe, folder: Path) -> str:
+    """Build a recipe's federation and describe it; nothing is trained or written.
+
+    Every model takes one training step on two samples, which is undone: mistakes in a model of one's own show here.
+
+    Args:
+        recipe: the checked recipe.
+        folder: the folder that a run would use.
+
+    Raises:
+        UserError: the recipe needs GPUs, and there are none; or a model fails at its step.
+    """
+    require_gpus(recipe)
+    log.info("reading the data and building the models")
+    loop = build(recipe, folder, launch=False)
+    rehearse(loop)
+    left = [f"client {client} is left out: {reason}" for client, reason in loop.left_out.items()]
+    return "\n".join([*_clients(loop), *left, "", *_server(loop, folder)])
+
+
+def _clients(loop: FederatedLoop) -> list[str]:
+    """A row a client: model, data, and the most bytes of a round."""
+    public = "" if not loop.server.proxy else f", with {len(loop.server.proxy):,} public samples"
+    log.info("counting the bytes of two rounds of %d untrained clients%s", len(loop.clients), public)
+    first, later = estimate_rounds(loop, 2)
+    header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
+    rows: list[tuple[object, ...]] = [header]
+    for client in loop.clients:
+        with client.gate.open():  # whoever asks has the data
+            histogram = _histogram(client.train, client.num_classes)
+        rows.append(
+            (
+                f"{client.id}  {client.name}" if client.name else client.id,
+                client.architecture,
+                f"{_parameters(loop.runtime.template(client.architecture)):,}",
+                f"{len(client.train):,}",
+                f"{len(client.calibration):,}",
+                *(
+                    decimal(max(sizes[direction][client.id] for sizes in (first, later)))
+                    for direction in ("down", "up")
+                ),
+                histogram,
+            )
+        )
+    numbers = () if any(client.name for client in loop.clients) else (0,)
+    return [
+        *columns(rows, right=(*numbers, 2, 3, 4, 5, 6)),
+        *_traffic(first, later, loop.recipe.federation.participation),
+    ]
+
+
+def _traffic(first: _Sizes, later: _Sizes, participation: float) -> list[str]:
+    """What all clients together receive and send."""
+    if not any(size for sizes in (first, later) for clients in sizes.values() for size in clients.values()):
+        return ["nothing is sent"]
+    asked = "" if participation == 1 else f", of whom {participation:g} are asked"
+    if first == later:
+        lines = [f"a round of all clients{asked} sends {_both(first)}"]
+    else:
+        lines = [f"the first round of all clients{asked} sends {_both(first)}", f"a later round sends {_both(later)}"]
+    return [*lines, "(untrained models' messages: training changes what is entropy-coded or sent only on change)"]
+
+
+def _both(sizes: _Sizes) -> str:
+    return " and ".join(f"{decimal(sum(sizes[direction].values()))} {direction}" for direction in ("down", "up"))
+
+
+def _server(loop: FederatedLoop, folder: Path) -> list[str]:
+    """The server's models and data, and where the run would lie."""
+    server = loop.server
+    lines = []
+    for name, module in (("student", server.student), ("teacher", server.teacher)):
+        if module is not None:
+            lines.append((name, f"{_parameters(module):,} parameters"))
+    for name in ("proxy", "public", "validation", "test"):
+        samples = getattr(server, name)
+        if name == "public" and not samples:
+            continue
+        lines.append((name, f"{0 if samples is None else len(samples):,} samples"))
+    costs = {kind: nbytes for kind, nbytes in loop.method.setup_bytes(server).items() if nbytes}
+    if costs:
+        parts = ", ".join(f"{kind} {decimal(nbytes)}" for kind, nbytes in costs.items())
+        lines.append(("before round 1", f"every client is sent {parts}"))
+    lines += [("device", str(loop.runtime.device)), ("folder", str(folder))]
+    return columns(lines)
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _histogram(samples: Samples, classes: int) -> str:
+    if samples.labels is None:
+        return "unlabelled"
+    counts = torch.bincount(samples.labels, minlength=classes).tolist()
+    if classes <= _MOST_CLASSES:
+        return " ".join(f"{count:>4}" for count in counts)
+    held = sorted((count for count in counts if count), reverse=True)
+    return f"{len(held)} of {classes} classes, {held[-1]} to {held[0]} each" if held else "none"

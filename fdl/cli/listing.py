@@ -1,0 +1,199 @@
+"""What ``fdl list`` prints."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from fdl.errors import UserError
+from fdl.metrics.tasks import TASKS
+from fdl.recipe.config import Recipe
+from fdl.recipe.validate import keys
+from fdl.registry.component import Component
+from fdl.registry.instantiate import describe
+from fdl.registry.kinds import KINDS, Entry, Kind, entries, find, short_names
+from fdl.registry.static_source import argument_docs
+from fdl.utils.suggest import suggest
+
+SECTIONS = (*(kind.plural for kind in KINDS.values()), "metrics", "recipes", "keys")
+"""What can be listed."""
+
+_LEAST_TEXT = 40
+
+
+def page(words: Sequence[str]) -> str:
+    """What ``fdl list`` prints for some words.
+
+    Args:
+        words: nothing, for all there is; what to list, in the singular or plural; the name of a plug-in, for its
+            arguments; or both.
+
+    Raises:
+        UserError: there is nothing of this name, with the nearest.
+    """
+    if not words:
+        return "\n".join(section(name, title=True) for name in SECTIONS)
+    if len(words) > 2:
+        raise UserError(f"fdl list {' '.join(words)}: expected at most a kind and a name, such as fdl list module timm")
+    listed = _section_of(words[0])
+    if len(words) == 1:
+        return section(listed) if listed else _plugin(words[0], list(KINDS.values()))
+    kind = next((kind for kind in KINDS.values() if kind.plural == listed), None)
+    if kind is None:
+        raise UserError(f"fdl list {' '.join(words)}: {words[0]!r} is no kind of plug-in; {_known(words[0])}")
+    return _plugin(words[1], [kind])
+
+
+def section(name: str, title: bool = False) -> str:
+    """The plug-ins of one kind, the metrics, the recipes in ``./recipes``, or all keys of a recipe.
+
+    Args:
+        name: one of `SECTIONS`.
+        title: whether the name stands above.
+    """
+    rows = {"recipes": _recipes, "keys": _keys, "metrics": _metrics}.get(name, lambda: _plugins(name))()
+    if not rows:
+        rows = [("none",)]
+    width = _width()
+    lines = fitted(rows, width - 2 if title and width else width)
+    return f"{name}\n" + "\n".join(f"  {line}".rstrip() for line in lines) + "\n" if title else "\n".join(lines)
+
+
+def fitted(rows: Sequence[Sequence[object]], width: int | None) -> list[str]:
+    """Aligned columns where these fit; else the first column, and beside it all others as wrapped text.
+
+    Args:
+        rows: cells by row.
+        width: letters of a line; None for no limit.
+    """
+    lines = columns(rows)
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    first = min(max(len(str(row[0])) for row in rows), max(width - _LEAST_TEXT, 8)) + 2
+    lines = []
+    for head, *rest in rows:
+        text = "  ".join(str(cell) for cell in rest if str(cell))
+        wrapped = textwrap.wrap(text, max(width - first, 10), break_on_hyphens=False) or [""]
+        start = str(head)
+        if len(start) + 2 > first:
+            lines.append(start)
+            start = ""
+        lines += [f"{begin:<{first}}{line}".rstrip() for begin, line in zip([start, *[""] * len(wrapped)], wrapped)]
+    return lines
+
+
+def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
+    """Lines of aligned columns.
+
+    Args:
+        rows: cells by row.
+        right: numbers of the columns that are aligned to the right.
+    """
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in texts if i < len(row)) for i in range(max(map(len, texts)))]
+    return [
+        "  ".join(cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip()
+        for row in texts
+    ]
+
+
+def _width() -> int | None:
+    """Letters of a line of the terminal; None where output goes elsewhere, and whoever reads it wraps it."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _section_of(word: str) -> str | None:
+    """The section that a word means, in the singular or plural."""
+    word = word.lower().replace("-", "_")
+    singular = {kind.name: kind.plural for kind in KINDS.values()}
+    singular |= {"metric": "metrics", "recipe": "recipes", "key": "keys"}
+    found = singular.get(word, word)
+    return found if found in SECTIONS else None
+
+
+def _known(word: str) -> str:
+    near = "" if _section_of(word) else suggest(word, SECTIONS, few=0).removeprefix("; ")
+    return f"{near + ' ' if near else ''}fdl list takes {', '.join(SECTIONS)}, or the name of a plug-in"
+
+
+def _plugin(name: str, kinds: Sequence[Kind]) -> str:
+    """All plug-ins of a name: what each is, where it is defined, and what it takes."""
+    found = [(kind, entry) for kind in kinds for entry in entries(kind) if entry.name == name]
+    if found:
+        return "\n\n".join(_described(kind, entry) for kind, entry in found)
+    if len(kinds) == 1:
+        raise UserError(f"there is no {kinds[0].label} {name!r}{suggest(name, short_names(kinds[0]), few=99)}")
+    near = suggest(name, {*SECTIONS, *(n for kind in kinds for n in short_names(kind))}, few=0)
+    raise UserError(f"fdl list: nothing is called {name!r}{near or '; ' + _known(name)}")
+
+
+def _described(kind: Kind, entry: Entry) -> str:
+    """One plug-in with its arguments: name, type and default, meaning."""
+    lines = [f"{entry.name}, {kind}: {entry.summary}", f"{entry.path}, {_short(entry.file)}:{entry.line}"]
+    target = find(entry.name, kind)
+    taken = target.signature.parameters if target.signature is not None else {}
+    docs = argument_docs(target.definition) if target.definition is not None else {}
+    rows = []
+    for name, parameter in sorted(taken.items(), key=lambda item: not item[1].required):
+        if name not in (*kind.reserved, *kind.supplied):
+            typed = "" if parameter.annotation is None else describe(parameter.annotation)
+            default = "" if parameter.default is None else f"default {_default_text(parameter.default)}"
+            need = "needed" if parameter.required else ""
+            rows.append((name, ", ".join(filter(None, (typed, need, default))), docs.get(name, "")))
+    if not rows:
+        return "\n".join([*lines, "", "takes no args"])
+    return "\n".join([*lines, "", "args", *(f"  {line}".rstrip() for line in fitted(rows, (_width() or 122) - 2))])
+
+
+def _default_text(default: ast.expr) -> str:
+    text = ast.unparse(default)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
+
+
+def _metrics() -> list[tuple[str, str]]:
+    """Names of metrics, and for which data they are."""
+    tasks: dict[str, list[str]] = {}
+    for task in TASKS.values():
+        for name in task.metrics:
+            tasks.setdefault(name, []).append(task.name + " (by default)" * (name in task.default))
+    return [(name, ", ".join(own)) for name, own in sorted(tasks.items())]
+
+
+def _plugins(name: str) -> list[tuple[str, str, str]]:
+    kind = next(kind for kind in KINDS.values() if kind.plural == name)
+    return [(e.name, e.summary, f"{_short(e.file)}:{e.line}") for e in entries(kind)]
+
+
+def _recipes() -> list[tuple[str, str]]:
+    """Recipe files and their first comment line."""
+    rows = []
+    for path in sorted(Path("recipes").rglob("*.yaml")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        rows.append((str(path), first.lstrip("# ") if first.startswith("#") else ""))
+    return rows
+
+
+def _keys() -> list[tuple[str, str, str, str]]:
+    """Keys, defaults, meanings and types."""
+    return [(path, _default(default), doc, kind) for path, kind, default, doc in keys(Recipe)]
+
+
+def _default(value: object) -> str:
+    if isinstance(value, Component):
+        return "" if value.target == "???" else value.target
+    if isinstance(value, list):
+        return f"[{', '.join(map(_default, value))}]"
+    return "" if value is None or value in ("", {}) else str(value)
+
+
+def _short(file: Path) -> str:
+    """A path from here where that is shorter, else from the folder of packages."""
+    for root in (Path.cwd(), Path(__file__).parents[2]):
+        if file.is_relative_to(root):
+            return str(file.relative_to(root))
+    parts = file.parts
+    return str(Path(*parts[parts.index("site-packages") + 1 :])) if "site-packages" in parts else str(file)

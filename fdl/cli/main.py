@@ -1,0 +1,317 @@
+"""The command line. Nothing here imports torch before a recipe has been read and found right."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fdl import __version__
+from fdl.cli.terminal import log_to_stderr, write_anything
+from fdl.engine.distributed.launch_environment import is_follower
+from fdl.errors import MissingPathError, UserError
+from fdl.utils.console import console
+from fdl.utils.interrupts import Interrupted, Interrupts
+from fdl.utils.paths import expanded
+
+FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
+
+AUDIT_FAILED = 3
+"""Exit code of a run that was carried out well but whose data are less private than its account says."""
+
+_OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the operating system refuses, whatever the program did: a sentence tells as much as a traceback."""
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    options = None
+    write_anything()
+    try:
+        if not argv:
+            _parser().print_help()
+            return 0
+        options, overrides = _parse(argv)
+        log_to_stderr()
+        with Interrupts(at_once=True):
+            return _run(options, overrides, argv)
+    except UserError as error:
+        where = " in another process of the run" if is_follower() else ""
+        print(f"error{where}: {error}{_beside_recipe(error, options)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE or not error.filename:
+            raise
+        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a recipe's own plug-ins lie here; `python -m` adds this, `fdl` does not
+    return COMMANDS[options.command](options, overrides, argv)
+
+
+def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Run a federation."""
+    from fdl import recipe
+    from fdl.runs import run as runs
+
+    loaded = recipe.load(options.recipe, overrides)
+    folder = runs.folder_of(loaded, options.output_dir)
+    try:
+        summary = runs.fit(loaded, folder, options.resume, options.overwrite)
+    except Interrupted as stop:
+        if not stop.saved:
+            raise
+        if not is_follower():
+            command = [word for word in argv if word not in ("--resume", "--overwrite")]
+            print(
+                f"interrupted; the run is saved in {folder}. To go on:\n"
+                f"  {_program()} {shlex.join([*command, '--resume'])}",
+                file=sys.stderr,
+            )
+        return stop.code
+    if is_follower():
+        return 0
+    from fdl.runs.report import print_table
+
+    print_table(summary, console(), folder)
+    return 0 if (summary.get("audit") or {}).get("passed", True) else AUDIT_FAILED
+
+
+def check(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Build everything a recipe names and show it; nothing is trained or written."""
+    from fdl import recipe
+    from fdl.runs import run as runs
+
+    loaded = recipe.load(options.recipe, overrides)
+    folder = runs.folder_of(loaded, options.output_dir)
+    runs.require_usable(folder)
+    print(loaded.to_yaml())
+    from fdl.cli.check import describe
+
+    print(describe(loaded, folder))
+    if note := runs.foreseen(loaded, folder):
+        print(f"fdl fit would stop: {note}")
+    return 0
+
+
+def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Run several variants over several seeds and tabulate them."""
+    from fdl.runs.compare import compare as run_all
+
+    try:
+        run_all(options.recipe, overrides, options.methods, options.seeds, options.output_dir, options.overwrite)
+    except KeyboardInterrupt as stop:
+        command = [word for word in argv if word != "--overwrite"]
+        print(f"interrupted. To go on, give the same command:\n  {_program()} {shlex.join(command)}", file=sys.stderr)
+        return getattr(stop, "code", 130)
+    return 0
+
+
+def export(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Write a run's student for another library."""
+    from fdl.runs.export import export as write
+
+    print(f"written to {write(options.run, options.format, options.output_dir, options.which)}")
+    return 0
+
+
+def audit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Attack a finished run; 3 where an attack finds more than the run's account of privacy allows."""
+    from fdl.runs.audit import audit_run, print_table
+
+    result, path = audit_run(options.run, options.attacks or (), overrides)
+    print_table(result, console())
+    print(f"written to {path}")
+    return 0 if result.passed else AUDIT_FAILED
+
+
+def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Print what can stand in a recipe: name, one line, and where it is defined; or what one plug-in takes."""
+    from fdl.cli.listing import page
+
+    print(page(options.words))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], Sequence[str]], int]] = {
+    "fit": fit,
+    "check": check,
+    "compare": compare,
+    "export": export,
+    "audit": audit,
+    "list": show_list,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}\n{self.prog} --help tells more")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        # as argparse says it, with the nearest choice instead of all in one line
+        if action.choices is not None and value not in action.choices:
+            from fdl.utils.suggest import suggest
+
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggest(str(value), action.choices)}")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options and overrides, which may stand in any order."""
+    options, rest = _parser().parse_known_args(argv)
+    given = getattr(options, "overrides", [])
+    if wrong := [text for text in rest if text.startswith("-")]:
+        raise UserError(_explain_option(wrong[0], rest + given))
+    return options, given + rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_program(),
+        description="Federated distillation of foundation models.",
+        epilog="Keys of a recipe: fdl list keys. What can be plugged in: fdl list.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fdl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, help: str, *example: str) -> argparse.ArgumentParser:
+        epilog = "examples:\n" + "\n".join(f"  python -m fdl {line}" for line in example)
+        form = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=form, allow_abbrev=False
+        )
+
+    def recipe_options(sub: argparse.ArgumentParser, many: bool = False) -> None:
+        action, hint = ("append", "; may be given several times") if many else ("store", "")
+        sub.add_argument(
+            "--recipe", required=True, action=action, metavar="FILE", help=f"the recipe, a YAML file{hint}"
+        )
+        sub.add_argument("--output-dir", type=_path, metavar="DIR", help="exactly this folder; default <output>/<name>")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; the later wins")
+
+    sub = command(
+        "fit",
+        "Run a federation.",
+        "fit --recipe recipes/quickstart.yaml",
+        "fit --recipe recipes/quickstart.yaml federation.rounds=10 specialists.1.args.hidden=[32]",
+    )
+    recipe_options(sub)
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    how.add_argument(
+        "--overwrite", action="store_true", help="take the place of a run that is there; other files are left alone"
+    )
+
+    recipe_options(
+        command(
+            "check",
+            "Build everything, show models, data and bytes a round, train nothing.",
+            "check --recipe recipes/quickstart.yaml",
+        )
+    )
+
+    sub = command(
+        "compare",
+        "Run several methods over several seeds and tabulate them; what is complete is not run again.",
+        "compare --recipe recipes/quickstart.yaml --methods centralized,fedavg --seeds 0,1,2",
+    )
+    recipe_options(sub, many=True)
+    sub.add_argument("--methods", type=_names, metavar="A,B", help="variants of the recipe, or methods")
+    sub.add_argument("--seeds", type=_seeds, metavar="0,1", help="default: compare.seeds of the recipe")
+    sub.add_argument(
+        "--overwrite", action="store_true", help="run again what is there of a recipe that has changed since"
+    )
+
+    sub = command(
+        "export",
+        "Write a run's student, with a model card, as another library loads it.",
+        "export --run runs/quickstart --format torch",
+    )
+    sub.add_argument("--run", required=True, type=_path, metavar="DIR", help="folder of a finished run")
+    sub.add_argument("--format", required=True, choices=FORMATS, help="for which library")
+    sub.add_argument("--which", default="best", choices=("best", "last"), help="round, by validation; default best")
+    sub.add_argument("--output-dir", type=_path, metavar="DIR", help="default export-<format> in the run's folder")
+
+    sub = command(
+        "audit",
+        "Attack a finished run: can members of its data be told, and does its account of privacy hold? "
+        "Exit code 3: an attack found more than the account allows.",
+        "audit --run runs/quickstart",
+        "audit --run runs/quickstart --attacks loss_threshold,label_leakage",
+        "audit --run runs/quickstart 'evaluation.attacks=[{target: lira, args: {shadows: 64}}]'",
+    )
+    sub.add_argument("--run", required=True, type=_path, metavar="DIR", help="folder of a finished run")
+    sub.add_argument("--attacks", type=_names, metavar="A,B", help="default: the recipe's, or else a set of them")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the attacks: evaluation.attacks")
+
+    sub = command(
+        "list",
+        "Print what can stand in a recipe, and where it is defined; of one plug-in, what it takes.",
+        "list methods",
+        "list keys",
+        "list module timm",
+    )
+    sub.add_argument("words", nargs="*", metavar="what", help="a kind, metrics, recipes or keys; and a name of it")
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _path(text: str) -> Path:
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas, got {text!r}") from None
+
+
+def _explain_option(option: str, others: list[str]) -> str:
+    """What an unknown option may have meant: a key of the recipe, or another option."""
+    from fdl.recipe.config import Recipe
+    from fdl.recipe.validate import keys
+    from fdl.utils.suggest import suggest
+
+    name, _, value = option.lstrip("-").partition("=")
+    paths = [path for path, *_ in keys(Recipe)]
+    word = name.replace("-", "_")
+    path = next((p for p in paths if word == p), None) or next((p for p in paths if p.endswith(f".{word}")), None)
+    if path:
+        value = value or next((other for other in others if "=" not in other and not other.startswith("-")), "…")
+        return f"unknown option {option}; keys of the recipe are set without dashes: {path}={value}"
+    options = ["--recipe", "--resume", "--overwrite", "--output-dir", "--methods", "--seeds"]
+    return f"unknown option {option}{suggest(f'--{name}', options, few=0)}"
+
+
+def _beside_recipe(error: UserError, options: argparse.Namespace | None) -> str:
+    """Where a recipe lies, when something that it names by a relative path is missing: people look for it there."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, MissingPathError):
+        cause = cause.__cause__
+    recipe = getattr(options, "recipe", None)
+    if cause is None or cause.path.is_absolute() or recipe is None:
+        return ""
+    folders = dict.fromkeys(Path(one).absolute().parent for one in ([recipe] if isinstance(recipe, str) else recipe))
+    for folder in folders:
+        if (folder / cause.path).exists():
+            return f"; beside the recipe there is {folder / cause.path}, but paths start where fdl does"
+    elsewhere = [str(folder) for folder in folders if folder != Path.cwd()]
+    return f"; paths start where fdl does, not in the recipe's {elsewhere[0]}" if elsewhere else ""
+
+
+def _program() -> str:
+    """How fdl was started, for messages that show a command."""
+    return "fdl" if Path(sys.argv[0]).name == "fdl" else "python -m fdl"

@@ -1,0 +1,197 @@
+"""What a stage of a codec chain is: one step that makes a message smaller, and its inverse."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from fdl.errors import RefusedError
+from fdl.state.float_formats import is_float
+
+#: Arrays of this size or less are left as they are: a scale or a second format costs more than it saves.
+HANDFUL = 8
+
+
+class Spec(NamedTuple):
+    """Dtype and shape of an array, known before its bytes are."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements, as a Python integer that cannot overflow."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array when nothing shortens it."""
+        return self.size * self.dtype.itemsize
+
+
+class Coded(NamedTuple):
+    """An array after a stage.
+
+    Attributes:
+        variant: which of its layouts the stage chose, 1 … 255; sent as one byte.
+        main: the array that stands for the original; a later stage may change it further.
+        sides: what else the inverse needs, such as scales.
+        extents: sizes that the layout depends on and that nobody knows before the data; sent with the variant.
+        complete: whether `main` is the array itself where the stage mostly sends a difference, so that a later stage
+            must not leave anything out of it. The receiver need not know.
+    """
+
+    variant: int
+    main: np.ndarray
+    sides: tuple[np.ndarray, ...] = ()
+    extents: tuple[int, ...] = ()
+    complete: bool = False
+
+
+#: What a stage keeps of one array on one link: arrays, and numbers of 64 bits.
+Kept = Mapping[str, "np.ndarray | int"]
+
+
+class Turn:
+    """What a stage may know beside the array that it is given.
+
+    A stage that remembers reads `kept`, what the last accepted message left, and writes `draft`, what this one will
+    leave if it is accepted. Sender and receiver do so each at its own end, and they agree: what a receiver keeps
+    depends on nothing but the messages that it accepted, and the sender decodes its own message to learn what it holds.
+
+    Attributes:
+        rng: source of rounding noise, None where the chain draws none.
+        round: the current round.
+        rows: integers [n] that name the rows of the message's arrays, such as proxy samples; None when they are
+            numbered from 0.
+        kept: of this stage and array, empty before the first message.
+        draft: of this stage and array.
+    """
+
+    __slots__ = ("draft", "kept", "rng", "round", "rows")
+
+    def __init__(
+        self,
+        rng: np.random.Generator | None = None,
+        round: int = 0,
+        rows: np.ndarray | None = None,
+        kept: Kept | None = None,
+        draft: dict[str, np.ndarray | int] | None = None,
+    ):
+        self.rng, self.round, self.rows = rng, round, rows
+        self.kept = {} if kept is None else kept
+        self.draft = {} if draft is None else draft
+
+
+class Stage(ABC):
+    """One reversible step of a codec chain.
+
+    A concrete stage has a literal short `name` and is an `ArrayStage` or an `EntropyStage`. It holds configuration
+    only, so one object serves every client and both directions; what it remembers of them lies in a `Turn`.
+    """
+
+    name: ClassVar[str]
+    #: Where in a chain it stands. Phases rise from stage to stage; the gaps leave room for stages that choose,
+    #: difference or drop values before their format is narrowed.
+    phase: ClassVar[int]
+
+    @property
+    def signature(self) -> str:
+        """What a decoder must know of this stage; two chains with equal signatures read each other's bytes."""
+        return self.name
+
+    def __str__(self) -> str:
+        return self.signature
+
+    def follows(self, before: Sequence[Stage]) -> None:
+        """Check that the stage makes sense after those that stand before it in a chain.
+
+        Raises:
+            UserError: it does not; the message says why.
+        """
+
+
+class ArrayStage(Stage):
+    """A stage that turns one array into smaller arrays.
+
+    Attributes:
+        extents: how many sizes its layouts need that only the data can tell.
+        margin: bytes by which the result may be larger than the array; above 0 for a stage that makes an array easier
+            to shorten for those behind it.
+        remembers: whether it keeps something from message to message.
+        omits: whether it leaves values out, which the receiver takes as zero.
+    """
+
+    phase = 20
+    extents: ClassVar[int] = 0
+    margin: ClassVar[int] = 0
+    remembers: bool = False
+    omits: ClassVar[bool] = False
+
+    def touches(self, spec: Spec) -> bool:
+        """Tell whether an array is this stage's business: real numbers, no scalar, more than a handful."""
+        return is_float(spec.dtype) and len(spec.shape) > 0 and spec.size > HANDFUL
+
+    @abstractmethod
+    def encode(self, array: np.ndarray, turn: Turn) -> Coded | None:
+        """Shorten one array that the stage touches; the input is not changed.
+
+        Args:
+            array: C-contiguous; its dtype is one of the wire's.
+            turn: random numbers, the round, and what the stage remembers.
+
+        Returns:
+            None for an array that the stage would rather leave alone.
+        """
+
+    @abstractmethod
+    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+        """Return what `encode` makes of such an array: the main array first, then the sides.
+
+        Raises:
+            RefusedError: there is no such variant, or the extents make no sense.
+        """
+
+    @abstractmethod
+    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+        """Return a new array of the original dtype and shape.
+
+        Args:
+            spec: dtype and shape of the original.
+            coded: what `encode` returned, as it arrived: `layout` has accepted it, so dtypes and shapes are right;
+                values are unchecked, and the arrays may be read-only.
+            turn: the round, and what the stage remembers.
+
+        Raises:
+            RefusedError: the values cannot come from `encode`.
+        """
+
+    def draws(self) -> bool:
+        """Tell whether `encode` needs random numbers."""
+        return False
+
+    def unknown(self, variant: int) -> RefusedError:
+        """The refusal of a variant that this stage never writes."""
+        return RefusedError(f"{self.name} has no variant {variant}")
+
+
+class EntropyStage(Stage):
+    """A stage that shortens a run of bytes without loss."""
+
+    phase = 30
+
+    @abstractmethod
+    def compress(self, data: bytes | memoryview) -> bytes:
+        """Return the bytes shortened; longer output is dropped by the codec, which then sends `data` as it is."""
+
+    @abstractmethod
+    def expand(self, data: memoryview, size: int) -> bytes:
+        """Return exactly `size` bytes.
+
+        Raises:
+            RefusedError: the data is damaged or holds more or fewer bytes. Memory never grows much past `size`.
+        """

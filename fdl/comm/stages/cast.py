@@ -1,0 +1,44 @@
+"""Half-width floating-point formats."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from fdl.comm.stages.base import ArrayStage, Coded, Spec, Turn
+from fdl.state.float_formats import BFLOAT16, narrow, widen
+
+
+class Cast(ArrayStage):
+    """Send wider real numbers in the format `to`, rounded half to even; finite values never become infinite."""
+
+    to: ClassVar[np.dtype]
+
+    def encode(self, array: np.ndarray, turn: Turn) -> Coded:
+        """Round to the narrow format."""
+        return Coded(1, narrow(widen(array), self.to))
+
+    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+        """One array of the same shape."""
+        if variant != 1:
+            raise self.unknown(variant)
+        return (Spec(self.to, spec.shape),)
+
+    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+        """Widen to the original dtype."""
+        return narrow(widen(coded.main), spec.dtype)
+
+
+class Float16(Cast):
+    """Send real numbers as float16: 11 significant bits, up to 65504, error at most 2**-11 of the value."""
+
+    name = "float16"
+    to = np.dtype("<f2")
+
+
+class BFloat16(Cast):
+    """Send real numbers as bfloat16: 8 significant bits, float32's range, error at most 2**-8 of the value."""
+
+    name = "bfloat16"
+    to = BFLOAT16

@@ -1,0 +1,355 @@
+"""How participants compute: precision, templates and the one training loop, on Lightning's Fabric.
+
+Clients are moved to the device, never `fabric.setup`: under a distributed strategy that would average the gradients
+of different institutions. There is one template module per architecture; a client's weights are copied into it when
+its turn comes, so that memory on the device does not grow with the number of clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fdl.engine.batches import batches, gathered
+from fdl.engine.compile import Compiler
+from fdl.engine.distributed import launch_environment as clusters
+from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.devices import fabric_of
+from fdl.engine.distributed.process_group import Ranks, nobody_came
+from fdl.engine.inference import Question, answer, copied, each, staged
+from fdl.engine.optimizers import FitOptimizers, advance, schedule_of
+from fdl.engine.prediction_cache import AnswerCache
+from fdl.engine.vectorized.stacked_models import SMALL, unstackable
+from fdl.engine.vectorized.step_recorder import Recorder, Trained
+from fdl.errors import UserError
+from fdl.modules.objectives import Objective, Terms, training_step
+from fdl.state.weights import count_parameters, pin, state_of, trainable
+from fdl.utils.seeding import stream_seed
+from fdl.utils.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
+
+    from fdl.datamodules.samples import Samples
+    from fdl.modules.types import Batch
+    from fdl.recipe.config import Fit
+
+USES = 100
+"""Steps of one form after which it is written down (`fdl.engine.vectorized.step_recorder`): what is saved is worth its cost after 1,000."""
+
+
+class Runtime:
+    """Where and how participants compute.
+
+    Args:
+        accelerator: as Lightning's, e.g. ``"auto"``, ``"cpu"``, ``"gpu"``.
+        devices: number of devices.
+        num_nodes: number of machines.
+        strategy: ``"auto"``: clients are spread over ranks, and the server's models are trained alike by all ranks, to
+            the bit; ``"ddp"``: ranks share the samples of the server's batches and sum their gradients, as Lightning's
+            DDP does; ``"fsdp"``: every rank holds a part of every model, with its gradients and its optimiser's state,
+            and all ranks train all models together, one client after another.
+        precision: as Lightning's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
+        batch_size: samples a forward pass of `predict`.
+        compile: run `predict` through ``torch.compile``.
+        cache: folder where the answers of frozen models are kept across runs; None keeps them in memory.
+        timeout: seconds that a process waits for the others of the run.
+        launch: join the other processes; without it there is this one alone, on one device.
+
+    Attributes:
+        ranks: the processes of the run.
+        clock: where the run's time goes.
+        compiler: of training steps.
+        optimizers: of fits.
+        sharder: spreads models over ranks; None: every rank has whole ones.
+    """
+
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        devices: int = 1,
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        precision: str = "32-true",
+        batch_size: int = 512,
+        compile: bool = False,
+        cache: str | None = None,
+        timeout: float = 1800.0,
+        launch: bool = True,
+    ):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and it takes time
+        many = (devices, num_nodes, strategy) if launch else (1, 1, "auto")
+        self.fabric = fabric_of(accelerator, *many, precision, timeout)
+        if launch:
+            clusters.require(getattr(self.fabric.strategy, "num_processes", 1), num_nodes)
+        try:
+            self.fabric.launch()
+        except dist.DistError as error:
+            raise nobody_came(error, timeout) from error
+        self.sharder = None
+        self.ranks = Ranks(self.fabric, timeout, together=launch and strategy == "fsdp")
+        if self.ranks.together:
+            from fdl.engine.distributed.sharding import Sharder
+
+            self.sharder = Sharder(self.fabric, self.ranks)
+        # there Fabric's wrappers add nothing but their own time, which small models feel
+        alone = isinstance(self.fabric.strategy, SingleDeviceStrategy | DDPStrategy) and self.sharder is None
+        self._plain = alone and precision == "32-true"
+        self._shares, self.joint = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
+        self.joint = self._shares and self.ranks.together
+        self.batch_size, self.compile, self.answers = batch_size, compile, AnswerCache(cache)
+        self.compiler = Compiler()
+        self.dry, self.clock = False, Stopwatch()
+        self.factories: dict[str, Callable[[], LightningModule]] = {}
+        self._templates: dict[str, LightningModule] = {}
+        self._holders: dict[str, Any] = {}
+        self.optimizers = FitOptimizers(self.fabric, self.sharder)
+        self._recorders: WeakKeyDictionary[nn.Module, Recorder | None] = WeakKeyDictionary()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.fabric.device
+
+    # -- modules -------------------------------------------------------------------------------------------------
+
+    def create(self, architecture: str, seed: int) -> LightningModule:
+        """Build a module with weights drawn from `seed`, on the device, leaving torch's random state as it was."""
+        module = self._built(architecture, seed)
+        if self.sharder is not None:
+            return self.sharder.place(module)
+        module = self.fabric.to_device(module)
+        pin(module)
+        return module
+
+    def first_weights(self, architecture: str, seed: int) -> dict[str, Tensor]:
+        """The weights of a module as `create` builds it, in host memory."""
+        return state_of(self._built(architecture, seed))
+
+    def _built(self, architecture: str, seed: int) -> LightningModule:
+        """A new module in host memory, in the recipe's precision."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            module = self.factories[architecture]()
+        return self.fabric.strategy.precision.convert_module(module)
+
+    def place(self, module: LightningModule) -> LightningModule:
+        """Move a module to the device in the recipe's precision."""
+        return self.fabric.to_device(self.fabric.strategy.precision.convert_module(module))
+
+    def template(self, architecture: str) -> LightningModule:
+        """The one module of this architecture that clients take turns to fill with their weights."""
+        if architecture not in self._templates:
+            self._templates[architecture] = self.create(architecture, seed=0)
+        return self._templates[architecture]
+
+    def holder(self, architecture: str) -> Any:
+        """Whose weights the template holds now, None when nobody's."""
+        return self._holders.get(architecture)
+
+    def hold(self, architecture: str, owner: Any) -> None:
+        """Note whose weights the template holds."""
+        self._holders[architecture] = owner
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        module: nn.Module,
+        samples: Samples,
+        config: Fit,
+        generator: torch.Generator,
+        objective: Objective | None = None,
+        round: int = 1,
+        watch: Callable[[int], bool] | None = None,
+    ) -> dict[str, float]:
+        """Train a module on samples.
+
+        Args:
+            module: the module to train, in place.
+            samples: what to train on.
+            config: epochs or steps, batch size, optimiser, schedule, clipping, and whether steps are compiled.
+            generator: the stream that orders (and augments) the samples.
+            objective: what to minimise; default the module's own `training_step`.
+            round: the round, for schedules that count rounds.
+            watch: called after every step with the number of steps so far; True ends the fit. It may ask the module.
+
+        Returns:
+            The mean over steps of every named loss; empty when there was nothing to do.
+        """
+        if self.dry or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
+            return {}
+        objective = objective or training_step
+        parameters = trainable(module)
+        if not parameters:  # a frozen teacher has nothing to learn
+            return {}
+        optimizer = self.optimizers.fresh(module, parameters, config)
+        scheduler, interval = schedule_of(optimizer.optimizer, config, round)
+        take_step = optimizer.optimizer.step if self._plain else optimizer.step
+        if self.sharder is not None:
+            take_step = partial(self.sharder.step, optimizer)
+        skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
+        terms = self._terms(module, objective)
+        within = objective if self.sharder is None else self.sharder.within(objective)
+        sums: dict[str, Tensor] = {}
+        steps = 0
+        if not module.training:  # walking over all submodules costs as much as a step of a small model
+            module.train()
+        recorded = self._recorded(module, objective, parameters) if config.compile == "none" and terms is None else None
+        drawn = gathered(samples, batches(len(samples), config, generator, skip_single), generator)
+        for epoch_ended, whole, batch, weight in self._batches(drawn, config, terms):
+            step = partial(self._gradients, module, batch, weight)
+            if recorded is not None:
+                losses = recorded(partial(step, objective), batch)
+            else:
+                # the last batch of an epoch has a size of its own at every client, which is not worth compiling for
+                losses = self.compiler.run(step, module, within, config.compile if whole else "none")
+            if self.sharder is not None:
+                self.sharder.settle(module, parameters, objective, config.gradient_clip)
+            elif terms is not None:
+                self.ranks.sum_gradients(parameters)
+            if config.gradient_clip is not None and self.sharder is None:
+                self.fabric.clip_gradients(module, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
+            take_step()
+            for parameter in parameters:
+                parameter.grad = None
+            for name, value in losses.items():
+                value = value.detach()
+                sums[name] = sums[name] + value if name in sums else value.clone()
+            steps += 1
+            if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
+                advance(scheduler, config)
+            if watch is not None:
+                if watch(steps):
+                    break
+                if not module.training:  # it was asked
+                    module.train()
+        if steps == 0:
+            raise UserError(
+                f"{len(samples)} sample(s) in batches of {config.batch_size} leave no batch of two, which batch "
+                "normalisation needs; use a module with group normalisation or give each client more samples"
+            )
+        means = {name: float(value) / steps for name, value in sums.items()}
+        if terms is None:
+            return means
+        together = torch.tensor(list(means.values()), dtype=torch.float64)
+        self.ranks.sum(together)
+        return dict(zip(means, together.tolist()))
+
+    def _batches(
+        self, drawn: Iterable[tuple[bool, Tensor, Batch]], config: Fit, terms: Terms | None
+    ) -> Iterator[tuple[bool, bool, Batch, float | None]]:
+        """Batches on the device: whether each ends an epoch, whether it is full, itself, and the share of its loss.
+
+        A GPU's are gathered and copied while it works on those before.
+        """
+        convert = self.fabric.strategy.precision.convert_input
+
+        def place(item: tuple[bool, Tensor, Batch]) -> tuple[bool, bool, Batch, float | None]:
+            (epoch_ended, indices, batch), weight = item, None
+            if terms is not None:
+                batch, weight = part_of(batch, terms, self.ranks.index, self.ranks.count)
+            return epoch_ended, len(indices) == config.batch_size, convert(self.to_device(batch)), weight
+
+        return staged(self.device, place, drawn)
+
+    def _gradients(
+        self, module: nn.Module, batch: Batch, weight: float | None, objective: Objective
+    ) -> Mapping[str, Tensor]:
+        """One forward and one backward pass; the losses, each times a weight where there is one."""
+        with self.fabric.autocast():
+            losses = objective(module, batch)
+        if weight is not None:
+            losses = {name: value * weight for name, value in losses.items()}
+        if self._plain:
+            losses["loss"].backward()
+        elif weight is not None and self.sharder is not None:
+            self.fabric.backward(losses["loss"] * self.ranks.count)  # it takes the mean over ranks
+        else:
+            self.fabric.backward(losses["loss"])
+        return losses
+
+    def _recorded(self, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]) -> Trained | None:
+        """What writes a fit's steps down; None where that is not possible or not worth while."""
+        if module not in self._recorders:
+            small = count_parameters(module) <= SMALL.get(self.device.type, 0)
+            self._recorders[module] = Recorder() if self._plain and small and unstackable(module) is None else None
+        recorder = self._recorders[module]
+        recordings = None if recorder is None else recorder.begin(module, objective, USES)
+        return None if recordings is None else Trained(recordings, module, objective, parameters)
+
+    def _terms(self, module: nn.Module, objective: Objective) -> Terms | None:
+        """What a loss is the mean of, where ranks may share the samples of a batch out (`fdl.terms`); None elsewhere.
+
+        Batch normalisation, and losses that compare the samples of a batch, need the whole of it: then every rank
+        trains on all, to the same result.
+        """
+        if not self.joint or any(isinstance(m, _BatchNorm) for m in module.modules()):
+            return None
+        return getattr(module.training_step if objective is training_step else objective, "terms", None)
+
+    @contextmanager
+    def jointly(self) -> Iterator[None]:
+        """Within this context all ranks train the same models; under DDP they share the samples of every batch."""
+        self.joint = self._shares
+        try:
+            yield
+        finally:
+            self.joint = self._shares and self.ranks.together
+
+    # -- inference -----------------------------------------------------------------------------------------------
+
+    def predict(self, module: nn.Module, samples: Samples, what: Question = "logits") -> Tensor:
+        """One pass over samples without gradients.
+
+        Args:
+            module: a module whose forward gives an `Output`.
+            samples: what to answer.
+            what: the field of `Output` to collect, e.g. ``"logits"`` or ``"embedding"``, or a function of module and
+                inputs whose result has the same shape for every batch but for the first dimension.
+
+        Returns:
+            float32 tensor on the CPU, [n, …].
+        """
+        # what is frozen answers once: across rounds from memory, across runs from the recipe's folder
+        frozen = not trainable(module) and next(module.parameters(), None) is not None
+        cache = self.answers if frozen else None
+        with self.clock.part("extraction", within="clients"):
+            if self.sharder is not None:
+                return self.sharder.predict(module, samples, what, self.batch_size, cache)
+            return answer(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
+
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch on the device; a GPU gets it without anybody waiting for the copy."""
+        if self.device.type == "cpu":
+            return batch
+        move = lambda tensor: copied(tensor, self.device)  # noqa: E731
+        return tuple(None if part is None else each(part, move) for part in batch)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Within this context `fit` does nothing, so that messages can be made, and measured, without training."""
+        self.dry = True
+        try:
+            yield
+        finally:
+            self.dry = False
+
+
+def seed_everything(seed: int, purpose: str, round: int = 0, client: int = -1) -> None:
+    """Seed torch's global streams (dropout, random initial weights) for one participant's turn."""
+    number = stream_seed(seed, purpose, round, client)
+    # torch.manual_seed formats a stack trace for every kind of device that is not there, which costs more than a step
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)

@@ -1,0 +1,185 @@
+"""Training steps written down once as plain tensor operations, and repeated without the machinery that found them.
+
+Modules, `torch.func.vmap` and autograd work out a step's operations anew each time. For small models that takes as long
+as the operations, which are the same every time where no step depends on numbers in tensors, on random numbers, or on
+what happened before. Only such steps are written down, and the first repetition must give the same to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fdl.engine.vectorized.step_graph import Results, Step, written_down
+from fdl.modules.objectives import Objective, is_repeatable, kind_of, tensors_of, training_step
+
+if TYPE_CHECKING:
+    from fdl.modules.types import Batch
+
+_WANTS = attrgetter("requires_grad")
+
+AT_MOST = 16
+"""Forms of one objective that are kept."""
+
+KINDS = 8
+"""Objectives whose steps are kept; the oldest is forgotten first."""
+
+
+class Recorder:
+    """The steps of one module that have been written down, for several kinds of objectives."""
+
+    def __init__(self) -> None:
+        self._kinds: list[tuple[Any, Recordings]] = []
+        self._dicts: list[dict] = []
+        self._hooks: list[dict] = []
+        self._settings: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._wanted: list[bool] = []
+
+    def begin(self, module: nn.Module, objective: Objective, uses: int) -> Recordings | None:
+        """A fit begins.
+
+        What was written down is forgotten when anything about the module has been set otherwise since.
+
+        Args:
+            module: always the same, in training mode.
+            objective: what the fit minimises.
+            uses: steps of one form after which it is written down, if they came in more than one fit: what is new
+                in every fit, such as an objective that holds another number each round, is never worth it.
+
+        Returns:
+            The steps of such objectives; None where the objective is not repeatable, or there are hooks.
+        """
+        self._notice(module)
+        if any(self._hooks) or not is_repeatable(objective):
+            return None
+        kind = kind_of(objective)
+        found = next((recordings for known, recordings in self._kinds if known == kind), None)
+        if found is None:
+            found = Recordings(uses)
+            self._kinds = [*self._kinds[1 - KINDS :], (kind, found)]
+        found.fits += 1
+        return found
+
+    def _notice(self, module: nn.Module) -> None:
+        """Forget all when the module has other parts, tensors or attributes than before."""
+        settings = [*chain.from_iterable(map(dict.values, self._dicts))]
+        # the same objects: comparing them could mean comparing tensors
+        same = settings and len(settings) == len(self._settings) and all(map(is_, settings, self._settings))
+        if same and [*map(_WANTS, self._tensors)] == self._wanted:
+            return
+        parts = list(module.modules())
+        self._kinds.clear()
+        self._dicts = [d for p in parts for d in (p.__dict__, p._modules, p._parameters, p._buffers)]
+        self._hooks = [d for p in parts for name, d in p.__dict__.items() if name.endswith("_hooks")]
+        self._settings = [*chain.from_iterable(map(dict.values, self._dicts))]
+        self._tensors = [value for value in self._settings if isinstance(value, Tensor)]
+        self._wanted = [*map(_WANTS, self._tensors)]
+
+
+class Recordings:
+    """The steps of one module and one kind of objective, by the form of what they are given.
+
+    Args:
+        uses: as in `Recorder.begin`.
+
+    Attributes:
+        fits: that have begun.
+    """
+
+    def __init__(self, uses: int) -> None:
+        self.fits = 0
+        self._needed = uses
+        self._steps: dict[Any, Step | None] = {}
+        self._uses: dict[Any, tuple[int, int]] = {}
+
+    def run(
+        self, live: Callable[[], Results], step: Step, tensors: Sequence[Tensor], more: Any, module: nn.Module
+    ) -> Results:
+        """Take a step, as it was written down if it was; and write it down if it comes often.
+
+        Args:
+            live: takes the step.
+            step: the same, given tensors; further arguments as in `written_down`.
+            tensors: what the step is given.
+            more: whatever else makes it another step than one with tensors of the same shapes.
+            module: whose tensors it may read besides.
+
+        Returns:
+            What `live` returns, or would, to the bit.
+        """
+        form = more, *[(tensor.shape, tensor.dtype) for tensor in tensors]
+        known = self._steps.get(form)
+        if known is not None:
+            return known(*tensors)
+        results = live()
+        if self._often(form):
+            self._steps[form] = written_down(step, tensors, results, [*module.parameters(), *module.buffers()])
+        return results
+
+    def _often(self, form: Any) -> bool:
+        """Count a use; whether it is time to write the form down."""
+        if form in self._steps or len(self._steps) >= AT_MOST:
+            return False
+        uses, first = self._uses.get(form, (0, self.fits))
+        self._uses[form] = uses + 1, first
+        return uses + 1 >= self._needed and self.fits > first
+
+
+class Trained:
+    """The steps of one fit, each of which leaves gradients with parameters.
+
+    Args:
+        recordings: of the objective.
+        module: what is trained.
+        objective: what is minimised; its tensors are read now.
+        parameters: those of the module that are trained.
+    """
+
+    def __init__(
+        self, recordings: Recordings, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]
+    ):
+        self._recordings, self._module, self._objective = recordings, module, objective
+        self._parameters, self._held, self._spec = parameters, (), None
+        if objective is not training_step:
+            self._held, self._spec = tree_flatten(tensors_of(objective))
+
+    def __call__(self, live: Callable[[], Mapping[str, Tensor]], batch: Batch) -> Mapping[str, Tensor]:
+        """Take a step.
+
+        Args:
+            live: does so when it is not written down yet, and returns the losses.
+            batch: what it is about.
+
+        Returns:
+            The losses.
+        """
+        if not all(part is None or isinstance(part, Tensor) for part in batch):
+            return live()
+        missing = tuple(part is None for part in batch)
+
+        def step(*tensors: Tensor) -> Results:
+            rest = iter(tensors)
+            again = tuple(None if gone else next(rest) for gone in missing)
+            objective = self._objective
+            if self._held:
+                objective = dataclasses.replace(objective, **tree_unflatten(list(rest), self._spec))
+            losses = objective(self._module, again)
+            gradients = torch.autograd.grad(losses["loss"], self._parameters)
+            return {name: value.detach() for name, value in losses.items()}, list(gradients)
+
+        def taken() -> Results:
+            return dict(live()), [parameter.grad for parameter in self._parameters]
+
+        tensors = [*(part for part in batch if part is not None), *self._held]
+        losses, gradients = self._recordings.run(taken, step, tensors, missing, self._module)
+        for parameter, gradient in zip(self._parameters, gradients):
+            parameter.grad = gradient
+        return losses

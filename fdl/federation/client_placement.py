@@ -1,0 +1,207 @@
+"""Clients spread over the ranks of a run: who has whom, and what the ranks tell each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fdl.comm.ledger import Note, Refusal, Row
+from fdl.federation.message_transport import unwrapped, wrapped
+from fdl.federation.scheduling import largest_first
+from fdl.state import checkpoint
+from fdl.state.weights import count_parameters
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fdl.comm.channel import Channel
+    from fdl.engine.distributed.process_group import Ranks
+    from fdl.messages import Bundle, Message
+    from fdl.participants import Client
+
+
+class Spread:
+    """Which rank has which client.
+
+    A client's turn is taken where its state is, as long as no rank then works much longer than the others; the dearest
+    clients are placed first, by the seconds of their last turn, before that by samples times parameters. With the state
+    move both ends' memories of the client's link. Results do not depend on who has whom.
+
+    Args:
+        ranks: the processes.
+        clients: all of them, by id; every rank has their data.
+        channel: holds the links' memories and the ledger.
+        folder: where clients' states lie that are not in memory; all ranks see it.
+
+    Attributes:
+        homes: the rank that has each client's newest state, by id.
+    """
+
+    def __init__(self, ranks: Ranks, clients: Sequence[Client], channel: Channel, folder: Path):
+        self.ranks, self.clients, self.channel, self.folder = ranks, clients, channel, folder
+        self.costs = [0.0 if self.alone else float(max(client.samples, 1) * _size(client)) for client in clients]
+        self._measured, self._shown = [False] * len(clients), 0
+        self.homes = [ranks.index] * len(clients)
+        for client, rank in () if self.alone else largest_first(range(len(clients)), self.costs, ranks.count).items():
+            self.homes[client] = rank
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process has all clients: it is the only one, or all do the same."""
+        return self.ranks.count == 1 or self.ranks.together
+
+    def mine(self) -> list[Client]:
+        """The clients whose newest state is here."""
+        return [client for client in self.clients if self.homes[client.id] == self.ranks.index]
+
+    def place(self, cohort: Sequence[int]) -> list[int]:
+        """Settle who takes a round's turns, and move the states of those who change places.
+
+        Args:
+            cohort: ids of all who are asked.
+
+        Returns:
+            Those of them who are this rank's, in the same order.
+        """
+        if self.alone:
+            return list(cohort)
+        placed = largest_first(cohort, self.costs, self.ranks.count, self.homes)
+        moving = [client for client in cohort if placed[client] != self.homes[client]]
+        if moving:
+            leaving = [client for client in moving if self.homes[client] == self.ranks.index]
+            states = self._merged(self.ranks.gather(checkpoint.pack(self._states(leaving))))
+            for client in moving:
+                self.homes[client] = placed[client]
+                if placed[client] == self.ranks.index:
+                    self._take(client, states)
+            self._forget(leaving)
+        return [client for client in cohort if placed[client] == self.ranks.index]
+
+    def show(self, round: int, uploads: Mapping[int, Message | Bundle]) -> dict[int, Message | Bundle]:
+        """Let all ranks see what this one's clients are about to send, before anything is encoded; once a round.
+
+        Args:
+            round: the current round.
+            uploads: by client.
+
+        Returns:
+            Those of all ranks, by client.
+        """
+        if self.alone:
+            return dict(uploads)
+        packed = {str(client): wrapped(upload) for client, upload in uploads.items()}
+        if self._shown == round:
+            return {}
+        self._shown = round
+        every = self.ranks.gather(checkpoint.pack(packed))
+        return {int(client): unwrapped(one) for data in every for client, one in checkpoint.unpack(data).items()}
+
+    def tell(
+        self, record: dict[str, Any], turns: Mapping[int, float], uploads: Mapping[int, Message | Bundle], error: str
+    ) -> tuple[list[str], list[tuple[int, Message | Bundle]]]:
+        """Hand all ranks what this one's clients did in a round.
+
+        Args:
+            record: the round's; gets the other ranks' clients and refusals, in the cohort's order.
+            turns: seconds of the turns taken here, by client.
+            uploads: what came in here and is yet to be added to the aggregate, by client.
+            error: why this rank cannot go on; empty when it can.
+
+        Returns:
+            What went wrong on each rank, and the uploads of all ranks in the cohort's order.
+        """
+        ledger, round = self.channel.ledger, record["round"]
+        own = set(self._own(record["cohort"]))
+        told = {
+            "error": error,
+            "clients": record["clients"],
+            "refused": record["refused"],
+            "turns": {str(client): seconds for client, seconds in turns.items()},
+            "rows": [list(row) for row in ledger.of_round(round) if row.client in own],
+            "refusals": [list(r) for r in ledger.refusals if r.round == round and r.client in own],
+            "notes": [list(n) for n in ledger.notes if n.round == round and n.client in own],
+        }
+        packed = {str(client): wrapped(upload) for client, upload in uploads.items()}
+        every = self.ranks.gather(checkpoint.pack({"told": json.dumps(told), "uploads": packed}))
+        heard: dict[int, Message | Bundle] = {}
+        errors, order = [], {str(client): i for i, client in enumerate(record["cohort"])}
+        for rank, data in enumerate(every):
+            one = checkpoint.unpack(data)
+            other = json.loads(one["told"])
+            errors.append(other["error"])
+            for client, upload in one["uploads"].items():
+                heard[int(client)] = unwrapped(upload)
+            for client, seconds in other["turns"].items():
+                self._learn(int(client), seconds)
+            if rank != self.ranks.index:
+                ledger.include(
+                    (Row(*row) for row in other["rows"]),
+                    (Refusal(*refusal) for refusal in other["refusals"]),
+                    (Note(*note) for note in other["notes"]),
+                )
+                record["clients"].update(other["clients"])
+                record["refused"].update(other["refused"])
+        for part in ("clients", "refused"):
+            record[part] = dict(sorted(record[part].items(), key=lambda item: order[item[0]]))
+        return errors, sorted(heard.items(), key=lambda item: order[str(item[0])])
+
+    def all_states(self) -> dict[str, Any]:
+        """Every client's state and its links' memories, on the leader; nothing on the others."""
+        own = self._states([client.id for client in self.mine()])
+        return own if self.alone else self._merged(self.ranks.collect(checkpoint.pack(own)))
+
+    def everywhere(self) -> None:
+        """Bring all clients' states and their links' memories to every rank, for those who look at all of them."""
+        if self.alone:
+            return
+        mine = {client.id for client in self.mine()}
+        states = self._merged(self.ranks.gather(checkpoint.pack(self._states(sorted(mine)))))
+        for client in self.clients:
+            if client.id not in mine:
+                self._take(client.id, states)
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Put back what `all_states` gave; each rank keeps what is its own."""
+        own = {client.id for client in self.mine()}
+        for client in self.clients:
+            client.restore(states["clients"].get(str(client.id), {}) if client.id in own else {}, self.folder)
+        links = states["channel"].items()
+        self.channel.load_state_dict({key: value for key, value in links if int(key.split("/")[1]) in own})
+
+    def _own(self, cohort: Iterable[int]) -> list[int]:
+        return [client for client in cohort if self.homes[client] == self.ranks.index]
+
+    def _states(self, ids: Iterable[int]) -> dict[str, Any]:
+        ids = list(ids)
+        clients = {str(client): saved for client in ids if (saved := self.clients[client].saved())}
+        return {"clients": clients, "channel": self.channel.state_dict(ids)}
+
+    def _take(self, client: int, states: Mapping[str, Any]) -> None:
+        self.clients[client].restore(states["clients"].get(str(client), {}), self.folder)
+        self.channel.restore(client, states["channel"])
+
+    def _forget(self, ids: Iterable[int]) -> None:
+        for client in ids:
+            self.clients[client].restore({}, self.folder)
+            self.clients[client].runtime.hold(self.clients[client].architecture, None)
+            self.channel.restore(client, {})
+
+    @staticmethod
+    def _merged(every: Sequence[bytes]) -> dict[str, Any]:
+        merged: dict[str, Any] = {"clients": {}, "channel": {}}
+        for data in every:
+            for part, states in checkpoint.unpack(data).items():
+                merged[part].update(states)
+        return merged
+
+    def _learn(self, client: int, seconds: float) -> None:
+        """From now on a client costs the seconds of its last turn; those not yet timed cost in proportion."""
+        if not any(self._measured) and self.costs[client] > 0:
+            rate = seconds / self.costs[client]
+            self.costs = [cost * rate for cost in self.costs]
+        self.costs[client], self._measured[client] = seconds, True
+
+
+def _size(client: Client) -> int:
+    return count_parameters(client.runtime.template(client.architecture))

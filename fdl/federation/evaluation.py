@@ -1,0 +1,80 @@
+"""How good the student and the specialists are, on public data only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fdl.metrics.tasks import TASKS
+
+if TYPE_CHECKING:
+    from fdl.evaluators.base import Evaluator
+    from fdl.loop import FederatedLoop
+    from fdl.participants import Server
+
+
+def ask(server: Server, probes: Sequence[Evaluator], metrics: dict[str, float]) -> None:
+    """Put further questions to the student; the answers are noted as ``student/<probe>/<metric>``."""
+    for probe in probes:
+        answers = probe.evaluate(server, server.student)
+        metrics.update({f"student/{probe.label}/{name}": value for name, value in answers.items()})
+
+
+def evaluate(loop: FederatedLoop, record: dict[str, Any], last: bool = False) -> None:
+    """Evaluate the student on validation and test, and every trained specialist on test.
+
+    With several ranks the first one asks the server's models, and each the specialists that it has.
+
+    Args:
+        loop: the run, after a round's learning.
+        record: the round's record. Its ``metrics`` get ``student/test/accuracy``, … and the mean over specialists as
+            ``specialists/test/accuracy``, …; its ``clients`` get each specialist's own ``test/accuracy``, …. Models of
+            the server beside the student are measured as ``pools/<name>/test/accuracy``, …, and the probes' answers
+            become ``student/<probe>/<metric>``.
+        last: whether this is the run's last round.
+    """
+    names = TASKS[loop.server.task].asked(loop.recipe.evaluation.metrics)
+    found = _server_models(loop, record["round"], names, last) if loop.runtime.ranks.asks else {}
+    own = _specialists(loop, names) if loop.recipe.evaluation.specialists else {}
+    for told in loop.runtime.ranks.gather(json.dumps([found, own]).encode()) if not loop.spread.alone else ():
+        others, theirs = json.loads(told)
+        found.update(others)
+        own.update(theirs)
+    record["metrics"].update(found)
+    values: dict[str, list[float]] = {}
+    for client in sorted(own, key=int):
+        record["clients"].setdefault(client, {}).update({f"test/{name}": value for name, value in own[client].items()})
+        for name, value in own[client].items():
+            values.setdefault(name, []).append(value)
+    record["metrics"].update({f"specialists/test/{name}": sum(v) / len(v) for name, v in values.items()})
+
+
+def _server_models(loop: FederatedLoop, round: int, names: Sequence[str], last: bool) -> dict[str, float]:
+    """The student's, and other models', metrics on validation and test, and what probes find."""
+    server, metrics = loop.server, {}
+    task = TASKS[server.task]
+    splits = [(split, s) for split, s in (("validation", server.validation), ("test", server.test)) if len(s)]
+
+    def measure(owner: str, module: Any) -> None:
+        for split, samples in splits:
+            values = task.measure(server, module, samples, names)
+            metrics.update({f"{owner}/{split}/{name}": value for name, value in values.items()})
+
+    if server.student is not None:
+        measure("student", server.student)
+        ask(server, [p for p in loop.probes if last or (p.every and round % p.every == 0)], metrics)
+    for name, module in loop.method.server_models(server):
+        measure(f"pools/{name}", module)
+    return metrics
+
+
+def _specialists(loop: FederatedLoop, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Each trained specialist's metrics on test, by client; only of those that this rank has."""
+    task, test, found = TASKS[loop.server.task], loop.server.test, {}
+    for client in loop.spread.mine():
+        if "specialist" in client.state:
+            module = loop.method.client_model(loop.server, client)
+            found[str(client.id)] = task.measure(client, module, test, names)
+        client.rest(changed=False)
+    return found

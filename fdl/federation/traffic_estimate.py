@@ -1,0 +1,98 @@
+"""What a round will send, measured before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from fdl.errors import RefusedError
+from fdl.participants import copy_of
+from fdl.state.weights import load_into
+
+if TYPE_CHECKING:
+    from fdl.loop import FederatedLoop
+
+
+log = logging.getLogger("fdl")
+
+_TELL_AFTER = 5.0
+"""Seconds without a word, after which a line says how far it is."""
+
+Sizes = dict[str, dict[int, int]]
+
+
+def estimate_bytes(loop: FederatedLoop, round: int = 1) -> Sizes:
+    """What one round sends, see `estimate_rounds`.
+
+    Args:
+        loop: freshly built; left as it was.
+        round: the round to measure; those before it are rehearsed too.
+
+    Returns:
+        ``{"down": {client: bytes}, "up": {client: bytes}}``.
+    """
+    return estimate_rounds(loop, round)[-1]
+
+
+def estimate_rounds(loop: FederatedLoop, rounds: int) -> list[Sizes]:
+    """Rehearse rounds with all clients and untrained models, and really encode their messages.
+
+    Sizes are exact where a codec's output does not depend on the values; an entropy stage usually does a little better
+    once models are trained. What comes after the first round may differ from it, since the server then has something
+    to say.
+
+    Args:
+        loop: freshly built; left as it was.
+        rounds: how many rounds to measure.
+
+    Returns:
+        For each round ``{"down": {client: bytes}, "up": {client: bytes}}``.
+    """
+    server = loop.server
+    ledger, server_state = loop.ledger.state_dict(), dict(server.state)
+    client_states = [dict(client.state) for client in loop.clients]
+    student = None if server.student is None else copy_of(server.student)
+    with loop.runtime.rehearsal():
+        loop.begin(0)
+        loop.method.setup(server, loop.clients)
+        for number in range(1, rounds + 1):
+            _rehearse(loop, number, learn=number < rounds)
+    sizes: list[Sizes] = [{d: {client.id: 0 for client in loop.clients} for d in ("down", "up")} for _ in range(rounds)]
+    for row in loop.ledger.rows():
+        if row.direction in ("down", "up") and 1 <= row.round <= rounds:
+            sizes[row.round - 1][row.direction][row.client] += row.bytes
+    loop.ledger.load_state_dict(ledger)
+    server.state = server_state
+    if student is not None:
+        load_into(server.student, student)
+    for client, state in zip(loop.clients, client_states):
+        client.state = state
+        loop.runtime.hold(client.architecture, None)
+    loop.begin(0)
+    return sizes
+
+
+def _rehearse(loop: FederatedLoop, round: int, learn: bool) -> None:
+    """One round of messages; `learn` lets the server take them in, so that it can answer in the next."""
+    loop.begin(round)
+    aggregate = loop.method.aggregate(loop.server) if learn else None
+    told = time.monotonic()
+    for place, client in enumerate(loop.clients):
+        if client.id in loop.left_out:
+            continue
+        if time.monotonic() - told > _TELL_AFTER:
+            log.info("still counting: round %d, client %d of %d", round, place + 1, len(loop.clients))
+            told = time.monotonic()
+        if loop.server.arrival is not None and len(client.train) == 0:  # as in a run: without data it sits out
+            continue
+        try:
+            for _, upload in loop.executor(loop.method, [(client, loop.send(client.id))]):
+                received = loop.channel.upload(upload, client.id, round)
+                if aggregate is not None and received is not None:
+                    aggregate.add(received, client.id)
+        except RefusedError:  # as in a run: the bytes were sent, and the round goes on
+            continue
+    knowledge = None if aggregate is None else aggregate.result()
+    if knowledge is not None:
+        loop.method.server_update(loop.server, knowledge)

@@ -1,0 +1,1 @@
+"""What a round's uploads are combined into."""

@@ -1,0 +1,247 @@
+"""The mixture of clients' answers to every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdl.errors import RefusedError
+from fdl.knowledge.aggregation.shares import CAP, Cap
+from fdl.knowledge.confidence.base import LIMIT
+from fdl.messages import Message
+from fdl.messages.sparse_responses import FLOOR, SparseResponses
+
+_SLACK = 1e-3
+_POSITIONS = 1 << 14  # positions that are merged at a time
+_NONE = torch.iinfo(torch.int32).max  # in the place of an id: sorts behind all others
+
+
+@dataclass(frozen=True, eq=False)
+class TokenKnowledge:
+    """What the clients of a round say together of the windows that any of them answered.
+
+    Attributes:
+        rows: the windows, int64 [m], rising.
+        ids: int32 [m, T, C], the likeliest first; -1 with probability 0 where there are fewer.
+        probabilities: float32 [m, T, C]; what they lack to 1 belongs to all other ids.
+        coverage: how many clients answered, int64 [m, T].
+        log_weight: logarithm of the sum of their weights, float32 [m, T]; -inf where nobody answered.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    probabilities: Tensor
+    coverage: Tensor
+    log_weight: Tensor
+
+    def message(self, vocab: int, k: int) -> SparseResponses:
+        """The k likeliest ids as a message.
+
+        Args:
+            vocab: size of the vocabulary.
+            k: ids a position at most.
+        """
+        p, ids = self.probabilities[..., :k], self.ids[..., :k]
+        kept = p >= FLOOR
+        tail = (1 - p.double().mul(kept).sum(2)).clamp_min(FLOOR).log().float()
+        order = ids.masked_fill(~kept, _NONE).argsort(dim=2)
+        ids, p, kept = (x.gather(2, order) for x in (ids, p, kept))
+        sizes = kept.sum(2, dtype=torch.int32)
+        return SparseResponses(ids[kept].int(), p[kept].log(), sizes, vocab, tail, rows=self.rows)
+
+
+class TokenMixture:
+    """Mean over clients of their distributions over the next token, weighted by softmax over clients of log-weights.
+
+    With a cap, no client has more than so many equal shares, whatever it says of itself. Whom that cuts
+    is known once all have spoken: their messages, at 8 bytes an id, are kept until then. Without a cap, or where all
+    count alike, memory grows with the proxy text and nothing else: the softmax is taken online, a position keeps the
+    largest log-weight seen so far, and the sums relative to it.
+
+    Of every position the `capacity` ids with the most probability so far are kept, at 8 bytes each, and the rest goes
+    to the tail. With a capacity of the vocabulary, or of all ids that clients name, nothing is lost. What a client does
+    not name counts as part of its tail, so the mixture gives an id no more than what was said of it.
+
+    Args:
+        rows: the windows that are asked, int64 [m], rising.
+        length: positions of a window, T.
+        vocab: size of the vocabulary.
+        most: ids a position at most that a client may send.
+        capacity: ids a position that are kept.
+        weighted: True refuses answers without weights, False refuses those with.
+        cap: how much one client may have at most; None for any.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        length: int,
+        vocab: int,
+        most: int,
+        capacity: int,
+        weighted: bool,
+        cap: Cap | None = CAP,
+    ):
+        self.rows, self.length, self.vocab, self.most, self.weighted = rows, length, vocab, most, weighted
+        self.capacity, self.cap = min(capacity, vocab), cap if weighted else None
+        count = len(rows) * length
+        self.clients = 0
+        self._waiting: list[tuple[int, SparseResponses]] = []
+        self._largest = torch.full((count,), -torch.inf, dtype=torch.float64)
+        self._weight = torch.zeros(count, dtype=torch.float64)
+        self._coverage = torch.zeros(count, dtype=torch.int64)
+        self._ids = torch.full((count, self.capacity), _NONE, dtype=torch.int32)
+        self._mass = torch.zeros(count, self.capacity)
+
+    def add(self, message: Message, client: int) -> None:
+        """Take in one client's answers.
+
+        Args:
+            message: for some of the windows or all.
+            client: who sent them.
+
+        Raises:
+            RefusedError: they do not fit; the mixture is as it was.
+        """
+        places, log_weights = self._checked(message)
+        if self.cap is None:
+            self._take(message, places, log_weights)
+        else:
+            self._waiting.append((client, message))
+        self.clients += 1
+
+    def _settled(self) -> TokenMixture:
+        """The mixture, without a cap, of all that waited, with the log-weights that the cap leaves."""
+        told = [message for _, message in sorted(self._waiting, key=lambda waiting: waiting[0])]
+        logs = torch.full((len(told), len(self._largest)), -torch.inf, dtype=torch.float64)
+        for own, message in zip(logs, told):
+            places, log_weights = self._checked(message)
+            own[places] = log_weights.masked_fill(message.sizes.flatten() == 0, -torch.inf)
+        settings = self.rows, self.length, self.vocab, self.most, self.capacity, self.weighted
+        mixture = TokenMixture(*settings, cap=None)
+        for own, message in zip(self.cap.limit(logs), told):
+            places = self._checked(message)[0]
+            mixture._take(message, places, own[places])
+        mixture.clients = self.clients
+        return mixture
+
+    def _take(self, message: SparseResponses, places: Tensor, log_weights: Tensor) -> None:
+        """Add one client's answers, with the log-weight of each position."""
+        sizes, position = message.sizes.flatten(), 0
+        ids, p = message.ids, relative(message)
+        for start in range(0, len(places), _POSITIONS):
+            some = slice(start, start + _POSITIONS)
+            count = int(sizes[some].sum())
+            part = slice(position, position + count)
+            self._merge(places[some], sizes[some], log_weights[some], ids[part], p[part])
+            position += count
+
+    def result(self) -> TokenKnowledge | None:
+        """The mixture, or None when nobody was added."""
+        if self.clients == 0:
+            return None
+        if self._waiting:
+            return self._settled().result()
+        windows = (self._coverage.view(-1, self.length) > 0).any(1)
+        used = max(1, int((self._mass > 0).sum(1).max())) if len(self._mass) else 1
+        if used == self.vocab:  # then all ids are named, be it with probability 0, so that nothing is left for a tail
+            named = self._ids.where(self._mass > 0, 0).long()
+            mass, ids = torch.zeros_like(self._mass).scatter_add_(1, named, self._mass).sort(dim=1, descending=True)
+        else:
+            mass, order = self._mass.sort(dim=1, descending=True, stable=True)
+            mass, ids = mass[:, :used], self._ids.gather(1, order[:, :used])
+            ids = ids.masked_fill(mass == 0, -1)
+        ids = ids.masked_fill((self._coverage == 0).unsqueeze(1), -1)
+        mass = mass / self._weight.where(self._weight > 0, 1.0).unsqueeze(1)
+        shape = (-1, self.length, used)
+        return TokenKnowledge(
+            self.rows[windows],
+            ids.int().view(shape)[windows],
+            mass.float().view(shape)[windows],
+            self._coverage.view(-1, self.length)[windows],
+            (self._largest + self._weight.log()).float().view(-1, self.length)[windows],
+        )
+
+    def _merge(self, places: Tensor, sizes: Tensor, log_weights: Tensor, ids: Tensor, p: Tensor) -> None:
+        """Add one client's distributions at some positions."""
+        answered = sizes > 0
+        places, sizes, log_weights = places[answered], sizes[answered], log_weights[answered]
+        if len(places) == 0:
+            return
+        together = torch.maximum(self._largest[places], log_weights)
+        before, new = (self._largest[places] - together).exp(), (log_weights - together).exp()
+        self._largest[places] = together
+        self._weight[places] = self._weight[places] * before + new
+        self._coverage[places] += 1
+        new_ids, new_mass = padded(ids, p, sizes)
+        new_mass = (new_mass * new.unsqueeze(1)).float()
+        ids = torch.cat([self._ids[places], new_ids], dim=1)
+        mass = torch.cat([(self._mass[places] * before.unsqueeze(1)).float(), new_mass], dim=1)
+        ids, order = ids.sort(dim=1)
+        mass = mass.gather(1, order)
+        # each side names an id once, so of equal neighbours there are two at most
+        twice = ids[:, 1:] == ids[:, :-1]
+        mass[:, :-1] += mass[:, 1:] * twice
+        mass[:, 1:].masked_fill_(twice, 0)
+        mass, order = mass.topk(self.capacity, dim=1)
+        self._ids[places] = ids.gather(1, order).masked_fill_(mass == 0, _NONE)
+        self._mass[places] = mass
+
+    def _checked(self, message: Message) -> tuple[Tensor, Tensor]:
+        """Which positions of all windows they are for, int64 [n·T], and the log-weight of each, float64 [n·T]."""
+        if not isinstance(message, SparseResponses):
+            raise RefusedError(f"expected sparse responses, got {message.kind}")
+        if message.vocab != self.vocab:
+            raise RefusedError(f"answers over a vocabulary of {message.vocab}, expected {self.vocab}")
+        sizes, rows = message.sizes, message.rows
+        if sizes.shape[1] != self.length:
+            raise RefusedError(f"windows of {sizes.shape[1]} positions, expected {self.length}")
+        if sizes.numel() and int(sizes.max()) > self.most:
+            raise RefusedError(f"{int(sizes.max())} ids at a position, expected {self.most} at most")
+        if rows is None:
+            if len(sizes) != len(self.rows):
+                raise RefusedError(f"expected answers to all {len(self.rows)} windows, got {len(sizes)}")
+            windows = torch.arange(len(self.rows))
+        else:
+            windows = torch.searchsorted(self.rows, rows).clamp_max(max(len(self.rows) - 1, 0))
+            if len(self.rows) == 0 or not torch.equal(self.rows[windows], rows):
+                raise RefusedError("a window is answered that was not asked")
+            if not (rows.diff() > 0).all():
+                raise RefusedError("windows are not in order, or one is answered twice")
+        if (message.weights is None) == self.weighted:
+            raise RefusedError("answers without weights" if self.weighted else "answers with weights not asked for")
+        places = (windows.unsqueeze(1) * self.length + torch.arange(self.length)).flatten()
+        if message.weights is None:
+            return places, torch.zeros(sizes.numel(), dtype=torch.float64)
+        log_weights = message.weights.values().double().flatten()
+        if not (torch.isfinite(log_weights).all() and (log_weights <= LIMIT + _SLACK + message.weights.step).all()):
+            raise RefusedError(f"a log-weight is above {LIMIT:g}, or not finite")
+        return places, log_weights
+
+
+def relative(message: SparseResponses) -> Tensor:
+    """Probabilities of the ids that a message names, float64 [S].
+
+    Rounding on the way is undone as far as it shows: named ids and tail of a position sum to 1, so that no client has
+    more than one vote.
+    """
+    counts = message.sizes.flatten()
+    if message.form == "sampled":
+        p, rest = message.values.double(), torch.zeros(len(counts), dtype=torch.float64)
+    else:
+        p, rest = message.values.double().exp(), message.tail.flatten().double().exp()
+    total = rest.index_add(0, message.positions, p)
+    return p / total[message.positions]
+
+
+def padded(ids: Tensor, p: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [M, K] int32 and probabilities [M, K] of M positions, each with its number of ids from `sizes` [M].
+
+    K is the largest of these; behind the ids of a position stand the largest integer and probability 0.
+    """
+    named = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
+    wide_ids, wide_p = torch.full(named.shape, _NONE, dtype=torch.int32), p.new_zeros(named.shape)
+    wide_ids[named], wide_p[named] = ids.int(), p
+    return wide_ids, wide_p

@@ -1,0 +1,1 @@
+"""Confidence of predictions on the proxy set."""

@@ -1,0 +1,111 @@
+"""How much a client's answer should count at every token of a text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdl.knowledge.confidence.base import LIMIT, ClientView
+from fdl.knowledge.option import Option
+from fdl.utils.arguments import not_negative, one_of, positive
+
+
+class Certainty(NamedTuple):
+    """What a language model showed of itself at every position t of n windows; answers there are to token t + 1.
+
+    Attributes:
+        log_likelihood: log p(x_t | x_<t), float32 [n, T]; 0 for the first token and for padding.
+        entropy: of its answer, in nats, float32 [n, T].
+        largest: logarithm of the answer's largest probability, float32 [n, T].
+    """
+
+    log_likelihood: Tensor
+    entropy: Tensor
+    largest: Tensor
+
+
+class TokenConfidence(Option, ABC):
+    """Gives a client a log-weight at every position; weights are the softmax over clients of these.
+
+    It is found by the client alone, from tokens up to t for the answer to token t + 1: a weight that looked at the
+    answer would tell it. In the mixture only differences between clients matter.
+    """
+
+    def log_weights(self, client: ClientView, certainty: Certainty) -> Tensor:
+        """Weigh one client's answers.
+
+        Args:
+            client: who answers.
+            certainty: what its model showed of itself.
+
+        Returns:
+            float32 [n, T], at most LIMIT; without a least value, since what has become unlikely stays so.
+        """
+        return self.score(client, certainty).float().clamp_max(LIMIT)
+
+    @abstractmethod
+    def score(self, client: ClientView, certainty: Certainty) -> Tensor:
+        """The log-weights before clipping, [n, T]; arguments as in `log_weights`."""
+
+
+class BayesianMixture(TokenConfidence):
+    """Weights by how well each specialist foretold the text so far: the posterior over whose text this is.
+
+    The log-weight at t is ``a · Σ_{s≤t} log p_k(x_s | x_<s)`` within the window, plus the logarithm of the prior. With
+    a = 1 the mixture is Bayes' posterior predictive, if each window comes from one client's model; a below 1 allows
+    for models that are wrong in the same places and for windows that are of several kinds. a = 0 leaves the prior.
+
+    Source: the posterior over domains by which DEMix weighs its experts (Gururangan et al. 2022); the power is ours.
+
+    Args:
+        power: a, ≥ 0.
+        prior: all clients alike before the first token, or by how many windows they trained on.
+    """
+
+    name = "bayesian_mixture"
+
+    def __init__(self, power: float = 0.3, prior: Literal["uniform", "samples"] = "uniform"):
+        self.power = not_negative("power", power)
+        self.prior = one_of("prior", prior, ("uniform", "samples"))
+
+    def score(self, client: ClientView, certainty: Certainty) -> Tensor:
+        """``a · Σ log p + log prior``."""
+        prior = torch.tensor(float(client.samples if self.prior == "samples" else 1)).log()
+        return self.power * certainty.log_likelihood.double().cumsum(1) + prior
+
+
+class TokenEntropy(TokenConfidence):
+    """The less certain an answer, by its entropy, the less it counts.
+
+    Args:
+        temperature: t in ``-H(p) / t``, in nats; small values leave only the most certain client. > 0.
+    """
+
+    name = "token_entropy"
+
+    def __init__(self, temperature: float = 0.25):
+        self.temperature = positive("temperature", temperature)
+
+    def score(self, client: ClientView, certainty: Certainty) -> Tensor:
+        """``-H(p) / t``."""
+        return -certainty.entropy / self.temperature
+
+
+class TokenMaxProbability(TokenConfidence):
+    """An answer counts by the probability of its most likely token.
+
+    Args:
+        power: a in ``max_v p_v^a``; > 0.
+    """
+
+    name = "token_max_probability"
+
+    def __init__(self, power: float = 1.0):
+        self.power = positive("power", power)
+
+    def score(self, client: ClientView, certainty: Certainty) -> Tensor:
+        """``a · log max_v p_v``."""
+        return self.power * certainty.largest

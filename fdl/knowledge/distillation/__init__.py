@@ -1,0 +1,1 @@
+"""What clients upload about the proxy set, and how a student learns from it."""

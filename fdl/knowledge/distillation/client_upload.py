@@ -1,0 +1,77 @@
+"""What a client says of the proxy set in a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from lightning import LightningModule
+
+from fdl.knowledge.confidence.base import Confidence
+from fdl.knowledge.confidence.calibration import fit_temperature
+from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
+from fdl.knowledge.distillation.upload_on_change import OnChange
+from fdl.knowledge.transfer.extraction import extract
+from fdl.knowledge.transfer.features import FeatureTransfer
+from fdl.knowledge.transfer.prototypes import PrototypeTransfer
+from fdl.messages import Bundle, Confidences, Message, Responses, Standing
+from fdl.participants import Client
+
+if TYPE_CHECKING:
+    from fdl.knowledge.release import Release
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How a client makes its upload of what its specialist knows; settings only.
+
+    Args:
+        space: what is sent, probabilities or logits.
+        calibrate: divide logits by a temperature fitted on the held-out private share.
+        confidence: how much each answer counts; None sends none.
+        features: the activations that go with them, None for none.
+        prototypes: the centroids that go with them, None for none.
+        subsample: share of the proxy set that is answered.
+        frequency: when there is something new to say; None for always.
+        release: what makes the answers private; None for nothing.
+    """
+
+    space: Literal["probabilities", "logits"]
+    calibrate: bool
+    confidence: Confidence | None
+    features: FeatureTransfer | None
+    prototypes: PrototypeTransfer | None
+    subsample: float
+    frequency: OnChange | None
+    release: Release | None = None
+
+    def upload(self, client: Client, specialist: LightningModule, standing: Standing | None) -> Message | Bundle | None:
+        """Answer the proxy set, or say that nothing has changed, or nothing where privacy allows no more.
+
+        Args:
+            client: who answers.
+            specialist: its model, trained.
+            standing: which of its answers the server holds, None where nobody asks.
+        """
+        names = None if self.features is None and self.prototypes is None else []
+        known = extract(client, specialist, client.proxy, self.features.names(client) if self.features else names)
+        logits = known.logits
+        if self.calibrate and len(client.calibration):
+            held_out = client.predict(specialist, client.calibration)
+            logits = logits / fit_temperature(held_out, client.calibration.labels)
+        rows = rows_of_round(client, self.subsample)
+        if self.frequency is not None and self.frequency.unchanged(client, standing, logits, rows):
+            return Standing(standing.round)
+        chosen = slice(None) if rows is None else rows
+        values = logits if self.space == "logits" else torch.softmax(logits, dim=1)
+        weights = None if self.confidence is None else self.confidence.log_weights(client, logits)[chosen]
+        if self.release is not None:
+            return self.release.message(client, Responses(values[chosen], self.space, rows), weights)
+        sure = None if weights is None else Confidences.quantize(weights)
+        parts: list[Message] = [Responses(values[chosen], self.space, rows, sure)]
+        if self.features is not None:
+            parts.append(self.features.message(client, known, rows))
+        if self.prototypes is not None:
+            parts.append(self.prototypes.message(client, lambda: extract(client, specialist, client.train, []), known))
+        return parts[0] if len(parts) == 1 else Bundle(tuple(parts))

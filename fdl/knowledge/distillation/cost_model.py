@@ -1,0 +1,73 @@
+"""What a model costs: floating-point operations of an answer and of a step, bytes of weights.
+
+Operations are those of matrix products, convolutions and attention, a product and a sum counted as two; what torch's
+counter does not know (normalisation, activations) is a small share of any network.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fdl.participants import Client
+from fdl.recipe.config import Fit
+
+
+def answer_flops(client: Client, module: nn.Module) -> int:
+    """Operations of one answer to a private sample.
+
+    Args:
+        client: who computes.
+        module: put into evaluation mode.
+    """
+    inputs = _one(client)
+    with torch.no_grad(), client.runtime.fabric.autocast(), FlopCounterMode(display=False) as counter:
+        module.eval()(inputs)
+    return counter.get_total_flops()
+
+
+def training_flops(client: Client, module: nn.Module) -> int:
+    """Operations of one private sample's way forward and backward; weights stay as they are, without gradients.
+
+    Args:
+        client: who computes.
+        module: put into evaluation mode, in which batch normalisation leaves its statistics alone.
+    """
+    inputs = _one(client)
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with torch.enable_grad(), client.runtime.fabric.autocast(), FlopCounterMode(display=False) as counter:
+        module.eval()(inputs).logits.sum().backward()
+    for weight in weights:
+        weight.grad = None
+    return counter.get_total_flops()
+
+
+def samples_seen(count: int, config: Fit) -> int:
+    """How many samples one fit looks at, each counted as often as it is seen.
+
+    Args:
+        count: samples there are.
+        config: for how many epochs, or for how many steps of which batch size.
+    """
+    if config.steps is None:
+        return config.epochs * count
+    epochs, rest = divmod(config.steps, -(-count // config.batch_size))
+    return epochs * count + rest * config.batch_size
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a model's weights and buffers, frozen ones among them, shared ones once."""
+    held = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.numel())
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in held}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _one(client: Client) -> Any:
+    """The inputs of the first private sample, as a model takes them."""
+    runtime = client.runtime
+    batch = move_data_to_device(client.train.batch(torch.tensor([0])), runtime.device)
+    return runtime.fabric.strategy.precision.convert_input(batch)[0]

@@ -1,0 +1,1 @@
+"""Features and prototypes beside predictions."""

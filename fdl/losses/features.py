@@ -1,0 +1,145 @@
+"""Losses between inner activations of a student and of a teacher, with the conventions of `fdl.losses.responses`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdl.losses.responses import wide
+
+
+def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the squared difference of features, mean over rows *and* dimensions.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets"; the student's side comes through a projector.
+
+    Args:
+        student: ``[n, d]``.
+        teacher: ``[n, d]``.
+    """
+    return F.mse_loss(wide(student), wide(teacher))
+
+
+def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the smooth L1 distance to the teacher's features, each row of which is brought to mean 0, deviation 1.
+
+    Source: Baevski et al., "data2vec": targets are normalised, predictions are not. Mean over rows and dimensions.
+    """
+    teacher = wide(teacher)
+    return F.smooth_l1_loss(wide(student), F.layer_norm(teacher, teacher.shape[-1:]))
+
+
+def feature_normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the squared difference of rows of length 1, mean over rows *and* dimensions: ``2 (1 - cos) / d``.
+
+    Source: CLIP-KD's feature distillation, which gives it a weight of 2000, since the mean over d makes it small.
+    """
+    return F.mse_loss(F.normalize(wide(student), dim=-1), F.normalize(wide(teacher), dim=-1))
+
+
+def feature_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute ``1 - cos`` between the rows of student and teacher, mean over rows."""
+    return (1 - F.cosine_similarity(wide(student), wide(teacher), dim=-1)).mean()
+
+
+def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compare the distances between the rows of a batch; the two sides may have different widths.
+
+    Distances are divided by their mean, and compared by the Huber loss, mean over ordered pairs of different rows. It
+    does not change when either side is rotated, moved or scaled. Source: Park et al., "Relational Knowledge
+    Distillation" (RKD-D).
+
+    Args:
+        student: ``[n, d]``, n ≥ 2; 0 for fewer rows.
+        teacher: ``[n, e]``.
+    """
+    if len(student) < 2:
+        return student.sum() * 0.0
+    return F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
+
+
+def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compare the angles that the rows of a batch form with each other; the two sides may have different widths.
+
+    The cosine of the angle at row j between rows i and k, Huber loss, mean over triples of different rows; memory grows
+    as n³. Source: Park et al., "Relational Knowledge Distillation" (RKD-A).
+
+    Args:
+        student: ``[n, d]``, n ≥ 3; 0 for fewer rows.
+        teacher: ``[n, e]``.
+    """
+    count = len(student)
+    if count < 3:
+        return student.sum() * 0.0
+    other = ~torch.eye(count, dtype=torch.bool, device=student.device)
+    triples = other.unsqueeze(2) & other.unsqueeze(1) & other.unsqueeze(0)
+    return F.smooth_l1_loss(_cosines_of_angles(student)[triples], _cosines_of_angles(teacher)[triples])
+
+
+def relational(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compare distances and angles, the angles twice as much as the distances (RKD-DA's proportion)."""
+    return relational_distance(student, teacher) + 2 * relational_angle(student, teacher)
+
+
+def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute one minus the linear centred kernel alignment of the rows of a batch; widths may differ.
+
+    ``1 - ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖)`` with centred columns, in [0, 1]. It does not change when either side is rotated,
+    moved or scaled. Source: Kornblith et al., "Similarity of Neural Network Representations Revisited".
+
+    Args:
+        student: X, ``[n, d]``, n ≥ 2; 1 where one side does not vary.
+        teacher: Y, ``[n, e]``.
+    """
+    x, y = (wide(side) - wide(side).mean(0) for side in (student, teacher))
+    # Gram matrices of rows: a batch has fewer rows than features
+    k, m = x @ x.T, y @ y.T
+    scale = k.norm() * m.norm()
+    return 1 - (k * m).sum() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def _relative_distances(rows: Tensor) -> Tensor:
+    """Distances of all pairs of different rows, over their mean, [n (n - 1) / 2]."""
+    distances = F.pdist(wide(rows))
+    return distances / distances.mean().clamp_min(torch.finfo(distances.dtype).tiny)
+
+
+def _cosines_of_angles(rows: Tensor) -> Tensor:
+    """``[n, n, n]``: entry (j, i, k) is the cosine of the angle at j between i and k."""
+    edges = wide(rows).unsqueeze(0) - wide(rows).unsqueeze(1)
+    edges = F.normalize(edges, dim=-1)
+    return edges @ edges.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """A loss between features of a student and of a teacher.
+
+    Args:
+        function: called with both, ``[n, d]``.
+        projected: whether it needs both in one space, so that the student's come through a projector.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    projected: bool
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss, a scalar."""
+        return self.function(student, teacher)
+
+
+FEATURE_LOSSES: dict[str, FeatureLoss] = {
+    "mse": FeatureLoss(feature_mse, projected=True),
+    "smooth_l1": FeatureLoss(feature_smooth_l1, projected=True),
+    "normalized_mse": FeatureLoss(feature_normalized_mse, projected=True),
+    "cosine": FeatureLoss(feature_cosine, projected=True),
+    "distance": FeatureLoss(relational_distance, projected=False),
+    "angle": FeatureLoss(relational_angle, projected=False),
+    "relational": FeatureLoss(relational, projected=False),
+    "cka": FeatureLoss(linear_cka, projected=False),
+}
+"""The feature losses by the name that a recipe gives."""

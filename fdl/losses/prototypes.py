@@ -1,0 +1,48 @@
+"""Losses between a student's embeddings and prototypes of classes, with the conventions of `fdl.losses.responses`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdl.losses.responses import soft_cross_entropy, wide
+
+
+def prototype_mse(student: Tensor, prototypes: Tensor, assignment: Tensor) -> Tensor:
+    """Compute the squared distance to the prototypes that a row belongs to, mean over rows *and* dimensions.
+
+    ``Σ_j a_j ‖h - c_j‖² / d``. Source: Tan et al., "FedProto", with shares in the place of a class.
+
+    Args:
+        student: h, ``[n, d]``.
+        prototypes: c, ``[m, d]``.
+        assignment: a, ``[n, m]``, rows sum to 1: to what share a row belongs to each prototype.
+    """
+    distances = torch.cdist(wide(student), wide(prototypes), compute_mode="donot_use_mm_for_euclid_dist").square()
+    return (assignment * distances).sum(1).mean() / student.shape[1]
+
+
+def prototype_infonce(student: Tensor, prototypes: Tensor, assignment: Tensor, temperature: float = 0.1) -> Tensor:
+    """Compute the contrast between the prototypes that a row belongs to and all others, mean over rows.
+
+    ``-Σ_j a_j log (exp(h·c_j / t) / Σ_k exp(h·c_k / t))`` with rows and prototypes of length 1; log m where all m
+    prototypes are equal. Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding".
+
+    Args:
+        student: h, ``[n, d]``.
+        prototypes: c, ``[m, d]``.
+        assignment: a, ``[n, m]``, rows sum to 1.
+        temperature: t > 0.
+    """
+    similarity = F.normalize(wide(student), dim=-1) @ F.normalize(wide(prototypes), dim=-1).T
+    return soft_cross_entropy(similarity / temperature, assignment)
+
+
+PROTOTYPE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mse": prototype_mse,
+    "infonce": prototype_infonce,
+}
+"""The prototype losses by the name that a recipe gives."""

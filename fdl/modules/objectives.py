@@ -1,0 +1,101 @@
+"""What a fit minimises, and what two of them have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+
+from fdl.modules.foreign import losses_of
+
+if TYPE_CHECKING:
+    from fdl.modules.types import Batch
+
+Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
+"""What a fit minimises: (module, batch) to named losses, of which ``"loss"`` is differentiated."""
+
+
+def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """The default objective: the module's own training step on a labelled batch."""
+    losses = module.training_step(batch)
+    known = isinstance(losses, dict) and "loss" in losses
+    return losses if known else losses_of(losses, f"{type(module).__qualname__}.training_step")
+
+
+def kind_of(objective: Objective) -> Any:
+    """What objectives that are evaluated in one pass have in common: all but the tensors they hold."""
+    if not dataclasses.is_dataclass(objective):
+        return objective
+    tensors = tensors_of(objective)
+    names = (field.name for field in dataclasses.fields(objective))
+    return type(objective), {name: getattr(objective, name) for name in names if name not in tensors}
+
+
+def is_repeatable(objective: Objective) -> bool:
+    """Whether an objective gives the same whenever it is given the same, as far as can be told.
+
+    Those are the module's own step, and dataclasses of tensors, numbers and strings; what a function remembers, nobody
+    can tell.
+    """
+    if objective is training_step:
+        return True
+    if not dataclasses.is_dataclass(objective):
+        return False
+    held, values = tensors_of(objective), vars(objective)
+    return all(name in held or isinstance(value, bool | int | float | str | None) for name, value in values.items())
+
+
+def tensors_of(objective: Any) -> dict[str, Any]:
+    """A dataclass's fields that are tensors or lists of tensors."""
+    values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, Tensor) or (isinstance(value, list) and value and isinstance(value[0], Tensor))
+    }
+
+
+PADDING = -100
+"""Label of a row that counts for nothing: what torch's cross entropy ignores."""
+
+
+Step = TypeVar("Step", bound=Callable)
+
+
+def ignores_padding(step: Step) -> Step:
+    """Mark a training step: samples with the label `PADDING` count for nothing in any loss that it returns."""
+    step.ignores_padding = True
+    return step
+
+
+Step = TypeVar("Step", bound=Callable)
+
+
+Terms = Callable[[tuple], int]
+"""How many terms the loss of a batch is the mean of."""
+
+
+def mean_over(terms: Terms) -> Callable[[Step], Step]:
+    """Mark an objective or a training step: every loss it returns is a mean over so many terms of the batch alone.
+
+    A loss that compares a batch's samples with each other must not be marked.
+    """
+
+    def mark(step: Step) -> Step:
+        step.terms = terms
+        return step
+
+    return mark
+
+
+def samples_of(batch: tuple) -> int:
+    """How many samples a batch has."""
+    inputs = batch[0]
+    return len(inputs[0] if isinstance(inputs, tuple) else inputs)
+
+
+def next_tokens_of(batch: tuple) -> int:
+    """How many tokens of a batch of texts follow another one."""
+    return int((batch[0][:, 1:] >= 0).sum())

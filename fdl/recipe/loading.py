@@ -1,0 +1,249 @@
+"""The recipe: one YAML file that says all about an experiment.
+
+`load` reads it, applies overrides, and reports everything that is wrong at once, before torch is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fdl.errors import RecipeError, UserError
+from fdl.recipe import cross_checks as rules
+from fdl.recipe.config import Fit, Recipe, Scheduler
+from fdl.recipe.overrides import Override, apply
+from fdl.recipe.validate import check, fill
+from fdl.registry.component import Component
+from fdl.registry.instantiate import Checker, instantiate
+from fdl.registry.static_source import SourceModule
+from fdl.utils.suggest import suggest
+
+__all__ = ["Component", "Fit", "Recipe", "Scheduler", "difference", "from_mapping", "instantiate", "load"]
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), variant: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe file.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key=value`` strings; the later wins.
+        variant: changes that come before the overrides, by dotted key; the recipe's other variants are not checked.
+
+    Raises:
+        UserError: when there is no such file.
+        RecipeError: with all that is wrong in it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        config, lines = OmegaConf.load(path), _lines(text)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: there is no such recipe file{_near_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where, hint = "", ""
+        if mark is not None:
+            where = f" in line {mark.line + 1}, column {mark.column + 1}"
+            before = "".join(text.split("\n")[mark.line : mark.line + 1])[: mark.column + 1]
+            hint = "; this is a tab, and YAML is indented with spaces" if "\t" in before else ""
+        raise RecipeError(str(path), [f"not valid YAML{where}: {getattr(error, 'problem', error)}{hint}"]) from error
+    except OmegaConfBaseException as error:
+        raise RecipeError(str(path), [f"{_plain_key(error.full_key)}: {_first_line(error)}"]) from error
+    tree = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else None
+    if tree is None:
+        raise RecipeError(str(path), ["expected a mapping of keys to values"])
+    return from_mapping(tree, overrides, variant, str(path), path.stem, lines)
+
+
+def from_mapping(
+    tree: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    variant: Mapping[str, Any] | None = None,
+    source: str = "recipe",
+    name: str = "run",
+    lines: Mapping[str, int] | None = None,
+) -> Recipe:
+    """Check a recipe given as plain dicts and lists.
+
+    Args:
+        tree: as a YAML file would give it.
+        overrides: ``key=value`` strings; the later wins.
+        variant: changes that come before the overrides, by dotted key.
+        source: what to call the recipe in messages.
+        name: the run's name where the recipe gives none.
+        lines: line numbers by key, for messages.
+
+    Raises:
+        RecipeError: with all that is wrong in it.
+    """
+    problems: list[str] = []
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(Override.parse(text))
+        except UserError as error:
+            problems.append(str(error))
+    changes = _changes(variant)
+    raw, found = _applied(tree, [*changes, *parsed])
+    recipe, more = _checked(raw, name)
+    found += [one for one in more if one not in found]
+    # one variant of a recipe that was read whole before: the others were checked then
+    for variant_name, mapping in _variants(raw) if variant is None else ():
+        inside, broken = _applied(tree, [*_changes(mapping), *parsed])
+        broken += _checked(inside, name)[1]
+        if broken and parsed:  # `fdl compare` says which override does not suit a variant; a single fit is none
+            alone, wrong = _applied(tree, _changes(mapping))
+            wrong += _checked(alone, name)[1]
+            broken = [problem for problem in broken if problem in wrong]
+        where = f"compare.variants.{variant_name}"
+        found += [(where, f"{k}: {message}") for k, message in dict.fromkeys(broken) if (k, message) not in found]
+    if found or problems:
+        raise RecipeError(source, problems + [_located(k, message, parsed, lines or {}) for k, message in found])
+    return recipe
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Dotted keys in which two recipes, given as plain dicts, differ."""
+    flat_a, flat_b = _flat(a), _flat(b)
+    return [k for k in dict.fromkeys([*flat_a, *flat_b]) if flat_a.get(k, _ABSENT) != flat_b.get(k, _ABSENT)]
+
+
+_ABSENT = object()
+_LONGEST = 200
+"""Letters of an override that a message repeats."""
+_MODULE = SourceModule(__name__, Path(__file__))
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The parser that omegaconf reads with: the one in Python refuses tabs that this one, and YAML, allow."""
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        pairs: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for k, v in pairs:
+        flat.update(_flat(v, f"{prefix}.{k}" if prefix else str(k)))
+    return flat or {prefix: type(value)()}
+
+
+def _changes(variant: Mapping[str, Any] | None) -> list[Override]:
+    return [Override(str(k), _plain(v), f"{k}: {v}") for k, v in (variant or {}).items()]
+
+
+def _applied(tree: Mapping[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The filled tree with overrides, and which of them could not be applied."""
+    filled = fill(_plain(tree), Recipe)
+    problems = apply(filled, overrides)
+    return filled, problems
+
+
+def _variants(raw: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    compare = raw.get("compare")
+    variants = compare.get("variants") if isinstance(compare, Mapping) else None
+    pairs = variants.items() if isinstance(variants, Mapping) else ()
+    return [(str(name), mapping) for name, mapping in pairs if isinstance(mapping, Mapping)]
+
+
+def _checked(raw: Mapping[str, Any], name: str) -> tuple[Recipe | None, list[tuple[str, str]]]:
+    """Resolve interpolations, check everything, and build the dataclass when all is well."""
+    resolved, problems = _interpolated(raw)
+    for part in ("student", "teacher"):  # "${specialists.0}" means its model, not who has it
+        if isinstance(raw.get(part), str) and isinstance(resolved.get(part), Mapping):
+            resolved[part] = {k: v for k, v in resolved[part].items() if k in ("target", "args")}
+    checker = Checker()
+    tree = check(fill(resolved, Recipe), Recipe, _MODULE, checker)
+    broken = {k for k, _ in problems}
+    problems += [(k, m) for k, m in checker.problems if not any(k == b or k.startswith(f"{b}.") for b in broken)]
+    if "name" in tree:
+        tree["name"] = tree["name"] or name
+    problems += rules.violations(tree, {k for k, _ in problems})
+    return (None if problems else _structured(tree)), problems
+
+
+def _interpolated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    config = OmegaConf.create(dict(raw))
+    problems = []
+    while True:
+        try:
+            return OmegaConf.to_container(config, resolve=True, throw_on_missing=False), problems
+        except OmegaConfBaseException as error:
+            problems.append((_plain_key(error.full_key), _first_line(error)))
+            OmegaConf.update(config, error.full_key, None)
+
+
+def _structured(tree: Mapping[str, Any]) -> Recipe:
+    """The dataclass, through omegaconf's structured config."""
+    config = OmegaConf.structured(Recipe)
+    for part in ("local", "distil"):
+        config[part].optimizer.args = {}  # mappings merge: the default's arguments would stay
+    return OmegaConf.to_object(OmegaConf.merge(config, tree))
+
+
+def _plain(value: Any) -> Any:
+    """A deep copy that overrides may change."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _lines(text: str) -> dict[str, int]:
+    """The line of every key in a YAML text."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for name, value in node.value:
+                path = f"{prefix}.{name.value}" if prefix else str(name.value)
+                lines[path] = name.start_mark.line + 1
+                walk(value, path)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                lines[f"{prefix}.{i}"] = value.start_mark.line + 1
+                walk(value, f"{prefix}.{i}")
+
+    walk(yaml.compose(text, Loader=_LOADER), "")
+    return lines
+
+
+def _located(where: str, message: str, overrides: Sequence[Override], lines: Mapping[str, int]) -> str:
+    """A problem with the override or line that it comes from."""
+    for override in reversed(overrides):
+        # what is wrong with a component as a whole is wrong with its target
+        if where == override.key or override.key == f"{where}.target" or where.startswith(f"{override.key}."):
+            return f"{where}: {message} (from the override {override.text[:_LONGEST]!r})"
+    parent = where
+    while parent and parent not in lines:
+        parent = parent.rpartition(".")[0]
+    return f"{where}: {message}" + (f" (line {lines[parent]})" if parent else "")
+
+
+def _near_file(path: Path) -> str:
+    """Recipes that could have been meant."""
+    known = {p.name: p for folder in (path.parent, Path("recipes")) for p in folder.glob("*.yaml")}
+    near = suggest(path.name, known, few=0) or suggest(f"{path.name}.yaml", known, few=0)
+    for name, found in known.items():
+        if f"{name!r}" in near:
+            return f"; did you mean {found}?"
+    return f"; there are {', '.join(str(p) for p in sorted(known.values()))}" if 0 < len(known) <= 8 else ""
+
+
+def _plain_key(full_key: str | None) -> str:
+    """Turn omegaconf's ``specialists[0].args`` into ``specialists.0.args``."""
+    return re.sub(r"\[(\w+)\]", r".\1", full_key or "").lstrip(".")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

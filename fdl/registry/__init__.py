@@ -1,0 +1,1 @@
+"""Plug-ins: kinds, short names, and how a recipe's entry becomes an object."""

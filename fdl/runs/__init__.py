@@ -1,0 +1,1 @@
+"""A run's folder: run, resume, compare, export, audit, report."""

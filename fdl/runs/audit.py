@@ -1,0 +1,140 @@
+"""Attacks on the finished run in a folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fdl.errors import UserError
+from fdl.runs.report import write_summary
+from fdl.utils.tensorboard import open_writer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fdl.recipe.config import Recipe
+from fdl.attacks.audit import Audit, audit, log
+
+AUDIT = "audit.json"
+"""The report in the run's folder."""
+
+
+DEFAULT = ("loss_threshold", "lira", "rmia", "label_leakage")
+"""What a run is audited with where its recipe names no attacks."""
+
+
+ON_CONFIDENCES = ("confidence_inference",)
+"""What is added to these where a confidence is measured on private samples, as `density` is."""
+
+
+def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Audit, Path]:
+    """Rebuild a finished run from its folder, attack it, and write ``audit.json`` and figures there.
+
+    Those of an earlier audit stay, as ``audit-1.json`` and so on.
+
+    Args:
+        run: the run's folder.
+        attacks: short names or dotted paths; by default those of the recipe, or else `DEFAULT`.
+        overrides: ``key=value`` changes of `evaluation.attacks` and of what a resumed run may change.
+
+    Returns:
+        What was found, and the file that says so.
+
+    Raises:
+        UserError: the folder holds no finished run, or an attack cannot be tried on it.
+    """
+    from fdl.build.federation import build
+    from fdl.federation import snapshot
+    from fdl.runs import run as runs
+    from fdl.state import run_folder
+    from fdl.utils.locks import FolderLock, require_unlocked
+
+    runs.require_finished(run)
+    require_unlocked(run)
+    loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)
+    snapshot.restore(loop, write=False)
+    loop.begin(loop.round)
+    result = audit(loop, loop.attacks)
+    with FolderLock(run):
+        run_folder.renamed_aside(run / AUDIT)
+        run_folder.renamed_aside(run / "tensorboard" / "audit")
+        write_summary(run / AUDIT, result.summary())
+        writer = open_writer(run / "tensorboard" / "audit")
+        log(writer, result)
+        writer.close()
+    return result, run / AUDIT
+
+
+def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    """The run's recipe with the attacks that are asked for, in one process and watched by nobody."""
+    from fdl.recipe.loading import load
+    from fdl.registry.component import Component
+    from fdl.runs.run_keys import changes, places, within
+
+    recipe = load(path, [*overrides, *([f"evaluation.attacks=[{','.join(attacks)}]"] if attacks else [])])
+    before, now = load(path).to_dict(), recipe.to_dict()
+    allowed = ["evaluation.attacks", "evaluation.batch_size", "fabric.threads"]
+    changed = [key for key in changes(before, now) if not within(key, allowed)]
+    if other := [key for key in changed if key not in places(before, now, changed)]:
+        raise UserError(
+            f"{other[0]}: an audit looks at the run as it was; only evaluation.attacks can be given, and where "
+            "the data lie now"
+        )
+    chosen = recipe.evaluation.attacks or [Component(name) for name in (*DEFAULT, *_on_confidences(recipe))]
+    return replace(
+        recipe,
+        evaluation=replace(recipe.evaluation, attacks=chosen),
+        fabric=replace(recipe.fabric, devices=1, num_nodes=1, strategy="auto"),
+        callbacks=[],
+    )
+
+
+def _on_confidences(recipe: Recipe) -> tuple[str, ...]:
+    """The attacks on what clients say of their answers, where that is measured on their samples."""
+    from fdl.registry.instantiate import instantiate
+
+    confidence = getattr(instantiate(recipe.method, "method", "method"), "confidence", None)
+    return ON_CONFIDENCES if getattr(confidence, "reads_samples", False) else ()
+
+
+def print_table(result: Audit, console: Console) -> None:
+    """Print what an audit found."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    def number(value: float | None, form: str = ".3f") -> str:
+        return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+    title = Text(f"Membership inference after round {result.round}", style="bold")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    heads = ("attack", "target", "AUC", "balanced acc.", "TPR at 0.1 % FPR", "1 % FPR", "smallest FPR", "ε shown", "ε")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < 2 else "right")
+    for label, found in result.findings.items():
+        for curve in found.curves:
+            own = {n.partition("/")[2]: v for n, v in found.metrics.items() if n.startswith(f"{curve.target}/")}
+            table.add_row(
+                label,
+                curve.target,
+                number(own["auc"]),
+                number(own["balanced_accuracy"]),
+                number(own.get("tpr_at_0.1pct_fpr")),
+                number(own.get("tpr_at_1pct_fpr")),
+                f"{number(own['tpr_at_resolved_fpr'])} at {own['resolved_fpr']:.2%}",
+                f"≥ {own['epsilon_lower']:.2f}",
+                number(own.get("epsilon"), ".2f"),
+            )
+    if table.row_count:
+        console.print(table)
+    for label, found in result.findings.items():
+        if not found.curves:
+            console.print(Text(label, style="bold"))
+            console.print("\n".join(f"  {name}: {number(value, '.4f')}" for name, value in found.metrics.items()))
+    for note in dict.fromkeys(note for found in result.findings.values() for note in found.notes):
+        console.print(Text(f"  note: {note}"), soft_wrap=True)
+    for violation in result.violations:
+        console.print(Text(f"  FAILED: {violation}", style="bold red"), soft_wrap=True)

@@ -1,0 +1,339 @@
+"""A run's folder: whether a recipe may run there, what is kept of an earlier run, and when a run is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fdl.callbacks.base import Callback
+from fdl.engine.distributed.launch_environment import is_follower, started_by_others
+from fdl.errors import UserError
+from fdl.recipe.config import Recipe
+from fdl.recipe.validate import fill
+from fdl.runs.run_keys import FREE, MEASURED, changes, places, told, within
+from fdl.state import run_folder
+from fdl.state.run_folder import CHECKPOINTS, RECIPE, SUMMARY
+from fdl.utils.files import write_atomically
+from fdl.utils.interrupts import Interrupted, Interrupts
+from fdl.utils.locks import FolderLock, is_locked, require_unlocked
+from fdl.utils.paths import expanded
+
+if TYPE_CHECKING:
+    from fdl.loop import FederatedLoop
+
+__all__ = ["CHECKPOINTS", "FREE", "RECIPE", "SUMMARY", "changes", "fit", "has_checkpoint", "is_complete", "refuse"]
+
+
+_NO_RECIPE = "holds checkpoints of a run without its recipe"
+
+
+def fit(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Run a recipe in a folder, or go on with the run that is there.
+
+    Args:
+        recipe: the checked recipe.
+        folder: where the run's files go: absent, empty, or, with one of the next two, the folder of a run.
+        resume: go on from the last good checkpoint. A run that is complete is not run again.
+        overwrite: take the place of a run that is there. Its files are kept until the new run has finished a round
+            and saved it, and put back where it fails before; files that fdl did not write stay as they are.
+
+    Returns:
+        The summary, also in ``summary.json``.
+
+    Raises:
+        UserError: when the folder holds something else, another process has it, or there is nothing to resume.
+        Interrupted: after Ctrl-C, a kind of KeyboardInterrupt; what was done is saved.
+    """
+    folder = Path(folder)
+    if resume and overwrite:
+        raise UserError("resume goes on with the run that is there, overwrite begins it anew: give one of them")
+    if is_follower():
+        # a process that ended here alone would leave the others waiting, unless all see the same
+        if started_by_others() and not is_locked(folder):
+            refuse(recipe, folder, resume, overwrite)
+        with Interrupts(at_once=True):
+            return _run(recipe, folder, resume)
+    if not run_folder.needs_recovery(folder):
+        require_unlocked(folder)
+        refuse(recipe, folder, resume, overwrite)
+        if resume and is_complete(recipe, folder):
+            return read_summary(folder)
+    with Interrupts(at_once=True), FolderLock(folder):
+        run_folder.recover(folder)
+        refuse(recipe, folder, resume, overwrite)  # again: now nobody else can change what is there
+        if resume and is_complete(recipe, folder):
+            return read_summary(folder)
+        return _run(recipe, folder, resume)
+
+
+def _run(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
+    """Build the federation and run it; of several processes, the leading one writes."""
+    from fdl.build.federation import build
+    from fdl.engine.distributed.launcher import processes
+    from fdl.runs import inputs
+
+    with processes(recipe, folder, resume):
+        loop = build(recipe, folder)
+        if is_follower():
+            return loop.run(resume=resume)
+        keeper = _Keeper(recipe, folder, resume)
+        loop.callbacks.callbacks.insert(0, keeper)  # first, so that no other callback can lose what it keeps
+        loop.on_summary = keeper.write
+        with keeper.in_place():
+            inputs.keep(loop)
+            summary = loop.run(resume=resume)
+            keeper.write(summary)  # once more: callbacks may have added to it
+    return summary
+
+
+class _Keeper(Callback):
+    """Writes the recipe and the summary of a run, and keeps those of an earlier one until there is something better."""
+
+    def __init__(self, recipe: Recipe, folder: Path, resume: bool):
+        self.recipe, self.folder, self.resume = recipe, folder, resume
+        self.saved = resume
+        self._replaces = False
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this context the folder is this run's; an earlier one comes back where this one saves no round."""
+        try:
+            if not self.resume:
+                self._begin()
+            yield
+        except BaseException as error:
+            if not self.saved:
+                run_folder.put_back(self.folder)
+            if isinstance(error, KeyboardInterrupt):
+                number = getattr(error, "number", Interrupted().number)
+                saved = self.saved or (not self._replaces and has_checkpoint(self.folder))
+                raise Interrupted(number, saved) from error
+            raise
+
+    def _begin(self) -> None:
+        try:
+            run_folder.move_aside(self.folder)
+        except OSError as error:
+            raise UserError(f"{error.filename or self.folder}: cannot be moved: {error.strerror}") from error
+        self._replaces = run_folder.needs_recovery(self.folder)
+        run_folder.mark(self.folder, "run")
+        _note(self.recipe, self.folder)
+
+    def on_checkpoint(self, loop: FederatedLoop, path: Path) -> None:
+        """From the first round on that is saved, the folder is this run's."""
+        if self.resume:
+            (self.folder / SUMMARY).unlink(missing_ok=True)
+            _note(self.recipe, self.folder)
+        elif loop.round > 0 and not self.saved:
+            run_folder.drop_replaced(self.folder)
+            self.saved = True
+
+    def write(self, summary: Mapping[str, Any]) -> None:
+        """Write what the rounds came to; done before attacks and callbacks, which may fail."""
+        from fdl.runs.report import write_summary
+
+        _note(self.recipe, self.folder)
+        write_summary(self.folder / SUMMARY, summary)
+
+
+def folder_of(recipe: Recipe, given: Path | None = None) -> Path:
+    """The folder of a recipe's run.
+
+    Args:
+        recipe: says where, by `output` and `name`.
+        given: the folder itself, where somebody has named one.
+
+    Raises:
+        UserError: `output` names a variable that is not set.
+    """
+    if given is not None:
+        return given
+    try:
+        return expanded(recipe.output) / recipe.name
+    except UserError as error:
+        raise UserError(f"output: {error}") from error
+
+
+def foreseen(recipe: Recipe, folder: Path) -> str:
+    """Why `fit` would not run a recipe in a folder as things are, in the words in which it would say so; or empty."""
+    try:
+        require_unlocked(folder)
+        refuse(recipe, folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def refuse(recipe: Recipe, folder: Path, resume: bool = False, overwrite: bool = False) -> None:
+    """Raise when a recipe must not run in a folder, saying what is there and what can be done.
+
+    Args:
+        recipe: the checked recipe.
+        folder: where it would run.
+        resume: as in `fit`.
+        overwrite: likewise.
+
+    Raises:
+        UserError: the folder cannot be used, or holds files that are no run's, a run that would be lost, or, with
+            `resume`, no run that could go on.
+    """
+    require_usable(folder)
+    if resume:
+        _refuse_to_resume(recipe, folder)
+    elif run_folder.is_run(folder):
+        if not overwrite:
+            _refuse_to_replace(recipe, folder)
+    elif has_checkpoint(folder):
+        raise UserError(f"{folder}: {_NO_RECIPE}; choose another --output-dir")
+    elif found := run_folder.others(folder):
+        raise UserError(
+            f"{folder}: is no empty folder, and holds no run of fdl, but {run_folder.names(found)}; choose another "
+            "folder with --output-dir"
+        )
+
+
+def _refuse_to_resume(recipe: Recipe, folder: Path) -> None:
+    now, stored = recipe.to_dict(), _stored(folder) if run_folder.is_run(folder) else None
+    if stored is None or not (has_checkpoint(folder) or is_complete(recipe, folder)):
+        raise UserError(f"{folder}: there is no checkpoint to resume from; start the run without --resume")
+    changed = changes(stored, now)
+    allowed = [*places(stored, now, changed), *_grown(stored, recipe, changed)]
+    measured = [key for key in changed if within(key, MEASURED)]
+    if blocking := [key for key in changed if key not in allowed and key not in measured]:
+        raise UserError(
+            f"{folder}: cannot resume, the recipe has changed since the run began:\n"
+            f"{told(stored, now, blocking)}\n"
+            "Undo this, or start a new run with another --output-dir. "
+            f"What may change: more federation.rounds, where the data lie, {', '.join((*FREE, *MEASURED))}"
+        )
+    if measured and (folder / SUMMARY).exists() and not _grown(stored, recipe, changed):
+        raise UserError(
+            f"{folder}: holds a finished run, and there is no round to come that these could measure:\n"
+            f"{told(stored, now, measured)}\n"
+            "Ask for more federation.rounds too, or undo this; for attacks, use fdl audit"
+        )
+
+
+def _refuse_to_replace(recipe: Recipe, folder: Path) -> None:
+    now, stored = recipe.to_dict(), _stored(folder)
+    finished, saved = (folder / SUMMARY).exists(), run_folder.last_round(folder)
+    replace = "take its place with --overwrite"
+    if stored is None:
+        if finished or saved is not None:
+            raise UserError(f"{folder}: {_NO_RECIPE}; choose another --output-dir, or {replace}")
+        return
+    changed = changes(stored, now)
+    if changed and (finished or saved):
+        hint = "; --resume goes on with it to more rounds" if changed == _grown(stored, recipe, changed) else ""
+        raise UserError(
+            f"{folder}: holds a{' finished' if finished else 'n unfinished'} run of another recipe, which differs in:\n"
+            f"{told(stored, now, changed)}\n"
+            f"Choose another folder with --output-dir, or another name with name=…, or {replace}{hint}"
+        )
+    if finished and not changed:
+        raise UserError(
+            f"{folder}: holds a finished run of this recipe; choose another --output-dir, go on with it to more "
+            f"rounds with --resume federation.rounds=…, or {replace}"
+        )
+    if saved is not None and not changed:
+        raise UserError(
+            f"{folder}: holds an unfinished run of this recipe; go on with it with --resume, "
+            f"choose another --output-dir, or {replace}"
+        )
+
+
+def require_usable(folder: Path) -> None:
+    """Raise where nothing can be written to a folder, or none be made; nothing is written.
+
+    Raises:
+        UserError: it is a file, its name is too long, or somebody may not write there.
+    """
+    try:
+        if any(len(os.fsencode(part)) > 255 for part in folder.parts):
+            raise OSError(None, "File name too long")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file, expected a folder for the run")
+        there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        if not there.is_dir():
+            raise OSError(None, "Not a directory")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OSError(None, f"{there} is read-only, or somebody else's")
+    except OSError as error:
+        raise UserError(f"{_brief(folder)}: cannot be written: {error.strerror}") from error
+
+
+def is_complete(recipe: Recipe, folder: Path) -> bool:
+    """Whether the folder holds a finished run of exactly this experiment, with the attacks that it asks for."""
+    if not (run_folder.is_run(folder) and (folder / SUMMARY).is_file()):
+        return False
+    stored = _stored(folder)
+    if stored is None or changes(stored, recipe.to_dict()):
+        return False
+    return not recipe.evaluation.attacks or read_summary(folder).get("audit") is not None
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run was saved here, whatever became of the files since."""
+    return run_folder.last_round(folder) is not None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        UserError: when the file was damaged.
+    """
+    try:
+        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SUMMARY}: cannot be read: {error}; delete it to run again") from error
+
+
+def require_finished(folder: Path) -> None:
+    """Raise where a folder holds no finished run.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not (folder / RECIPE).is_file() or not (folder / SUMMARY).is_file():
+        raise UserError(f"{_brief(folder)}: holds no finished run (no {RECIPE} and {SUMMARY})")
+
+
+def _note(recipe: Recipe, folder: Path) -> None:
+    """Store the recipe with the run."""
+    write_atomically(folder / RECIPE, recipe.to_yaml().encode())
+
+
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """The recipe of the run in a folder."""
+    path = folder / RECIPE
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(path))  # unlike yaml.safe_load it reads 1e-05 as a number
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; choose another --output-dir") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: is not the recipe of a run; choose another --output-dir")
+    return fill(stored, Recipe)  # a key that the run's version did not know yet had its default
+
+
+def _grown(stored: Mapping[str, Any], recipe: Recipe, changed: list[str]) -> list[str]:
+    """The number of rounds, where it is among the changed keys and there are more of them now."""
+    federation = stored.get("federation")
+    rounds = federation.get("rounds") if isinstance(federation, Mapping) else None
+    more = isinstance(rounds, int) and rounds < recipe.federation.rounds
+    return [key for key in changed if key == "federation.rounds" and more]
+
+
+def _brief(folder: Path) -> str:
+    text = str(folder)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,0 +1,1 @@
+"""Weights, checkpoints and how they lie in memory and on disk."""

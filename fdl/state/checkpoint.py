@@ -1,0 +1,246 @@
+"""Atomic checkpoints: a run killed at any moment goes on from its last good one.
+
+A checkpoint is one safetensors file. Tensors are stored under the path of the keys that lead to them, all else as JSON
+in a tensor of its own; nothing is pickled. The file's name carries a digest of its bytes, so that a truncated or
+altered file is known without trust in its contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fdl.errors import UserError
+from fdl.state.run_folder import checkpoints
+from fdl.utils.files import write_atomically
+
+JSON = "__json__"
+"""Name of the tensor that holds all that is no tensor, as JSON."""
+_TENSOR = "__tensor__"
+
+_ALIGNMENT = 64
+"""Bytes: torch's allocator for host memory gives addresses that are multiples of it."""
+
+
+def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write the state after a round; older checkpoints beyond `keep` go only after the new one is safe on disk.
+
+    Args:
+        folder: the run's checkpoint folder, made when absent.
+        round: the round that has ended, 0 for the state before the first.
+        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None. Keys are strings.
+        keep: how many checkpoints to keep.
+
+    Returns:
+        The path of the new file.
+
+    Raises:
+        UserError: when the disk refuses; the checkpoints that were there are untouched.
+    """
+    data = pack(state)
+    path = folder / f"round-{round:06d}-{digest(data)}.safetensors"
+    write_atomically(path, data)
+    for old in files(folder)[keep:]:
+        if old != path:
+            old.unlink(missing_ok=True)
+    for rest in folder.glob(".round-*.partial"):  # of a run that was killed while it wrote
+        rest.unlink(missing_ok=True)
+    return path
+
+
+def load_round(folder: Path, round: int) -> dict[str, Any] | None:
+    """Read the checkpoint of a round; None where there is no whole one."""
+    for path in (path for path, number in checkpoints(folder).items() if number == round):
+        try:
+            return unpack(_whole(path))
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue
+    return None
+
+
+def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
+    """Read the newest good checkpoint.
+
+    Returns:
+        The state, the file it came from, and a sentence for each newer file that was damaged.
+
+    Raises:
+        UserError: when there is no good checkpoint.
+    """
+    damaged = []
+    for path in files(folder):
+        try:
+            return unpack(_whole(path)), path, damaged
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            damaged.append(f"{path}: damaged checkpoint passed over: {error}")
+    raise UserError("\n".join([f"{folder}: there is no checkpoint to resume from", *damaged]))
+
+
+def save_best(path: Path, round: int, student: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> None:
+    """Write the student of the best round so far, in the place of the one before.
+
+    Args:
+        path: the file.
+        round: the round.
+        student: its weights.
+        beside: the part of the server's state that belongs to it.
+
+    Raises:
+        UserError: when the disk refuses; the file that was there is untouched.
+    """
+    write_atomically(path, pack({"round": round, "student": dict(student), "server": beside}))
+
+
+def load_best(path: Path) -> dict[str, Any]:
+    """Read what `save_best` wrote: ``round``, ``student`` and ``server``.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        state = unpack(path.read_bytes())
+        return {key: state[key] for key in ("round", "student", "server")}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def round_of(path: Path) -> int | None:
+    """The round of the student that `save_best` wrote, without its weights; None where there is no whole file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(bytes(file.get_tensor(JSON).numpy()))["round"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def exists(folder: Path) -> bool:
+    """Whether the folder holds any checkpoint, good or not."""
+    return bool(files(folder))
+
+
+def pack(state: Mapping[str, Any]) -> bytes:
+    """Turn a nested state into the bytes of a safetensors file."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+
+    def strip(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            # tied weights are one storage: stored once, and both places point at it
+            key = _place(value) if value.numel() else (path,)
+            if key not in seen:
+                seen[key] = path
+                tensors[path] = value.detach().cpu().contiguous()
+            return {_TENSOR: seen[key]}
+        if isinstance(value, Mapping):
+            if not all(isinstance(k, str) for k in value):
+                raise TypeError(f"{path}: the keys of a state must be strings")
+            return {k: strip(v, f"{path}/{k}" if path else k) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [strip(v, f"{path}/{i}") for i, v in enumerate(value)]
+        if value is None or isinstance(value, str | int | float | bool):
+            return value
+        raise TypeError(f"{path}: a state cannot hold {type(value).__name__}")
+
+    text = json.dumps(strip(state, ""), separators=(",", ":")).encode()
+    tensors[JSON] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return safetensors.torch.save(_unshared(tensors))
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """Turn the bytes of `pack` into the nested state; tuples come back as lists."""
+    return _filled(safetensors.torch.load(data))
+
+
+def unpack_file(path: Path) -> dict[str, Any]:
+    """As `unpack`, from a file, which is mapped: only what its tensors need is read."""
+    return _filled(safetensors.torch.load_file(path))
+
+
+def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state as it comes back from a file, so that whoever goes on with it computes the same.
+
+    How a tensor lies in memory decides which kernel works on it, and with that its last bits. Files keep values, and
+    no strides, addresses or devices; so a state that stays in memory must have none of its own either.
+
+    Args:
+        state: as for `save`.
+
+    Returns:
+        The same with contiguous tensors in host memory, at addresses like those of new ones, and lists in the place of
+        tuples. Tensors that are so already are not copied; tied ones stay tied.
+    """
+    seen: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def settle(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = _place(value)
+            if key not in seen:
+                seen[key] = _aligned(value.detach().cpu().contiguous())
+            return seen[key]
+        if isinstance(value, Mapping):
+            return {k: settle(v) for k, v in value.items()}
+        return [settle(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return settle(state)
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's values lie, and how: what tied weights have in common."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor at an address as torch's allocator gives them; views and mapped files lie anywhere."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _filled(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    state = json.loads(tensors.pop(JSON).numpy().tobytes())
+    tensors = {name: _aligned(tensor) for name, tensor in tensors.items()}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value[_TENSOR]] if _TENSOR in value else {k: fill(v) for k, v in value.items()}
+        return [fill(v) for v in value] if isinstance(value, list) else value
+
+    return fill(state)
+
+
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy views of one storage apart, which safetensors refuses to store."""
+    owners: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if tensor.numel() and pointer in owners else tensor
+        owners.add(pointer)
+    return result
+
+
+def _whole(path: Path) -> bytes:
+    """The bytes of a checkpoint.
+
+    Raises:
+        ValueError: they are not those that were written.
+    """
+    data = path.read_bytes()
+    if digest(data) != path.stem.rsplit("-", 1)[-1]:
+        raise ValueError("its bytes do not match the digest in its name")
+    return data
+
+
+def files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return list(checkpoints(folder))
+
+
+def digest(data: bytes) -> str:
+    """Sixteen hexadecimal digits that tell these bytes from others."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -1,0 +1,121 @@
+"""Named tensors that lie side by side in memory, and so can be handled as one vector.
+
+Small models consist of small tensors, for which calling an operation costs more than the operation itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdl.state.flat_arrays import Arrays
+
+
+class Pieces(Mapping[str, Tensor]):
+    """Named tensors that fill one vector in order; views of it are made when somebody asks for one.
+
+    Args:
+        whole: the vector.
+        shapes: by name, in order.
+    """
+
+    def __init__(self, whole: Tensor, shapes: dict[str, tuple[int, ...]]):
+        self.whole, self.shapes = whole, shapes
+
+    @cached_property
+    def _views(self) -> dict[str, Tensor]:
+        parts = self.whole.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pieces:
+        return Pieces(self.whole.clone(), self.shapes)
+
+    @cached_property
+    def form(self) -> tuple:
+        """What tensors of the same names and shapes have in common."""
+        return tuple(self.shapes.items())
+
+    @cached_property
+    def arrays(self) -> Arrays | None:
+        """The same memory as numpy sees it; None where that is not float32 numbers of the host."""
+        if self.whole.device.type != "cpu" or self.whole.dtype is not torch.float32:
+            return None
+        return Arrays(self.whole.numpy(), self.shapes)
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> Pieces:
+        """Arrays as tensors that share their memory."""
+        return cls(torch.from_numpy(arrays.whole), arrays.shapes)
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Names and views, at a dict's speed."""
+        return self._views.items()
+
+
+def as_one(tensors: Iterable[Tensor]) -> Tensor | None:
+    """All tensors as one vector, without a copy, where they lie side by side in one storage, as decoded ones do.
+
+    Small models consist of small tensors, for which calling an operation costs more than the operation itself.
+
+    Returns:
+        A view of all elements in order; None where there is no such view.
+    """
+    tensors = list(tensors)
+    if not tensors:
+        return None
+    first = tensors[0]
+    dtype, size = first.dtype, 0
+    start = end = first.data_ptr()
+    for tensor in tensors:
+        if tensor.dtype is not dtype or tensor.data_ptr() != end or not tensor.is_contiguous():
+            return None
+        size += tensor.numel()
+        end = start + size * first.itemsize
+    storage = first.untyped_storage()
+    # neighbours in memory need not belong together
+    if end > storage.data_ptr() + storage.nbytes():
+        return None
+    return first.as_strided((size,), (1,))
+
+
+def lay_side_by_side(module: nn.Module) -> Pieces | None:
+    """Move a module's parameters and buffers into one vector, in the order of its state; values stay as they are.
+
+    Args:
+        module: it must not be moved or converted afterwards.
+
+    Returns:
+        The module's state; None, and nothing is moved, where it is not all of one floating-point type, or tensors are
+        shared or strided.
+    """
+    named = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    names = list(module.state_dict())
+    if not names or any(name not in named for name in names):
+        return None
+    own = [named[name] for name in names]
+    kinds = {(tensor.dtype, tensor.device) for tensor in own}
+    alone = len({tensor.untyped_storage().data_ptr() for tensor in own}) == len(own)
+    if len(kinds) > 1 or not own[0].is_floating_point() or not alone or not all(t.is_contiguous() for t in own):
+        return None
+    whole = torch.cat([tensor.detach().reshape(-1) for tensor in own])
+    state = Pieces(whole, {name: tuple(named[name].shape) for name in names})
+    for name, view in state.items():
+        named[name].data = view
+    return state
