@@ -2,61 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdl.adversaries.coalition import Adversaries
-from fdl.attacks.callback import attack
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.engine.runtime import seed_everything
 from fdl.errors import memory_of
 from fdl.federation import snapshot
-from fdl.federation.client_placement import Spread
-from fdl.federation.client_sampling import draw
 from fdl.federation.divergence import require_finite, require_heard, warn_unheard
 from fdl.federation.evaluation import ask, evaluate
 from fdl.federation.exchange import hear, speak
 from fdl.federation.round_record import account
+from fdl.federation.state import Federation
 from fdl.federation.summary import summarise
-from fdl.state.client_store import CLIENTS
 from fdl.utils.interrupts import Interrupted, Interrupts
-from fdl.utils.stopwatch import Stopwatch
 from fdl.utils.threads import pinned
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Attack
     from fdl.comm.channel import Channel
-    from fdl.evaluators.base import Evaluator
     from fdl.federation.executors import Executor
-    from fdl.messages import Message
     from fdl.methods.base import Method
     from fdl.participants import Client, Server
     from fdl.recipe.config import Recipe
-    from fdl.state.client_store import DiskStore
 
 
-class FederatedLoop:
+class FederatedLoop(Federation):
     """Runs the rounds of one recipe: send, train, receive, aggregate, distil, evaluate, save.
 
     Args:
-        recipe: the resolved recipe.
-        folder: the run's folder.
-        method: the federated algorithm.
-        server: the coordinator.
-        clients: all institutions, by id.
-        channel: what carries messages and counts their bytes.
-        executor: how clients take turns.
+        recipe: as in `Federation`, like all that is not named here.
         callbacks: what watches the run.
-        fingerprint: of the data and who holds which; a resumed run must find the same.
-        probes: further questions to the student.
-        attacks: what is tried on private data after the last round.
-        adversaries: the dishonest among the clients; None: nobody is.
-        store: where clients' states lie between their turns; None: in memory.
-        left_out: why clients take no part at all, by id.
-
-    Attributes:
-        on_summary: given the summary as soon as the rounds are done, before attacks and callbacks, which may fail.
+        after_rounds: what is done with the federation once all rounds are done, e.g. attacks on what it sent.
     """
 
     def __init__(
@@ -69,27 +46,12 @@ class FederatedLoop:
         channel: Channel,
         executor: Executor,
         callbacks: Sequence[Callback] = (),
-        fingerprint: str = "",
-        probes: Sequence[Evaluator] = (),
-        attacks: Sequence[Attack] = (),
-        adversaries: Adversaries | None = None,
-        store: DiskStore | None = None,
-        left_out: Mapping[int, str] | None = None,
+        after_rounds: Sequence[Callable[[FederatedLoop], None]] = (),
+        **more: Any,
     ):
-        self.left_out = dict(left_out or {})
-        self.recipe, self.folder, self.method = recipe, folder, method
-        self.server, self.clients, self.channel, self.executor = server, list(clients), channel, executor
-        self.callbacks, self.fingerprint, self.probes = CallbackList(callbacks), fingerprint, probes
-        self.attacks, self.audit = attacks, None
-        self.runtime, self.ledger = server.runtime, channel.ledger
-        self.spread = Spread(self.runtime.ranks, self.clients, channel, folder / CLIENTS)
-        self.adversaries, self.store = adversaries or Adversaries(), store
-        self.rounds, self.round = recipe.federation.rounds, 0
-        self.resumed_from: int | None = None
-        self.history: list[dict[str, Any]] = []
-        self.seconds = self.runtime.clock = channel.clock = Stopwatch()
-        self.stopped: str | None = None
-        self.on_summary: Callable[[Mapping[str, Any]], object] = lambda summary: None
+        listeners = CallbackList(callbacks)
+        super().__init__(recipe, folder, method, server, clients, channel, executor, listeners, **more)
+        self.after_rounds = after_rounds
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Run all rounds that are left and return the summary.
@@ -120,9 +82,9 @@ class FederatedLoop:
             require_heard(self)
             if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
                 ask(self.server, self.probes, self.history[-1]["metrics"])
-            if self.attacks:
+            for finish in self.after_rounds:
                 self.on_summary(summarise(self))
-                attack(self)
+                finish(self)
             summary = summarise(self)
             self.on_summary(summary)
             self.callbacks.on_fit_end(self, summary)
@@ -181,28 +143,6 @@ class FederatedLoop:
             snapshot.save(self)
         else:
             snapshot.save_best(self)
-
-    def begin(self, round: int) -> None:
-        """Tell everybody which round it is."""
-        for participant in (self.server, *self.clients):
-            participant.begin(round)
-
-    def cohort(self, round: int) -> tuple[list[int], list[int]]:
-        """Who is asked in a round, and who of them drops out; whoever has no data yet, or none any more, sits out."""
-        asked, dropped = draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
-        if self.left_out:
-            asked, dropped = ([c for c in ids if c not in self.left_out] for ids in (asked, dropped))
-        if self.server.arrival is not None:
-            asked, dropped = ([c for c in ids if len(self.clients[c].train)] for ids in (asked, dropped))
-        return self.channel.reach(asked, dropped, round)
-
-    def send(self, client: int) -> Message | None:
-        """Carry the server's word of this round to a client."""
-        return self.channel.download(self.method.download(self.server, client), client, self.server.round)
-
-    def stop(self, reason: str) -> None:
-        """Ask the loop to end after this round."""
-        self.stopped = reason
 
     def set_up(self) -> None:
         """Prepare the first round: the method's first state, what must be sent in advance, a first checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -17,7 +17,7 @@ from fdl.state.weights import load_into, state_of
 from fdl.utils.seeding import stream_seed, torch_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -29,9 +29,57 @@ if TYPE_CHECKING:
     from fdl.encoders.base import Encoder
     from fdl.engine.inference import Question
     from fdl.messages import Message
-    from fdl.privacy.accounting import Policy
-    from fdl.privacy.dp_sgd import DPSGD
     from fdl.recipe.config import Fit
+
+
+class PrivacyPolicy(Protocol):
+    """What an account of differential privacy is held against.
+
+    Attributes:
+        delta: the δ at which ε is given.
+        epsilon: the budget; None where ε is only reported.
+        level: whose contribution is protected, ``"example"`` or ``"institution"``.
+    """
+
+    delta: float
+    epsilon: float | None
+    level: str
+
+    def spent(self, events: Sequence[Mapping[str, Any]]) -> float:
+        """The ε of mechanisms run one after another.
+
+        Args:
+            events: the mechanisms, as `fdl.privacy.accounting.event` makes them.
+        """
+        ...
+
+
+class PrivateTrainer(Protocol):
+    """What trains on private samples with noise."""
+
+    def fit(
+        self,
+        client: Client,
+        module: LightningModule,
+        samples: Samples,
+        config: Fit,
+        objective: Objective | None = None,
+        name: str = "fit",
+    ) -> dict[str, float]:
+        """Train a client's module on private samples.
+
+        Args:
+            client: who trains, and whose account is charged.
+            module: trained in place.
+            samples: the client's own.
+            config: for how long, on what batches, with which optimiser.
+            objective: what is minimised; None: the module's own training step.
+            name: of the training, which tells its random stream.
+
+        Returns:
+            Losses by name; empty where they would say more than the noise allows.
+        """
+        ...
 
 
 class Participant:
@@ -79,7 +127,7 @@ class Participant:
         provides: Mapping[str, Any] | None = None,
         arrival: Arrival | None = None,
         public: Samples | None = None,
-        privacy: Policy | None = None,
+        privacy: PrivacyPolicy | None = None,
         noise_seed: str | None = None,
     ):
         self.id, self.runtime, self.seed = id, runtime, seed
@@ -177,7 +225,7 @@ class Client(Participant):
         architecture: str,
         train: Samples | Incoming,
         calibration: Samples | Incoming,
-        dp_sgd: DPSGD | None = None,
+        dp_sgd: PrivateTrainer | None = None,
         store: DiskStore | None = None,
         name: str = "",
         **participant: Any,

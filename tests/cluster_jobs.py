@@ -1,4 +1,4 @@
-"""What the tasks of tests/engine/distributed/test_launch_environment.py run: ``python tests/cluster_jobs.py FOLDER RANK PORT``, as srun starts them.
+"""Tasks of test_launch_environment.py: ``python tests/cluster_jobs.py FOLDER RANK PORT``, as srun starts them.
 
 The same small federation as one machine of two tasks, and as two machines of one; then what must not work.
 """

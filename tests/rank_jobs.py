@@ -1,4 +1,4 @@
-"""What the processes of tests/engine/distributed/test_ranks.py run: ``python tests/rank_jobs.py FOLDER [longer]``, once for each rank.
+"""What the processes of test_ranks.py run: ``python tests/rank_jobs.py FOLDER [longer]``, once for each rank.
 
 Small federations one after the other, each built and run as `fdl fit` does; rank 0 leaves what came of them in FOLDER.
 """

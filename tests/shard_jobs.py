@@ -1,4 +1,4 @@
-"""What the processes of tests/engine/distributed/test_sharding.py run: ``python tests/shard_jobs.py FOLDER WHAT``, once for each rank.
+"""What the processes of test_sharding.py run: ``python tests/shard_jobs.py FOLDER WHAT``, once for each rank.
 
 A recipe refuses FSDP on a CPU, where nobody needs it; below the recipe it works there as on GPUs, over gloo.
 """

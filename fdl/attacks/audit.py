@@ -65,6 +65,17 @@ class Audit:
             "attacks": attacks,
         }
 
+    def log(self, writer: SummaryWriter) -> None:
+        """Write figures and numbers for TensorBoard.
+
+        Args:
+            writer: where to.
+        """
+        for name, value in self.metrics().items():
+            writer.add_scalar(f"audit/{name}", value, self.round)
+        for name, draw in self.figures().items():
+            add_figure(writer, f"audit/{name}", draw, self.round)
+
     def figures(self) -> dict[str, Callable[[], Figure]]:
         """What draws a ROC curve for each target, with all attacks on it, and what else the attacks have to show."""
         targets = dict.fromkeys(curve.target for found in self.findings.values() for curve in found.curves)
@@ -141,11 +152,3 @@ def judge(curve: Curve, level: float, seed: int) -> tuple[dict[str, float], str]
         return metrics, ""
     claimed = f"ε = {curve.epsilon:.3g} at δ = {curve.delta:.0e}"
     return metrics, f"shows ε ≥ {shown:.3g} with {level:.2%} confidence, and the run claims {claimed}"
-
-
-def log(writer: SummaryWriter, result: Audit) -> None:
-    """Write an audit's figures and numbers for TensorBoard."""
-    for name, value in result.metrics().items():
-        writer.add_scalar(f"audit/{name}", value, result.round)
-    for name, draw in result.figures().items():
-        add_figure(writer, f"audit/{name}", draw, result.round)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fdl.adversaries.coalition import Adversaries, chosen, recruit
+from fdl.attacks.after_run import attack
 from fdl.build.channel import _authentication, _codec
 from fdl.build.data import _arriving, _fingerprint, _hold_out, _together
 from fdl.build.fit_checks import check_fits
 from fdl.build.models import _architectures, _encoder, _model, assign
-from fdl.build.privacy import noise_seed, policy, trainer
+from fdl.build.privacy import executor, noise_seed, policy, trainer
 from fdl.build.privacy import watching as watching_privacy
 from fdl.callbacks.profile import Profile
 from fdl.comm.bandwidth import Bandwidth
@@ -26,7 +28,6 @@ from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
 from fdl.faults.base import Schedule
 from fdl.faults.channel import FaultyChannel
-from fdl.federation.executors import EXECUTORS
 from fdl.loop import FederatedLoop
 from fdl.metrics.tasks import TASKS
 from fdl.participants import Client, Server
@@ -175,10 +176,10 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         server=server,
         clients=clients,
         channel=channel,
-        executor=EXECUTORS[recipe.executor]() if dp_sgd is None else dp_sgd.executor(recipe.executor),
+        executor=executor(recipe, dp_sgd),
         callbacks=callbacks,
         probes=probes,
-        attacks=attacks,
+        after_rounds=[partial(attack, attacks=attacks)] if attacks else [],
         adversaries=_adversaries(recipe, method, clients),
         store=store,
         left_out=left_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections import Counter
@@ -13,6 +14,7 @@ from fdl.callbacks.base import Callback
 from fdl.callbacks.privacy_budget import StopWhenSpent
 from fdl.errors import UserError
 from fdl.federation.client_sampling import draw
+from fdl.federation.executors import EXECUTORS, Executor, Sequential
 from fdl.privacy.accounting import Policy, import_accounting
 from fdl.utils.libraries import library
 
@@ -27,6 +29,9 @@ NOISE_SEED = "FDL_NOISE_SEED"
 
 _LEAST = 32
 """Characters of a noise seed: 128 bits, written as hexadecimal digits."""
+
+
+log = logging.getLogger("fdl")
 
 
 def policy(recipe: Recipe) -> Policy | None:
@@ -101,6 +106,20 @@ def trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
         ghost=settings.ghost,
         chunk=settings.chunk,
     )
+
+
+def executor(recipe: Recipe, dp_sgd: DPSGD | None) -> Executor:
+    """How clients take their turns; under DP-SGD one by one, whatever the recipe says.
+
+    Args:
+        recipe: names an executor.
+        dp_sgd: how clients train with noise, None without.
+    """
+    if dp_sgd is None:
+        return EXECUTORS[recipe.executor]()
+    if recipe.executor != "sequential":
+        log.info("clients train one after another: gradients are clipped example by example")
+    return Sequential()
 
 
 def watching(recipe: Recipe) -> list[Callback]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fdl.errors import UserError
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 log = logging.getLogger("fdl")
 
@@ -52,13 +52,13 @@ class Callback:
                 expected = ", ".join(HOOKS[attribute])
                 raise TypeError(f"{cls.__name__}.{attribute} must take ({expected}): {error}") from None
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    def on_fit_start(self, loop: Federation) -> None:
         """Before the first round; after a resume `loop.history` holds the rounds that are done."""
 
-    def on_round_start(self, loop: FederatedLoop, round: int) -> None:
+    def on_round_start(self, loop: Federation, round: int) -> None:
         """Before a round's clients are sent anything."""
 
-    def on_client_end(self, loop: FederatedLoop, round: int, client: int, metrics: dict[str, float]) -> None:
+    def on_client_end(self, loop: Federation, round: int, client: int, metrics: dict[str, float]) -> None:
         """After a client's upload arrived, or was refused.
 
         Args:
@@ -68,16 +68,16 @@ class Callback:
             metrics: what the client's turn gave, e.g. ``fit/loss``.
         """
 
-    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+    def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """After a round was evaluated, before it is saved; `record` is the last of `loop.history`."""
 
-    def on_checkpoint(self, loop: FederatedLoop, path: Path) -> None:
+    def on_checkpoint(self, loop: Federation, path: Path) -> None:
         """After a checkpoint was written to `path`."""
 
-    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+    def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
         """After the last round; `summary` is what ``summary.json`` will hold."""
 
-    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+    def on_exception(self, loop: Federation, error: BaseException) -> None:
         """When the run ends early, by an error or by Ctrl-C."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class CallbackList(Callback):
     on_round_end = _each("on_round_end")
     on_checkpoint = _each("on_checkpoint")
 
-    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+    def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
         """After the last round; every callback is told, then the first error is raised."""
         first: Exception | None = None
         for callback in self.callbacks:
@@ -153,7 +153,7 @@ class CallbackList(Callback):
         if first is not None:
             raise first
 
-    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+    def on_exception(self, loop: Federation, error: BaseException) -> None:
         """When the run ends early; every callback is told, whatever the others do."""
         for callback in self.callbacks:
             try:

@@ -13,7 +13,7 @@ from fdl.errors import UserError
 from fdl.utils.files import write_atomically
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 FILE = "metrics.csv"
 
@@ -33,14 +33,14 @@ class CsvLog(Callback):
         self.columns: list[str] = []
         self.rows: list[dict[str, Any]] = []
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    def on_fit_start(self, loop: Federation) -> None:
         """Write the rounds that are done, none in a new run."""
         self.columns, self.rows = [], []
         for record in loop.history:
             self._take(record)
         self._rewrite(loop.folder / FILE)
 
-    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+    def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """Add the round's row."""
         path = loop.folder / FILE
         if self._take(record):

@@ -10,7 +10,7 @@ from fdl.errors import UserError
 from fdl.metrics.tasks import TASKS
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 
 class EarlyStopping(Callback):
@@ -48,13 +48,13 @@ class EarlyStopping(Callback):
         self.best: float | None = None
         self.best_round = 0
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    def on_fit_start(self, loop: Federation) -> None:
         """Learn what the data's score is, where none was named."""
         task = TASKS[loop.server.task]
         self.monitor = self.monitor or f"student/validation/{task.score}"
         self.mode = self.mode or ("max" if task.higher_is_better else "min")
 
-    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+    def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """Compare the metric with its best and ask the loop to stop when patience is at an end."""
         round, metrics = record["round"], record["metrics"]
         if self.monitor not in metrics:

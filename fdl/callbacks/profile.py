@@ -13,7 +13,7 @@ from fdl.errors import UserError
 from fdl.utils.files import write_atomically
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 FILE = "profile.txt"
 
@@ -45,7 +45,7 @@ class Profile(Callback):
         self._profiler: profile | None = None
         self._table = ""
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    def on_fit_start(self, loop: Federation) -> None:
         """Begin to count rounds."""
         left = loop.rounds - loop.round
         active = min(self.rounds, left)
@@ -63,18 +63,18 @@ class Profile(Callback):
         self._profiler = profile(activities=activities, schedule=waits, on_trace_ready=ready)
         self._profiler.start()
 
-    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+    def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """One round more."""
         if self._profiler is not None:
             self._profiler.step()
 
-    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+    def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
         """Write the table."""
         self._stop()
         text = f"{times(summary['time']['parts'])}\n\nOperations of the recorded rounds\n{self._table}\n"
         write_atomically(Path(loop.folder) / FILE, text.encode())
 
-    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+    def on_exception(self, loop: Federation, error: BaseException) -> None:
         """The run is over; what was recorded so far is lost."""
         self._stop()
 

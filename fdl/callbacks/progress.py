@@ -16,7 +16,7 @@ from fdl.callbacks.base import Callback
 from fdl.metrics.tasks import TASKS
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 
 class ProgressBar(Callback):
@@ -33,7 +33,7 @@ class ProgressBar(Callback):
         self._bar: Progress | None = None
         self._seconds = 0.0
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    def on_fit_start(self, loop: Federation) -> None:
         """Begin the display, after a resume where the run goes on."""
         self._stream = SteadyStream(sys.stdout)
         self._seconds = _seconds(loop.history[-1]) if loop.history else 0.0
@@ -55,20 +55,20 @@ class ProgressBar(Callback):
         self._clients = self._bar.add_task("clients", total=None, status="", visible=False)
         self._bar.start()
 
-    def on_round_start(self, loop: FederatedLoop, round: int) -> None:
+    def on_round_start(self, loop: Federation, round: int) -> None:
         """Set the bar of clients back."""
         if self._bar is not None:
             cohort, dropped = loop.cohort(round)
             self._bar.reset(self._clients, total=len(cohort) - len(dropped), visible=True, status="")
 
-    def on_client_end(self, loop: FederatedLoop, round: int, client: int, metrics: dict[str, float]) -> None:
+    def on_client_end(self, loop: Federation, round: int, client: int, metrics: dict[str, float]) -> None:
         """Move the bar of clients on."""
         if self._bar is not None:
             self._bar.advance(self._clients)
             if self._bar.tasks[1].finished:
                 self._bar.update(self._clients, status="the server learns")
 
-    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+    def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """Move the bar of rounds on, or print the round's line."""
         if self._bar is not None:
             self._bar.update(self._rounds, completed=record["round"], status=_status(record, self._brief))
@@ -77,11 +77,11 @@ class ProgressBar(Callback):
         self._stream.write(f"round {record['round']}/{loop.rounds}  {_status(record)}  {seconds:.1f} s\n")
         self._stream.flush()
 
-    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+    def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
         """Leave the last state of the bar on the screen."""
         self._stop()
 
-    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+    def on_exception(self, loop: Federation, error: BaseException) -> None:
         """Give the terminal back."""
         self._stop()
 

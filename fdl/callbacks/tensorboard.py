@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdl.attacks import audit as auditing
 from fdl.callbacks.base import Callback
 from fdl.metrics.classification import confusion_matrix
 from fdl.state.shards import is_sharded
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 
 class TensorBoard(Callback):
@@ -44,7 +43,7 @@ class TensorBoard(Callback):
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
 
-    def on_fit_start(self, loop: FederatedLoop) -> None:
+    def on_fit_start(self, loop: Federation) -> None:
         """Write the recipe and the clients' labels; after a resume, the rounds that are done once more."""
         self._writer = open_writer(loop.folder / "tensorboard")
         self._writer.add_text("recipe", f"```yaml\n{loop.recipe.to_yaml()}```")
@@ -53,25 +52,25 @@ class TensorBoard(Callback):
         for record in loop.history:
             self._curves.log(record)
 
-    def on_round_end(self, loop: FederatedLoop, record: dict[str, Any]) -> None:
+    def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """Write the round's curves."""
         self._curves.log(record)
 
-    def on_fit_end(self, loop: FederatedLoop, summary: dict[str, Any]) -> None:
+    def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
         """Write the confusion matrix, what attacks found, the best round, all bytes, and the hyperparameters."""
         self._confusion(loop)
         if loop.audit is not None:
-            auditing.log(self._writer, loop.audit)
+            loop.audit.log(self._writer)
         sent = [f"communication/{key}" for key in ("upload_bytes", "download_bytes")]
         outcome = log_outcome(self._writer, summary)
         log_hparams(self._writer, hyperparameters(loop.recipe.to_dict()), [*summary["metrics"], *sent, *outcome])
         self._close()
 
-    def on_exception(self, loop: FederatedLoop, error: BaseException) -> None:
+    def on_exception(self, loop: Federation, error: BaseException) -> None:
         """Write out what is buffered."""
         self._close()
 
-    def _label_histogram(self, loop: FederatedLoop) -> None:
+    def _label_histogram(self, loop: Federation) -> None:
         classes, names = loop.server.classes, [client.name for client in loop.clients]
         private = loop.recipe.privacy is not None  # then how many samples of a class somebody has is not shown
         if private or any(client.train.labels is None for client in loop.clients):
@@ -81,7 +80,7 @@ class TensorBoard(Callback):
         counts = [client.train.labels.bincount(minlength=len(classes)).numpy() for client in loop.clients]
         add_figure(self._writer, "clients/labels", lambda: figures.label_histogram(np.stack(counts), classes, names), 0)
 
-    def _confusion(self, loop: FederatedLoop) -> None:
+    def _confusion(self, loop: Federation) -> None:
         server = loop.server
         if server.task != "classification" or server.student is None or len(server.test) == 0:
             return

@@ -150,7 +150,7 @@ class Codec:
         Uncompressed arrays are not copied, so join the buffers before the arrays change.
 
         Args:
-            fields: arrays of booleans, integers or real numbers (`fdl.state.float_formats.BFLOAT16` included), any shape.
+            fields: arrays of booleans, integers or real numbers (`fdl.state.float_formats.BFLOAT16` too), any shape.
             rng: source of rounding noise; needed when `draws`.
             round: the current round.
             memory: of the link that the message goes over, for a chain that `remembers`; without it every message is

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fdl.recipe.config import Fit
 
 USES = 100
-"""Steps of one form after which it is written down (`fdl.engine.vectorized.step_recorder`): what is saved is worth its cost after 1,000."""
+"""Steps of one form after which it is recorded (`step_recorder`): what is saved is worth its cost after 1,000."""
 
 
 class Runtime:

@@ -16,7 +16,7 @@ from fdl.methods.base import Method
 from fdl.state.shards import local
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
     from fdl.participants import Client
 
 log = logging.getLogger("fdl")
@@ -29,7 +29,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
 
 
-def require_finite(loop: FederatedLoop, round: int) -> None:
+def require_finite(loop: Federation, round: int) -> None:
     """Raise where the server's training has left its student with weights that are not finite.
 
     Args:
@@ -71,7 +71,7 @@ def require_finite_client(client: Client) -> None:
         )
 
 
-def warn_unheard(loop: FederatedLoop, record: Mapping[str, Any]) -> None:
+def warn_unheard(loop: Federation, record: Mapping[str, Any]) -> None:
     """Say so in the first round in which nothing that a client sent could be used, or the first after others.
 
     Args:
@@ -82,7 +82,7 @@ def warn_unheard(loop: FederatedLoop, record: Mapping[str, Any]) -> None:
         log.warning("round %d: no message of any client could be used: %s", record["round"], _why([record]))
 
 
-def require_heard(loop: FederatedLoop) -> None:
+def require_heard(loop: Federation) -> None:
     """Raise where no message of any client could be used in any round of a run that is over.
 
     Raises:
@@ -97,7 +97,7 @@ def require_heard(loop: FederatedLoop) -> None:
         ranks.agree(UserError(sentence), [sentence] * ranks.count)
 
 
-def _sends(loop: FederatedLoop) -> bool:
+def _sends(loop: Federation) -> bool:
     return type(loop.method).aggregate is not Method.aggregate
 
 

@@ -10,7 +10,7 @@ from fdl.metrics.tasks import TASKS
 
 if TYPE_CHECKING:
     from fdl.evaluators.base import Evaluator
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
     from fdl.participants import Server
 
 
@@ -21,7 +21,7 @@ def ask(server: Server, probes: Sequence[Evaluator], metrics: dict[str, float]) 
         metrics.update({f"student/{probe.label}/{name}": value for name, value in answers.items()})
 
 
-def evaluate(loop: FederatedLoop, record: dict[str, Any], last: bool = False) -> None:
+def evaluate(loop: Federation, record: dict[str, Any], last: bool = False) -> None:
     """Evaluate the student on validation and test, and every trained specialist on test.
 
     With several ranks the first one asks the server's models, and each the specialists that it has.
@@ -50,7 +50,7 @@ def evaluate(loop: FederatedLoop, record: dict[str, Any], last: bool = False) ->
     record["metrics"].update({f"specialists/test/{name}": sum(v) / len(v) for name, v in values.items()})
 
 
-def _server_models(loop: FederatedLoop, round: int, names: Sequence[str], last: bool) -> dict[str, float]:
+def _server_models(loop: Federation, round: int, names: Sequence[str], last: bool) -> dict[str, float]:
     """The student's, and other models', metrics on validation and test, and what probes find."""
     server, metrics = loop.server, {}
     task = TASKS[server.task]
@@ -69,7 +69,7 @@ def _server_models(loop: FederatedLoop, round: int, names: Sequence[str], last: 
     return metrics
 
 
-def _specialists(loop: FederatedLoop, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def _specialists(loop: Federation, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Each trained specialist's metrics on test, by client; only of those that this rank has."""
     task, test, found = TASKS[loop.server.task], loop.server.test, {}
     for client in loop.spread.mine():

@@ -11,14 +11,14 @@ from fdl.errors import RefusedError, UserError
 from fdl.federation.divergence import require_finite_client
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
+    from fdl.knowledge.aggregation.base import Aggregate
     from fdl.messages import Bundle, Message
-    from fdl.methods.base import Aggregate
     from fdl.participants import Client
 
 
 def speak(
-    loop: FederatedLoop, cohort: Iterable[int], dropped: Collection[int], record: dict[str, Any]
+    loop: Federation, cohort: Iterable[int], dropped: Collection[int], record: dict[str, Any]
 ) -> Iterator[tuple[Client, Message | None]]:
     """Carry the server's word of a round to clients.
 
@@ -42,7 +42,7 @@ def speak(
 
 
 def hear(
-    loop: FederatedLoop,
+    loop: Federation,
     honest: Iterable[tuple[Client, Message | Bundle | None]],
     aggregate: Aggregate | None,
     record: dict[str, Any],
@@ -111,7 +111,7 @@ def hear(
             aggregate.reduce(loop.runtime.ranks)
 
 
-def _refuse(loop: FederatedLoop, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
+def _refuse(loop: Federation, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
     """Count a message that was not used, and note why."""
     loop.ledger.refuse(record["round"], client, refusal.reason)
     record["refused"][str(client)] = refusal.reason

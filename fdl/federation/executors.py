@@ -68,8 +68,9 @@ class Batched(Executor):
     """Clients of one architecture train in one pass, their weights side by side.
 
     Every client's turn runs until it needs a fit, or an answer to the proxy set; when all have come so far, those who
-    want the same of the same architecture are served together (`fdl.engine.vectorized.fit`), and the turns go on. Results are those
-    of `Sequential` up to rounding. What cannot be done together is done one by one, and a line of the log says why.
+    want the same of the same architecture are served together (`fdl.engine.vectorized.fit`), and the turns go on.
+    Results are those of `Sequential` up to rounding. What cannot be done together is done one by one, and a line of the
+    log says why.
 
     Args:
         memory: bytes that the clients of one group may take; by default as `MEMORY` says. A larger cohort is cut into

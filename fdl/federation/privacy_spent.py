@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from fdl.privacy.accounting import events_of
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 
-def spent(loop: FederatedLoop) -> dict[str, Any]:
+def spent(loop: Federation) -> dict[str, Any]:
     """The ε(δ) of a run.
 
     Args:

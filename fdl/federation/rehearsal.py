@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fdl.datamodules.samples import Samples
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
     from fdl.modules.types import Batch
     from fdl.recipe.config import Fit
 
 
-def rehearse(loop: FederatedLoop) -> None:
+def rehearse(loop: Federation) -> None:
     """Let every architecture take one step on two samples and answer them; weights and random streams stay.
 
     Args:
@@ -49,7 +49,7 @@ def rehearse(loop: FederatedLoop) -> None:
             _try(loop, part, module, samples, server.local if pooled else server.distil, trains=pooled)
 
 
-def _try(loop: FederatedLoop, who: str, module: LightningModule, samples: Samples, config: Fit, trains: bool) -> None:
+def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, config: Fit, trains: bool) -> None:
     """One step and one answer; with `trains`, by the module's own training step, else by its forward alone."""
     own = module.label.partition(": ")[2] if isinstance(module, ForeignModule) else None
     label = own or f"{type(module).__module__}.{type(module).__qualname__}"

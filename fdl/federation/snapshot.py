@@ -16,7 +16,7 @@ from fdl.state.weights import load_into, state_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 BEST = "best.safetensors"
 """The student of the round that was best on validation data, in the run's folder."""
@@ -48,7 +48,7 @@ def _is_header(path: Path) -> bool:
     return path.suffix == ".csv" and path.read_bytes().count(b"\n") <= 1
 
 
-def save_best(loop: FederatedLoop) -> None:
+def save_best(loop: Federation) -> None:
     """Keep the student of the round that has just ended, where it is the best so far on validation data.
 
     The file that this replaces stays beside it until the next checkpoint: a run that is killed before goes on from a
@@ -67,7 +67,7 @@ def save_best(loop: FederatedLoop) -> None:
             checkpoint.save_best(path, loop.round, weights, loop.method.beside_student(loop.server))
 
 
-def save(loop: FederatedLoop) -> None:
+def save(loop: Federation) -> None:
     """Write a checkpoint of the loop as it is between two rounds; of several ranks, the first one writes it."""
     student = loop.server.student
     save_best(loop)  # first: a run killed in between does this round again and writes the same student
@@ -98,7 +98,7 @@ def save(loop: FederatedLoop) -> None:
     loop.callbacks.on_checkpoint(loop, path)
 
 
-def restore(loop: FederatedLoop, write: bool = True) -> None:
+def restore(loop: Federation, write: bool = True) -> None:
     """Put the newest good checkpoint back into a freshly built loop.
 
     Args:
@@ -135,7 +135,7 @@ def restore(loop: FederatedLoop, write: bool = True) -> None:
     log.info("resuming after round %d of %d from %s", loop.round, loop.rounds, path)
 
 
-def _restore_best(loop: FederatedLoop) -> None:
+def _restore_best(loop: Federation) -> None:
     """Make `BEST` the student of the round that was the best at this checkpoint.
 
     A run that was killed may have found a better one since, and saved it; it will be found again.

@@ -19,11 +19,11 @@ from fdl.metrics.tasks import TASKS
 from fdl.state.weights import state_bytes
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
     from fdl.participants import Client
 
 
-def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[str, Any]:
+def summarise(loop: Federation, total_seconds: float | None = None) -> dict[str, Any]:
     """Gather what ``summary.json`` holds; its keys are stable.
 
     Args:
@@ -77,7 +77,7 @@ def summarise(loop: FederatedLoop, total_seconds: float | None = None) -> dict[s
     }
 
 
-def _communication(loop: FederatedLoop) -> dict[str, Any]:
+def _communication(loop: Federation) -> dict[str, Any]:
     """All that was sent, and what bringing the outcome to the sites takes."""
     totals, delivery = loop.ledger.totals(), 0
     if loop.server.student is not None:
@@ -104,7 +104,7 @@ def _peak_rss() -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), peak)
 
 
-def _participants(loop: FederatedLoop) -> list[dict[str, Any]]:
+def _participants(loop: Federation) -> list[dict[str, Any]]:
     """Every client, with the newest value of each of its metrics."""
     newest: dict[str, dict[str, float]] = {}
     for record in loop.history:

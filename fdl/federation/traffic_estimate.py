@@ -11,7 +11,7 @@ from fdl.participants import copy_of
 from fdl.state.weights import load_into
 
 if TYPE_CHECKING:
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 
 log = logging.getLogger("fdl")
@@ -22,7 +22,7 @@ _TELL_AFTER = 5.0
 Sizes = dict[str, dict[int, int]]
 
 
-def estimate_bytes(loop: FederatedLoop, round: int = 1) -> Sizes:
+def estimate_bytes(loop: Federation, round: int = 1) -> Sizes:
     """What one round sends, see `estimate_rounds`.
 
     Args:
@@ -35,7 +35,7 @@ def estimate_bytes(loop: FederatedLoop, round: int = 1) -> Sizes:
     return estimate_rounds(loop, round)[-1]
 
 
-def estimate_rounds(loop: FederatedLoop, rounds: int) -> list[Sizes]:
+def estimate_rounds(loop: Federation, rounds: int) -> list[Sizes]:
     """Rehearse rounds with all clients and untrained models, and really encode their messages.
 
     Sizes are exact where a codec's output does not depend on the values; an entropy stage usually does a little better
@@ -73,7 +73,7 @@ def estimate_rounds(loop: FederatedLoop, rounds: int) -> list[Sizes]:
     return sizes
 
 
-def _rehearse(loop: FederatedLoop, round: int, learn: bool) -> None:
+def _rehearse(loop: Federation, round: int, learn: bool) -> None:
     """One round of messages; `learn` lets the server take them in, so that it can answer in the next."""
     loop.begin(round)
     aggregate = loop.method.aggregate(loop.server) if learn else None

@@ -9,11 +9,11 @@ from typing import Literal
 from torch import Tensor
 
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ResponseMean
 from fdl.knowledge.option import Option
 from fdl.messages import Responses
 from fdl.participants import Client, Server
-from fdl.privacy.release import Protected
 
 
 class Release(Option, ABC):
@@ -59,7 +59,7 @@ class Release(Option, ABC):
             log_weights: how sure it is of each, [n]; None where no confidence is asked for.
         """
 
-    def collect(self, mean: ResponseMean, server: Server, rows: Tensor | None) -> ResponseMean | Protected:
+    def collect(self, mean: ResponseMean, server: Server, rows: Tensor | None) -> Aggregate:
         """What takes in the clients' answers in a round.
 
         Args:

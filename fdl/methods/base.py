@@ -4,33 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from lightning import LightningModule
     from torch import nn
 
+    from fdl.knowledge.aggregation.base import Aggregate
     from fdl.messages import Message
     from fdl.participants import Client, Server
-
-
-class Aggregate(Protocol):
-    """Sums uploads as they arrive, so that memory does not grow with the number of clients.
-
-    With several processes every one of them adds all uploads, in the cohort's order. An aggregate of large messages
-    may have a method `reduce(ranks)`, too: then each process adds what its own clients sent, and `reduce` takes in
-    what the others have.
-    """
-
-    def add(self, message: Message, client: int) -> None:
-        """Take in one upload.
-
-        Raises:
-            RefusedError: when it does not fit, before anything is changed.
-        """
-
-    def result(self) -> Any:
-        """What was learnt from all uploads together; None when there was none."""
 
 
 class Method(ABC):
@@ -41,8 +23,8 @@ class Method(ABC):
 
     Attributes:
         name: the short name in recipes.
-        tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`; empty where it is for any, as are methods
-            that touch nothing but weights and a module's own loss.
+        tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`; empty where it is for any, as are
+            methods that touch nothing but weights and a module's own loss.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
         sends_changes: whether the parameters that clients send are differences from those that they were sent.

@@ -35,8 +35,8 @@ class FedLPFM(FedAvg):
     Args:
         weight: λ, the foundation models' share of the loss, in [0, 1]; 0 is FedAvg.
         temperature: T > 0.
-        loss: how the proxy is compared with them, a name among `fdl.losses.responses.RESPONSE_LOSSES`. Losses between logits
-            take the mean of logits for p.
+        loss: how the proxy is compared with them, a name among `fdl.losses.responses.RESPONSE_LOSSES`. Losses between
+            logits take the mean of logits for p.
         models: foundation models at a client, ≥ 1: its own entry of the specialists and those that follow it.
         fine_tune: train each site's copies on its own data before they answer, with the `local` settings: once, or,
             where data arrive in stages, once a stage from the public weights.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule
 
     from fdl.datamodules.samples import Samples
-    from fdl.participants import Participant
+    from fdl.metrics.predictor import Predictor
 
 _TOKENS = 2048
 """Positions whose logits exist at once: with 50,000 tokens in the vocabulary, 400 MB of float32."""
@@ -22,16 +22,14 @@ _ROWS = 512
 """Windows read at a time to count tokens and bytes."""
 
 
-def language(
-    participant: Participant, module: LightningModule, samples: Samples, names: Sequence[str]
-) -> dict[str, float]:
+def language(predictor: Predictor, module: LightningModule, samples: Samples, names: Sequence[str]) -> dict[str, float]:
     """Measure a language model on packed windows of text.
 
     Every predicted token counts alike, however the windows fall into batches; padding does not count, and neither does
     the first token of a window, which nothing predicts.
 
     Args:
-        participant: whose runtime answers, and whose data have the tokenizer that ``bits_per_byte`` needs.
+        predictor: whose runtime answers, and whose data have the tokenizer that ``bits_per_byte`` needs.
         module: gives ``token_nll(tokens)``, and for ``token_accuracy`` also ``hidden(tokens)`` and ``head``.
         samples: windows of one length, int64 [T], padded on the right with -1.
         names: of the metrics. ``nll``: negative log-likelihood in nats a token; ``perplexity``: its exponential;
@@ -41,15 +39,15 @@ def language(
     Returns:
         One number a name, in the order asked; ``nan`` for each where nothing is predicted.
     """
-    tokens, size = count(participant, samples, "bits_per_byte" in names)
+    tokens, size = count(predictor, samples, "bits_per_byte" in names)
     if not tokens:
         return dict.fromkeys(names, math.nan)
     hits = math.nan
     if "token_accuracy" in names:
-        nll, hit = participant.predict(module, samples, token_scores).double().sum((0, 1)).tolist()
+        nll, hit = predictor.predict(module, samples, token_scores).double().sum((0, 1)).tolist()
         hits = hit / tokens
     else:
-        nll = float(participant.predict(module, samples, _token_nll).double().sum())
+        nll = float(predictor.predict(module, samples, _token_nll).double().sum())
     values = {
         "nll": nll / tokens,
         "perplexity": _exp(nll / tokens),
@@ -59,11 +57,11 @@ def language(
     return {name: values[name] for name in names}
 
 
-def count(participant: Participant, samples: Samples, measure: bool = True) -> tuple[int, int]:
+def count(predictor: Predictor, samples: Samples, measure: bool = True) -> tuple[int, int]:
     """Count what is predicted.
 
     Args:
-        participant: whose data have the tokenizer.
+        predictor: whose data have the tokenizer.
         samples: as in `language`.
         measure: whether the bytes are wanted too.
 
@@ -76,7 +74,7 @@ def count(participant: Participant, samples: Samples, measure: bool = True) -> t
         targets = targets[targets >= 0]
         tokens += len(targets)
         if measure:
-            size += participant.provides["tokenizer"].token_bytes(targets.tolist())
+            size += predictor.provides["tokenizer"].token_bytes(targets.tolist())
     return tokens, size
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule
 
     from fdl.datamodules.samples import Samples
-    from fdl.participants import Participant
+    from fdl.metrics.predictor import Predictor
 
 _CELLS = 1 << 20
 """Similarities that exist at once, 4 MB of float32: some queries with all N candidates, never all N × N."""
@@ -28,12 +28,12 @@ _TIE = 1e-6
 
 
 def image_text(
-    participant: Participant, module: LightningModule, samples: Samples, names: Sequence[str]
+    predictor: Predictor, module: LightningModule, samples: Samples, names: Sequence[str]
 ) -> dict[str, float]:
     """Measure a dual encoder on image–text pairs, every image against every caption of the set.
 
     Args:
-        participant: whose runtime answers.
+        predictor: whose runtime answers.
         module: gives unit vectors by ``encode_image(images)`` and ``encode_text(tokens)``, and a ``logit_scale``.
         samples: n pairs (images, tokens).
         names: of the metrics: ``image_to_text_recall_at_<k>`` and ``text_to_image_recall_at_<k>``, as in `recall`;
@@ -45,7 +45,7 @@ def image_text(
     """
     if not len(samples):
         return dict.fromkeys(names, math.nan)
-    images, texts = embed(participant, module, samples)
+    images, texts = embed(predictor, module, samples)
     values: dict[str, float] = {}
     if any("recall" in name for name in names):
         groups = captions(samples)
@@ -62,9 +62,9 @@ def image_text(
     return {name: values[name] for name in names}
 
 
-def embed(participant: Participant, module: LightningModule, samples: Samples) -> tuple[Tensor, Tensor]:
+def embed(predictor: Predictor, module: LightningModule, samples: Samples) -> tuple[Tensor, Tensor]:
     """The unit vectors of n pairs: images float32 [n, D] and texts [n, D], on the CPU."""
-    both = participant.predict(module, samples, _both)
+    both = predictor.predict(module, samples, _both)
     return both[:, 0], both[:, 1]
 
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from lightning import LightningModule
 
     from fdl.datamodules.samples import Samples
-    from fdl.participants import Participant
+    from fdl.metrics.predictor import Predictor
 
-Measure = Callable[["Participant", "LightningModule", "Samples", Sequence[str]], dict[str, float]]
-"""Measures a participant's module on samples: (participant, module, samples, names) to a number a name."""
+Measure = Callable[["Predictor", "LightningModule", "Samples", Sequence[str]], dict[str, float]]
+"""Measures a predictor's module on samples: (predictor, module, samples, names) to a number a name."""
 
 
 @dataclass(frozen=True)
@@ -59,27 +59,27 @@ class Task:
 
 
 def _classification(
-    participant: Participant, module: LightningModule, samples: Samples, names: Sequence[str]
+    predictor: Predictor, module: LightningModule, samples: Samples, names: Sequence[str]
 ) -> dict[str, float]:
     from fdl.metrics.classification import classification
 
-    return classification(participant.predict(module, samples), samples.labels, names)
+    return classification(predictor.predict(module, samples), samples.labels, names)
 
 
 def _language(
-    participant: Participant, module: LightningModule, samples: Samples, names: Sequence[str]
+    predictor: Predictor, module: LightningModule, samples: Samples, names: Sequence[str]
 ) -> dict[str, float]:
     from fdl.metrics.language import language
 
-    return language(participant, module, samples, names)
+    return language(predictor, module, samples, names)
 
 
 def _image_text(
-    participant: Participant, module: LightningModule, samples: Samples, names: Sequence[str]
+    predictor: Predictor, module: LightningModule, samples: Samples, names: Sequence[str]
 ) -> dict[str, float]:
     from fdl.metrics.retrieval import image_text
 
-    return image_text(participant, module, samples, names)
+    return image_text(predictor, module, samples, names)
 
 
 TASKS: dict[str, Task] = {

@@ -10,21 +10,21 @@ if TYPE_CHECKING:
     from lightning import LightningModule
 
     from fdl.datamodules.samples import Samples
-    from fdl.participants import Participant
+    from fdl.metrics.predictor import Predictor
 from fdl.modules.zero_shot import zero_shot_question
 
 
 def zero_shot_accuracy(
-    participant: Participant, module: LightningModule, samples: Samples, labels: Tensor, classifier: Tensor
+    predictor: Predictor, module: LightningModule, samples: Samples, labels: Tensor, classifier: Tensor
 ) -> float:
     """Share of images whose class has the highest logit.
 
     Args:
-        participant: whose runtime answers.
+        predictor: whose runtime answers.
         module: a dual encoder.
         samples: n images, or pairs.
         labels: int64 ``[n]``.
         classifier: ``[C, D]``, as from `zero_shot_classifier`.
     """
-    logits = participant.predict(module, samples, zero_shot_question(classifier))
+    logits = predictor.predict(module, samples, zero_shot_question(classifier))
     return float((logits.argmax(1) == labels).float().mean())

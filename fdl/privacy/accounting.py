@@ -28,15 +28,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fdl.errors import UserError
 from fdl.utils.libraries import library
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
-
-    from fdl.participants import Participant
 
 Accountant = Literal["pld", "rdp"]
 Level = Literal["example", "institution"]
@@ -99,7 +97,21 @@ def event(
     }
 
 
-def spend(participant: Participant, event: Mapping[str, Any]) -> None:
+class HasAccount(Protocol):
+    """Whose data an account is kept of: a client, or the server.
+
+    Attributes:
+        state: what survives a restart; the account is a part of it.
+        metrics: what happened in the current round.
+        privacy: what the account is held against, None where nothing is.
+    """
+
+    state: dict[str, Any]
+    metrics: dict[str, float]
+    privacy: Any
+
+
+def spend(participant: HasAccount, event: Mapping[str, Any]) -> None:
     """Note that a mechanism is run on a participant's data; one equal to the last is added to its count.
 
     Under a policy ε becomes a metric of the round: ``privacy/epsilon``, and ``privacy/institution_epsilon`` where there
@@ -122,7 +134,7 @@ def spend(participant: Participant, event: Mapping[str, Any]) -> None:
                 participant.metrics[name] = spent
 
 
-def affords(participant: Participant, event: Mapping[str, Any]) -> bool:
+def affords(participant: HasAccount, event: Mapping[str, Any]) -> bool:
     """Whether a participant's budget has room for one more event; it always has where there is no budget.
 
     Args:
@@ -135,7 +147,7 @@ def affords(participant: Participant, event: Mapping[str, Any]) -> bool:
     return policy.spent([*events_of(participant), event]) <= policy.epsilon * (1 + 1e-9)
 
 
-def events_of(participant: Participant) -> list[dict[str, Any]]:
+def events_of(participant: HasAccount) -> list[dict[str, Any]]:
     """A participant's account so far."""
     return participant.state.get("privacy", {}).get("events", [])
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fdl.engine.optimizers import schedule_of
-from fdl.federation.executors import Executor, Sequential
 from fdl.modules.objectives import training_step
 from fdl.privacy.accounting import Policy, affords, event, solve_noise, spend
 from fdl.state.weights import trainable
@@ -78,12 +77,6 @@ class DPSGD:
                 len(largest.train),
                 largest.id,
             )
-
-    def executor(self, name: str) -> Executor:
-        """How clients take their turns: one by one, whatever the recipe says."""
-        if name != "sequential":
-            log.info("clients train one after another: gradients are clipped example by example")
-        return Sequential()
 
     def fit(
         self,

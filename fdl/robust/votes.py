@@ -153,7 +153,7 @@ def capped(log_weights: Tensor, cap: float | None) -> Tensor:
         cap: the multiple; None for no bound.
 
     Returns:
-        float64 [n, R]: softmax over clients of what `fdl.knowledge.aggregation.shares.ceiling` leaves. Columns sum to 1, or are 0
+        float64 [n, R]: softmax over clients of what `shares.ceiling` leaves. Columns sum to 1, or are 0
         where nobody says anything.
     """
     answered = torch.isfinite(log_weights)

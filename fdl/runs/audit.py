@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fdl.recipe.config import Recipe
-from fdl.attacks.audit import Audit, audit, log
+from fdl.attacks.audit import Audit
 
 AUDIT = "audit.json"
 """The report in the run's folder."""
@@ -57,13 +57,15 @@ def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] =
     loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)
     snapshot.restore(loop, write=False)
     loop.begin(loop.round)
-    result = audit(loop, loop.attacks)
+    for attack in loop.after_rounds:
+        attack(loop)
+    result = loop.audit
     with FolderLock(run):
         run_folder.renamed_aside(run / AUDIT)
         run_folder.renamed_aside(run / "tensorboard" / "audit")
         write_summary(run / AUDIT, result.summary())
         writer = open_writer(run / "tensorboard" / "audit")
-        log(writer, result)
+        result.log(writer)
         writer.close()
     return result, run / AUDIT
 

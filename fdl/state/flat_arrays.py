@@ -1,4 +1,4 @@
-"""Named arrays that lie side by side in memory: what `fdl.state.flat_tensors` is to torch, for code that knows numpy alone."""
+"""Named arrays that lie side by side in memory: what `flat_tensors` is to torch, for code that knows numpy alone."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Sharder:
     def settle(
         self, module: nn.Module, parameters: Sequence[nn.Parameter], objective: Objective, clip: float | None
     ) -> None:
-        """Make the ranks agree on gradients, and clip them; arguments as in `fdl.engine.distributed.sharded_gradients`."""
+        """Make the ranks agree on gradients, and clip them; arguments as in `sharded_gradients`."""
         agree(parameters, self._ranks)
         if hasattr(objective, "penalty"):
             pull(objective, module)

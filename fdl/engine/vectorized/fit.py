@@ -32,7 +32,7 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "
 
 
 USES = 10
-"""Steps of one form after which it is written down (`fdl.engine.vectorized.step_recorder`): what is saved is worth its cost after 200."""
+"""Steps of one form after which it is recorded (`step_recorder`): what is saved is worth its cost after 200."""
 
 
 class NotTogetherError(Exception):

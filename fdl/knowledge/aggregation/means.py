@@ -68,7 +68,7 @@ class ResponseMean:
     """Mean over clients of their answers to the proxy set, each row weighted by softmax over clients of log-weights.
 
     A log-weight is what a client says of itself. With a cap, no client has more than so many equal shares of a round
-    (`fdl.knowledge.aggregation.shares.Cap`), whatever it says. Whom that cuts is known once all have spoken: messages are kept
+    (`shares.Cap`), whatever it says. Whom that cuts is known once all have spoken: messages are kept
     as they came until then, for K clients K n (C + 1) numbers. Without a cap, or where all count alike, the mean
     streams: the softmax is taken online, a row keeps the largest log-weight seen so far, and the sums relative to it.
 

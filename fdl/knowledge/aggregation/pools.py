@@ -20,7 +20,7 @@ from fdl.state.weights import load_into
 
 if TYPE_CHECKING:
     from fdl.engine.distributed.process_group import Ranks
-    from fdl.robust.parameters import RobustParameters
+    from fdl.knowledge.aggregation.base import MergeableAggregate
 
 Weights = Mapping[str, Tensor]
 
@@ -95,10 +95,10 @@ class PoolAggregates:
         self,
         like: Mapping[str, Weights],
         trained: Mapping[int, Sequence[str]],
-        mean: Callable[[str, Weights], ParameterMean | RobustParameters],
+        mean: Callable[[str, Weights], MergeableAggregate],
     ):
         self._like, self._trained, self._mean = like, trained, mean
-        self._means: dict[str, ParameterMean | RobustParameters] = {}
+        self._means: dict[str, MergeableAggregate] = {}
 
     def add(self, message: Parameters, client: int) -> None:
         """Take in one client's models.
