@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from fdl.comm.codec import Codec
-from fdl.comm.link_state import Memory
+from fdl.comm.link_state import LinkState
 from fdl.comm.stages.base import EntropyStage
 from fdl.comm.stages.cast import BFloat16, Float16
 from fdl.comm.stages.delta import Delta
-from fdl.comm.stages.entropy import Best, Deflate, Zstd
-from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.entropy import BestOf, Deflate, Zstd
+from fdl.comm.stages.labels import ArgmaxCodec, Simplex
 from fdl.comm.stages.quantize import Quantize
-from fdl.comm.stages.range_coder import Range
+from fdl.comm.stages.range_coder import AnsCoder
 from fdl.comm.stages.row_cache import Cache
 from fdl.comm.stages.sparsify import RandomK, TopK
 
@@ -42,21 +42,21 @@ CHAINS = [
     [],
     [Float16()],
     [BFloat16()],
-    *([stage] for stage in (Deflate(), Range(), Zstd())),
-    *([Quantize(8, rounding), coder] for rounding in ("nearest", "stochastic") for coder in (Deflate(), Range())),
+    *([stage] for stage in (Deflate(), AnsCoder(), Zstd())),
+    *([Quantize(8, rounding), coder] for rounding in ("nearest", "stochastic") for coder in (Deflate(), AnsCoder())),
     [Quantize(8), Zstd()],
-    [Quantize(8), Best([Deflate(), Range()])],
-    *([Quantize(bits), Range()] for bits in (4, 2, 1)),
-    [Simplex(2), Range()],
-    [OneHot(), Range()],
-    [OneHot(), Delta(), Range()],
-    [Delta(), Quantize(8), Range()],
-    [Delta(0.002), Quantize(8), Range()],
-    [Cache(0.01), Quantize(8), Range()],
+    [Quantize(8), BestOf([Deflate(), AnsCoder()])],
+    *([Quantize(bits), AnsCoder()] for bits in (4, 2, 1)),
+    [Simplex(2), AnsCoder()],
+    [ArgmaxCodec(), AnsCoder()],
+    [ArgmaxCodec(), Delta(), AnsCoder()],
+    [Delta(), Quantize(8), AnsCoder()],
+    [Delta(0.002), Quantize(8), AnsCoder()],
+    [Cache(0.01), Quantize(8), AnsCoder()],
     [Delta(), TopK(0.1), Quantize(8), Deflate()],
     [RandomK(0.1), Quantize(8), Deflate()],
 ]
-BARRED = [[Quantize(8, rounding), coder] for rounding in ("nearest", "stochastic") for coder in (Deflate(), Range())]
+BARRED = [[Quantize(8, rounding), coder] for rounding in ("nearest", "stochastic") for coder in (Deflate(), AnsCoder())]
 
 
 class Recorder(EntropyStage):
@@ -112,7 +112,7 @@ def entropy(data: bytes) -> float:
 
 def prepared(stages: list, rounds: tuple[np.ndarray, np.ndarray]) -> tuple[Callable[[], bytes], Callable, np.ndarray]:
     """What encodes the round to be timed, what decodes it, and its array."""
-    codec, memory = Codec(stages), Memory()
+    codec, memory = Codec(stages), LinkState()
     array = rounds[1] if codec.remembers else rounds[0]
     if codec.remembers:
         codec.decode(codec.encode({"values": rounds[0]}, noise(), 1, memory), LIMIT, 1, memory)
@@ -206,10 +206,10 @@ def main() -> int:
         "",
     ]
     streams = codes([Quantize(8)], rounds)
-    picked = Best([Deflate(), Range()])
+    picked = BestOf([Deflate(), AnsCoder()])
     measured = [
         (f"{label([coder])}: size of 8-bit codes / entropy", entropy_ratio(coder, streams[0]), bar)
-        for coder, bar in ((Deflate(), None), (Range(), ENTROPY_BAR), (picked, ENTROPY_BAR))
+        for coder, bar in ((Deflate(), None), (AnsCoder(), ENTROPY_BAR), (picked, ENTROPY_BAR))
     ]
     measured += [
         (f"{label(stages)}: time / coder alone", chain_ratio(stages, rounds, repeats), CHAIN_BAR) for stages in BARRED

@@ -133,14 +133,14 @@ def measure(run: Run, central: dict[int, float]) -> dict[str, Any]:
         run: done.
         central: by seed, the accuracy of centralised training.
     """
-    from fdl.metrics.federation import rounds_to_target, series
+    from fdl.metrics.federation import metric_by_round, rounds_to_target
 
     summary = runs.read_summary(run.folder)
     best, last = summary["best"], summary["metrics"]
     own = "student/test/accuracy" in best["metrics"]
     key = "student/test/accuracy" if own else "specialists/test/accuracy"
     sent = summary["communication"]
-    history = {round: score for round, score in series(summary["history"], key).items() if round > 0}
+    history = {round: score for round, score in metric_by_round(summary["history"], key).items() if round > 0}
     extra = {k.partition("/")[0] for r in summary["history"] for m in r["clients"].values() for k in m if "loss" in k}
     return {
         "answers": "student" if own else "clients",

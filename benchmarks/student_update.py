@@ -49,7 +49,7 @@ from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.timm_model import Timm
 from fdl.modules.tokenizers import make_tokenizer
 from fdl.recipe import Component, Fit
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 
 Loop = Callable[["Job", Runtime], None]
 """Trains a job's module."""
@@ -204,7 +204,7 @@ def trained(job: Job, runtime: Runtime, start: dict[str, Tensor], run: Loop) -> 
     """The weights after a run from `start`."""
     load_into(job.module, start)
     run(job, runtime)
-    return {name: tensor.detach().clone() for name, tensor in state_of(job.module).items()}
+    return {name: tensor.detach().clone() for name, tensor in module_state(job.module).items()}
 
 
 def assert_same_weights(job: Job, runtime: Runtime, start: dict[str, Tensor], run: Loop = ours) -> None:
@@ -228,7 +228,7 @@ def measure(make: Callable[[], Job], runtime: Runtime, repeats: int, peak: float
     torch.manual_seed(0)
     job, fabric = make(), runtime.fabric
     job = job._replace(module=runtime.place(job.module))
-    start = {name: tensor.detach().clone() for name, tensor in state_of(job.module).items()}
+    start = {name: tensor.detach().clone() for name, tensor in module_state(job.module).items()}
     loops = [plain, ours] if mode == "none" else [plain, ours, compiled(mode, job)]
     for run in loops[1:]:
         assert_same_weights(job, runtime, start, run)

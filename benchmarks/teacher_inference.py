@@ -1,4 +1,4 @@
-"""Teacher inference: fdl.engine.inference.answer against the plain loop that each library's users write.
+"""Teacher inference: fdl.engine.inference.predict against the plain loop that each library's users write.
 
     python benchmarks/teacher_inference.py [--device cpu] [--precision 32-true] [--repeats 5] [--output FILE.md]
 
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdl.datamodules.samples import Samples, TensorSamples
 from fdl.datamodules.text import TextSamples
-from fdl.engine.inference import Question, answer
+from fdl.engine.inference import OutputSelector, predict
 from fdl.modules.timm_model import Timm
 
 
@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
     name: str
     module: nn.Module
-    what: Question
+    what: OutputSelector
     network: nn.Module
     ask: Callable[[nn.Module, Any], Tensor]
     samples: Samples
@@ -178,7 +178,7 @@ def plain(job: Job, fabric: Fabric) -> Tensor:
 
 def ours(job: Job, fabric: Fabric) -> Tensor:
     """The same by fdl."""
-    return answer(fabric, job.module, job.samples, job.what, job.batch_size)
+    return predict(fabric, job.module, job.samples, job.what, job.batch_size)
 
 
 def assert_same_answers(job: Job, fabric: Fabric) -> None:

@@ -43,7 +43,7 @@ class RecipeError(UserError):
         super().__init__("\n".join([f"{source}: {count}", *(f"  - {p}" for p in self.problems)]))
 
 
-class RefusedError(Exception):
+class RejectedMessageError(Exception):
     """A message that the receiver will not use: damaged, not finite, or of a wrong shape.
 
     The round goes on without it; the ledger counts it under the client that sent it.
@@ -58,7 +58,7 @@ class RefusedError(Exception):
 
 
 @contextmanager
-def memory_of(who: str, hint: str) -> Iterator[None]:
+def explain_out_of_memory(who: str, hint: str) -> Iterator[None]:
     """Within this context, memory that runs out ends in one message; arguments as in `out_of_memory`."""
     try:
         yield

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.engine.runtime import seed_everything
-from fdl.errors import memory_of
+from fdl.errors import explain_out_of_memory
 from fdl.federation import snapshot
 from fdl.federation.divergence import require_finite, require_heard, warn_unheard
-from fdl.federation.evaluation import ask, evaluate
-from fdl.federation.exchange import hear, speak
+from fdl.federation.evaluation import evaluate, run_probes
+from fdl.federation.exchange import broadcast, collect_uploads
 from fdl.federation.round_record import account
 from fdl.federation.state import Federation
 from fdl.federation.summary import summarise
-from fdl.utils.interrupts import Interrupted, Interrupts
+from fdl.utils.interrupts import GracefulShutdown, Interrupted
 from fdl.utils.threads import pinned
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class FederatedLoop(Federation):
             snapshot.require_vacant(self.folder)
         try:
             self.callbacks.on_fit_start(self)
-            with Interrupts() as interrupts:
+            with GracefulShutdown() as interrupts:
                 if not resume:
                     self.set_up()
                 while self.round < self.rounds and self.stopped is None:
@@ -81,7 +81,7 @@ class FederatedLoop(Federation):
                     self.run_round(self.round + 1)
             require_heard(self)
             if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
-                ask(self.server, self.probes, self.history[-1]["metrics"])
+                run_probes(self.server, self.probes, self.history[-1]["metrics"])
             for finish in self.after_rounds:
                 self.on_summary(summarise(self))
                 finish(self)
@@ -103,14 +103,14 @@ class FederatedLoop(Federation):
         record: dict[str, Any] = {"round": round, "cohort": cohort, "dropped": dropped, "refused": {}, "clients": {}}
 
         # 1  the cohort is sent what the server has to say; who drops out receives it and is not heard again
-        turns = speak(self, self.spread.place(cohort), dropped, record)
+        turns = broadcast(self, self.spread.place(cohort), dropped, record)
 
         # 2  every client works on its own data and answers; an answer that cannot be used is refused and counted
         aggregate = self.method.aggregate(self.server)
         with self.seconds("clients"):
             honest = self.executor(self.method, self.adversaries.listen(round, turns))
             with self.channel.unconfirmed():
-                hear(self, honest, aggregate, record)
+                collect_uploads(self, honest, aggregate, record)
         warn_unheard(self, record)
 
         # 3  what they know together; nothing, when nobody was heard
@@ -118,7 +118,7 @@ class FederatedLoop(Federation):
             knowledge = aggregate.result() if aggregate is not None else None
 
         # 4  the server learns from it
-        hint = memory_of(f"the server in round {round}", "distil.batch_size")
+        hint = explain_out_of_memory(f"the server in round {round}", "distil.batch_size")
         with self.seconds("server"), self.runtime.jointly(), hint:
             if aggregate is None or knowledge is not None:
                 seed_everything(self.recipe.seed, "server", round)
@@ -129,7 +129,10 @@ class FederatedLoop(Federation):
         # evaluate, log, save
         last = round == self.rounds
         if last or round % self.recipe.evaluation.every == 0:
-            with self.seconds("evaluate"), memory_of(f"evaluation in round {round}", "evaluation.batch_size"):
+            with (
+                self.seconds("evaluate"),
+                explain_out_of_memory(f"evaluation in round {round}", "evaluation.batch_size"),
+            ):
                 evaluate(self, record, last)
         self.server.rest()
         account(self.ledger, record, self.history)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fdl.datamodules.arrivals import seen
-from fdl.datamodules.guarded import Gate, Guarded, is_guarded
+from fdl.datamodules.arrivals import samples_at
+from fdl.datamodules.guarded import GuardedSamples, PrivateDataGate, is_guarded
 from fdl.engine.runtime import Runtime
 from fdl.modules.objectives import Objective
 from fdl.state import checkpoint
 from fdl.state.client_store import DiskStore, resolve
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 from fdl.utils.seeding import stream_seed, torch_stream
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from lightning import LightningModule
     from torch import Tensor
 
-    from fdl.datamodules.arrivals import Arrival, Incoming
+    from fdl.datamodules.arrivals import Arrival, ScheduledSamples
     from fdl.datamodules.samples import Samples
     from fdl.encoders.base import Encoder
-    from fdl.engine.inference import Question
+    from fdl.engine.inference import OutputSelector
     from fdl.messages import Message
     from fdl.recipe.config import Fit
 
@@ -192,7 +192,7 @@ class Participant:
         self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
         return losses
 
-    def predict(self, module: LightningModule, samples: Samples, what: Question = "logits") -> Tensor:
+    def predict(self, module: LightningModule, samples: Samples, what: OutputSelector = "logits") -> Tensor:
         """Answer samples without gradients: float32 [n, …] on the CPU. Arguments as in `Runtime.predict`."""
         return self.runtime.predict(module, samples, what)
 
@@ -223,8 +223,8 @@ class Client(Participant):
         self,
         *,
         architecture: str,
-        train: Samples | Incoming,
-        calibration: Samples | Incoming,
+        train: Samples | ScheduledSamples,
+        calibration: Samples | ScheduledSamples,
         dp_sgd: PrivateTrainer | None = None,
         store: DiskStore | None = None,
         name: str = "",
@@ -232,7 +232,7 @@ class Client(Participant):
     ):
         self._store, self._state = store, None
         super().__init__(**participant)
-        self.dp_sgd, self.gate, self.name = dp_sgd, Gate(), name
+        self.dp_sgd, self.gate, self.name = dp_sgd, PrivateDataGate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
         self.corrupt: Callable[[Samples, str], Samples] | None = None
         self.corrupt_from, self._corrupted = 1, False
@@ -288,12 +288,15 @@ class Client(Participant):
 
     def arrive(self) -> None:
         """Turn to the data that are there now, and forget what was made of others."""
-        self.train, self.calibration = seen(self._train, self.stage), seen(self._calibration, self.stage)
+        self.train, self.calibration = samples_at(self._train, self.stage), samples_at(self._calibration, self.stage)
         if self._corrupted:
             self.train = self.corrupt(self.train, "train")
             self.calibration = self.corrupt(self.calibration, "calibration")
         if self.dp_sgd is not None:
-            self.train, self.calibration = Guarded(self.train, self.gate), Guarded(self.calibration, self.gate)
+            self.train, self.calibration = (
+                GuardedSamples(self.train, self.gate),
+                GuardedSamples(self.calibration, self.gate),
+            )
         self.cache.clear()
 
     def fit(
@@ -381,7 +384,7 @@ class Server(Participant):
         test: Samples,
         student: LightningModule | None = None,
         teacher: LightningModule | None = None,
-        pooled: Samples | Incoming | None = None,
+        pooled: Samples | ScheduledSamples | None = None,
         classes: list[str] | None = None,
         test_stages: np.ndarray | None = None,
         **participant: Any,
@@ -401,7 +404,7 @@ class Server(Participant):
 
     def arrive(self) -> None:
         """Turn to the data that are there now."""
-        self.pooled = seen(self._pooled, self.stage)
+        self.pooled = samples_at(self._pooled, self.stage)
 
     def fit(
         self,
@@ -435,4 +438,4 @@ class Server(Participant):
 
 def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:
     """A module's weights and buffers, copied to host memory."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in state_of(module).items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in module_state(module).items()}

@@ -16,14 +16,14 @@ from fdl.build import build
 from fdl.engine import runtime
 from fdl.engine.distributed.batch_split import part_of
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.pools import together
+from fdl.knowledge.aggregation.pools import prefix_names
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.small_classifiers import MLP
 from fdl.modules.small_dual_encoder import TinyDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.modules.tuning import apply_tuning
 from fdl.recipe import load
-from fdl.state.weights import state_of
+from fdl.state.weights import module_state
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = [
@@ -150,7 +150,7 @@ def towers(folder: Path) -> Path:
     torch.manual_seed(7)
     module = TinyDualEncoder(**encoder, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=64)
     path = folder.with_name(f"{folder.name}-{os.environ.get('LOCAL_RANK', 0)}.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in state_of(module).items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in module_state(module).items()}, path)
     return path
 
 
@@ -196,9 +196,9 @@ def recipe(name: str, devices: int, more: tuple[str, ...] = (), folder: Path = P
 
 def outcome(loop, summary) -> dict:
     """All that must not depend on the number of processes."""
-    student = {} if loop.server.student is None else state_of(loop.server.student)
+    student = {} if loop.server.student is None else module_state(loop.server.student)
     state = loop.server.state  # what some methods have beside the student
-    student = {**student, **together(state.get("pools", {})), **state.get("base", {}).get("total", {})}
+    student = {**student, **prefix_names(state.get("pools", {})), **state.get("base", {}).get("total", {})}
     return {
         "student": {name: tensor.double().tolist() for name, tensor in student.items()},
         "history": [{key: value for key, value in record.items() if key != "seconds"} for record in summary["history"]],

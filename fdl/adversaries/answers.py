@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fdl.adversaries.base import Adversary, Scene, answer, honest_values
+from fdl.adversaries.base import Adversary, AttackContext, answer, honest_values
 from fdl.errors import UserError
 from fdl.messages import Responses
 from fdl.participants import Client
 
 
-class OneHot(Adversary, ABC):
+class OneHotAttack(Adversary, ABC):
     """Base of those that answer with one class for certain; a subclass writes `classes`."""
 
     spaces = ("responses",)
     tasks = ("classification",)
 
     @abstractmethod
-    def classes(self, own: Responses, scene: Scene) -> Tensor:
+    def classes(self, own: Responses, scene: AttackContext) -> Tensor:
         """The class to name for every row, int64 [n]."""
 
-    def responses(self, own: Responses, scene: Scene) -> Responses:
+    def responses(self, own: Responses, scene: AttackContext) -> Responses:
         """All probability on one class a row."""
         return answer(own, F.one_hot(self.classes(own, scene), own.values.shape[1]).double())
 
 
-class FixedClass(OneHot):
+class FixedClass(OneHotAttack):
     """Name the same class for every sample.
 
     Args:
@@ -48,22 +48,22 @@ class FixedClass(OneHot):
         """Refuse a class that there is not."""
         in_range("target", self.target, client.num_classes)
 
-    def classes(self, own: Responses, scene: Scene) -> Tensor:
+    def classes(self, own: Responses, scene: AttackContext) -> Tensor:
         """The target, n times."""
         return torch.full((len(own.values),), self.target)
 
 
-class RandomClass(OneHot):
+class RandomClass(OneHotAttack):
     """Name a random class for every sample, drawn anew in each round."""
 
     name = "random"
 
-    def classes(self, own: Responses, scene: Scene) -> Tensor:
+    def classes(self, own: Responses, scene: AttackContext) -> Tensor:
         """Uniform over the classes, from the client's own stream."""
         return torch.randint(own.values.shape[1], (len(own.values),), generator=scene.client.rng("adversary"))
 
 
-class LeastLikely(OneHot):
+class LeastLikely(OneHotAttack):
     """LMA: name the class that the honest clients, on average, hold for the least likely.
 
     Source: Roux, Zimmer and Pokutta, "On the Byzantine-Resilience of Distillation-Based Federated Learning" (2024).
@@ -72,12 +72,12 @@ class LeastLikely(OneHot):
     name = "lma"
     sees = "all"
 
-    def classes(self, own: Responses, scene: Scene) -> Tensor:
+    def classes(self, own: Responses, scene: AttackContext) -> Tensor:
         """``argmin_c`` of the honest mean."""
         return honest_probabilities(own, scene).mean(0).argmin(1)
 
 
-class ClassConfusion(OneHot):
+class ClassConfusion(OneHotAttack):
     """CPA: name the class that is least like the one that the honest clients name.
 
     How alike classes are is their covariance over the proxy set; Roux et al. (2024) take it from a pretrained model, an
@@ -88,7 +88,7 @@ class ClassConfusion(OneHot):
     name = "cpa"
     sees = "all"
 
-    def classes(self, own: Responses, scene: Scene) -> Tensor:
+    def classes(self, own: Responses, scene: AttackContext) -> Tensor:
         """``argmin_c Cov[ĉ, c]`` with ĉ the class that the honest mean names."""
         mean = honest_probabilities(own, scene).mean(0)
         return class_covariance(mean).argmin(1)[mean.argmax(1)]
@@ -109,7 +109,7 @@ class HiddenReplay(Adversary):
     tasks = ("classification",)
     sees = "all"
 
-    def responses(self, own: Responses, scene: Scene) -> Responses:
+    def responses(self, own: Responses, scene: AttackContext) -> Responses:
         """One of the honest answers a row."""
         honest = honest_probabilities(own, scene)
         mean, share = honest.mean(0), scene.hostile / scene.heard
@@ -117,7 +117,7 @@ class HiddenReplay(Adversary):
         return answer(own, honest[harm.argmax(0), torch.arange(honest.shape[1])])
 
 
-def honest_probabilities(own: Responses, scene: Scene) -> Tensor:
+def honest_probabilities(own: Responses, scene: AttackContext) -> Tensor:
     """Honest answers to the same rows as probabilities, float64 [k, n, C]."""
     values = honest_values(own, scene)
     return torch.softmax(values, dim=2) if own.form == "logits" else values

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdl.errors import UserError
 from fdl.knowledge.confidence.base import LIMIT
-from fdl.messages import Bundle, Confidences, Message, Parameters, Responses, parts_of
+from fdl.messages import Bundle, Message, Parameters, QuantizedLogWeights, Responses, parts_of
 from fdl.utils.arguments import one_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
-class Scene:
+class AttackContext:
     """What an adversary knows when it makes its upload.
 
     Attributes:
@@ -91,7 +91,7 @@ class Adversary:
         """
         return samples
 
-    def attack(self, scene: Scene) -> Upload | None:
+    def attack(self, scene: AttackContext) -> Upload | None:
         """Make the upload, None for none; parts of a bundle that are not attacked stay as they are.
 
         Raises:
@@ -112,11 +112,11 @@ class Adversary:
                 raise UserError(f"{self.name} attacks {' and '.join(self.spaces)}, and what would be sent is {found}")
         return Bundle(tuple(changed.values())) if isinstance(scene.own, Bundle) else next(iter(changed.values()))
 
-    def parameters(self, own: Parameters, scene: Scene) -> Parameters:
+    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
         """Weights to send in place of the client's own, here these; those of other participants are in `scene`."""
         return own
 
-    def responses(self, own: Responses, scene: Scene) -> Responses:
+    def responses(self, own: Responses, scene: AttackContext) -> Responses:
         """Answers to send in place of the client's own, for the same rows and in the same form; here its own."""
         return own
 
@@ -125,7 +125,7 @@ class Adversary:
         if responses.confidence is None or self.confidence == "own":
             return responses
         largest = torch.full((len(responses.values),), LIMIT)
-        return replace(responses, confidence=Confidences.quantize(largest))
+        return replace(responses, confidence=QuantizedLogWeights.quantize(largest))
 
 
 SPACES: dict[type[Message], str] = {Parameters: "parameters", Responses: "responses"}
@@ -155,7 +155,7 @@ def vector_of(message: Parameters) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
-def start_of(own: Parameters, scene: Scene) -> Tensor:
+def start_of(own: Parameters, scene: AttackContext) -> Tensor:
     """The weights from which the client began its round, as a vector like its own; zeros where it was sent none."""
     sent = parts_of(scene.download).get(Parameters)
     tensors = {} if sent is None else sent.tensors
@@ -168,7 +168,7 @@ def start_of(own: Parameters, scene: Scene) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
-def honest_vectors(own: Parameters, scene: Scene) -> Tensor:
+def honest_vectors(own: Parameters, scene: AttackContext) -> Tensor:
     """What honest clients send, one row each, float64 [k, d]; the adversary's own where it sees nobody's."""
     layout = own.layout
     seen = (parts_of(upload).get(Parameters) for upload in scene.honest)
@@ -188,7 +188,7 @@ def logits_of(responses: Responses) -> Tensor:
     return values.clamp_min(EPS).log() if responses.form == "probabilities" else values
 
 
-def honest_values(own: Responses, scene: Scene) -> Tensor:
+def honest_values(own: Responses, scene: AttackContext) -> Tensor:
     """Honest answers to the same rows as sent, float64 [k, n, C]; the adversary's own where it sees nobody's."""
     seen = (parts_of(upload).get(Responses) for upload in scene.honest)
     alike = [m.values for m in seen if m is not None and m.form == own.form and _same_rows(m, own)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from fdl.adversaries.base import SPACES, Adversary, Scene, Upload
+from fdl.adversaries.base import SPACES, Adversary, AttackContext, Upload
 from fdl.errors import UserError
 from fdl.messages import Bundle, Message
 from fdl.methods.base import Method
@@ -17,13 +17,13 @@ from fdl.utils.seeding import numpy_stream, torch_stream
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
     from fdl.participants import Client
-    from fdl.recipe.config import Dishonest
+    from fdl.recipe.config import AdversaryConfig
 
 Gather = Callable[[dict[int, Upload]], Mapping[int, Upload]]
 
 
 @dataclass(frozen=True)
-class Coalition:
+class AdversaryGroup:
     """One entry of a recipe's adversaries: clients that do the same and know of each other.
 
     Attributes:
@@ -44,11 +44,11 @@ class Adversaries:
         coalitions: by entry; no client is in two.
     """
 
-    def __init__(self, coalitions: Sequence[Coalition] = ()):
+    def __init__(self, coalitions: Sequence[AdversaryGroup] = ()):
         self.coalitions = tuple(coalitions)
         self._downloads: dict[int, Upload | None] = {}
 
-    def active(self, round: int) -> dict[int, Coalition]:
+    def active(self, round: int) -> dict[int, AdversaryGroup]:
         """The coalition of every client that is dishonest in a round."""
         return {id: one for one in self.coalitions if round >= one.start for id in one.clients}
 
@@ -96,13 +96,13 @@ class Adversaries:
             yield client, self._sent(client, upload, hostile, everybody)
 
     def _sent(
-        self, client: Client, own: Upload | None, hostile: Mapping[int, Coalition], everybody: Mapping[int, Upload]
+        self, client: Client, own: Upload | None, hostile: Mapping[int, AdversaryGroup], everybody: Mapping[int, Upload]
     ) -> Upload | None:
         coalition = hostile.get(client.id)
         if coalition is None or own is None:
             return own
         sees = coalition.adversary.sees
-        scene = Scene(
+        scene = AttackContext(
             client=client,
             own=own,
             download=self._downloads.get(client.id),
@@ -118,7 +118,7 @@ class Adversaries:
             raise UserError(f"client {client.id} in round {client.round}: {error}") from error
 
 
-def chosen(entries: Sequence[Dishonest], clients: int, seed: int) -> list[list[int]]:
+def chosen(entries: Sequence[AdversaryConfig], clients: int, seed: int) -> list[list[int]]:
     """The clients of each entry: those it names, or its share of the others, drawn from a stream of its own.
 
     Entries that give a share take it from one random order of all clients that no entry names, one after the other, so
@@ -150,7 +150,7 @@ def how_many(share: float, clients: int) -> int:
     return int(share * clients + 0.5)
 
 
-def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method: Method) -> Coalition:
+def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method: Method) -> AdversaryGroup:
     """Let clients play an adversary: see that they can, and give them what it does to their data.
 
     Raises:
@@ -164,7 +164,7 @@ def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method:
             )
         adversary.prepare(client)
         client.corrupt, client.corrupt_from = partial(_corrupt, adversary, client), start
-    return Coalition(adversary, {client.id: client for client in clients}, start)
+    return AdversaryGroup(adversary, {client.id: client for client in clients}, start)
 
 
 def _corrupt(adversary: Adversary, client: Client, samples: Samples, purpose: str) -> Samples:

@@ -9,7 +9,7 @@ import torch
 
 from fdl.adversaries.base import (
     Adversary,
-    Scene,
+    AttackContext,
     Upload,
     answer,
     answer_logits,
@@ -42,12 +42,12 @@ class FreeRider(Adversary):
         super().__init__(confidence)
         self.noise = not_negative("noise", noise)
 
-    def parameters(self, own: Parameters, scene: Scene) -> Parameters:
+    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
         """The weights that came down."""
         start = start_of(own, scene)
         return with_vector(own, start + self.noise * normal(start.shape, scene) if self.noise else start)
 
-    def responses(self, own: Responses, scene: Scene) -> Responses:
+    def responses(self, own: Responses, scene: AttackContext) -> Responses:
         """The answers that came down."""
         count, classes = own.values.shape
         values = torch.full((count, classes), 1 / classes, dtype=torch.float64)
@@ -62,7 +62,7 @@ class FreeRider(Adversary):
         return answer_logits(own, logits_of(echoed) + self.noise * normal(values.shape, scene))
 
 
-class Silent(Adversary):
+class NonResponder(Adversary):
     """Take what the server sends, and never answer: of its data the others learn nothing, and from it no lies.
 
     No defence can do better against liars than if they were silent, so this is what defences are measured by.
@@ -71,7 +71,7 @@ class Silent(Adversary):
     name = "silent"
     spaces = ("data", "parameters", "responses")
 
-    def attack(self, scene: Scene) -> None:
+    def attack(self, scene: AttackContext) -> None:
         """Nothing."""
         return None
 
@@ -100,7 +100,7 @@ class Sybil(Adversary):
         """As the attack."""
         return samples if self.attacker is None else self.attacker.corrupt(samples, generator)
 
-    def attack(self, scene: Scene) -> Upload:
+    def attack(self, scene: AttackContext) -> Upload:
         """The first one's upload; how many samples it stands for, every name says for itself."""
         first = min(scene.allies)
         leader = replace(scene, client=scene.clients[first], own=scene.allies[first])

@@ -16,7 +16,7 @@ from torch import Tensor
 from fdl.adversaries.base import (
     EPS,
     Adversary,
-    Scene,
+    AttackContext,
     answer_logits,
     honest_values,
     honest_vectors,
@@ -43,12 +43,12 @@ class SignFlip(Adversary):
         super().__init__(confidence)
         self.scale = positive("scale", scale)
 
-    def parameters(self, own: Parameters, scene: Scene) -> Parameters:
+    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
         """Its own displacement, turned round."""
         start = start_of(own, scene)
         return with_vector(own, start - self.scale * (vector_of(own) - start))
 
-    def responses(self, own: Responses, scene: Scene) -> Responses:
+    def responses(self, own: Responses, scene: AttackContext) -> Responses:
         """Its own logits, turned round."""
         return answer_logits(own, -self.scale * logits_of(own))
 
@@ -67,12 +67,12 @@ class GaussianNoise(Adversary):
         super().__init__(confidence)
         self.std = positive("std", std)
 
-    def parameters(self, own: Parameters, scene: Scene) -> Parameters:
+    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
         """Its weights, each with noise of its own."""
         vector = vector_of(own)
         return with_vector(own, vector + self.std * normal(vector.shape, scene))
 
-    def responses(self, own: Responses, scene: Scene) -> Responses:
+    def responses(self, own: Responses, scene: AttackContext) -> Responses:
         """Its logits, each with noise of its own."""
         return answer_logits(own, logits_of(own) + self.std * normal(own.values.shape, scene))
 
@@ -98,11 +98,11 @@ class ALittleIsEnough(Adversary):
         super().__init__(confidence)
         self.z = z
 
-    def parameters(self, own: Parameters, scene: Scene) -> Parameters:
+    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
         """The honest mean, shifted."""
         return with_vector(own, self._shifted(honest_vectors(own, scene), scene))
 
-    def responses(self, own: Responses, scene: Scene) -> Responses:
+    def responses(self, own: Responses, scene: AttackContext) -> Responses:
         """The honest mean, shifted, on the simplex where answers are probabilities."""
         values = self._shifted(honest_values(own, scene), scene)
         if own.form == "probabilities":
@@ -110,7 +110,7 @@ class ALittleIsEnough(Adversary):
             values = values / values.sum(1, keepdim=True)
         return replace(own, values=values.to(own.values.dtype))
 
-    def _shifted(self, honest: Tensor, scene: Scene) -> Tensor:
+    def _shifted(self, honest: Tensor, scene: AttackContext) -> Tensor:
         z = largest_z(scene.heard, scene.hostile) if self.z is None else self.z
         return honest.mean(0) - z * honest.std(0, correction=0)
 
@@ -136,12 +136,12 @@ class InnerProduct(Adversary):
         super().__init__(confidence)
         self.epsilon = positive("epsilon", epsilon)
 
-    def parameters(self, own: Parameters, scene: Scene) -> Parameters:
+    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
         """The honest clients' mean displacement, turned round."""
         start = start_of(own, scene)
         return with_vector(own, start - self.epsilon * (honest_vectors(own, scene).mean(0) - start))
 
-    def responses(self, own: Responses, scene: Scene) -> Responses:
+    def responses(self, own: Responses, scene: AttackContext) -> Responses:
         """The honest clients' mean logits, turned round."""
         values = honest_values(own, scene)
         logits = values.clamp_min(EPS).log() if own.form == "probabilities" else values
@@ -165,6 +165,6 @@ def largest_z(heard: int, hostile: int) -> float:
     return NormalDist().inv_cdf(min(max(share, least), 1 - least))
 
 
-def normal(shape: torch.Size, scene: Scene) -> Tensor:
+def normal(shape: torch.Size, scene: AttackContext) -> Tensor:
     """Standard normal numbers of the client's own stream for its attacks in this round, float64."""
     return torch.randn(shape, dtype=torch.float64, generator=scene.client.rng("adversary"))

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fdl.attacks import roc
-from fdl.attacks.base import Curve, Findings, Subject
+from fdl.attacks.base import AttackResult, AttackTarget, MembershipScores
 from fdl.utils import figures
 from fdl.utils.seeding import numpy_stream
 from fdl.utils.tensorboard import add_figure
@@ -39,7 +39,7 @@ class Audit:
     """
 
     round: int
-    findings: dict[str, Findings]
+    findings: dict[str, AttackResult]
     violations: list[str] = field(default_factory=list)
 
     @property
@@ -109,7 +109,7 @@ def audit(loop: FederatedLoop, attacks: Sequence[Attack]) -> Audit:
         UserError: an attack cannot be tried on this run.
     """
     loop.spread.everywhere()
-    subject = Subject(loop)
+    subject = AttackTarget(loop)
     with ExitStack() as gates:
         gates.enter_context(pinned(loop.recipe.fabric.threads))
         for client in loop.clients:  # who audits a run may see what its participants may not
@@ -129,7 +129,7 @@ def audit(loop: FederatedLoop, attacks: Sequence[Attack]) -> Audit:
     return result
 
 
-def judge(curve: Curve, level: float, seed: int) -> tuple[dict[str, float], str]:
+def judge(curve: MembershipScores, level: float, seed: int) -> tuple[dict[str, float], str]:
     """Metrics of a curve, and what is wrong where it shows more than its ε allows.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fdl.comm.ledger import Ledger
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.executors import Sequential
 from fdl.messages import Responses, parts_of
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Subject:
+class AttackTarget:
     """A finished run as an attacker finds it; nothing that is asked of it changes the run.
 
     Args:
@@ -78,7 +78,7 @@ class Subject:
         if "specialist" not in client.state:
             return None
         server = copy.copy(self.server)
-        twin = twin_of(client)
+        twin = clone_client(client)
         twin.state = copy.deepcopy(client.state)
         client.rest(changed=False)
         server.state = {}
@@ -88,13 +88,13 @@ class Subject:
             ((_, upload),) = Sequential()(self.method, [(twin, download)])
         self.runtime.hold(client.architecture, None)
         try:
-            received = unused(self.loop.channel).upload(upload, client.id, self.loop.round)
-        except RefusedError:
+            received = fresh_channel(self.loop.channel).upload(upload, client.id, self.loop.round)
+        except RejectedMessageError:
             return None
         return parts_of(received).get(Responses)
 
 
-def twin_of(client: Client) -> Client:
+def clone_client(client: Client) -> Client:
     """A client with the same data, streams and settings, but a state and a cache of its own, empty and in memory."""
     twin = copy.copy(client)
     twin._store, twin.state, twin.cache, twin.metrics = None, {}, {}, {}
@@ -102,7 +102,7 @@ def twin_of(client: Client) -> Client:
     return twin
 
 
-def unused(channel: Channel) -> Channel:
+def fresh_channel(channel: Channel) -> Channel:
     """A channel like another one, over which nothing has been sent."""
     fresh = copy.copy(channel)
     fresh.ledger = Ledger()
@@ -112,7 +112,7 @@ def unused(channel: Channel) -> Channel:
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class MembershipScores:
     """How an attack scored samples that were trained on, and samples that were not.
 
     Attributes:
@@ -131,7 +131,7 @@ class Curve:
 
 
 @dataclass
-class Findings:
+class AttackResult:
     """What an attack found out.
 
     Attributes:
@@ -143,7 +143,7 @@ class Findings:
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
-    curves: list[Curve] = field(default_factory=list)
+    curves: list[MembershipScores] = field(default_factory=list)
     figures: dict[str, Callable[[], Figure]] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -174,7 +174,7 @@ class Attack(ABC):
             raise UserError(f"label must be a word or two without a slash, got {label!r}")
 
     @abstractmethod
-    def run(self, subject: Subject) -> Findings:
+    def run(self, subject: AttackTarget) -> AttackResult:
         """Attack a finished run.
 
         Raises:

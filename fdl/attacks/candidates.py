@@ -17,11 +17,11 @@ from fdl.modules.types import Batch, Inputs
 from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.participants import Client
 
 
-class Joined(Samples):
+class ConcatSamples(Samples):
     """Samples of several sets as one.
 
     Args:
@@ -57,13 +57,13 @@ class Joined(Samples):
         order = torch.cat(places).argsort()
         return _ordered(inputs, order), None if self.labels is None else self.labels[indices]
 
-    def subset(self, indices: Any) -> Joined:
+    def subset(self, indices: Any) -> ConcatSamples:
         """The samples at these positions, in this order."""
-        return Joined(self.parts, self.rows[as_indices(indices, len(self))])
+        return ConcatSamples(self.parts, self.rows[as_indices(indices, len(self))])
 
-    def unlabelled(self) -> Joined:
+    def unlabelled(self) -> ConcatSamples:
         """The same inputs without labels."""
-        return Joined([part.unlabelled() for part in self.parts], self.rows)
+        return ConcatSamples([part.unlabelled() for part in self.parts], self.rows)
 
     def content_hash(self) -> str:
         """The hashes of the sets, and which rows of them."""
@@ -106,7 +106,7 @@ class Candidates:
     place: np.ndarray
     population: Samples
 
-    def share(self, client: Client, inside: np.ndarray) -> Joined:
+    def share(self, client: Client, inside: np.ndarray) -> ConcatSamples:
         """What a shadow of a client trains on: its own samples that nobody asks about, and some candidates.
 
         Args:
@@ -116,7 +116,9 @@ class Candidates:
         mine = self.owner == client.id
         others = np.setdiff1d(np.arange(len(client.train)), self.place[mine & self.member])
         members, strangers = self.place[mine & inside & self.member], self.place[mine & inside & ~self.member]
-        return Joined([client.train, self.population], np.concatenate([others, members, len(client.train) + strangers]))
+        return ConcatSamples(
+            [client.train, self.population], np.concatenate([others, members, len(client.train) + strangers])
+        )
 
     def halves(self, stream: np.random.Generator) -> np.ndarray:
         """Draw half of each client's candidates of each class, bool [n]; as many as are members."""
@@ -131,7 +133,7 @@ class Candidates:
         return inside
 
 
-def candidates(subject: Subject) -> Candidates:
+def candidates(subject: AttackTarget) -> Candidates:
     """The candidates of a run; the same for all attacks.
 
     Held-out samples of a class are shared out to the clients in proportion to what they hold of it, each to one client.
@@ -142,9 +144,9 @@ def candidates(subject: Subject) -> Candidates:
     return subject.once("candidates", lambda: _draw(subject))
 
 
-def _draw(subject: Subject) -> Candidates:
+def _draw(subject: AttackTarget) -> Candidates:
     server = subject.server
-    population = Joined([part for part in (server.test, server.validation) if len(part)] or [server.test])
+    population = ConcatSamples([part for part in (server.test, server.validation) if len(part)] or [server.test])
     heard = {int(id) for record in subject.loop.history for id in record["clients"]}
     clients = [client for client in subject.clients if client.id in heard and len(client.train)]
     if server.arrival is not None:
@@ -169,7 +171,7 @@ def _draw(subject: Subject) -> Candidates:
     owner, member, place = (np.array(column) for column in zip(*rows))
     starts = dict(zip([c.id for c in clients], np.cumsum([0, *(len(c.train) for c in clients)])))
     end = sum(len(client.train) for client in clients)
-    everything = Joined([*(client.train for client in clients), population])
+    everything = ConcatSamples([*(client.train for client in clients), population])
     base = np.array([starts[i] if m else end for i, m in zip(owner, member)])
     samples = everything.subset(base + place)
     return Candidates(samples, samples.labels.numpy(), owner, member, place, population)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fdl.attacks.base import Attack, Curve, Findings, twin_of
+from fdl.attacks.base import Attack, AttackResult, MembershipScores, clone_client
 from fdl.attacks.candidates import candidates
 from fdl.attacks.membership import protection
 from fdl.errors import UserError
@@ -17,7 +17,7 @@ from fdl.utils.arguments import at_least
 from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.attacks.candidates import Candidates
     from fdl.participants import Client
 
@@ -56,14 +56,14 @@ class ConfidenceInference(Attack):
         if simulations % 2:
             raise UserError(f"simulations must be even, since two of them share out the candidates; got {simulations}")
 
-    def run(self, subject: Subject) -> Findings:
+    def run(self, subject: AttackTarget) -> AttackResult:
         """Score the candidates of every client that sends confidences.
 
         Raises:
             UserError: there are no candidates, or nobody sends confidences.
         """
         confidence = confidence_of(subject, self.label)
-        asked, findings = candidates(subject), Findings()
+        asked, findings = candidates(subject), AttackResult()
         scores, owners = np.full(len(asked.owner), np.nan), []
         for client in subject.clients:
             mine = np.flatnonzero(asked.owner == client.id)
@@ -82,18 +82,18 @@ class ConfidenceInference(Attack):
             raise UserError(f"{self.label}: no client has sent confidences that could be attacked")
         policy = subject.server.privacy or _POLICY
         proven = max(protection(subject, client, TARGET, policy) for client in owners)
-        findings.curves.append(Curve(TARGET, members, others, proven, policy.delta))
+        findings.curves.append(MembershipScores(TARGET, members, others, proven, policy.delta))
         findings.arrays[f"{TARGET}/scores"] = scores
         findings.arrays["members"], findings.arrays["owners"] = asked.member, asked.owner
         return findings
 
     def _simulate(
-        self, subject: Subject, confidence: Confidence, client: Client, asked: Candidates
+        self, subject: AttackTarget, confidence: Confidence, client: Client, asked: Candidates
     ) -> tuple[np.ndarray, np.ndarray]:
         """Which candidates are in, bool [S, n], and what the client would have sent then, float64 [S, n_proxy]."""
         stream = numpy_stream(subject.seed, f"attack/{self.name}", 0, client.id)
         logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
-        twin, inside, sent = twin_of(client), [], []
+        twin, inside, sent = clone_client(client), [], []
         twin.corrupt, twin._corrupted = None, False
         for number in range(self.simulations):
             inside.append(asked.halves(stream) if number % 2 == 0 else ~inside[-1])
@@ -105,7 +105,7 @@ class ConfidenceInference(Attack):
         return np.stack(inside), np.stack(sent)
 
 
-def confidence_of(subject: Subject, label: str) -> Confidence:
+def confidence_of(subject: AttackTarget, label: str) -> Confidence:
     """How the clients of a run weigh their answers.
 
     Args:

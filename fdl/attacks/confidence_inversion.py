@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.attacks.base import Attack, Findings
+from fdl.attacks.base import Attack, AttackResult
 from fdl.attacks.confidence_inference import confidence_of
 from fdl.encoders.base import PCA
 from fdl.errors import UserError
@@ -21,7 +21,7 @@ from fdl.utils.seeding import torch_stream
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.participants import Client
 
 _START = 0.1
@@ -56,7 +56,7 @@ class ConfidenceInversion(Attack):
         self.largest, self.steps = at_least("largest", largest, 1), at_least("steps", steps, 1)
         self.starts = at_least("starts", starts, 1)
 
-    def run(self, subject: Subject) -> Findings:
+    def run(self, subject: AttackTarget) -> AttackResult:
         """Attack all small clients.
 
         Raises:
@@ -73,7 +73,7 @@ class ConfidenceInversion(Attack):
                     rows = np.arange(len(client.proxy)) if answers.rows is None else answers.rows.numpy()
                     log_weights = answers.confidence.values().double().numpy()
                     found.append(self.attack(confidence, client, rows, log_weights, subject.seed))
-        findings = Findings(metrics={"clients": float(len(found))})
+        findings = AttackResult(metrics={"clients": float(len(found))})
         if not found:
             findings.notes.append(f"{self.label}: no client has {self.largest} samples or fewer")
             return findings

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fdl.attacks.base import Attack, Findings
+from fdl.attacks.base import Attack, AttackResult
 from fdl.attacks.image_quality import Scale, alike, assigned, gallery, psnr, ssim
 from fdl.attacks.matching import MATCHINGS, Search, analytic, gradients, inferred_labels, ready
 from fdl.attacks.updates import Update, update
@@ -19,7 +19,7 @@ from fdl.utils.arguments import at_least, not_negative, one_of, positive
 from fdl.utils.seeding import numpy_stream, torch_stream
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.participants import Client
 
 TARGETS = ("gradient", "update")
@@ -87,14 +87,14 @@ class GradientInversion(Attack):
         if matching == "analytic" and batch_size > 1:
             raise UserError(f"matching: analytic solves for one image, so batch_size must be 1, got {batch_size}")
 
-    def run(self, subject: Subject) -> Findings:
+    def run(self, subject: AttackTarget) -> AttackResult:
         """Attack the first clients.
 
         Raises:
             UserError: the data are no images, clients send no parameters of a model that the server knows, or its
                 first layer is not one that can be solved for.
         """
-        findings, found = Findings(), {target: [] for target in self.targets}
+        findings, found = AttackResult(), {target: [] for target in self.targets}
         scale = Scale(subject.server.test)
         holders = [client for client in subject.clients if len(client.train)][: self.clients]
         seen = [(client, update(subject, client, self.first)) for client in holders]
@@ -115,7 +115,7 @@ class GradientInversion(Attack):
         findings.notes += self._notes([turn for _, turn in seen if turn is not None])
         return findings
 
-    def _attack(self, subject: Subject, client: Client, turn: Update, target: str, scale: Scale) -> _Found:
+    def _attack(self, subject: AttackTarget, client: Client, turn: Update, target: str, scale: Scale) -> _Found:
         """Reconstruct images of one client, and compare them."""
         device = next(iter(turn.mean_gradient.values())).device
         purpose = f"attack/{self.name}/{target}"
@@ -148,7 +148,7 @@ class GradientInversion(Attack):
 
     def _reconstruct(
         self,
-        subject: Subject,
+        subject: AttackTarget,
         client: Client,
         turn: Update,
         seen: dict[str, Tensor],
@@ -168,7 +168,7 @@ class GradientInversion(Attack):
         tries = [self.search(turn.model, seen, labels, scale, stream) for stream in streams]
         return min(tries, key=lambda found: found[1])[0]
 
-    def _record(self, findings: Findings, target: str, attacked: Sequence[_Found]) -> None:
+    def _record(self, findings: AttackResult, target: str, attacked: Sequence[_Found]) -> None:
         """Means over clients, and a figure."""
         for name in ("psnr", "ssim", "psnr_held_out", "ssim_held_out", "labels"):
             values = [getattr(one, name) for one in attacked if getattr(one, name) is not None]

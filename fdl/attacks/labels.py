@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdl.attacks.base import Attack, Findings
+from fdl.attacks.base import Attack, AttackResult
 from fdl.attacks.signals import probabilities
 from fdl.errors import UserError
 from fdl.utils.figures import shares
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.messages import Responses
 
 _LEAST = 1e-4
@@ -36,7 +36,7 @@ class LabelLeakage(Attack):
 
     name = "label_leakage"
 
-    def run(self, subject: Subject) -> Findings:
+    def run(self, subject: AttackTarget) -> AttackResult:
         """Estimate every client's histogram.
 
         Raises:
@@ -52,7 +52,7 @@ class LabelLeakage(Attack):
         common = set.intersection(*(set(found) for found in estimates))
         tables = {name: np.stack([e[name] for e in estimates]) for name in estimates[0] if name in common}
         tables["guess"] = np.tile(counts.sum(0) / counts.sum(), (len(counts), 1))
-        findings = Findings(arrays={"truth": truth, **tables})
+        findings = AttackResult(arrays={"truth": truth, **tables})
         for name, table in tables.items():
             findings.metrics[f"{name}/kl"] = float(divergence(truth, table).mean())
             findings.metrics[f"{name}/total_variation"] = float(total_variation(truth, table).mean())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.attacks.base import Attack, Findings
+from fdl.attacks.base import Attack, AttackResult
 from fdl.attacks.image_quality import Scale, alike, gallery, psnr, ssim
 from fdl.attacks.inversion_network import LEAST, Inversion, public_means, targets
 from fdl.attacks.signals import probabilities
@@ -18,7 +18,7 @@ from fdl.utils.arguments import at_least, positive
 from fdl.utils.seeding import numpy_stream, stream_seed, torch_stream
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.messages import Responses
     from fdl.participants import Client
 
@@ -77,7 +77,7 @@ class LogitInversion(Attack):
         self.steps, self.batch_size = at_least("steps", steps, 1), at_least("batch_size", batch_size, 1)
         self.width, self.clients = at_least("width", width, 1), at_least("clients", clients, 1)
 
-    def run(self, subject: Subject) -> Findings:
+    def run(self, subject: AttackTarget) -> AttackResult:
         """Attack the first clients.
 
         Raises:
@@ -100,7 +100,7 @@ class LogitInversion(Attack):
             raise UserError(f"{self.label}: no held-out sample has a class that an attacked client holds")
         return self._findings(found)
 
-    def _server(self, subject: Subject, answers: list[Responses]) -> Tensor:
+    def _server(self, subject: AttackTarget, answers: list[Responses]) -> Tensor:
         """The server's probabilities of every proxy sample, float64 [n, C]."""
         server = subject.server
         if server.student is not None:
@@ -110,7 +110,9 @@ class LogitInversion(Attack):
             total[rows] += theirs
         return (total + LEAST) / (total + LEAST).sum(1, keepdim=True)
 
-    def _network(self, subject: Subject, client: Client, ours: Tensor, theirs: Tensor, images: Tensor) -> Inversion:
+    def _network(
+        self, subject: AttackTarget, client: Client, ours: Tensor, theirs: Tensor, images: Tensor
+    ) -> Inversion:
         """Train a network for one client's answers."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(stream_seed(subject.seed, f"attack/{self.name}", 0, client.id))
@@ -120,7 +122,7 @@ class LogitInversion(Attack):
         return network
 
     def _compare(
-        self, subject: Subject, client: Client, scale: Scale, recovered: Tensor, means: Tensor
+        self, subject: AttackTarget, client: Client, scale: Scale, recovered: Tensor, means: Tensor
     ) -> list[_Found]:
         """Measure every class that the client holds and that is held out."""
         test, stream = subject.server.test, numpy_stream(subject.seed, f"attack/{self.name}/compared", 0, client.id)
@@ -136,8 +138,8 @@ class LogitInversion(Attack):
                 found.append(compare(client.id, label, recovered[label], means[label], private, held_out))
         return found
 
-    def _findings(self, found: list[_Found]) -> Findings:
-        findings = Findings()
+    def _findings(self, found: list[_Found]) -> AttackResult:
+        findings = AttackResult()
         for name in _MEASURES:
             own, held_out, mean = (np.array([one.scores[name][i] for one in found]) for i in range(3))
             base = held_out if held_out.mean() >= mean.mean() else mean

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fdl.attacks import scores
-from fdl.attacks.base import Attack, Curve, Findings
+from fdl.attacks.base import Attack, AttackResult, MembershipScores
 from fdl.attacks.candidates import candidates
 from fdl.attacks.shadows import observe, shadows
 from fdl.attacks.signals import TARGETS
@@ -17,7 +17,7 @@ from fdl.privacy.accounting import Policy, epsilon, events_of
 from fdl.utils.arguments import at_least, one_of, positive
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.participants import Client
 
 Target = Literal["student", "specialists", "responses"]
@@ -54,7 +54,7 @@ class MembershipInference(Attack):
         self.neighbours = at_least("neighbours", neighbours, 1)
 
     @abstractmethod
-    def score(self, subject: Subject, target: str, phi: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    def score(self, subject: AttackTarget, target: str, phi: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Score the candidates.
 
         Args:
@@ -67,13 +67,13 @@ class MembershipInference(Attack):
             [n], larger for members; NaN for who cannot be scored.
         """
 
-    def run(self, subject: Subject) -> Findings:
+    def run(self, subject: AttackTarget) -> AttackResult:
         """Score the candidates of every target.
 
         Raises:
             UserError: there are no candidates, or none of the targets.
         """
-        asked, findings = candidates(subject), Findings()
+        asked, findings = candidates(subject), AttackResult()
         observed = observe(subject, self.neighbours)
         for target in (name for name in self.targets if name in observed):
             groups = np.zeros_like(asked.owner) if target == "student" else asked.owner
@@ -84,7 +84,7 @@ class MembershipInference(Attack):
             proven = max((protection(subject, client, target, policy) for client in owners), default=np.inf)
             members, others = values[known & asked.member], values[known & ~asked.member]
             if len(members) and len(others):
-                findings.curves.append(Curve(target, members, others, proven, policy.delta))
+                findings.curves.append(MembershipScores(target, members, others, proven, policy.delta))
                 findings.arrays[f"{target}/scores"] = values
         if not findings.curves:
             raise UserError(f"{self.label}: the run has no {' and no '.join(self.targets)} that could be attacked")
@@ -97,7 +97,7 @@ class LossThreshold(MembershipInference):
 
     name = "loss_threshold"
 
-    def score(self, subject: Subject, target: str, phi: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    def score(self, subject: AttackTarget, target: str, phi: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Minus the loss."""
         return scores.loss_threshold(phi)
 
@@ -127,7 +127,7 @@ class ShadowInference(MembershipInference):
         if shadows % 2:
             raise UserError(f"shadows must be even, since two of them share out the candidates; got {shadows}")
 
-    def score(self, subject: Subject, target: str, phi: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    def score(self, subject: AttackTarget, target: str, phi: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Compare with the shadows."""
         known = shadows(subject, self.shadows, self.neighbours)
         return self.compare(phi, known.signals[target], known.inside, groups)
@@ -182,7 +182,7 @@ class RMIA(ShadowInference):
         return scores.rmia(phi, others, inside, groups, self.online, self.gamma, self.a)
 
 
-def protection(subject: Subject, client: Client, target: str, policy: Policy) -> float:
+def protection(subject: AttackTarget, client: Client, target: str, policy: Policy) -> float:
     """ε(δ) of one example of a client with respect to a target, from the accounts of the run.
 
     What leaves a client is covered by all that its account lists, and the student by what the server noted, too. A

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdl.attacks.base import Subject, twin_of, unused
-from fdl.attacks.candidates import Candidates, Joined, candidates
+from fdl.attacks.base import AttackTarget, clone_client, fresh_channel
+from fdl.attacks.candidates import Candidates, ConcatSamples, candidates
 from fdl.attacks.signals import near_rows, signals
 from fdl.loop import FederatedLoop
 from fdl.utils.seeding import numpy_stream, stream_seed
@@ -35,14 +35,14 @@ class Shadows:
     inside: np.ndarray
 
 
-def observe(subject: Subject, neighbours: int) -> dict[str, np.ndarray]:
+def observe(subject: AttackTarget, neighbours: int) -> dict[str, np.ndarray]:
     """φ of the candidates in the attacked run itself; see `fdl.attacks.signals.signals`."""
     asked = candidates(subject)
     near = _near(subject, asked, neighbours)
     return subject.once(("signals", neighbours), lambda: signals(subject, asked, near))
 
 
-def shadows(subject: Subject, count: int, neighbours: int) -> Shadows:
+def shadows(subject: AttackTarget, count: int, neighbours: int) -> Shadows:
     """Run shadow federations, and ask each of them about the candidates.
 
     A shadow runs the same rounds with the same method, clients, codecs and cohorts: who took part is no secret. Its
@@ -63,7 +63,7 @@ def shadows(subject: Subject, count: int, neighbours: int) -> Shadows:
 class _Series:
     """Shadows in order; more are run when more are asked for."""
 
-    def __init__(self, subject: Subject, neighbours: int):
+    def __init__(self, subject: AttackTarget, neighbours: int):
         self.subject, self.asked = subject, candidates(subject)
         self.near = _near(subject, self.asked, neighbours)
         self.found: list[dict[str, np.ndarray]] = []
@@ -87,7 +87,7 @@ class _Series:
         return Shadows(together, np.stack(self.inside[:count]))
 
 
-def run_shadow(subject: Subject, asked: Candidates, inside: np.ndarray, number: int) -> Subject:
+def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, number: int) -> AttackTarget:
     """One shadow federation after its last round.
 
     Args:
@@ -111,7 +111,7 @@ def run_shadow(subject: Subject, asked: Candidates, inside: np.ndarray, number: 
         method=loop.method,
         server=_server(subject, clients, seed),
         clients=clients,
-        channel=unused(loop.channel),
+        channel=fresh_channel(loop.channel),
         executor=loop.executor,
     )
     shadow.rounds = never
@@ -120,29 +120,29 @@ def run_shadow(subject: Subject, asked: Candidates, inside: np.ndarray, number: 
     for round in range(1, rounds + 1):
         shadow.run_round(round)
     shadow.spread.everywhere()
-    return Subject(shadow)
+    return AttackTarget(shadow)
 
 
 def _client(client: Client, train: Samples, seed: int) -> Client:
-    twin = twin_of(client)
+    twin = clone_client(client)
     twin.seed, twin._train, twin.corrupt, twin._corrupted = seed, train, None, False
     twin.arrive()
     return twin
 
 
-def _server(subject: Subject, clients: list[Client], seed: int) -> Server:
+def _server(subject: AttackTarget, clients: list[Client], seed: int) -> Server:
     twin = copy.copy(subject.server)
     twin.seed, twin.state, twin.cache, twin.metrics = seed, {}, {}, {}
     for part, purpose in (("student", "init"), ("teacher", "teacher")):
         if getattr(twin, part) is not None:
             setattr(twin, part, subject.runtime.create(part, stream_seed(seed, purpose)))
     if twin._pooled is not None:
-        twin._pooled = Joined([client.train for client in clients])
+        twin._pooled = ConcatSamples([client.train for client in clients])
         twin.arrive()
     return twin
 
 
-def _near(subject: Subject, asked: Candidates, count: int) -> np.ndarray | None:
+def _near(subject: AttackTarget, asked: Candidates, count: int) -> np.ndarray | None:
     """Proxy rows near the candidates; None where there are none, or nothing to tell what is near."""
     server = subject.server
     if not server.proxy or (server.encoder is None and "context" in server.provides):

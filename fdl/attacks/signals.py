@@ -11,7 +11,7 @@ from torch import Tensor
 from fdl.encoders.base import Pixels
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.attacks.candidates import Candidates
     from fdl.datamodules.samples import Samples
     from fdl.messages import Responses
@@ -45,7 +45,7 @@ def log_odds(logits: Tensor, labels: np.ndarray) -> np.ndarray:
     return (logits.gather(1, true).squeeze(1) - others).numpy()
 
 
-def signals(subject: Subject, candidates: Candidates, neighbours: np.ndarray | None) -> dict[str, np.ndarray]:
+def signals(subject: AttackTarget, candidates: Candidates, neighbours: np.ndarray | None) -> dict[str, np.ndarray]:
     """φ of every candidate for every target.
 
     Args:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fdl.attacks.base import twin_of, unused
-from fdl.datamodules.guarded import Guarded
-from fdl.errors import RefusedError
+from fdl.attacks.base import clone_client, fresh_channel
+from fdl.datamodules.guarded import GuardedSamples
+from fdl.errors import RejectedMessageError
 from fdl.federation.executors import Sequential
 from fdl.messages import Parameters, parts_of
 from fdl.utils.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from fdl.attacks.base import Subject
+    from fdl.attacks.base import AttackTarget
     from fdl.datamodules.samples import Samples
     from fdl.modules.types import Batch
     from fdl.participants import Client, Server
@@ -47,7 +47,7 @@ class Update:
     plain: bool
 
 
-def update(subject: Subject, client: Client, first: bool) -> Update | None:
+def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
     """Let a client take a turn, in a copy, with the run's training, streams and codecs.
 
     Args:
@@ -59,7 +59,7 @@ def update(subject: Subject, client: Client, first: bool) -> Update | None:
     Returns:
         None where it gets or sends no parameters of a model that the server knows, or the channel refuses them.
     """
-    server, twin, channel = _server(subject, first), twin_of(client), unused(subject.loop.channel)
+    server, twin, channel = _server(subject, first), clone_client(client), fresh_channel(subject.loop.channel)
     if not first:
         twin.state = copy.deepcopy(client.state)
         client.rest(changed=False)
@@ -72,7 +72,7 @@ def update(subject: Subject, client: Client, first: bool) -> Update | None:
             download = channel.download(message, client.id, server.round)
             ((_, upload),) = Sequential()(subject.method, [(twin, download)])
         received = channel.upload(upload, client.id, server.round)
-    except RefusedError:
+    except RejectedMessageError:
         return None
     finally:
         subject.runtime.hold(client.architecture, None)
@@ -103,7 +103,7 @@ def update(subject: Subject, client: Client, first: bool) -> Update | None:
     )
 
 
-def _server(subject: Subject, first: bool) -> Server:
+def _server(subject: AttackTarget, first: bool) -> Server:
     """A copy of the server, before the first round or after the last one."""
     server = copy.copy(subject.server)
     server.cache, server.metrics, server.state = {}, {}, {} if first else copy.deepcopy(server.state)
@@ -137,15 +137,15 @@ def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def _watch(client: Client) -> _Watched:
+def _watch(client: Client) -> _TrackedSamples:
     """Have it noted which of its samples a client trains on."""
-    guarded = isinstance(client.train, Guarded)
-    watched = _Watched(client.train._samples if guarded else client.train)
-    client.train = Guarded(watched, client.gate) if guarded else watched
+    guarded = isinstance(client.train, GuardedSamples)
+    watched = _TrackedSamples(client.train._samples if guarded else client.train)
+    client.train = GuardedSamples(watched, client.gate) if guarded else watched
     return watched
 
 
-class _Watched:
+class _TrackedSamples:
     """Samples that note which of them are trained on."""
 
     def __init__(self, samples: Samples):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fdl.datamodules.arrivals import Incoming
+from fdl.datamodules.arrivals import ScheduledSamples
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
 from fdl.participants import Server
@@ -46,7 +46,7 @@ def _together(rows: Sequence[np.ndarray], data: FederatedDataModule) -> np.ndarr
 
 def _arriving(
     arrival: Arrival | None, data: FederatedDataModule
-) -> tuple[Callable[[np.ndarray | None], Samples | Incoming], np.ndarray | None]:
+) -> tuple[Callable[[np.ndarray | None], Samples | ScheduledSamples], np.ndarray | None]:
     """What makes a participant's samples of its rows (None: all), and each test sample's stage where that is known.
 
     Raises:
@@ -67,9 +67,9 @@ def _arriving(
     test_stages = stages(data.test, data.test_groups) if known else None
     everything = np.arange(len(assigned))
 
-    def incoming(rows: np.ndarray | None) -> Incoming:
+    def incoming(rows: np.ndarray | None) -> ScheduledSamples:
         rows = everything if rows is None else rows
-        return Incoming(data.train.subset(rows), assigned[rows], arrival)
+        return ScheduledSamples(data.train.subset(rows), assigned[rows], arrival)
 
     return incoming, test_stages
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from fdl.encoders.base import Frozen
-from fdl.engine.inference import each
+from fdl.engine.inference import map_tensors
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
-from fdl.knowledge.confidence.pairs import Images
+from fdl.knowledge.confidence.pairs import ImagesOfPairs
 from fdl.modules.foreign import conforming
 from fdl.recipe.config import Recipe
 from fdl.registry.component import Component
@@ -95,7 +95,7 @@ def _factory(component: Component, key: str, data: FederatedDataModule) -> Calla
             raise UserError(f"{key}: {component.target} is no model for {data.task} data: those have no {name}")
 
     def example() -> Any:
-        return each(data.train.batch(torch.zeros(2, dtype=torch.int64))[0], torch.zeros_like)
+        return map_tensors(data.train.batch(torch.zeros(2, dtype=torch.int64))[0], torch.zeros_like)
 
     return lambda: conforming(instantiate(component, "module", key, **provides), key, example)
 
@@ -108,5 +108,5 @@ def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Enc
     if isinstance(encoder, Frozen):
         encoder.module = runtime.place(encoder.module)
     # of pairs, the images: they are what a public encoder knows
-    encoder.fit(Images(data.proxy) if data.task == "image_text" else data.proxy)
+    encoder.fit(ImagesOfPairs(data.proxy) if data.task == "image_text" else data.proxy)
     return encoder

@@ -35,7 +35,7 @@ class ProgressBar(Callback):
 
     def on_fit_start(self, loop: Federation) -> None:
         """Begin the display, after a resume where the run goes on."""
-        self._stream = SteadyStream(sys.stdout)
+        self._stream = PipeSafeStream(sys.stdout)
         self._seconds = _seconds(loop.history[-1]) if loop.history else 0.0
         console = Console(file=self._stream)
         if not console.is_terminal or console.is_dumb_terminal:
@@ -92,7 +92,7 @@ class ProgressBar(Callback):
             self._bar = None
 
 
-class SteadyStream:
+class PipeSafeStream:
     """A text stream that goes silent, instead of raising, once nobody can read it.
 
     Args:

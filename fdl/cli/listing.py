@@ -15,7 +15,7 @@ from fdl.recipe.config import Recipe
 from fdl.recipe.validate import keys
 from fdl.registry.component import Component
 from fdl.registry.instantiate import describe
-from fdl.registry.kinds import KINDS, Entry, Kind, entries, find, short_names
+from fdl.registry.kinds import KINDS, Kind, PluginInfo, entries, find, short_names
 from fdl.registry.static_source import argument_docs
 from fdl.utils.suggest import suggest
 
@@ -131,7 +131,7 @@ def _plugin(name: str, kinds: Sequence[Kind]) -> str:
     raise UserError(f"fdl list: nothing is called {name!r}{near or '; ' + _known(name)}")
 
 
-def _described(kind: Kind, entry: Entry) -> str:
+def _described(kind: Kind, entry: PluginInfo) -> str:
     """One plug-in with its arguments: name, type and default, meaning."""
     lines = [f"{entry.name}, {kind}: {entry.summary}", f"{entry.path}, {_short(entry.file)}:{entry.line}"]
     target = find(entry.name, kind)

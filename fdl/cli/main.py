@@ -14,7 +14,7 @@ from fdl.cli.terminal import log_to_stderr, write_anything
 from fdl.engine.distributed.launch_environment import is_follower
 from fdl.errors import MissingPathError, UserError
 from fdl.utils.console import console
-from fdl.utils.interrupts import Interrupted, Interrupts
+from fdl.utils.interrupts import GracefulShutdown, Interrupted
 from fdl.utils.paths import expanded
 
 FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
             return 0
         options, overrides = _parse(argv)
         log_to_stderr()
-        with Interrupts(at_once=True):
+        with GracefulShutdown(at_once=True):
             return _run(options, overrides, argv)
     except UserError as error:
         where = " in another process of the run" if is_follower() else ""

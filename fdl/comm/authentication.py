@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 
 TAG = 16
 """Bytes that a tag adds to a message."""
@@ -68,7 +68,9 @@ class Authentication:
         message, tag = memoryview(sealed)[:-TAG], bytes(memoryview(sealed)[-TAG:])
         if not hmac.compare_digest(tag, self.tag(digest(message), client, round, direction)):
             whose = f"client {client}" if direction == "up" else f"the server to client {client}"
-            raise RefusedError(f"not authentic: was not sent by {whose} in round {round}, or was changed on its way")
+            raise RejectedMessageError(
+                f"not authentic: was not sent by {whose} in round {round}, or was changed on its way"
+            )
         return message
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 
 try:  # the same checksum, an order of magnitude faster: it is taken of every byte that is sent
     from isal.isal_zlib import crc32
@@ -43,7 +43,7 @@ class Reader:
         """
         start = self._position
         if count > self._end - start:
-            raise RefusedError(f"cut short: {count} bytes announced, {self._end - start} left")
+            raise RejectedMessageError(f"cut short: {count} bytes announced, {self._end - start} left")
         self._position = start + count
         return self._data[start : start + count]
 
@@ -56,7 +56,7 @@ class Reader:
         """Return the next byte as a number."""
         position = self._position
         if position >= self._end:
-            raise RefusedError("cut short")
+            raise RejectedMessageError("cut short")
         self._position = position + 1
         return self._data[position]
 
@@ -70,9 +70,9 @@ class Reader:
                 break
             shift += 7
             if shift > 63:
-                raise RefusedError("an integer of more than 64 bits")
+                raise RejectedMessageError("an integer of more than 64 bits")
         if value >> 64:
-            raise RefusedError("an integer of more than 64 bits")
+            raise RejectedMessageError("an integer of more than 64 bits")
         return value
 
     def text(self) -> str:
@@ -80,12 +80,12 @@ class Reader:
         try:
             return str(self.take(self.varint()), "utf-8")
         except UnicodeDecodeError:
-            raise RefusedError("a name that is not UTF-8") from None
+            raise RejectedMessageError("a name that is not UTF-8") from None
 
     def finish(self) -> None:
         """Check that nothing is left."""
         if self.left:
-            raise RefusedError(f"{self.left} bytes too many")
+            raise RejectedMessageError(f"{self.left} bytes too many")
 
 
 def text(value: str) -> bytes:

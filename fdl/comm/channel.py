@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 from fdl.comm.authentication import TAG, Authentication, digest
 from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.codec import Codec
-from fdl.comm.fallback import Ladder
+from fdl.comm.fallback import CodecFallbacks
 from fdl.comm.ledger import Ledger
-from fdl.comm.link_state import Memory
+from fdl.comm.link_state import LinkState
 from fdl.comm.wire import BROADCAST, pack, unpack
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.messages import Bundle, Message
 from fdl.utils.seeding import numpy_stream
 from fdl.utils.stopwatch import Stopwatch
@@ -34,7 +34,7 @@ class Channel:
     before. What decodes is accepted, unless its receiver has more to ask of it, and says so (`unconfirmed`). Each
     client then has its own past, so each download is encoded for one client alone.
 
-    On a link with a budget what is too large is coded more cheaply, rung by rung of a `Ladder`, then with fewer of its
+    On a link with a budget what is too large is coded more cheaply, by the next of `CodecFallbacks`, then with fewer
     rows (`narrowed`) if it has any; the ledger notes what was chosen. What does not fit at all is refused and not sent.
 
     The parts of a bundle are packed and counted one by one, under their own kinds, and accepted together or not at all.
@@ -74,11 +74,11 @@ class Channel:
             raise UserError(f"limit must be at least 1 byte, got {limit}")
         self.bandwidth = bandwidth or Bandwidth()
         self._codecs = {"up": upload, "down": download}
-        self._ladders = {d: Ladder(codec) for d, codec in self._codecs.items() if self.bandwidth.limited(d)}
+        self._ladders = {d: CodecFallbacks(codec) for d, codec in self._codecs.items() if self.bandwidth.limited(d)}
         self.ledger, self._seed, self._limit = ledger, seed, limit
         ledger.links = self.bandwidth.link if self.bandwidth.timed else None
-        self._memories: dict[tuple[str, int, str], Memory] = {}
-        self._waiting: dict[int, list[Memory]] | None = None
+        self._memories: dict[tuple[str, int, str], LinkState] = {}
+        self._waiting: dict[int, list[LinkState]] | None = None
         self._authentication, self._deadline = authentication, deadline
         self.clock = Stopwatch()
         self._round = -1
@@ -184,10 +184,10 @@ class Channel:
             message, codec = self._fit(message, direction, client, round)
         else:
             codec = self._codecs[direction]
-        accepted: list[Memory] = []
+        accepted: list[LinkState] = []
         received = [self._deliver(part, codec, direction, client, round, accepted) for part in _parts(message)]
         if len({type(part) for part in received}) < len(received):
-            raise RefusedError("two parts of one type")
+            raise RejectedMessageError("two parts of one type")
         if direction == "up" and self._waiting is not None:
             self._waiting[client] = accepted
         else:
@@ -196,7 +196,7 @@ class Channel:
         return Bundle(tuple(received)) if isinstance(message, Bundle) else received[0]
 
     def _deliver(
-        self, message: Message, codec: Codec, direction: str, client: int, round: int, accepted: list[Memory]
+        self, message: Message, codec: Codec, direction: str, client: int, round: int, accepted: list[LinkState]
     ) -> Message:
         """Send one message, coded with a chain, and return what the receiver makes of it.
 
@@ -245,7 +245,7 @@ class Channel:
         elapsed = self._elapsed.get(client, 0.0) + self.bandwidth.link(client, direction).seconds(nbytes)
         self._elapsed[client] = elapsed
         if direction == "up" and elapsed > self._deadline:
-            raise RefusedError(f"late: arrived after {elapsed:.3g} s, the deadline is {self._deadline:.3g} s")
+            raise RejectedMessageError(f"late: arrived after {elapsed:.3g} s, the deadline is {self._deadline:.3g} s")
 
     def _fit(
         self, message: Message | Bundle, direction: str, client: int, round: int
@@ -264,7 +264,7 @@ class Channel:
             chosen = message.narrowed(share) if share > 0 else None
             if chosen is None:
                 what = " and ".join(part.kind for part in _parts(message))
-                raise RefusedError(
+                raise RejectedMessageError(
                     f"too large for the link: {what} take {size} bytes at least ({codec}), "
                     f"{left:.0f} of {budget:.0f} bytes are left in this round"
                 )
@@ -306,10 +306,10 @@ class Channel:
     def _address(self, direction: str, client: int) -> int:
         return BROADCAST if direction == "down" and not self._codecs[direction].remembers else client
 
-    def _memory(self, direction: str, client: int, kind: str) -> Memory:
+    def _memory(self, direction: str, client: int, kind: str) -> LinkState:
         key = (direction, client, kind)
         if key not in self._memories:
-            self._memories[key] = Memory(self._limit)
+            self._memories[key] = LinkState(self._limit)
         return self._memories[key]
 
 

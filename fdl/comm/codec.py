@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fdl.comm.binary import Reader, text, varint
-from fdl.comm.stages.base import ArrayStage, Coded, EntropyStage, Spec, Stage, Turn
-from fdl.errors import RefusedError, UserError
-from fdl.state.flat_arrays import Arrays
+from fdl.comm.stages.base import ArraySpec, ArrayStage, CodecContext, EncodedArray, EntropyStage, Stage
+from fdl.errors import RejectedMessageError, UserError
+from fdl.state.flat_arrays import FlatArrays
 from fdl.state.float_formats import BFLOAT16
 
 if TYPE_CHECKING:
-    from fdl.comm.link_state import Memory
+    from fdl.comm.link_state import LinkState
 
 _INTEGERS = ["|b1", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8"]
 # The order is the wire format: new dtypes go to the end.
@@ -56,7 +56,7 @@ class _Step(NamedTuple):
     """One array stage to undo: what the array was, what the stage chose, how many of the following parts are sides."""
 
     stage: ArrayStage
-    spec: Spec
+    spec: ArraySpec
     variant: int
     extents: tuple[int, ...]
     sides: int
@@ -133,7 +133,7 @@ class Codec:
         fields: Mapping[str, np.ndarray],
         rng: np.random.Generator | None = None,
         round: int = 0,
-        memory: Memory | None = None,
+        memory: LinkState | None = None,
     ) -> bytes:
         """Return the arrays as bytes; arguments as in `chunks`."""
         return b"".join(self.chunks(fields, rng, round, memory)[0])
@@ -143,7 +143,7 @@ class Codec:
         fields: Mapping[str, np.ndarray],
         rng: np.random.Generator | None = None,
         round: int = 0,
-        memory: Memory | None = None,
+        memory: LinkState | None = None,
     ) -> tuple[list, int]:
         """Return the buffers whose concatenation is the encoded message, and how many bytes they are.
 
@@ -164,7 +164,7 @@ class Codec:
         arrays = [a if a.flags.c_contiguous else np.array(a, order="C") for a in fields.values()]
         streams: tuple[list[np.ndarray], ...] = ([], [], [])
         saved = [0] * len(self._array_stages)
-        schema = self._code(fields, arrays, streams, saved, Turn(rng, round), memory)
+        schema = self._code(fields, arrays, streams, saved, CodecContext(rng, round), memory)
         buffers = [self.signature, varint(len(schema)), schema]
         before = after = 0
         for members in streams:
@@ -177,7 +177,7 @@ class Codec:
 
     def _raw(self, fields: Mapping[str, np.ndarray]) -> tuple[list, int]:
         """`chunks` of a chain without stages: small models send such messages by the thousand, so calls count."""
-        if isinstance(fields, Arrays):
+        if isinstance(fields, FlatArrays):
             head = self._schemas.get(fields.form) or self._head(fields.form, fields)
             return [head, fields.whole], len(head) + fields.whole.nbytes
         arrays, key, size, width, rising = [], [], 0, 16, False
@@ -198,7 +198,7 @@ class Codec:
 
     def _head(self, known: tuple, fields: Mapping[str, np.ndarray]) -> bytes:
         """Signature and schema of arrays that no stage touches, to be kept under what is known of their form."""
-        schema = self._code(fields, list(fields.values()), ([], [], []), [], Turn(), None)
+        schema = self._code(fields, list(fields.values()), ([], [], []), [], CodecContext(), None)
         return _remember(self._schemas, known, self.signature + varint(len(schema)) + schema)
 
     def _code(
@@ -207,8 +207,8 @@ class Codec:
         arrays: Sequence[np.ndarray],
         streams: tuple[list[np.ndarray], ...],
         saved: list[int],
-        turn: Turn,
-        memory: Memory | None,
+        turn: CodecContext,
+        memory: LinkState | None,
     ) -> bytes:
         """Send arrays through the stages into streams, add up what each stage saved; return their schema."""
         if len(arrays) > _MAX_ARRAYS:
@@ -223,7 +223,7 @@ class Codec:
             turn.rows = _names_rows(rows, name)
             main, role, complete = array, _ALONE, False
             for index, stage in enumerate(self._array_stages):
-                spec = Spec(main.dtype, main.shape)
+                spec = ArraySpec(main.dtype, main.shape)
                 touches = stage.touches(spec) and not (complete and stage.omits)
                 coded = stage.encode(main, _turn(stage, name, turn, memory)) if touches else None
                 if coded is not None:
@@ -239,7 +239,7 @@ class Codec:
         return b"".join(schema)
 
     def decode(
-        self, blob: bytes | memoryview, limit: int, round: int = 0, memory: Memory | None = None
+        self, blob: bytes | memoryview, limit: int, round: int = 0, memory: LinkState | None = None
     ) -> Mapping[str, np.ndarray]:
         """Return the arrays, writable, with the names, dtypes, shapes and order of the sender.
 
@@ -256,43 +256,43 @@ class Codec:
         """
         reader = Reader(blob)
         if reader.take(2) != self.signature:
-            raise RefusedError(f"encoded with another codec chain than {self}")
+            raise RejectedMessageError(f"encoded with another codec chain than {self}")
         schema = bytes(reader.take(reader.varint()))
         layout = self._layouts.get(schema)
         if layout is None:
             layout = _remember(self._layouts, schema, self._layout(Reader(schema), limit))
         elif layout.total > limit:
-            raise RefusedError(_BEYOND.format(limit))
+            raise RejectedMessageError(_BEYOND.format(limit))
         if layout.shapes is not None:
             whole = np.frombuffer(bytearray(self._read(reader, layout.total)), _FLOAT32)
             reader.finish()
-            return Arrays(whole, layout.shapes)
+            return FlatArrays(whole, layout.shapes)
         parts = self._read_streams(reader, layout)
         reader.finish()
         if layout.plain:
             fields = {name: parts[index] for name, index, _ in layout.arrays}
         else:
-            fields = self._restore(parts, layout, Turn(None, round), memory)
+            fields = self._restore(parts, layout, CodecContext(None, round), memory)
         for name in layout.flags:
             if fields[name].size and fields[name].view(np.uint8).max() > 1:
-                raise RefusedError("a boolean that is neither 0 nor 1")
+                raise RejectedMessageError("a boolean that is neither 0 nor 1")
         return fields
 
     def _layout(self, reader: Reader, limit: int) -> _Layout:
         """Read a schema."""
         arrays: dict[str, tuple[str, int, tuple[_Step, ...]]] = {}
-        parts: list[tuple[int, Spec]] = []
+        parts: list[tuple[int, ArraySpec]] = []
         flags = []
         count, total = reader.varint(), 0
         if count > _MAX_ARRAYS:
-            raise RefusedError(f"{count} arrays announced, the most is {_MAX_ARRAYS}")
+            raise RejectedMessageError(f"{count} arrays announced, the most is {_MAX_ARRAYS}")
         for _ in range(count):
             name, spec = self._read_spec(reader, limit)
             if name in arrays:
-                raise RefusedError(f"two arrays of the name {name[:80]!r}")
+                raise RejectedMessageError(f"two arrays of the name {name[:80]!r}")
             total += spec.nbytes
             if total > limit:
-                raise RefusedError(_BEYOND.format(limit))
+                raise RejectedMessageError(_BEYOND.format(limit))
             if spec.dtype == np.bool_:
                 flags.append(name)
             arrays[name] = name, len(parts), tuple(self._plan(reader, spec, parts))
@@ -313,28 +313,28 @@ class Codec:
         return _Layout(tuple(arrays.values()), tuple(streams), total, plain, tuple(flags), shapes)
 
     @staticmethod
-    def _read_spec(reader: Reader, limit: int) -> tuple[str, Spec]:
+    def _read_spec(reader: Reader, limit: int) -> tuple[str, ArraySpec]:
         name, code = reader.text(), reader.byte()
         if code & 15 >= len(_DTYPES):
-            raise RefusedError(f"unknown dtype {code & 15}")
-        spec = Spec(_DTYPES[code & 15], tuple(reader.varint() for _ in range(code >> 4)))
+            raise RejectedMessageError(f"unknown dtype {code & 15}")
+        spec = ArraySpec(_DTYPES[code & 15], tuple(reader.varint() for _ in range(code >> 4)))
         # An empty array takes no memory, but numpy still multiplies its other extents.
-        if Spec(spec.dtype, tuple(extent for extent in spec.shape if extent)).nbytes > limit:
-            raise RefusedError(_BEYOND.format(limit))
+        if ArraySpec(spec.dtype, tuple(extent for extent in spec.shape if extent)).nbytes > limit:
+            raise RejectedMessageError(_BEYOND.format(limit))
         return name, spec
 
-    def _plan(self, reader: Reader, spec: Spec, parts: list[tuple[int, Spec]]) -> list[_Step]:
+    def _plan(self, reader: Reader, spec: ArraySpec, parts: list[tuple[int, ArraySpec]]) -> list[_Step]:
         """Read the variants of one array; append the parts that its streams hold, the main part first."""
         steps, sides = [], []
         for stage in self._array_stages:
             variant = reader.byte()
             if variant:
                 if not stage.touches(spec):
-                    raise RefusedError(f"{stage.name} does not apply to {spec.dtype} of rank {len(spec.shape)}")
+                    raise RejectedMessageError(f"{stage.name} does not apply to {spec.dtype} of rank {len(spec.shape)}")
                 extents = tuple(reader.varint() for _ in range(stage.extents))
                 main, *extra = stage.layout(spec, variant, extents)
                 if main.nbytes + sum(side.nbytes for side in extra) >= spec.nbytes + stage.margin:
-                    raise RefusedError(f"{stage.name} would enlarge an array")
+                    raise RejectedMessageError(f"{stage.name} would enlarge an array")
                 steps.append(_Step(stage, spec, variant, extents, len(extra)))
                 spec, sides = main, sides + [(_SIDE, side) for side in extra]
         parts += [(_MAIN if steps else _ALONE, spec), *sides]
@@ -355,7 +355,7 @@ class Codec:
 
     @staticmethod
     def _restore(
-        parts: dict[int, np.ndarray], layout: _Layout, turn: Turn, memory: Memory | None
+        parts: dict[int, np.ndarray], layout: _Layout, turn: CodecContext, memory: LinkState | None
     ) -> dict[str, np.ndarray]:
         """Undo the stages, with the rows before the arrays that they name rows of."""
         fields: dict[str, np.ndarray] = {name: parts[first] for name, first, _ in layout.arrays}
@@ -363,7 +363,7 @@ class Codec:
             turn.rows = _names_rows(fields.get(_ROWS), name) if memory is not None else None
             end = first + 1 + sum([step.sides for step in steps])
             for stage, spec, variant, extents, sides in reversed(steps):
-                coded = Coded(variant, fields[name], tuple([parts[i] for i in range(end - sides, end)]), extents)
+                coded = EncodedArray(variant, fields[name], tuple([parts[i] for i in range(end - sides, end)]), extents)
                 fields[name] = stage.decode(spec, coded, _turn(stage, name, turn, memory))
                 end -= sides
         return fields
@@ -388,7 +388,7 @@ class Codec:
         if not coded:
             return reader.take(size)
         if coded >= size:
-            raise RefusedError("a compressed stream that is not shorter")
+            raise RejectedMessageError("a compressed stream that is not shorter")
         return self._entropy.expand(reader.take(coded), size)
 
     def _report(self, size: int, saved: list[int], final: int) -> None:
@@ -405,7 +405,7 @@ def _width(array: np.ndarray) -> int:
     return -array.dtype.itemsize
 
 
-def _member_width(member: tuple[int, Spec]) -> int:
+def _member_width(member: tuple[int, ArraySpec]) -> int:
     return -member[1].dtype.itemsize
 
 
@@ -418,7 +418,7 @@ def _names_rows(rows: np.ndarray | None, name: str) -> np.ndarray | None:
     return rows if rows is not None and name != _ROWS and rows.ndim == 1 and rows.dtype.kind in "iu" else None
 
 
-def _turn(stage: ArrayStage, array: str, about: Turn, memory: Memory | None) -> Turn:
+def _turn(stage: ArrayStage, array: str, about: CodecContext, memory: LinkState | None) -> CodecContext:
     return about if memory is None or not stage.remembers else memory.turn(array, stage.name, about)
 
 

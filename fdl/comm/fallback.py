@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from fdl.comm.codec import Codec
-from fdl.comm.link_state import Memory
+from fdl.comm.link_state import LinkState
 from fdl.comm.stages.base import EntropyStage, Stage
 from fdl.comm.stages.cast import Float16
 from fdl.comm.stages.entropy import Deflate
-from fdl.comm.stages.labels import Label, OneHot, Simplex
+from fdl.comm.stages.labels import ArgmaxCodec, Label, Simplex
 from fdl.comm.stages.quantize import Quantize
 from fdl.comm.stages.sparsify import RandomK, Sparsify, TopK
 from fdl.errors import UserError
@@ -19,7 +19,7 @@ from fdl.errors import UserError
 _NARROW = Quantize.phase
 
 
-class Ladder:
+class CodecFallbacks:
     """A chain and its cheaper relatives, and a decoder that tells from a message which of them it was coded with.
 
     Both ends derive the same ladder from the recipe's chain. Its rungs, from dear to cheap: the chain itself; numbers
@@ -45,7 +45,7 @@ class Ladder:
                 raise UserError(f"the chains {other} and {rung} have one checksum: change an argument of a stage")
 
     def decode(
-        self, blob: bytes | memoryview, limit: int, round: int = 0, memory: Memory | None = None
+        self, blob: bytes | memoryview, limit: int, round: int = 0, memory: LinkState | None = None
     ) -> Mapping[str, np.ndarray]:
         """Decode with the chain that the message was encoded with; arguments and errors as in `Codec.decode`."""
         codec = self._by_signature.get(bytes(blob[:2]), self.rungs[0])
@@ -60,7 +60,7 @@ def _cheaper(stages: tuple[Stage, ...]) -> list[list[Stage]]:
     label = by_phase.get(Label.phase)
     if label is not None:
         options = [Simplex(bits) for bits in (4, 2, 1) if isinstance(label, Simplex) and bits < label.bits]
-        options = [o for o in options if o.bits > 1] + ([OneHot()] if isinstance(label, Simplex) else [])
+        options = [o for o in options if o.bits > 1] + ([ArgmaxCodec()] if isinstance(label, Simplex) else [])
         chains += [by_phase | {Label.phase: option} for option in options]
     else:
         chains += [by_phase | {_NARROW: option} for option in _narrower(by_phase.get(_NARROW))]

@@ -22,7 +22,7 @@ _UNPACKED = 1000
 """Rows of past rounds that are not deflated yet: doing so for a few small rounds at a time costs half."""
 
 
-class Row(NamedTuple):
+class LedgerEntry(NamedTuple):
     """What crossed between the server and one client in one round, in one direction and of one kind.
 
     Setup costs are rows of round 0 and direction ``"setup"``.
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     messages: int
 
 
-class Refusal(NamedTuple):
+class RejectedMessage(NamedTuple):
     """A message that the receiver did not use; its bytes are counted all the same."""
 
     round: int
@@ -44,7 +44,7 @@ class Refusal(NamedTuple):
     reason: str
 
 
-class Note(NamedTuple):
+class CodecChoice(NamedTuple):
     """How a message was coded that was too large for its link as the recipe has it."""
 
     round: int
@@ -68,8 +68,8 @@ class Ledger:
     """
 
     def __init__(self):
-        self.refusals: list[Refusal] = []
-        self.notes: list[Note] = []
+        self.refusals: list[RejectedMessage] = []
+        self.notes: list[CodecChoice] = []
         self.links: Callable[[int, str], Link] | None = None
         self._routes: list[tuple[str, str]] = []  # (direction, kind), in order of their first appearance
         self._open_round: int | None = None
@@ -100,7 +100,7 @@ class Ledger:
 
     def refuse(self, round: int, client: int, reason: str) -> None:
         """Note that a client's message was not used; long reasons are cut."""
-        self.refusals.append(Refusal(round, client, reason[:300]))
+        self.refusals.append(RejectedMessage(round, client, reason[:300]))
 
     def note(self, round: int, client: int, direction: str, coding: str, share: float = 1.0) -> None:
         """Note that a message was coded otherwise than the recipe says.
@@ -112,13 +112,15 @@ class Ledger:
             coding: the chain that it was coded with.
             share: of its rows that were sent.
         """
-        self.notes.append(Note(round, client, direction, coding, share))
+        self.notes.append(CodecChoice(round, client, direction, coding, share))
 
-    def of_round(self, round: int) -> list[Row]:
+    def of_round(self, round: int) -> list[LedgerEntry]:
         """Return the rows of one round, as in `rows`."""
         return self._rows_of(round, self._cells(round))
 
-    def include(self, rows: Iterable[Row], refusals: Iterable[Refusal] = (), notes: Iterable[Note] = ()) -> None:
+    def include(
+        self, rows: Iterable[LedgerEntry], refusals: Iterable[RejectedMessage] = (), notes: Iterable[CodecChoice] = ()
+    ) -> None:
         """Take in what another process counted, of clients that this one has not counted in these rounds."""
         for row in rows:
             self.add(*row)
@@ -139,7 +141,7 @@ class Ledger:
             seconds[client] = seconds.get(client, 0.0) + time
         return max(seconds.values(), default=0.0)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[LedgerEntry]:
         """Return every row, by round, then client, then in order of the first message of that direction and kind."""
         rows = [self._rows_of(round, self._cells(round)) for round in (*self._closed, *self._past, self._open_round)]
         return sorted((row for some in rows for row in some), key=lambda row: row[:2])
@@ -178,8 +180,8 @@ class Ledger:
         self._routes = [tuple(route) for route in state["routes"]]
         self._by_route = [0] * len(self._routes)
         self._closed = dict(state["rounds"])
-        self.refusals = [Refusal(*refusal) for refusal in state["refusals"]]
-        self.notes = [Note(*note) for note in state.get("notes", ())]
+        self.refusals = [RejectedMessage(*refusal) for refusal in state["refusals"]]
+        self.notes = [CodecChoice(*note) for note in state.get("notes", ())]
         for packed in self._closed.values():
             for (client, route), (nbytes, _) in _unpack(packed).items():
                 self._sum(client, route, nbytes)
@@ -199,8 +201,10 @@ class Ledger:
             self._by_client[client] = dict.fromkeys(DIRECTIONS, 0)
         self._by_client[client][self._routes[route][0]] += nbytes
 
-    def _rows_of(self, round: int, cells: Cells) -> list[Row]:
-        return [Row(round, client, *self._routes[route], *cell) for (client, route), cell in sorted(cells.items())]
+    def _rows_of(self, round: int, cells: Cells) -> list[LedgerEntry]:
+        return [
+            LedgerEntry(round, client, *self._routes[route], *cell) for (client, route), cell in sorted(cells.items())
+        ]
 
     def _cells(self, round: int | None) -> Cells:
         """What a round holds, for reading."""

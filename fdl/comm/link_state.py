@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fdl.comm.stages.base import Kept, Turn
+from fdl.comm.stages.base import CodecContext, CodecState
 from fdl.state.float_formats import BFLOAT16
 
 
-class Memory:
+class LinkState:
     """What the stages of a chain remember of one client's messages in one direction.
 
     Both ends reach the same memory, because what is kept depends on the bytes alone and is kept only once the receiver
@@ -30,13 +30,13 @@ class Memory:
 
     def __init__(self, limit: int = 1 << 31):
         self._limit = limit
-        self._kept: dict[str, Kept] = {}
+        self._kept: dict[str, CodecState] = {}
         self._drafts: dict[str, dict[str, np.ndarray | int]] = {}
 
-    def turn(self, array: str, stage: str, about: Turn) -> Turn:
+    def turn(self, array: str, stage: str, about: CodecContext) -> CodecContext:
         """Return a stage's turn with one array: `about`, and what the stage remembers of it."""
         key = f"{stage}/{array}"
-        return Turn(about.rng, about.round, about.rows, self._kept.get(key), self._drafts.setdefault(key, {}))
+        return CodecContext(about.rng, about.round, about.rows, self._kept.get(key), self._drafts.setdefault(key, {}))
 
     def begin(self) -> None:
         """A message is about to be encoded, or to be decoded by another end than the one that encoded it."""

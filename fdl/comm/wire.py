@@ -24,12 +24,12 @@ import numpy as np
 
 from fdl.comm.binary import Reader, crc32, text, varint
 from fdl.comm.codec import Codec
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages import Message, Meta, message_type, private_features, sparse_responses  # noqa: F401  a type of message is known once its module is imported
 
 if TYPE_CHECKING:
-    from fdl.comm.fallback import Ladder
-    from fdl.comm.link_state import Memory
+    from fdl.comm.fallback import CodecFallbacks
+    from fdl.comm.link_state import LinkState
 
 #: Stands in the header for the client's id of a message that goes to every client.
 BROADCAST = 0xFFFFFFFF
@@ -51,7 +51,7 @@ def pack(
     client: int,
     round: int,
     rng: np.random.Generator | None = None,
-    memory: Memory | None = None,
+    memory: LinkState | None = None,
 ) -> bytes:
     """Return the bytes of a message.
 
@@ -77,12 +77,12 @@ def pack(
 
 def unpack(
     data: bytes | memoryview,
-    codec: Codec | Ladder,
+    codec: Codec | CodecFallbacks,
     *,
     limit: int,
     client: int,
     round: int,
-    memory: Memory | None = None,
+    memory: LinkState | None = None,
     intact: bool = False,
 ) -> Message:
     """Return the valid message that the bytes hold.
@@ -100,19 +100,19 @@ def unpack(
         RefusedError: the bytes are damaged, belong to another client or round, or hold an unusable message.
     """
     if len(data) < HEADER:
-        raise RefusedError("cut short" if _MAGIC.startswith(bytes(data[:4])) else _FOREIGN)
+        raise RejectedMessageError("cut short" if _MAGIC.startswith(bytes(data[:4])) else _FOREIGN)
     magic, checksum, code, of_client, of_round, length = _HEADER.unpack_from(data)
     if magic != _MAGIC:
-        raise RefusedError(_FOREIGN)
+        raise RejectedMessageError(_FOREIGN)
     view = memoryview(data)
     if not intact and crc32(view[_SUMMED:]) != checksum:
-        raise RefusedError("checksum does not match: the message was damaged on its way")
+        raise RejectedMessageError("checksum does not match: the message was damaged on its way")
     if of_client != client:
-        raise RefusedError(f"message of {_who(of_client)} where one of {_who(client)} was due")
+        raise RejectedMessageError(f"message of {_who(of_client)} where one of {_who(client)} was due")
     if of_round != round:
-        raise RefusedError(f"message of round {of_round} in round {round}")
+        raise RejectedMessageError(f"message of round {of_round} in round {round}")
     if length != len(data) - HEADER:
-        raise RefusedError(f"{length} bytes announced, {len(data) - HEADER} received")
+        raise RejectedMessageError(f"{length} bytes announced, {len(data) - HEADER} received")
     kind = message_type(code)
     reader = Reader(view[HEADER:])
     meta = _decode_meta(reader)
@@ -143,12 +143,12 @@ def _decode_meta(reader: Reader) -> Meta:
     meta: Meta = {}
     count = reader.varint()
     if count > _MAX_META:
-        raise RefusedError(f"{count} numbers announced, the most is {_MAX_META}")
+        raise RejectedMessageError(f"{count} numbers announced, the most is {_MAX_META}")
     for _ in range(count):
         name, kind = reader.text(), reader.byte()
         read = _META_READERS.get(kind)
         if read is None or name in meta:
-            raise RefusedError("a number of unknown type, or sent twice")
+            raise RejectedMessageError("a number of unknown type, or sent twice")
         meta[name] = read(reader)
     return meta
 

@@ -148,7 +148,7 @@ class DomainIncremental(Arrival):
         return np.array([stage_of[str(group)] for group in groups], dtype=np.int64)
 
 
-class Incoming:
+class ScheduledSamples:
     """Samples of which their owner sees those that are there.
 
     Args:
@@ -165,6 +165,6 @@ class Incoming:
         return self.samples.subset(self.arrival.visible(self.assigned, stage))
 
 
-def seen(samples: Samples | Incoming | None, stage: int) -> Samples | None:
+def samples_at(samples: Samples | ScheduledSamples | None, stage: int) -> Samples | None:
     """What is there in a stage, of samples that arrive or of such as have always been there."""
-    return samples.at(stage) if isinstance(samples, Incoming) else samples
+    return samples.at(stage) if isinstance(samples, ScheduledSamples) else samples

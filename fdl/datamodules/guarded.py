@@ -23,6 +23,7 @@ _CARRIERS = (
     "fdl.privacy.",
     "fdl.participants",
     "fdl.datamodules.guarded",
+    "fdl.encoders.",
     "fdl.engine.runtime",
     "fdl.engine.inference",
     "fdl.knowledge.transfer.extraction",
@@ -30,7 +31,7 @@ _CARRIERS = (
 """Modules that read samples for others: it is these others that a message should name."""
 
 
-class Gate:
+class PrivateDataGate:
     """Whether a client's private samples may be read just now."""
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Gate:
             self._depth -= 1
 
 
-class Guarded(Samples):
+class GuardedSamples(Samples):
     """Samples behind a gate.
 
     Args:
@@ -59,7 +60,7 @@ class Guarded(Samples):
         gate: its client's.
     """
 
-    def __init__(self, samples: Samples, gate: Gate):
+    def __init__(self, samples: Samples, gate: PrivateDataGate):
         self._samples, self._gate = samples, gate
 
     def __len__(self) -> int:
@@ -89,13 +90,13 @@ class Guarded(Samples):
         """Gather one batch, while the gate is open."""
         return self._read().batch(indices, generator)
 
-    def subset(self, indices: Any) -> Guarded:
+    def subset(self, indices: Any) -> GuardedSamples:
         """The samples at these positions, behind the same gate."""
-        return Guarded(self._samples.subset(indices), self._gate)
+        return GuardedSamples(self._samples.subset(indices), self._gate)
 
-    def unlabelled(self) -> Guarded:
+    def unlabelled(self) -> GuardedSamples:
         """The same inputs without labels, behind the same gate."""
-        return Guarded(self._samples.unlabelled(), self._gate)
+        return GuardedSamples(self._samples.unlabelled(), self._gate)
 
     def content_hash(self) -> str:
         """Hash of the inputs, while the gate is open."""
@@ -112,16 +113,16 @@ class Guarded(Samples):
 
 
 def is_guarded(samples: Samples) -> bool:
-    """Whether samples, or those within, as in `fdl.knowledge.distillation.targets.Answered`, are private."""
+    """Whether samples, or those within, as in `fdl.knowledge.distillation.targets.SoftLabelled`, are private."""
     while samples is not None:
-        if isinstance(samples, Guarded):
+        if isinstance(samples, GuardedSamples):
             return True
         samples = getattr(samples, "samples", None)
     return False
 
 
 def _reader() -> str:
-    """The module that wants to read, seen from `Guarded._read`."""
+    """The module that wants to read, seen from `GuardedSamples._read`."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")

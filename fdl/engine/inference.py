@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fdl.engine.prediction_cache import AnswerCache
+from fdl.engine.prediction_cache import PredictionCache
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
 
 T = TypeVar("T")
-Question = str | Callable[[nn.Module, Any], Tensor]
+OutputSelector = str | Callable[[nn.Module, Any], Tensor]
 """A field of a model's `Output`, or a function (module, inputs) to a tensor [B, …]."""
 Progress = Callable[[int, int], None]
 """Told after every batch: samples done, samples in all."""
@@ -30,15 +30,15 @@ AHEAD = 2
 """Batches that are gathered and copied to a GPU while it works on another."""
 
 
-def answer(
+def predict(
     fabric: Fabric,
     module: nn.Module,
     samples: Samples,
-    what: Question = "logits",
+    what: OutputSelector = "logits",
     batch_size: int = 512,
     compile: bool = False,
     into: Path | None = None,
-    cache: AnswerCache | None = None,
+    cache: PredictionCache | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Ask a model about samples, without gradients, in evaluation mode and the precision of `fabric`.
@@ -124,7 +124,7 @@ def _on_device(
     if device.type != "cuda":
         for part in starts:
             rows = rows_of(part)
-            inputs = each(samples.batch(rows)[0], lambda t: t.to(device))
+            inputs = map_tensors(samples.batch(rows)[0], lambda t: t.to(device))
             yield part if order is None else rows, convert(inputs)
         return
     convolutional = _convolutional(module)
@@ -132,23 +132,25 @@ def _on_device(
 
     def placed(part: slice) -> tuple[slice | Tensor, Any]:
         rows = rows_of(part)
-        inputs = each(samples.stored(rows) if stored else samples.batch(rows)[0], lambda t: copied(t, device))
+        inputs = map_tensors(samples.stored(rows) if stored else samples.batch(rows)[0], lambda t: to_device(t, device))
         inputs = samples.normalised(inputs) if stored else inputs
         if convolutional:  # only the images: other strides of the weights would cut them off from their template
-            inputs = each(inputs, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
+            inputs = map_tensors(
+                inputs, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+            )
         return part if order is None else rows, convert(inputs)
 
-    yield from staged(device, placed, starts)
+    yield from prefetch_to_device(device, placed, starts)
 
 
-def copied(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; a GPU gets it from pinned memory, so that nobody waits for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def staged(device: torch.device, place: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+def prefetch_to_device(device: torch.device, place: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
     """Map over items in order, where what is made of them lies on a device.
 
     On a GPU one thread draws the items and places them, on a stream of its own, `AHEAD` of whoever takes the results:
@@ -168,21 +170,23 @@ def staged(device: torch.device, place: Callable[[Any], T], items: Iterable[Any]
         with torch.cuda.device(device), torch.cuda.stream(side):
             return place(item), side.record_event()
 
-    with closing(ahead(made, items, AHEAD)) as results:
+    with closing(prefetch(made, items, AHEAD)) as results:
         for result, ready in results:
             now = torch.cuda.current_stream(device)
             now.wait_event(ready)
             # the memory is not given away before `now` is through
-            each(result, lambda t, now=now: t.record_stream(now) if isinstance(t, Tensor) and t.is_cuda else None)
+            map_tensors(
+                result, lambda t, now=now: t.record_stream(now) if isinstance(t, Tensor) and t.is_cuda else None
+            )
             yield result
 
 
-def each(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
+def map_tensors(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
     """Apply a function to a tensor, or to every tensor of a tuple."""
-    return tuple(each(part, function) for part in inputs) if isinstance(inputs, tuple) else function(inputs)
+    return tuple(map_tensors(part, function) for part in inputs) if isinstance(inputs, tuple) else function(inputs)
 
 
-def ahead(function: Callable[[Any], T], items: Iterable[Any], count: int) -> Iterator[T]:
+def prefetch(function: Callable[[Any], T], items: Iterable[Any], count: int) -> Iterator[T]:
     """Map over items in order, with one thread that is at most `count` items ahead of whoever takes the results.
 
     The thread draws the items, too, so that what a generator and `function` do alternates as in a plain loop.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fdl")
 
 
-class AnswerCache:
+class PredictionCache:
     """Keeps answers in memory across rounds and, given a folder, on disk across runs.
 
     An answer is known by the hash of the weights, the settings of all parts of the model, the content of the samples,

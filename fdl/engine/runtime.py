@@ -24,15 +24,15 @@ from fdl.engine.compile import Compiler
 from fdl.engine.distributed import launch_environment as clusters
 from fdl.engine.distributed.batch_split import part_of
 from fdl.engine.distributed.devices import fabric_of
-from fdl.engine.distributed.process_group import Ranks, nobody_came
-from fdl.engine.inference import Question, answer, copied, each, staged
+from fdl.engine.distributed.process_group import ProcessGroup, nobody_came
+from fdl.engine.inference import OutputSelector, map_tensors, predict, prefetch_to_device, to_device
 from fdl.engine.optimizers import FitOptimizers, advance, schedule_of
-from fdl.engine.prediction_cache import AnswerCache
+from fdl.engine.prediction_cache import PredictionCache
 from fdl.engine.vectorized.stacked_models import SMALL, unstackable
-from fdl.engine.vectorized.step_recorder import Recorder, Trained
+from fdl.engine.vectorized.step_recorder import StepTracer, TracedFit
 from fdl.errors import UserError
 from fdl.modules.objectives import Objective, Terms, training_step
-from fdl.state.weights import count_parameters, pin, state_of, trainable
+from fdl.state.weights import count_parameters, module_state, pin, trainable
 from fdl.utils.seeding import stream_seed
 from fdl.utils.stopwatch import Stopwatch
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fdl.modules.types import Batch
     from fdl.recipe.config import Fit
 
-USES = 100
+TRACE_AFTER_STEPS = 100
 """Steps of one form after which it is recorded (`step_recorder`): what is saved is worth its cost after 1,000."""
 
 
@@ -91,13 +91,13 @@ class Runtime:
         many = (devices, num_nodes, strategy) if launch else (1, 1, "auto")
         self.fabric = fabric_of(accelerator, *many, precision, timeout)
         if launch:
-            clusters.require(getattr(self.fabric.strategy, "num_processes", 1), num_nodes)
+            clusters.check_world_size(getattr(self.fabric.strategy, "num_processes", 1), num_nodes)
         try:
             self.fabric.launch()
         except dist.DistError as error:
             raise nobody_came(error, timeout) from error
         self.sharder = None
-        self.ranks = Ranks(self.fabric, timeout, together=launch and strategy == "fsdp")
+        self.ranks = ProcessGroup(self.fabric, timeout, together=launch and strategy == "fsdp")
         if self.ranks.together:
             from fdl.engine.distributed.sharding import Sharder
 
@@ -107,14 +107,14 @@ class Runtime:
         self._plain = alone and precision == "32-true"
         self._shares, self.joint = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
         self.joint = self._shares and self.ranks.together
-        self.batch_size, self.compile, self.answers = batch_size, compile, AnswerCache(cache)
+        self.batch_size, self.compile, self.answers = batch_size, compile, PredictionCache(cache)
         self.compiler = Compiler()
         self.dry, self.clock = False, Stopwatch()
         self.factories: dict[str, Callable[[], LightningModule]] = {}
         self._templates: dict[str, LightningModule] = {}
         self._holders: dict[str, Any] = {}
         self.optimizers = FitOptimizers(self.fabric, self.sharder)
-        self._recorders: WeakKeyDictionary[nn.Module, Recorder | None] = WeakKeyDictionary()
+        self._recorders: WeakKeyDictionary[nn.Module, StepTracer | None] = WeakKeyDictionary()
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +134,7 @@ class Runtime:
 
     def first_weights(self, architecture: str, seed: int) -> dict[str, Tensor]:
         """The weights of a module as `create` builds it, in host memory."""
-        return state_of(self._built(architecture, seed))
+        return module_state(self._built(architecture, seed))
 
     def _built(self, architecture: str, seed: int) -> LightningModule:
         """A new module in host memory, in the recipe's precision."""
@@ -261,7 +261,7 @@ class Runtime:
                 batch, weight = part_of(batch, terms, self.ranks.index, self.ranks.count)
             return epoch_ended, len(indices) == config.batch_size, convert(self.to_device(batch)), weight
 
-        return staged(self.device, place, drawn)
+        return prefetch_to_device(self.device, place, drawn)
 
     def _gradients(
         self, module: nn.Module, batch: Batch, weight: float | None, objective: Objective
@@ -279,14 +279,16 @@ class Runtime:
             self.fabric.backward(losses["loss"])
         return losses
 
-    def _recorded(self, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]) -> Trained | None:
+    def _recorded(
+        self, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]
+    ) -> TracedFit | None:
         """What writes a fit's steps down; None where that is not possible or not worth while."""
         if module not in self._recorders:
             small = count_parameters(module) <= SMALL.get(self.device.type, 0)
-            self._recorders[module] = Recorder() if self._plain and small and unstackable(module) is None else None
+            self._recorders[module] = StepTracer() if self._plain and small and unstackable(module) is None else None
         recorder = self._recorders[module]
-        recordings = None if recorder is None else recorder.begin(module, objective, USES)
-        return None if recordings is None else Trained(recordings, module, objective, parameters)
+        recordings = None if recorder is None else recorder.begin(module, objective, TRACE_AFTER_STEPS)
+        return None if recordings is None else TracedFit(recordings, module, objective, parameters)
 
     def _terms(self, module: nn.Module, objective: Objective) -> Terms | None:
         """What a loss is the mean of, where ranks may share the samples of a batch out (`fdl.terms`); None elsewhere.
@@ -309,7 +311,7 @@ class Runtime:
 
     # -- inference -----------------------------------------------------------------------------------------------
 
-    def predict(self, module: nn.Module, samples: Samples, what: Question = "logits") -> Tensor:
+    def predict(self, module: nn.Module, samples: Samples, what: OutputSelector = "logits") -> Tensor:
         """One pass over samples without gradients.
 
         Args:
@@ -327,14 +329,14 @@ class Runtime:
         with self.clock.part("extraction", within="clients"):
             if self.sharder is not None:
                 return self.sharder.predict(module, samples, what, self.batch_size, cache)
-            return answer(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
+            return predict(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
 
     def to_device(self, batch: Batch) -> Batch:
         """A batch on the device; a GPU gets it without anybody waiting for the copy."""
         if self.device.type == "cpu":
             return batch
-        move = lambda tensor: copied(tensor, self.device)  # noqa: E731
-        return tuple(None if part is None else each(part, move) for part in batch)
+        move = lambda tensor: to_device(tensor, self.device)  # noqa: E731
+        return tuple(None if part is None else map_tensors(part, move) for part in batch)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:

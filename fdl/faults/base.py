@@ -17,7 +17,7 @@ Stream = Callable[[int], np.random.Generator]
 
 
 @dataclass
-class Fate:
+class ClientFault:
     """What befalls one client in one round.
 
     Attributes:
@@ -56,7 +56,7 @@ class Fault(ABC):
         return self.clients is None or client in self.clients
 
     @abstractmethod
-    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
         """Note in a client's fate what this fault does to it in a round (from 1).
 
         Args:
@@ -96,9 +96,9 @@ class Schedule:
     def __init__(self, faults: Sequence[Fault], seed: int):
         self.faults, self._seed = tuple(faults), seed
 
-    def fate(self, round: int, client: int) -> Fate:
+    def fate(self, round: int, client: int) -> ClientFault:
         """Return what befalls a client in a round."""
-        fate = Fate()
+        fate = ClientFault()
         for number, fault in enumerate(self.faults):
             if fault.concerns(client):
                 fault.befall(fate, round, self._stream(f"fault/{number}/{fault.name}", client))

@@ -6,7 +6,7 @@ import math
 from typing import Literal, get_args
 
 from fdl.errors import UserError
-from fdl.faults.base import ByChance, Fate, Fault, Stream
+from fdl.faults.base import ByChance, ClientFault, Fault, Stream
 
 When = Literal["before", "during", "after"]
 
@@ -35,7 +35,7 @@ class Vanish(ByChance):
             raise UserError(f"away must be at least 0 rounds, got {away}")
         self.when, self.away = when, away
 
-    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
         """Away since an earlier round, or struck in this one."""
         if any(self.strikes(stream(earlier)) for earlier in range(max(round - self.away, 1), round)):
             fate.absent = True
@@ -68,7 +68,7 @@ class Straggle(ByChance):
             raise UserError(f"seconds must be > 0, got {seconds}")
         self.seconds = seconds
 
-    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
         """Take longer."""
         if self.strikes(stream(round)):
             fate.seconds += self.seconds
@@ -84,7 +84,7 @@ class NotFinite(ByChance):
 
     name = "not_finite"
 
-    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
         """Spoil the upload."""
         if self.strikes(stream(round)):
             fate.finite = False
@@ -106,6 +106,6 @@ class LateJoin(Fault):
             raise UserError(f"round must be at least 1, got {round}")
         self.round = round
 
-    def befall(self, fate: Fate, round: int, stream: Stream) -> None:
+    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
         """Not there yet."""
         fate.absent |= round < self.round

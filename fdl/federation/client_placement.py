@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fdl.comm.ledger import Note, Refusal, Row
-from fdl.federation.message_transport import unwrapped, wrapped
+from fdl.comm.ledger import CodecChoice, LedgerEntry, RejectedMessage
+from fdl.federation.message_transport import from_tensors, to_tensors
 from fdl.federation.scheduling import largest_first
 from fdl.state import checkpoint
 from fdl.state.weights import count_parameters
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fdl.comm.channel import Channel
-    from fdl.engine.distributed.process_group import Ranks
+    from fdl.engine.distributed.process_group import ProcessGroup
     from fdl.messages import Bundle, Message
     from fdl.participants import Client
 
 
-class Spread:
+class ClientPlacement:
     """Which rank has which client.
 
     A client's turn is taken where its state is, as long as no rank then works much longer than the others; the dearest
@@ -38,7 +38,7 @@ class Spread:
         homes: the rank that has each client's newest state, by id.
     """
 
-    def __init__(self, ranks: Ranks, clients: Sequence[Client], channel: Channel, folder: Path):
+    def __init__(self, ranks: ProcessGroup, clients: Sequence[Client], channel: Channel, folder: Path):
         self.ranks, self.clients, self.channel, self.folder = ranks, clients, channel, folder
         self.costs = [0.0 if self.alone else float(max(client.samples, 1) * _size(client)) for client in clients]
         self._measured, self._shown = [False] * len(clients), 0
@@ -90,12 +90,12 @@ class Spread:
         """
         if self.alone:
             return dict(uploads)
-        packed = {str(client): wrapped(upload) for client, upload in uploads.items()}
+        packed = {str(client): to_tensors(upload) for client, upload in uploads.items()}
         if self._shown == round:
             return {}
         self._shown = round
         every = self.ranks.gather(checkpoint.pack(packed))
-        return {int(client): unwrapped(one) for data in every for client, one in checkpoint.unpack(data).items()}
+        return {int(client): from_tensors(one) for data in every for client, one in checkpoint.unpack(data).items()}
 
     def tell(
         self, record: dict[str, Any], turns: Mapping[int, float], uploads: Mapping[int, Message | Bundle], error: str
@@ -122,7 +122,7 @@ class Spread:
             "refusals": [list(r) for r in ledger.refusals if r.round == round and r.client in own],
             "notes": [list(n) for n in ledger.notes if n.round == round and n.client in own],
         }
-        packed = {str(client): wrapped(upload) for client, upload in uploads.items()}
+        packed = {str(client): to_tensors(upload) for client, upload in uploads.items()}
         every = self.ranks.gather(checkpoint.pack({"told": json.dumps(told), "uploads": packed}))
         heard: dict[int, Message | Bundle] = {}
         errors, order = [], {str(client): i for i, client in enumerate(record["cohort"])}
@@ -131,14 +131,14 @@ class Spread:
             other = json.loads(one["told"])
             errors.append(other["error"])
             for client, upload in one["uploads"].items():
-                heard[int(client)] = unwrapped(upload)
+                heard[int(client)] = from_tensors(upload)
             for client, seconds in other["turns"].items():
                 self._learn(int(client), seconds)
             if rank != self.ranks.index:
                 ledger.include(
-                    (Row(*row) for row in other["rows"]),
-                    (Refusal(*refusal) for refusal in other["refusals"]),
-                    (Note(*note) for note in other["notes"]),
+                    (LedgerEntry(*row) for row in other["rows"]),
+                    (RejectedMessage(*refusal) for refusal in other["refusals"]),
+                    (CodecChoice(*note) for note in other["notes"]),
                 )
                 record["clients"].update(other["clients"])
                 record["refused"].update(other["refused"])

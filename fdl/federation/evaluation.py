@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fdl.participants import Server
 
 
-def ask(server: Server, probes: Sequence[Evaluator], metrics: dict[str, float]) -> None:
+def run_probes(server: Server, probes: Sequence[Evaluator], metrics: dict[str, float]) -> None:
     """Put further questions to the student; the answers are noted as ``student/<probe>/<metric>``."""
     for probe in probes:
         answers = probe.evaluate(server, server.student)
@@ -63,7 +63,7 @@ def _server_models(loop: Federation, round: int, names: Sequence[str], last: boo
 
     if server.student is not None:
         measure("student", server.student)
-        ask(server, [p for p in loop.probes if last or (p.every and round % p.every == 0)], metrics)
+        run_probes(server, [p for p in loop.probes if last or (p.every and round % p.every == 0)], metrics)
     for name, module in loop.method.server_models(server):
         measure(f"pools/{name}", module)
     return metrics

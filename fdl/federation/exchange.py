@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.divergence import require_finite_client
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fdl.participants import Client
 
 
-def speak(
+def broadcast(
     loop: Federation, cohort: Iterable[int], dropped: Collection[int], record: dict[str, Any]
 ) -> Iterator[tuple[Client, Message | None]]:
     """Carry the server's word of a round to clients.
@@ -34,14 +34,14 @@ def speak(
     for client in cohort:
         try:
             download = loop.send(client)
-        except RefusedError as refusal:  # whom the server's word does not reach has nothing to answer
-            _refuse(loop, client, refusal, record)
+        except RejectedMessageError as refusal:  # whom the server's word does not reach has nothing to answer
+            _reject(loop, client, refusal, record)
             continue
         if client not in dropped:
             yield loop.clients[client], download
 
 
-def hear(
+def collect_uploads(
     loop: Federation,
     honest: Iterable[tuple[Client, Message | Bundle | None]],
     aggregate: Aggregate | None,
@@ -84,8 +84,8 @@ def hear(
                         waiting[client.id] = received
                 if client.id not in waiting:
                     loop.channel.confirm(client.id)
-            except RefusedError as refusal:
-                _refuse(loop, client.id, refusal, record)
+            except RejectedMessageError as refusal:
+                _reject(loop, client.id, refusal, record)
             now = time.perf_counter()
             start, seconds[client.id] = now, now - start
             loop.callbacks.on_client_end(loop, round, client.id, client.metrics)
@@ -105,13 +105,13 @@ def hear(
             try:
                 aggregate.add(received, client)
                 loop.channel.confirm(client)
-            except RefusedError as refusal:
-                _refuse(loop, client, refusal, record)
+            except RejectedMessageError as refusal:
+                _reject(loop, client, refusal, record)
         if aggregate is not None and streams:
             aggregate.reduce(loop.runtime.ranks)
 
 
-def _refuse(loop: Federation, client: int, refusal: RefusedError, record: dict[str, Any]) -> None:
+def _reject(loop: Federation, client: int, refusal: RejectedMessageError, record: dict[str, Any]) -> None:
     """Count a message that was not used, and note why."""
     loop.ledger.refuse(record["round"], client, refusal.reason)
     record["refused"][str(client)] = refusal.reason

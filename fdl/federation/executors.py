@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import torch
 
 from fdl.engine.runtime import seed_everything
-from fdl.engine.vectorized.fit import TOGETHER, NotTogetherError, Training
-from fdl.engine.vectorized.stacked_models import SMALL, Stack, activations, unstackable
+from fdl.engine.vectorized.fit import TOGETHER, FitRequest, NotVectorizableError
+from fdl.engine.vectorized.stacked_models import SMALL, StackedModels, activations, unstackable
 from fdl.errors import UserError, out_of_memory
-from fdl.federation.suspended_turn import Seat
+from fdl.federation.suspended_turn import ClientTurn
 from fdl.state.weights import count_parameters
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fdl")
 
-Turn = tuple["Client", "Message | None"]
+ClientDownload = tuple["Client", "Message | None"]
 
 MEMORY = 1 << 30
 """Bytes that clients trained together may take on a CPU; on a GPU it is half of what is free."""
@@ -43,7 +43,7 @@ class Executor(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def __call__(self, method: Method, turns: Iterable[Turn]) -> Iterator[Turn]:
+    def __call__(self, method: Method, turns: Iterable[ClientDownload]) -> Iterator[ClientDownload]:
         """Yield every client with its upload, in the order of `turns`, which holds clients with their downloads."""
 
 
@@ -52,7 +52,7 @@ class Sequential(Executor):
 
     name = "sequential"
 
-    def __call__(self, method: Method, turns: Iterable[Turn]) -> Iterator[Turn]:
+    def __call__(self, method: Method, turns: Iterable[ClientDownload]) -> Iterator[ClientDownload]:
         """Yield every client with its upload, in the order of `turns`."""
         for client, download in turns:
             client.runtime.hold(client.architecture, None)
@@ -81,13 +81,13 @@ class Batched(Executor):
 
     def __init__(self, memory: int | None = None):
         self._memory = memory
-        self._stacks: dict[str, Stack] = {}
+        self._stacks: dict[str, StackedModels] = {}
         self._costs: dict[str, int | None] = {}  # bytes a client takes, None where it cannot share a pass
         self._taken: dict[str, int] = {}
         self._common: set[str] = set()  # architectures that clients fill which are not their own
         self._apart: set[Any] = set()
 
-    def __call__(self, method: Method, turns: Iterable[Turn]) -> Iterator[Turn]:
+    def __call__(self, method: Method, turns: Iterable[ClientDownload]) -> Iterator[ClientDownload]:
         """Yield every client with its upload, in the order of `turns`."""
         for group in self._groups(turns):
             yield from Sequential()(method, group) if len(group) == 1 else self._together(method, group)
@@ -100,9 +100,9 @@ class Batched(Executor):
             return "only 32-bit training is done together"
         return unstackable(module)
 
-    def _groups(self, turns: Iterable[Turn]) -> Iterator[list[Turn]]:
+    def _groups(self, turns: Iterable[ClientDownload]) -> Iterator[list[ClientDownload]]:
         """Cut a cohort into as many clients at a time as memory allows."""
-        group: list[Turn] = []
+        group: list[ClientDownload] = []
         used = 0
         for client, download in turns:
             own = {client.architecture, *self._common}
@@ -115,10 +115,10 @@ class Batched(Executor):
         if group:
             yield group
 
-    def _together(self, method: Method, group: Sequence[Turn]) -> Iterator[Turn]:
+    def _together(self, method: Method, group: Sequence[ClientDownload]) -> Iterator[ClientDownload]:
         clients = [client for client, _ in group]
         self._taken = {}
-        seats = [Seat(method, client, download, lambda *a: self._row(clients, *a)) for client, download in group]
+        seats = [ClientTurn(method, client, download, lambda *a: self._row(clients, *a)) for client, download in group]
         try:
             # who trains longest comes first: fits then work on the first rows of a stack, without moving any
             waiting = sorted(seats, key=lambda seat: -seat.client.samples)
@@ -138,9 +138,9 @@ class Batched(Executor):
             for seat in seats:
                 seat.leave()
 
-    def _serve(self, waiting: Sequence[Seat]) -> None:
+    def _serve(self, waiting: Sequence[ClientTurn]) -> None:
         """Do what turns wait for, together where more than one waits for the same."""
-        groups: list[list[Seat]] = []
+        groups: list[list[ClientTurn]] = []
         for seat in waiting:
             same = next((group for group in groups if group[0].job.alike(seat.job)), None)
             if same is None:
@@ -149,14 +149,14 @@ class Batched(Executor):
                 same.append(seat)
         for group in groups:
             job, client = group[0].job, group[0].client
-            key = id(job.stack), type(job), _named(job.objective if isinstance(job, Training) else job.what)
+            key = id(job.stack), type(job), _named(job.objective if isinstance(job, FitRequest) else job.what)
             if len(group) == 1 or key in self._apart:
                 continue
             try:
                 answers = TOGETHER[type(job)](client.runtime, [seat.job for seat in group])
-            except NotTogetherError as reason:
+            except NotVectorizableError as reason:
                 self._apart.add(key)
-                what = "train" if isinstance(job, Training) else "are asked"
+                what = "train" if isinstance(job, FitRequest) else "are asked"
                 log.info("clients with %s %s one after another: %s", client.architecture, what, reason)
                 continue
             except Exception as error:
@@ -164,7 +164,7 @@ class Batched(Executor):
             for seat, answer in zip(group, answers):
                 seat.answer = answer
 
-    def _row(self, clients: Sequence[Client], client: Client, architecture: str) -> tuple[Stack, int] | None:
+    def _row(self, clients: Sequence[Client], client: Client, architecture: str) -> tuple[StackedModels, int] | None:
         """A place for a client's model among those of one architecture, None where there is none."""
         cost = self._cost(client, architecture)
         if cost is None:
@@ -178,7 +178,7 @@ class Batched(Executor):
                 count = len(clients)
             count = min(count, max(self._limit(client.runtime) // cost, 1))
             if stack is None or len(stack.modules) < count:
-                stack = self._stacks[architecture] = Stack(_runtime(client).template(architecture), count)
+                stack = self._stacks[architecture] = StackedModels(_runtime(client).template(architecture), count)
         if row == len(stack.modules):  # more than expected
             return None
         self._taken[architecture] = row + 1
@@ -220,7 +220,7 @@ class Auto(Batched):
 
 def _runtime(client: Client) -> Runtime:
     """What all clients share, also while the client sits at its own."""
-    return client.runtime._runtime if isinstance(client.runtime, Seat) else client.runtime
+    return client.runtime._runtime if isinstance(client.runtime, ClientTurn) else client.runtime
 
 
 def _named(question: Any) -> Any:

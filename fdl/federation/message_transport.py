@@ -13,7 +13,7 @@ from fdl.messages import Bundle, Message, message_type
 _PLAIN = Codec([])
 
 
-def wrapped(message: Message | Bundle) -> dict[str, Any]:
+def to_tensors(message: Message | Bundle) -> dict[str, Any]:
     """A message as tensors and numbers, whatever the server may say of it."""
     bundled = isinstance(message, Bundle)
     parts = message.parts if bundled else (message,)
@@ -22,8 +22,8 @@ def wrapped(message: Message | Bundle) -> dict[str, Any]:
     return {"bundled": bundled, "heads": heads, "fields": fields}
 
 
-def unwrapped(parcel: Mapping[str, Any]) -> Message | Bundle:
-    """What `wrapped` was given."""
+def from_tensors(parcel: Mapping[str, Any]) -> Message | Bundle:
+    """What `to_tensors` was given."""
     parts = tuple(
         message_type(head["code"]).build(_PLAIN.decode(fields.numpy().tobytes(), limit=1 << 62), head["meta"])
         for head, fields in zip(parcel["heads"], parcel["fields"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fdl.errors import UserError, memory_of
+from fdl.errors import UserError, explain_out_of_memory
 from fdl.modules.checkpoints import brief
 from fdl.modules.foreign import ForeignModule
 from fdl.participants import copy_of
@@ -57,7 +57,7 @@ def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, 
     once = dataclasses.replace(config, steps=1, epochs=None, batch_size=2, scheduler=None, compile="none")
     before, training = copy_of(module), module.training
     try:
-        with torch.random.fork_rng(devices=[]), memory_of(f"{who}: {label}.{step}", "local.batch_size"):
+        with torch.random.fork_rng(devices=[]), explain_out_of_memory(f"{who}: {label}.{step}", "local.batch_size"):
             loop.runtime.fit(module, some, once, torch.Generator(), None if trains else _forward)
             step = "forward"
             logits = loop.runtime.predict(module, some)

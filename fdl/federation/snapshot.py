@@ -11,7 +11,7 @@ from fdl.federation.history import best_round
 from fdl.metrics.tasks import TASKS
 from fdl.state import checkpoint
 from fdl.state.run_folder import INPUTS, RECIPE, SUMMARY, TOKENIZER, last_round, names, own_files
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +59,7 @@ def save_best(loop: Federation) -> None:
     if not loop.runtime.ranks.any(best):
         return
     with loop.seconds("checkpoint"):
-        weights = state_of(student)
+        weights = module_state(student)
         if loop.runtime.ranks.leader:
             path, before = loop.folder / BEST, loop.folder / BEFORE
             if path.exists() and not before.exists():
@@ -73,7 +73,7 @@ def save(loop: Federation) -> None:
     save_best(loop)  # first: a run killed in between does this round again and writes the same student
     with loop.seconds("checkpoint"):
         owned = loop.spread.all_states()
-        weights = None if student is None else state_of(student)
+        weights = None if student is None else module_state(student)
         if loop.store is not None:
             loop.store.settle()
         if not loop.runtime.ranks.leader:

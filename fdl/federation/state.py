@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fdl.adversaries.coalition import Adversaries
-from fdl.federation.client_placement import Spread
+from fdl.federation.client_placement import ClientPlacement
 from fdl.federation.client_sampling import draw
 from fdl.state.client_store import CLIENTS
 from fdl.utils.stopwatch import Stopwatch
@@ -94,7 +94,7 @@ class Federation:
         self.adversaries, self.store = adversaries or Adversaries(), store
         self.left_out = dict(left_out or {})
         self.runtime, self.ledger = server.runtime, channel.ledger
-        self.spread = Spread(self.runtime.ranks, self.clients, channel, folder / CLIENTS)
+        self.spread = ClientPlacement(self.runtime.ranks, self.clients, channel, folder / CLIENTS)
         self.rounds, self.round = recipe.federation.rounds, 0
         self.resumed_from: int | None = None
         self.history: list[dict[str, Any]] = []

@@ -15,26 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from fdl.engine.runtime import Runtime, seed_everything
-from fdl.engine.vectorized.fit import Asking, Training
+from fdl.engine.vectorized.fit import FitRequest, PredictRequest
 from fdl.modules.objectives import Objective, training_step
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
-    from fdl.engine.inference import Question
-    from fdl.engine.vectorized.stacked_models import Stack
+    from fdl.engine.inference import OutputSelector
+    from fdl.engine.vectorized.stacked_models import StackedModels
     from fdl.messages import Message
     from fdl.methods.base import Method
     from fdl.participants import Client
     from fdl.recipe.config import Fit
 
-Row = tuple["Stack", int]
+Row = tuple["StackedModels", int]
 
 
-class _Left(BaseException):
+class _Cancelled(BaseException):
     """The round is given up, and so is this turn."""
 
 
-class _Aside:
+class _SuspendableTask:
     """A turn that can be put aside within its thread: changing over costs a tenth of what it costs between threads."""
 
     def start(self, task: Callable[[], None]) -> None:
@@ -53,7 +53,7 @@ class _Aside:
         self._caller.switch()
 
 
-class Seat:
+class ClientTurn:
     """One client's turn, and the runtime that it sees: its own copies of the templates, and fits that wait for others.
 
     Args:
@@ -74,14 +74,14 @@ class Seat:
         self, method: Method, client: Client, download: Message | None, row: Callable[[Client, str], Row | None]
     ):
         self.method, self.client, self.download = method, client, download
-        self.job: Training | Asking | None = None
+        self.job: FitRequest | PredictRequest | None = None
         self.answer: Any = None
         self.upload: Message | None = None
         self.error: BaseException | None = None
         self.alone = False
         self._runtime: Runtime = client.runtime
         self._row, self._rows, self._holders = row, {}, {}
-        self._worker: _Aside | None = None
+        self._worker: _SuspendableTask | None = None
         self._running = self._left = False
         self._streams: tuple[Tensor, ...] = ()
 
@@ -129,18 +129,18 @@ class Seat:
             stack, row = found
             if all(map(_asks, stack.trained(row))):
                 before = generator.get_state()
-                job = Training(stack, row, samples, config, generator, objective or training_step, round)
+                job = FitRequest(stack, row, samples, config, generator, objective or training_step, round)
                 losses = self._wait(job)
                 if losses is not None:
                     return losses
                 generator.set_state(before)
         return self._runtime.fit(module, samples, config, generator, objective, round)
 
-    def predict(self, module: nn.Module, samples: Samples, what: Question = "logits") -> Tensor:
+    def predict(self, module: nn.Module, samples: Samples, what: OutputSelector = "logits") -> Tensor:
         """As `Runtime.predict`, together with others where all are asked about the same public samples."""
         found = self._found(module)
         if found is not None and samples is self.client.proxy and len(samples):
-            answers = self._wait(Asking(*found, samples, what))
+            answers = self._wait(PredictRequest(*found, samples, what))
             if answers is not None:
                 return answers
         return self._runtime.predict(module, samples, what)
@@ -151,12 +151,12 @@ class Seat:
         rows = (found for found in self._rows.values() if found is not None)
         return next(((stack, row) for stack, row in rows if stack.modules[row] is module), None)
 
-    def _wait(self, job: Training | Asking) -> Any:
+    def _wait(self, job: FitRequest | PredictRequest) -> Any:
         self.job, self.answer = job, None
         self._streams = _streams()
         self._worker.pause()
         if self._left:
-            raise _Left
+            raise _Cancelled
         _set_streams(self._streams)
         return self.answer
 
@@ -166,7 +166,7 @@ class Seat:
         """Begin or resume the turn; comes back when it waits for a job or is over."""
         self.job, self._running = None, True
         if self._worker is None:
-            self._worker = _Aside()
+            self._worker = _SuspendableTask()
             self._worker.start(self._turn)
         else:
             self._worker.resume()

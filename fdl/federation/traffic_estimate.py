@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.participants import copy_of
 from fdl.state.weights import load_into
 
@@ -91,7 +91,7 @@ def _rehearse(loop: Federation, round: int, learn: bool) -> None:
                 received = loop.channel.upload(upload, client.id, round)
                 if aggregate is not None and received is not None:
                     aggregate.add(received, client.id)
-        except RefusedError:  # as in a run: the bytes were sent, and the round goes on
+        except RejectedMessageError:  # as in a run: the bytes were sent, and the round goes on
             continue
     knowledge = None if aggregate is None else aggregate.result()
     if knowledge is not None:

@@ -6,7 +6,7 @@ The receiver trusts neither: `build` refuses what is missing or of a wrong type,
 
 from fdl.messages.base import Message, Meta, message_type
 from fdl.messages.bundle import Bundle, parts_of
-from fdl.messages.confidences import Confidences
+from fdl.messages.confidences import QuantizedLogWeights
 from fdl.messages.features import Features
 from fdl.messages.parameters import Parameters
 from fdl.messages.prototypes import Prototypes
@@ -15,37 +15,37 @@ from fdl.messages.scores import Scores
 from fdl.messages.serialization import (
     check_finite,
     check_samples,
-    narrow,
-    nothing_left,
+    pop_meta,
+    reject_leftovers,
     samples_told,
+    smallest_int_dtype,
     take_integers,
-    take_meta,
     take_samples,
     to_torch,
 )
-from fdl.messages.upload_status import Standing
+from fdl.messages.upload_status import UploadStatus
 
 __all__ = [
     "Bundle",
-    "Confidences",
     "Features",
     "Form",
     "Message",
     "Meta",
     "Parameters",
     "Prototypes",
+    "QuantizedLogWeights",
     "Responses",
     "Scores",
-    "Standing",
+    "UploadStatus",
     "check_finite",
     "check_samples",
     "message_type",
-    "narrow",
-    "nothing_left",
     "parts_of",
+    "pop_meta",
+    "reject_leftovers",
     "samples_told",
+    "smallest_int_dtype",
     "take_integers",
-    "take_meta",
     "take_samples",
     "to_torch",
 ]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 
 Meta = dict[str, int | float | str]
 """Numbers and short strings of a message."""
@@ -74,4 +74,4 @@ def message_type(code: int) -> type[Message]:
     try:
         return _TYPES[code]
     except KeyError:
-        raise RefusedError(f"unknown message type {code}") from None
+        raise RejectedMessageError(f"unknown message type {code}") from None

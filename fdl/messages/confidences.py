@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages.base import Meta
-from fdl.messages.serialization import take_meta, to_numpy, to_torch
+from fdl.messages.serialization import pop_meta, to_numpy, to_torch
 
 
 @dataclass(frozen=True, eq=False)
-class Confidences:
+class QuantizedLogWeights:
     """One log-weight a proxy row, in 8 bits: value = lo + step · code.
 
     The weights of several clients for a row are the softmax over clients of their log-weights.
@@ -31,7 +31,7 @@ class Confidences:
     step: float
 
     @classmethod
-    def quantize(cls, log_weights: Tensor) -> Confidences:
+    def quantize(cls, log_weights: Tensor) -> QuantizedLogWeights:
         """Round log-weights [n] to 256 levels between the least and the largest; the error is at most step/2.
 
         What is not finite is not hidden: the scale becomes NaN, and the receiver refuses the message.
@@ -57,37 +57,37 @@ class Confidences:
     def validate(self) -> None:
         """Check dtype, rank and scale."""
         if self.codes.dtype != torch.uint8 or self.codes.ndim != 1:
-            raise RefusedError("confidence codes must be a vector of 8-bit numbers")
+            raise RejectedMessageError("confidence codes must be a vector of 8-bit numbers")
         if not (math.isfinite(self.lo) and math.isfinite(self.step) and self.step >= 0):
-            raise RefusedError(f"confidence scale is not usable: lo {self.lo}, step {self.step}")
+            raise RejectedMessageError(f"confidence scale is not usable: lo {self.lo}, step {self.step}")
 
 
-def taken(confidence: Confidences | None, keep: Tensor) -> Confidences | None:
+def taken(confidence: QuantizedLogWeights | None, keep: Tensor) -> QuantizedLogWeights | None:
     """The confidences of some samples."""
     return None if confidence is None else replace(confidence, codes=confidence.codes[keep])
 
 
-def codes_of(confidence: Confidences | None) -> dict[str, np.ndarray]:
+def codes_of(confidence: QuantizedLogWeights | None) -> dict[str, np.ndarray]:
     """The array to send, where there are confidences."""
     return {} if confidence is None else {"codes": to_numpy("codes", confidence.codes)}
 
 
-def scale_of(confidence: Confidences | None) -> Meta:
+def scale_of(confidence: QuantizedLogWeights | None) -> Meta:
     """The numbers to send with it."""
     return {} if confidence is None else {"lo": float(confidence.lo), "step": float(confidence.step)}
 
 
-def take_confidence(fields: dict[str, np.ndarray], meta: Meta) -> Confidences | None:
+def take_confidence(fields: dict[str, np.ndarray], meta: Meta) -> QuantizedLogWeights | None:
     """Take confidences out of what was received; None where there are none."""
     codes = fields.pop("codes", None)
     if codes is None:
         return None
-    return Confidences(to_torch(codes), take_meta(meta, "lo", float), take_meta(meta, "step", float))
+    return QuantizedLogWeights(to_torch(codes), pop_meta(meta, "lo", float), pop_meta(meta, "step", float))
 
 
-def check_confidence(confidence: Confidences | None, count: int, what: str) -> None:
+def check_confidence(confidence: QuantizedLogWeights | None, count: int, what: str) -> None:
     """Refuse confidences that make no sense, or of which there are not `count`."""
     if confidence is not None:
         confidence.validate()
         if len(confidence.codes) != count:
-            raise RefusedError(f"{count} {what} with {len(confidence.codes)} confidences")
+            raise RejectedMessageError(f"{count} {what} with {len(confidence.codes)} confidences")

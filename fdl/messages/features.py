@@ -10,10 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import Confidences, check_confidence, codes_of, scale_of, take_confidence, taken
-from fdl.messages.serialization import check_finite, narrow, nothing_left, take_integers, to_numpy, to_torch
+from fdl.messages.confidences import QuantizedLogWeights, check_confidence, codes_of, scale_of, take_confidence, taken
+from fdl.messages.serialization import (
+    check_finite,
+    reject_leftovers,
+    smallest_int_dtype,
+    take_integers,
+    to_numpy,
+    to_torch,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +38,13 @@ class Features(Message):
 
     layers: Mapping[str, Tensor]
     rows: Tensor | None = None
-    confidence: Confidences | None = None
+    confidence: QuantizedLogWeights | None = None
 
     def fields(self) -> dict[str, np.ndarray]:
         """One array a layer; rows in the narrowest integers that hold them; the confidence's codes."""
         fields = {f"layer/{name}": to_numpy(name, values) for name, values in self.layers.items()}
         if self.rows is not None:
-            fields["rows"] = narrow("rows", self.rows)
+            fields["rows"] = smallest_int_dtype("rows", self.rows)
         return fields | codes_of(self.confidence)
 
     def meta(self) -> Meta:
@@ -59,28 +66,28 @@ class Features(Message):
         most = max((len(values) if values.ndim else 0 for values in layers.values()), default=0)
         rows = take_integers(fields, "rows", most)
         confidence = take_confidence(fields, meta)
-        nothing_left(meta)
-        nothing_left(fields)
+        reject_leftovers(meta)
+        reject_leftovers(fields)
         return cls(layers, rows, confidence)
 
     def validate(self) -> None:
         """At least one layer; finite matrices, rows and confidence of one length."""
         if not self.layers:
-            raise RefusedError("features without a layer")
+            raise RejectedMessageError("features without a layer")
         first = next(iter(self.layers.values()))
         count = len(first) if first.ndim else 0
         for name, values in self.layers.items():
             if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
-                raise RefusedError(
+                raise RejectedMessageError(
                     f"features of {name!r:.80} must be a matrix of real numbers, got {values.dtype} "
                     f"{list(values.shape)}"
                 )
             if len(values) != count:
-                raise RefusedError(f"layer {name!r:.80} has {len(values)} rows, another has {count}")
+                raise RejectedMessageError(f"layer {name!r:.80} has {len(values)} rows, another has {count}")
             check_finite(f"layer {name!r:.80}", values)
         if self.rows is not None:
             if self.rows.dtype != torch.int64 or self.rows.shape != (count,):
-                raise RefusedError(f"{count} features need as many int64 rows, got {list(self.rows.shape)}")
+                raise RejectedMessageError(f"{count} features need as many int64 rows, got {list(self.rows.shape)}")
             if self.rows.numel() and self.rows.min() < 0:
-                raise RefusedError("a proxy row is negative")
+                raise RejectedMessageError("a proxy row is negative")
         check_confidence(self.confidence, count, "features")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fdl.messages.base import Message, Meta
-from fdl.messages.serialization import check_finite, check_samples, nothing_left, take_meta, to_numpy, to_torch
-from fdl.state.flat_arrays import Arrays
-from fdl.state.flat_tensors import Pieces, as_one
+from fdl.messages.serialization import check_finite, check_samples, pop_meta, reject_leftovers, to_numpy, to_torch
+from fdl.state.flat_arrays import FlatArrays
+from fdl.state.flat_tensors import FlatTensors, flat_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Parameters(Message):
 
     def fields(self) -> Mapping[str, np.ndarray]:
         """One array a tensor."""
-        if isinstance(self.tensors, Pieces) and self.tensors.arrays is not None:
+        if isinstance(self.tensors, FlatTensors) and self.tensors.arrays is not None:
             return self.tensors.arrays
         return {name: to_numpy(name, tensor) for name, tensor in self.tensors.items()}
 
@@ -48,21 +48,21 @@ class Parameters(Message):
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Parameters:
         """Inverse of `fields` and `meta`."""
         meta = dict(meta)
-        samples = take_meta(meta, "samples", int)
-        nothing_left(meta)
-        if isinstance(fields, Arrays):
-            return cls(Pieces.of(fields), samples)
+        samples = pop_meta(meta, "samples", int)
+        reject_leftovers(meta)
+        if isinstance(fields, FlatArrays):
+            return cls(FlatTensors.of(fields), samples)
         return cls({name: to_torch(array) for name, array in fields.items()}, samples)
 
     @cached_property
     def whole(self) -> Tensor | None:
-        """All tensors, in order, as one vector, where they lie side by side; see `as_one`."""
-        return self.tensors.whole if isinstance(self.tensors, Pieces) else as_one(self.tensors.values())
+        """All tensors, in order, as one vector, where they lie side by side; see `flat_view`."""
+        return self.tensors.whole if isinstance(self.tensors, FlatTensors) else flat_view(self.tensors.values())
 
     @cached_property
     def layout(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """Name, shape and dtype of every tensor, in order."""
-        if isinstance(self.tensors, Pieces):
+        if isinstance(self.tensors, FlatTensors):
             return [(name, shape, torch.float32) for name, shape in self.tensors.shapes.items()]
         return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()]
 

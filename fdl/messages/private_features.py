@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
-from fdl.messages import Message, Meta, check_finite, narrow, nothing_left, take_integers, to_torch
+from fdl.errors import RejectedMessageError
+from fdl.messages import Message, Meta, check_finite, reject_leftovers, smallest_int_dtype, take_integers, to_torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class PrivateFeatures(Message):
     def fields(self) -> dict[str, np.ndarray]:
         """Both matrices; labels in the narrowest integers that hold them."""
         both = {"features": self.features.numpy(force=True), "logits": self.logits.numpy(force=True)}
-        return both | {"labels": narrow("labels", self.labels)}
+        return both | {"labels": smallest_int_dtype("labels", self.labels)}
 
     def meta(self) -> Meta:
         """Nothing."""
@@ -45,24 +45,26 @@ class PrivateFeatures(Message):
         """Inverse of `fields`."""
         fields = dict(fields)
         if not {"features", "logits"} <= fields.keys():
-            raise RefusedError("private features without features or logits")
+            raise RejectedMessageError("private features without features or logits")
         features, logits = (to_torch(fields.pop(name)) for name in ("features", "logits"))
         labels = take_integers(fields, "labels", logits.numel())
         if labels is None:
-            raise RefusedError("private features without labels")
-        nothing_left(meta)
-        nothing_left(fields)
+            raise RejectedMessageError("private features without labels")
+        reject_leftovers(meta)
+        reject_leftovers(fields)
         return cls(features, logits, labels)
 
     def validate(self) -> None:
         """Finite matrices and labels from 0, of one length."""
         for name, values in (("features", self.features), ("logits", self.logits)):
             if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
-                raise RefusedError(f"{name} must be a matrix of real numbers, got {values.dtype} {list(values.shape)}")
+                raise RejectedMessageError(
+                    f"{name} must be a matrix of real numbers, got {values.dtype} {list(values.shape)}"
+                )
             if len(values) != len(self.labels):
-                raise RefusedError(f"{len(values)} {name} with {len(self.labels)} labels")
+                raise RejectedMessageError(f"{len(values)} {name} with {len(self.labels)} labels")
             check_finite(name, values)
         if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            raise RefusedError(f"labels must be a vector of whole numbers, got {list(self.labels.shape)}")
+            raise RejectedMessageError(f"labels must be a vector of whole numbers, got {list(self.labels.shape)}")
         if self.labels.numel() and self.labels.min() < 0:
-            raise RefusedError("a label is negative")
+            raise RejectedMessageError("a label is negative")

@@ -10,10 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import Confidences, check_confidence, codes_of, scale_of, take_confidence
-from fdl.messages.serialization import check_finite, narrow, nothing_left, take_integers, to_numpy, to_torch
+from fdl.messages.confidences import QuantizedLogWeights, check_confidence, codes_of, scale_of, take_confidence
+from fdl.messages.serialization import (
+    check_finite,
+    reject_leftovers,
+    smallest_int_dtype,
+    take_integers,
+    to_numpy,
+    to_torch,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +40,15 @@ class Prototypes(Message):
     values: Tensor
     labels: Tensor
     counts: Tensor
-    confidence: Confidences | None = None
+    confidence: QuantizedLogWeights | None = None
 
     def fields(self) -> dict[str, np.ndarray]:
         """The values; labels and counts in the narrowest integers that hold them; the confidence's codes."""
         fields = {"values": to_numpy("values", self.values)}
-        fields |= {"labels": narrow("labels", self.labels), "counts": narrow("counts", self.counts)}
+        fields |= {
+            "labels": smallest_int_dtype("labels", self.labels),
+            "counts": smallest_int_dtype("counts", self.counts),
+        }
         return fields | codes_of(self.confidence)
 
     def meta(self) -> Meta:
@@ -50,25 +60,29 @@ class Prototypes(Message):
         """Inverse of `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
         if "values" not in fields:
-            raise RefusedError("prototypes without values")
+            raise RejectedMessageError("prototypes without values")
         values = to_torch(fields.pop("values"))
         labels, counts = (take_integers(fields, name, values.numel()) for name in ("labels", "counts"))
         if labels is None or counts is None:
-            raise RefusedError("prototypes without labels or counts")
+            raise RejectedMessageError("prototypes without labels or counts")
         confidence = take_confidence(fields, meta)
-        nothing_left(meta)
-        nothing_left(fields)
+        reject_leftovers(meta)
+        reject_leftovers(fields)
         return cls(values, labels, counts, confidence)
 
     def validate(self) -> None:
         """A finite matrix; labels from -1, counts from 1 and confidence of the same length."""
         values = self.values
         if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
-            raise RefusedError(f"prototypes must be a matrix of real numbers, got {values.dtype} {list(values.shape)}")
+            raise RejectedMessageError(
+                f"prototypes must be a matrix of real numbers, got {values.dtype} {list(values.shape)}"
+            )
         check_finite("prototypes", values)
         for name, numbers, least in (("labels", self.labels, -1), ("counts", self.counts, 1)):
             if numbers.dtype != torch.int64 or numbers.shape != values.shape[:1]:
-                raise RefusedError(f"{len(values)} prototypes need as many int64 {name}, got {list(numbers.shape)}")
+                raise RejectedMessageError(
+                    f"{len(values)} prototypes need as many int64 {name}, got {list(numbers.shape)}"
+                )
             if numbers.numel() and numbers.min() < least:
-                raise RefusedError(f"{name} of prototypes must be at least {least}, got {int(numbers.min())}")
+                raise RejectedMessageError(f"{name} of prototypes must be at least {least}, got {int(numbers.min())}")
         check_confidence(self.confidence, len(values), "prototypes")

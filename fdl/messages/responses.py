@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import Confidences, taken
+from fdl.messages.confidences import QuantizedLogWeights, taken
 from fdl.messages.serialization import (
     check_finite,
     check_samples,
-    nothing_left,
+    pop_meta,
+    reject_leftovers,
     samples_told,
-    take_meta,
     take_samples,
     to_numpy,
     to_torch,
@@ -47,7 +47,7 @@ class Responses(Message):
     values: Tensor
     form: Form
     rows: Tensor | None = None
-    confidence: Confidences | None = None
+    confidence: QuantizedLogWeights | None = None
     samples: int = 0
 
     def fields(self) -> dict[str, np.ndarray]:
@@ -96,20 +96,22 @@ class Responses(Message):
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Responses:
         """Inverse of `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
-        form, samples = take_meta(meta, "form", int), take_samples(meta)
+        form, samples = pop_meta(meta, "form", int), take_samples(meta)
         if not 0 <= form < len(_FORMS) or "values" not in fields:
-            raise RefusedError("responses without values or of an unknown form")
+            raise RejectedMessageError("responses without values or of an unknown form")
         values, rows, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)
         if rows is not None:
             # The length is looked at before the rows are widened: eight bytes a row are then no more than the values.
             if rows.dtype.kind not in "iu" or rows.size > values.size:
-                raise RefusedError(f"{values.size} values with {rows.size} rows of {rows.dtype}")
+                raise RejectedMessageError(f"{values.size} values with {rows.size} rows of {rows.dtype}")
             rows = torch.from_numpy(rows.astype(np.int64))
         confidence = None
         if codes is not None:
-            confidence = Confidences(to_torch(codes), take_meta(meta, "lo", float), take_meta(meta, "step", float))
-        nothing_left(meta)
-        nothing_left(fields)
+            confidence = QuantizedLogWeights(
+                to_torch(codes), pop_meta(meta, "lo", float), pop_meta(meta, "step", float)
+            )
+        reject_leftovers(meta)
+        reject_leftovers(fields)
         return cls(to_torch(values), _FORMS[form], rows, confidence, samples)
 
     def validate(self) -> None:
@@ -117,20 +119,22 @@ class Responses(Message):
         check_samples(self.samples)
         values, rows, confidence = self.values, self.rows, self.confidence
         if self.form not in _FORMS:
-            raise RefusedError(f"unknown form {self.form!r}")
+            raise RejectedMessageError(f"unknown form {self.form!r}")
         if values.ndim != 2 or not values.is_floating_point():
-            raise RefusedError(f"responses must be a matrix of real numbers, got {values.dtype} {list(values.shape)}")
+            raise RejectedMessageError(
+                f"responses must be a matrix of real numbers, got {values.dtype} {list(values.shape)}"
+            )
         if values.shape[1] < 1:
-            raise RefusedError("responses have no columns")
+            raise RejectedMessageError("responses have no columns")
         check_finite("responses", values)
         if self.form == "probabilities" and values.numel() and values.min() < 0:
-            raise RefusedError("a probability is negative")
+            raise RejectedMessageError("a probability is negative")
         if rows is not None:
             if rows.dtype != torch.int64 or rows.shape != values.shape[:1]:
-                raise RefusedError(f"{len(values)} responses need as many int64 rows, got {list(rows.shape)}")
+                raise RejectedMessageError(f"{len(values)} responses need as many int64 rows, got {list(rows.shape)}")
             if rows.numel() and rows.min() < 0:
-                raise RefusedError("a proxy row is negative")
+                raise RejectedMessageError("a proxy row is negative")
         if confidence is not None:
             confidence.validate()
             if len(confidence.codes) != len(values):
-                raise RefusedError(f"{len(values)} responses with {len(confidence.codes)} confidences")
+                raise RejectedMessageError(f"{len(values)} responses with {len(confidence.codes)} confidences")

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import Confidences, codes_of, scale_of, take_confidence
-from fdl.messages.serialization import nothing_left
+from fdl.messages.confidences import QuantizedLogWeights, codes_of, scale_of, take_confidence
+from fdl.messages.serialization import reject_leftovers
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Scores(Message):
     kind: ClassVar[str] = "scores"
     code: ClassVar[int] = 8
 
-    confidence: Confidences
+    confidence: QuantizedLogWeights
 
     def fields(self) -> dict[str, np.ndarray]:
         """The codes."""
@@ -41,9 +41,9 @@ class Scores(Message):
         fields, meta = dict(fields), dict(meta)
         confidence = take_confidence(fields, meta)
         if confidence is None:
-            raise RefusedError("scores without codes")
-        nothing_left(meta)
-        nothing_left(fields)
+            raise RejectedMessageError("scores without codes")
+        reject_leftovers(meta)
+        reject_leftovers(fields)
         return cls(confidence)
 
     def validate(self) -> None:

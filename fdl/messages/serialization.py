@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.messages.base import Meta
 from fdl.state.float_formats import BFLOAT16
 
@@ -31,11 +31,11 @@ def to_torch(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array)
 
 
-def take_meta(meta: Meta, key: str, kind: type) -> int | float | str:
+def pop_meta(meta: Meta, key: str, kind: type) -> int | float | str:
     """Take a number or string out of what was received; refuses one that is missing or of another type."""
     value = meta.pop(key, None)
     if type(value) is not kind:
-        raise RefusedError(f"{key!r} must be sent as {kind.__name__}, got {value!r:.40}")
+        raise RejectedMessageError(f"{key!r} must be sent as {kind.__name__}, got {value!r:.40}")
     return value
 
 
@@ -46,29 +46,29 @@ def samples_told(samples: int) -> Meta:
 
 def take_samples(meta: Meta) -> int:
     """Take a sample count out of what was received, 0 where none was told."""
-    return take_meta(meta, "samples", int) if "samples" in meta else 0
+    return pop_meta(meta, "samples", int) if "samples" in meta else 0
 
 
-def nothing_left(mapping: Mapping) -> None:
+def reject_leftovers(mapping: Mapping) -> None:
     """Refuse what is left of received fields or numbers after all that belongs there was taken out."""
     if mapping:
-        raise RefusedError(f"unexpected content {next(iter(mapping))!r:.80}")
+        raise RejectedMessageError(f"unexpected content {next(iter(mapping))!r:.80}")
 
 
 def check_samples(samples: int) -> None:
     """Refuse a negative sample count."""
     if samples < 0:
-        raise RefusedError(f"sample count is negative: {samples}")
+        raise RejectedMessageError(f"sample count is negative: {samples}")
 
 
 def check_finite(what: str, tensor: Tensor) -> None:
     """Refuse a tensor with numbers that are none, or infinite."""
     # A sum is finite only if every term is; it may overflow without that, so a bad sum proves nothing.
     if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        raise RefusedError(f"{what:.100} is not finite")
+        raise RejectedMessageError(f"{what:.100} is not finite")
 
 
-def narrow(name: str, integers: Tensor) -> np.ndarray:
+def smallest_int_dtype(name: str, integers: Tensor) -> np.ndarray:
     """Integers in the narrowest type that holds them all."""
     array = to_numpy(name, integers)
     if array.size == 0:
@@ -82,5 +82,5 @@ def take_integers(fields: dict[str, np.ndarray], name: str, most: int) -> Tensor
     if array is None:
         return None
     if array.dtype.kind not in "iu" or array.size > most:
-        raise RefusedError(f"{name!r} must be at most {most} whole numbers, got {array.size} of {array.dtype}")
+        raise RejectedMessageError(f"{name!r} must be at most {most} whole numbers, got {array.size} of {array.dtype}")
     return torch.from_numpy(array.astype(np.int64))

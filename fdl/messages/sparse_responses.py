@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages import (
     Message,
     Meta,
     check_finite,
     check_samples,
-    narrow,
-    nothing_left,
+    pop_meta,
+    reject_leftovers,
     samples_told,
+    smallest_int_dtype,
     take_integers,
-    take_meta,
     take_samples,
     to_torch,
 )
@@ -41,7 +41,7 @@ _SLACK = 0.5  # how far above 0 rounding on the way may lift a log-probability
 
 
 @dataclass(frozen=True, eq=False)
-class LogWeights:
+class TokenLogWeights:
     """One log-weight a token, in 8 bits, however large they grow along a window.
 
     They lie on a grid, and what is sent is by how many steps each differs from the one before it in its window, the
@@ -58,7 +58,7 @@ class LogWeights:
     step: float
 
     @classmethod
-    def quantize(cls, values: Tensor) -> LogWeights:
+    def quantize(cls, values: Tensor) -> TokenLogWeights:
         """Round log-weights [n, T] to the finest grid, from 1/8 up, on which all differences have a code.
 
         What is not finite is not hidden: the step becomes NaN, and the receiver refuses the message.
@@ -82,9 +82,9 @@ class LogWeights:
     def validate(self) -> None:
         """Check dtype, rank and scale."""
         if self.codes.dtype != torch.uint8 or self.codes.ndim != 2:
-            raise RefusedError("codes of log-weights must be a matrix of 8-bit numbers")
+            raise RejectedMessageError("codes of log-weights must be a matrix of 8-bit numbers")
         if not (0 < self.step < _LARGEST and abs(self.least) < 1 << 31):
-            raise RefusedError(f"scale of log-weights is not usable: step {self.step}, least {self.least}")
+            raise RejectedMessageError(f"scale of log-weights is not usable: step {self.step}, least {self.least}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class SparseResponses(Message):
     sizes: Tensor
     vocab: int
     tail: Tensor | None = None
-    weights: LogWeights | None = None
+    weights: TokenLogWeights | None = None
     rows: Tensor | None = None
     samples: int = 0
 
@@ -138,11 +138,11 @@ class SparseResponses(Message):
         if self.tail is not None:
             fields["tail"] = self.tail.flatten().numpy(force=True)
         if not self._alike:
-            fields["sizes"] = narrow("sizes", self.sizes)
+            fields["sizes"] = smallest_int_dtype("sizes", self.sizes)
         if self.weights is not None:
             fields["weights"] = self.weights.codes.numpy(force=True)
         if self.rows is not None:
-            fields["rows"] = narrow("rows", self.rows)
+            fields["rows"] = smallest_int_dtype("rows", self.rows)
         return fields
 
     def meta(self) -> Meta:
@@ -199,28 +199,28 @@ class SparseResponses(Message):
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> SparseResponses:
         """Inverse of `fields` and `meta`; every length is compared with what was received before memory is taken."""
         fields, meta = dict(fields), dict(meta)
-        form, vocab, width = (take_meta(meta, key, int) for key in ("form", "vocab", "width"))
+        form, vocab, width = (pop_meta(meta, key, int) for key in ("form", "vocab", "width"))
         samples = take_samples(meta)
         packed, values = fields.pop("ids", None), fields.pop("values", None)
         if packed is None or values is None or values.ndim != 1 or not 0 <= form < len(_FORMS):
-            raise RefusedError("sparse responses without ids or values, or of an unknown form")
+            raise RejectedMessageError("sparse responses without ids or values, or of an unknown form")
         if (values.dtype == np.uint8) != (_FORMS[form] == "sampled"):
-            raise RefusedError(f"values of {values.dtype} in the form {_FORMS[form]!r}")
+            raise RejectedMessageError(f"values of {values.dtype} in the form {_FORMS[form]!r}")
         sizes = _sizes(fields, meta, values.size)
         if not 1 <= width <= _WIDEST or packed.dtype != np.uint8 or packed.shape != (-(-values.size * width // 8),):
-            raise RefusedError(f"{values.size} ids of {width} bits in {packed.dtype} {list(packed.shape)}")
+            raise RejectedMessageError(f"{values.size} ids of {width} bits in {packed.dtype} {list(packed.shape)}")
         tail = fields.pop("tail", None)
         if tail is not None and tail.size != sizes.size:
-            raise RefusedError(f"{sizes.size} positions with a tail of {tail.size}")
+            raise RejectedMessageError(f"{sizes.size} positions with a tail of {tail.size}")
         weights = fields.pop("weights", None)
         if weights is not None:
-            weights = LogWeights(to_torch(weights), take_meta(meta, "least", int), take_meta(meta, "step", float))
+            weights = TokenLogWeights(to_torch(weights), pop_meta(meta, "least", int), pop_meta(meta, "step", float))
         rows = take_integers(fields, "rows", len(sizes))
-        nothing_left(meta)
-        nothing_left(fields)
+        reject_leftovers(meta)
+        reject_leftovers(fields)
         ids = _ids(unpack(packed, width, values.size), sizes)
         if ids.size and int(ids.max()) >= min(vocab, 1 << 31):
-            raise RefusedError(f"an id lies outside of a vocabulary of {vocab}")
+            raise RejectedMessageError(f"an id lies outside of a vocabulary of {vocab}")
         tail = None if tail is None else to_torch(tail.reshape(sizes.shape))
         ids, sizes = torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(sizes.astype(np.int32))
         return cls(ids, to_torch(values), sizes, vocab, tail, weights, rows, samples)
@@ -230,34 +230,36 @@ class SparseResponses(Message):
         check_samples(self.samples)
         ids, values, sizes = self.ids, self.values, self.sizes
         if sizes.ndim != 2 or ids.shape != values.shape or ids.ndim != 1 or int(sizes.sum()) != len(ids):
-            raise RefusedError(f"{int(sizes.sum())} ids announced, {len(ids)} with {len(values)} values sent")
+            raise RejectedMessageError(f"{int(sizes.sum())} ids announced, {len(ids)} with {len(values)} values sent")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
-            raise RefusedError(f"an id lies outside of a vocabulary of {self.vocab}")
+            raise RejectedMessageError(f"an id lies outside of a vocabulary of {self.vocab}")
         if not ((ids.diff() > 0) | (self.positions.diff() > 0)).all():
-            raise RefusedError("ids of a position do not rise")
+            raise RejectedMessageError("ids of a position do not rise")
         if (self.tail is None) != (self.form == "sampled"):
-            raise RefusedError("the likeliest ids need a tail, and drawn ones have none")
+            raise RejectedMessageError("the likeliest ids need a tail, and drawn ones have none")
         if self.form == "sampled":
             if not (values > 0).all():
-                raise RefusedError("an id that was drawn not even once")
+                raise RejectedMessageError("an id that was drawn not even once")
         else:
             for name, logs in (("log-probabilities", values), ("tails", self.tail)):
                 if not logs.is_floating_point():
-                    raise RefusedError(f"{name} must be real numbers, got {logs.dtype}")
+                    raise RejectedMessageError(f"{name} must be real numbers, got {logs.dtype}")
                 check_finite(name, logs)
                 if logs.numel() and logs.max() > _SLACK:
-                    raise RefusedError(f"{name} above 0")
+                    raise RejectedMessageError(f"{name} above 0")
             if self.tail.shape != sizes.shape:
-                raise RefusedError(f"tails {list(self.tail.shape)} for positions {list(sizes.shape)}")
+                raise RejectedMessageError(f"tails {list(self.tail.shape)} for positions {list(sizes.shape)}")
         if self.weights is not None:
             self.weights.validate()
             if self.weights.codes.shape != sizes.shape:
-                raise RefusedError(f"weights {list(self.weights.codes.shape)} for positions {list(sizes.shape)}")
+                raise RejectedMessageError(
+                    f"weights {list(self.weights.codes.shape)} for positions {list(sizes.shape)}"
+                )
         if self.rows is not None:
             if self.rows.dtype != torch.int64 or self.rows.shape != sizes.shape[:1]:
-                raise RefusedError(f"{len(sizes)} windows need as many int64 rows, got {list(self.rows.shape)}")
+                raise RejectedMessageError(f"{len(sizes)} windows need as many int64 rows, got {list(self.rows.shape)}")
             if self.rows.numel() and self.rows.min() < 0:
-                raise RefusedError("a proxy row is negative")
+                raise RejectedMessageError("a proxy row is negative")
 
 
 def pack(values: np.ndarray, width: int) -> np.ndarray:
@@ -309,10 +311,10 @@ def _sizes(fields: dict[str, np.ndarray], meta: Meta, total: int) -> np.ndarray:
     """Ids at each position [n, T], as sent or all alike; there are `total` in all."""
     sizes = fields.pop("sizes", None)
     if sizes is None:
-        size, length = take_meta(meta, "size", int), take_meta(meta, "length", int)
+        size, length = pop_meta(meta, "size", int), pop_meta(meta, "length", int)
         if min(size, length, total) < 1 or total % (size * length):
-            raise RefusedError(f"{total} ids do not fill windows of {length} positions with {size} each")
+            raise RejectedMessageError(f"{total} ids do not fill windows of {length} positions with {size} each")
         return np.full((total // (size * length), length), size)
     if sizes.ndim != 2 or sizes.dtype.kind != "u" or sizes.itemsize > 4 or int(sizes.sum(dtype=np.uint64)) != total:
-        raise RefusedError(f"{total} ids with sizes of {sizes.dtype} {list(sizes.shape)}")
+        raise RejectedMessageError(f"{total} ids with sizes of {sizes.dtype} {list(sizes.shape)}")
     return sizes

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.serialization import nothing_left, take_meta
+from fdl.messages.serialization import pop_meta, reject_leftovers
 
 
 @dataclass(frozen=True, eq=False)
-class Standing(Message):
+class UploadStatus(Message):
     """Which answers of a client are in force, in a few bytes: no others are sent while these still hold.
 
     From the server it says of which round it holds answers; from a client, that these still are what it would say.
@@ -39,17 +39,17 @@ class Standing(Message):
         return {"round": int(self.round), "wanted": int(self.wanted)}
 
     @classmethod
-    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Standing:
+    def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> UploadStatus:
         """Inverse of `meta`."""
         meta = dict(meta)
-        round, wanted = take_meta(meta, "round", int), take_meta(meta, "wanted", int)
-        nothing_left(meta)
-        nothing_left(fields)
+        round, wanted = pop_meta(meta, "round", int), pop_meta(meta, "wanted", int)
+        reject_leftovers(meta)
+        reject_leftovers(fields)
         if wanted not in (0, 1):
-            raise RefusedError(f"'wanted' must be 0 or 1, got {wanted}")
+            raise RejectedMessageError(f"'wanted' must be 0 or 1, got {wanted}")
         return cls(round, bool(wanted))
 
     def validate(self) -> None:
         """No negative round."""
         if self.round < 0:
-            raise RefusedError(f"round is negative: {self.round}")
+            raise RejectedMessageError(f"round is negative: {self.round}")

@@ -9,8 +9,8 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.pairs import confidences
-from fdl.knowledge.distillation.affinity import Mimicry
-from fdl.knowledge.transfer.embeddings import AnswerPool, Teachers, answers, temperature_of
+from fdl.knowledge.distillation.affinity import AffinityLosses
+from fdl.knowledge.transfer.embeddings import AnswerPool, TeacherEmbeddings, answers, temperature_of
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -59,7 +59,7 @@ class AffinityDistillation(Method):
         cap_over: Literal["round", "row"] = "round",
     ):
         self.confidence, self.calibrate, self.feedback = confidence, calibrate, feedback
-        self.mimicry, self.cap = Mimicry(contrastive, features, interactive), Cap.of(cap, cap_over)
+        self.mimicry, self.cap = AffinityLosses(contrastive, features, interactive), Cap.of(cap, cap_over)
         self.needs_calibration = calibrate or (confidence is not None and confidence.needs_calibration)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
@@ -90,7 +90,7 @@ class AffinityDistillation(Method):
         if download is not None:
             student = AnswerPool(len(client.proxy), weighted=False)
             student.add(download, -1)
-            Mimicry().learn(client, specialist, student.result(), client.digest, "digest")
+            AffinityLosses().learn(client, specialist, student.result(), client.digest, "digest")
         client.fit(specialist, client.train, client.local)
         client.keep(specialist)
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
@@ -102,7 +102,7 @@ class AffinityDistillation(Method):
         """All answers of the round, in 16 bits."""
         return AnswerPool(len(server.proxy), self.confidence is not None, self.cap)
 
-    def server_update(self, server: Server, knowledge: Teachers) -> dict[str, float]:
+    def server_update(self, server: Server, knowledge: TeacherEmbeddings) -> dict[str, float]:
         """Bring the student's affinities closer to the clients'."""
         self.mimicry.learn(server, server.student, knowledge, server.distil, "distil")
         server.state["taught"] = True

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
-from fdl.knowledge.distillation.targets import Answered
+from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.losses.responses import cross_entropy, kd_loss
 from fdl.messages import Bundle, Message, Parameters, Responses, parts_of
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.objectives import Objective, mean_over, samples_of
 from fdl.modules.types import Batch
 from fdl.participants import Client, Server
-from fdl.robust.base import Rule
+from fdl.robust.base import RobustRule
 from fdl.robust.parameters import RobustParameters
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 
 
 class CFeD(FedAvg):
@@ -59,7 +59,7 @@ class CFeD(FedAvg):
         weight: float = 1.0,
         temperature: float = 2.0,
         optimizer: ServerOptimizer | None = None,
-        robust: Rule | None = None,
+        robust: RobustRule | None = None,
         reviewers: float = 0.4,
         server_distillation: bool = True,
     ):
@@ -101,12 +101,12 @@ class CFeD(FedAvg):
         module = client.load(parts[Parameters].tensors, "student")
         noted = parts.get(Responses)
         if noted is not None and self.reviewers > 0:
-            samples = Answered(client.proxy, noted.values)
+            samples = SoftLabelled(client.proxy, noted.values)
             client.fit(module, samples, client.local, self._reviewed, name="review")
         else:
             objective = None if noted is None else self._rehearsing(client, noted.values)
             client.fit(module, client.train, client.local, objective)
-        return Parameters(state_of(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.told_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters | _MeanAndAnswers:
         """The mean as in FedAvg and, where the server distils, what all models say of the proxy set."""
@@ -119,7 +119,7 @@ class CFeD(FedAvg):
             return super().server_update(server, knowledge)
         mean, probabilities = knowledge
         log = super().server_update(server, mean)
-        samples = Answered(server.proxy, probabilities)
+        samples = SoftLabelled(server.proxy, probabilities)
         server.fit(server.student, samples, server.distil, self._distilled, name="distil")
         return log
 
@@ -177,7 +177,7 @@ class _MeanAndAnswers:
         self.server.runtime.hold("student", None)
         probabilities = self._ask(module)
         if not torch.isfinite(probabilities).all():
-            raise RefusedError("its model's answers to the proxy set are not finite")
+            raise RejectedMessageError("its model's answers to the proxy set are not finite")
         self.mean.add(message, client)
         self.sum = probabilities if self.sum is None else self.sum + probabilities
         self.models += 1

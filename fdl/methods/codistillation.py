@@ -13,11 +13,11 @@ from fdl.knowledge.aggregation.pools import (
     PoolMeans,
     Weights,
     architectures,
-    between,
+    interpolate,
     part_of,
+    prefix_names,
     stream_of,
     taught_by_others,
-    together,
 )
 from fdl.knowledge.aggregation.server_optimizers import Adam, ServerOptimizer
 from fdl.knowledge.distillation.targets import ResponseObjective
@@ -25,9 +25,9 @@ from fdl.knowledge.distillation.token_pools import require_equal_tokens, tokens_
 from fdl.messages import Parameters
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
-from fdl.robust.base import Rule
+from fdl.robust.base import RobustRule
 from fdl.robust.parameters import RobustParameters
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 from fdl.utils.seeding import stream_seed
 
 
@@ -69,7 +69,7 @@ class Codistillation(Method):
         period: int = 1,
         temperature: float = 1.0,
         optimizer: ServerOptimizer | None = None,
-        robust: Rule | None = None,
+        robust: RobustRule | None = None,
     ):
         if not 0 <= alpha <= 1:
             raise UserError(f"alpha must be in [0, 1], got {alpha}")
@@ -87,7 +87,7 @@ class Codistillation(Method):
             raise UserError("specialists: codistillation needs two different models or more, the smallest first")
         for pool in (first, *others) if server.task == "language" else ():
             require_equal_tokens(server, server.runtime.template(pool), pool)
-        own, small = (state_of(m) for m in (server.student, server.runtime.template(first)))
+        own, small = (module_state(m) for m in (server.student, server.runtime.template(first)))
         if [(k, t.shape) for k, t in own.items()] != [(k, t.shape) for k, t in small.items()]:
             raise UserError("student: must be the model of the first of the specialists, with the same arguments")
         server.state["pools"] = {
@@ -107,7 +107,7 @@ class Codistillation(Method):
         """The models that a client trains, one message for all clients of a pool."""
         pool, weights = server.state["members"][str(client)], self._weights(server)
         held = self._trained(list(weights), pool)
-        return server.say(pool, lambda: Parameters(together({name: weights[name] for name in held})))
+        return server.say(pool, lambda: Parameters(prefix_names({name: weights[name] for name in held})))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train every model of the client's on its private data, the smallest first, and return their weights."""
@@ -115,8 +115,8 @@ class Codistillation(Method):
         for pool in self._trained(architectures(client.runtime), client.architecture):
             module = client.load(part_of(download.tensors, pool), pool)
             client.fit(module, client.train, client.local, name=stream_of(client, "fit", pool))
-            results[pool] = state_of(module)
-        return Parameters(together(results), samples=client.told_samples)
+            results[pool] = module_state(module)
+        return Parameters(prefix_names(results), samples=client.told_samples)
 
     def aggregate(self, server: Server) -> PoolAggregates:
         """One mean a pool, weighted by sample counts, or what is robust."""
@@ -134,7 +134,7 @@ class Codistillation(Method):
         after = dict(before)
         for pool, mean in knowledge.items():
             # (1 − α) D_fed + α D_kd is the displacement to this point; at α = 0 and 1 it is the one end to the bit
-            target = between(mean, learnt[pool], self.alpha) if pool in learnt else mean
+            target = interpolate(mean, learnt[pool], self.alpha) if pool in learnt else mean
             trained = {name for name, _ in server.runtime.template(pool).named_parameters()}
             moments = server.state.setdefault("moments", {}).setdefault(pool, {})
             after[pool] = self.optimizer.step(before[pool], target, trained & before[pool].keys(), moments)
@@ -154,7 +154,7 @@ class Codistillation(Method):
     def _weights(self, server: Server) -> dict[str, Weights]:
         """Every pool's weights, the student's first."""
         first, *others = architectures(server.runtime)
-        return {first: state_of(server.student)} | {pool: server.state["pools"][pool] for pool in others}
+        return {first: module_state(server.student)} | {pool: server.state["pools"][pool] for pool in others}
 
     def _trained(self, pools: list[str], own: str) -> list[str]:
         """Which models a client of a pool trains."""

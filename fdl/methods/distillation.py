@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.knowledge.distillation.targets import Answered, ResponseObjective
+from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
 from fdl.losses.responses import distillation
 from fdl.messages import Message
 from fdl.methods.base import Method
@@ -63,12 +63,12 @@ class Distillation(Method):
         """Train the student on the teacher's answers."""
         answers = server.state["answers"]
         if self.transfer == "proxy":
-            samples = Answered(server.proxy, torch.softmax(answers, dim=1))
+            samples = SoftLabelled(server.proxy, torch.softmax(answers, dim=1))
             objective = ResponseObjective("kl", self.temperature)
         else:
             # labels travel beside the answers, as one more column
             labels = server.pooled.labels.unsqueeze(1).to(answers.dtype)
-            samples, objective = Answered(server.pooled, torch.cat([answers, labels], dim=1)), self._labelled
+            samples, objective = SoftLabelled(server.pooled, torch.cat([answers, labels], dim=1)), self._labelled
         server.fit(server.student, samples, server.distil, objective, name="distil")
         return {}
 

@@ -13,13 +13,13 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.knowledge.distillation.cost_model import answer_flops, samples_seen, training_flops, weight_bytes
-from fdl.knowledge.distillation.targets import Answered
+from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.losses.responses import RESPONSE_LOSSES, cross_entropy
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.participants import Client, Server, copy_of
-from fdl.robust.base import Rule
-from fdl.state.weights import load_into, state_of
+from fdl.robust.base import RobustRule
+from fdl.state.weights import load_into, module_state
 
 
 class FedLPFM(FedAvg):
@@ -56,7 +56,7 @@ class FedLPFM(FedAvg):
         models: int = 1,
         fine_tune: bool = False,
         optimizer: ServerOptimizer | None = None,
-        robust: Rule | None = None,
+        robust: RobustRule | None = None,
     ):
         super().__init__(optimizer, robust)
         if not 0 <= weight <= 1:
@@ -84,9 +84,9 @@ class FedLPFM(FedAvg):
             answers = self._answers(client)
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
-            labelled = Answered(client.train, client.train.labels, more=[answers])
+            labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
         client.fit(proxy, labelled, client.local, self._taught)
-        return Parameters(state_of(proxy), samples=client.told_samples)
+        return Parameters(module_state(proxy), samples=client.told_samples)
 
     def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, labels, answers = batch

@@ -12,9 +12,9 @@ from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
 from fdl.modules.objectives import Objective
 from fdl.participants import Client, Server
-from fdl.robust.base import Rule
+from fdl.robust.base import RobustRule
 from fdl.robust.parameters import RobustParameters
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 
 
 class FedAvg(Method):
@@ -30,18 +30,18 @@ class FedAvg(Method):
 
     name = "fedavg"
 
-    def __init__(self, optimizer: ServerOptimizer | None = None, robust: Rule | None = None):
+    def __init__(self, optimizer: ServerOptimizer | None = None, robust: RobustRule | None = None):
         self.optimizer, self.robust = optimizer or Average(), robust
 
     def download(self, server: Server, client: int) -> Message:
         """The global weights, the same message for all clients of a round."""
-        return server.say("student", lambda: Parameters(state_of(server.student)))
+        return server.say("student", lambda: Parameters(module_state(server.student)))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train the global model on private data and return its weights."""
         module = client.load(download.tensors, "student")
         client.fit(module, client.train, client.local, self.objective(module))
-        return Parameters(state_of(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.told_samples)
 
     def objective(self, module) -> Objective | None:
         """What a client minimises; None for the module's own loss."""
@@ -49,7 +49,7 @@ class FedAvg(Method):
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters:
         """A mean weighted by sample counts, or what is robust."""
-        return self.mean(server, state_of(server.student))
+        return self.mean(server, module_state(server.student))
 
     def mean(self, server: Server, like: Mapping[str, Tensor]) -> ParameterMean | RobustParameters:
         """What takes in the clients' tensors, which are to replace those of `like`."""
@@ -57,7 +57,7 @@ class FedAvg(Method):
 
     def server_update(self, server: Server, knowledge: dict) -> dict[str, float]:
         """Move the global weights towards, or with a plain average onto, the clients' mean."""
-        state, moments = state_of(server.student), server.state.setdefault("optimizer", {})
+        state, moments = module_state(server.student), server.state.setdefault("optimizer", {})
         trained = {name for name, _ in server.student.named_parameters() if name in state}
         tensors = self.optimizer.step(state, knowledge, trained, moments)
         load_into(server.student, tensors)

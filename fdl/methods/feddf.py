@@ -10,16 +10,16 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
-from fdl.knowledge.distillation.targets import Answered, ResponseObjective
+from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
 from fdl.knowledge.distillation.validated import BestOnValidation
-from fdl.messages import Bundle, Confidences, Message, Parameters, Responses, Scores, parts_of
+from fdl.messages import Bundle, Message, Parameters, QuantizedLogWeights, Responses, Scores, parts_of
 from fdl.methods.base import Method
 from fdl.participants import Client, Server, copy_of
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 from fdl.utils.arguments import at_least
 from fdl.utils.seeding import stream_seed
 
@@ -121,11 +121,11 @@ class FedDF(Method):
         """Train the group's model on private data; return its weights and, if asked, how much it counts."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
         client.fit(module, client.train, client.local)
-        weights = Parameters(state_of(module), samples=client.told_samples)
+        weights = Parameters(module_state(module), samples=client.told_samples)
         if self.weighting is None:
             return weights
         scores = self.weighting.log_weights(client, client.predict(module, client.proxy))
-        return Bundle((weights, Scores(Confidences.quantize(scores))))
+        return Bundle((weights, Scores(QuantizedLogWeights.quantize(scores))))
 
     def aggregate(self, server: Server) -> _Ensemble:
         """Means of the weights by group, and of all clients' logits."""
@@ -134,7 +134,7 @@ class FedDF(Method):
     def server_update(self, server: Server, knowledge: tuple[dict[str, Any], Tensor, int]) -> dict[str, float]:
         """Put every group on its average, then teach it by all."""
         averages, logits, teachers = knowledge
-        samples = Answered(server.proxy, torch.softmax(logits, dim=1))
+        samples = SoftLabelled(server.proxy, torch.softmax(logits, dim=1))
         for group, tensors in averages.items():
             if group != "student":
                 module = server.runtime.template(group)
@@ -145,7 +145,7 @@ class FedDF(Method):
             load_into(server.student, averages["student"])
         return {"teachers": float(teachers), **self._teach(server, server.student, samples, "distil")}
 
-    def _teach(self, server: Server, module: LightningModule, samples: Answered, name: str) -> dict[str, float]:
+    def _teach(self, server: Server, module: LightningModule, samples: SoftLabelled, name: str) -> dict[str, float]:
         """Distil the ensemble into a module; returns after which step it was best, and how many were taken."""
         objective = ResponseObjective("kl", 1.0)
         if not self.validated or server.runtime.dry:
@@ -160,7 +160,7 @@ class FedDF(Method):
         return server.state["members"][str(client)] if self.heterogeneous else "student"
 
     def _weights(self, server: Server, group: str) -> dict[str, Tensor]:
-        return state_of(server.student) if group == "student" else server.state["groups"][group]
+        return module_state(server.student) if group == "student" else server.state["groups"][group]
 
 
 class _Ensemble:
@@ -183,18 +183,18 @@ class _Ensemble:
         parts = parts_of(upload)
         if parts.keys() != self.expected:
             expected, got = (" and ".join(sorted(kind.kind for kind in kinds)) for kinds in (self.expected, parts))
-            raise RefusedError(f"expected {expected}, got {got}")
+            raise RejectedMessageError(f"expected {expected}, got {got}")
         message = parts[Parameters]
         group = self.method._group(self.server, client)
         module = self.server.runtime.template(group)
         try:
             load_into(module, message.tensors)
         except ValueError as error:
-            raise RefusedError(str(error)) from error
+            raise RejectedMessageError(str(error)) from error
         self.server.runtime.hold(group, None)
         logits = self.server.predict(module, self.server.proxy)
         if not torch.isfinite(logits).all():
-            raise RefusedError("its model's answers to the proxy set are not finite")
+            raise RejectedMessageError("its model's answers to the proxy set are not finite")
         teaches = not self.method.drop_worst or self._beats_chance(module)
         if self.weighted:
             answers = Responses(logits, "logits", confidence=parts[Scores].confidence)

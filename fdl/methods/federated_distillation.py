@@ -10,29 +10,29 @@ import torch
 from lightning import LightningModule
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.bundle import Collected, Collection
+from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
 from fdl.knowledge.aggregation.last_uploads import LastAnswers
-from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
+from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.aggregation.pools import labelled_bytes
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
-from fdl.knowledge.distillation.client_upload import Answering
+from fdl.knowledge.distillation.client_upload import UploadBuilder
 from fdl.knowledge.distillation.curriculum import Curriculum
-from fdl.knowledge.distillation.personalization import AdaptiveWeights, Gains, Similarity
-from fdl.knowledge.distillation.proxy_subsampling import AnswerCache, rows_of_round
-from fdl.knowledge.distillation.student import Teaching
-from fdl.knowledge.distillation.targets import Answered, ResponseObjective
-from fdl.knowledge.distillation.upload_on_change import OnChange
+from fdl.knowledge.distillation.personalization import AdaptiveWeights, Similarity, ValidationGains
+from fdl.knowledge.distillation.proxy_subsampling import SoftLabelCache, rows_of_round
+from fdl.knowledge.distillation.student import DistillationConfig
+from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
+from fdl.knowledge.distillation.upload_on_change import UploadOnChange
 from fdl.knowledge.release import Release
 from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypePool, PrototypeTransfer
 from fdl.losses.responses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
-from fdl.messages import Bundle, Message, Responses, Standing, parts_of
+from fdl.messages import Bundle, Message, Responses, UploadStatus, parts_of
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
 from fdl.recipe.config import Fit
 from fdl.robust.answers import RobustAnswers
-from fdl.robust.base import Rule
+from fdl.robust.base import RobustRule
 from fdl.state.weights import load_into
 from fdl.utils.arguments import at_least, one_of
 from fdl.utils.seeding import stream_seed
@@ -105,9 +105,9 @@ class FederatedDistillation(Method):
         curriculum: Curriculum | None = None,
         subsample: float = 1.0,
         cache: int = 1,
-        frequency: OnChange | None = None,
+        frequency: UploadOnChange | None = None,
         release: Release | None = None,
-        robust: Rule | None = None,
+        robust: RobustRule | None = None,
         cap: float | None = 2.0,
         cap_over: Literal["round", "row"] = "round",
     ):
@@ -135,8 +135,8 @@ class FederatedDistillation(Method):
         self.frequency = frequency if frequency is not None and frequency.threshold > 0 else None
         what = self.features, self.prototypes
         self.release, self.robust, self.cap = release, robust, Cap.of(cap, cap_over)
-        self.answering = Answering(space, calibrate, confidence, *what, subsample, self.frequency, release)
-        self.teaching = Teaching(loss, temperature, alpha, *what, adapter)
+        self.answering = UploadBuilder(space, calibrate, confidence, *what, subsample, self.frequency, release)
+        self.teaching = DistillationConfig(loss, temperature, alpha, *what, adapter)
         if personal is not None and feedback == "none":
             raise UserError("personal says what comes back, but feedback is none")
         if personal is not None and personal.by == "prototypes" and self.prototypes is None:
@@ -186,18 +186,18 @@ class FederatedDistillation(Method):
     def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
         """Learn from what came back, train on private data, answer the proxy set."""
         received = parts_of(download)
-        answers, standing = received.get(Responses), received.get(Standing)
+        answers, standing = received.get(Responses), received.get(UploadStatus)
         if self.frequency is not None and self.frequency.idle(client, standing):
-            return Standing(standing.round)
+            return UploadStatus(standing.round)
         specialist = self._specialist(client, answers is not None)
         if answers is not None:
-            answered = Answered(client.proxy, answers.values, answers.rows)
+            answered = SoftLabelled(client.proxy, answers.values, answers.rows)
             client.fit(specialist, answered, client.digest, self.objective, name="digest")
         client.fit(specialist, client.train, client.local)
         client.keep(specialist)
         return self.answering.upload(client, specialist, standing)
 
-    def aggregate(self, server: Server) -> Collection:
+    def aggregate(self, server: Server) -> CompositeAggregate:
         """Means over clients, weighted row by row."""
         count, seed, width = len(server.proxy), server.seed, self.teaching.width
         # who leaves out a confidence that all must send would have log-weight 0, more than most honest ones
@@ -205,22 +205,22 @@ class FederatedDistillation(Method):
         mean, rows = self._mean(server, weighted), rows_of_round(server, self.subsample)
         if self.robust is not None:
             mean = RobustAnswers(self.robust, server, self.space, weighted)
-        return Collection(
+        return CompositeAggregate(
             mean if self.release is None else self.release.collect(mean, server, rows),
             FeatureMean(count, width, seed, self.teaching.adapts, mean.cap) if self.features else None,
             PrototypePool(server, self.prototypes, width, self.cap) if self.prototypes else None,
             self.weights.current(server) if self.weights else None,
-            Gains(server) if self.weights else None,
+            ValidationGains(server) if self.weights else None,
             self._last(server) if self.personal or self.frequency else None,
             rows,
             reuse=self.frequency is not None,
         )
 
-    def server_update(self, server: Server, knowledge: Collected) -> dict[str, float]:
+    def server_update(self, server: Server, knowledge: RoundKnowledge) -> dict[str, float]:
         """Distil the student from what was collected, and keep what is to be sent back."""
         self._pretrain_student(server)
         fresh = self._answers(knowledge.responses)
-        rows, targets = AnswerCache(self.cache).update(server, fresh)
+        rows, targets = SoftLabelCache(self.cache).update(server, fresh)
         self.teaching.teach(server, knowledge, targets, rows, self.curriculum)
         if self.feedback != "none":
             server.state["answers"], server.state["rows"] = fresh.values, fresh.rows
@@ -258,7 +258,7 @@ class FederatedDistillation(Method):
     def _last(self, server: Server) -> LastAnswers:
         return LastAnswers(server, None if self.frequency is None else self.frequency.expiry)
 
-    def _answers(self, knowledge: Knowledge) -> Responses:
+    def _answers(self, knowledge: AggregatedResponses) -> Responses:
         """What clients say together, in the form that the loss compares, of those samples that anybody answered."""
         values = knowledge.values if self.form == self.space else knowledge.probabilities
         values = values if self.sharpen is None else self.sharpening(knowledge.probabilities, self.sharpen)

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
-from fdl.knowledge.distillation.phase_schedule import CENTRALIZED, FEDERATED, Plateau, Switch
+from fdl.knowledge.distillation.phase_schedule import CENTRALIZED, FEDERATED, PhaseSchedule, PlateauPhases
 from fdl.messages import Message, Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.participants import Client, Server
-from fdl.robust.base import Rule
+from fdl.robust.base import RobustRule
 from fdl.robust.parameters import RobustParameters
 
 _FIRST = {"pre_training": CENTRALIZED, "fine_tuning": FEDERATED}
@@ -41,14 +41,14 @@ class FederatedFoundation(FedAvg):
     def __init__(
         self,
         mode: Literal["pre_training", "fine_tuning"] = "pre_training",
-        switch: Switch | None = None,
+        switch: PhaseSchedule | None = None,
         optimizer: ServerOptimizer | None = None,
-        robust: Rule | None = None,
+        robust: RobustRule | None = None,
     ):
         super().__init__(optimizer, robust)
         if mode not in _FIRST:
             raise UserError(f"mode must be one of {', '.join(_FIRST)}, got {mode!r}")
-        self.first, self.switch = _FIRST[mode], switch or Plateau()
+        self.first, self.switch = _FIRST[mode], switch or PlateauPhases()
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Begin the first phase."""

@@ -13,9 +13,9 @@ from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.messages import Message, Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.participants import Client, Server
-from fdl.robust.base import Rule
+from fdl.robust.base import RobustRule
 from fdl.robust.parameters import RobustParameters
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 
 
 class FederatedPrompts(FedAvg):
@@ -41,42 +41,42 @@ class FederatedPrompts(FedAvg):
         self,
         personal: list[str] | None = None,
         optimizer: ServerOptimizer | None = None,
-        robust: Rule | None = None,
+        robust: RobustRule | None = None,
     ):
         super().__init__(optimizer, robust)
         self.personal = tuple(personal or ())
 
     def setup(self, server: Server, clients: object) -> None:
         """See that the patterns fit the student."""
-        names = list(state_of(server.student))
+        names = list(module_state(server.student))
         for pattern in self.personal:
             if not any(fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
                 raise UserError(f"personal: nothing that the student trains is called {pattern!r}; there are {shown}")
-        if not self._shared(state_of(server.student)):
+        if not self._shared(module_state(server.student)):
             raise UserError("personal: nothing is left to share; take method single_site for that")
 
     def download(self, server: Server, client: int) -> Message:
         """The shared part of the global weights, the same message for all clients of a round."""
-        return server.say("student", lambda: Parameters(self._shared(state_of(server.student))))
+        return server.say("student", lambda: Parameters(self._shared(module_state(server.student))))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train both parts on private data, keep the personal one, return the shared one."""
         if not self.personal:
             return super().local_update(client, download)
         module = client.specialist()  # at first a fresh one, whose personal part nobody else has
-        load_into(module, {**state_of(module), **download.tensors})
+        load_into(module, {**module_state(module), **download.tensors})
         client.fit(module, client.train, client.local, self.objective(module))
         client.keep(module)
-        return Parameters(self._shared(state_of(module)), samples=client.told_samples)
+        return Parameters(self._shared(module_state(module)), samples=client.told_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters:
         """A mean weighted by sample counts, or what is robust."""
-        return self.mean(server, self._shared(state_of(server.student)))
+        return self.mean(server, self._shared(module_state(server.student)))
 
     def server_update(self, server: Server, knowledge: Mapping[str, Tensor]) -> dict[str, float]:
         """Move the shared part towards, or with a plain average onto, the clients' mean."""
-        own = state_of(server.student)
+        own = module_state(server.student)
         shared = self._shared(own)
         trained = {name for name, _ in server.student.named_parameters() if name in shared}
         moments = server.state.setdefault("optimizer", {})

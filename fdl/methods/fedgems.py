@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
+from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.aggregation.pools import labelled_bytes
-from fdl.knowledge.distillation.targets import Answered
+from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.losses.responses import cross_entropy
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
@@ -72,7 +72,7 @@ class FedGEMS(Method):
         specialist, labels = client.specialist(), client.public.labels
         if download is not None:
             shares = torch.full((len(labels),), 1 - self.epsilon)
-            samples = Answered(client.public, labels, more=[download.values, shares])
+            samples = SoftLabelled(client.public, labels, more=[download.values, shares])
             client.fit(specialist, samples, client.digest, _taught, name="digest")
         client.fit(specialist, client.train, client.local)
         client.keep(specialist)
@@ -82,7 +82,7 @@ class FedGEMS(Method):
         """What the clients that are right say, sample by sample."""
         return RightOnes(server.public.labels, server.num_classes)
 
-    def server_update(self, server: Server, knowledge: Knowledge) -> dict[str, float]:
+    def server_update(self, server: Server, knowledge: AggregatedResponses) -> dict[str, float]:
         """Train the student on what is right, on what it remembers, and on what clients know better."""
         labels = server.public.labels
         logits = server.predict(server.student, server.public)
@@ -94,7 +94,7 @@ class FedGEMS(Method):
         shares = torch.zeros(len(labels))
         shares[~right & remembered], shares[helped] = 1 - self.epsilon, 1.0
         server.state["memory"], server.state["remembered"] = memory, remembered | right
-        samples = Answered(server.public, labels, more=[targets, shares])
+        samples = SoftLabelled(server.public, labels, more=[targets, shares])
         server.fit(server.student, samples, server.distil, _taught, name="distil")
         server.state["answers"] = server.predict(server.student, server.public)
         kinds = {"right": right, "remembered": ~right & remembered, "helped": helped}
@@ -131,7 +131,7 @@ class RightOnes(ResponseMean):
             RefusedError: they do not fit; the mean is as it was.
         """
         if not isinstance(responses, Responses) or responses.form != "logits" or responses.rows is not None:
-            raise RefusedError("expected logits of all public samples")
+            raise RejectedMessageError("expected logits of all public samples")
         log_weights, values = self._checked_log_weights(responses), self._checked_values(responses)
         rows = self._checked_rows(responses)[values.argmax(1) == self.labels]
         values = values[rows]

@@ -11,9 +11,9 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.datamodules.samples import TensorSamples
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.pools import architectures
-from fdl.knowledge.distillation.targets import Answered
+from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.losses.responses import cross_entropy, kd_loss
 from fdl.messages import Responses
 from fdl.messages.private_features import PrivateFeatures
@@ -75,7 +75,7 @@ class FedGKT(Method):
         specialist = client.specialist()
         samples, objective = client.train, None
         if download is not None and self.weight > 0:
-            samples, objective = Answered(client.train, client.train.labels, more=[download.values]), self._taught
+            samples, objective = SoftLabelled(client.train, client.train.labels, more=[download.values]), self._taught
         client.fit(specialist, samples, client.local, objective)
         client.keep(specialist)
         features, logits = (client.predict(specialist, client.train, what) for what in (self._features, "logits"))
@@ -90,7 +90,7 @@ class FedGKT(Method):
         """Train the server's model on all features, and let it answer them."""
         said = [knowledge[client] for client in sorted(knowledge)]
         features, logits, labels = (torch.cat([getattr(m, k) for m in said]) for k in ("features", "logits", "labels"))
-        samples = Answered(TensorSamples(self._shaped(server.teacher, features)), labels, more=[logits])
+        samples = SoftLabelled(TensorSamples(self._shaped(server.teacher, features)), labels, more=[logits])
         load_into(server.teacher, server.state["tail"])
         server.fit(server.teacher, samples, server.distil, self._taught, name="distil")
         server.state["tail"] = copy_of(server.teacher)
@@ -142,13 +142,15 @@ class _Everything:
 
     def add(self, message: PrivateFeatures, client: int) -> None:
         if not isinstance(message, PrivateFeatures):
-            raise RefusedError(f"expected private features, got {message.kind}")
+            raise RejectedMessageError(f"expected private features, got {message.kind}")
         message.validate()
         known = message.logits.shape[1], int(message.labels.max()) + 1 if len(message.labels) else 0
         if known[0] != self.num_classes or known[1] > self.num_classes:
-            raise RefusedError(f"expected logits and labels of {self.num_classes} classes, got {known[0]}, {known[1]}")
+            raise RejectedMessageError(
+                f"expected logits and labels of {self.num_classes} classes, got {known[0]}, {known[1]}"
+            )
         if self.width is not None and message.features.shape[1] != self.width:
-            raise RefusedError(f"expected features [n, {self.width}], got {list(message.features.shape)}")
+            raise RejectedMessageError(f"expected features [n, {self.width}], got {list(message.features.shape)}")
         self.messages[client] = message
 
     def result(self) -> dict[int, PrivateFeatures] | None:

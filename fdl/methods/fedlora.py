@@ -15,7 +15,7 @@ from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
 from fdl.state.shards import is_sharded
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 
 _MERGE = "merge"
 
@@ -46,7 +46,7 @@ class FedLoRA(Method):
                 f"fabric.strategy: aggregation {self.aggregation.name} adds to the student's original weights, of "
                 "which nobody has all under fsdp; take auto, or aggregation fedit, ffa or flexlora"
             )
-        self.aggregation.check(adapted_layers(server.student), state_of(server.student))
+        self.aggregation.check(adapted_layers(server.student), module_state(server.student))
         if self.aggregation.merges:
             server.state["base"] = {"version": 0, "total": {}, "log": {}, "known": {}}
 
@@ -60,10 +60,10 @@ class FedLoRA(Method):
         template = client.runtime.template("student")
         tensors = _take_in(client, download.tensors)
         if self.aggregation.fresh:
-            tensors |= _fresh(client, adapted_layers(template), state_of(template))
+            tensors |= _fresh(client, adapted_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
         client.fit(module, client.train, client.local)
-        return Parameters(state_of(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.told_samples)
 
     def aggregate(self, server: Server) -> _Updates:
         """Means of everything, and every site's matrices where the aggregation needs them."""
@@ -109,7 +109,7 @@ class FedLoRA(Method):
         server.cache["merged"] = total
 
     def _global(self, server: Server) -> dict[str, Tensor]:
-        state = dict(state_of(server.student).items())
+        state = dict(module_state(server.student).items())
         if self.aggregation.fresh:
             for layer in adapted_layers(server.student):
                 del state[layer.a], state[layer.b]
@@ -121,7 +121,7 @@ class _Updates:
 
     def __init__(self, server: Server, stacks: bool):
         self.layers: list[Adapted] = adapted_layers(server.student)
-        self.mean, self.stacks = ParameterMean(state_of(server.student)), stacks
+        self.mean, self.stacks = ParameterMean(module_state(server.student)), stacks
         self.sites: list[dict[str, tuple[Tensor, Tensor]]] = []
         self.samples: list[int] = []
         self.heard: list[int] = []

@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.losses.responses import cross_entropy
 from fdl.messages import Prototypes
@@ -177,15 +177,15 @@ class _ClassMeans:
 
     def add(self, message: Prototypes, client: int) -> None:
         if not isinstance(message, Prototypes):
-            raise RefusedError(f"expected prototypes, got {message.kind}")
+            raise RejectedMessageError(f"expected prototypes, got {message.kind}")
         message.validate()
         labels, width = message.labels, self.width or message.values.shape[1]
         if message.values.shape[1] != width:
-            raise RefusedError(f"expected prototypes [m, {width}], got {list(message.values.shape)}")
+            raise RejectedMessageError(f"expected prototypes [m, {width}], got {list(message.values.shape)}")
         if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
-            raise RefusedError(f"a prototype's class lies outside of 0 … {self.num_classes - 1}")
+            raise RejectedMessageError(f"a prototype's class lies outside of 0 … {self.num_classes - 1}")
         if len(labels.unique()) < len(labels):
-            raise RefusedError("several prototypes of one class")
+            raise RejectedMessageError("several prototypes of one class")
         weights = message.counts if self.by_samples else torch.ones_like(message.counts)
         if self.sums is None:
             self.width, self.sums = width, torch.zeros(self.num_classes, width, dtype=torch.float64)

@@ -13,11 +13,11 @@ from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.losses.proximal import proximal
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.objectives import Objective, training_step
-from fdl.robust.base import Rule
+from fdl.robust.base import RobustRule
 
 
 @dataclass(eq=False)
-class Held:
+class ProximalObjective:
     """A module's own loss and a proximal term.
 
     A dataclass, so that the batched executor can tell the one client's tensors from what all clients share.
@@ -56,7 +56,7 @@ class FedProx(FedAvg):
 
     name = "fedprox"
 
-    def __init__(self, mu: float = 0.01, optimizer: ServerOptimizer | None = None, robust: Rule | None = None):
+    def __init__(self, mu: float = 0.01, optimizer: ServerOptimizer | None = None, robust: RobustRule | None = None):
         super().__init__(optimizer, robust)
         if mu < 0:
             raise UserError(f"mu must be ≥ 0, got {mu}")
@@ -65,4 +65,4 @@ class FedProx(FedAvg):
     def objective(self, module: nn.Module) -> Objective:
         """The module's own loss and the proximal term around the weights that were sent."""
         anchor = [parameter.detach().clone() for parameter in module.parameters()]
-        return Held(anchor, self.mu, getattr(module.training_step, "ignores_padding", False))
+        return ProximalObjective(anchor, self.mu, getattr(module.training_step, "ignores_padding", False))

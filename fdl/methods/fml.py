@@ -13,8 +13,8 @@ from fdl.losses.responses import distillation
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.participants import Client
-from fdl.robust.base import Rule
-from fdl.state.weights import state_of
+from fdl.robust.base import RobustRule
+from fdl.state.weights import module_state
 
 
 class FML(FedAvg):
@@ -44,7 +44,7 @@ class FML(FedAvg):
         beta: float = 0.5,
         temperature: float = 1.0,
         optimizer: ServerOptimizer | None = None,
-        robust: Rule | None = None,
+        robust: RobustRule | None = None,
     ):
         super().__init__(optimizer, robust)
         for key, share in (("alpha", alpha), ("beta", beta)):
@@ -61,7 +61,7 @@ class FML(FedAvg):
         both.train()  # a fresh container says that it trains, whatever its parts did last
         client.fit(both, client.train, client.local, self.mutual)
         client.keep(personal)
-        return Parameters(state_of(meme), samples=client.told_samples)
+        return Parameters(module_state(meme), samples=client.told_samples)
 
     def mutual(self, both: nn.ModuleDict, batch: Any) -> Mapping[str, Tensor]:
         """The sum of both losses; no gradient of the one reaches the other's model."""

@@ -12,9 +12,9 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
-from fdl.modules.site_prompts import Generator
+from fdl.modules.site_prompts import SitePromptGenerator
 from fdl.participants import Client, Server, copy_of
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 
 
 class PFedPG(Method):
@@ -25,7 +25,7 @@ class PFedPG(Method):
     changed of P_k. With shares p_k of the samples, the generator's weights φ then descend on
     Σ p_k |P_k(φ) - (P_k + Δ_k)|² / 2, the distance to what the sites made of their prompts; the first step is along
     ∂/∂φ Σ p_k ⟨P_k(φ), Δ_k⟩. The student has the prompts of a site that has no query yet, and every site's own model is
-    evaluated beside it. We know the paper's generator from a summary: `Generator` is ours.
+    evaluated beside it. We know the paper's generator from a summary: `SitePromptGenerator` is ours.
 
     The server looks at the changes one by one: unlike a mean they cannot be summed under secure aggregation.
 
@@ -54,7 +54,7 @@ class PFedPG(Method):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that the patterns fit the student, and draw the generator."""
-        state = state_of(server.student)
+        state = module_state(server.student)
         for pattern in self.prompts:
             if not any(fnmatchcase(name, pattern) for name in state):
                 shown = ", ".join(list(state)[:8]) + (", …" if len(state) > 8 else "")
@@ -64,7 +64,7 @@ class PFedPG(Method):
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in made.items())
             raise UserError(f"prompts: what is made must have one last dimension; there are {shapes}")
         start = torch.cat([t.detach().float().cpu().reshape(-1, t.shape[-1]) for t in made.values()])
-        generator = Generator(start, len(clients), self.width, server.rng("prompts"))
+        generator = SitePromptGenerator(start, len(clients), self.width, server.rng("prompts"))
         server.state["generator"] = copy_of(generator)
 
     def download(self, server: Server, client: int) -> Message:
@@ -75,7 +75,7 @@ class PFedPG(Method):
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train prompts and head on private data, keep the head, return what changed of the prompts."""
         module = client.specialist()  # at first a fresh one, whose head nobody else has
-        load_into(module, {**state_of(module), **download.tensors})
+        load_into(module, {**module_state(module), **download.tensors})
         client.fit(module, client.train, client.local)
         client.keep(module)
         after = client.state["specialist"]
@@ -83,7 +83,7 @@ class PFedPG(Method):
 
     def aggregate(self, server: Server) -> _Changes:
         """All changes, by site."""
-        return _Changes(self._made(state_of(server.student)))
+        return _Changes(self._made(module_state(server.student)))
 
     def server_update(self, server: Server, knowledge: _Changes | None) -> dict[str, float]:
         """Bring the generator nearer to what the sites want; then the student gets the prompts of a new site."""
@@ -95,10 +95,12 @@ class PFedPG(Method):
         self._descend(generator, wanted, {client: n / total for client, n in knowledge.samples.items()})
         with torch.no_grad():
             server.state["generator"] = copy_of(generator)
-            load_into(server.student, {**state_of(server.student), **self._split(server, generator(None))})
+            load_into(server.student, {**module_state(server.student), **self._split(server, generator(None))})
             return {"misfit": sum(float((generator(k) - w).square().mean()) for k, w in wanted.items()) / len(wanted)}
 
-    def _descend(self, generator: Generator, wanted: Mapping[int, Tensor], shares: Mapping[int, float]) -> None:
+    def _descend(
+        self, generator: SitePromptGenerator, wanted: Mapping[int, Tensor], shares: Mapping[int, float]
+    ) -> None:
         """Steps along the slope; one that leads uphill is taken back, and the next is half as long."""
         parameters, rate = list(generator.parameters()), self.lr
         distance = lambda: sum(shares[k] * (generator(k) - w).square().sum() / 2 for k, w in wanted.items())  # noqa: E731
@@ -121,15 +123,15 @@ class PFedPG(Method):
         """What of a model's state the server makes."""
         return {k: v for k, v in state.items() if any(fnmatchcase(k, pattern) for pattern in self.prompts)}
 
-    def _generator(self, server: Server) -> Generator:
+    def _generator(self, server: Server) -> SitePromptGenerator:
         state = server.state["generator"]
-        generator = Generator(state["base"], len(state["queries"]), self.width, torch.Generator())
+        generator = SitePromptGenerator(state["base"], len(state["queries"]), self.width, torch.Generator())
         load_into(generator, state)
         return generator
 
     def _split(self, server: Server, tokens: Tensor) -> dict[str, Tensor]:
         """The student's tensors, of rows [M, D] that the generator gives."""
-        made = self._made(state_of(server.student))
+        made = self._made(module_state(server.student))
         rows = tokens.split([tensor.numel() // tensor.shape[-1] for tensor in made.values()])
         return {k: part.reshape(tensor.shape).to(tensor.dtype) for (k, tensor), part in zip(made.items(), rows)}
 

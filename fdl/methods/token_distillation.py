@@ -14,9 +14,9 @@ from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
 from fdl.knowledge.confidence.tokens import TokenConfidence
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
-from fdl.knowledge.distillation.targets import Answered
+from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.knowledge.distillation.token_upload import (
-    TokenAnswering,
+    TokenUploadBuilder,
     drawn_message,
     require_language_model,
     translates,
@@ -93,7 +93,7 @@ class TokenDistillation(Method):
         self.temperature = positive("temperature", temperature)
         self.ground_truth = not_negative("ground_truth", ground_truth)
         drawn = draws if mode == "sampled" else None
-        self.answering = TokenAnswering(at_least("k", k, 1), mass, drawn, self.temperature, confidence)
+        self.answering = TokenUploadBuilder(at_least("k", k, 1), mass, drawn, self.temperature, confidence)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Check that all models speak of the same tokens, and note who only answers in them."""
@@ -192,6 +192,6 @@ class TokenDistillation(Method):
         return TokenMixture(rows, length, vocabulary(participant), most, _CAPACITY * most, weighted, self.cap)
 
 
-def _answered(participant: Participant, knowledge: TokenKnowledge) -> Answered:
+def _answered(participant: Participant, knowledge: TokenKnowledge) -> SoftLabelled:
     """The proxy windows that were answered, with the answers."""
-    return Answered(participant.proxy, knowledge.ids, knowledge.rows, (knowledge.probabilities,))
+    return SoftLabelled(participant.proxy, knowledge.ids, knowledge.rows, (knowledge.probabilities,))

@@ -81,12 +81,12 @@ def equity(gains: Sequence[float]) -> dict[str, float]:
     }
 
 
-def series(records: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
+def metric_by_round(records: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
     """Pick one metric out of a run's records: round → value, of the rounds that measured it."""
     return {record["round"]: record["metrics"][metric] for record in records if metric in record.get("metrics", {})}
 
 
-def traffic(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+def bytes_by_round(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
     """Pick the bytes sent since the start out of a run's records, up and down together, without set-up costs."""
     return {
         record["round"]: record["communication"]["upload_bytes"] + record["communication"]["download_bytes"]
@@ -101,7 +101,7 @@ def rounds_to_target(history: Mapping[int, float], target: float, window: int = 
     Round 0, before the first exchange, is left out.
 
     Args:
-        history: round → score, more is better, e.g. from `series`.
+        history: round → score, more is better, e.g. from `metric_by_round`.
         target: the score to reach.
         window: how many measured rounds are averaged.
 

@@ -13,7 +13,7 @@ from fdl.modules.dual_encoder import DualEncoder
 from fdl.modules.prompted_dual_encoder import PromptedDualEncoder
 
 
-class Generator(nn.Module):
+class ClassPromptGenerator(nn.Module):
     """Learned questions look at the vectors of classes' names; what they see moves the context away from its start.
 
     Source: Qiu et al., "Federated Text-driven Prompt Generation for Vision-Language Models" (FedTPG, 2024). The last
@@ -85,4 +85,4 @@ class PromptGenerator(PromptedDualEncoder):
         """A generator that reads the names."""
         if personal:
             raise UserError("personal: generated prompts are shared by all sites")
-        return Generator(start, towers.eval().encode_text(names), **self._sizes)
+        return ClassPromptGenerator(start, towers.eval().encode_text(names), **self._sizes)

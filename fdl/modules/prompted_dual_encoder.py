@@ -19,7 +19,7 @@ from fdl.modules.tokenizers import make_tokenizer
 from fdl.modules.tuning import frozen_names
 from fdl.registry.instantiate import instantiate
 from fdl.state import checkpoint as checkpoints
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 from fdl.utils.suggest import suggest
 
 
@@ -151,7 +151,7 @@ def _other(encoder: dict, pretrained: str | None, path: str | None, data: dict[s
     towers = instantiate(encoder, "module", "encoder", **data)
     if not isinstance(towers, DualEncoder):
         raise UserError(f"encoder: {encoder['target']} is no dual encoder")
-    weights = read_weights(path, state_of(towers))
+    weights = read_weights(path, module_state(towers))
     if any(name.startswith("student/") for name in weights):
         weights = checkpoints.load_best(Path(path))["student"]
     try:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Generator(nn.Module):
+class SitePromptGenerator(nn.Module):
     """P_k = B + h_k W, where h_k is what a site's query finds when it looks at the shared tokens B.
 
     h_k = gelu(softmax((T + q_k) Tᵀ / √w) T + q_k) / √(M w) with T = layer_norm(B) R, so that a query of numbers near 1

@@ -65,9 +65,9 @@ class TinyDualEncoder(DualEncoder):
             raise UserError(f"width must be a multiple of heads, got width {width} and {heads} heads")
         super().__init__(loss, optimizer, scheduler)
         self.embedding_dim, self.context = dim, context
-        reader = Bag(tokenizer.vocab_size, width)
+        reader = BagOfWordsTower(tokenizer.vocab_size, width)
         if text == "transformer":
-            reader = Reader(tokenizer.vocab_size, width, depth, heads, context)
+            reader = TransformerTextTower(tokenizer.vocab_size, width, depth, heads, context)
         self.backbone = nn.ModuleDict(
             {
                 "image": _IMAGE[image](widths, dim, tuple(input_shape)),
@@ -84,7 +84,7 @@ class TinyDualEncoder(DualEncoder):
         return self.backbone["text"](tokens[:, : self.context])
 
 
-class Bag(nn.Module):
+class BagOfWordsTower(nn.Module):
     """The mean of a text's token vectors; 0 for a text without any."""
 
     def __init__(self, vocabulary: int, width: int):
@@ -98,7 +98,7 @@ class Bag(nn.Module):
         return total / lengths(tokens).clamp_min(1).unsqueeze(1)
 
 
-class Reader(nn.Module):
+class TransformerTextTower(nn.Module):
     """A pre-norm transformer whose tokens see each other; the mean over a text's tokens."""
 
     def __init__(self, vocabulary: int, width: int, depth: int, heads: int, context: int):

@@ -44,7 +44,7 @@ class DPSGD:
         clip: C > 0.
         noise_multiplier: z ≥ 0, the same for all; None: solved for each client from the policy's ε.
         turns: by client, in how many rounds it is asked to train.
-        ghost: clip without making the gradients of single examples, see `fdl.privacy.gradients.Ghost`.
+        ghost: clip without making the gradients of single examples, see `fdl.privacy.gradients.GhostClipping`.
         chunk: examples whose gradients are held at once; None for all of a batch.
     """
 
@@ -135,7 +135,7 @@ class DPSGD:
     ) -> None:
         from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 
-        from fdl.privacy.gradients import Examples, Ghost, check_module, check_objective
+        from fdl.privacy.gradients import GhostClipping, PerExampleGradients, check_module, check_objective
 
         runtime, fabric = client.runtime, client.runtime.fabric
         probability = mechanism["sampling_probability"]
@@ -152,9 +152,9 @@ class DPSGD:
         stream = torch.Generator(runtime.device)
         stream.manual_seed(client.secret_seed(f"{name}/noise"))
         if self.ghost:
-            gradients = Ghost(module, objective, fabric, self.clip)
+            gradients = GhostClipping(module, objective, fabric, self.clip)
         else:
-            gradients = Examples(module, objective, fabric, self._known.get(kind, False))
+            gradients = PerExampleGradients(module, objective, fabric, self._known.get(kind, False))
         optimizer = (DPOptimizerFastGradientClipping if self.ghost else DPOptimizer)(
             wrapped.optimizer,
             noise_multiplier=mechanism["noise_multiplier"],

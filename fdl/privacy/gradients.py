@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fdl.engine.inference import each
+from fdl.engine.inference import map_tensors
 from fdl.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _TOLERANCE = 1e-3
 """Relative difference of losses that rounding may make."""
 
 
-class Examples:
+class PerExampleGradients:
     """The gradient of the objective on every example by itself.
 
     Each gradient is that of a batch of one, whatever the objective is, so none depends on two examples. They are laid
@@ -68,7 +68,7 @@ class Examples:
 
     def _together(self, batch: Batch) -> dict[str, Tensor] | None:
         """All at once; None where that cannot be."""
-        dims = tuple(None if part is None else each(part, lambda _: 0) for part in batch)
+        dims = tuple(None if part is None else map_tensors(part, lambda _: 0) for part in batch)
         weights = {name: parameter.detach() for name, parameter in self._trained.items()}
         before = torch.get_rng_state()
         try:
@@ -83,7 +83,7 @@ class Examples:
         return None
 
     def _loss(self, weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        one = tuple(None if part is None else each(part, lambda tensor: tensor.unsqueeze(0)) for part in batch)
+        one = tuple(None if part is None else map_tensors(part, lambda tensor: tensor.unsqueeze(0)) for part in batch)
         # fused attention has no vectorised form: one call an example
         with self._fabric.autocast(), sdpa_kernel(SDPBackend.MATH):
             return torch.func.functional_call(self._holder, dict(weights), (one,))
@@ -94,7 +94,7 @@ class Examples:
         return {name: torch.stack(column) for name, column in zip(self._trained, zip(*rows))}
 
 
-class Ghost:
+class GhostClipping:
     """Sums of clipped gradients without the gradients of single examples (ghost clipping, Li et al., 2022).
 
     A first pass backwards finds each example's norm by opacus' hooks; a second one, with what the module said of each
@@ -138,7 +138,7 @@ class Ghost:
         self._calls, self._share = 0, torch.ones(count, device=trained[0].device)
         self._hooks.enable_hooks()
         try:
-            with _quiet(), sdpa_kernel(SDPBackend.MATH):  # as in `Examples`
+            with _quiet(), sdpa_kernel(SDPBackend.MATH):  # as in `PerExampleGradients`
                 with self._fabric.autocast():
                     loss = self._objective(self._module, batch)["loss"]
                 loss.backward(retain_graph=True)
@@ -227,7 +227,7 @@ class _Scaled(torch.autograd.Function):
     """A module's answer, whose gradient is scaled by example on its way back."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ghost: Ghost) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, ghost: GhostClipping) -> Tensor:
         if len(tensor) != len(ghost._share):
             raise ValueError("it answers with tensors that have no row for each example")
         ctx.ghost = ghost
@@ -267,7 +267,9 @@ def example_gradients(holder: nn.Module, trained: Sequence[nn.Parameter], batch:
 
 def one_of(batch: Batch, index: int) -> Batch:
     """The batch of one example of a batch."""
-    return tuple(None if part is None else each(part, lambda tensor: tensor[index : index + 1]) for part in batch)
+    return tuple(
+        None if part is None else map_tensors(part, lambda tensor: tensor[index : index + 1]) for part in batch
+    )
 
 
 def check_module(module: nn.Module, name: str = "") -> None:

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
-from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
+from fdl.errors import RejectedMessageError
+from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.release import Release
-from fdl.messages import Confidences, Responses
+from fdl.messages import QuantizedLogWeights, Responses
 from fdl.participants import Client, Server
 from fdl.privacy.accounting import event
-from fdl.privacy.release import Protected, clipped, noisy, paid, released
+from fdl.privacy.release import PrivateAggregate, clipped, noisy, paid, released
 from fdl.utils.arguments import not_negative, one_of, positive
 
 
@@ -66,20 +66,20 @@ class NoisyResponses(Release):
             values = noisy(values, self.clip * deviation, stream)
             if sure is not None:
                 sure = noisy(sure, self.bound * deviation, stream).clamp(-self.bound, self.bound)
-        confidence = None if sure is None else Confidences.quantize(sure)
+        confidence = None if sure is None else QuantizedLogWeights.quantize(sure)
         return Responses(values, "logits", said.rows, confidence)
 
-    def collect(self, mean: ResponseMean, server: Server, rows: Tensor | None) -> ResponseMean | Protected:
+    def collect(self, mean: ResponseMean, server: Server, rows: Tensor | None) -> ResponseMean | PrivateAggregate:
         """The mean itself where clients add the noise; else a noisy one."""
         if self.by == "client":
             return mean
 
         def bound(responses: Responses) -> Responses:
             if responses.form != "logits":
-                raise RefusedError(f"expected logits, got {responses.form}")
+                raise RejectedMessageError(f"expected logits, got {responses.form}")
             return replace(responses, values=clipped(responses.values.detach().to("cpu", torch.float64), self.clip))
 
-        def release(knowledge: Knowledge, clients: int) -> Knowledge | None:
+        def release(knowledge: AggregatedResponses, clients: int) -> AggregatedResponses | None:
             if not paid(server, self._event):
                 return None
             asked = torch.arange(len(knowledge.values)) if rows is None else rows
@@ -88,7 +88,7 @@ class NoisyResponses(Release):
             deviation = self.noise_multiplier * self.clip * response_sensitivity(len(asked)) / clients
             return released(knowledge, asked, noisy(means, deviation, server.noise("release")), clients)
 
-        return Protected(mean, bound, release)
+        return PrivateAggregate(mean, bound, release)
 
 
 def response_sensitivity(rows: int, parts: int = 1) -> float:

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
+from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.release import Release
 from fdl.messages import Responses
 from fdl.participants import Client, Server
 from fdl.privacy.accounting import event
-from fdl.privacy.release import Protected, noisy, paid, released
+from fdl.privacy.release import PrivateAggregate, noisy, paid, released
 from fdl.utils.arguments import not_negative
 
 
@@ -53,10 +53,10 @@ class NoisyVotes(Release):
         votes = torch.nn.functional.one_hot(said.values.argmax(1), said.values.shape[1])
         return Responses(votes.float(), "probabilities", said.rows)
 
-    def collect(self, mean: ResponseMean, server: Server, rows: Tensor | None) -> Protected:
+    def collect(self, mean: ResponseMean, server: Server, rows: Tensor | None) -> PrivateAggregate:
         """The server's ballot box."""
 
-        def release(knowledge: Knowledge, clients: int) -> Knowledge | None:
+        def release(knowledge: AggregatedResponses, clients: int) -> AggregatedResponses | None:
             asked = torch.arange(len(knowledge.values)) if rows is None else rows
             tally = (knowledge.values.double() * knowledge.coverage.unsqueeze(1))[asked]
             passed = self._passed(server, tally)
@@ -70,7 +70,7 @@ class NoisyVotes(Release):
             labels = torch.nn.functional.one_hot(elected, tally.shape[1])
             return released(knowledge, asked[passed], labels, clients)
 
-        return Protected(mean, _ballot, release)
+        return PrivateAggregate(mean, _ballot, release)
 
     def _passed(self, server: Server, tally: Tensor) -> Tensor | None:
         """Which rows are answered, bool [n]; None where the check cannot be paid."""
@@ -84,5 +84,5 @@ class NoisyVotes(Release):
 def _ballot(responses: Responses) -> Responses:
     """Any point of the simplex will do: two are √2 apart at most, as two votes are. The mean checks that it is one."""
     if responses.form != "probabilities":
-        raise RefusedError(f"expected votes, got {responses.form}")
+        raise RejectedMessageError(f"expected votes, got {responses.form}")
     return responses

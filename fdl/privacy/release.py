@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
+from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.messages import Responses
 from fdl.participants import Participant
 from fdl.privacy.accounting import affords, spend
@@ -33,7 +33,7 @@ from fdl.privacy.accounting import affords, spend
 log = logging.getLogger("fdl")
 
 
-class Protected:
+class PrivateAggregate:
     """A mean over clients that bounds what goes in and lets nothing out but what was released.
 
     Args:
@@ -46,7 +46,7 @@ class Protected:
         self,
         mean: ResponseMean,
         bound: Callable[[Responses], Responses],
-        release: Callable[[Knowledge, int], Knowledge | None],
+        release: Callable[[AggregatedResponses, int], AggregatedResponses | None],
     ):
         self._mean, self._bound, self._release = mean, bound, release
 
@@ -54,7 +54,7 @@ class Protected:
         """Take in one client's answers; arguments and errors as in `ResponseMean.add`."""
         self._mean.add(self._bound(responses), client)
 
-    def result(self) -> Knowledge | None:
+    def result(self) -> AggregatedResponses | None:
         """What is released; None when nobody was heard, or nothing is left of the budget."""
         knowledge = self._mean.result()
         return None if knowledge is None else self._release(knowledge, self._mean.clients)
@@ -73,7 +73,7 @@ def noisy(values: Tensor, deviation: float, stream: torch.Generator) -> Tensor:
     return values + deviation * torch.randn(values.shape, generator=stream, dtype=values.dtype)
 
 
-def released(before: Knowledge, rows: Tensor, values: Tensor, clients: int) -> Knowledge:
+def released(before: AggregatedResponses, rows: Tensor, values: Tensor, clients: int) -> AggregatedResponses:
     """Knowledge of nothing but what was released.
 
     Args:
@@ -87,7 +87,7 @@ def released(before: Knowledge, rows: Tensor, values: Tensor, clients: int) -> K
     whole[rows] = values.to(whole.dtype)
     coverage = torch.zeros_like(before.coverage)
     coverage[rows] = clients
-    return Knowledge.of(whole, before.form, coverage, coverage.double().log())
+    return AggregatedResponses.of(whole, before.form, coverage, coverage.double().log())
 
 
 def paid(participant: Participant, mechanism: Mapping[str, Any]) -> bool:

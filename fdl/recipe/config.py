@@ -31,7 +31,7 @@ class Specialist(Component):
 
 
 @dataclass
-class Dishonest(Component):
+class AdversaryConfig(Component):
     """A kind of dishonest client, and which clients are of it, by id or by share."""
 
     clients: list[int] | None = key(None, "ids of the clients; null: as share says")
@@ -201,7 +201,7 @@ class Recipe:
     teacher: Component | None = key(None, "the large model of standard distillation", kind="module")
     encoder: Component | None = key(None, "frozen public encoder that all sites share", kind="encoder")
     faults: list[Component] = key([], "what goes wrong at clients, on purpose", kind="fault")
-    adversaries: list[Dishonest] = key([], "clients that are dishonest", kind="adversary")
+    adversaries: list[AdversaryConfig] = key([], "clients that are dishonest", kind="adversary")
     local: Fit = key(Fit(), "how clients train on their own data")
     distil: Fit = key(Fit(), "how the server trains the student on public data")
     digest: Fit | None = key(None, "how clients learn from what comes back; null: as distil")

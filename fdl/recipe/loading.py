@@ -20,7 +20,7 @@ from fdl.recipe.config import Fit, Recipe, Scheduler
 from fdl.recipe.overrides import Override, apply
 from fdl.recipe.validate import check, fill
 from fdl.registry.component import Component
-from fdl.registry.instantiate import Checker, instantiate
+from fdl.registry.instantiate import ConfigChecker, instantiate
 from fdl.registry.static_source import SourceModule
 from fdl.utils.suggest import suggest
 
@@ -163,7 +163,7 @@ def _checked(raw: Mapping[str, Any], name: str) -> tuple[Recipe | None, list[tup
     for part in ("student", "teacher"):  # "${specialists.0}" means its model, not who has it
         if isinstance(raw.get(part), str) and isinstance(resolved.get(part), Mapping):
             resolved[part] = {k: v for k, v in resolved[part].items() if k in ("target", "args")}
-    checker = Checker()
+    checker = ConfigChecker()
     tree = check(fill(resolved, Recipe), Recipe, _MODULE, checker)
     broken = {k for k, _ in problems}
     problems += [(k, m) for k, m in checker.problems if not any(k == b or k.startswith(f"{b}.") for b in broken)]

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from fdl.registry.component import Component
-from fdl.registry.instantiate import Checker, describe, show
+from fdl.registry.instantiate import ConfigChecker, describe, show
 from fdl.registry.kinds import KINDS
 from fdl.registry.static_source import Parameter, SourceModule, parse_expression
 from fdl.utils.suggest import suggest
@@ -63,7 +63,9 @@ def defaults(schema: type) -> dict[str, Any]:
     return result
 
 
-def check(tree: Mapping[str, Any], schema: type, module: SourceModule, checker: Checker, prefix: str = "") -> dict:
+def check(
+    tree: Mapping[str, Any], schema: type, module: SourceModule, checker: ConfigChecker, prefix: str = ""
+) -> dict:
     """Check a filled tree and all its components.
 
     Args:
@@ -154,7 +156,7 @@ def keys(schema: type, prefix: str = "") -> list[tuple[str, str, Any, str]]:
 
 
 def _component(
-    value: Any, kind: Any, schema: type, module: SourceModule, checker: Checker, where: str, also: tuple[str, ...]
+    value: Any, kind: Any, schema: type, module: SourceModule, checker: ConfigChecker, where: str, also: tuple[str, ...]
 ) -> Any:
     result = checker.component(value, kind, where, also=also)
     for name in also:
@@ -163,7 +165,7 @@ def _component(
     return result
 
 
-def _leaf(value: Any, field: dataclasses.Field, module: SourceModule, checker: Checker, where: str) -> Any:
+def _leaf(value: Any, field: dataclasses.Field, module: SourceModule, checker: ConfigChecker, where: str) -> Any:
     before = len(checker.problems)
     value = checker.read(value, Parameter(field.name, False, parse_expression(field.type), module), where)
     bounds = field.metadata.get("bounds")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl.errors import UserError
-from fdl.registry.kinds import KINDS, Kind, Target, find, kind_of
+from fdl.registry.kinds import KINDS, Kind, ResolvedTarget, find, kind_of
 from fdl.registry.static_source import Definition, Parameter, SourceModule, ancestors, argument_docs, parse_expression
 from fdl.utils.imports import import_dotted
 from fdl.utils.suggest import suggest
@@ -44,14 +44,14 @@ def instantiate(component: Component | Mapping[str, Any], kind: str, key: str, *
         UserError: naming the key, when the component cannot be found or its constructor refuses the arguments.
     """
     tree = component if isinstance(component, Mapping) else {"target": component.target, "args": component.args}
-    builder = _Builder(supplied)
+    builder = _ConfigBuilder(supplied)
     result = builder.component(tree, KINDS[kind], key)
     if builder.problems:
         raise UserError("\n".join(f"{where}: {message}" for where, message in builder.problems))
     return result
 
 
-class Checker:
+class ConfigChecker:
     """Checks values against annotations and collects every problem.
 
     Attributes:
@@ -101,7 +101,7 @@ class Checker:
             return value
         return self.made(found, kind, key, {**value, "target": target, "args": self.arguments(found, kind, args, key)})
 
-    def arguments(self, found: Target, kind: Kind, args: Mapping[str, Any], key: str) -> dict[str, Any]:
+    def arguments(self, found: ResolvedTarget, kind: Kind, args: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Check the arguments of one component; returns them with the components among them in full form."""
         if found.signature is None:
             return dict(args)
@@ -128,7 +128,7 @@ class Checker:
         """Whether fdl itself will give an argument."""
         return name in kind.supplied
 
-    def made(self, found: Target, kind: Kind, key: str, tree: dict[str, Any]) -> Any:
+    def made(self, found: ResolvedTarget, kind: Kind, key: str, tree: dict[str, Any]) -> Any:
         """What becomes of a component whose parts were read."""
         return tree
 
@@ -221,8 +221,8 @@ class Checker:
         return value
 
 
-class _Builder(Checker):
-    """Reads like `Checker`, and constructs what it has read."""
+class _ConfigBuilder(ConfigChecker):
+    """Reads like `ConfigChecker`, and constructs what it has read."""
 
     def __init__(self, supplied: Mapping[str, Any]):
         super().__init__()
@@ -231,7 +231,7 @@ class _Builder(Checker):
     def has(self, name: str, kind: Kind) -> bool:
         return name in self.supplied
 
-    def made(self, found: Target, kind: Kind, key: str, tree: dict[str, Any]) -> Any:
+    def made(self, found: ResolvedTarget, kind: Kind, key: str, tree: dict[str, Any]) -> Any:
         if self.problems:
             return None
         args = dict(tree["args"])
@@ -264,7 +264,7 @@ _SCALARS = {
 }
 
 
-def _meaning(found: Target, parameter: Parameter) -> str:
+def _meaning(found: ResolvedTarget, parameter: Parameter) -> str:
     """What an argument is, as its type and docstring say."""
     typed = "" if parameter.annotation is None else describe(parameter.annotation)
     said = argument_docs(found.definition).get(parameter.name, "") if found.definition is not None else ""

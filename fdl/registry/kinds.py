@@ -106,7 +106,7 @@ KINDS: dict[str, Kind] = {
             "fdl.knowledge.aggregation.server_optimizers.ServerOptimizer",
             ("fdl.knowledge.aggregation.server_optimizers",),
         ),
-        Kind("robust_rule", "fdl.robust.base.Rule", ("fdl.robust",)),
+        Kind("robust_rule", "fdl.robust.base.RobustRule", ("fdl.robust",)),
         Kind("callback", "fdl.callbacks.base.Callback", ("fdl.callbacks",)),
         Kind("optimizer", "torch.optim.Optimizer", ("torch.optim",), ("params",), ("params",), "step", str.lower),
         Kind(
@@ -123,7 +123,7 @@ KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class PluginInfo:
     """A built-in plug-in, as ``fdl list`` prints it.
 
     Attributes:
@@ -141,14 +141,14 @@ class Entry:
     line: int
 
 
-def entries(kind: Kind) -> list[Entry]:
+def entries(kind: Kind) -> list[PluginInfo]:
     """All built-in plug-ins of a kind, by name."""
     found = []
     for name, path in sorted(short_names(kind).items()):
         definition = lookup(path)
         if isinstance(definition, Definition) and not _missing_in_call(definition, kind):
             node = definition.node
-            found.append(Entry(name, path, definition.summary, definition.module.file, node.lineno))
+            found.append(PluginInfo(name, path, definition.summary, definition.module.file, node.lineno))
     return found
 
 
@@ -189,7 +189,7 @@ def _files(place: str) -> list[SourceModule]:
 
 
 @dataclass(frozen=True)
-class Target:
+class ResolvedTarget:
     """What a recipe's `target` means.
 
     Attributes:
@@ -208,7 +208,7 @@ class Target:
 
 
 @cache
-def find(target: str, kind: Kind, base: str = "") -> Target:
+def find(target: str, kind: Kind, base: str = "") -> ResolvedTarget:
     """Resolve a `target` without importing it, as far as its source tells.
 
     Args:
@@ -240,7 +240,7 @@ def find(target: str, kind: Kind, base: str = "") -> Target:
     if missing := _missing_in_call(found, kind):
         raise UserError(f"{target} cannot be used: its {kind.called}() needs {missing!r}")
     arguments = signature(found)
-    return Target(target, found, arguments if arguments is not None else _inspect(import_dotted(target)))
+    return ResolvedTarget(target, found, arguments if arguments is not None else _inspect(import_dotted(target)))
 
 
 _READERS = {
@@ -293,7 +293,7 @@ def _fits(found: Definition, base: Definition | SourceModule | None) -> bool | N
     return not (isinstance(made, Definition) and made.is_class and derives(made, base) is False)
 
 
-def _import_target(target: str, kind: Kind, base: str) -> Target:
+def _import_target(target: str, kind: Kind, base: str) -> ResolvedTarget:
     """Resolve by import what the source does not tell."""
     _refuse_missing(target)
     found = import_dotted(target)
@@ -301,7 +301,7 @@ def _import_target(target: str, kind: Kind, base: str) -> Target:
         raise UserError(f"{target} is a {type(found).__name__}, expected {kind}")
     if inspect.isclass(found) and not issubclass(found, import_dotted(base)):
         raise UserError(f"{target} is not {kind}: it does not derive from {base}")
-    return Target(target, None, _inspect(found))
+    return ResolvedTarget(target, None, _inspect(found))
 
 
 def _refuse_missing(target: str) -> None:

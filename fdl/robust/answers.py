@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fdl.engine.runtime import seed_everything
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.means import Knowledge, ResponseMean, Space
+from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean, Space
 from fdl.messages import Responses
 from fdl.participants import Server
-from fdl.robust.base import Plain, Rule
+from fdl.robust.base import Plain, RobustRule
 from fdl.robust.parameters import own_samples
-from fdl.robust.votes import BLOCK, Ballot, Votes, capped, report
+from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, capped, log_client_weights
 from fdl.utils.seeding import stream_seed, torch_stream
 
 log = logging.getLogger("fdl")
@@ -37,7 +37,7 @@ class RobustAnswers(ResponseMean):
         weighted: as for the mean.
     """
 
-    def __init__(self, rule: Rule, server: Server, space: Space = "probabilities", weighted: bool | None = None):
+    def __init__(self, rule: RobustRule, server: Server, space: Space = "probabilities", weighted: bool | None = None):
         super().__init__(len(server.proxy), server.num_classes, space, weighted, cap=None)  # the rule has its own
         self._rule, self._server = rule, server
         self._held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -73,14 +73,14 @@ class RobustAnswers(ResponseMean):
         self._held.update(other._held)
         self.clients = len(self._held)
 
-    def result(self) -> Knowledge | None:
+    def result(self) -> AggregatedResponses | None:
         """What is left of the answers; None when nothing is known of any row."""
         if not self._held:
             return None
         clients = sorted(self._held)
         rule = Plain(cap=None) if self._server.runtime.dry else self._rule
         bounded = self.space == "probabilities"
-        ballot = Ballot(clients, self._server, self._votes, cache(self._reference), bounded, memory="answers")
+        ballot = ClientUpdates(clients, self._server, self._votes, cache(self._reference), bounded, memory="answers")
         decision = rule.decide(ballot)
         decided = decision.decided
         if not decided.any():
@@ -90,7 +90,7 @@ class RobustAnswers(ResponseMean):
             )
             return None
         logs = torch.stack([self._log_weights(client) for client in clients]).double()
-        report(ballot, decision, capped(logs, None))
+        log_client_weights(ballot, decision, capped(logs, None))
         values = decision.values
         if bounded:
             values = (values + 1 / self.num_classes).clamp(0, 1)
@@ -103,9 +103,9 @@ class RobustAnswers(ResponseMean):
         weights = decision.weights / decision.weights.sum(0).where(decided, 1.0)
         level = (weights * logs.where(weights > 0, 0.0)).sum(0)
         log_weight = (level + coverage.double().log()).where(decided, -torch.inf)
-        return Knowledge.of(values, self.space, coverage, log_weight)
+        return AggregatedResponses.of(values, self.space, coverage, log_weight)
 
-    def _votes(self, cap: float | None) -> Iterator[Votes]:
+    def _votes(self, cap: float | None) -> Iterator[UpdateBlock]:
         clients = sorted(self._held)
         logs = torch.stack([self._log_weights(client) for client in clients]).double()
         shares, answered = capped(logs, cap), torch.isfinite(logs)
@@ -117,7 +117,7 @@ class RobustAnswers(ResponseMean):
                 held = (self._held[client] for client in clients)
                 yield torch.stack([values[places[rows]] for places, values, _ in held]).double()
 
-            yield Votes(shares[:, rows], answered[:, rows], blocks)
+            yield UpdateBlock(shares[:, rows], answered[:, rows], blocks)
 
     def _log_weights(self, client: int) -> Tensor:
         """Of all rows, float32 [n_rows]; -inf where it did not answer."""

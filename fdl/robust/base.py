@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fdl.knowledge.aggregation.shares import Cap
-from fdl.robust.votes import Ballot, Decision, Votes
+from fdl.robust.votes import Aggregated, ClientUpdates, UpdateBlock
 
 
-class Rule(ABC):
+class RobustRule(ABC):
     """Makes one vector a row of all clients' vectors; holds settings only.
 
     Every client's vector is needed at once, so memory grows with the number of clients, unlike that of a mean.
@@ -43,10 +43,10 @@ class Rule(ABC):
         return self.beside
 
     @abstractmethod
-    def decide(self, ballot: Ballot) -> Decision:
+    def decide(self, ballot: ClientUpdates) -> Aggregated:
         """Make up one vector for every row."""
 
-    def rows(self, ballot: Ballot, combine: Callable[[Votes], tuple[Tensor, Tensor]]) -> Decision:
+    def rows(self, ballot: ClientUpdates, combine: Callable[[UpdateBlock], tuple[Tensor, Tensor]]) -> Aggregated:
         """Put together what is made of blocks of rows, without those that too few clients say something of.
 
         Args:
@@ -59,37 +59,37 @@ class Rule(ABC):
             enough = votes.counts >= self.least
             values.append(torch.where(enough.unsqueeze(1), combined, 0.0))
             weights.append(torch.where(enough, weighed, 0.0))
-        return Decision(torch.cat(values), torch.cat(weights, dim=1))
+        return Aggregated(torch.cat(values), torch.cat(weights, dim=1))
 
 
-class RowRule(Rule):
+class RowRule(RobustRule):
     """A rule for which every row stands by itself."""
 
-    def decide(self, ballot: Ballot) -> Decision:
+    def decide(self, ballot: ClientUpdates) -> Aggregated:
         """Combine all rows."""
         return self.rows(ballot, self.combine)
 
     @abstractmethod
-    def combine(self, votes: Votes) -> tuple[Tensor, Tensor]:
+    def combine(self, votes: UpdateBlock) -> tuple[Tensor, Tensor]:
         """Values [R, D] and weights [n, R] of some rows."""
 
 
 class WeighingRule(RowRule):
     """A rule that multiplies each client's vector by a number."""
 
-    def combine(self, votes: Votes) -> tuple[Tensor, Tensor]:
+    def combine(self, votes: UpdateBlock) -> tuple[Tensor, Tensor]:
         """The sum of vectors, each times its coefficient."""
         coefficients = self.coefficients(votes)
         return votes.total(coefficients), coefficients
 
     @abstractmethod
-    def coefficients(self, votes: Votes) -> Tensor:
+    def coefficients(self, votes: UpdateBlock) -> Tensor:
         """What to multiply by, float64 [n, R], ≥ 0."""
 
 
 class Plain(WeighingRule):
     """No rule: the mean by shares, for a rehearsal, in which nobody has learnt anything."""
 
-    def coefficients(self, votes: Votes) -> Tensor:
+    def coefficients(self, votes: UpdateBlock) -> Tensor:
         """The shares."""
         return votes.shares

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fdl.errors import UserError
 from fdl.robust.base import RowRule
-from fdl.robust.votes import Votes
+from fdl.robust.votes import UpdateBlock
 
 _TINY = torch.finfo(torch.float64).tiny
 _WINDOW = 1e-6
@@ -34,7 +34,7 @@ class TrimmedMean(RowRule):
             raise UserError(f"beta must be in [0, 0.5), got {beta}")
         self.beta = beta
 
-    def combine(self, votes: Votes) -> tuple[Tensor, Tensor]:
+    def combine(self, votes: UpdateBlock) -> tuple[Tensor, Tensor]:
         """Sort each coordinate's values over clients and average those within the window of their summed weights."""
         values, kept, columns = [], torch.zeros_like(votes.shares), 0
         for x in votes.blocks():

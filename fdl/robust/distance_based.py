@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fdl.errors import UserError
 from fdl.robust.base import WeighingRule
-from fdl.robust.votes import Votes
+from fdl.robust.votes import UpdateBlock
 from fdl.utils.arguments import at_least, positive
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -35,7 +35,7 @@ class GeometricMedian(WeighingRule):
         super().__init__(cap)
         self.iterations, self.tolerance = at_least("iterations", iterations, 1), positive("tolerance", tolerance)
 
-    def coefficients(self, votes: Votes) -> Tensor:
+    def coefficients(self, votes: UpdateBlock) -> Tensor:
         """Shares over distances to the median, normalised, found by iteration; no vector but only distances is needed.
 
         The squared distance of x_i to Σ a_j x_j with Σ a_j = 1 is Σ_j a_j d²_ij − ½ Σ_jk a_j a_k d²_jk. It begins
@@ -85,7 +85,7 @@ class MultiKrum(WeighingRule):
         """2 f + 3."""
         return self.per_liar * self.f + self.beside
 
-    def coefficients(self, votes: Votes) -> Tensor:
+    def coefficients(self, votes: UpdateBlock) -> Tensor:
         """Shares of those that are kept, normalised; of equal scores the client with the smaller id comes first."""
         present, count = votes.answered.T, votes.counts.unsqueeze(1)
         others = present.unsqueeze(1) & present.unsqueeze(2) & ~torch.eye(present.shape[1], dtype=torch.bool)
@@ -133,7 +133,7 @@ class Cronus(WeighingRule):
             raise UserError(f"epsilon must be in (0, 0.5), got {epsilon}")
         self.epsilon = epsilon
 
-    def coefficients(self, votes: Votes) -> Tensor:
+    def coefficients(self, votes: UpdateBlock) -> Tensor:
         """Shares of those that are left, normalised."""
         weights, present = votes.shares.T, votes.answered.T
         drop = torch.ceil(votes.counts * self.epsilon / 2 - 1e-9).long()
@@ -163,7 +163,7 @@ class NormClipping(WeighingRule):
         super().__init__(cap)
         self.limit = None if limit is None else positive("limit", limit)
 
-    def coefficients(self, votes: Votes) -> Tensor:
+    def coefficients(self, votes: UpdateBlock) -> Tensor:
         """Shares times min(1, limit over length)."""
         limit = self.limit
         if limit is None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.robust.base import Plain, Rule
+from fdl.robust.base import Plain, RobustRule
 from fdl.robust.distance_based import GeometricMedian
-from fdl.robust.votes import Ballot, Decision
+from fdl.robust.votes import Aggregated, ClientUpdates
 from fdl.utils.arguments import not_negative, one_of, positive
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -18,7 +18,7 @@ _NEAR = 1e-6
 """Distance that is none: clients that say the same to the last bit but one do not differ."""
 
 
-class ExpGuard(Rule):
+class ExpGuard(RobustRule):
     """The mean, or a rule, with weights that shrink with a client's distance from what that rule makes of a round.
 
     Roux et al., "On the Byzantine-Resilience of Distillation-Based Federated Learning", 2024: w_i ← w_i exp(−η o_i),
@@ -43,7 +43,7 @@ class ExpGuard(Rule):
 
     def __init__(
         self,
-        rule: Rule | None = None,
+        rule: RobustRule | None = None,
         result: Literal["mean", "rule"] = "mean",
         eta: float = 2.0,
         tolerance: float = 1.5,
@@ -63,15 +63,15 @@ class ExpGuard(Rule):
         """As many as the inner rule needs."""
         return self.rule.least
 
-    def decide(self, ballot: Ballot) -> Decision:
+    def decide(self, ballot: ClientUpdates) -> Aggregated:
         """Measure distances from the inner rule's result, update the weights, decide by them."""
         inner = self.rule.decide(ballot)
         if not inner.decided.any():
             return inner
         last = self.last.decide(ballot.reweighted(self._remember(ballot, self._distances(ballot, inner))))
-        return Decision(last.values, last.weights.where(inner.decided, 0.0))
+        return Aggregated(last.values, last.weights.where(inner.decided, 0.0))
 
-    def _distances(self, ballot: Ballot, inner: Decision) -> Tensor:
+    def _distances(self, ballot: ClientUpdates, inner: Aggregated) -> Tensor:
         """Every client's distance from the inner result, averaged over decided rows by its claims on them, [n]."""
         total, weight = (torch.zeros(len(ballot.clients), dtype=torch.float64) for _ in range(2))
         row = 0
@@ -87,7 +87,7 @@ class ExpGuard(Rule):
             row = rows.stop
         return total / weight.clamp_min(_TINY)
 
-    def _remember(self, ballot: Ballot, distances: Tensor) -> Tensor:
+    def _remember(self, ballot: ClientUpdates, distances: Tensor) -> Tensor:
         """Update the weights in the server's state; returns those of the round's clients, [n]."""
         state = ballot.server.state
         before = state.get("robust", {}).get(ballot.memory, {})

@@ -14,9 +14,9 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Parameters
 from fdl.participants import Server
-from fdl.robust.base import Plain, Rule
-from fdl.robust.votes import BLOCK, Ballot, Votes, report
-from fdl.state.weights import load_into, state_of
+from fdl.robust.base import Plain, RobustRule
+from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, log_client_weights
+from fdl.state.weights import load_into, module_state
 
 log = logging.getLogger("fdl")
 
@@ -38,7 +38,7 @@ class RobustParameters:
 
     def __init__(
         self,
-        rule: Rule,
+        rule: RobustRule,
         server: Server,
         like: Mapping[str, Tensor],
         architecture: str = "student",
@@ -67,7 +67,7 @@ class RobustParameters:
         clients = sorted(self._held)
         rule = Plain() if self._server.runtime.dry else self._rule
         memory = self._what or "parameters"
-        ballot = Ballot(clients, self._server, self._votes, cache(self._reference), False, memory)
+        ballot = ClientUpdates(clients, self._server, self._votes, cache(self._reference), False, memory)
         decision = rule.decide(ballot)
         if not decision.decided.any():
             reason = "none of the clients is trusted"
@@ -75,7 +75,9 @@ class RobustParameters:
                 reason = f"it needs {rule.least} uploads and got {len(clients)}"
             log.warning("round %d: robust rule %s changes nothing: %s", self._server.round, rule.name, reason)
             return None
-        report(ballot, decision, torch.full((len(clients), 1), 1 / len(clients), dtype=torch.float64), self._what)
+        log_client_weights(
+            ballot, decision, torch.full((len(clients), 1), 1 / len(clients), dtype=torch.float64), self._what
+        )
         moved = self._layout.named(decision.values[0] + self._vector(self._origin).double())
         kept = {
             name: torch.stack([self._held[client][1][name] for client in clients]).long().median(0).values
@@ -84,7 +86,7 @@ class RobustParameters:
         }
         return {name: (moved | kept)[name].to(like.dtype) for name, like in self._origin.items()}
 
-    def _votes(self, cap: float | None) -> Iterator[Votes]:
+    def _votes(self, cap: float | None) -> Iterator[UpdateBlock]:
         """One row; confidence does not exist here, so there is no share to cap."""
         vectors = [self._held[client][0] for client in sorted(self._held)]
         origin, count = self._vector(self._origin).double(), len(vectors)
@@ -96,20 +98,20 @@ class RobustParameters:
                 yield torch.stack([vector[here].double() - origin[here] for vector in vectors]).unsqueeze(1)
 
         shares = torch.full((count, 1), 1 / count, dtype=torch.float64)
-        yield Votes(shares, torch.ones_like(shares, dtype=torch.bool), blocks)
+        yield UpdateBlock(shares, torch.ones_like(shares, dtype=torch.bool), blocks)
 
     def _reference(self) -> Tensor:
         """The displacement that the server's own labelled samples give."""
         server, runtime = self._server, self._server.runtime
         whole = dict(self._origin.items())
         if self._architecture == "student":  # what is not sent, as the server has it
-            whole = {**state_of(server.student), **whole}
+            whole = {**module_state(server.student), **whole}
         module = runtime.template(self._architecture)
         load_into(module, whole)
         runtime.hold(self._architecture, None)
         name = f"robust/{self._what}/server" if self._what else "robust/server"
         server.fit(module, own_samples(server), server.local, name=name)
-        return (self._vector(state_of(module)).double() - self._vector(self._origin).double()).unsqueeze(0)
+        return (self._vector(module_state(module)).double() - self._vector(self._origin).double()).unsqueeze(0)
 
     def _vector(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """All floating-point numbers in one vector."""

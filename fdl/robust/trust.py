@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.robust.base import Rule
+from fdl.robust.base import RobustRule
 from fdl.robust.distance_based import GeometricMedian
-from fdl.robust.votes import Ballot, Decision, Votes
+from fdl.robust.votes import Aggregated, ClientUpdates, UpdateBlock
 from fdl.utils.arguments import one_of
 
 _TINY = torch.finfo(torch.float64).tiny
 
 
-class FLTrust(Rule):
+class FLTrust(RobustRule):
     """A client counts by how far it points in the direction of the server's own vector: relu(cos(g_i, g_0)).
 
     Cao et al., "FLTrust", 2021. In the space of parameters g_0 is what the `local` settings make of the global model on
@@ -45,18 +45,18 @@ class FLTrust(Rule):
         self.floor = least
         self.judge = one_of("judge", judge, ("server", "peers"))
 
-    def decide(self, ballot: Ballot) -> Decision:
+    def decide(self, ballot: ClientUpdates) -> Aggregated:
         """Measure every client over all rows, then average by shares times trust."""
         trust, scale = self._trust(ballot)
 
-        def combine(votes: Votes) -> tuple[Tensor, Tensor]:
+        def combine(votes: UpdateBlock) -> tuple[Tensor, Tensor]:
             weights = votes.shares * trust.unsqueeze(1)
             weights = weights / weights.sum(0).clamp_min(_TINY)
             return votes.total(weights * scale.unsqueeze(1)), weights
 
         return self.rows(ballot, combine)
 
-    def _trust(self, ballot: Ballot) -> tuple[Tensor, Tensor]:
+    def _trust(self, ballot: ClientUpdates) -> tuple[Tensor, Tensor]:
         """The positive cosines, and what brings each client's vector to the server's length, both [n]."""
         wanted = ballot.reference() if self.judge == "server" else GeometricMedian().decide(ballot).values
         inner, own, ours = (torch.zeros(len(ballot.clients), dtype=torch.float64) for _ in range(3))

@@ -32,7 +32,7 @@ _SURE = 0.75
 
 
 @dataclass(frozen=True, eq=False)
-class Votes:
+class UpdateBlock:
     """Vectors of n clients for some rows.
 
     Attributes:
@@ -91,7 +91,7 @@ class Votes:
 
 
 @dataclass(frozen=True, eq=False)
-class Ballot:
+class ClientUpdates:
     """All that a round's clients say, one Votes after the other.
 
     Attributes:
@@ -105,26 +105,26 @@ class Ballot:
 
     clients: Sequence[int]
     server: Server
-    votes: Callable[[float | None], Iterator[Votes]]
+    votes: Callable[[float | None], Iterator[UpdateBlock]]
     reference: Callable[[], Tensor]
     bounded: bool
     memory: str
 
-    def reweighted(self, factors: Tensor) -> Ballot:
+    def reweighted(self, factors: Tensor) -> ClientUpdates:
         """The same, each client's shares times its factor, [n]; those with 0 say nothing."""
 
-        def votes(cap: float | None) -> Iterator[Votes]:
+        def votes(cap: float | None) -> Iterator[UpdateBlock]:
             for one in self.votes(cap):
                 shares = one.shares * factors.unsqueeze(1)
                 shares = shares / shares.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
                 heard = one.answered & (factors > 0).unsqueeze(1)
-                yield Votes(shares, heard, _masked(one.blocks, heard))
+                yield UpdateBlock(shares, heard, _masked(one.blocks, heard))
 
         return replace(self, votes=votes)
 
 
 @dataclass(frozen=True, eq=False)
-class Decision:
+class Aggregated:
     """What a rule makes of a ballot.
 
     Attributes:
@@ -162,7 +162,7 @@ def capped(log_weights: Tensor, cap: float | None) -> Tensor:
     return torch.softmax(log_weights.masked_fill(~answered.any(0), 0.0), dim=0).masked_fill(~answered, 0.0)
 
 
-def report(ballot: Ballot, decision: Decision, plain: Tensor, what: str = "") -> None:
+def log_client_weights(ballot: ClientUpdates, decision: Aggregated, plain: Tensor, what: str = "") -> None:
     """Log each client's share in the plain mean, by what the rule multiplies it, and how many are suppressed.
 
     Args:

@@ -119,12 +119,12 @@ def _way(run: Run, overwrite: bool = False) -> tuple[bool, bool]:
     """
     resume = runs.has_checkpoint(run.folder)
     try:
-        runs.refuse(run.recipe, run.folder, resume)
+        runs.check_can_run(run.recipe, run.folder, resume)
     except UserError:
         if not resume:
             raise
         # of another recipe: no loss where it has not finished a round
-        runs.refuse(run.recipe, run.folder, overwrite=overwrite)
+        runs.check_can_run(run.recipe, run.folder, overwrite=overwrite)
         return False, overwrite
     return resume, False
 

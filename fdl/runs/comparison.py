@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fdl.metrics.federation import (
+    bytes_by_round,
     equity,
     knowledge_transfer_efficiency,
+    metric_by_round,
     paired_difference,
     recovered_gap,
     rounds_to_target,
-    series,
-    traffic,
 )
 
 TARGETS = (95, 98)
@@ -228,7 +228,7 @@ def _bytes(summary: Mapping[str, Any], reached: Mapping[int, int | None]) -> dic
     sent = summary["communication"]
     setup, delivery = sent["setup_bytes"], sent.get("student_delivery_bytes")
     around = None if delivery is None else setup + delivery  # runs of earlier versions did not count the delivery
-    total, by_round = sent["upload_bytes"] + sent["download_bytes"], traffic(summary.get("history", ()))
+    total, by_round = sent["upload_bytes"] + sent["download_bytes"], bytes_by_round(summary.get("history", ()))
     found: dict[str, float | None] = {
         "bytes_to_best": _traffic(summary["best"]["communication"]),
         "bytes_total": total,
@@ -256,7 +256,7 @@ def _target_rounds(
     goal, zero = _last(central, f"student/test/{score}"), _last(alone, f"specialists/test/{score}")
     if goal is None or (zero is None and not higher):
         return dict.fromkeys(TARGETS)
-    found = series(summary.get("history", ()), f"student/test/{score}")
+    found = metric_by_round(summary.get("history", ()), f"student/test/{score}")
     history = {round: value if higher else -value for round, value in found.items() if _finite(value) is not None}
     levels = {target: target / 100 * goal if higher else -(zero + target / 100 * (goal - zero)) for target in TARGETS}
     return {target: rounds_to_target(history, level, window=1) for target, level in levels.items()}

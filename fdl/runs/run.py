@@ -18,18 +18,28 @@ from fdl.engine.distributed.launch_environment import is_follower, started_by_ot
 from fdl.errors import UserError
 from fdl.recipe.config import Recipe
 from fdl.recipe.validate import fill
-from fdl.runs.run_keys import FREE, MEASURED, changes, places, told, within
+from fdl.runs.run_keys import MEASURED, RESUMABLE_KEYS, changes, places, told, within
 from fdl.state import run_folder
 from fdl.state.run_folder import CHECKPOINTS, RECIPE, SUMMARY
 from fdl.utils.files import write_atomically
-from fdl.utils.interrupts import Interrupted, Interrupts
+from fdl.utils.interrupts import GracefulShutdown, Interrupted
 from fdl.utils.locks import FolderLock, is_locked, require_unlocked
 from fdl.utils.paths import expanded
 
 if TYPE_CHECKING:
     from fdl.loop import FederatedLoop
 
-__all__ = ["CHECKPOINTS", "FREE", "RECIPE", "SUMMARY", "changes", "fit", "has_checkpoint", "is_complete", "refuse"]
+__all__ = [
+    "CHECKPOINTS",
+    "RECIPE",
+    "RESUMABLE_KEYS",
+    "SUMMARY",
+    "changes",
+    "check_can_run",
+    "fit",
+    "has_checkpoint",
+    "is_complete",
+]
 
 
 _NO_RECIPE = "holds checkpoints of a run without its recipe"
@@ -58,17 +68,17 @@ def fit(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: boo
     if is_follower():
         # a process that ended here alone would leave the others waiting, unless all see the same
         if started_by_others() and not is_locked(folder):
-            refuse(recipe, folder, resume, overwrite)
-        with Interrupts(at_once=True):
+            check_can_run(recipe, folder, resume, overwrite)
+        with GracefulShutdown(at_once=True):
             return _run(recipe, folder, resume)
     if not run_folder.needs_recovery(folder):
         require_unlocked(folder)
-        refuse(recipe, folder, resume, overwrite)
+        check_can_run(recipe, folder, resume, overwrite)
         if resume and is_complete(recipe, folder):
             return read_summary(folder)
-    with Interrupts(at_once=True), FolderLock(folder):
+    with GracefulShutdown(at_once=True), FolderLock(folder):
         run_folder.recover(folder)
-        refuse(recipe, folder, resume, overwrite)  # again: now nobody else can change what is there
+        check_can_run(recipe, folder, resume, overwrite)  # again: now nobody else can change what is there
         if resume and is_complete(recipe, folder):
             return read_summary(folder)
         return _run(recipe, folder, resume)
@@ -166,13 +176,13 @@ def foreseen(recipe: Recipe, folder: Path) -> str:
     """Why `fit` would not run a recipe in a folder as things are, in the words in which it would say so; or empty."""
     try:
         require_unlocked(folder)
-        refuse(recipe, folder)
+        check_can_run(recipe, folder)
     except UserError as error:
         return str(error)
     return ""
 
 
-def refuse(recipe: Recipe, folder: Path, resume: bool = False, overwrite: bool = False) -> None:
+def check_can_run(recipe: Recipe, folder: Path, resume: bool = False, overwrite: bool = False) -> None:
     """Raise when a recipe must not run in a folder, saying what is there and what can be done.
 
     Args:
@@ -212,7 +222,7 @@ def _refuse_to_resume(recipe: Recipe, folder: Path) -> None:
             f"{folder}: cannot resume, the recipe has changed since the run began:\n"
             f"{told(stored, now, blocking)}\n"
             "Undo this, or start a new run with another --output-dir. "
-            f"What may change: more federation.rounds, where the data lie, {', '.join((*FREE, *MEASURED))}"
+            f"What may change: more federation.rounds, where the data lie, {', '.join((*RESUMABLE_KEYS, *MEASURED))}"
         )
     if measured and (folder / SUMMARY).exists() and not _grown(stored, recipe, changed):
         raise UserError(

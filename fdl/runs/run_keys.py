@@ -8,7 +8,7 @@ from typing import Any
 
 from fdl.recipe.loading import difference
 
-FREE = (
+RESUMABLE_KEYS = (
     "name",
     "output",
     "callbacks",
@@ -43,7 +43,7 @@ _PLACES = {"path", "paths", "root", "folder", "file"}
 
 def changes(stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
     """Keys, dotted, that make two recipes different experiments, as far as the recipes alone can tell."""
-    return [key for key in difference(stored, recipe) if not within(key, FREE)]
+    return [key for key in difference(stored, recipe) if not within(key, RESUMABLE_KEYS)]
 
 
 def within(key: str, sections: Iterable[str]) -> bool:

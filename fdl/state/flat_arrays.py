@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 
-class Arrays(Mapping[str, np.ndarray]):
+class FlatArrays(Mapping[str, np.ndarray]):
     """Named float32 arrays that fill one buffer in order; views of it are made when somebody asks for one.
 
     Args:

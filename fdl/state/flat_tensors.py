@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdl.state.flat_arrays import Arrays
+from fdl.state.flat_arrays import FlatArrays
 
 
-class Pieces(Mapping[str, Tensor]):
+class FlatTensors(Mapping[str, Tensor]):
     """Named tensors that fill one vector in order; views of it are made when somebody asks for one.
 
     Args:
@@ -41,8 +41,8 @@ class Pieces(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Pieces:
-        return Pieces(self.whole.clone(), self.shapes)
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatTensors:
+        return FlatTensors(self.whole.clone(), self.shapes)
 
     @cached_property
     def form(self) -> tuple:
@@ -50,14 +50,14 @@ class Pieces(Mapping[str, Tensor]):
         return tuple(self.shapes.items())
 
     @cached_property
-    def arrays(self) -> Arrays | None:
+    def arrays(self) -> FlatArrays | None:
         """The same memory as numpy sees it; None where that is not float32 numbers of the host."""
         if self.whole.device.type != "cpu" or self.whole.dtype is not torch.float32:
             return None
-        return Arrays(self.whole.numpy(), self.shapes)
+        return FlatArrays(self.whole.numpy(), self.shapes)
 
     @classmethod
-    def of(cls, arrays: Arrays) -> Pieces:
+    def of(cls, arrays: FlatArrays) -> FlatTensors:
         """Arrays as tensors that share their memory."""
         return cls(torch.from_numpy(arrays.whole), arrays.shapes)
 
@@ -66,7 +66,7 @@ class Pieces(Mapping[str, Tensor]):
         return self._views.items()
 
 
-def as_one(tensors: Iterable[Tensor]) -> Tensor | None:
+def flat_view(tensors: Iterable[Tensor]) -> Tensor | None:
     """All tensors as one vector, without a copy, where they lie side by side in one storage, as decoded ones do.
 
     Small models consist of small tensors, for which calling an operation costs more than the operation itself.
@@ -92,7 +92,7 @@ def as_one(tensors: Iterable[Tensor]) -> Tensor | None:
     return first.as_strided((size,), (1,))
 
 
-def lay_side_by_side(module: nn.Module) -> Pieces | None:
+def lay_side_by_side(module: nn.Module) -> FlatTensors | None:
     """Move a module's parameters and buffers into one vector, in the order of its state; values stay as they are.
 
     Args:
@@ -115,7 +115,7 @@ def lay_side_by_side(module: nn.Module) -> Pieces | None:
     if len(kinds) > 1 or not own[0].is_floating_point() or not alone or not all(t.is_contiguous() for t in own):
         return None
     whole = torch.cat([tensor.detach().reshape(-1) for tensor in own])
-    state = Pieces(whole, {name: tuple(named[name].shape) for name in names})
+    state = FlatTensors(whole, {name: tuple(named[name].shape) for name in names})
     for name, view in state.items():
         named[name].data = view
     return state

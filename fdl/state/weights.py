@@ -15,23 +15,23 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from fdl.state.flat_tensors import Pieces, lay_side_by_side
+from fdl.state.flat_tensors import FlatTensors, lay_side_by_side
 from fdl.state.shards import local, part_for, to_host
 
 _PINNED: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
-_LAID: WeakKeyDictionary[nn.Module, Pieces] = WeakKeyDictionary()
+_LAID: WeakKeyDictionary[nn.Module, FlatTensors] = WeakKeyDictionary()
 _PINNED_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 _IN_PARTS: WeakSet[nn.Module] = WeakSet()
 
 
 def state_bytes(module: nn.Module) -> int:
-    """Return how many bytes `state_of` has, of the whole module where it is spread over ranks, without gathering it."""
+    """Return how many bytes `module_state` has, of the whole module where ranks share it, without gathering it."""
     kept = set(module.state_dict()) - set(getattr(module, "frozen", ()))
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}  # tied ones once
     return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name in kept)
 
 
-def state_of(module: nn.Module) -> Mapping[str, Tensor]:
+def module_state(module: nn.Module) -> Mapping[str, Tensor]:
     """Return a module's parameters and persistent buffers by name.
 
     Left out is what the module itself calls `frozen` (names in its state that come from public weights and never
@@ -73,13 +73,13 @@ def pin(module: nn.Module) -> None:
     _PINNED.pop(module, None)
     laid = None if getattr(module, "frozen", ()) else lay_side_by_side(module)
     if laid is None:
-        _PINNED[module] = state_of(module)
+        _PINNED[module] = module_state(module)
     else:
         _LAID[module] = laid
     _PINNED_PARAMETERS[module] = list(module.parameters())
 
 
-def pin_to(module: nn.Module, state: Pieces) -> None:
+def pin_to(module: nn.Module, state: FlatTensors) -> None:
     """As `pin`, for a module whose tensors lie side by side already.
 
     Args:
@@ -116,16 +116,16 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         module: filled.
-        tensors: exactly the names of `state_of`, with the same shapes.
+        tensors: exactly the names of `module_state`, with the same shapes.
 
     Raises:
         ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other not.
     """
     laid = _LAID.get(module)
-    if laid is not None and isinstance(tensors, Pieces) and laid.form == tensors.form:
+    if laid is not None and isinstance(tensors, FlatTensors) and laid.form == tensors.form:
         laid.whole.copy_(tensors.whole.detach())
         return
-    own = _PINNED[module] if module in _IN_PARTS else state_of(module)
+    own = _PINNED[module] if module in _IN_PARTS else module_state(module)
     tensors = dict(tensors.items())
     if own.keys() != tensors.keys():
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())

@@ -32,7 +32,7 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.number
 
 
-class Interrupts:
+class GracefulShutdown:
     """Within this context the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP is a request, honoured at the end of the round.
 
     A second Ctrl-C or SIGTERM stops at once; the last checkpoint then is that of an earlier round. Signals that this
@@ -52,7 +52,7 @@ class Interrupts:
         self._seen: set[int] = set()
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is threading.main_thread():
             for number in _ASKING:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: somebody's that Python cannot see

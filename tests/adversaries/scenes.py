@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fdl.adversaries.base import Scene
-from fdl.messages import Confidences, Parameters, Responses
+from fdl.adversaries.base import AttackContext
+from fdl.messages import Parameters, QuantizedLogWeights, Responses
 from fdl.utils.seeding import torch_stream
 
 
@@ -24,7 +24,7 @@ class Player:
 
 
 def answers(rows, form="probabilities", at=None, weights=None, samples=5):
-    sure = None if weights is None else Confidences.quantize(torch.tensor(weights))
+    sure = None if weights is None else QuantizedLogWeights.quantize(torch.tensor(weights))
     places = None if at is None else torch.tensor(at)
     return Responses(torch.tensor(rows), form, places, sure, samples)
 
@@ -37,7 +37,7 @@ def weights(*values, samples=5):
 
 def scene(own, honest=(), download=None, heard=None, hostile=1, client=None, **more):
     count = heard or len(honest) + hostile
-    return Scene(client or Player(), own, download, honest, heard=count, hostile=hostile, **more)
+    return AttackContext(client or Player(), own, download, honest, heard=count, hostile=hostile, **more)
 
 
 def flat(message):

@@ -10,7 +10,7 @@ from fdl.adversaries.answers import ClassConfusion, FixedClass, HiddenReplay, Le
 from fdl.adversaries.free_riders import FreeRider, Sybil
 from fdl.adversaries.parameters import ALittleIsEnough, GaussianNoise, InnerProduct, SignFlip, largest_z
 from fdl.errors import UserError
-from fdl.messages import Bundle, Features, Parameters, Prototypes, Responses, Standing, parts_of
+from fdl.messages import Bundle, Features, Parameters, Prototypes, Responses, UploadStatus, parts_of
 from tests.adversaries.scenes import Player, answers, flat, scene, weights
 
 ONE = [[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]]
@@ -171,7 +171,7 @@ def test_other_parts_of_a_bundle_stay_and_what_cannot_be_attacked_is_refused():
     prototypes = Prototypes(torch.ones(1, 2), torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(UserError, match="prototypes"):
         SignFlip().attack(scene(prototypes))
-    standing = Standing(2)
+    standing = UploadStatus(2)
     assert SignFlip().attack(scene(standing)) is standing
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fdl.adversaries.answers import FixedClass, LeastLikely, RandomClass
-from fdl.adversaries.base import Scene
-from fdl.adversaries.coalition import Adversaries, Coalition, chosen, recruit
+from fdl.adversaries.base import AttackContext
+from fdl.adversaries.coalition import Adversaries, AdversaryGroup, chosen, recruit
 from fdl.adversaries.data import LabelFlip
 from fdl.adversaries.free_riders import FreeRider, Sybil
 from fdl.adversaries.parameters import ALittleIsEnough, GaussianNoise, SignFlip
@@ -14,7 +14,7 @@ from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedproto import FedProto
 from fdl.methods.single_site import SingleSite
-from fdl.recipe.config import Dishonest
+from fdl.recipe.config import AdversaryConfig
 from tests.adversaries.scenes import Player, answers, flat, weights
 from tests.test_loop import Crash, outcome
 from tests.toy import federation, weight
@@ -95,7 +95,7 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, method, adversary):
 
 
 def test_what_is_seen_of_a_round():
-    seen: dict[int, Scene] = {}
+    seen: dict[int, AttackContext] = {}
 
     class Spy(LeastLikely):
         def attack(self, scene):
@@ -106,9 +106,9 @@ def test_what_is_seen_of_a_round():
     uploads = {i: answers([[0.1 * i, 1 - 0.1 * i]]) for i in range(5)}
     both = Adversaries(
         [
-            Coalition(Spy(), {i: players[i] for i in (3, 4)}),
-            Coalition(FixedClass(), {0: players[0]}),
-            Coalition(FixedClass(), {1: players[1]}, start=9),
+            AdversaryGroup(Spy(), {i: players[i] for i in (3, 4)}),
+            AdversaryGroup(FixedClass(), {0: players[0]}),
+            AdversaryGroup(FixedClass(), {1: players[1]}, start=9),
         ]
     )
     turns = [(players[i], uploads[i] if i % 2 else None) for i in (4, 0, 2, 1, 3)]
@@ -135,12 +135,12 @@ def test_who_sees_nobody_does_not_hold_the_round():
             asked.append(player.id)
             yield player, weights(1.0, 2.0, 3.0)
 
-    adversaries = Adversaries([Coalition(SignFlip(), {1: players[1]})])
+    adversaries = Adversaries([AdversaryGroup(SignFlip(), {1: players[1]})])
     stream = adversaries(1, turns())
     next(stream)
     assert asked == [0]
     assert flat(next(stream)[1]) == [-1.0, -2.0, -3.0]
-    held = Adversaries([Coalition(Sybil(), {1: players[1]})])(1, turns())
+    held = Adversaries([AdversaryGroup(Sybil(), {1: players[1]})])(1, turns())
     next(held)
     assert asked == [0, 1, 0, 1, 2]
 
@@ -148,18 +148,20 @@ def test_who_sees_nobody_does_not_hold_the_round():
 def test_sybils_on_two_ranks_send_the_same():
     players = {i: Player(i) for i in range(3)}
     uploads = {i: weights(*(1.0 * i + j for j in range(3))) for i in range(3)}
-    adversaries = Adversaries([Coalition(Sybil(GaussianNoise()), {i: players[i] for i in (0, 2)})])
+    adversaries = Adversaries([AdversaryGroup(Sybil(GaussianNoise()), {i: players[i] for i in (0, 2)})])
     whole = [flat(m) for _, m in adversaries(1, [(players[i], uploads[i]) for i in range(3)])]
     apart = [flat(m) for i in range(3) for _, m in adversaries(1, [(players[i], uploads[i])], lambda _: uploads)]
     assert whole == apart and whole[0] == whole[2] != whole[1]
 
 
 def test_larger_shares_have_the_clients_of_smaller_ones():
-    few, some = (set(chosen([Dishonest("lma", share=share)], 20, seed=3)[0]) for share in (0.2, 0.4))
+    few, some = (set(chosen([AdversaryConfig("lma", share=share)], 20, seed=3)[0]) for share in (0.2, 0.4))
     assert few < some and (len(few), len(some)) == (4, 8)
-    assert chosen([Dishonest("lma", share=0.2)], 20, 4)[0] != sorted(few)
+    assert chosen([AdversaryConfig("lma", share=0.2)], 20, 4)[0] != sorted(few)
     named, drawn, more = chosen(
-        [Dishonest("lma", clients=[7, 2]), Dishonest("cpa", share=0.5), Dishonest("hips", share=0.3)], 10, seed=0
+        [AdversaryConfig("lma", clients=[7, 2]), AdversaryConfig("cpa", share=0.5), AdversaryConfig("hips", share=0.3)],
+        10,
+        seed=0,
     )
     assert named == [2, 7] and (len(drawn), len(more)) == (5, 3)
     assert sorted(named + drawn + more) == list(range(10))
@@ -180,7 +182,7 @@ def test_what_cannot_work_is_refused_before_the_run(tmp_path):
 
 def test_an_upload_that_cannot_be_attacked_is_the_users_mistake(tmp_path):
     loop = federation(FedAvg(), tmp_path)
-    loop.adversaries = Adversaries([Coalition(RandomClass(), {1: loop.clients[1]})])
+    loop.adversaries = Adversaries([AdversaryGroup(RandomClass(), {1: loop.clients[1]})])
     with pytest.raises(UserError, match="client 1 in round 1: random attacks responses"):
         loop.run()
 

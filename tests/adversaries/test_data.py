@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fdl.adversaries.data import Backdoor, LabelFlip, Triggered
-from fdl.datamodules.arrivals import ClassIncremental, Incoming
+from fdl.datamodules.arrivals import ClassIncremental, ScheduledSamples
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import RecipeError, UserError
 from fdl.evaluators.backdoor import BackdoorSuccess
@@ -76,7 +76,7 @@ def test_data_are_poisoned_from_a_round_on_whatever_arrives(tmp_path):
     client = loop.clients[1]
     arrival = ClassIncremental(stages=2, rounds=2, keep=True)
     pool = TensorSamples(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
-    client.arrival, client._train = arrival, Incoming(pool, np.array([0, 0, 1, 1]), arrival)
+    client.arrival, client._train = arrival, ScheduledSamples(pool, np.array([0, 0, 1, 1]), arrival)
     client.arrive()
     client.cache["density"] = "of honest data"
     client.corrupt, client.corrupt_from = lambda samples, purpose: LabelFlipped(samples), 2

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from fdl.attacks.audit import audit, judge
-from fdl.attacks.base import Attack, Curve, Findings, Subject
+from fdl.attacks.base import Attack, AttackResult, AttackTarget, MembershipScores
 from fdl.cli import main as cli
 from fdl.errors import UserError
 from fdl.runs import run as runs
@@ -25,11 +25,11 @@ class Planted(Attack):
         super().__init__(label)
         self.gap, self.claimed = gap, claimed
 
-    def run(self, subject: Subject) -> Findings:
+    def run(self, subject: AttackTarget) -> AttackResult:
         """Draw them."""
         draw = np.random.default_rng(subject.seed)
-        curve = Curve("student", draw.normal(self.gap, 1, 800), draw.normal(0, 1, 800), self.claimed, 1e-5)
-        return Findings(metrics={"student/gap": self.gap}, curves=[curve], notes=["planted"])
+        curve = MembershipScores("student", draw.normal(self.gap, 1, 800), draw.normal(0, 1, 800), self.claimed, 1e-5)
+        return AttackResult(metrics={"student/gap": self.gap}, curves=[curve], notes=["planted"])
 
 
 PLANTED = "tests.attacks.test_auditing.Planted"
@@ -61,7 +61,7 @@ def test_an_attack_above_the_ceiling_fails_the_audit(tmp_path):
 def test_chance_does_not_fail_an_audit():
     draw = np.random.default_rng(0)
     failed = [
-        judge(Curve("student", draw.normal(size=60), draw.normal(size=60), 0.0, 0.0), 0.99, seed)[1]
+        judge(MembershipScores("student", draw.normal(size=60), draw.normal(size=60), 0.0, 0.0), 0.99, seed)[1]
         for seed in range(200)
     ]
     assert sum(map(bool, failed)) <= 4  # at 1 %, 2 are expected

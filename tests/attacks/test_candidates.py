@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from fdl.attacks.base import Subject
-from fdl.attacks.candidates import Joined, candidates
+from fdl.attacks.base import AttackTarget
+from fdl.attacks.candidates import ConcatSamples, candidates
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
 from tests.attacks.runs import finished
@@ -14,7 +14,7 @@ def samples(values, labels):
 
 
 def test_joined_sets_answer_as_one():
-    both = Joined([samples([0, 1, 2], [0, 0, 1]), samples([10, 11], [1, 0])])
+    both = ConcatSamples([samples([0, 1, 2], [0, 0, 1]), samples([10, 11], [1, 0])])
     assert len(both) == 5 and both.labels.tolist() == [0, 0, 1, 1, 0]
     inputs, labels = both.batch(torch.tensor([4, 0, 3, 2]))
     assert inputs.squeeze(1).tolist() == [11, 0, 10, 2] and labels.tolist() == [0, 0, 1, 1]
@@ -27,7 +27,7 @@ def test_joined_sets_answer_as_one():
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    return Subject(finished(tmp_path_factory.mktemp("run")))
+    return AttackTarget(finished(tmp_path_factory.mktemp("run")))
 
 
 def test_members_and_others_match_by_client_and_class(subject):
@@ -71,4 +71,4 @@ def test_nothing_held_out_is_refused(tmp_path):
     loop = finished(tmp_path, trained=False)
     loop.server.test, loop.server.validation = loop.server.test.subset([]), loop.server.validation.subset([])
     with pytest.raises(UserError, match="test or validation samples"):
-        candidates(Subject(loop))
+        candidates(AttackTarget(loop))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fdl.attacks.audit import audit
-from fdl.attacks.base import Subject, twin_of
+from fdl.attacks.base import AttackTarget, clone_client
 from fdl.attacks.confidence_inference import ConfidenceInference, likelihood_ratio
 from fdl.attacks.confidence_inversion import ConfidenceInversion
 from fdl.attacks.roc import Roc
@@ -15,7 +15,7 @@ from fdl.build import build
 from fdl.errors import UserError
 from fdl.knowledge.confidence.base import public_space
 from fdl.knowledge.confidence.density import Density
-from fdl.messages import Confidences
+from fdl.messages import QuantizedLogWeights
 from fdl.recipe import from_mapping
 from fdl.runs.audit import _recipe
 
@@ -43,7 +43,7 @@ def federation(folder, confidence, clients=3, **changes):
 
 
 def auc(loop, **settings):
-    curve = ConfidenceInference(**settings).run(Subject(loop)).curves[0]
+    curve = ConfidenceInference(**settings).run(AttackTarget(loop)).curves[0]
     return Roc.of(curve.members, curve.non_members).auc
 
 
@@ -89,23 +89,23 @@ def test_no_confidences_are_nothing_to_attack(tmp_path):
     loop = federation(tmp_path, None)
     for attack in (ConfidenceInference(), ConfidenceInversion()):
         with pytest.raises(UserError, match="send no confidences"):
-            attack.run(Subject(loop))
+            attack.run(AttackTarget(loop))
     with pytest.raises(UserError, match="no distances to nearest samples"):
-        ConfidenceInversion().run(Subject(federation(tmp_path / "other", "entropy")))
+        ConfidenceInversion().run(AttackTarget(federation(tmp_path / "other", "entropy")))
     with pytest.raises(UserError, match="must be even"):
         ConfidenceInference(simulations=5)
 
 
 def site(loop, count):
     """A client with so many of its samples, and what it would send."""
-    twin = twin_of(loop.clients[0])
+    twin = clone_client(loop.clients[0])
     twin._train = loop.clients[0].train.subset(np.arange(count))
     twin.arrive()
     return twin
 
 
 def inverted(loop, confidence, owner, **settings):
-    sent = Confidences.quantize(confidence.log_weights(owner, torch.zeros(len(owner.proxy), 10)))
+    sent = QuantizedLogWeights.quantize(confidence.log_weights(owner, torch.zeros(len(owner.proxy), 10)))
     rows = np.arange(len(owner.proxy))
     attack = ConfidenceInversion(**{"steps": 600, "starts": 1} | settings)
     return attack.attack(confidence, owner, rows, sent.values().double().numpy(), 0)
@@ -132,9 +132,9 @@ def test_small_clients_of_a_run_are_attacked(tmp_path):
         loop.clients[0]._train = loop.clients[0].train.subset(np.arange(3))
         loop.clients[0].arrive()
         small = [loop.clients[0]]
-    found = ConfidenceInversion(largest=3, steps=200, starts=1).run(Subject(loop))
+    found = ConfidenceInversion(largest=3, steps=200, starts=1).run(AttackTarget(loop))
     assert found.metrics["clients"] == len(small) and 0 <= found.metrics["found"] <= 1
     assert {"distance", "distance_public", "psnr", "psnr_public"} <= found.metrics.keys()
-    none = ConfidenceInversion(largest=1).run(Subject(federation(tmp_path / "large", "density")))
+    none = ConfidenceInversion(largest=1).run(AttackTarget(federation(tmp_path / "large", "density")))
     assert none.metrics == {"clients": 0.0} and none.notes
     dataclasses.asdict(none)

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
 from fdl.attacks.audit import audit
-from fdl.attacks.base import Subject
+from fdl.attacks.base import AttackTarget
 from fdl.attacks.gradient_inversion import GradientInversion
 from fdl.attacks.image_quality import Scale, alike, assigned, psnr, ssim
 from fdl.attacks.matching import analytic, gradients, inferred_labels, total_variation
@@ -16,7 +16,7 @@ from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.small_classifiers import MLP, TrunkAndHead
-from fdl.state.weights import state_of
+from fdl.state.weights import module_state
 from fdl.utils.seeding import stream_seed
 from tests.attacks.runs import finished
 
@@ -77,7 +77,7 @@ def fedavg(folder, trained=False, **changes):
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    return Subject(fedavg(tmp_path_factory.mktemp("run")))
+    return AttackTarget(fedavg(tmp_path_factory.mktemp("run")))
 
 
 # -- metrics
@@ -185,12 +185,12 @@ def test_an_update_of_one_step_is_the_gradient_of_the_image_behind_it(subject):
     for name, gradient in exact.items():
         torch.testing.assert_close(turn.mean_gradient[name], gradient, rtol=1e-4, atol=2e-6)
     fresh = subject.runtime.create("student", stream_seed(subject.seed, "init"))
-    for name, tensor in state_of(fresh).items():
+    for name, tensor in module_state(fresh).items():
         assert torch.equal(turn.model.state_dict()[name], tensor)
 
 
 def test_one_step_on_one_image_gives_it_away(subject):
-    before = {name: tensor.clone() for name, tensor in state_of(subject.server.student).items()}
+    before = {name: tensor.clone() for name, tensor in module_state(subject.server.student).items()}
     random = torch.get_rng_state()
     exact = GradientInversion(matching="analytic").run(subject)
     assert exact.metrics["update/psnr"] > 40 and exact.metrics["gradient/psnr"] > 40
@@ -201,7 +201,7 @@ def test_one_step_on_one_image_gives_it_away(subject):
         assert found.metrics["update/ssim"] > 0.9
     short = GradientInversion(["update"], steps=5, clients=1)
     assert short.run(subject).metrics == short.run(subject).metrics
-    assert all(torch.equal(tensor, state_of(subject.server.student)[name]) for name, tensor in before.items())
+    assert all(torch.equal(tensor, module_state(subject.server.student)[name]) for name, tensor in before.items())
     assert torch.equal(random, torch.get_rng_state())
     assert all(not client.state and not client.metrics for client in subject.clients)
 
@@ -210,16 +210,18 @@ def test_rounding_and_more_images_hide_some_of_it(subject, tmp_path):
     attack = GradientInversion(["update"], matching="analytic")
     eight = fedavg(tmp_path / "8", channel={"upload": [{"target": "quantize", "args": {"bits": 8}}]})
     many = fedavg(tmp_path / "many", local=ONE_STEP | {"batch_size": 32})
-    plain, rounded, mixed = (attack.run(s).metrics["update/psnr"] for s in (subject, Subject(eight), Subject(many)))
+    plain, rounded, mixed = (
+        attack.run(s).metrics["update/psnr"] for s in (subject, AttackTarget(eight), AttackTarget(many))
+    )
     assert rounded < plain - 20 and mixed < 25
-    notes = attack.run(Subject(many)).notes
+    notes = attack.run(AttackTarget(many)).notes
     assert any("an update is of 1 step(s) on 32 private image(s)" in note for note in notes)
 
 
 def test_the_last_model_is_attacked_from_where_it_ended(tmp_path):
-    subject = Subject(fedavg(tmp_path, trained=True, local=ONE_STEP | {"steps": 5}))
+    subject = AttackTarget(fedavg(tmp_path, trained=True, local=ONE_STEP | {"steps": 5}))
     turn = update(subject, subject.clients[1], first=False)
-    for name, tensor in state_of(subject.server.student).items():
+    for name, tensor in module_state(subject.server.student).items():
         assert torch.equal(turn.model.state_dict()[name], tensor)
     assert turn.steps == len(turn.rows) == 5
     found = GradientInversion(moment="last", matching="analytic").run(subject)
@@ -228,7 +230,7 @@ def test_the_last_model_is_attacked_from_where_it_ended(tmp_path):
 
 def test_low_rank_updates_are_matched_by_what_is_sent(tmp_path):
     student = {"target": "tests.attacks.test_gradient_inversion.LowRank"}
-    subject = Subject(fedavg(tmp_path, method="fedlora", student=student))
+    subject = AttackTarget(fedavg(tmp_path, method="fedlora", student=student))
     turn = update(subject, subject.clients[0], first=True)
     assert {name.rpartition("backbone.")[2] for name in turn.mean_gradient} == {
         "trunk.1.lora_A.default.weight",
@@ -245,7 +247,7 @@ def test_low_rank_updates_are_matched_by_what_is_sent(tmp_path):
 
 def test_prompts_are_matched_by_what_is_sent(tmp_path):
     student = {"target": "tests.attacks.test_gradient_inversion.PromptedClassifier"}
-    subject = Subject(fedavg(tmp_path, method="federated_prompts", student=student))
+    subject = AttackTarget(fedavg(tmp_path, method="federated_prompts", student=student))
     turn = update(subject, subject.clients[0], first=True)
     assert list(turn.mean_gradient) == ["backbone.prompt"]
     found = GradientInversion(steps=5, clients=1).run(subject)
@@ -256,7 +258,7 @@ def test_prompts_are_matched_by_what_is_sent(tmp_path):
 def test_changes_of_prompts_are_gradients_too(tmp_path):
     student = {"target": "tests.attacks.test_gradient_inversion.PromptedClassifier"}
     method = {"target": "pfedpg", "args": {"prompts": ["backbone.prompt"]}}
-    subject = Subject(fedavg(tmp_path, method=method, student=student))
+    subject = AttackTarget(fedavg(tmp_path, method=method, student=student))
     turn = update(subject, subject.clients[0], first=True)
     exact = gradients(turn.model, turn.mean_gradient, *subject.clients[0].train.batch(turn.rows))
     torch.testing.assert_close(turn.mean_gradient, exact, rtol=1e-4, atol=2e-6)
@@ -266,13 +268,13 @@ def test_changes_of_prompts_are_gradients_too(tmp_path):
 def test_models_of_other_architectures_than_the_students_are_known(target, tmp_path):
     args = {"architectures": "specialists"} if target == "feddf" else {}
     specialists = [{"target": "mlp", "args": {"hidden": [30]}}]
-    subject = Subject(fedavg(tmp_path, method={"target": target, "args": args}, specialists=specialists))
+    subject = AttackTarget(fedavg(tmp_path, method={"target": target, "args": args}, specialists=specialists))
     found = GradientInversion(matching="analytic", clients=1).run(subject)
     assert found.metrics["update/psnr"] > 40 > found.metrics["update/psnr_held_out"]
 
 
 def test_there_is_nothing_to_invert_where_no_parameters_are_sent(tmp_path):
-    subject = Subject(finished(tmp_path, trained=False))
+    subject = AttackTarget(finished(tmp_path, trained=False))
     with pytest.raises(UserError, match="not applicable: under federated_distillation clients send no parameters"):
         GradientInversion().run(subject)
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from fdl.attacks.base import Subject
+from fdl.attacks.base import AttackTarget
 from fdl.attacks.labels import LabelLeakage, divergence, histograms, total_variation
 from fdl.errors import UserError
-from fdl.messages import Confidences, Responses
+from fdl.messages import QuantizedLogWeights, Responses
 from tests.attacks.runs import finished
 
 
@@ -20,7 +20,7 @@ def test_distances_are_those_of_the_textbook():
 def test_estimates_follow_their_definitions():
     values = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0.0, 1.0]])
     found = histograms(
-        Responses(values, "probabilities", None, Confidences.quantize(torch.tensor([0.0, 0, -200, -200])))
+        Responses(values, "probabilities", None, QuantizedLogWeights.quantize(torch.tensor([0.0, 0, -200, -200])))
     )
     np.testing.assert_allclose(found["mean"], [0.375, 0.625])
     np.testing.assert_allclose(found["confident"], [1.25 / 3, 1.75 / 3])  # of rows 0 and 1, and of rows 2 and 3
@@ -30,11 +30,11 @@ def test_estimates_follow_their_definitions():
 
 def test_answers_of_specialists_give_away_their_classes(tmp_path):
     loop = finished(tmp_path, partition={"target": "dirichlet", "args": {"alpha": 0.1}})
-    metrics = LabelLeakage().run(Subject(loop)).metrics
+    metrics = LabelLeakage().run(AttackTarget(loop)).metrics
     for estimate in ("mean", "confident", "weighted"):
         assert metrics[f"{estimate}/total_variation"] < 0.8 * metrics["guess/total_variation"]
         assert metrics[f"{estimate}/kl"] < metrics["guess/kl"]
-    guess = LabelLeakage().run(Subject(loop)).arrays["guess"]
+    guess = LabelLeakage().run(AttackTarget(loop)).arrays["guess"]
     pooled = sum(client.train.labels.bincount(minlength=10) for client in loop.clients).double()
     np.testing.assert_allclose(guess[0], (pooled / pooled.sum()).numpy())
 
@@ -42,4 +42,4 @@ def test_answers_of_specialists_give_away_their_classes(tmp_path):
 def test_who_sends_no_answers_tells_nothing(tmp_path):
     loop = finished(tmp_path, method="fedavg", channel={}, federation={"clients": 2, "rounds": 1})
     with pytest.raises(UserError, match="no client sends answers"):
-        LabelLeakage().run(Subject(loop))
+        LabelLeakage().run(AttackTarget(loop))

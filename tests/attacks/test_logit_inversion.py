@@ -3,7 +3,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fdl.attacks.audit import audit
-from fdl.attacks.base import Subject
+from fdl.attacks.base import AttackTarget
 from fdl.attacks.inversion_network import LEAST, Inversion, public_means, targets
 from fdl.attacks.logit_inversion import LogitInversion, compare
 from fdl.errors import UserError
@@ -109,7 +109,7 @@ def test_answers_of_a_run_are_inverted(tmp_path):
         assert own[f"{name}_gain"] == pytest.approx(own[name] - best, abs=1e-5)
     quiet = any("no leakage found" in note for note in result.findings["logit_inversion"].notes)
     assert quiet == (own["ssim_gain"] <= 2 * own["ssim_gain_error"])
-    assert attack.run(Subject(loop)).metrics == own
+    assert attack.run(AttackTarget(loop)).metrics == own
     (draw,) = result.figures().values()
     figure = draw()
     FigureCanvasAgg(figure).draw()
@@ -121,7 +121,7 @@ def test_answers_of_a_run_are_inverted(tmp_path):
 
 
 def test_there_is_nothing_to_invert_where_no_answers_are_sent(tmp_path):
-    subject = Subject(finished(tmp_path, trained=False, method="fedavg", specialists=[], channel={}))
+    subject = AttackTarget(finished(tmp_path, trained=False, method="fedavg", specialists=[], channel={}))
     with pytest.raises(UserError, match="not applicable: no client sends answers"):
         LogitInversion().run(subject)
     with pytest.raises(UserError, match=r"gap must be in \[0, 1\], got 2"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fdl.attacks.audit import audit
-from fdl.attacks.base import Subject
+from fdl.attacks.base import AttackTarget
 from fdl.attacks.candidates import candidates
 from fdl.attacks.membership import RMIA, LiRA, LossThreshold, protection
 from fdl.attacks.roc import Roc
@@ -13,7 +13,7 @@ from fdl.attacks.shadows import run_shadow, shadows
 from fdl.errors import UserError
 from fdl.messages import Responses, parts_of
 from fdl.privacy.accounting import Policy, event, spend
-from fdl.state.weights import state_of
+from fdl.state.weights import module_state
 from tests.attacks.runs import FIT, finished, recipe
 
 
@@ -23,7 +23,7 @@ def loop(tmp_path_factory):
 
 
 def frozen(loop):
-    states = [state_of(loop.server.student)] + [client.state["specialist"] for client in loop.clients]
+    states = [module_state(loop.server.student)] + [client.state["specialist"] for client in loop.clients]
     return [{name: tensor.clone() for name, tensor in state.items()} for state in states]
 
 
@@ -54,7 +54,7 @@ def test_answers_are_those_that_the_server_received_last(args, tmp_path):
     loop = build(recipe(method={"target": "federated_distillation", "args": args}), tmp_path)
     heard = listen(loop)
     loop.run()
-    subject, compared = Subject(loop), 0
+    subject, compared = AttackTarget(loop), 0
     for client in loop.clients:
         sent = parts_of(heard[client.id]).get(Responses)
         if sent is not None:  # else it said that nothing has changed
@@ -86,13 +86,13 @@ def test_states_on_disk_are_read_and_not_written(tmp_path):
 
 
 def test_shadows_differ_from_the_run_and_from_each_other_and_come_again(loop):
-    subject = Subject(loop)
+    subject = AttackTarget(loop)
     found = shadows(subject, 2, neighbours=2)
     assert set(found.signals) == {"student", "specialists", "responses"}
     assert (found.inside[0] ^ found.inside[1]).all(), "complementary"
     for phi in found.signals.values():
         assert np.isfinite(phi).all() and not np.allclose(phi[0], phi[1])
-    again = shadows(Subject(loop), 2, neighbours=2)
+    again = shadows(AttackTarget(loop), 2, neighbours=2)
     assert all(np.array_equal(again.signals[name], phi) for name, phi in found.signals.items())
     assert shadows(subject, 2, neighbours=2).signals["student"] is not None  # kept, not run again
     asked = candidates(subject)
@@ -131,7 +131,7 @@ def test_what_is_known_by_heart_is_found(tmp_path):
 
 
 def test_each_target_is_covered_by_what_protects_it(loop):
-    subject, client, policy = Subject(loop), loop.clients[0], Policy(1e-5)
+    subject, client, policy = AttackTarget(loop), loop.clients[0], Policy(1e-5)
     claims = lambda: [protection(subject, client, t, policy) for t in ("student", "specialists", "responses")]  # noqa: E731
     try:
         assert claims() == [math.inf] * 3
@@ -146,8 +146,8 @@ def test_each_target_is_covered_by_what_protects_it(loop):
 
 
 def test_scores_come_with_who_they_are_of(loop):
-    findings = LossThreshold(targets=["student"]).run(Subject(loop))
-    asked = candidates(Subject(loop))
+    findings = LossThreshold(targets=["student"]).run(AttackTarget(loop))
+    asked = candidates(AttackTarget(loop))
     (curve,) = findings.curves
     scores = findings.arrays["student/scores"]
     assert np.array_equal(curve.members, scores[asked.member])

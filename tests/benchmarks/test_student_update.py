@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fdl.engine.compile import Compiler
 from fdl.engine.runtime import Runtime
 from fdl.modules.small_classifiers import MLP
-from fdl.state.weights import state_of
+from fdl.state.weights import module_state
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/student_update.py"
 
@@ -63,7 +63,7 @@ def test_compiled_steps_are_compared_where_there_are_any(benchmark, backend):
 def test_unequal_work_is_never_timed(benchmark):
     job = benchmark.timm_job("test_resnet", 32, 4, 2)
     other = job._replace(loss=lambda module, batch: F.cross_entropy(-module.backbone(batch[0]), batch[1]))
-    start = {name: tensor.clone() for name, tensor in state_of(job.module).items()}
+    start = {name: tensor.clone() for name, tensor in module_state(job.module).items()}
     runtime = Runtime(accelerator="cpu")
     benchmark.assert_same_weights(job, runtime, start)
     with pytest.raises(AssertionError):

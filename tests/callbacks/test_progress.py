@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fdl.callbacks.progress import ProgressBar, SteadyStream
+from fdl.callbacks.progress import PipeSafeStream, ProgressBar
 from tests.callbacks.fakes import FakeLoop, record
 
 
@@ -149,11 +149,11 @@ print("the end")
 
 def test_steady_stream_passes_text_on():
     target = io.StringIO()
-    stream = SteadyStream(target)
+    stream = PipeSafeStream(target)
     assert stream.write("abc") == 3
     stream.flush()
     assert target.getvalue() == "abc"
-    assert not stream.isatty() and SteadyStream(Terminal()).isatty()
+    assert not stream.isatty() and PipeSafeStream(Terminal()).isatty()
 
 
 def test_a_line_costs_less_than_a_millisecond(tmp_path, capsys):

@@ -10,15 +10,18 @@ from hypothesis.extra import numpy as hnp
 from fdl.comm.codec import Codec
 from fdl.comm.stages.cast import BFloat16, Float16
 from fdl.comm.stages.delta import Delta
-from fdl.comm.stages.entropy import Best, Deflate, Zstd
-from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.entropy import BestOf, Deflate, Zstd
+from fdl.comm.stages.labels import ArgmaxCodec, Simplex
 from fdl.comm.stages.quantize import Quantize
-from fdl.comm.stages.range_coder import Range
+from fdl.comm.stages.range_coder import AnsCoder
 from fdl.comm.stages.row_cache import Cache
 from fdl.comm.stages.sparsify import RandomK, TopK
 from fdl.state.float_formats import BFLOAT16
 
-LOSSLESS = [Codec(), *(Codec([entropy]) for entropy in (Deflate(), Zstd(), Range(), Best([Deflate(), Range()])))]
+LOSSLESS = [
+    Codec(),
+    *(Codec([entropy]) for entropy in (Deflate(), Zstd(), AnsCoder(), BestOf([Deflate(), AnsCoder()]))),
+]
 NARROWING = [
     Float16(),
     BFloat16(),
@@ -27,14 +30,14 @@ NARROWING = [
 ]
 LOSSY = [Codec([stage, *entropy]) for stage in NARROWING for entropy in ([], [Deflate()], [Zstd()])]
 FURTHER = [
-    Codec([Quantize(8), Range()]),
-    Codec([Delta(), Best([Deflate(), Range(), Zstd()])]),
+    Codec([Quantize(8), AnsCoder()]),
+    Codec([Delta(), BestOf([Deflate(), AnsCoder(), Zstd()])]),
     Codec([Delta(), TopK(0.3), Quantize(4, "stochastic"), Deflate()]),
-    Codec([Cache(0.01, 3), Quantize(8), Range()]),
+    Codec([Cache(0.01, 3), Quantize(8), AnsCoder()]),
     Codec([TopK(0.2, error_feedback=True)]),
     Codec([RandomK(0.3, unbiased=True), Float16(), Deflate()]),
     Codec([RandomK(0.3, error_feedback=True), Quantize(2)]),
-    Codec([OneHot(), Delta(), Range()]),
+    Codec([ArgmaxCodec(), Delta(), AnsCoder()]),
     Codec([Simplex(4), Delta(), Zstd()]),
 ]
 CHAINS = LOSSLESS + LOSSY + FURTHER

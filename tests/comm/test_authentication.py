@@ -20,7 +20,7 @@ from fdl.comm.ledger import Ledger
 from fdl.comm.stages.delta import Delta
 from fdl.comm.stages.quantize import Quantize
 from fdl.comm.wire import pack
-from fdl.errors import RecipeError, RefusedError, UserError
+from fdl.errors import RecipeError, RejectedMessageError, UserError
 from fdl.messages import Bundle, Features, Parameters, Responses
 from fdl.recipe import from_mapping
 from tests.toy import federation
@@ -84,7 +84,7 @@ def test_every_flipped_bit_cut_and_tail_is_refused_and_counted(place, bit, cut, 
         link = Link()
         link.change = change
         for send in (link.upload, link.download):
-            with pytest.raises(RefusedError, match=r"not authentic: was not sent by .*client 0 in round 2"):
+            with pytest.raises(RejectedMessageError, match=r"not authentic: was not sent by .*client 0 in round 2"):
                 send(weights(), 0, 2)
         assert link.ledger.totals()["upload_bytes"] == link.ledger.totals()["download_bytes"] == SIZE
 
@@ -103,7 +103,7 @@ def test_a_message_counts_for_its_client_round_direction_and_run_only(true, due)
     if true == due:
         assert torch.equal(getattr(link, due[2])(weights(), *due[:2]).tensors["w"], weights().tensors["w"])
     else:
-        with pytest.raises(RefusedError, match=f"client {due[0]} in round {due[1]}"):
+        with pytest.raises(RejectedMessageError, match=f"client {due[0]} in round {due[1]}"):
             getattr(link, due[2])(weights(), *due[:2])
 
 
@@ -117,7 +117,7 @@ def test_who_lacks_the_key_cannot_forge_by_computing_the_checksum(client, other,
     for forged in [tag, *([leaked] if other != client else [])]:
         link = Link()
         link.change = lambda data, forged=forged: body + forged
-        with pytest.raises(RefusedError, match="not authentic"):
+        with pytest.raises(RejectedMessageError, match="not authentic"):
             link.upload(weights(), client, 1)
     plain = Link(key=None)  # what the checksum alone would let through
     plain.change = lambda data: body
@@ -128,7 +128,7 @@ def test_a_part_played_twice_is_refused():
     for key in (None, KEYS):
         link = Link(key=key)
         link.change = lambda data, link=link: link.crossed[0]
-        with pytest.raises(RefusedError, match="two parts of one type"):
+        with pytest.raises(RejectedMessageError, match="two parts of one type"):
             link.upload(Bundle((Responses(torch.rand(4, 3), "logits"), Features({"a": torch.rand(4, 3)}))), 0, 1)
 
 
@@ -139,7 +139,7 @@ def test_a_bundle_is_remembered_as_a_whole_or_not_at_all():
     for round, bundle in enumerate(parts, 1):
         if round == 2:
             link.change = lambda data, link=link: data if len(link.crossed) % 2 else data[:-1]
-            with pytest.raises(RefusedError):
+            with pytest.raises(RejectedMessageError):
                 link.upload(bundle, 0, round)
             link.change = lambda data: data
             continue
@@ -199,7 +199,7 @@ def test_keys_from_a_file(tmp_path):
     link, other = Link(key=key), Link()
     link.upload(weights(), 1, 1)
     other.change = lambda data: link.crossed[0]
-    with pytest.raises(RefusedError, match="not authentic"):
+    with pytest.raises(RejectedMessageError, match="not authentic"):
         other.upload(weights(), 1, 1)
     with pytest.raises(UserError, match="keys cannot be written: File exists"):
         authentication.write(path, 3)

@@ -10,16 +10,16 @@ import torch
 from fdl.comm.bandwidth import Bandwidth, Link
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
-from fdl.comm.fallback import Ladder
-from fdl.comm.ledger import Ledger, Note
+from fdl.comm.fallback import CodecFallbacks
+from fdl.comm.ledger import CodecChoice, Ledger
 from fdl.comm.stages.cast import Float16
 from fdl.comm.stages.delta import Delta
 from fdl.comm.stages.entropy import Deflate, Zstd
-from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.labels import ArgmaxCodec, Simplex
 from fdl.comm.stages.quantize import Quantize
 from fdl.comm.stages.sparsify import RandomK, TopK
-from fdl.errors import RecipeError, RefusedError, UserError
-from fdl.messages import Bundle, Confidences, Features, Parameters, Responses
+from fdl.errors import RecipeError, RejectedMessageError, UserError
+from fdl.messages import Bundle, Features, Parameters, QuantizedLogWeights, Responses
 from fdl.recipe import from_mapping
 from fdl.state import checkpoint
 
@@ -109,7 +109,7 @@ def test_recipes_give_links_by_name_figure_and_client():
         ([Quantize(2, schedule=[(5, 4)]), Zstd()], ["quantize/2/row → zstd", "quantize/1/row → zstd"]),
         ([Float16(), Deflate()], [f"quantize/{b}/row → deflate" for b in (8, 4, 2, 1)]),
         ([Simplex(8), Delta(), Deflate()], [f"{s} → delta → deflate" for s in ("simplex/4", "simplex/2", "one_hot")]),
-        ([OneHot(), Zstd()], []),
+        ([ArgmaxCodec(), Zstd()], []),
         (
             [TopK(0.1), Quantize(2), Zstd()],
             [f"top_k/{share} → quantize/1/row → zstd" for share in (0.1, 0.025, 0.00625)],
@@ -122,15 +122,15 @@ def test_recipes_give_links_by_name_figure_and_client():
     ],
 )
 def test_rungs(stages, rungs):
-    ladder = Ladder(Codec(stages))
+    ladder = CodecFallbacks(Codec(stages))
     assert list(map(repr, ladder.rungs)) == [repr(Codec(stages)), *rungs]
     x = np.random.default_rng(0).dirichlet(np.ones(20), 50).astype(np.float32)
     for rung in ladder.rungs:  # whatever was chosen, the receiver can tell
         data = rung.encode({"x": x}, np.random.default_rng(0))
         assert np.array_equal(ladder.decode(data, 1 << 20)["x"], rung.decode(data, 1 << 20)["x"])
-    with pytest.raises(RefusedError, match="another codec chain"):
+    with pytest.raises(RejectedMessageError, match="another codec chain"):
         ladder.decode(b"\1\2\3", 1 << 20)
-    assert [s.share for s in Ladder(Codec([RandomK(0.4)])).rungs[-1].stages if s.name == "random_k"] == [0.025]
+    assert [s.share for s in CodecFallbacks(Codec([RandomK(0.4)])).rungs[-1].stages if s.name == "random_k"] == [0.025]
 
 
 @pytest.mark.parametrize("budget", [17_000, 9_000, 5_000, 2_000, 700, 150])
@@ -148,9 +148,9 @@ def test_the_channel_fits_the_budget_and_notes_its_choice(budget):
     rows = slice(None) if got.rows is None else got.rows
     assert note.share == 1 if got.rows is None else 0 < note.share < 1
     # a rung is only left when it does not fit, and rows are only dropped when no rung does
-    rungs = [repr(rung) for rung in Ladder(Codec()).rungs]
+    rungs = [repr(rung) for rung in CodecFallbacks(Codec()).rungs]
     chosen = rungs.index(note.coding)
-    dearer = channel(upload=Ladder(Codec()).rungs[chosen - 1].stages)
+    dearer = channel(upload=CodecFallbacks(Codec()).rungs[chosen - 1].stages)
     dearer.upload(message, 3, 1)
     assert sent(dearer)[0] > budget
     assert got.rows is None or chosen == len(rungs) - 1
@@ -176,7 +176,7 @@ def test_the_surest_rows_are_kept():
         assert torch.equal(kept.values, given.values[kept.rows])
     weights = torch.linspace(0, -5, 100)
     rows = torch.arange(100) * 3
-    told = responses(100, 10, rows=rows, confidence=Confidences.quantize(weights), samples=7).narrowed(0.25)
+    told = responses(100, 10, rows=rows, confidence=QuantizedLogWeights.quantize(weights), samples=7).narrowed(0.25)
     assert torch.equal(told.rows, rows[:25])
     assert torch.allclose(told.confidence.values(), weights[:25], atol=0.02)
     assert told.samples == 7
@@ -203,10 +203,10 @@ def test_features_stay_with_their_answers():
 def test_what_does_not_fit_is_refused_by_name_and_not_sent():
     link = channel(bandwidth={"bytes_per_round": 60}, clients={1: "unlimited"})
     with pytest.raises(
-        RefusedError, match=r"too large for the link: responses take \d+ bytes at least \(quantize/1/row"
+        RejectedMessageError, match=r"too large for the link: responses take \d+ bytes at least \(quantize/1/row"
     ):
         link.upload(responses(), 0, 1)
-    with pytest.raises(RefusedError, match=r"parameters take .* 60 of 60 bytes are left in this round"):
+    with pytest.raises(RejectedMessageError, match=r"parameters take .* 60 of 60 bytes are left in this round"):
         link.upload(Parameters({"w": torch.randn(100, 100)}), 0, 1)
     assert sent(link) == []
     assert link.upload(responses(), 1, 1) is not None
@@ -285,7 +285,7 @@ def test_notes_survive_a_checkpoint():
     ledger, copy = Ledger(), Ledger()
     ledger.note(3, 1, "up", "quantize/4/row", 0.5)
     copy.load_state_dict(checkpoint.unpack(checkpoint.pack(ledger.state_dict())))
-    assert copy.notes == [Note(3, 1, "up", "quantize/4/row", 0.5)]
+    assert copy.notes == [CodecChoice(3, 1, "up", "quantize/4/row", 0.5)]
 
 
 def test_bad_links_in_code():

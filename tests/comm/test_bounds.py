@@ -10,9 +10,9 @@ from hypothesis.extra import numpy as hnp
 
 from fdl.comm.binary import Reader, text, varint
 from fdl.comm.codec import _DTYPES, Codec
-from fdl.comm.link_state import Memory
+from fdl.comm.link_state import LinkState
 from fdl.comm.wire import pack, unpack
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.messages import Parameters
 from fdl.messages.base import _TYPES
 from tests.comm.strategies import CHAINS, allocates_at_most
@@ -52,9 +52,9 @@ def test_whatever_a_schema_says(data, codec):
     blob = data.draw(bodies(codec))
     with allocates_at_most(WORKING * LIMIT + CONSTANT):
         try:
-            fields = codec.decode(blob, LIMIT, 3, Memory(LIMIT) if codec.remembers else None)
+            fields = codec.decode(blob, LIMIT, 3, LinkState(LIMIT) if codec.remembers else None)
             assert sum(array.nbytes for array in fields.values()) <= LIMIT
-        except RefusedError:
+        except RejectedMessageError:
             pass
 
 
@@ -65,8 +65,8 @@ def test_what_was_not_received_takes_no_memory_however_high_the_limit(data, code
     if any(stage.omits for stage in codec._array_stages):
         codec = Codec()
     blob = data.draw(bodies(codec))
-    with allocates_at_most(50 * len(blob) + CONSTANT), contextlib.suppress(RefusedError):
-        codec.decode(blob, 1 << 40, 3, Memory() if codec.remembers else None)
+    with allocates_at_most(50 * len(blob) + CONSTANT), contextlib.suppress(RejectedMessageError):
+        codec.decode(blob, 1 << 40, 3, LinkState() if codec.remembers else None)
 
 
 @pytest.mark.parametrize("codec", CHAINS, ids=repr)
@@ -76,8 +76,8 @@ def test_the_largest_message_that_is_let_through(codec):
         for columns in (2, 10):
             values = np.abs(rng.normal(size=(LIMIT // np.dtype(dtype).itemsize // columns, columns))).astype(dtype)
             values = (values / values.sum(1, keepdims=True)).astype(dtype)
-            blob = codec.encode({"values": values}, rng, 1, Memory() if codec.remembers else None)
-            memory = Memory(LIMIT) if codec.remembers else None
+            blob = codec.encode({"values": values}, rng, 1, LinkState() if codec.remembers else None)
+            memory = LinkState(LIMIT) if codec.remembers else None
             with allocates_at_most(WORKING * LIMIT + CONSTANT):
                 assert codec.decode(blob, LIMIT, 1, memory)["values"].nbytes <= LIMIT
 
@@ -94,7 +94,10 @@ def test_arrays_that_hold_nothing_are_not_free():
     with allocates_at_most(8_000_000):
         Codec().decode(empty_arrays(8192), LIMIT)
     one_more = empty_arrays(8193)
-    with allocates_at_most(CONSTANT), pytest.raises(RefusedError, match="8193 arrays announced, the most is 8192"):
+    with (
+        allocates_at_most(CONSTANT),
+        pytest.raises(RejectedMessageError, match="8193 arrays announced, the most is 8192"),
+    ):
         Codec().decode(one_more, LIMIT)
     with pytest.raises(UserError, match="at most 8192 arrays"):
         Codec().encode({str(i): np.zeros(0, np.float32) for i in range(8193)})
@@ -111,7 +114,7 @@ def test_a_sender_who_never_repeats_himself_is_not_remembered_for_ever():
 def test_numbers_beside_the_arrays_are_few():
     for count in (65, 2**63):
         body = varint(count) + b"".join(text(f"{i:x}") + b"i\x02" for i in range(min(count, 5000)))
-        with allocates_at_most(CONSTANT), pytest.raises(RefusedError, match=f"{count} numbers announced"):
+        with allocates_at_most(CONSTANT), pytest.raises(RejectedMessageError, match=f"{count} numbers announced"):
             unpack(forge(body), Codec(), limit=LIMIT, client=3, round=7)
 
 
@@ -120,7 +123,7 @@ def test_numbers_beside_the_arrays_are_few():
 def test_whatever_a_header_says(kind, body, length, code):
     for chosen in (kind, code):
         for stated in (length, None):
-            with allocates_at_most(CONSTANT), pytest.raises(RefusedError):
+            with allocates_at_most(CONSTANT), pytest.raises(RejectedMessageError):
                 unpack(forge(body, code=chosen, length=stated), Codec(), limit=1 << 40, client=3, round=7)
 
 
@@ -142,15 +145,15 @@ NUMBERS = ["form", "vocab", "width", "samples", "size", "length", "least", "step
 )
 @pytest.mark.filterwarnings("error")
 def test_whatever_the_numbers_beside_the_arrays_say(kind, fields, numbers):
-    with allocates_at_most(CONSTANT), contextlib.suppress(RefusedError):
+    with allocates_at_most(CONSTANT), contextlib.suppress(RejectedMessageError):
         _TYPES[kind].build(dict(fields), dict(numbers)).validate()
 
 
 def test_a_name_and_a_number_longer_than_what_is_there_are_refused():
     for value in (2**20, 2**63, 2**64 - 1):
-        with allocates_at_most(CONSTANT), pytest.raises(RefusedError, match="cut short"):
+        with allocates_at_most(CONSTANT), pytest.raises(RejectedMessageError, match="cut short"):
             Reader(varint(value) + b"abc").text()
-    with pytest.raises(RefusedError, match="more than 64 bits"):
+    with pytest.raises(RejectedMessageError, match="more than 64 bits"):
         Reader(b"\xff" * 40).varint()
     message = pack(Parameters({}), Codec(), client=3, round=7)
     assert unpack(message, Codec(), limit=LIMIT, client=3, round=7).samples == 0

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fdl.comm.stages.base import Spec, Turn
+from fdl.comm.stages.base import ArraySpec, CodecContext
 from fdl.comm.stages.cast import BFloat16, Float16
 from fdl.state.float_formats import BFLOAT16, is_float, narrow, widen
 
@@ -71,10 +71,10 @@ def test_float16_saturates_finite_values_only():
 @pytest.mark.parametrize("stage, precision", [(Float16(), 2**-11), (BFloat16(), 2**-8)])
 def test_cast_error_is_as_documented(stage, precision, dtype):
     x = np.random.default_rng(0).normal(0, 10, (50, 7)).astype(dtype)
-    coded = stage.encode(x, Turn())
-    spec = Spec(x.dtype, x.shape)
-    assert (Spec(coded.main.dtype, coded.main.shape),) == stage.layout(spec, coded.variant)
-    back = stage.decode(spec, coded, Turn())
+    coded = stage.encode(x, CodecContext())
+    spec = ArraySpec(x.dtype, x.shape)
+    assert (ArraySpec(coded.main.dtype, coded.main.shape),) == stage.layout(spec, coded.variant)
+    back = stage.decode(spec, coded, CodecContext())
     assert back.dtype == x.dtype
     assert coded.main.itemsize == 2
     assert (np.abs(back - x) <= precision * np.abs(x) + 1e-7).all()

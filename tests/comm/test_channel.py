@@ -8,13 +8,13 @@ import torch
 
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
-from fdl.comm.ledger import Ledger, Row
+from fdl.comm.ledger import Ledger, LedgerEntry
 from fdl.comm.stages.delta import Delta
 from fdl.comm.stages.entropy import Deflate
 from fdl.comm.stages.quantize import Quantize
 from fdl.comm.stages.sparsify import TopK
 from fdl.comm.wire import BROADCAST, pack
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.messages import Bundle, Features, Parameters, Responses
 from fdl.state import checkpoint
 from fdl.utils.seeding import numpy_stream
@@ -45,7 +45,7 @@ def test_upload_is_what_the_bytes_hold_and_counted_to_the_byte():
     got = link.upload(message, client=2, round=6)
     [(client, round, direction, data)] = link.crossed
     assert (client, round, direction) == (2, 6, "up")
-    assert link.ledger.rows() == [Row(6, 2, "up", "parameters", len(data), 1)]
+    assert link.ledger.rows() == [LedgerEntry(6, 2, "up", "parameters", len(data), 1)]
     assert data == pack(message, Codec([Quantize(4), Deflate()]), client=2, round=6)
     error = (got.tensors["w"] - message.tensors["w"]).abs()
     spread = message.tensors["w"].amax(1) - message.tensors["w"].amin(1)
@@ -74,7 +74,7 @@ def test_broadcast_is_encoded_once_a_round_and_counted_for_each_client():
     data = {crossed[3] for crossed in link.crossed}
     size = len(data.pop())
     assert not data
-    assert link.ledger.rows() == [Row(1, client, "down", "parameters", size, 1) for client in (0, 4, 9)]
+    assert link.ledger.rows() == [LedgerEntry(1, client, "down", "parameters", size, 1) for client in (0, 4, 9)]
     again = link.download(message, 4, 2)
     assert again is not received[0]
     assert not torch.equal(again.tensors["w"], received[0].tensors["w"])  # other rounding noise in another round
@@ -126,7 +126,7 @@ def flip(data, **link):
 def test_damage_on_the_way_is_refused_and_counted():
     link = channel(change=flip)
     for send in (link.upload, link.download):
-        with pytest.raises(RefusedError, match="checksum"):
+        with pytest.raises(RejectedMessageError, match="checksum"):
             send(weights(), 1, 2)
     assert link.ledger.totals() == {
         "upload_bytes": len(link.crossed[0][3]),
@@ -142,7 +142,7 @@ def test_damage_on_the_way_to_one_client_does_not_reach_another():
     for client in range(4):
         try:
             outcomes.append(torch.equal(link.download(message, client, 1).tensors["w"], message.tensors["w"]))
-        except RefusedError:
+        except RejectedMessageError:
             outcomes.append("refused")
     assert outcomes == ["refused", True, "refused", True]
     assert len(link.ledger.rows()) == 4
@@ -157,17 +157,17 @@ def test_a_message_of_another_client_round_or_direction_is_refused():
     }
     for name, data in replays.items():
         link = channel(change=lambda _, data=data, **rest: data)
-        with pytest.raises(RefusedError, match=name):
+        with pytest.raises(RejectedMessageError, match=name):
             link.upload(message, client=0, round=3)
 
 
 def test_unusable_messages_are_refused():
     link = channel([Quantize(8)])
-    with pytest.raises(RefusedError, match="not finite"):
+    with pytest.raises(RejectedMessageError, match="not finite"):
         link.upload(Parameters({"w": torch.full((5, 20), float("nan"))}), 0, 1)
-    with pytest.raises(RefusedError, match="must be a matrix"):
+    with pytest.raises(RejectedMessageError, match="must be a matrix"):
         link.upload(Responses(torch.rand(4), "logits"), 0, 1)
-    with pytest.raises(RefusedError, match="beyond the limit of 1599 bytes"):
+    with pytest.raises(RejectedMessageError, match="beyond the limit of 1599 bytes"):
         channel(limit=1599).upload(weights(), 0, 1)
     assert channel(limit=1600).upload(weights(), 0, 1).samples == 3
     assert link.ledger.by_kind() == {  # they were sent, so they count
@@ -179,7 +179,7 @@ def test_unusable_messages_are_refused():
 def test_setup_costs_have_their_own_account():
     link = channel()
     link.setup_cost("encoder", 12_345, client=1)
-    assert link.ledger.rows() == [Row(0, 1, "setup", "encoder", 12_345, 1)]
+    assert link.ledger.rows() == [LedgerEntry(0, 1, "setup", "encoder", 12_345, 1)]
     assert link.ledger.totals() == {"upload_bytes": 0, "download_bytes": 0, "setup_bytes": 12_345}
 
 
@@ -213,7 +213,7 @@ def test_a_lost_or_damaged_message_leaves_both_ends_in_step():
         message = weights(round // 3)
         if round in (1, 3, 4):
             damaged.add(round)
-            with pytest.raises(RefusedError, match="checksum"):
+            with pytest.raises(RejectedMessageError, match="checksum"):
                 link.upload(message, 0, round)
         else:
             got = link.upload(message, 0, round)
@@ -225,7 +225,7 @@ def test_a_message_that_is_not_usable_is_not_remembered():
     link = channel(REMEMBERING)
     link.upload(weights(0), 0, 1)
     before = checkpoint.pack(link.state_dict())
-    with pytest.raises(RefusedError, match="not finite"):
+    with pytest.raises(RejectedMessageError, match="not finite"):
         link.upload(Parameters({"w": torch.full((40, 10), float("nan"))}), 0, 2)
     assert checkpoint.pack(link.state_dict()) == before
     assert link.upload(weights(0), 0, 3) is not None

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from fdl.comm.binary import Reader, text, varint
 from fdl.comm.codec import Codec
-from fdl.comm.stages.base import ArrayStage, Coded, Spec, Turn
+from fdl.comm.stages.base import ArraySpec, ArrayStage, CodecContext, EncodedArray
 from fdl.comm.stages.cast import Float16
 from fdl.comm.stages.entropy import Deflate, Zstd
 from fdl.comm.stages.quantize import Quantize
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.state.float_formats import BFLOAT16, is_float
 from tests.comm.strategies import CHAINS, FURTHER, LOSSLESS, LOSSY, allocates_at_most, as_float64, fields, same
 
@@ -106,7 +106,7 @@ def test_two_hundred_tensors_share_two_streams():
     rng = np.random.default_rng(0)
     arrays = {f"layer{i:03d}": rng.normal(size=(8, 32)).astype(np.float32) for i in range(200)}
     coded = Codec([Quantize(8), Deflate()]).encode(arrays)
-    parts = [Quantize(8).encode(array, Turn()) for array in arrays.values()]
+    parts = [Quantize(8).encode(array, CodecContext()) for array in arrays.values()]
     streams = (b"".join(p.main.tobytes() for p in parts), b"".join(p.sides[0].tobytes() for p in parts))
     deflated = [len(Deflate().compress(stream)) for stream in streams]
     schema = 2 + 200 * (1 + 8 + 1 + 2 + 1)
@@ -147,10 +147,10 @@ class LargerHalf(ArrayStage):
 
     def encode(self, array, turn):
         keep = np.sort(np.argsort(-np.abs(array.reshape(-1)), kind="stable")[: array.size // 2])
-        return Coded(1, array.reshape(-1)[keep], (keep.astype(np.uint16),))
+        return EncodedArray(1, array.reshape(-1)[keep], (keep.astype(np.uint16),))
 
     def layout(self, spec, variant, extents=()):
-        return Spec(spec.dtype, (spec.size // 2,)), Spec(np.dtype(np.uint16), (spec.size // 2,))
+        return ArraySpec(spec.dtype, (spec.size // 2,)), ArraySpec(np.dtype(np.uint16), (spec.size // 2,))
 
     def decode(self, spec, coded, turn):
         out = np.zeros(spec.size, spec.dtype)
@@ -205,7 +205,7 @@ def test_another_chain_is_noticed():
         9,
     ]  # a message tells its bits, and rounding is the sender's own
     for codec in (Codec(), Codec([Float16()]), Codec([Quantize(8, granularity="tensor")])):
-        with pytest.raises(RefusedError, match="another codec chain"):
+        with pytest.raises(RejectedMessageError, match="another codec chain"):
             codec.decode(Codec([Quantize(8)]).encode(arrays), LIMIT)
 
 
@@ -252,7 +252,7 @@ MATRIX = FLOAT32 | 2 << 4
 @pytest.mark.filterwarnings("error")
 def test_hostile_messages_are_refused_without_memory(codec, schema, stream, reason):
     data = blob(codec, schema, stream)
-    with allocates_at_most(100_000), pytest.raises(RefusedError, match=reason):
+    with allocates_at_most(100_000), pytest.raises(RejectedMessageError, match=reason):
         codec.decode(data, LIMIT)
 
 
@@ -261,12 +261,12 @@ def test_a_layout_is_known_only_once_it_was_read_to_its_end():
     good = codec.encode({"x": np.ones((20, 20), np.float32)})
     for _ in range(2):
         for schema in (b"\x02" + good[4:11], good[3:11] + b"\0", b"\x01" + text("x") + bytes([MATRIX, 200, 200])):
-            with pytest.raises(RefusedError):
+            with pytest.raises(RejectedMessageError):
                 codec.decode(blob(codec, schema, good[11:]), LIMIT)
     assert not codec._layouts
     for _ in range(2):
         assert codec.decode(good, 1600)["x"].sum() == 400
-        with pytest.raises(RefusedError, match="beyond the limit of 1599 bytes"):
+        with pytest.raises(RejectedMessageError, match="beyond the limit of 1599 bytes"):
             codec.decode(good, 1599)
     assert len(codec._layouts) == 1
 
@@ -292,7 +292,7 @@ def test_bombs_within_a_message(stage, bomb):
     codec, zeros = Codec([stage]), bomb(bytes(30_000_000))
     schema = b"\x01" + text("x") + bytes([FLOAT32 | 1 << 4]) + varint(50_000)
     data = blob(codec, schema, varint(len(zeros)), zeros)
-    with allocates_at_most(1_000_000), pytest.raises(RefusedError, match=stage.name):
+    with allocates_at_most(1_000_000), pytest.raises(RejectedMessageError, match=stage.name):
         codec.decode(data, 200_000)
 
 
@@ -300,7 +300,7 @@ def test_limit_is_the_size_of_the_decoded_arrays():
     for codec in CHAINS:
         data = codec.encode({"x": np.ones((20, 20), np.float32), "n": np.arange(3)}, RNG)
         assert codec.decode(data, 1624)["n"].tolist() == [0, 1, 2]
-        with pytest.raises(RefusedError, match="beyond the limit of 1623 bytes"):
+        with pytest.raises(RejectedMessageError, match="beyond the limit of 1623 bytes"):
             codec.decode(data, 1623)
 
 
@@ -308,9 +308,9 @@ def test_limit_is_the_size_of_the_decoded_arrays():
 def test_every_cut_is_refused(codec):
     data = codec.encode({"x": np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32), "n": np.arange(2)}, RNG)
     for end in range(len(data)):
-        with pytest.raises(RefusedError):
+        with pytest.raises(RejectedMessageError):
             codec.decode(data[:end], LIMIT)
-    with pytest.raises(RefusedError):
+    with pytest.raises(RejectedMessageError):
         codec.decode(data + b"\0", LIMIT)
 
 
@@ -328,7 +328,7 @@ def test_damage_that_no_checksum_caught_is_refused_or_decodes_within_the_limit(c
             data[start : start + rng.integers(0, 3)] = rng.bytes(rng.integers(0, 3))
         try:
             back = codec.decode(bytes(data), 10_000)
-        except RefusedError:
+        except RejectedMessageError:
             continue
         assert sum(array.nbytes for array in back.values()) <= 10_000
 
@@ -338,7 +338,7 @@ def test_damage_that_no_checksum_caught_is_refused_or_decodes_within_the_limit(c
 def test_random_bytes_are_refused_or_small(data, which):
     try:
         back = which.decode(which.signature + data, 10_000)
-    except RefusedError:
+    except RejectedMessageError:
         return
     assert sum(array.nbytes for array in back.values()) <= 10_000
 

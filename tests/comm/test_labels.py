@@ -8,20 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.comm.codec import Codec
-from fdl.comm.stages.base import Spec, Turn
+from fdl.comm.stages.base import ArraySpec, CodecContext
 from fdl.comm.stages.entropy import Deflate
-from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.labels import ArgmaxCodec, Simplex
 from fdl.comm.stages.quantize import Quantize
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.state.float_formats import BFLOAT16, narrow
 from tests.comm.strategies import as_float64, same
 
 
 def through(stage, p):
-    spec = Spec(p.dtype, p.shape)
-    coded = stage.encode(p, Turn())
-    assert [Spec(coded.main.dtype, coded.main.shape)] == list(stage.layout(spec, coded.variant))
-    back = stage.decode(spec, coded, Turn())
+    spec = ArraySpec(p.dtype, p.shape)
+    coded = stage.encode(p, CodecContext())
+    assert [ArraySpec(coded.main.dtype, coded.main.shape)] == list(stage.layout(spec, coded.variant))
+    back = stage.decode(spec, coded, CodecContext())
     assert (back.dtype, back.shape) == (p.dtype, p.shape)
     return back, coded
 
@@ -29,7 +29,7 @@ def through(stage, p):
 def test_by_hand():
     back, _ = through(Simplex(2), np.tile([[0.5, 0.3, 0.2]], (4, 1)))
     assert np.allclose(back, 1 / 3)  # 1.5, 0.9 and 0.6 units: two units are left, for the remainders 0.9 and 0.6
-    back, coded = through(OneHot(), np.array([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4], [0, 0, 1]], np.float32))
+    back, coded = through(ArgmaxCodec(), np.array([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4], [0, 0, 1]], np.float32))
     assert coded.main.tolist() == [1, 0, 2]
     assert back.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
 
@@ -60,10 +60,10 @@ def test_no_probability_moves_by_a_unit(bits, dtype):
 
 def test_one_bit_is_one_hot():
     p = np.random.default_rng(0).dirichlet(np.full(7, 0.3), 100).astype(np.float32)
-    assert same(through(Simplex(1), p)[0], through(OneHot(), p)[0])
-    assert through(OneHot(), p)[1].main.nbytes == 100
+    assert same(through(Simplex(1), p)[0], through(ArgmaxCodec(), p)[0])
+    assert through(ArgmaxCodec(), p)[1].main.nbytes == 100
     many = np.random.default_rng(0).dirichlet(np.full(300, 0.3), 5).astype(np.float32)
-    assert through(OneHot(), many)[1].main.dtype == np.uint16
+    assert through(ArgmaxCodec(), many)[1].main.dtype == np.uint16
 
 
 def test_what_is_no_probability_is_left_alone():
@@ -77,7 +77,7 @@ def test_what_is_no_probability_is_left_alone():
         "cube": p.reshape(4, 5, 5),
         "one column": np.ones((20, 1), np.float32),
     }
-    for stage in (OneHot(), Simplex(2)):
+    for stage in (ArgmaxCodec(), Simplex(2)):
         codec = Codec([stage, Deflate()])
         back = codec.decode(codec.encode({"p": p, **others}), 1 << 20)
         assert all(same(back[name], array) for name, array in others.items())
@@ -87,13 +87,13 @@ def test_what_is_no_probability_is_left_alone():
 
 def test_hostile_labels():
     p = np.random.default_rng(0).dirichlet(np.ones(5), 20).astype(np.float32)
-    spec = Spec(p.dtype, p.shape)
-    for stage, reason in ((OneHot(), "class 255 of 5"), (Simplex(4), "does not sum to 1")):
-        coded = stage.encode(p, Turn())
-        with pytest.raises(RefusedError, match=reason):
-            stage.decode(spec, coded._replace(main=np.full_like(coded.main, 255)), Turn())
-        with pytest.raises(RefusedError, match="no variant 2"):
+    spec = ArraySpec(p.dtype, p.shape)
+    for stage, reason in ((ArgmaxCodec(), "class 255 of 5"), (Simplex(4), "does not sum to 1")):
+        coded = stage.encode(p, CodecContext())
+        with pytest.raises(RejectedMessageError, match=reason):
+            stage.decode(spec, coded._replace(main=np.full_like(coded.main, 255)), CodecContext())
+        with pytest.raises(RejectedMessageError, match="no variant 2"):
             stage.layout(spec, 2)
     with pytest.raises(UserError, match="bits must be 8, 4, 2 or 1, got 3"):
         Simplex(3)
-    assert [s.name for s in Codec([OneHot(), Quantize(8)]).stages] == ["one_hot", "quantize"]
+    assert [s.name for s in Codec([ArgmaxCodec(), Quantize(8)]).stages] == ["one_hot", "quantize"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fdl.comm.ledger
-from fdl.comm.ledger import Ledger, Refusal, Row
+from fdl.comm.ledger import Ledger, LedgerEntry, RejectedMessage
 
 ENTRIES = st.lists(
     st.tuples(
@@ -40,14 +40,14 @@ def test_by_hand():
         1: {"up": 122, "down": 70, "setup": 1000},
     }
     assert ledger.rows() == [
-        Row(0, 0, "setup", "encoder", 1000, 1),
-        Row(0, 1, "setup", "encoder", 1000, 1),
-        Row(1, 0, "down", "parameters", 70, 1),
-        Row(1, 1, "down", "parameters", 70, 1),
-        Row(1, 1, "up", "responses", 40, 1),
-        Row(2, 1, "up", "responses", 82, 2),
+        LedgerEntry(0, 0, "setup", "encoder", 1000, 1),
+        LedgerEntry(0, 1, "setup", "encoder", 1000, 1),
+        LedgerEntry(1, 0, "down", "parameters", 70, 1),
+        LedgerEntry(1, 1, "down", "parameters", 70, 1),
+        LedgerEntry(1, 1, "up", "responses", 40, 1),
+        LedgerEntry(2, 1, "up", "responses", 82, 2),
     ]
-    assert ledger.refusals == [Refusal(2, 1, "not finite")]
+    assert ledger.refusals == [RejectedMessage(2, 1, "not finite")]
 
 
 def test_empty():
@@ -98,7 +98,7 @@ def test_state_leaves_the_ledger_as_it_was():
     ledger.add(3, 0, "up", "responses", 10)
     ledger.state_dict()
     ledger.add(3, 0, "up", "responses", 10)
-    assert ledger.rows() == [Row(3, 0, "up", "responses", 20, 2)]
+    assert ledger.rows() == [LedgerEntry(3, 0, "up", "responses", 20, 2)]
 
 
 def test_stays_small_with_thousands_of_clients():

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.comm.codec import Codec
-from fdl.comm.link_state import Memory
+from fdl.comm.link_state import LinkState
 from fdl.comm.stages.delta import Delta
-from fdl.comm.stages.entropy import Best, Deflate
-from fdl.comm.stages.labels import OneHot, Simplex
+from fdl.comm.stages.entropy import BestOf, Deflate
+from fdl.comm.stages.labels import ArgmaxCodec, Simplex
 from fdl.comm.stages.quantize import Quantize
-from fdl.comm.stages.range_coder import Range
+from fdl.comm.stages.range_coder import AnsCoder
 from fdl.comm.stages.row_cache import Cache
 from fdl.comm.stages.sparsify import RandomK, TopK
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.state import checkpoint
 from fdl.state.float_formats import BFLOAT16, narrow
 from tests.comm.strategies import allocates_at_most, same
@@ -24,13 +24,13 @@ from tests.comm.strategies import allocates_at_most, same
 LIMIT = 1 << 20
 CHAINS = [
     [Delta()],
-    [Delta(), Quantize(4), Range()],
+    [Delta(), Quantize(4), AnsCoder()],
     [Delta(), TopK(0.1), Quantize(8, "stochastic"), Deflate()],
     [Delta(), RandomK(0.3), Deflate()],
     [Cache(0.01, 3), Quantize(8), Deflate()],
     [Cache(0, 2)],
     [TopK(0.2, error_feedback=True), Quantize(8)],
-    [OneHot(), Delta(), Best([Deflate(), Range()])],
+    [ArgmaxCodec(), Delta(), BestOf([Deflate(), AnsCoder()])],
     [Simplex(2), Delta()],
 ]
 IDS = [repr(Codec(stages)) for stages in CHAINS]
@@ -41,7 +41,7 @@ class Ends:
 
     def __init__(self, stages, seed=0):
         self.codec, self.seed = Codec(stages), seed
-        self.sender, self.receiver = Memory(), Memory()
+        self.sender, self.receiver = LinkState(), LinkState()
 
     def send(self, round, lost=False, **fields):
         self.sender.begin()
@@ -78,7 +78,7 @@ def test_both_ends_stay_in_step_whatever_is_lost(stages, seed, losses):
         back, data = ends.send(round, lost, values=p, features=features)
         for end in ("sender", "receiver"):
             state = checkpoint.unpack(checkpoint.pack({"memory": getattr(resumed, end).state_dict()}))["memory"]
-            setattr(resumed, end, Memory())
+            setattr(resumed, end, LinkState())
             getattr(resumed, end).load_state_dict(state)
         assert resumed.send(round, lost, values=p, features=features)[1] == data
         if not lost:
@@ -100,10 +100,10 @@ def test_a_receiver_that_missed_a_message_says_so_or_needs_none(stages):
     if isinstance(stages[0], TopK):  # only the sender remembers
         assert ends.codec.decode(data, LIMIT, 3, ends.receiver)["values"].shape == (40, 6)
         return
-    with pytest.raises(RefusedError, match="message number 2, but number 1 is the last that was accepted"):
+    with pytest.raises(RejectedMessageError, match="message number 2, but number 1 is the last that was accepted"):
         ends.codec.decode(data, LIMIT, 3, ends.receiver)
-    with pytest.raises(RefusedError, match="message number 2, but none was accepted yet"):
-        ends.codec.decode(data, LIMIT, 3, Memory())
+    with pytest.raises(RejectedMessageError, match="message number 2, but none was accepted yet"):
+        ends.codec.decode(data, LIMIT, 3, LinkState())
 
 
 @pytest.mark.parametrize("stages", CHAINS, ids=IDS)
@@ -124,11 +124,11 @@ def test_hostile_bytes_never_crash_nor_change_what_is_kept(stages):
         try:
             with allocates_at_most(2_000_000):
                 back = ends.codec.decode(bytes(data), 10_000, 3, ends.receiver)
-        except RefusedError:
+        except RejectedMessageError:
             continue
         assert sum(array.nbytes for array in back.values()) <= 10_000
     for end in range(len(good)):
-        with pytest.raises(RefusedError):
+        with pytest.raises(RejectedMessageError):
             ends.codec.decode(good[:end], LIMIT, 3, ends.receiver)
     assert checkpoint.pack(ends.receiver.state_dict()) == kept
 
@@ -277,7 +277,7 @@ def test_cache_knows_rows_by_their_names():
 
 
 def test_what_a_hostile_sender_leaves_is_bounded():
-    codec, memory = Codec([Delta()]), Memory(limit=100_000)
+    codec, memory = Codec([Delta()]), LinkState(limit=100_000)
     for i in range(100):
         memory.begin()
         data = codec.encode({f"x{i}": np.full(2000, i, np.float32)}, None, i, memory)
@@ -296,7 +296,7 @@ def test_bad_arguments_and_chains():
     with pytest.raises(UserError, match="expiry must be at least 1 round, got 0"):
         Cache(expiry=0)
     with pytest.raises(UserError, match="cache after one_hot"):
-        Codec([OneHot(), Cache()])
+        Codec([ArgmaxCodec(), Cache()])
     with pytest.raises(UserError, match=r"stage 1 \(cache\) does the same work as stage 0 \(delta\)"):
         Codec([Delta(), Cache()])
     with pytest.raises(UserError, match=r"stage 1 \(delta\) must come before stage 0 \(quantize\)"):

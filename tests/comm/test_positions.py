@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.comm.stages import positions
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 
 
 @st.composite
@@ -42,7 +42,7 @@ def test_any_bytes_are_refused_or_rising_places(data, chosen, count):
     array = np.frombuffer(data, np.uint8)
     try:
         places = positions.decode(array, chosen, count)
-    except RefusedError:
+    except RejectedMessageError:
         return
     assert places.size == chosen
     assert (np.diff(places) > 0).all()
@@ -60,7 +60,7 @@ def test_any_bytes_are_refused_or_rising_places(data, chosen, count):
     ],
 )
 def test_damage(data, chosen, reason):
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         positions.decode(np.array(data, np.uint8), chosen, 10_000)
     assert not positions.fits(1250 + 1, 10, 10_000)
     assert not positions.fits(3, 4, 10_000)

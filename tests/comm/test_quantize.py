@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl.comm.stages.base import Spec, Turn
+from fdl.comm.stages.base import ArraySpec, CodecContext
 from fdl.comm.stages.quantize import Quantize, _outwards
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from tests.comm.strategies import as_float64, float_arrays
 
 BITS = [8, 4, 2, 1]
@@ -16,13 +16,13 @@ HALF, FULL = 1, 2
 
 def through(stage, x, rng=None):
     """Encode, check that the parts are as announced, decode."""
-    spec = Spec(x.dtype, x.shape)
+    spec = ArraySpec(x.dtype, x.shape)
     before = x.tobytes()
-    coded = stage.encode(x, Turn(rng))
+    coded = stage.encode(x, CodecContext(rng))
     assert x.tobytes() == before
     parts = (coded.main, *coded.sides)
-    assert [Spec(part.dtype, part.shape) for part in parts] == list(stage.layout(spec, coded.variant))
-    back = stage.decode(spec, coded, Turn())
+    assert [ArraySpec(part.dtype, part.shape) for part in parts] == list(stage.layout(spec, coded.variant))
+    back = stage.decode(spec, coded, CodecContext())
     assert back.dtype == x.dtype
     assert back.shape == x.shape
     return back, coded
@@ -77,7 +77,7 @@ def test_one_bit_sends_the_means_of_the_halves():
 )
 def test_rows(shape, granularity, rows):
     stage = Quantize(8, granularity=granularity)
-    _, ends = stage.layout(Spec(np.dtype(np.float32), shape), HALF)
+    _, ends = stage.layout(ArraySpec(np.dtype(np.float32), shape), HALF)
     assert ends.shape == (2, rows)
     x = np.random.default_rng(0).random(shape, dtype=np.float32)
     back, coded = through(stage, x)
@@ -150,15 +150,17 @@ def test_the_largest_noise_does_not_lift_the_row_s_end(bits):
 
 def test_bits_follow_the_schedule_and_a_message_tells_them():
     x = np.random.default_rng(0).random((20, 30), dtype=np.float32)
-    stage, spec = Quantize(2, schedule=[(3, 8), (5, 1)]), Spec(x.dtype, x.shape)
+    stage, spec = Quantize(2, schedule=[(3, 8), (5, 1)]), ArraySpec(x.dtype, x.shape)
     assert [stage.bits_in(round) for round in range(7)] == [2, 2, 2, 8, 8, 1, 1]
     for round, bits in enumerate([2, 2, 2, 8, 8, 1, 1]):
-        coded = stage.encode(x, Turn(round=round))
-        plain = Quantize(bits).encode(x, Turn())
+        coded = stage.encode(x, CodecContext(round=round))
+        plain = Quantize(bits).encode(x, CodecContext())
         assert coded.main.size == 600 * bits // 8
         assert np.array_equal(coded.main, plain.main)
         # no receiver needs the schedule, nor the round
-        assert np.array_equal(Quantize(4).decode(spec, coded, Turn()), Quantize(bits).decode(spec, plain, Turn()))
+        assert np.array_equal(
+            Quantize(4).decode(spec, coded, CodecContext()), Quantize(bits).decode(spec, plain, CodecContext())
+        )
     assert str(stage) == "quantize/2,3:8,5:1/row"
     assert stage.signature == Quantize(8).signature
     for schedule, message in (([(1, 3)], "8, 4, 2 or 1 bits"), ([(4, 8), (2, 4)], "order"), ([(2, 8), (2, 4)], "once")):
@@ -169,7 +171,7 @@ def test_bits_follow_the_schedule_and_a_message_tells_them():
 def test_stochastic_rounding_repeats_with_its_stream():
     x = np.random.default_rng(0).random((20, 30), dtype=np.float32)
     stage = Quantize(2, "stochastic")
-    first, second, other = (stage.encode(x, Turn(np.random.default_rng(seed))).main for seed in (7, 7, 8))
+    first, second, other = (stage.encode(x, CodecContext(np.random.default_rng(seed))).main for seed in (7, 7, 8))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
     assert stage.draws()
@@ -241,5 +243,5 @@ def test_bad_arguments_and_variants():
         Quantize(8, "up")
     with pytest.raises(UserError, match="granularity must be"):
         Quantize(8, granularity="column")
-    with pytest.raises(RefusedError, match="quantize has no variant 9"):
-        Quantize(8).layout(Spec(np.dtype(np.float32), (4, 4)), 9)
+    with pytest.raises(RejectedMessageError, match="quantize has no variant 9"):
+        Quantize(8).layout(ArraySpec(np.dtype(np.float32), (4, 4)), 9)

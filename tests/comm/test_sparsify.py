@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdl.comm.codec import Codec
-from fdl.comm.link_state import Memory
-from fdl.comm.stages.base import Coded, Spec, Turn
+from fdl.comm.link_state import LinkState
+from fdl.comm.stages.base import ArraySpec, CodecContext, EncodedArray
 from fdl.comm.stages.delta import Delta
 from fdl.comm.stages.quantize import Quantize
 from fdl.comm.stages.sparsify import RandomK, TopK
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 
 LIMIT = 1 << 20
 
@@ -27,12 +27,14 @@ def exchange(codec, array, round, memory, seed=0):
 
 def test_top_k_by_hand():
     x = np.array([0.1, -5, 0.2, 4, 0, 0, 0, 0.3, -0.4, 3], np.float32)
-    stage, spec = TopK(0.25), Spec(np.dtype(np.float32), (10,))
-    coded = stage.encode(x, Turn())
+    stage, spec = TopK(0.25), ArraySpec(np.dtype(np.float32), (10,))
+    coded = stage.encode(x, CodecContext())
     assert coded.main.tolist() == [-5, 4, 3]  # ⌈0.25 · 10⌉ of them, in their order
     assert coded.sides[0].tolist() == [0b00001010, 0b10]
-    assert [Spec(p.dtype, p.shape) for p in (coded.main, *coded.sides)] == list(stage.layout(spec, 2, coded.extents))
-    assert stage.decode(spec, coded, Turn()).tolist() == [0, -5, 0, 4, 0, 0, 0, 0, 0, 3]
+    assert [ArraySpec(p.dtype, p.shape) for p in (coded.main, *coded.sides)] == list(
+        stage.layout(spec, 2, coded.extents)
+    )
+    assert stage.decode(spec, coded, CodecContext()).tolist() == [0, -5, 0, 4, 0, 0, 0, 0, 0, 3]
 
 
 @settings(max_examples=80, deadline=None)
@@ -69,9 +71,9 @@ def test_random_k_sends_a_seed_and_is_unbiased():
 
 
 def test_places_of_random_k_do_not_depend_on_numpys_version():
-    stage, spec = RandomK(0.25), Spec(np.dtype(np.float32), (16,))
-    coded = Coded(2, np.arange(1, 5, dtype=np.float32), (np.array([5], "<u8"),), (4,))
-    assert np.flatnonzero(stage.decode(spec, coded, Turn())).tolist() == [4, 7, 8, 11]
+    stage, spec = RandomK(0.25), ArraySpec(np.dtype(np.float32), (16,))
+    coded = EncodedArray(2, np.arange(1, 5, dtype=np.float32), (np.array([5], "<u8"),), (4,))
+    assert np.flatnonzero(stage.decode(spec, coded, CodecContext())).tolist() == [4, 7, 8, 11]
 
 
 STAGES = [
@@ -87,7 +89,7 @@ STAGES = [
 @given(seed=st.integers(0, 2**32), rounds=st.integers(1, 8))
 def test_error_feedback_telescopes(stages, seed, rounds):
     """Σ c + e = Σ g: exactly, where no sum is rounded."""
-    rng, codec, memory = np.random.default_rng(seed), Codec(stages), Memory()
+    rng, codec, memory = np.random.default_rng(seed), Codec(stages), LinkState()
     sent = wanted = np.zeros((9, 20), np.float32)
     for round in range(rounds):
         g = rng.integers(-100, 100, (9, 20)).astype(np.float32)
@@ -103,7 +105,7 @@ def test_error_feedback_telescopes(stages, seed, rounds):
 
 
 def test_with_error_feedback_everything_arrives():
-    codec, memory, g = Codec([TopK(0.1, error_feedback=True)]), Memory(), np.linspace(1, 2, 100).astype(np.float32)
+    codec, memory, g = Codec([TopK(0.1, error_feedback=True)]), LinkState(), np.linspace(1, 2, 100).astype(np.float32)
     total = sum(exchange(codec, g, round, memory)[0] for round in range(400))
     assert np.abs(total / 400 - g).max() < 0.06
     plain = Codec([TopK(0.1)])
@@ -111,7 +113,7 @@ def test_with_error_feedback_everything_arrives():
 
 
 def test_a_refused_message_leaves_the_error_as_it_was():
-    codec, memory = Codec([TopK(0.1, error_feedback=True)]), Memory()
+    codec, memory = Codec([TopK(0.1, error_feedback=True)]), LinkState()
     g = np.random.default_rng(0).normal(size=100).astype(np.float32)
     exchange(codec, g, 1, memory)
     before = memory.state_dict()["top_k/x"]["error"]["data"]
@@ -153,5 +155,5 @@ def test_chains_and_arguments_that_make_no_sense():
     ],
 )
 def test_hostile_layouts(stage, variant, extents):
-    with pytest.raises(RefusedError, match=stage.name):
-        stage.layout(Spec(np.dtype(np.float32), (100,)), variant, extents)
+    with pytest.raises(RejectedMessageError, match=stage.name):
+        stage.layout(ArraySpec(np.dtype(np.float32), (100,)), variant, extents)

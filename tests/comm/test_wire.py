@@ -15,9 +15,9 @@ from fdl.comm.codec import Codec
 from fdl.comm.stages.entropy import Deflate, Zstd
 from fdl.comm.stages.quantize import Quantize
 from fdl.comm.wire import BROADCAST, HEADER, _decode_meta, _encode_meta, pack, unpack
-from fdl.errors import RefusedError
-from fdl.messages import Confidences, Parameters, Responses
-from fdl.state.flat_tensors import Pieces
+from fdl.errors import RejectedMessageError
+from fdl.messages import Parameters, QuantizedLogWeights, Responses
+from fdl.state.flat_tensors import FlatTensors
 from tests.comm.strategies import CHAINS, allocates_at_most
 
 RAW = Codec()
@@ -26,7 +26,7 @@ LIMIT = 1 << 20
 
 def responses(n=40, c=5, seed=0):
     g = torch.Generator().manual_seed(seed)
-    confidence = Confidences.quantize(torch.randn(n, generator=g))
+    confidence = QuantizedLogWeights.quantize(torch.randn(n, generator=g))
     return Responses(torch.randn(n, c, generator=g), "logits", torch.arange(n), confidence, 12)
 
 
@@ -71,7 +71,7 @@ def test_a_model_with_batch_norm_survives_every_chain(codec):
 
 
 def test_one_buffer_is_sent_as_its_arrays_are():
-    pieces = Pieces(torch.randn(11), {"a": (2, 4), "b": (3,)})
+    pieces = FlatTensors(torch.randn(11), {"a": (2, 4), "b": (3,)})
     message = Parameters(pieces, 5)
     alone = Parameters({name: value.clone() for name, value in pieces.items()}, 5)
     for codec in (RAW, Codec([Deflate()]), Codec([Quantize(8)])):
@@ -114,12 +114,12 @@ def test_every_changed_byte_cut_and_tail_is_refused(codec):
         for change in (1, 0x80, 0xFF):
             damaged = bytearray(data)
             damaged[position] ^= change
-            with pytest.raises(RefusedError):
+            with pytest.raises(RejectedMessageError):
                 unpacked(bytes(damaged), codec)
-        with pytest.raises(RefusedError):
+        with pytest.raises(RejectedMessageError):
             unpacked(data[:position], codec)
     for tail in (b"\0", data):
-        with pytest.raises(RefusedError):
+        with pytest.raises(RejectedMessageError):
             unpacked(data + tail, codec)
 
 
@@ -147,16 +147,16 @@ def test_reasons():
         (packed(Parameters({}, samples=-3)), {}, "sample count is negative"),
     ]
     for received, changes, reason in cases:
-        with pytest.raises(RefusedError, match=reason):
+        with pytest.raises(RejectedMessageError, match=reason):
             unpacked(received, **changes)
 
 
 def test_lengths_beyond_the_limit_take_no_memory():
     schema = b"\x01" + text("w") + b"\x2a" + varint(1 << 14) * 2
     body = b"\x01" + text("samples") + b"i\0" + RAW.signature + varint(len(schema)) + schema
-    with allocates_at_most(50_000), pytest.raises(RefusedError, match="beyond the limit"):
+    with allocates_at_most(50_000), pytest.raises(RejectedMessageError, match="beyond the limit"):
         unpacked(forge(body))
-    with allocates_at_most(50_000), pytest.raises(RefusedError, match="cut short"):
+    with allocates_at_most(50_000), pytest.raises(RejectedMessageError, match="cut short"):
         unpacked(forge(body), limit=1 << 31)
 
 
@@ -189,7 +189,7 @@ def test_forged_messages_are_refused_or_valid(data, code, which):
     for body in (data, b"\x01\x07samplesi\x12" + which.signature + data):
         try:
             unpacked(forge(body, code=code), which, limit=10_000)
-        except RefusedError:
+        except RejectedMessageError:
             continue
 
 
@@ -208,6 +208,6 @@ def test_damage_behind_a_right_checksum_is_refused_or_valid(codec):
                 body[start : start + rng.integers(0, 3)] = rng.bytes(rng.integers(0, 3))
             try:
                 unpacked(forge(bytes(body), code=code), codec, limit=10_000).validate()
-            except RefusedError:
+            except RejectedMessageError:
                 refused += 1
     assert refused > 50

@@ -20,7 +20,7 @@ from fdl.federation.scheduling import SLACK
 from fdl.recipe import Recipe, load
 from fdl.recipe.validate import keys
 from fdl.registry.kinds import KINDS, short_names
-from fdl.runs import run as runs
+from fdl.runs.run_keys import RESUMABLE_KEYS
 from fdl.utils.stopwatch import PARTS
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_robust_is_said_to_be_for_those_methods_that_take_it():
     taking = set()
     for name, path in short_names(KINDS["method"]).items():
         file = Path(importlib.util.find_spec(path.rpartition(".")[0]).origin)
-        if re.search(r"\brobust: Rule", file.read_text(encoding="utf-8")):
+        if re.search(r"\brobust: RobustRule", file.read_text(encoding="utf-8")):
             taking.add(name)
     assert set(re.findall(r"`(\w+)`", sentence)) == taking
 
@@ -136,7 +136,7 @@ def test_scale_says_the_numbers_of_the_code():
     assert set(PARTS) <= set(re.findall(r"`(\w+)`", parts))
     resumed = re.search(r"`fabric\.devices`, (.*?) may differ", SCALE, re.S).group(0)
     for key in re.findall(r"`([\w.]+)`", resumed):
-        assert key in runs.FREE, key
+        assert key in RESUMABLE_KEYS, key
 
 
 def test_the_batch_script_asks_for_as_many_tasks_as_the_recipe_for_devices():

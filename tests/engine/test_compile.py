@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.compile import Compiler
 from fdl.engine.runtime import Runtime
-from fdl.methods.fedprox import Held
+from fdl.methods.fedprox import ProximalObjective
 from fdl.modules.objectives import training_step
 from fdl.modules.small_classifiers import CNN, MLP
 from fdl.recipe import Component, Fit
@@ -53,7 +53,7 @@ def closure(module, number):
 
 def held(module, number):
     anchor = [parameter.detach().clone() + 0.1 * number for parameter in module.parameters()]
-    return Held(anchor, 0.5, True)
+    return ProximalObjective(anchor, 0.5, True)
 
 
 def trained(module, compile, objective=None, backend=None, runtime=None, sizes=(20, 19, 25)):

@@ -4,7 +4,7 @@ from torch import nn
 
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.batches import batches
-from fdl.engine.inference import ahead
+from fdl.engine.inference import prefetch
 from fdl.engine.runtime import Runtime, seed_everything
 from fdl.errors import UserError
 from fdl.modules.output import Output
@@ -149,7 +149,7 @@ def test_every_epoch_visits_every_sample_once():
 def seen_batches(monkeypatch, config, staged=None, device="cpu"):
     """What an objective gets to see, and the state in which the fit leaves its stream."""
     if staged is not None:
-        monkeypatch.setattr("fdl.engine.runtime.staged", staged)
+        monkeypatch.setattr("fdl.engine.runtime.prefetch_to_device", staged)
     runtime, generator, seen = Runtime(accelerator=device), torch_stream(0, "fit"), []
     images = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def seen_batches(monkeypatch, config, staged=None, device="cpu"):
 def test_batches_made_ahead_draw_as_those_made_in_turn(length, monkeypatch):
     config = sgd(batch_size=8, **length)
     plain = seen_batches(monkeypatch, config)
-    threaded = seen_batches(monkeypatch, config, lambda device, place, items: ahead(place, items, 2))
+    threaded = seen_batches(monkeypatch, config, lambda device, place, items: prefetch(place, items, 2))
     assert len(plain[0]) == len(threaded[0]) == (9 if length["epochs"] else 7)
     for (x, y), (a, b) in zip(plain[0], threaded[0]):
         assert torch.equal(x, a) and torch.equal(y, b)

@@ -35,7 +35,7 @@ from fdl.faults.channel import FaultyChannel, without_numbers
 from fdl.faults.clients import LateJoin, NotFinite, Straggle, Vanish
 from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
-from fdl.messages import Bundle, Parameters, Responses, Standing
+from fdl.messages import Bundle, Parameters, Responses, UploadStatus
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.modules.small_classifiers import MLP
@@ -319,7 +319,7 @@ def test_the_clock_counts_computing_and_both_transfers(world, tmp_path):
 def test_without_numbers_every_real_number_is_nan_and_nothing_else():
     parameters = Parameters({"w": torch.ones(2, 3), "n": torch.tensor(4), "h": torch.ones(3).bfloat16()}, samples=5)
     responses = Responses(torch.ones(2, 3).half(), "logits", torch.tensor([4, 7]))
-    spoilt = without_numbers(Bundle((parameters, responses, Standing(3)))).parts
+    spoilt = without_numbers(Bundle((parameters, responses, UploadStatus(3)))).parts
     assert spoilt[0].tensors["w"].isnan().all() and spoilt[0].tensors["h"].isnan().all()
     assert spoilt[0].tensors["n"] == 4 and spoilt[0].samples == 5
     assert spoilt[1].values.dtype == torch.float16 and spoilt[1].values.isnan().all()
@@ -448,7 +448,7 @@ def test_a_process_killed_at_a_write_goes_on_to_the_same_result(tmp_path, step):
 KILL = """
 import os, signal, sys
 from types import SimpleNamespace
-from fdl import files
+from fdl.utils import files
 from fdl.__main__ import main
 
 step, arguments = sys.argv[1], sys.argv[2:]

@@ -4,21 +4,33 @@ import numpy as np
 import pytest
 import torch
 
-from fdl.federation.message_transport import unwrapped, wrapped
-from fdl.messages import Bundle, Confidences, Features, Message, Parameters, Prototypes, Responses, Scores, Standing
+from fdl.federation.message_transport import from_tensors, to_tensors
+from fdl.messages import (
+    Bundle,
+    Features,
+    Message,
+    Parameters,
+    Prototypes,
+    QuantizedLogWeights,
+    Responses,
+    Scores,
+    UploadStatus,
+)
 from fdl.state import checkpoint
 
 RANDOM = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
 NAN = torch.tensor([float("nan"), -0.0, float("inf")])
-RESPONSES = Responses(RANDOM.bfloat16(), "logits", torch.tensor([9, 0, 300, 2]), Confidences.quantize(RANDOM[:, 0]), 7)
+RESPONSES = Responses(
+    RANDOM.bfloat16(), "logits", torch.tensor([9, 0, 300, 2]), QuantizedLogWeights.quantize(RANDOM[:, 0]), 7
+)
 MESSAGES = [
     Parameters({"w": RANDOM.t(), "count": torch.tensor(1 << 40), "half": RANDOM.half(), "double": RANDOM.double()}, 5),
     Parameters({"w": NAN}, 0),
     RESPONSES,
     Features({"a": RANDOM, "b": RANDOM.half()}, torch.arange(4), None),
     Prototypes(RANDOM, torch.arange(4), torch.ones(4, dtype=torch.int64), None),
-    Standing(3, True),
-    Scores(Confidences.quantize(RANDOM[:, 0])),
+    UploadStatus(3, True),
+    Scores(QuantizedLogWeights.quantize(RANDOM[:, 0])),
     Bundle((RESPONSES, Prototypes(RANDOM, torch.arange(4), torch.ones(4, dtype=torch.int64), None))),
 ]
 
@@ -32,5 +44,5 @@ def said(message: Message | Bundle) -> list:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_messages_come_out_as_they_went_in(message):
-    data = checkpoint.pack({"one": wrapped(message)})
-    assert said(unwrapped(checkpoint.unpack(data)["one"])) == said(message)
+    data = checkpoint.pack({"one": to_tensors(message)})
+    assert said(from_tensors(checkpoint.unpack(data)["one"])) == said(message)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fdl.build import build
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.recipe import from_mapping
 from fdl.state import checkpoint
@@ -30,7 +30,7 @@ def test_a_link_goes_on_from_the_upload_before_the_refused_one(tmp_path, monkeyp
     def picky(self, parameters, client):
         if (loop.server.round, client) == (2, 0):
             refused.append(client)
-            raise RefusedError("not today")
+            raise RejectedMessageError("not today")
         take(self, parameters, client)
 
     monkeypatch.setattr(ParameterMean, "add", picky)

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
 from fdl.knowledge.aggregation.shares import Cap
-from fdl.messages import Confidences, Parameters, Responses
+from fdl.messages import Parameters, QuantizedLogWeights, Responses
 
 ROWS, CLASSES = 7, 4
 
@@ -22,7 +22,7 @@ def random_answers(seed, clients=5, form="logits", limit=8.0, subsets=False):
         rows = torch.randperm(ROWS, generator=g)[: int(torch.randint(1, ROWS + 1, (1,), generator=g))]
         count = len(rows) if subsets else ROWS
         values = torch.randn(count, CLASSES, generator=g) * 3
-        confidence = Confidences.quantize((torch.rand(count, generator=g) * 2 - 1) * limit)
+        confidence = QuantizedLogWeights.quantize((torch.rand(count, generator=g) * 2 - 1) * limit)
         values = values.softmax(1) if form == "probabilities" else values
         answers.append(Responses(values, form, rows if subsets else None, confidence))
     return answers
@@ -68,7 +68,7 @@ def test_without_confidence_it_is_the_mean(space):
 
 def test_equal_confidences_are_no_confidences():
     values = torch.randn(3, ROWS, CLASSES).softmax(-1)
-    same = Confidences.quantize(torch.full((ROWS,), -21.0))
+    same = QuantizedLogWeights.quantize(torch.full((ROWS,), -21.0))
     weighted = mean_of([Responses(v, "probabilities", confidence=same) for v in values]).result()
     torch.testing.assert_close(weighted.values, values.mean(0))
 
@@ -92,7 +92,9 @@ def test_with_a_cap_it_is_the_mean_of_shares_that_were_cut(seed, clients, subset
 @pytest.mark.parametrize("clients", [3, 5, 20])
 def test_by_default_nobody_moves_a_row_by_more_than_two_equal_shares(clients):
     honest = [
-        Responses(torch.randn(ROWS, CLASSES), "logits", confidence=Confidences.quantize(torch.full((ROWS,), -32.0)))
+        Responses(
+            torch.randn(ROWS, CLASSES), "logits", confidence=QuantizedLogWeights.quantize(torch.full((ROWS,), -32.0))
+        )
         for _ in range(clients - 1)
     ]
     results = {}
@@ -100,7 +102,7 @@ def test_by_default_nobody_moves_a_row_by_more_than_two_equal_shares(clients):
         for favourite in (0, 1):
             lie = torch.full((ROWS, CLASSES), -1e4)
             lie[:, favourite] = 1e4
-            sure = Confidences.quantize(torch.full((ROWS,), 32.0))
+            sure = QuantizedLogWeights.quantize(torch.full((ROWS,), 32.0))
             options = {} if cap == 2.0 else {"cap": cap}
             answers = [*honest, Responses(lie, "logits", confidence=sure)]
             results[cap, favourite] = mean_of(answers, weighted=True, **options).result()
@@ -114,7 +116,7 @@ def test_by_default_nobody_moves_a_row_by_more_than_two_equal_shares(clients):
 
 def test_two_clients_and_one_have_a_proper_mean_under_the_cap():
     values = torch.randn(2, ROWS, CLASSES).softmax(-1)
-    sure = [Confidences.quantize(torch.full((ROWS,), level)) for level in (2.0, 0.0)]
+    sure = [QuantizedLogWeights.quantize(torch.full((ROWS,), level)) for level in (2.0, 0.0)]
     answers = [Responses(p, "probabilities", confidence=c) for p, c in zip(values, sure)]
     torch.testing.assert_close(mean_of(answers[:1]).result().values, values[0])
     share = 1 / (1 + math.exp(-2.0))
@@ -173,7 +175,9 @@ def test_weights_of_a_row_sum_to_one():
 def test_permuted_rows_and_classes_come_out_permuted():
     answers, rows, classes = random_answers(5), torch.randperm(ROWS), torch.randperm(CLASSES)
     permuted = [
-        Responses(a.values[rows][:, classes], a.form, confidence=Confidences.quantize(a.confidence.values()[rows]))
+        Responses(
+            a.values[rows][:, classes], a.form, confidence=QuantizedLogWeights.quantize(a.confidence.values()[rows])
+        )
         for a in answers
     ]
     expected = mean_of(answers).result().values[rows][:, classes]
@@ -252,15 +256,21 @@ GOOD = torch.full((ROWS, CLASSES), 0.25)
         (Responses(GOOD * math.nan, "logits"), "not finite"),
         (Responses(GOOD * 8, "probabilities"), "outside of 0 … 1"),
         (Responses(GOOD * 0, "probabilities"), "all 0"),
-        (Responses(GOOD, "logits", confidence=Confidences.quantize(torch.zeros(3))), "3 confidences"),
-        (Responses(GOOD, "logits", confidence=Confidences.quantize(torch.full((ROWS,), 40.0))), "outside of ±32"),
-        (Responses(GOOD, "logits", confidence=Confidences.quantize(torch.full((ROWS,), math.nan))), "outside of ±32"),
+        (Responses(GOOD, "logits", confidence=QuantizedLogWeights.quantize(torch.zeros(3))), "3 confidences"),
+        (
+            Responses(GOOD, "logits", confidence=QuantizedLogWeights.quantize(torch.full((ROWS,), 40.0))),
+            "outside of ±32",
+        ),
+        (
+            Responses(GOOD, "logits", confidence=QuantizedLogWeights.quantize(torch.full((ROWS,), math.nan))),
+            "outside of ±32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(answer, reason):
     mean = mean_of(random_answers(1, 2))
     before = mean.result()
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         mean.add(answer, 2)
     after = mean.result()
     assert mean.clients == 2 and torch.equal(before.values, after.values)
@@ -269,10 +279,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(answer, reason):
 
 def test_a_client_cannot_choose_whether_it_is_weighed():
     plain = Responses(GOOD, "logits")
-    weighed = Responses(GOOD, "logits", confidence=Confidences.quantize(torch.zeros(ROWS)))
-    with pytest.raises(RefusedError, match="without confidence"):
+    weighed = Responses(GOOD, "logits", confidence=QuantizedLogWeights.quantize(torch.zeros(ROWS)))
+    with pytest.raises(RejectedMessageError, match="without confidence"):
         mean_of([plain], weighted=True)
-    with pytest.raises(RefusedError, match="not asked for"):
+    with pytest.raises(RejectedMessageError, match="not asked for"):
         mean_of([weighed], weighted=False)
     assert mean_of([weighed], weighted=True).clients == mean_of([plain], weighted=False).clients == 1
 
@@ -370,7 +380,7 @@ def test_result_does_not_share_memory_with_what_came():
 def test_parameters_that_do_not_fit_are_refused_and_change_nothing(change, samples, reason):
     tensors = {name: tensor for name, tensor in {**state(2), **change}.items() if tensor is not None}
     mean = parameter_mean([(state(1), 4)])
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         mean.add(Parameters(tensors, samples=samples), 1)
     assert mean.samples == 4
     assert_same(mean.result(), parameter_mean([(state(1), 4)]).result())

@@ -20,7 +20,7 @@ from fdl.knowledge.confidence.base import (
 )
 from fdl.knowledge.confidence.density import Density
 from fdl.knowledge.confidence.domain_classifier import DomainClassifier
-from fdl.messages import Confidences
+from fdl.messages import QuantizedLogWeights
 from tests.knowledge.clients import client
 
 LOGITS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)) * 3
@@ -97,7 +97,7 @@ def test_scores_are_clipped_to_a_range_that_8_bits_resolve():
     found = Extreme().log_weights(someone(), torch.zeros(5, 2))
     assert found[:4].tolist() == [-LIMIT, LIMIT, LIMIT, 0.5] and math.isnan(found[4])
     spread = torch.linspace(-LIMIT, LIMIT, 1000)
-    assert (Confidences.quantize(spread).values() - spread).abs().max() < 0.13
+    assert (QuantizedLogWeights.quantize(spread).values() - spread).abs().max() < 0.13
 
 
 @pytest.mark.parametrize(

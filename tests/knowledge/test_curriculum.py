@@ -6,14 +6,14 @@ import torch
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.batches import batches
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.means import Knowledge
+from fdl.knowledge.aggregation.means import AggregatedResponses
 from fdl.knowledge.distillation.curriculum import PACINGS, Curriculum, Paced, difficulty
 from fdl.recipe import Fit
 
 
 def knowledge(agreement, log_weight):
     n = len(agreement)
-    return Knowledge(
+    return AggregatedResponses(
         torch.zeros(n, 2), "logits", torch.ones(n).long(), torch.tensor(log_weight), torch.tensor(agreement)
     )
 

@@ -14,7 +14,7 @@ from fdl.knowledge.aggregation.means import ResponseMean
 from fdl.knowledge.confidence.base import Entropy, Product
 from fdl.knowledge.confidence.density import Density
 from fdl.knowledge.confidence.domain_classifier import DomainClassifier
-from fdl.messages import Confidences, Responses
+from fdl.messages import QuantizedLogWeights, Responses
 from tests.knowledge.clients import client
 
 CLIENTS, PROXIES = 5, 400
@@ -61,7 +61,7 @@ def fraction(federation, confidence=None, encoder=None):
         sent = None
         if confidence is not None:
             owner.encoder, owner.cache = encoder, {}
-            sent = Confidences.quantize(confidence.log_weights(owner, answer.clamp_min(1e-9).log()))
+            sent = QuantizedLogWeights.quantize(confidence.log_weights(owner, answer.clamp_min(1e-9).log()))
         mean.add(Responses(answer, "probabilities", confidence=sent), i)
     return float((mean.result().values.argmax(1).numpy() == labels).mean()) / central
 

@@ -10,15 +10,15 @@ from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
 from fdl.comm.stages.quantize import Quantize
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Entropy, Margin, SampleCount, Uniform, Validation
 from fdl.knowledge.confidence.density import Density
-from fdl.knowledge.confidence.pairs import OwnPair, confidences
-from fdl.knowledge.distillation.affinity import Guided
-from fdl.knowledge.transfer.embeddings import AnswerPool, Teachers, answers, blocks, temperature_of
+from fdl.knowledge.confidence.pairs import PairConfidence, confidences
+from fdl.knowledge.distillation.affinity import GuidedStudent
+from fdl.knowledge.transfer.embeddings import AnswerPool, TeacherEmbeddings, answers, blocks, temperature_of
 from fdl.losses.contrastive import affinities, logits_between
-from fdl.messages import Confidences, Responses
+from fdl.messages import QuantizedLogWeights, Responses
 from fdl.methods.affinity_distillation import AffinityDistillation
 from tests.pairs import PairSamples, blobs, federation, fit, tiny
 
@@ -44,13 +44,13 @@ def pool(*entries, weighted=False, rows=9):
 
 
 def sent(values, rows=None, weights=None):
-    confidence = None if weights is None else Confidences.quantize(weights)
+    confidence = None if weights is None else QuantizedLogWeights.quantize(weights)
     return Responses(values, "embeddings", rows, confidence)
 
 
 def test_affinities_of_two_widths_are_mixed_row_by_row():
     weights = torch.linspace(-2, 2, 9)
-    teachers = Teachers([A, B], torch.stack([weights, torch.zeros(9)]))
+    teachers = TeacherEmbeddings([A, B], torch.stack([weights, torch.zeros(9)]))
     rows = torch.tensor([7, 0, 3, 4])
     to_texts, to_images, known = teachers.targets(rows)
     share = torch.sigmoid(weights[rows]).unsqueeze(1)
@@ -76,7 +76,7 @@ def test_a_loud_client_has_two_equal_shares_of_a_pair():
     for cap in (Cap(), None):
         pool = AnswerPool(9, weighted=True, cap=cap)
         for i, level in enumerate((0.0, 32.0, 0.0, 0.0)):
-            pool.add(Responses(A, "embeddings", None, Confidences.quantize(torch.full((9,), level))), i)
+            pool.add(Responses(A, "embeddings", None, QuantizedLogWeights.quantize(torch.full((9,), level))), i)
         shares[cap] = pool.result().weights[:, 0]
     torch.testing.assert_close(shares[Cap()], torch.tensor([1 / 6, 1 / 2, 1 / 6, 1 / 6]))
     torch.testing.assert_close(shares[None], torch.tensor([0.0, 1.0, 0.0, 0.0]))
@@ -102,7 +102,7 @@ def test_a_client_knows_as_candidates_only_what_it_answered():
 def test_certainty_travels_with_the_vectors_through_a_lossy_channel():
     channel = Channel(Codec([Quantize(bits=8)]), Codec(), Ledger(), 0)
     received = channel.upload(sent(B), 0, 1).values
-    exact, coarse = (Teachers([x], torch.zeros(1, 9)).targets(torch.arange(9))[0] for x in (B, received))
+    exact, coarse = (TeacherEmbeddings([x], torch.zeros(1, 9)).targets(torch.arange(9))[0] for x in (B, received))
     assert (exact - coarse).abs().max() < 0.05
     assert coarse.amax(1).mean() == pytest.approx(exact.amax(1).mean().item(), abs=0.01)
 
@@ -122,7 +122,7 @@ def test_certainty_travels_with_the_vectors_through_a_lossy_channel():
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(message, reason):
     found = AnswerPool(9, weighted=False)
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         found.add(message, 0)
     assert found.result() is None
 
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(message, reason):
 def test_a_confidence_that_is_missing_or_too_large_is_refused():
     loud = sent(A, weights=torch.full((9,), 99.0))
     for message, reason in ((sent(A), "without confidence"), (loud, "outside of ±32")):
-        with pytest.raises(RefusedError, match=reason):
+        with pytest.raises(RejectedMessageError, match=reason):
             AnswerPool(9, weighted=True).add(message, 0)
 
 
@@ -170,7 +170,7 @@ def test_own_pair_is_the_probability_of_the_captions_group(client):
     ways = affinities(images @ texts.T)
     tokens = client.proxy.tokens
     same = (tokens.unsqueeze(0) == tokens.unsqueeze(1)).all(2)
-    score = confidences(OwnPair(), client, given).values()
+    score = confidences(PairConfidence(), client, given).values()
     # columns: the group's probability, and those of all others, each the mean of both ways in logarithms
     group = sum((way * same).sum(1).log() for way in ways) / 2
     others = sum(way.log() for way in ways) / 2
@@ -229,7 +229,7 @@ def test_blocks_hold_all_pairs_once():
 def test_feature_and_interactive_terms_written_out(client):
     """One projector, the identity, so that both terms follow from the vectors alone."""
     teachers = pool((4, sent(A, weights=torch.zeros(9))), weighted=True)
-    guided = Guided(client, _Wide(4), teachers)
+    guided = GuidedStudent(client, _Wide(4), teachers)
     with torch.no_grad():
         guided.projectors["4"].weight.copy_(torch.eye(4))
     own, rows = vectors(5, 4, 9, 1.0), torch.tensor([8, 1, 0, 4, 5])

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer, principal, sketch
 from fdl.losses.features import linear_cka, relational_distance
-from fdl.messages import Confidences, Features
+from fdl.messages import Features, QuantizedLogWeights
 
 
 def draw(*shape, seed=0):
@@ -64,7 +64,7 @@ def test_apart_clients_keep_their_features_and_shares():
 
 
 def test_a_confidence_of_its_own_counts_and_unknown_rows_are_known_to_be():
-    sure = Confidences.quantize(torch.tensor([2.0, 2.0]))
+    sure = QuantizedLogWeights.quantize(torch.tensor([2.0, 2.0]))
     mean = FeatureMean(3, 4, seed=0)
     mean.add(Features({"a": draw(2, 2)}, torch.tensor([0, 1]), sure), torch.zeros(3).double(), 0)
     mean.add(Features({"a": draw(1, 2)}, torch.tensor([0])), torch.zeros(3).double(), 1)
@@ -74,8 +74,8 @@ def test_a_confidence_of_its_own_counts_and_unknown_rows_are_known_to_be():
 
 
 def test_a_confidence_beyond_bounds_is_refused():
-    loud = Confidences.quantize(torch.full((3,), 400.0))
-    with pytest.raises(RefusedError, match="a confidence of features lies outside"):
+    loud = QuantizedLogWeights.quantize(torch.full((3,), 400.0))
+    with pytest.raises(RejectedMessageError, match="a confidence of features lies outside"):
         FeatureMean(3, 4, seed=0).check(Features({"a": draw(3, 2)}, None, loud))
 
 

@@ -5,19 +5,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fdl.errors import RefusedError, UserError
-from fdl.knowledge.aggregation.last_uploads import LastAnswers, LogWeights
+from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.last_uploads import ExactLogWeights, LastAnswers
 from fdl.knowledge.distillation.personalization import (
     AdaptiveWeights,
-    Gains,
     Similarity,
+    ValidationGains,
     prototype_likeness,
     response_likeness,
     shifted,
 )
-from fdl.knowledge.distillation.proxy_subsampling import AnswerCache, rows_of_round
-from fdl.knowledge.distillation.upload_on_change import MEASURES, OnChange
-from fdl.messages import Confidences, Features, Prototypes, Responses, Standing
+from fdl.knowledge.distillation.proxy_subsampling import SoftLabelCache, rows_of_round
+from fdl.knowledge.distillation.upload_on_change import MEASURES, UploadOnChange
+from fdl.messages import Features, Prototypes, QuantizedLogWeights, Responses, UploadStatus
 from fdl.state import checkpoint
 
 P = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75], [0.0, 1.0]])
@@ -30,7 +30,7 @@ def server(round=1):
 def upload(rows, shift=0.0):
     rows = None if rows is None else torch.tensor(rows)
     values = P if rows is None else P[rows]
-    sure = Confidences.quantize(torch.arange(len(values)).float() + shift)
+    sure = QuantizedLogWeights.quantize(torch.arange(len(values)).float() + shift)
     layers = {"a": torch.arange(2.0 * len(values)).view(-1, 2)}
     groups = Prototypes(torch.ones(2, 3), torch.tensor([0, 1]), torch.tensor([1, 2]))
     return {
@@ -66,9 +66,9 @@ def test_answers_expire_row_by_row_and_survive_a_checkpoint():
     assert LastAnswers(holder, expiry=9).all()[0][Responses].rows.tolist() == [0, 1, 2]
     holder.round = 9
     assert LastAnswers(holder, expiry=2).all() == {}
-    with pytest.raises(RefusedError, match="expired"):
+    with pytest.raises(RejectedMessageError, match="expired"):
         LastAnswers(holder, expiry=2).recall(0, 3, None)
-    with pytest.raises(RefusedError, match="of round 2 are not held, but of 3"):
+    with pytest.raises(RejectedMessageError, match="of round 2 are not held, but of 3"):
         LastAnswers(holder).recall(0, 2, None)
 
 
@@ -76,7 +76,7 @@ def test_shifted_answers_count_more():
     plain = Responses(P, "probabilities")
     assert shifted(plain, 0.0) is plain
     assert shifted(plain, 1.5).confidence.values().tolist() == [1.5] * 4
-    sure = Responses(P, "probabilities", confidence=LogWeights(torch.tensor([31.0, 0.0, -31.0, 1.0])))
+    sure = Responses(P, "probabilities", confidence=ExactLogWeights(torch.tensor([31.0, 0.0, -31.0, 1.0])))
     assert shifted(sure, 2.0).confidence.values().tolist() == [32, 2, -29, 3]
 
 
@@ -113,9 +113,9 @@ def test_weights_are_centred_clipped_and_start_alike():
 
 def test_weights_need_a_validation_set():
     with pytest.raises(UserError, match="validation"):
-        Gains(server())
+        ValidationGains(server())
     with pytest.raises(UserError, match="validation"):
-        OnChange(patience=1).watch(server())
+        UploadOnChange(patience=1).watch(server())
 
 
 def test_rows_of_a_round():
@@ -129,7 +129,7 @@ def test_rows_of_a_round():
 
 
 def test_the_cache_forgets_after_its_rounds():
-    holder, cache = server(), AnswerCache(2)
+    holder, cache = server(), SoftLabelCache(2)
     assert cache.update(holder, Responses(P[:2], "probabilities", torch.tensor([0, 1])))[0].tolist() == [0, 1]
     holder.round = 2
     rows, answers = cache.update(holder, Responses(P[2:3], "probabilities", torch.tensor([1])))
@@ -138,7 +138,7 @@ def test_the_cache_forgets_after_its_rounds():
     assert cache.update(holder, Responses(P[3:], "probabilities", torch.tensor([3])))[0].tolist() == [1, 3]
     holder.round = 4
     assert cache.update(holder, Responses(P, "probabilities"))[0] is None
-    assert AnswerCache(1).update(server(), Responses(P, "probabilities"))[0] is None
+    assert SoftLabelCache(1).update(server(), Responses(P, "probabilities"))[0] is None
 
 
 def test_measures_of_change():
@@ -149,29 +149,29 @@ def test_measures_of_change():
 
 
 def test_a_client_compares_with_what_was_taken_in():
-    rule, owner = OnChange(threshold=0.1, expiry=3), SimpleNamespace(state={}, round=1)
+    rule, owner = UploadOnChange(threshold=0.1, expiry=3), SimpleNamespace(state={}, round=1)
     logits = P.clamp_min(1e-6).log()
-    assert not rule.unchanged(owner, Standing(0), logits, torch.tensor([0, 1]))
+    assert not rule.unchanged(owner, UploadStatus(0), logits, torch.tensor([0, 1]))
     owner.round = 2
     # of row 2 nothing was said yet
-    assert not rule.unchanged(owner, Standing(1), logits, torch.tensor([1, 2]))
+    assert not rule.unchanged(owner, UploadStatus(1), logits, torch.tensor([1, 2]))
     owner.round = 3
-    assert rule.unchanged(owner, Standing(2), logits, torch.tensor([0, 2]))
-    assert not rule.unchanged(owner, Standing(2), logits.flip(1), torch.tensor([0, 2]))
+    assert rule.unchanged(owner, UploadStatus(2), logits, torch.tensor([0, 2]))
+    assert not rule.unchanged(owner, UploadStatus(2), logits.flip(1), torch.tensor([0, 2]))
     owner.round = 4
     # the upload of round 3 was lost: what was accepted in round 2 is what counts
-    assert rule.unchanged(owner, Standing(2), logits, torch.tensor([1, 2]))
+    assert rule.unchanged(owner, UploadStatus(2), logits, torch.tensor([1, 2]))
     owner.round = 6
-    assert not rule.unchanged(owner, Standing(2), logits, torch.tensor([1, 2]))
+    assert not rule.unchanged(owner, UploadStatus(2), logits, torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: OnChange(threshold=-1.0),
-        lambda: OnChange(measure="l7"),
-        lambda: OnChange(expiry=0),
-        lambda: OnChange(patience=0),
+        lambda: UploadOnChange(threshold=-1.0),
+        lambda: UploadOnChange(measure="l7"),
+        lambda: UploadOnChange(expiry=0),
+        lambda: UploadOnChange(patience=0),
         lambda: Similarity(temperature=0.0),
         lambda: Similarity(by="name"),
         lambda: AdaptiveWeights(rate=0.0),

@@ -2,13 +2,13 @@
 
 import torch
 
-from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, between, part_of, together
+from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, interpolate, part_of, prefix_names
 from fdl.messages import Parameters
 
 
 def test_models_of_one_message_come_apart_again():
     weights = {"mlp": {"a.weight": torch.rand(2), "b": torch.rand(1)}, "mlp-1": {"a.weight": torch.rand(3)}}
-    one = together(weights)
+    one = prefix_names(weights)
     assert list(one) == ["mlp/a.weight", "mlp/b", "mlp-1/a.weight"]
     for pool, tensors in weights.items():
         assert part_of(one, pool).keys() == tensors.keys()
@@ -18,10 +18,10 @@ def test_models_of_one_message_come_apart_again():
 def test_between_two_models_lies_a_line_and_counters_are_the_clients():
     mean = {"w": torch.tensor([0.1, 1.0]), "batches": torch.tensor(7)}
     learnt = {"w": torch.tensor([0.3, -1.0]), "batches": torch.tensor(9)}
-    torch.testing.assert_close(between(mean, learnt, 0.25)["w"], torch.tensor([0.15, 0.5]))
+    torch.testing.assert_close(interpolate(mean, learnt, 0.25)["w"], torch.tensor([0.15, 0.5]))
     for alpha, end in ((0.0, mean), (1.0, learnt)):
-        assert torch.equal(between(mean, learnt, alpha)["w"], end["w"])
-    assert between(mean, learnt, 1.0)["batches"] == 7
+        assert torch.equal(interpolate(mean, learnt, alpha)["w"], end["w"])
+    assert interpolate(mean, learnt, 1.0)["batches"] == 7
 
 
 class Told:
@@ -46,7 +46,9 @@ def test_means_of_two_processes_are_those_of_one():
     like = {pool: {"w": torch.zeros(n), "batches": torch.tensor(0)} for pool, n in (("a", 2), ("b", 3), ("c", 1))}
     trained = {0: ["a"], 1: ["a", "b"], 2: ["a"], 3: ["c"]}
     draw = lambda pool, k: {"w": torch.rand(len(like[pool]["w"])), "batches": torch.tensor(k + 1)}  # noqa: E731
-    uploads = {k: Parameters(together({pool: draw(pool, k) for pool in trained[k]}), samples=k + 5) for k in range(3)}
+    uploads = {
+        k: Parameters(prefix_names({pool: draw(pool, k) for pool in trained[k]}), samples=k + 5) for k in range(3)
+    }
     whole, here, there = (PoolMeans(like, trained) for _ in range(3))
     for client, upload in uploads.items():
         whole.add(upload, client)

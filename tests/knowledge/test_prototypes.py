@@ -11,7 +11,7 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.transfer.extraction import Extracted
 from fdl.knowledge.transfer.prototypes import PrototypeKnowledge, PrototypePool, PrototypeTransfer, centroids
-from fdl.messages import Confidences, Prototypes
+from fdl.messages import Prototypes, QuantizedLogWeights
 from tests.knowledge.clients import client
 
 POINTS = np.array([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 4.0], [5.0, 5.0]], np.float32)
@@ -91,7 +91,7 @@ def test_the_server_merges_by_class_and_counts():
 
 
 def test_no_client_has_more_than_two_equal_shares_of_a_class_whatever_it_declares():
-    sure = Confidences.quantize(torch.full((1,), 32.0))
+    sure = QuantizedLogWeights.quantize(torch.full((1,), 32.0))
     for cap, expected in (
         (None, 10.0),
         (Cap(2.0, "row"), 5.0),

@@ -3,10 +3,10 @@
 import pytest
 
 from fdl.errors import UserError
-from fdl.knowledge.distillation.phase_schedule import CENTRALIZED, FEDERATED, Fixed, Never, Plateau
+from fdl.knowledge.distillation.phase_schedule import CENTRALIZED, FEDERATED, FixedPhases, PlateauPhases, SinglePhase
 
 
-class Scripted(Plateau):
+class Scripted(PlateauPhases):
     """A plateau of scores that are given."""
 
     def __init__(self, scores, **settings):
@@ -31,9 +31,9 @@ def phases(switch, rounds, first=CENTRALIZED):
 
 
 def test_never_and_fixed():
-    assert phases(Never(), 5)[0] == "ccccc" and phases(Never(), 3, FEDERATED)[0] == "fff"
-    assert phases(Fixed(2, 3), 9)[0] == "ccfffccff"
-    assert phases(Fixed(2, 3), 7, FEDERATED)[0] == "fffccff"
+    assert phases(SinglePhase(), 5)[0] == "ccccc" and phases(SinglePhase(), 3, FEDERATED)[0] == "fff"
+    assert phases(FixedPhases(2, 3), 9)[0] == "ccfffccff"
+    assert phases(FixedPhases(2, 3), 7, FEDERATED)[0] == "fffccff"
 
 
 def test_a_plateau_counts_rounds_of_small_gains():
@@ -80,6 +80,6 @@ def test_a_gain_of_just_the_threshold_is_worth_going_on_for():
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):
-        Plateau(**settings)
+        PlateauPhases(**settings)
     with pytest.raises(UserError, match="federated must be at least 1"):
-        Fixed(1, 0)
+        FixedPhases(1, 0)

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.aggregation.tokens import TokenMixture, padded, relative
 from fdl.knowledge.confidence.tokens import BayesianMixture, Certainty, TokenEntropy, TokenMaxProbability
-from fdl.knowledge.distillation.token_upload import TokenAnswering, require_language_model
+from fdl.knowledge.distillation.token_upload import TokenUploadBuilder, require_language_model
 from fdl.messages import Responses
-from fdl.messages.sparse_responses import FLOOR, LogWeights
+from fdl.messages.sparse_responses import FLOOR, TokenLogWeights
 from fdl.methods.token_distillation import TokenDistillation
 from tests.toy import Linear
 from tests.toy_language import DOWN, LENGTH, SHORT, UP, VOCAB, Bigram, federation, table, windows
@@ -28,7 +28,7 @@ def client(tmp_path):
 
 def answered(client, weights, rows=None, **settings):
     defaults = {"k": VOCAB, "mass": 1.0, "draws": None, "temperature": 1.0, "confidence": None}
-    return TokenAnswering(**(defaults | settings)).upload(client, Bigram(weights), rows)
+    return TokenUploadBuilder(**(defaults | settings)).upload(client, Bigram(weights), rows)
 
 
 def dense(message):
@@ -90,7 +90,7 @@ def test_ids_without_probability_are_not_sent(client):
 @pytest.mark.parametrize("confidence", [None, BayesianMixture(), TokenEntropy()])
 @pytest.mark.parametrize("draws", [None, 9])
 def test_a_model_that_has_diverged_is_refused(client, confidence, draws):
-    with pytest.raises(RefusedError):
+    with pytest.raises(RejectedMessageError):
         answered(client, torch.full((VOCAB, VOCAB), math.nan), confidence=confidence, draws=draws).validate()
 
 
@@ -138,7 +138,7 @@ class Hesitant(Bigram):
 
 
 def test_who_answers_in_part_says_so(client):
-    question = TokenAnswering(VOCAB, 1.0, None, 1.0, TokenMaxProbability())
+    question = TokenUploadBuilder(VOCAB, 1.0, None, 1.0, TokenMaxProbability())
     message = question.upload(client, Hesitant(), None)
     message.validate()
     assert message.sizes.tolist() == [[3, 0, 3, 0], [3, 3, 0, 0], [3, 3, 0, 0]]
@@ -154,7 +154,7 @@ def test_who_answers_in_part_says_so(client):
 def test_draws_of_no_token_of_the_data_are_lost(client):
     times, draws = 600, 10
     client.proxy = windows(*[DOWN] * times)
-    message = TokenAnswering(VOCAB, 1.0, draws, 1.0, None).upload(client, Hesitant(), None)
+    message = TokenUploadBuilder(VOCAB, 1.0, draws, 1.0, None).upload(client, Hesitant(), None)
     message.validate()
     counts = torch.zeros(times, LENGTH, VOCAB, dtype=torch.int64)
     counts.view(-1, VOCAB).index_put_((message.positions, message.ids.long()), message.values.long())
@@ -266,7 +266,7 @@ def weighted_messages(client, count=3, k=3):
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         message = answered(client, table(i, 2.0), k=k)
-        weights = LogWeights.quantize(torch.randn(len(TEXTS), LENGTH, generator=generator))
+        weights = TokenLogWeights.quantize(torch.randn(len(TEXTS), LENGTH, generator=generator))
         yield dataclasses.replace(message, weights=weights)
 
 
@@ -286,11 +286,11 @@ def test_the_mixture_is_the_weighted_mean_of_what_is_named(client):
 def test_a_loud_client_has_two_equal_shares_of_a_token(client):
     # four clients, one of which leaves the third text unanswered; the loud one is of the three that answer it
     whole = [answered(client, table(i, 2.0)) for i in range(4)]
-    loud, calm = (LogWeights.quantize(torch.full((3, LENGTH), level)) for level in (32.0, -30.0))
+    loud, calm = (TokenLogWeights.quantize(torch.full((3, LENGTH), level)) for level in (32.0, -30.0))
     messages = [dataclasses.replace(m, weights=loud if i == 0 else calm) for i, m in enumerate(whole)]
     messages[3] = dataclasses.replace(
         answered(client, table(3, 2.0), torch.tensor([0, 1])),
-        weights=LogWeights.quantize(torch.full((2, LENGTH), -30.0)),
+        weights=TokenLogWeights.quantize(torch.full((2, LENGTH), -30.0)),
     )
     by_row = Cap(2.0, "row")
     held = mixture(*messages, weighted=True, cap=by_row)
@@ -379,8 +379,8 @@ def test_a_mixture_as_a_message(client):
         (lambda m: dataclasses.replace(m, rows=torch.tensor([0, 1, 3])), "that was not asked"),
         (lambda m: dataclasses.replace(m, rows=torch.tensor([0, 1, 1])), "answered twice"),
         (lambda m: dataclasses.replace(m, weights=None), "without weights"),
-        (lambda m: dataclasses.replace(m, weights=LogWeights.quantize(torch.full((3, 4), 33.0))), "above 32"),
-        (lambda m: dataclasses.replace(m, weights=LogWeights.quantize(torch.full((3, 4), -999.0))), None),
+        (lambda m: dataclasses.replace(m, weights=TokenLogWeights.quantize(torch.full((3, 4), 33.0))), "above 32"),
+        (lambda m: dataclasses.replace(m, weights=TokenLogWeights.quantize(torch.full((3, 4), -999.0))), None),
     ],
 )
 def test_what_does_not_fit_is_refused(client, change, reason):
@@ -390,13 +390,13 @@ def test_what_does_not_fit_is_refused(client, change, reason):
     if reason is None:
         together.add(change(good), 1)
         return
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         together.add(change(good), 1)
     assert torch.equal(together.result().probabilities, before.probabilities) and together.clients == 1
 
 
 def test_more_ids_than_agreed_are_refused(client):
-    with pytest.raises(RefusedError, match="3 ids at a position, expected 2 at most"):
+    with pytest.raises(RejectedMessageError, match="3 ids at a position, expected 2 at most"):
         mixture(answered(client, table(0), k=3), most=2)
-    with pytest.raises(RefusedError, match="weights not asked for"):
+    with pytest.raises(RejectedMessageError, match="weights not asked for"):
         mixture(answered(client, table(0), confidence=BayesianMixture()))

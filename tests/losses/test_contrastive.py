@@ -138,7 +138,7 @@ def test_the_scale_stays_in_bounds():
 
 TWO = """
 import os, sys, torch, torch.distributed as dist, torch.nn.functional as F
-from fdl.contrastive_losses import gathered_info_nce
+from fdl.losses.contrastive import gathered_info_nce
 rank, place = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
 data = torch.load(f"{place}/data.pt")

@@ -9,10 +9,10 @@ import torch
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
-from fdl.errors import RefusedError
-from fdl.messages import Bundle, Confidences, Features, Prototypes, Responses, Scores, Standing, parts_of
+from fdl.errors import RejectedMessageError
+from fdl.messages import Bundle, Features, Prototypes, QuantizedLogWeights, Responses, Scores, UploadStatus, parts_of
 
-SURE = Confidences.quantize(torch.tensor([0.0, -1.0, 2.0]))
+SURE = QuantizedLogWeights.quantize(torch.tensor([0.0, -1.0, 2.0]))
 ROWS = torch.tensor([0, 2, 300])
 FEATURES = Features({"trunk.0": torch.randn(3, 4), "embedding": torch.randn(3, 2)}, ROWS, SURE)
 PROTOTYPES = Prototypes(torch.randn(3, 5), torch.tensor([0, 0, 9]), torch.tensor([1, 70000, 3]), SURE)
@@ -44,7 +44,7 @@ def test_prototypes_cross_the_wire():
 
 def test_scores_cross_the_wire_in_a_byte_a_row():
     link = channel()
-    got = link.upload(Scores(Confidences.quantize(torch.arange(200.0))), 1, 1)
+    got = link.upload(Scores(QuantizedLogWeights.quantize(torch.arange(200.0))), 1, 1)
     torch.testing.assert_close(got.confidence.values(), torch.arange(200.0), atol=199 / 255 / 2 + 1e-3, rtol=0)
     assert link.ledger.totals()["upload_bytes"] < 200 + 64
 
@@ -52,7 +52,7 @@ def test_scores_cross_the_wire_in_a_byte_a_row():
 @pytest.mark.parametrize("wanted", [True, False])
 def test_standing_answers_take_a_few_bytes(wanted):
     link = channel()
-    got = link.upload(Standing(7, wanted), 1, 1)
+    got = link.upload(UploadStatus(7, wanted), 1, 1)
     assert (got.round, got.wanted) == (7, wanted)
     assert link.ledger.totals()["upload_bytes"] < 64
 
@@ -74,12 +74,12 @@ def test_standing_answers_take_a_few_bytes(wanted):
         (dataclasses.replace(PROTOTYPES, labels=torch.tensor([0, 1])), "labels"),
         (dataclasses.replace(PROTOTYPES, labels=torch.tensor([0, 1, -2])), "at least -1"),
         (dataclasses.replace(PROTOTYPES, counts=torch.tensor([0, 1, 2])), "at least 1"),
-        (dataclasses.replace(PROTOTYPES, confidence=Confidences.quantize(torch.zeros(2))), "2 confidences"),
-        (Standing(-1), "negative"),
+        (dataclasses.replace(PROTOTYPES, confidence=QuantizedLogWeights.quantize(torch.zeros(2))), "2 confidences"),
+        (UploadStatus(-1), "negative"),
     ],
 )
 def test_what_makes_no_sense_is_refused(message, reason):
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         channel().upload(message, 1, 1)
 
 
@@ -95,13 +95,13 @@ def test_what_makes_no_sense_is_refused(message, reason):
         (Scores, {}, {}),
         (Scores, {"codes": np.zeros(2, np.uint8)}, {"lo": 0.0}),
         (Scores, {"codes": np.zeros(2, np.uint8), "a": np.zeros(1)}, {"lo": 0.0, "step": 1.0}),
-        (Standing, {}, {"round": 1}),
-        (Standing, {}, {"round": 1, "wanted": 2}),
-        (Standing, {"a": np.zeros(1)}, {"round": 1, "wanted": 1}),
+        (UploadStatus, {}, {"round": 1}),
+        (UploadStatus, {}, {"round": 1, "wanted": 2}),
+        (UploadStatus, {"a": np.zeros(1)}, {"round": 1, "wanted": 1}),
     ],
 )
 def test_what_cannot_be_built_is_refused(kind, fields, meta):
-    with pytest.raises(RefusedError):
+    with pytest.raises(RejectedMessageError):
         kind.build(fields, meta)
 
 
@@ -114,21 +114,21 @@ def test_a_bundle_is_counted_by_the_kinds_of_its_parts():
         apart.upload(part, 1, 1)
     assert together.ledger.by_kind() == apart.ledger.by_kind()
     assert set(together.ledger.by_kind()) == {"up/responses", "up/features", "up/prototypes"}
-    down = together.download(Bundle((responses, Standing(1))), 0, 1)
-    assert parts_of(down)[Standing].round == 1
+    down = together.download(Bundle((responses, UploadStatus(1))), 0, 1)
+    assert parts_of(down)[UploadStatus].round == 1
     # one message object for several clients is encoded once, also as a part
-    again = together.download(Bundle((responses, Standing(1))), 1, 1)
+    again = together.download(Bundle((responses, UploadStatus(1))), 1, 1)
     assert parts_of(again)[Responses] is parts_of(down)[Responses]
 
 
 def test_a_bundle_is_refused_whole():
     link = channel()
-    with pytest.raises(RefusedError, match="without a layer"):
+    with pytest.raises(RejectedMessageError, match="without a layer"):
         link.upload(Bundle((PROTOTYPES, Features({}))), 1, 1)
     assert set(link.ledger.by_kind()) == {"up/features", "up/prototypes"}
 
 
 def test_a_bundle_has_one_part_of_a_type():
     with pytest.raises(ValueError, match="several"):
-        Bundle((Standing(1), Standing(2)))
+        Bundle((UploadStatus(1), UploadStatus(2)))
     assert parts_of(None) == {} and parts_of(PROTOTYPES) == {Prototypes: PROTOTYPES}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from fdl.errors import RefusedError, UserError
-from fdl.messages import Confidences, Message, Parameters, Responses, message_type
+from fdl.errors import RejectedMessageError, UserError
+from fdl.messages import Message, Parameters, QuantizedLogWeights, Responses, message_type
 from fdl.state.float_formats import BFLOAT16
 
 LOG_WEIGHTS = hnp.arrays(np.float32, st.integers(0, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32))
@@ -57,7 +57,7 @@ def test_parameters_refuse_what_is_not_finite(dtype, value):
     tensor = torch.ones(3, 3, dtype=dtype)
     Parameters({"w": tensor}).validate()
     tensor[1, 2] = value
-    with pytest.raises(RefusedError, match="tensor 'w' is not finite"):
+    with pytest.raises(RejectedMessageError, match="tensor 'w' is not finite"):
         Parameters({"n": torch.tensor(1), "w": tensor}).validate()
 
 
@@ -66,15 +66,15 @@ def test_large_finite_values_are_fine():
 
 
 def test_infinities_that_cancel_are_refused():
-    with pytest.raises(RefusedError):
+    with pytest.raises(RejectedMessageError):
         Parameters({"w": torch.tensor([math.inf, -math.inf])}).validate()
 
 
 def test_parameters_refuse_bad_numbers_and_user_mistakes():
     for meta in ({}, {"samples": 1.5}, {"samples": "3"}, {"samples": 3, "more": 1}):
-        with pytest.raises(RefusedError):
+        with pytest.raises(RejectedMessageError):
             Parameters.build({}, meta)
-    with pytest.raises(RefusedError, match="negative"):
+    with pytest.raises(RejectedMessageError, match="negative"):
         Parameters({}, samples=-1).validate()
     with pytest.raises(UserError, match="'spectrum' of dtype complex64"):
         from fdl.comm.codec import Codec
@@ -87,7 +87,7 @@ def test_parameters_refuse_bad_numbers_and_user_mistakes():
 def test_messages_are_frozen_and_known_by_code():
     assert message_type(1) is Parameters
     assert message_type(2) is Responses
-    with pytest.raises(RefusedError, match="unknown message type 77"):
+    with pytest.raises(RejectedMessageError, match="unknown message type 77"):
         message_type(77)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Parameters({}).samples = 3
@@ -103,7 +103,7 @@ def test_responses_round_trip(form, rows, confidence):
         torch.rand(3, 4),
         form,
         rows=None if rows is None else torch.tensor(rows),
-        confidence=None if confidence is None else Confidences.quantize(torch.tensor(confidence)),
+        confidence=None if confidence is None else QuantizedLogWeights.quantize(torch.tensor(confidence)),
         samples=5,
     )
     got = rebuilt(message)
@@ -124,7 +124,7 @@ def good(**changes):
         "values": torch.rand(3, 4),
         "form": "logits",
         "rows": torch.tensor([0, 1, 2]),
-        "confidence": Confidences(torch.zeros(3, dtype=torch.uint8), 0.0, 1.0),
+        "confidence": QuantizedLogWeights(torch.zeros(3, dtype=torch.uint8), 0.0, 1.0),
     }
     return Responses(**(parts | changes))
 
@@ -147,17 +147,17 @@ def codes(n):
         (good(rows=torch.tensor([0.0, 1.0, 2.0])), "int64 rows"),
         (good(rows=torch.tensor([0, 1, -2])), "a proxy row is negative"),
         (good(samples=-4), "sample count"),
-        (good(confidence=Confidences(codes(2), 0.0, 1.0)), "3 responses with 2 confidences"),
-        (good(confidence=Confidences(codes(3).float(), 0.0, 1.0)), "8-bit"),
-        (good(confidence=Confidences(codes(3)[None], 0.0, 1.0)), "vector"),
-        (good(confidence=Confidences(codes(3), math.nan, 1.0)), "scale"),
-        (good(confidence=Confidences(codes(3), 0.0, math.inf)), "scale"),
-        (good(confidence=Confidences(codes(3), 0.0, -1.0)), "scale"),
+        (good(confidence=QuantizedLogWeights(codes(2), 0.0, 1.0)), "3 responses with 2 confidences"),
+        (good(confidence=QuantizedLogWeights(codes(3).float(), 0.0, 1.0)), "8-bit"),
+        (good(confidence=QuantizedLogWeights(codes(3)[None], 0.0, 1.0)), "vector"),
+        (good(confidence=QuantizedLogWeights(codes(3), math.nan, 1.0)), "scale"),
+        (good(confidence=QuantizedLogWeights(codes(3), 0.0, math.inf)), "scale"),
+        (good(confidence=QuantizedLogWeights(codes(3), 0.0, -1.0)), "scale"),
     ],
 )
 def test_responses_refuse_what_makes_no_sense(message, reason):
     good().validate()
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         message.validate()
 
 
@@ -184,12 +184,12 @@ SCALED = META | {"lo": 0.0, "step": 1.0}
 )
 def test_responses_are_not_built_from_other_content(fields, meta):
     Responses.build({"values": VALUES, "codes": np.zeros(3, np.uint8)}, SCALED).validate()
-    with pytest.raises(RefusedError):
+    with pytest.raises(RejectedMessageError):
         Responses.build(fields, meta)
 
 
 def test_confidence_by_hand():
-    got = Confidences.quantize(torch.tensor([0.0, 255.0, 1.4, 1.6, 100.0]))
+    got = QuantizedLogWeights.quantize(torch.tensor([0.0, 255.0, 1.4, 1.6, 100.0]))
     assert (got.lo, got.step) == (0.0, 1.0)
     assert got.codes.tolist() == [0, 255, 1, 2, 100]
     assert got.values().tolist() == [0, 255, 1, 2, 100]
@@ -198,7 +198,7 @@ def test_confidence_by_hand():
 @settings(max_examples=300, deadline=None)
 @given(LOG_WEIGHTS)
 def test_confidence_error_is_half_a_step(values):
-    got = Confidences.quantize(torch.from_numpy(values))
+    got = QuantizedLogWeights.quantize(torch.from_numpy(values))
     got.validate()
     assert (got.lo, got.step) == (float(np.float32(got.lo)), float(np.float32(got.step)))
     x = values.astype(np.float64)
@@ -212,13 +212,13 @@ def test_confidence_error_is_half_a_step(values):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
 def test_confidence_that_is_not_finite_is_refused_by_the_receiver(value):
-    confidence = Confidences.quantize(torch.tensor([0.0, value, 1.0], dtype=torch.float64))
-    with pytest.raises(RefusedError, match="confidence scale is not usable"):
+    confidence = QuantizedLogWeights.quantize(torch.tensor([0.0, value, 1.0], dtype=torch.float64))
+    with pytest.raises(RejectedMessageError, match="confidence scale is not usable"):
         good(confidence=confidence).validate()
 
 
 def test_constant_and_empty_confidences():
-    assert Confidences.quantize(torch.full((4,), -1.5)).values().tolist() == [-1.5] * 4
-    empty = Confidences.quantize(torch.zeros(0))
+    assert QuantizedLogWeights.quantize(torch.full((4,), -1.5)).values().tolist() == [-1.5] * 4
+    empty = QuantizedLogWeights.quantize(torch.zeros(0))
     empty.validate()
     assert empty.values().shape == (0,)

@@ -14,9 +14,9 @@ from fdl.comm.codec import Codec
 from fdl.comm.stages.quantize import Quantize
 from fdl.comm.wire import pack as to_bytes
 from fdl.comm.wire import unpack as from_bytes
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages import message_type
-from fdl.messages.sparse_responses import LogWeights, SparseResponses, pack, unpack
+from fdl.messages.sparse_responses import SparseResponses, TokenLogWeights, pack, unpack
 from tests.comm.strategies import CHAINS, LOSSLESS, allocates_at_most
 
 LIMIT = 1 << 24
@@ -43,7 +43,7 @@ def messages(draw):
         torch.tensor(sizes, dtype=torch.int32),
         vocab,
         None if sampled else torch.from_numpy(-rng.exponential(3, shape).astype(np.float32)),
-        LogWeights.quantize(weights) if draw(st.booleans()) else None,
+        TokenLogWeights.quantize(weights) if draw(st.booleans()) else None,
         rows if draw(st.booleans()) else None,
         draw(st.integers(0, 2**40)),
     )
@@ -108,7 +108,7 @@ def test_damaged_bytes_are_refused_or_make_a_valid_message(message, place, value
     key = data.draw(st.sampled_from(sorted(meta)))
     if data.draw(st.booleans()):
         meta[key] = data.draw(st.integers(-(1 << 62), 1 << 62))
-    with allocates_at_most(16 << 20), contextlib.suppress(RefusedError):
+    with allocates_at_most(16 << 20), contextlib.suppress(RejectedMessageError):
         SparseResponses.build(codec.decode(bytes(blob[: len(blob) - cut]), 1 << 20), meta).validate()
 
 
@@ -119,7 +119,7 @@ def example(**changes):
         "sizes": torch.tensor([[3, 1], [0, 2]], dtype=torch.int32),
         "vocab": 8,
         "tail": torch.tensor([[0.2, 0.1], [1.0, 0.1]]).log(),
-        "weights": LogWeights.quantize(torch.tensor([[0.0, -1.0], [2.0, 3.0]])),
+        "weights": TokenLogWeights.quantize(torch.tensor([[0.0, -1.0], [2.0, 3.0]])),
         "rows": torch.tensor([4, 9]),
     }
     return SparseResponses(**(parts | changes))
@@ -150,7 +150,7 @@ def test_bytes_of_a_token(k, vocab, bits):
         torch.full((n, length), k, dtype=torch.int32),
         vocab,
         -torch.rand(n, length),
-        LogWeights.quantize(torch.randn(n, length)),
+        TokenLogWeights.quantize(torch.randn(n, length)),
     )
     _, size = crossed(message, Codec([Quantize(8)]))
     payload = math.ceil(count * k * bits / 8) + count * (k + 2)
@@ -177,7 +177,7 @@ def test_packing_goes_chunk_by_chunk():
 @pytest.mark.parametrize("offset", [0.0, -900.0])
 def test_log_weights_move_by_half_a_step(scale, offset):
     x = offset + scale * torch.randn(20, 300, generator=torch.Generator().manual_seed(0)).double().cumsum(1)
-    weights = LogWeights.quantize(x)
+    weights = TokenLogWeights.quantize(x)
     weights.validate()
     assert (weights.values().double() - x).abs().max() <= weights.step / 2 + 1e-6 * x.abs().max()
     span = x.diff(dim=1, prepend=torch.zeros(20, 1)).double()
@@ -188,8 +188,8 @@ def test_log_weights_move_by_half_a_step(scale, offset):
 def test_log_weights_that_are_no_numbers_are_refused(bad):
     x = torch.zeros(2, 3)
     x[1, 1] = bad
-    with pytest.raises(RefusedError, match="scale of log-weights"):
-        example(weights=LogWeights.quantize(x)).validate()
+    with pytest.raises(RejectedMessageError, match="scale of log-weights"):
+        example(weights=TokenLogWeights.quantize(x)).validate()
 
 
 def test_narrowed_keeps_the_windows_that_weigh_most():
@@ -218,13 +218,13 @@ def test_narrowed_keeps_the_windows_that_weigh_most():
         ({"tail": torch.zeros(2, 3)}, "tails"),
         ({"rows": torch.tensor([4])}, "2 windows need as many int64 rows"),
         ({"rows": torch.tensor([4, -1])}, "negative"),
-        ({"weights": LogWeights.quantize(torch.zeros(2, 3))}, "weights"),
+        ({"weights": TokenLogWeights.quantize(torch.zeros(2, 3))}, "weights"),
         ({"samples": -1}, "sample count"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, reason):
     example().validate()
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         example(**changes).validate()
 
 
@@ -260,7 +260,7 @@ def test_what_cannot_be_built_is_refused(fields, meta):
     SparseResponses.build(message.fields(), message.meta()).validate()
     fields = {name: value for name, value in (message.fields() | fields).items() if value is not None}
     meta = {name: value for name, value in (message.meta() | meta).items() if value is not None}
-    with pytest.raises(RefusedError):
+    with pytest.raises(RejectedMessageError):
         SparseResponses.build(fields, meta).validate()
 
 
@@ -269,5 +269,5 @@ def test_a_large_claim_takes_no_memory():
     meta = message.meta() | {"size": 6, "length": 1 << 40}
     fields = message.fields()
     del fields["sizes"]
-    with allocates_at_most(1 << 20), pytest.raises(RefusedError, match="do not fill windows"):
+    with allocates_at_most(1 << 20), pytest.raises(RejectedMessageError, match="do not fill windows"):
         SparseResponses.build(fields, meta)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from fdl.comm.stages.quantize import Quantize
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.confidence.base import SampleCount
-from fdl.knowledge.confidence.pairs import OwnPair
+from fdl.knowledge.confidence.pairs import PairConfidence
 from fdl.knowledge.transfer.embeddings import answers
 from fdl.messages import Responses
 from fdl.methods.affinity_distillation import AffinityDistillation
 from fdl.participants import copy_of
-from fdl.state.weights import state_of
+from fdl.state.weights import module_state
 from tests.pairs import Given, blobs, federation, fit, given, tiny
 
 
@@ -106,7 +106,7 @@ def test_of_a_download_that_the_link_cut_short_the_rest_teaches(tmp_path):
     whole = answers(loop.server, loop.server.student, loop.server.proxy)
     upload = loop.method.local_update(client, Responses(whole[rows], "embeddings", rows))
     assert upload.values.shape == (60, 16) and 0 < client.metrics["digest/loss"] < 10
-    with pytest.raises(RefusedError, match="expected embeddings"):
+    with pytest.raises(RejectedMessageError, match="expected embeddings"):
         loop.method.local_update(client, Responses(whole.softmax(1), "probabilities"))
 
 
@@ -136,14 +136,14 @@ def test_a_client_whose_model_is_the_student_teaches_nothing(tmp_path):
     loop.clients[0].state["specialist"] = dict(before)
     loop.run()
     assert loop.history[0]["metrics"]["distil/loss"] < 1e-5
-    for name, value in state_of(loop.server.student).items():
+    for name, value in module_state(loop.server.student).items():
         torch.testing.assert_close(value, before[name], atol=1e-5, rtol=0)
 
 
 def test_identical_clients_are_one(tmp_path):
     def student(count, folder):
         loop = federation(
-            AffinityDistillation(OwnPair()),
+            AffinityDistillation(PairConfidence()),
             folder,
             **BLOBS | {"specialists": [BLOBS["specialists"][0]], "private": [BLOBS["private"][0]] * count},
         )
@@ -160,7 +160,13 @@ def test_identical_clients_are_one(tmp_path):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    method = {"confidence": OwnPair(), "feedback": "student", "contrastive": 0.1, "calibrate": True, "features": 0.5}
+    method = {
+        "confidence": PairConfidence(),
+        "feedback": "student",
+        "contrastive": 0.1,
+        "calibrate": True,
+        "features": 0.5,
+    }
     settings = BLOBS | {"calibration": blobs(20, seed=6), "upload": [Quantize(bits=8)]}
     straight = federation(AffinityDistillation(**method), tmp_path / "a", rounds=3, **settings)
     straight.run()
@@ -169,8 +175,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     second = federation(AffinityDistillation(**method), tmp_path / "b", rounds=3, **settings)
     second.recipe.federation.rounds = second.rounds = 3
     second.run(resume=True)
-    for name, value in state_of(straight.server.student).items():
-        assert torch.equal(value, state_of(second.server.student)[name]), name
+    for name, value in module_state(straight.server.student).items():
+        assert torch.equal(value, module_state(second.server.student)[name]), name
     assert straight.ledger.totals() == second.ledger.totals()
     assert straight.history[-1]["metrics"] == second.history[-1]["metrics"]
 
@@ -180,7 +186,7 @@ def test_the_student_learns_what_no_single_client_was_shown(tmp_path):
     kinds = blobs(400, seed=1, kinds=12)
     kind = kinds.tokens[:, 5] - ord("a")
     loop = federation(
-        AffinityDistillation(OwnPair(2.0)),
+        AffinityDistillation(PairConfidence(2.0)),
         tmp_path,
         tiny(dim=16),
         BLOBS["specialists"],

@@ -9,14 +9,14 @@ from torch import nn
 
 from fdl.build import build
 from fdl.datamodules.arrivals import ClassIncremental, DomainIncremental
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.messages import Parameters, Responses, parts_of
 from fdl.methods.cfed import CFeD
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.output import Output
 from fdl.recipe import load
 from fdl.robust.coordinate_wise import Median
-from tests.test_recipes import ROOT
+from tests.recipes.test_recipes import ROOT
 from tests.toy import federation, weight
 
 
@@ -178,7 +178,7 @@ def test_a_model_that_the_server_cannot_ask_is_refused_whole(tmp_path):
         ({"linear.bias": torch.zeros(2)}, 1, "tensors missing"),
         (good, 0, "0 samples"),
     ):
-        with pytest.raises(RefusedError, match=said):
+        with pytest.raises(RejectedMessageError, match=said):
             aggregate.add(Parameters(tensors, samples), 0)
     aggregate.add(Parameters(good, 1), 1)
     mean, probabilities = aggregate.result()

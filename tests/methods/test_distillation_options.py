@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from fdl.comm.stages.quantize import Quantize
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.distillation.curriculum import Curriculum
 from fdl.knowledge.distillation.personalization import AdaptiveWeights, Similarity
-from fdl.knowledge.distillation.upload_on_change import OnChange
+from fdl.knowledge.distillation.upload_on_change import UploadOnChange
 from fdl.knowledge.transfer.features import FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypeTransfer
-from fdl.messages import Bundle, Features, Prototypes, Responses, Standing, parts_of
+from fdl.messages import Bundle, Features, Prototypes, Responses, UploadStatus, parts_of
 from fdl.methods.federated_distillation import FederatedDistillation
 from tests.test_loop import outcome
 from tests.toy import E0, E1, federation, samples, weight
@@ -31,8 +31,8 @@ OPTIONS = {
     "curriculum": lambda: {"curriculum": Curriculum(start=0.5)},
     "steps": lambda: {"curriculum": Curriculum(start=0.5, over="steps", length=50)},
     "cache": lambda: {"subsample": 0.5, "cache": 3, "features": FeatureTransfer(layers=0)},
-    "frequency": lambda: {"frequency": OnChange(threshold=0.05, expiry=2)},
-    "patience": lambda: {"frequency": OnChange(threshold=0.05, patience=1)},
+    "frequency": lambda: {"frequency": UploadOnChange(threshold=0.05, expiry=2)},
+    "patience": lambda: {"frequency": UploadOnChange(threshold=0.05, patience=1)},
     "sharpen": lambda: {"sharpen": 0.1},
     "power": lambda: {"sharpen": 2.0, "sharpening": "power"},
     "restart": lambda: {"restart": True},
@@ -46,7 +46,7 @@ OPTIONS = {
         "curriculum": Curriculum(start=0.5),
         "subsample": 0.5,
         "cache": 2,
-        "frequency": OnChange(threshold=0.01),
+        "frequency": UploadOnChange(threshold=0.01),
     },
 }
 
@@ -94,7 +94,7 @@ def test_options_work_through_a_lossy_link_and_can_be_estimated(tmp_path, name):
         {"features": FeatureTransfer(layers=0, weight=0), "prototypes": PrototypeTransfer(weight=0)},
         {"curriculum": Curriculum(start=1.0)},
         {"subsample": 1.0, "cache": 3},
-        {"frequency": OnChange(threshold=0.0)},
+        {"frequency": UploadOnChange(threshold=0.0)},
         {"alpha": 1.0, "adapter": "film"},
     ],
 )
@@ -187,7 +187,7 @@ def test_specialists_begin_with_labelled_public_samples_once(tmp_path):
 
 
 def test_an_unchanged_client_sends_a_few_bytes_and_still_teaches(tmp_path):
-    loop = ran(tmp_path, rounds=3, frequency=OnChange(threshold=10.0, expiry=5))
+    loop = ran(tmp_path, rounds=3, frequency=UploadOnChange(threshold=10.0, expiry=5))
     plain = ran(tmp_path / "plain", rounds=1)
     up = [row for row in loop.ledger.rows() if row.direction == "up"]
     assert [row.kind for row in up] == ["responses"] * 2 + ["standing"] * 4
@@ -196,13 +196,13 @@ def test_an_unchanged_client_sends_a_few_bytes_and_still_teaches(tmp_path):
 
 
 def test_held_answers_expire(tmp_path):
-    loop = ran(tmp_path, rounds=5, frequency=OnChange(threshold=10.0, expiry=2))
+    loop = ran(tmp_path, rounds=5, frequency=UploadOnChange(threshold=10.0, expiry=2))
     sent = [row.round for row in loop.ledger.rows() if row.direction == "up" and row.kind == "responses"]
     assert sent == [1, 1, 4, 4]
 
 
 def test_a_lost_upload_is_noticed_and_made_up_for(tmp_path):
-    loop = toy(tmp_path, rounds=3, frequency=OnChange(threshold=10.0))
+    loop = toy(tmp_path, rounds=3, frequency=UploadOnChange(threshold=10.0))
     transmit = loop.channel.transmit
 
     def damaged(data, client, round, direction):
@@ -218,17 +218,17 @@ def test_a_lost_upload_is_noticed_and_made_up_for(tmp_path):
 
 
 def test_a_claim_that_nothing_changed_needs_something_held(tmp_path):
-    loop = toy(tmp_path, frequency=OnChange())
+    loop = toy(tmp_path, frequency=UploadOnChange())
     loop.begin(3)
     collection = loop.method.aggregate(loop.server)
-    with pytest.raises(RefusedError, match="answers of round 2 are not held, but none"):
-        collection.add(Standing(2), 0)
-    with pytest.raises(RefusedError, match="expected responses, got standing"):
-        toy(tmp_path).method.aggregate(loop.server).add(Standing(2), 0)
+    with pytest.raises(RejectedMessageError, match="answers of round 2 are not held, but none"):
+        collection.add(UploadStatus(2), 0)
+    with pytest.raises(RejectedMessageError, match="expected responses, got standing"):
+        toy(tmp_path).method.aggregate(loop.server).add(UploadStatus(2), 0)
 
 
 def test_at_a_plateau_clients_are_not_asked(tmp_path):
-    loop = toy(tmp_path, rounds=5, frequency=OnChange(threshold=1e-9, patience=1, expiry=50))
+    loop = toy(tmp_path, rounds=5, frequency=UploadOnChange(threshold=1e-9, patience=1, expiry=50))
     loop.begin(1)
     loop.server.state["plateau"] = {"loss": -1.0, "rounds": 0}
     loop.run_round(1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdl.datamodules.arrivals import ClassIncremental, Incoming
+from fdl.datamodules.arrivals import ClassIncremental, ScheduledSamples
 from fdl.errors import UserError
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.server_optimizers import Adam
@@ -133,7 +133,7 @@ def staged(folder, rounds):
     arrival, assigned = ClassIncremental(stages=2), np.array([0, 1])
     for participant in (*loop.clients, loop.server):
         participant.arrival = arrival
-    loop.clients[0]._train = Incoming(samples([E0, E1], [0, 1]), assigned, arrival)
+    loop.clients[0]._train = ScheduledSamples(samples([E0, E1], [0, 1]), assigned, arrival)
     loop.clients[0].arrive()
     return loop
 

@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.confidence.base import Confidence, Uniform, Validation
 from fdl.knowledge.distillation.validated import BestOnValidation
-from fdl.messages import Bundle, Confidences, Parameters, Scores
+from fdl.messages import Bundle, Parameters, QuantizedLogWeights, Scores
 from fdl.methods.feddf import FedDF
 from tests.toy import E0, E1, federation, samples, weight
 
@@ -191,22 +191,22 @@ def test_an_upload_without_what_is_asked_is_refused_whole(tmp_path):
     aggregate = loop.method.aggregate(loop.server)
     weights, sure = (
         Parameters({"linear.weight": torch.eye(2)}, 1),
-        lambda n: Scores(Confidences.quantize(torch.ones(n))),
+        lambda n: Scores(QuantizedLogWeights.quantize(torch.ones(n))),
     )
     for upload, said in (
         (weights, "expected parameters and scores, got parameters"),
         (sure(2), "expected parameters and scores, got scores"),
         (Bundle((weights, sure(3))), "2 answers with 3 confidences"),
-        (Bundle((weights, Scores(Confidences.quantize(torch.full((2,), 99.0))))), "outside of ±32"),
+        (Bundle((weights, Scores(QuantizedLogWeights.quantize(torch.full((2,), 99.0))))), "outside of ±32"),
     ):
-        with pytest.raises(RefusedError, match=said):
+        with pytest.raises(RejectedMessageError, match=said):
             aggregate.add(upload, 0)
     assert aggregate.result() is None
     aggregate.add(Bundle((weights, sure(2))), 0)
     averages, logits, teachers = aggregate.result()
     assert torch.equal(averages["student"]["linear.weight"], torch.eye(2)) and teachers == 1
     torch.testing.assert_close(logits, torch.eye(2))
-    with pytest.raises(RefusedError, match="expected parameters, got parameters and scores"):
+    with pytest.raises(RejectedMessageError, match="expected parameters, got parameters and scores"):
         FedDF(select="last").aggregate(loop.server).add(Bundle((weights, sure(2))), 0)
 
 

@@ -13,7 +13,7 @@ from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.server_optimizers import Adam
-from fdl.knowledge.distillation.phase_schedule import Fixed, Never, Plateau
+from fdl.knowledge.distillation.phase_schedule import FixedPhases, PlateauPhases, SinglePhase
 from fdl.methods.centralized import Centralized
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_foundation import FederatedFoundation
@@ -44,7 +44,7 @@ def rounds(loop, key):
 def test_one_round_of_either_phase(tmp_path):
     # public: half a step on either sample, W = [[¼, -¼], [-¼, ¼]]; then each client moves its own column by 1 - σ(½),
     # of which the mean takes ¼ and ¾
-    loop = run(FederatedFoundation(switch=Fixed(1, 1)), tmp_path, rounds=2)
+    loop = run(FederatedFoundation(switch=FixedPhases(1, 1)), tmp_path, rounds=2)
     missing = 1 - 1 / (1 + math.exp(-0.5))
     first, second = 0.25 + 0.25 * missing, 0.25 + 0.75 * missing
     torch.testing.assert_close(weight(loop.server.student), torch.tensor([[first, -second], [-first, second]]))
@@ -52,7 +52,7 @@ def test_one_round_of_either_phase(tmp_path):
 
 
 def test_nothing_is_sent_in_a_centralised_phase(tmp_path):
-    loop = run(FederatedFoundation("fine_tuning", Fixed(2, 1)), tmp_path, rounds=5)
+    loop = run(FederatedFoundation("fine_tuning", FixedPhases(2, 1)), tmp_path, rounds=5)
     assert rounds(loop, "phase") == [1.0, 0.0, 0.0, 1.0, 0.0]
     assert {row.round for row in loop.ledger.rows()} == {1, 4}
     assert loop.history[1]["metrics"]["fit/loss"] > 0 and loop.history[1]["clients"]["0"] == {}
@@ -60,12 +60,12 @@ def test_nothing_is_sent_in_a_centralised_phase(tmp_path):
 
 def test_a_first_phase_that_never_ends_is_one_of_the_two_alone(tmp_path):
     common = {"rounds": 3, "local": 2, "distil": 2}
-    alone = run(FederatedFoundation("pre_training", Never()), tmp_path / "a", **common)
+    alone = run(FederatedFoundation("pre_training", SinglePhase()), tmp_path / "a", **common)
     central = run(Centralized(), tmp_path / "b", **common)
     assert torch.equal(weight(alone.server.student), weight(central.server.student))
     assert alone.ledger.rows() == []
     for name, optimizer in (("mean", None), ("adam", Adam())):
-        method = FederatedFoundation("fine_tuning", Never(), optimizer)
+        method = FederatedFoundation("fine_tuning", SinglePhase(), optimizer)
         federated = run(method, tmp_path / name / "c", **common)
         averaged = run(FedAvg(optimizer), tmp_path / name / "d", **common)
         assert torch.equal(weight(federated.server.student), weight(averaged.server.student))
@@ -75,13 +75,15 @@ def test_a_first_phase_that_never_ends_is_one_of_the_two_alone(tmp_path):
 def test_a_plateau_of_the_validation_score_switches(tmp_path):
     # one public step puts every validation sample right, and then no accuracy is gained: round 1 has no gain to look
     # at, round 2 gains nothing and ends the phase, as does every round from then on
-    method = FederatedFoundation(switch=Plateau(threshold=0.1, patience=1, smoothing=0.0, min_rounds=1))
+    method = FederatedFoundation(switch=PlateauPhases(threshold=0.1, patience=1, smoothing=0.0, min_rounds=1))
     loop = run(method, tmp_path, rounds=4)
     assert rounds(loop, "phase") == [0.0, 0.0, 1.0, 0.0]
     assert rounds(loop, "switch/smoothed") == [1.0] * 4
 
 
-@pytest.mark.parametrize("switch", [Fixed(2, 2), Plateau(threshold=0.1, patience=2, smoothing=0.5), Never()])
+@pytest.mark.parametrize(
+    "switch", [FixedPhases(2, 2), PlateauPhases(threshold=0.1, patience=2, smoothing=0.5), SinglePhase()]
+)
 @pytest.mark.parametrize("crash_in", [2, 4])
 def test_a_run_resumed_within_a_phase_equals_the_straight_one(tmp_path, switch, crash_in):
     settings = {"rounds": 6, "local": 2, "participation": 0.5, "dropout": 0.2}
@@ -97,13 +99,13 @@ def test_a_run_resumed_within_a_phase_equals_the_straight_one(tmp_path, switch, 
 
 
 def test_a_rehearsal_measures_a_federated_round(tmp_path):
-    method = FederatedFoundation(switch=Fixed(1, 1))
+    method = FederatedFoundation(switch=FixedPhases(1, 1))
     loop = toy(method, tmp_path, rounds=2)
     sizes = estimate_bytes(loop)
     loop.run()
     sent = {d: {r.client: r.bytes for r in loop.ledger.rows() if r.direction == d} for d in ("down", "up")}
     assert sizes == sent
-    never = toy(FederatedFoundation(switch=Never()), tmp_path / "never")
+    never = toy(FederatedFoundation(switch=SinglePhase()), tmp_path / "never")
     assert estimate_bytes(never) == {"down": {0: 0, 1: 0}, "up": {0: 0, 1: 0}}
 
 

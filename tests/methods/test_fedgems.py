@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fdl.errors import RefusedError, UserError
-from fdl.messages import Confidences, Responses
+from fdl.errors import RejectedMessageError, UserError
+from fdl.messages import QuantizedLogWeights, Responses
 from fdl.methods.fedgems import CERTAIN, FedGEMS, RightOnes
 from tests.test_loop import Crash, outcome
 from tests.toy import E0, E1, federation, samples, weight
@@ -77,12 +77,12 @@ def test_weights_are_a_softmax_of_inverse_entropies_over_those_who_are_right():
         (Responses(torch.full((2, 2), 0.5), "probabilities"), "expected logits"),
         (Responses(torch.zeros(1, 2), "logits", torch.tensor([0])), "expected logits of all"),
         (Responses(torch.zeros(3, 2), "logits"), "all 2 proxy rows"),
-        (Responses(torch.zeros(2, 2), "logits", None, Confidences.quantize(torch.zeros(2))), "not asked for"),
+        (Responses(torch.zeros(2, 2), "logits", None, QuantizedLogWeights.quantize(torch.zeros(2))), "not asked for"),
     ],
 )
 def test_answers_that_do_not_fit_are_refused(message, reason):
     mean = RightOnes(torch.tensor([0, 1]), 2)
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         mean.add(message, 0)
     assert mean.result() is None
 

@@ -13,7 +13,7 @@ from fdl.comm.codec import Codec
 from fdl.comm.stages.entropy import Deflate
 from fdl.comm.stages.quantize import Quantize
 from fdl.comm.wire import pack, unpack
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.messages.private_features import PrivateFeatures
 from fdl.methods.fedgkt import FedGKT
 from fdl.methods.single_site import SingleSite
@@ -137,7 +137,7 @@ def test_uploads_that_do_not_fit_are_refused(bad, reason):
     from fdl.methods.fedgkt import _Everything
 
     everything = _Everything(2, 4)
-    with pytest.raises(RefusedError, match=reason):
+    with pytest.raises(RejectedMessageError, match=reason):
         everything.add(bad, 0)
     assert everything.result() is None
 

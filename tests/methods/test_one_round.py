@@ -12,7 +12,7 @@ import torch
 
 from fdl.knowledge.aggregation.server_optimizers import SGD, Adagrad, Adam, Yogi
 from fdl.knowledge.confidence.base import SampleCount
-from fdl.messages import Confidences
+from fdl.messages import QuantizedLogWeights
 from fdl.methods.centralized import Centralized
 from fdl.methods.distillation import Distillation
 from fdl.methods.fedavg import FedAvg
@@ -195,7 +195,7 @@ def test_a_confidence_is_sent_by_all_or_by_none(tmp_path, asked):
     def cheat(client, download):
         message = update(client, download)
         if client.id == 1:
-            confidence = None if asked else Confidences.quantize(torch.full((2,), 30.0))
+            confidence = None if asked else QuantizedLogWeights.quantize(torch.full((2,), 30.0))
             message = replace(message, confidence=confidence)
         return message
 

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 import tests.toy
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.messages import Parameters
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.pfedpg import PFedPG
-from fdl.modules.site_prompts import Generator
+from fdl.modules.site_prompts import SitePromptGenerator
 from tests.test_loop import outcome
 from tests.toy import E0, Linear, federation, samples, weight
 
@@ -34,7 +34,9 @@ def run(method, folder, **settings):
 
 
 def random_generator():
-    generator = Generator(torch.randn(3, 4), clients=2, width=5, stream=torch.Generator().manual_seed(0)).double()
+    generator = SitePromptGenerator(
+        torch.randn(3, 4), clients=2, width=5, stream=torch.Generator().manual_seed(0)
+    ).double()
     with torch.no_grad():
         generator.out.normal_()
     return generator
@@ -60,7 +62,7 @@ def test_a_step_follows_the_slope_of_what_the_sites_asked_for(tmp_path):
         aggregate.add(Parameters({"linear.weight": changes[client]}, samples=count), client)
 
     def asked(state):
-        generator = Generator(state["base"], 2, 5, torch.Generator()).double()
+        generator = SitePromptGenerator(state["base"], 2, 5, torch.Generator()).double()
         generator.load_state_dict(state)
         with torch.no_grad():
             return sum(n / 4 * (generator(k) * changes[k]).sum().item() for k, n in enumerate(counts))
@@ -79,7 +81,9 @@ def test_a_step_follows_the_slope_of_what_the_sites_asked_for(tmp_path):
 @pytest.mark.parametrize("lr", [0.5, 8.0])
 def test_a_round_never_leads_away_from_what_the_sites_asked_for(lr):
     torch.manual_seed(0)
-    generator = Generator(0.1 * torch.randn(20, 6), clients=2, width=16, stream=torch.Generator().manual_seed(0))
+    generator = SitePromptGenerator(
+        0.1 * torch.randn(20, 6), clients=2, width=16, stream=torch.Generator().manual_seed(0)
+    )
     for _ in range(6):
         with torch.no_grad():
             wanted = {k: generator(k) + torch.randn(20, 6) for k in (0, 1)}
@@ -139,7 +143,7 @@ def test_without_a_query_there_are_prompts_too():
 def test_what_does_not_fit_is_refused_and_settings_are_checked(tmp_path):
     loop = federation(PFedPG(), tmp_path)
     aggregate = loop.method.aggregate(loop.server)
-    with pytest.raises(RefusedError, match="shape"):
+    with pytest.raises(RejectedMessageError, match="shape"):
         aggregate.add(Parameters({"linear.weight": torch.zeros(3, 2)}, samples=1), 0)
     assert aggregate.result() is None
     with pytest.raises(UserError, match=r"prompts: nothing .* called '\*\.shared'; there are linear.weight"):

@@ -9,11 +9,11 @@ import torch
 from fdl.build import build
 from fdl.comm.stages.entropy import Deflate
 from fdl.comm.stages.quantize import Quantize
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
 from fdl.knowledge.confidence.tokens import BayesianMixture, TokenEntropy
-from fdl.knowledge.distillation.token_upload import TokenAnswering, _comb, drawn_message
+from fdl.knowledge.distillation.token_upload import TokenUploadBuilder, _comb, drawn_message
 from fdl.losses.tokens import next_token_loss, sparse_distillation, token_distillation
 from fdl.messages.sparse_responses import SparseResponses
 from fdl.methods import token_distillation as token_distillation_module
@@ -261,7 +261,7 @@ def test_its_word_is_weighed_by_the_text_that_it_foretold(words, tmp_path):
     loop = speaking(words, tmp_path)
     loop.set_up()
     client = loop.clients[1]
-    answering = TokenAnswering(4, 1.0, None, 1.0, BayesianMixture(1.0))
+    answering = TokenUploadBuilder(4, 1.0, None, 1.0, BayesianMixture(1.0))
     answers = answering.upload(client, client.specialist(), torch.arange(2))
     tokens = client.proxy.batch(torch.arange(2))[0]
     nll = client.predict(client.specialist(), client.proxy.subset(torch.arange(2)), lambda m, x: m.token_nll(x))
@@ -283,7 +283,7 @@ def test_answers_over_another_vocabulary_are_refused(tmp_path):
     loop.set_up()
     loop.begin(1)
     upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
-    with pytest.raises(RefusedError, match="vocabulary of 7, expected 5"):
+    with pytest.raises(RejectedMessageError, match="vocabulary of 7, expected 5"):
         loop.method.aggregate(loop.server).add(upload, 0)
 
 

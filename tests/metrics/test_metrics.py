@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fdl.errors import UserError
 from fdl.metrics import classification as metrics
 from fdl.metrics.federation import (
+    bytes_by_round,
     equity,
     knowledge_transfer_efficiency,
+    metric_by_round,
     paired_difference,
     recovered_gap,
     rounds_to_target,
-    series,
-    traffic,
 )
 
 EVERY = list(metrics.CLASSIFICATION_METRICS)
@@ -213,6 +213,6 @@ def record(round: int, accuracy: float | None, upload: int, download: int) -> di
 
 def test_a_series_leaves_out_rounds_without_measurement_and_traffic_counts_both_directions():
     records = [record(0, None, 0, 0), record(1, 0.5, 10, 1), record(2, 0.9, 20, 2), record(3, 0.9, 30, 3)]
-    history, sent = series(records, "student/test/accuracy"), traffic(records)
+    history, sent = metric_by_round(records, "student/test/accuracy"), bytes_by_round(records)
     assert history == {1: 0.5, 2: 0.9, 3: 0.9}
     assert sent == {0: 0, 1: 11, 2: 22, 3: 33}

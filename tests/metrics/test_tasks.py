@@ -9,7 +9,7 @@ from fdl.errors import UserError
 from fdl.metrics.tasks import TASKS
 from fdl.modules.output import Output
 from fdl.recipe import from_mapping
-from fdl.state.weights import load_into, pin, state_of
+from fdl.state.weights import load_into, module_state, pin
 
 
 class Pairs(Samples):
@@ -75,7 +75,7 @@ def test_neither_frozen_nor_tied_weights_are_stated_twice(pinned):
     module = Tied()
     if pinned:
         pin(module)
-    assert list(state_of(module)) == ["embedding.weight"]
+    assert list(module_state(module)) == ["embedding.weight"]
     load_into(module, {"embedding.weight": torch.ones(4, 3)})
     assert module.head.weight.equal(torch.ones(4, 3))
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from fdl.errors import UserError
 from fdl.losses.contrastive import info_nce, sigmoid_loss
 from fdl.modules.dual_encoder import scale_of
-from fdl.modules.small_dual_encoder import Bag, TinyDualEncoder
+from fdl.modules.small_dual_encoder import BagOfWordsTower, TinyDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from tests.modules.makers import quiet_trainer
 from tests.pairs import blobs, tiny
@@ -48,7 +48,7 @@ def test_padding_changes_no_text(kind, training):
 
 
 def test_a_bag_is_the_mean_of_its_tokens():
-    bag = Bag(128, 4)
+    bag = BagOfWordsTower(128, 4)
     expected = bag.embedding.weight[97:100].mean(0)
     torch.testing.assert_close(bag(TEXTS)[0], expected)
     assert bag(TEXTS)[2].abs().max() == 0

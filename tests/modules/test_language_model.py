@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fdl.errors import UserError
 from fdl.modules.language_model import LanguageModel
 from fdl.modules.tokenizers import train_bpe
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 from tests.modules.makers import quiet_trainer
 from tests.modules.text_models import BYTES, DECODERS, padded, saved, windows
 
@@ -87,7 +87,7 @@ def test_weights_of_sixteen_bits_are_loaded_in_thirty_two(tmp_path):
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_tied_tensor_has_one_place_in_the_state(family):
     module = make(family)
-    state = state_of(module)
+    state = module_state(module)
     assert sum(value.numel() for value in state.values()) == sum(p.numel() for p in module.parameters())
     assert (len(module.state_dict()) - len(state) == 1) == (family in TIED)
     other, tokens = make(family), windows()
@@ -202,7 +202,7 @@ def test_what_is_frozen_is_no_state(family, tuning, tmp_path):
     folder = saved(module, tmp_path)
     tuned = LanguageModel(folder, pretrained=True, tuning=tuning, tokenizer=BYTES, context=CONTEXT)
     assert torch.equal(tuned.eval()(tokens).logits, module(tokens).logits)
-    state, tied = state_of(tuned), {"network.lm_head.weight"} if family == "gpt2" else set()
+    state, tied = module_state(tuned), {"network.lm_head.weight"} if family == "gpt2" else set()
     assert state.keys() == tuned.state_dict().keys() - tuned.frozen - tied
     assert {"head": "weight", "lora": "lora_", "frozen": ""}[tuning] in "".join(state)
     assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in tuned.parameters() if p.requires_grad)

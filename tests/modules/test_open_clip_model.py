@@ -10,7 +10,7 @@ from fdl.errors import UserError
 from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.open_clip_model import OpenClip, framed
 from fdl.modules.tokenizers import ByteTokenizer
-from fdl.state.weights import state_of
+from fdl.state.weights import module_state
 
 CONFIG = {
     "embed_dim": 12,
@@ -88,10 +88,10 @@ def test_images_are_brought_to_a_known_models_size():
 def test_only_the_head_is_trained_sent_and_stored(weights):
     file = str(weights[1] / "model.safetensors")
     module = OpenClip(config=CONFIG, checkpoint=file, tuning="head", **DATA)
-    assert set(state_of(module)) == {"logit_scale", "backbone.visual.proj", "backbone.text_projection"}
-    assert {name for name, p in module.named_parameters() if p.requires_grad} == set(state_of(module))
+    assert set(module_state(module)) == {"logit_scale", "backbone.visual.proj", "backbone.text_projection"}
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == set(module_state(module))
     frozen = OpenClip(config=CONFIG, checkpoint=file, tuning="frozen", **DATA)
-    assert not state_of(frozen) and not any(p.requires_grad for p in frozen.parameters())
+    assert not module_state(frozen) and not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_lora_starts_as_the_model_and_is_what_is_sent(weights):
@@ -101,7 +101,7 @@ def test_lora_starts_as_the_model_and_is_what_is_sent(weights):
     module = OpenClip(config=CONFIG, checkpoint=file, tuning="lora", lora={"rank": 2}, **DATA)
     with torch.no_grad():
         torch.testing.assert_close(module.encode_image(IMAGES), network.encode_image(IMAGES, normalize=True))
-    sent = set(state_of(module))
+    sent = set(module_state(module))
     assert {"logit_scale", "backbone.visual.proj", "backbone.text_projection"} < sent
     assert any("visual" in n and "lora_B" in n for n in sent) and any("lora_B" in n and "visual" not in n for n in sent)
     module.train().training_step(((IMAGES, TOKENS), None))["loss"].backward()

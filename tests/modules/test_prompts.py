@@ -21,7 +21,7 @@ from fdl.modules.timm_model import Timm
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.modules.visual_prompts import PromptedViT
 from fdl.modules.zero_shot import zero_shot_classifier, zero_shot_question
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 from tests.modules.test_language_model import make
 from tests.modules.test_zero_shot_classifier import named  # noqa: F401
 from tests.modules.text_models import BYTES, DECODERS, saved, windows
@@ -66,7 +66,7 @@ def towers(tmp_path_factory):
     torch.manual_seed(0)
     module = TinyDualEncoder(dim=12, width=16, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=32).eval()
     path = tmp_path_factory.mktemp("towers") / "towers.safetensors"
-    save_file(state_of(module), path)
+    save_file(module_state(module), path)
     return module, str(path)
 
 
@@ -88,11 +88,11 @@ def test_untrained_prompts_answer_as_the_words_they_start_from(towers, kind):
 
 def test_prompts_alone_are_trained_and_sent(towers):
     module, batch = prompted(towers, personal=2), (torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2]))
-    assert {k: tuple(v.shape) for k, v in state_of(module).items()} == {
+    assert {k: tuple(v.shape) for k, v in module_state(module).items()} == {
         "backbone.prompt.shared": (12, 16),  # a vector for each byte of the words and the space behind them
         "backbone.prompt.personal": (2, 16),
     }
-    assert step(module, batch) == set(state_of(module))
+    assert step(module, batch) == set(module_state(module))
     assert not module.backbone.towers.training
 
 
@@ -102,10 +102,10 @@ def test_a_generator_moves_the_context_of_each_group_of_names(towers):
         (torch.rand(4, 1, 8, 8), torch.tensor([0, 1] * 2)),
     )
     assert step(module, batch) == {"backbone.prompt.out.weight", "backbone.prompt.out.bias"}  # the last layer was 0
-    assert step(module, batch) == set(state_of(module))
+    assert step(module, batch) == set(module_state(module))
     base, new = (module.backbone.prompt(getattr(module.backbone, f"group{i}")) for i in (0, 1))
     assert not torch.equal(base, new)
-    assert not any("towers" in name or "names" in name or "start" in name for name in state_of(module))
+    assert not any("towers" in name or "names" in name or "start" in name for name in module_state(module))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,8 +127,8 @@ def test_new_classes_are_answered_but_no_step_learns_their_names(towers, kind):
 def test_context_that_starts_from_no_words(towers):
     torch.manual_seed(0)
     module = prompted(towers, words="", length=5)
-    assert state_of(module)["backbone.prompt.shared"].shape == (5, 16)
-    assert 0.01 < float(state_of(module)["backbone.prompt.shared"].std()) < 0.03
+    assert module_state(module)["backbone.prompt.shared"].shape == (5, 16)
+    assert 0.01 < float(module_state(module)["backbone.prompt.shared"].std()) < 0.03
 
 
 def test_a_model_of_open_clip(named):  # noqa: F811
@@ -141,7 +141,7 @@ def test_a_model_of_open_clip(named):  # noqa: F811
     classifier = zero_shot_classifier(both, tokenizer, NAMES, ["my big {}."])
     with torch.no_grad():
         torch.testing.assert_close(module(images).logits, zero_shot_question(classifier)(both, images))
-    assert {k: tuple(v.shape) for k, v in state_of(module).items()} == {"backbone.prompt.shared": (2, 8)}
+    assert {k: tuple(v.shape) for k, v in module_state(module).items()} == {"backbone.prompt.shared": (2, 8)}
     assert step(module, (images, torch.tensor([0, 1]))) == {"backbone.prompt.shared"}
 
 
@@ -209,12 +209,12 @@ def test_visual_prompts_by_hand(vit, deep):
         expected = by_hand(plain.backbone, tokens, x)
         torch.testing.assert_close(module(x).logits, expected)
         assert not torch.allclose(plain(x).logits, expected, atol=1e-4)
-    assert {k: tuple(v.shape) for k, v in state_of(module).items()} == {
+    assert {k: tuple(v.shape) for k, v in module_state(module).items()} == {
         "backbone.head.weight": (3, 64),
         "backbone.head.bias": (3,),
         "backbone.prompts.tokens": (6 if deep else 1, 2, 64),
     }
-    assert step(module, (x, torch.tensor([0, 1]))) == set(state_of(module))
+    assert step(module, (x, torch.tensor([0, 1]))) == set(module_state(module))
 
 
 def test_a_copy_of_a_prompted_vit_has_prompts_of_its_own(vit):
@@ -249,7 +249,7 @@ def test_soft_prompts_that_are_words_answer_as_the_words_do(family, tmp_path):
         torch.testing.assert_close(module(tokens).logits[real], plain(whole).logits[:, 3:][real])
         torch.testing.assert_close(module.token_nll(tokens), plain.token_nll(whole)[:, 3:])
     assert torch.equal(module.generate(tokens, 4), plain.generate(whole, 4))
-    assert {k: tuple(v.shape) for k, v in state_of(module).items()} == {"prompt": (3, 16)}
+    assert {k: tuple(v.shape) for k, v in module_state(module).items()} == {"prompt": (3, 16)}
     assert step(module, (tokens, None)) == {"prompt"}
 
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from fdl.errors import UserError
 from fdl.modules.text_classifier import TextClassifier
 from fdl.modules.tokenizers import train_bpe
-from fdl.state.weights import state_of
+from fdl.state.weights import module_state
 from tests.modules.makers import quiet_trainer
 from tests.modules.text_models import BYTES, DECODERS, ENCODERS, padded, saved, windows
 
@@ -65,14 +65,14 @@ def test_a_folder_gives_the_same_model_again_and_other_classes_a_new_head(family
     assert torch.equal(load(folder)(tokens).logits, module(tokens).logits)
     other = load(folder, classes=7, tuning="head")
     assert other(tokens).logits.shape == (3, 7)
-    heads = {name.split(".")[1] for name in state_of(other)}
+    heads = {name.split(".")[1] for name in module_state(other)}
     assert heads <= {"classifier", "pre_classifier", "score"}
     body = {name: value for name, value in module.state_dict().items() if name.split(".")[1] not in heads}
     assert all(torch.equal(other.state_dict()[name], value) for name, value in body.items())
     assert body.keys() <= other.frozen
     with pytest.raises(UserError, match="frozen would keep a head of random weights"):
         load(folder, classes=7, tuning="frozen")
-    assert not state_of(load(folder, tuning="frozen"))
+    assert not module_state(load(folder, tuning="frozen"))
 
 
 def test_an_encoder_without_head_and_pooler_gets_both(tmp_path):
@@ -83,7 +83,7 @@ def test_an_encoder_without_head_and_pooler_gets_both(tmp_path):
     encoder.save_pretrained(tmp_path)
     BYTES.save(tmp_path)
     module = load(str(tmp_path), tuning="head")
-    assert {name.split(".", 1)[1] for name in state_of(module)} == {
+    assert {name.split(".", 1)[1] for name in module_state(module)} == {
         "bert.pooler.dense.weight",
         "bert.pooler.dense.bias",
         "classifier.weight",
@@ -91,7 +91,7 @@ def test_an_encoder_without_head_and_pooler_gets_both(tmp_path):
     }
     pytest.importorskip("peft")
     adapted = load(str(tmp_path), tuning="lora")
-    assert "network.bert.pooler.dense.weight" in state_of(adapted)
+    assert "network.bert.pooler.dense.weight" in module_state(adapted)
     assert not any("pooler.dense.lora" in name for name in adapted.state_dict())
 
 
@@ -104,7 +104,7 @@ def test_a_frozen_encoder_of_sentences_has_a_linear_head_on_its_mean(family, tmp
     for row, embedding in zip(tokens, output.embedding):
         text = row[row >= 0]
         torch.testing.assert_close(embedding, encoder(input_ids=text[None]).last_hidden_state[0].mean(0))
-    assert state_of(module).keys() == {"network.head.weight", "network.head.bias"}
+    assert module_state(module).keys() == {"network.head.weight", "network.head.bias"}
     module.train()
     assert not encoder.training
     assert torch.equal(module(tokens).embedding, output.embedding)

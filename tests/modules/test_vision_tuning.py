@@ -13,7 +13,7 @@ from fdl.errors import UserError
 from fdl.modules.cifar_resnet import CifarResNet
 from fdl.modules.timm_model import Timm
 from fdl.modules.torchvision_model import Torchvision
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 from tests.modules.makers import COLOUR, images
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -52,7 +52,9 @@ def test_head_tuning_trains_the_classification_layer_and_nothing_else(make, fami
     module = make(family, tuning="head")
     head = {f"backbone.{module.head}.weight", f"backbone.{module.head}.bias"}
     assert trained(module) == head  # running statistics stay as well
-    assert module.frozen == module.state_dict().keys() - head == module.state_dict().keys() - state_of(module).keys()
+    assert (
+        module.frozen == module.state_dict().keys() - head == module.state_dict().keys() - module_state(module).keys()
+    )
 
 
 def test_lora_adds_what_is_trained(make):
@@ -63,14 +65,14 @@ def test_lora_adds_what_is_trained(make):
     assert any("lora_A" in name for name in changed) and f"backbone.{module.head}.weight" in changed
     assert not changed & module.frozen
     assert len(module.frozen) == len(plain.state_dict()) - 2
-    fewer = sum(value.numel() for value in state_of(module).values())
+    fewer = sum(value.numel() for value in module_state(module).values())
     assert fewer < 0.2 * sum(value.numel() for value in plain.state_dict().values())
 
 
 def test_a_second_site_needs_only_what_was_trained(make):
     first, second = (make("timm", tuning="lora", lora={"rank": 2}) for _ in range(2))
     trained(first)
-    load_into(second, {name: value.clone() for name, value in state_of(first).items()})
+    load_into(second, {name: value.clone() for name, value in module_state(first).items()})
     x = images(first)[0]
     assert torch.equal(first.eval()(x).logits, second.eval()(x).logits)
 
@@ -81,7 +83,7 @@ def test_a_frozen_module_never_changes_nor_leaves_evaluation_mode(make, family):
     module.train()
     assert not any(part.training for part in module.backbone.modules())
     assert not any(parameter.requires_grad for parameter in module.parameters())
-    assert state_of(module) == {} and len(module.frozen) == len(module.state_dict())
+    assert module_state(module) == {} and len(module.frozen) == len(module.state_dict())
     x = images(module)[0]
     assert torch.equal(module(x).logits, make(family).eval()(x).logits)
 

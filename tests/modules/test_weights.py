@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fdl.state.weights import count_parameters, load_into, state_of
+from fdl.state.weights import count_parameters, load_into, module_state
 from tests.modules.makers import FAMILIES
 
 
@@ -12,7 +12,7 @@ def module():
 
 
 def test_the_state_refers_to_the_modules_own_tensors_without_gradient(module):
-    state = state_of(module)
+    state = module_state(module)
     assert state.keys() == module.state_dict().keys()
     assert any(name.endswith("running_var") for name in state)
     assert not any(value.requires_grad for value in state.values())
@@ -26,16 +26,16 @@ def test_loading_copies_in_place_and_exactly(module):
     other = FAMILIES["cnn"]()
     other(torch.randn(8, 1, 8, 8))  # moves the running statistics and the batch counters
     before = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
-    load_into(module, state_of(other))
-    assert all(torch.equal(value, state_of(module)[name]) for name, value in state_of(other).items())
+    load_into(module, module_state(other))
+    assert all(torch.equal(value, module_state(module)[name]) for name, value in module_state(other).items())
     assert before == {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
     assert all(parameter.requires_grad for parameter in module.parameters())
-    assert state_of(module)["backbone.trunk.0.1.num_batches_tracked"].item() == 1
+    assert module_state(module)["backbone.trunk.0.1.num_batches_tracked"].item() == 1
 
 
 def test_loading_converts_floating_point_types(module):
-    load_into(module, {k: v.double() if v.is_floating_point() else v.int() for k, v in state_of(module).items()})
-    assert {v.dtype for v in state_of(module).values()} == {torch.float32, torch.int64}
+    load_into(module, {k: v.double() if v.is_floating_point() else v.int() for k, v in module_state(module).items()})
+    assert {v.dtype for v in module_state(module).values()} == {torch.float32, torch.int64}
 
 
 def spoil(state, name, value):
@@ -53,11 +53,11 @@ def spoil(state, name, value):
     ],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(module, name, value, message):
-    before = {key: tensor.clone() for key, tensor in state_of(module).items()}
+    before = {key: tensor.clone() for key, tensor in module_state(module).items()}
     sent = spoil({key: tensor + 1 for key, tensor in before.items()}, name, value)
     with pytest.raises(ValueError, match=message):
         load_into(module, sent)
-    assert all(torch.equal(before[key], tensor) for key, tensor in state_of(module).items())
+    assert all(torch.equal(before[key], tensor) for key, tensor in module_state(module).items())
 
 
 def test_parameters_are_counted_once_and_buffers_are_not():
@@ -69,11 +69,11 @@ def test_parameters_are_counted_once_and_buffers_are_not():
 
 def test_an_empty_module_has_nothing_to_load():
     load_into(nn.ReLU(), {})
-    assert state_of(nn.ReLU()) == {}
+    assert module_state(nn.ReLU()) == {}
 
 
 def test_every_family_survives_a_round_trip_through_numpy():
     for name, make in FAMILIES.items():
         source, target = make(), make()
-        load_into(target, {k: torch.from_numpy(v.numpy().copy()) for k, v in state_of(source).items()})
-        assert all(torch.equal(v, state_of(target)[k]) for k, v in state_of(source).items()), name
+        load_into(target, {k: torch.from_numpy(v.numpy().copy()) for k, v in module_state(source).items()})
+        assert all(torch.equal(v, module_state(target)[k]) for k, v in module_state(source).items()), name

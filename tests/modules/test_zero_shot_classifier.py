@@ -8,7 +8,7 @@ from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.zero_shot import zero_shot_classifier, zero_shot_question
 from fdl.modules.zero_shot_classifier import ZeroShotClassifier
-from fdl.state.weights import state_of
+from fdl.state.weights import module_state
 
 CLASSES = ["airplane", "fire truck", "cat"]
 DATA = {"num_classes": 3, "input_shape": (3, 8, 8)}
@@ -59,10 +59,10 @@ def test_the_text_tower_is_left_behind_and_a_frozen_one_sends_nothing(named):
     model, checkpoint = named
     classifier = ZeroShotClassifier(model, CLASSES, checkpoint=checkpoint, tuning="frozen", **DATA)
     assert sum(p.numel() for p in classifier.parameters()) < 49408 * 8
-    assert state_of(classifier) == {}
+    assert module_state(classifier) == {}
     assert not any(p.requires_grad for p in classifier.parameters())
     head = ZeroShotClassifier(model, CLASSES, checkpoint=checkpoint, tuning="head", **DATA)
-    assert list(state_of(head)) == ["backbone.head.weight"]
+    assert list(module_state(head)) == ["backbone.head.weight"]
 
 
 def test_what_it_cannot_do_without(named):

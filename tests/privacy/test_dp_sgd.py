@@ -21,8 +21,8 @@ from fdl.engine.runtime import Runtime
 from fdl.errors import RecipeError, UserError
 from fdl.federation import snapshot
 from fdl.federation.executors import Sequential
-from fdl.knowledge.distillation.targets import Answered
-from fdl.methods.fedprox import Held
+from fdl.knowledge.distillation.targets import SoftLabelled
+from fdl.methods.fedprox import ProximalObjective
 from fdl.modules.output import Output
 from fdl.modules.tuning import apply_tuning
 from fdl.participants import Client, copy_of
@@ -156,11 +156,11 @@ def test_an_objective_is_clipped_whole():
     # FedProx: the gradient of an example is that of its loss and of the proximal term
     client, train = client_of()
     anchor = [torch.ones_like(parameter) for parameter in client.specialist().parameters()]
-    module, before, change = fitted(client, Held(anchor, 0.1, False))
+    module, before, change = fitted(client, ProximalObjective(anchor, 0.1, False))
     reset(module, before)
     expected = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
     for index in next(poisson(N, B / N, 1, client.rng("fit"))):
-        loss = Held(anchor, 0.1, False)(module, train.batch(index.view(1)))["loss"]
+        loss = ProximalObjective(anchor, 0.1, False)(module, train.batch(index.view(1)))["loss"]
         gradients = torch.autograd.grad(loss, list(module.parameters()))
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         for name, gradient in zip(expected, gradients):
@@ -168,15 +168,15 @@ def test_an_objective_is_clipped_whole():
     for name, value in expected.items():
         torch.testing.assert_close(change[name], value, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match=r"privacy\.ghost.*looks at weights.*set it to false"):
-        fitted(client_of(ghost=True)[0], Held(anchor, 0.1, False))
+        fitted(client_of(ghost=True)[0], ProximalObjective(anchor, 0.1, False))
 
 
 def test_answers_beside_private_samples_are_private_and_public_samples_are_not():
     client, _ = client_of(noise_multiplier=1.0)
     teach = lambda module, batch: {"loss": (module(batch[0]).logits - batch[1]).square().mean()}  # noqa: E731
-    fitted(client, teach, Answered(client.train, torch.zeros(N, 3)))
+    fitted(client, teach, SoftLabelled(client.train, torch.zeros(N, 3)))
     assert sum(one["count"] for one in events_of(client)) == 1
-    fitted(client, teach, Answered(client.proxy, torch.zeros(N, 3)))
+    fitted(client, teach, SoftLabelled(client.proxy, torch.zeros(N, 3)))
     assert sum(one["count"] for one in events_of(client)) == 1
 
 
@@ -364,10 +364,10 @@ def test_budget_ends_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("args", "reader"),
     [
-        ({"calibrate": True}, r"fdl\.knowledge\.answering"),
+        ({"calibrate": True}, r"fdl\.knowledge\.distillation\.client_upload"),
         ({"confidence": "validation"}, r"fdl\.knowledge\.confidence"),
-        ({"confidence": "density"}, r"fdl\.knowledge"),
-        ({"prototypes": "prototypes"}, r"fdl\.knowledge\.answering"),
+        ({"confidence": "density"}, r"fdl\.knowledge\.confidence\.density"),
+        ({"prototypes": "prototypes"}, r"fdl\.knowledge\.distillation\.client_upload"),
     ],
 )
 def test_what_else_is_made_of_private_data_is_refused(args, reader, tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fdl.datamodules.guarded import Guarded
+from fdl.datamodules.guarded import GuardedSamples
 from fdl.errors import UserError
 from fdl.messages import Prototypes, parts_of
 from fdl.methods.federated_distillation import FederatedDistillation
@@ -85,7 +85,7 @@ def test_the_same_data_are_paid_for_once_and_others_again():
 
 def test_samples_that_are_closed_to_all_but_noisy_training_are_opened_for_it():
     client = owner(torch.rand(30, 4), torch.arange(30) % 2, 2)
-    client.train = Guarded(client.train, client.gate)
+    client.train = GuardedSamples(client.train, client.gate)
     with pytest.raises(UserError, match="reads private samples outside of a training with noise"):
         _ = client.train.labels
     assert len(NoisyPrototypes(0.1).message(client, None, None).values) == 2

@@ -7,11 +7,11 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.means import ResponseMean
 from fdl.knowledge.confidence.base import Entropy, SampleCount
 from fdl.knowledge.distillation.personalization import AdaptiveWeights, Similarity
-from fdl.knowledge.distillation.upload_on_change import OnChange
+from fdl.knowledge.distillation.upload_on_change import UploadOnChange
 from fdl.knowledge.transfer.features import FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Responses
@@ -154,7 +154,7 @@ def test_the_server_clips_what_a_client_did_not():
     fair, hostile = Responses(torch.zeros(N, C), "logits"), Responses(torch.full((N, C), 1e6), "logits")
     moved = released(release, [fair, hostile]).values - released(release, [fair, fair]).values
     torch.testing.assert_close(torch.linalg.vector_norm(moved, dim=1), torch.full((N,), 0.5))
-    with pytest.raises(RefusedError, match="expected logits, got probabilities"):
+    with pytest.raises(RejectedMessageError, match="expected logits, got probabilities"):
         released(release, [Responses(torch.full((N, C), 1 / C), "probabilities")])
 
 
@@ -305,7 +305,7 @@ def test_a_client_that_is_private_does_not_say_how_many_samples_it_has(tmp_path)
 REFUSED = {
     "features": ({"features": FeatureTransfer(layers=0)}, "client"),
     "prototypes": ({"prototypes": PrototypeTransfer()}, "client"),
-    "frequency": ({"frequency": OnChange()}, "client"),
+    "frequency": ({"frequency": UploadOnChange()}, "client"),
     "weights": ({"weights": AdaptiveWeights()}, "server"),
     "personal": ({"personal": Similarity()}, "server"),
     "confidence": ({"confidence": Entropy()}, "server"),

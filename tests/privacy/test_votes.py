@@ -9,7 +9,7 @@ from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.rdp import RdpAccountant
 from scipy.stats import norm
 
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.means import ResponseMean
 from fdl.knowledge.confidence.base import Entropy
 from fdl.messages import Responses
@@ -146,9 +146,9 @@ def test_no_attack_tells_who_voted_better_than_promised():
 
 
 def test_a_ballot_with_more_than_one_vote_is_refused():
-    with pytest.raises(RefusedError, match="outside of 0 … 1"):
+    with pytest.raises(RejectedMessageError, match="outside of 0 … 1"):
         elected(NoisyVotes(1.0), [Responses(torch.full((2, C), 5.0), "probabilities")])
-    with pytest.raises(RefusedError, match="expected votes, got logits"):
+    with pytest.raises(RejectedMessageError, match="expected votes, got logits"):
         elected(NoisyVotes(1.0), [Responses(torch.full((2, C), 5.0), "logits")])
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from fdl.build import build
 from fdl.cli.check import describe
 from fdl.recipe import load
-from fdl.state.weights import count_parameters, state_of
+from fdl.state.weights import count_parameters, module_state
 
 ROOT = Path(__file__).parents[2] / "recipes"
 CPU = ["fabric.accelerator=cpu", "fabric.precision=32-true", "fabric.threads=1", "callbacks=[]"]
@@ -41,14 +41,14 @@ def towers(tmp_path_factory):
         module.training_step(data.train.batch(rows))["loss"].backward()
         optimizer.step()
     path = tmp_path_factory.mktemp("towers") / "towers.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in state_of(module).items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in module_state(module).items()}, path)
     return path
 
 
 def test_prompts_of_digits(towers, tmp_path):
     short = [f"student.args.checkpoint={towers}", "federation.rounds=2", "local.steps=4"]
     loop = build(load(ROOT / "prompts/digits.yaml", [*CPU, *short]), tmp_path / "run")
-    shared = state_of(loop.server.student)["backbone.prompt.shared"]
+    shared = module_state(loop.server.student)["backbone.prompt.shared"]
     summary = loop.run()
     assert summary["metrics"].keys() >= {f"student/base_new/{k}" for k in ("base", "new", "base_gain", "new_gain")}
     assert all(set(client.train.labels.tolist()) <= set(range(5)) for client in loop.clients)
@@ -68,16 +68,16 @@ def test_a_generator_in_the_place_of_vectors(towers, tmp_path):
     short = ["federation.rounds=1", "local.steps=4"]
     loop = build(load(path, [*CPU, *short], {"method": "fedavg", "student": student}), tmp_path / "run")
     loop.run()
-    sent = 4 * sum(tensor.numel() for tensor in state_of(loop.server.student).values())
+    sent = 4 * sum(tensor.numel() for tensor in module_state(loop.server.student).values())
     assert all(sent < size < sent + 2 * OVERHEAD for size in payloads(loop))
-    assert all(name.startswith("backbone.prompt.") for name in state_of(loop.server.student))
+    assert all(name.startswith("backbone.prompt.") for name in module_state(loop.server.student))
 
 
 def test_prompts_that_the_server_makes_for_each_site(towers, tmp_path):
     short = [f"student.args.checkpoint={towers}", "federation.rounds=2", "local.steps=4"]
     loop = build(load(ROOT / "prompts/digits_per_site.yaml", [*CPU, *short]), tmp_path / "run")
     loop.run()
-    shared = state_of(loop.server.student)["backbone.prompt.shared"]
+    shared = module_state(loop.server.student)["backbone.prompt.shared"]
     # a round of five clients: their vectors down, and what changed of them up
     assert all(4 * shared.numel() < size < 4 * shared.numel() + OVERHEAD for size in payloads(loop))
     first, second = (loop.method.download(loop.server, i).tensors["backbone.prompt.shared"] for i in (0, 1))
@@ -138,7 +138,9 @@ def test_promptfl_with_a_small_clip(tmp_path):
     assert "a round of all clients sends" in describe(recipe, tmp_path / "check")
     loop = build(recipe, tmp_path / "run")
     loop.run()
-    assert {k: tuple(v.shape) for k, v in state_of(loop.server.student).items()} == {"backbone.prompt.shared": (16, 8)}
+    assert {k: tuple(v.shape) for k, v in module_state(loop.server.student).items()} == {
+        "backbone.prompt.shared": (16, 8)
+    }
     assert all(4 * 16 * 8 < size < 4 * 16 * 8 + OVERHEAD for size in payloads(loop))
 
 

@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from fdl.recipe import instantiate, load
-from fdl.state.weights import count_parameters, state_of
+from fdl.state.weights import count_parameters, module_state
 
 ROOT = Path(__file__).parents[2]
 CIFAR100 = {"num_classes": 100, "input_shape": (3, 32, 32)}
@@ -48,7 +48,7 @@ def test_specialists_are_what_the_recipe_says(name, without_weights):
         assert module.adapter.output_shape == (3, side, side)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         if tuning == "lora":
-            travels = sum(value.numel() for value in state_of(module).values())
+            travels = sum(value.numel() for value in module_state(module).values())
             assert travels == trained < 0.03 * count_parameters(module)
             assert module.frozen
         else:

@@ -66,7 +66,7 @@ def map_files(folder):
 def test_listing_and_finding_import_no_torch():
     code = """
         import sys
-        from fdl.catalog import KINDS, entries, find
+        from fdl.registry.kinds import KINDS, entries, find
         for kind in KINDS.values():
             for entry in entries(kind):
                 find(entry.name, kind)
@@ -160,7 +160,7 @@ def plugins(tmp_path_factory):
             from fdl.methods import fedavg
             from fdl.methods.base import Method
             if TYPE_CHECKING:
-                from fdl.server_optimizers import ServerOptimizer
+                from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
             try:
                 import nothing_of_this_name
             except ImportError:

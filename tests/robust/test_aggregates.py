@@ -8,11 +8,11 @@ import torch
 
 from fdl.comm.channel import Channel
 from fdl.datamodules.samples import TensorSamples
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
-from fdl.knowledge.aggregation.pools import PoolAggregates, together
+from fdl.knowledge.aggregation.pools import PoolAggregates, prefix_names
 from fdl.knowledge.confidence.base import SampleCount
-from fdl.messages import Confidences, Parameters, Responses
+from fdl.messages import Parameters, QuantizedLogWeights, Responses
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedprox import FedProx
@@ -44,7 +44,7 @@ def answers(seed, clients=5, limit=6.0, subsets=True):
     for _ in range(clients):
         rows = torch.randperm(ROWS, generator=g)[: int(torch.randint(2, ROWS + 1, (1,), generator=g))]
         rows = rows if subsets else torch.arange(ROWS)
-        confidence = Confidences.quantize((torch.rand(len(rows), generator=g) * 2 - 1) * limit)
+        confidence = QuantizedLogWeights.quantize((torch.rand(len(rows), generator=g) * 2 - 1) * limit)
         values = torch.randn(len(rows), CLASSES, generator=g) * 2
         made.append(Responses(values, "logits", rows, confidence))
     return made
@@ -87,10 +87,10 @@ def test_rows_that_nobody_or_too_few_answer_stay_open():
 
 def test_a_loud_liar_has_no_more_than_its_cap():
     honest = [Responses(torch.tensor([[0.9, 0.1, 0, 0]]).repeat(ROWS, 1), "probabilities") for _ in range(4)]
-    calm = Confidences.quantize(torch.zeros(ROWS))
+    calm = QuantizedLogWeights.quantize(torch.zeros(ROWS))
     liar = Responses(torch.tensor([[0.0, 0, 0, 1]]).repeat(ROWS, 1), "probabilities")
     messages = [replace(m, confidence=calm) for m in honest]
-    messages.append(replace(liar, confidence=Confidences.quantize(torch.full((ROWS,), 32.0))))
+    messages.append(replace(liar, confidence=QuantizedLogWeights.quantize(torch.full((ROWS,), 32.0))))
     server = Somewhere()
     plain, capped, median = (
         taken(aggregate, messages)
@@ -149,7 +149,7 @@ def test_every_pool_has_a_rule_of_its_own():
     make = lambda pool, like: RobustParameters(Median(), server, like, pool, pool)  # noqa: E731
     means = PoolAggregates({"small": like(), "large": like()}, trained, make)
     for client, message in enumerate(messages):
-        means.add(Parameters(together(dict.fromkeys(trained[client], message.tensors)), 1), client)
+        means.add(Parameters(prefix_names(dict.fromkeys(trained[client], message.tensors)), 1), client)
     found = means.result()
     for pool, members in (("small", range(5)), ("large", (1, 3))):
         stacked = torch.stack([messages[client].tensors["w"] for client in members])
@@ -168,9 +168,9 @@ def test_sample_counts_are_claims():
 def test_what_does_not_fit_is_refused_and_too_few_change_nothing(caplog):
     aggregate = RobustParameters(Krum(f=1), Somewhere(), like())
     for wrong in (Responses(torch.zeros(1, 2), "logits"), Parameters({"w": torch.ones(2, 3)}, 1)):
-        with pytest.raises(RefusedError):
+        with pytest.raises(RejectedMessageError):
             aggregate.add(wrong, 0)
-    with pytest.raises(RefusedError):
+    with pytest.raises(RejectedMessageError):
         aggregate.add(replace(updates()[0], tensors={**updates()[0].tensors, "w": torch.full((2, 3), math.nan)}), 0)
     assert aggregate.result() is None
     assert taken(aggregate, updates(4)) is None and "it needs 5 uploads and got 4" in caplog.text
@@ -249,7 +249,7 @@ class Liars(Channel):
         if isinstance(message, Parameters):
             return Parameters({name: -5 * tensor for name, tensor in message.tensors.items()}, message.samples)
         logits = -message.values.clamp_min(1e-6).log()
-        sure = None if message.confidence is None else Confidences.quantize(torch.full((len(logits),), 32.0))
+        sure = None if message.confidence is None else QuantizedLogWeights.quantize(torch.full((len(logits),), 32.0))
         return replace(message, values=torch.softmax(logits, 1), confidence=sure)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fdl.robust.votes import Ballot, Votes
+from fdl.robust.votes import ClientUpdates, UpdateBlock
 
 
 class NoServer:
@@ -22,7 +22,7 @@ def votes(x, shares=None, block=None):
     shares = torch.as_tensor(shares, dtype=torch.float64)
     shares = (shares[:, None] if shares.ndim == 1 else shares).where(answered, 0.0)
     shares = shares / shares.sum(0).clamp_min(1e-300)
-    return Votes(shares, answered, lambda: iter(x.nan_to_num(0.0).split(block or x.shape[2], dim=2)))
+    return UpdateBlock(shares, answered, lambda: iter(x.nan_to_num(0.0).split(block or x.shape[2], dim=2)))
 
 
 def ballot(x, shares=None, reference=None, bounded=False, server=None, block=None):
@@ -30,7 +30,7 @@ def ballot(x, shares=None, reference=None, bounded=False, server=None, block=Non
     one = votes(x, shares, block)
     reference = None if reference is None else torch.as_tensor(reference, dtype=torch.float64)
     clients = list(range(len(one.shares)))
-    return Ballot(clients, server or NoServer(), lambda cap: iter([one]), lambda: reference, bounded, "test")
+    return ClientUpdates(clients, server or NoServer(), lambda cap: iter([one]), lambda: reference, bounded, "test")
 
 
 def decide(rule, x, **options):

@@ -8,7 +8,7 @@ from fdl.build import build
 from fdl.errors import UserError
 from fdl.runs import run as runs
 from fdl.state.checkpoint import load_best
-from fdl.state.weights import load_into, state_of
+from fdl.state.weights import load_into, module_state
 
 
 @pytest.fixture
@@ -71,4 +71,4 @@ def test_an_optimizer_of_the_server_moves_what_is_trained_alone(weights, tmp_pat
     changed = {
         name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])
     }
-    assert changed == set(state_of(after))
+    assert changed == set(module_state(after))

@@ -13,8 +13,8 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from fdl.build import build
-from fdl.comm.link_state import Memory
-from fdl.comm.stages.base import Turn
+from fdl.comm.link_state import LinkState
+from fdl.comm.stages.base import CodecContext
 from fdl.encoders.base import PCA
 from fdl.engine.runtime import Runtime
 from fdl.federation import snapshot
@@ -78,11 +78,11 @@ def test_tensors_of_a_file_lie_as_new_ones_do(tmp_path):
 
 def test_what_a_link_remembers_lies_row_by_row():
     """As what a checkpoint gives back."""
-    memory, across = Memory(), np.arange(12.0).reshape(3, 4).T
+    memory, across = LinkState(), np.arange(12.0).reshape(3, 4).T
     memory.begin()
-    memory.turn("values", "stage", Turn()).draft.update(last=across, number=1)
+    memory.turn("values", "stage", CodecContext()).draft.update(last=across, number=1)
     memory.commit()
-    kept = memory.turn("values", "stage", Turn()).kept
+    kept = memory.turn("values", "stage", CodecContext()).kept
     assert kept["last"].flags.c_contiguous and np.array_equal(kept["last"], across) and kept["number"] == 1
 
 

@@ -25,7 +25,7 @@ from fdl.state import checkpoint, run_folder
 from fdl.utils.interrupts import Interrupted
 from fdl.utils.locks import LOCK, FolderLock, Holder, require_unlocked
 from fdl.utils.paths import expanded
-from tests.test_cli import files_of
+from tests.cli.test_main import files_of
 
 RECIPE = {
     "name": "small",
@@ -109,7 +109,7 @@ def test_the_current_folder_is_refused_unless_it_is_empty(recipe, capsys, monkey
 
 def test_a_folder_in_which_only_this_process_writes_its_log_is_empty(tmp_path):
     """As after ``mkdir run; fdl fit --output-dir run > run/log.txt``."""
-    script = "import sys; from pathlib import Path; from fdl import run_folder; print(run_folder.others(Path('.')))"
+    script = "from pathlib import Path; from fdl.state import run_folder; print(run_folder.others(Path('.')))"
     environment = {**os.environ, "PYTHONPATH": str(Path(fdl.__file__).parents[1])}
     with open(tmp_path / "log.txt", "w") as log:
         subprocess.run([sys.executable, "-c", script], cwd=tmp_path, stdout=log, env=environment, check=True)
@@ -202,7 +202,7 @@ def test_the_summary_is_there_before_attacks_and_callbacks_can_fail(recipe):
         with pytest.raises(RuntimeError, match="no such font"):
             fdl.fit(recipe, "run")
         with pytest.raises(UserError, match="nonsense"):
-            fdl.fit(recipe, "other", overrides=["evaluation.attacks=[tests.test_run_folder.Nonsense]"])
+            fdl.fit(recipe, "other", overrides=["evaluation.attacks=[tests.runs.test_run_folder.Nonsense]"])
     assert runs.is_complete(fdl.load(recipe), Path("run"))
     assert fdl.fit(recipe, "run", resume=True)["rounds"] == 2
     asked = fdl.load(recipe, ["evaluation.attacks=[loss_threshold]"])
@@ -237,7 +237,7 @@ def test_a_second_audit_keeps_the_first(finished, capsys):
 HOLD = """
     import sys
     from pathlib import Path
-    from fdl.locks import FolderLock
+    from fdl.utils.locks import FolderLock
     with FolderLock(Path(sys.argv[1])):
         print("held", flush=True)
         sys.stdin.read()
@@ -357,14 +357,14 @@ def test_a_killed_run_goes_on_from_the_best_student_of_its_checkpoint(recipe, mo
 def scored(monkeypatch, scores):
     """Let rounds have these accuracies on validation data; returns the students' weights by round."""
     from fdl import loop as module
-    from fdl.state.weights import state_of
+    from fdl.state.weights import module_state
 
     evaluate, weights = module.evaluate, {}
 
     def pretended(loop, record, last=False):
         evaluate(loop, record, last)
         record["metrics"]["student/validation/accuracy"] = scores[record["round"]]
-        weights[record["round"]] = {name: tensor.clone() for name, tensor in state_of(loop.server.student).items()}
+        weights[record["round"]] = {name: tensor.clone() for name, tensor in module_state(loop.server.student).items()}
 
     monkeypatch.setattr(module, "evaluate", pretended)
     return weights
@@ -388,7 +388,7 @@ class Signal(Callback):
 def test_every_signal_to_stop_saves_the_round_and_is_told_by_the_exit_code(recipe, capsys, name):
     number = getattr(signal, name)
     line = ["fit", "--recipe", recipe, "--output-dir", "run", "federation.rounds=9", "checkpoint.every=9"]
-    callback = f"callbacks=[csv, {{target: tests.test_run_folder.Signal, args: {{number: {int(number)}}}}}]"
+    callback = f"callbacks=[csv, {{target: tests.runs.test_run_folder.Signal, args: {{number: {int(number)}}}}}]"
     before = signal.getsignal(number)
     code, _, err = command(capsys, *line, callback, "--overwrite")
     assert code == 128 + number and f"{name}: stopping after this round" in err
@@ -403,7 +403,7 @@ def test_an_ignored_signal_stays_ignored(recipe, monkeypatch):
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        callback = f"callbacks=[{{target: tests.test_run_folder.Signal, args: {{number: {int(signal.SIGHUP)}}}}}]"
+        callback = f"callbacks=[{{target: tests.runs.test_run_folder.Signal, args: {{number: {int(signal.SIGHUP)}}}}}]"
         assert fdl.fit(recipe, "run", overrides=[callback])["rounds"] == 2
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -459,7 +459,7 @@ FREED = [
     ["evaluation.metrics=[accuracy, nll, ece]"],
     ["evaluation.probes=[{target: linear_probe, args: {shots: [2]}}]"],
     ["evaluation.specialists=false"],
-    ["callbacks=[csv, tests.test_run_folder.Nothing]"],
+    ["callbacks=[csv, tests.runs.test_run_folder.Nothing]"],
 ]
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fdl.state.flat_tensors import Pieces, as_one, lay_side_by_side
-from fdl.state.weights import load_into, pin, state_of
+from fdl.state.flat_tensors import FlatTensors, flat_view, lay_side_by_side
+from fdl.state.weights import load_into, module_state, pin
 
 
 def net():
@@ -14,21 +14,21 @@ def net():
 
 
 def test_pieces_are_views_of_their_vector():
-    pieces = Pieces(torch.arange(10.0), {"a": (2, 3), "b": (), "c": (3,)})
+    pieces = FlatTensors(torch.arange(10.0), {"a": (2, 3), "b": (), "c": (3,)})
     assert list(pieces) == ["a", "b", "c"] and len(pieces) == 3
     assert torch.equal(pieces["a"], torch.arange(6.0).reshape(2, 3))
     assert pieces["b"] == 6 and torch.equal(pieces["c"], torch.tensor([7.0, 8.0, 9.0]))
     pieces.whole[7] = -1
     assert dict(pieces.items())["c"][0] == -1
-    assert torch.equal(as_one(pieces.values()), pieces.whole)
+    assert torch.equal(flat_view(pieces.values()), pieces.whole)
 
 
 def test_as_one_sees_only_what_lies_side_by_side_in_order():
     base = torch.arange(6.0)
     left, right = base[:2], base[2:]
-    assert torch.equal(as_one([left, right]), base)
+    assert torch.equal(flat_view([left, right]), base)
     for tensors in ([right, left], [left, right.clone()], [left, base[3:]], [base[::2]], []):
-        assert as_one(tensors) is None
+        assert flat_view(tensors) is None
 
 
 def test_a_module_laid_side_by_side_answers_and_learns_as_before():
@@ -40,7 +40,7 @@ def test_a_module_laid_side_by_side_answers_and_learns_as_before():
         module(x).square().sum().backward()
         optimizer.step()
     torch.testing.assert_close(laid(x), plain(x))
-    assert torch.equal(as_one(laid.state_dict().values()), state.whole)
+    assert torch.equal(flat_view(laid.state_dict().values()), state.whole)
     torch.testing.assert_close(dict(state.items()), dict(plain.state_dict()))
 
 
@@ -61,18 +61,20 @@ def test_what_cannot_be_one_vector_is_left_alone(make):
 
 
 def test_arrays_are_views_of_the_memory_of_pieces():
-    pieces = Pieces(torch.arange(7.0), {"a": (2, 3), "b": (), "none": (0, 2)})
+    pieces = FlatTensors(torch.arange(7.0), {"a": (2, 3), "b": (), "none": (0, 2)})
     arrays = pieces.arrays
     assert {name: array.shape for name, array in arrays.items()} == pieces.shapes
     arrays["b"][...] = -1
     arrays["a"][1, 2] = 9
     assert pieces.whole.tolist() == [0, 1, 2, 3, 4, 9, -1]
-    assert Pieces.of(arrays)["a"].data_ptr() == pieces.whole.data_ptr()
-    assert all(Pieces(torch.zeros(1, dtype=dtype), {"a": (1,)}).arrays is None for dtype in (torch.half, torch.double))
+    assert FlatTensors.of(arrays)["a"].data_ptr() == pieces.whole.data_ptr()
+    assert all(
+        FlatTensors(torch.zeros(1, dtype=dtype), {"a": (1,)}).arrays is None for dtype in (torch.half, torch.double)
+    )
 
 
 def test_a_copy_of_pieces_has_memory_of_its_own():
-    pieces = Pieces(torch.arange(3.0), {"a": (3,)})
+    pieces = FlatTensors(torch.arange(3.0), {"a": (3,)})
     assert pieces.arrays is not None
     copied = copy.deepcopy(pieces)
     pieces.whole.zero_()
@@ -82,13 +84,13 @@ def test_a_copy_of_pieces_has_memory_of_its_own():
 def test_loading_in_one_piece_equals_loading_by_name():
     module, other = net(), net()
     pin(module)
-    shapes = {name: tuple(value.shape) for name, value in state_of(module).items()}
-    pieces = Pieces(torch.randn(sum(value.numel() for value in state_of(module).values())), shapes)
+    shapes = {name: tuple(value.shape) for name, value in module_state(module).items()}
+    pieces = FlatTensors(torch.randn(sum(value.numel() for value in module_state(module).values())), shapes)
     load_into(module, pieces)
     load_into(other, dict(pieces.items()))
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters()))
-    wrong = Pieces(pieces.whole, dict(reversed(shapes.items())))
+    wrong = FlatTensors(pieces.whole, dict(reversed(shapes.items())))
     load_into(module, wrong)  # another order: by name, not by place
     assert torch.equal(module[0].weight, wrong["0.weight"])
     with pytest.raises(ValueError, match="missing"):
-        load_into(module, Pieces(pieces.whole, {"other": (len(pieces.whole),)}))
+        load_into(module, FlatTensors(pieces.whole, {"other": (len(pieces.whole),)}))

@@ -9,14 +9,14 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.state.float_formats import is_float
 
 #: Arrays of this size or less are left as they are: a scale or a second format costs more than it saves.
 HANDFUL = 8
 
 
-class Spec(NamedTuple):
+class ArraySpec(NamedTuple):
     """Dtype and shape of an array, known before its bytes are."""
 
     dtype: np.dtype
@@ -33,7 +33,7 @@ class Spec(NamedTuple):
         return self.size * self.dtype.itemsize
 
 
-class Coded(NamedTuple):
+class EncodedArray(NamedTuple):
     """An array after a stage.
 
     Attributes:
@@ -53,10 +53,10 @@ class Coded(NamedTuple):
 
 
 #: What a stage keeps of one array on one link: arrays, and numbers of 64 bits.
-Kept = Mapping[str, "np.ndarray | int"]
+CodecState = Mapping[str, "np.ndarray | int"]
 
 
-class Turn:
+class CodecContext:
     """What a stage may know beside the array that it is given.
 
     A stage that remembers reads `kept`, what the last accepted message left, and writes `draft`, what this one will
@@ -79,7 +79,7 @@ class Turn:
         rng: np.random.Generator | None = None,
         round: int = 0,
         rows: np.ndarray | None = None,
-        kept: Kept | None = None,
+        kept: CodecState | None = None,
         draft: dict[str, np.ndarray | int] | None = None,
     ):
         self.rng, self.round, self.rows = rng, round, rows
@@ -91,7 +91,7 @@ class Stage(ABC):
     """One reversible step of a codec chain.
 
     A concrete stage has a literal short `name` and is an `ArrayStage` or an `EntropyStage`. It holds configuration
-    only, so one object serves every client and both directions; what it remembers of them lies in a `Turn`.
+    only, so one object serves every client and both directions; what it remembers of them lies in a `CodecContext`.
     """
 
     name: ClassVar[str]
@@ -132,12 +132,12 @@ class ArrayStage(Stage):
     remembers: bool = False
     omits: ClassVar[bool] = False
 
-    def touches(self, spec: Spec) -> bool:
+    def touches(self, spec: ArraySpec) -> bool:
         """Tell whether an array is this stage's business: real numbers, no scalar, more than a handful."""
         return is_float(spec.dtype) and len(spec.shape) > 0 and spec.size > HANDFUL
 
     @abstractmethod
-    def encode(self, array: np.ndarray, turn: Turn) -> Coded | None:
+    def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray | None:
         """Shorten one array that the stage touches; the input is not changed.
 
         Args:
@@ -149,7 +149,7 @@ class ArrayStage(Stage):
         """
 
     @abstractmethod
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """Return what `encode` makes of such an array: the main array first, then the sides.
 
         Raises:
@@ -157,7 +157,7 @@ class ArrayStage(Stage):
         """
 
     @abstractmethod
-    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+    def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """Return a new array of the original dtype and shape.
 
         Args:
@@ -174,9 +174,9 @@ class ArrayStage(Stage):
         """Tell whether `encode` needs random numbers."""
         return False
 
-    def unknown(self, variant: int) -> RefusedError:
+    def unknown(self, variant: int) -> RejectedMessageError:
         """The refusal of a variant that this stage never writes."""
-        return RefusedError(f"{self.name} has no variant {variant}")
+        return RejectedMessageError(f"{self.name} has no variant {variant}")
 
 
 class EntropyStage(Stage):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fdl.comm.stages.base import ArrayStage, Coded, Spec, Turn
+from fdl.comm.stages.base import ArraySpec, ArrayStage, CodecContext, EncodedArray
 from fdl.state.float_formats import BFLOAT16, narrow, widen
 
 
@@ -15,17 +15,17 @@ class Cast(ArrayStage):
 
     to: ClassVar[np.dtype]
 
-    def encode(self, array: np.ndarray, turn: Turn) -> Coded:
+    def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray:
         """Round to the narrow format."""
-        return Coded(1, narrow(widen(array), self.to))
+        return EncodedArray(1, narrow(widen(array), self.to))
 
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """One array of the same shape."""
         if variant != 1:
             raise self.unknown(variant)
-        return (Spec(self.to, spec.shape),)
+        return (ArraySpec(self.to, spec.shape),)
 
-    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+    def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """Widen to the original dtype."""
         return narrow(widen(coded.main), spec.dtype)
 

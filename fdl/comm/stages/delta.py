@@ -7,12 +7,12 @@ import math
 import numpy as np
 
 from fdl.comm.stages import positions
-from fdl.comm.stages.base import HANDFUL, ArrayStage, Coded, Spec, Turn
-from fdl.errors import RefusedError, UserError
+from fdl.comm.stages.base import HANDFUL, ArraySpec, ArrayStage, CodecContext, EncodedArray
+from fdl.errors import RejectedMessageError, UserError
 from fdl.state.float_formats import is_float, narrow, widen
 
 _WHOLE, _DIFFERENCE, _NOT_NEGATIVE, _CHANGES = 1, 2, 3, 4
-_NUMBER = Spec(np.dtype("<u4"), (1,))
+_NUMBER = ArraySpec(np.dtype("<u4"), (1,))
 
 
 class Delta(ArrayStage):
@@ -48,15 +48,15 @@ class Delta(ArrayStage):
     def __str__(self) -> str:
         return f"{self.name}/{self.tolerance:g}" if self.tolerance else self.name
 
-    def touches(self, spec: Spec) -> bool:
+    def touches(self, spec: ArraySpec) -> bool:
         """Every array of more than a handful but flags."""
         return len(spec.shape) > 0 and spec.size > HANDFUL and spec.dtype != np.bool_
 
-    def encode(self, array: np.ndarray, turn: Turn) -> Coded:
+    def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray:
         """Return the array itself, its difference from the last, or the values that changed."""
         last = turn.kept.get("last")
         if last is None or last.shape != array.shape or last.dtype != array.dtype:
-            return Coded(_WHOLE, array, (), (0, 0), complete=True)
+            return EncodedArray(_WHOLE, array, (), (0, 0), complete=True)
         number = np.array([turn.kept["number"]], _NUMBER.dtype)
         if is_float(array.dtype):
             x = widen(array)
@@ -67,15 +67,15 @@ class Delta(ArrayStage):
                     difference[np.abs(difference) <= self.tolerance] = 0
             if nearer:
                 variant = _NOT_NEGATIVE if x.min() >= 0 else _DIFFERENCE
-                return Coded(variant, narrow(difference, array.dtype), (number,), (0, 0))
-            return Coded(_WHOLE, array, (), (0, 0), complete=True)
+                return EncodedArray(variant, narrow(difference, array.dtype), (number,), (0, 0))
+            return EncodedArray(_WHOLE, array, (), (0, 0), complete=True)
         places = np.flatnonzero(array.reshape(-1) != last.reshape(-1))
         coded = positions.encode(places, array.size)
         if places.size * array.itemsize + coded.nbytes + number.nbytes >= array.nbytes:
-            return Coded(_WHOLE, array, (), (0, 0))
-        return Coded(_CHANGES, array.reshape(-1)[places], (coded, number), (places.size, coded.size))
+            return EncodedArray(_WHOLE, array, (), (0, 0))
+        return EncodedArray(_CHANGES, array.reshape(-1)[places], (coded, number), (places.size, coded.size))
 
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """The values; for changes, their places; the number of the message referred to."""
         if variant == _WHOLE and extents == (0, 0):
             return (spec,)
@@ -85,17 +85,17 @@ class Delta(ArrayStage):
             raise self.unknown(variant)
         changed, size = extents
         if not positions.fits(size, changed, spec.size):
-            raise RefusedError(f"{self.name}: {changed} of {spec.size} values in {size} bytes of places")
-        return Spec(spec.dtype, (changed,)), Spec(np.dtype(np.uint8), (size,)), _NUMBER
+            raise RejectedMessageError(f"{self.name}: {changed} of {spec.size} values in {size} bytes of places")
+        return ArraySpec(spec.dtype, (changed,)), ArraySpec(np.dtype(np.uint8), (size,)), _NUMBER
 
-    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+    def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """Return the array, and remember it."""
         if coded.variant == _WHOLE:
             array = coded.main.copy()
         else:
             last = referred(self.name, coded.sides[-1], turn)["last"]
             if last.shape != spec.shape or last.dtype != spec.dtype:
-                raise RefusedError(f"{self.name}: the message referred to was {last.dtype} {list(last.shape)}")
+                raise RejectedMessageError(f"{self.name}: the message referred to was {last.dtype} {list(last.shape)}")
             if coded.variant == _CHANGES:
                 array = last.copy()
                 array.reshape(-1)[positions.decode(coded.sides[0], coded.main.size, spec.size)] = coded.main
@@ -107,7 +107,7 @@ class Delta(ArrayStage):
         return array
 
 
-def referred(stage: str, number: np.ndarray, turn: Turn) -> dict:
+def referred(stage: str, number: np.ndarray, turn: CodecContext) -> dict:
     """Return what is kept of the message that a sender refers to by its number.
 
     Raises:
@@ -116,5 +116,5 @@ def referred(stage: str, number: np.ndarray, turn: Turn) -> dict:
     kept = turn.kept.get("number", 0)
     if kept != int(number[0]) or not kept:
         held = f"number {kept} is the last that was accepted" if kept else "none was accepted yet"
-        raise RefusedError(f"{stage} refers to message number {int(number[0])}, but {held}")
+        raise RejectedMessageError(f"{stage} refers to message number {int(number[0])}, but {held}")
     return turn.kept

@@ -7,7 +7,7 @@ import zlib
 import zstandard
 
 from fdl.comm.stages.base import EntropyStage, Stage
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 
 
 class Deflate(EntropyStage):
@@ -27,9 +27,9 @@ class Deflate(EntropyStage):
         try:
             expanded = decoder.decompress(data, size + 1)
         except zlib.error:
-            raise RefusedError("deflate: damaged stream") from None
+            raise RejectedMessageError("deflate: damaged stream") from None
         if len(expanded) != size or not decoder.eof or decoder.unused_data:
-            raise RefusedError(f"deflate: the stream does not hold exactly {size} bytes")
+            raise RejectedMessageError(f"deflate: the stream does not hold exactly {size} bytes")
         return expanded
 
 
@@ -57,16 +57,16 @@ class Zstd(EntropyStage):
             frame = zstandard.get_frame_parameters(data)
             # Our frames never need a window beyond the next power of two; the least that the format knows is 1 KiB.
             if frame.content_size != size or frame.window_size > max(2 * size, 1024):
-                raise RefusedError(f"zstd: the frame does not state a content of {size} bytes")
+                raise RejectedMessageError(f"zstd: the frame does not state a content of {size} bytes")
             expanded = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
         except zstandard.ZstdError:
-            raise RefusedError("zstd: damaged frame") from None
+            raise RejectedMessageError("zstd: damaged frame") from None
         if len(expanded) != size:
-            raise RefusedError(f"zstd: the frame does not hold exactly {size} bytes")
+            raise RejectedMessageError(f"zstd: the frame does not hold exactly {size} bytes")
         return expanded
 
 
-class Best(EntropyStage):
+class BestOf(EntropyStage):
     """Try several entropy coders on every stream and send the shortest result; one byte says whose it is.
 
     Args:
@@ -77,7 +77,7 @@ class Best(EntropyStage):
 
     def __init__(self, stages: list[Stage]):
         for stage in stages:
-            if not isinstance(stage, EntropyStage) or isinstance(stage, Best):
+            if not isinstance(stage, EntropyStage) or isinstance(stage, BestOf):
                 raise UserError(f"stages must be entropy coders such as deflate, got {stage}")
         if not 2 <= len(stages) <= 256:
             raise UserError(f"stages must be 2 coders at least, got {len(stages)}")
@@ -97,5 +97,5 @@ class Best(EntropyStage):
     def expand(self, data: memoryview, size: int) -> bytes:
         """Return exactly `size` bytes."""
         if not data or data[0] >= len(self.stages):
-            raise RefusedError(f"best: no coder number {data[0] if data else ''}".rstrip())
+            raise RejectedMessageError(f"best: no coder number {data[0] if data else ''}".rstrip())
         return self.stages[data[0]].expand(data[1:], size)

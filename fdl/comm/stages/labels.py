@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from fdl.comm.stages.base import ArrayStage, Coded, Spec, Turn
+from fdl.comm.stages.base import ArraySpec, ArrayStage, CodecContext, EncodedArray
 from fdl.comm.stages.quantize import pack_codes, unpack_codes
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.state.float_formats import narrow, widen
 
 _U8 = np.dtype(np.uint8)
@@ -23,24 +23,24 @@ class Label(ArrayStage):
 
     phase = 8
 
-    def touches(self, spec: Spec) -> bool:
+    def touches(self, spec: ArraySpec) -> bool:
         """Matrices of real numbers with two classes or more."""
         return super().touches(spec) and len(spec.shape) == 2 and spec.shape[1] > 1
 
-    def encode(self, array: np.ndarray, turn: Turn) -> Coded | None:
+    def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray | None:
         """Return the labels; None for rows that are not probabilities."""
         p = widen(array)
         tolerance = 1e-3 if array.dtype.itemsize > 2 else 2e-2
         with np.errstate(all="ignore"):
             proper = (p >= 0).all() and (np.abs(p.sum(axis=1, dtype=np.float64) - 1) <= tolerance).all()
-        return Coded(1, self.label(p)) if proper else None
+        return EncodedArray(1, self.label(p)) if proper else None
 
     @abstractmethod
     def label(self, p: np.ndarray) -> np.ndarray:
         """Return the labels of probabilities [n, C]."""
 
 
-class OneHot(Label):
+class ArgmaxCodec(Label):
     """Send of every row of probabilities only its likeliest class; the receiver gets a one-hot row.
 
     CFD's 1-bit quantisation (Sattler et al. 2021): the point of {0, 1}ᶜ with sum 1 that is nearest in L1. A tie goes
@@ -53,16 +53,16 @@ class OneHot(Label):
         """The class, in the narrowest integers that hold it."""
         return p.argmax(axis=1).astype(_index(p.shape[1]))
 
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """One integer a row."""
         if variant != 1:
             raise self.unknown(variant)
-        return (Spec(_index(spec.shape[1]), spec.shape[:1]),)
+        return (ArraySpec(_index(spec.shape[1]), spec.shape[:1]),)
 
-    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+    def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """One-hot rows."""
         if coded.main.max() >= spec.shape[1]:
-            raise RefusedError(f"{self.name}: class {coded.main.max()} of {spec.shape[1]}")
+            raise RejectedMessageError(f"{self.name}: class {coded.main.max()} of {spec.shape[1]}")
         p = np.zeros(spec.shape, np.float32)
         p[np.arange(spec.shape[0]), coded.main] = 1
         return narrow(p, spec.dtype)
@@ -102,17 +102,17 @@ class Simplex(Label):
         np.put_along_axis(extra, order, np.arange(p.shape[1]) < left[:, None], axis=1)
         return pack_codes((units + extra).astype(np.uint8).reshape(-1), self.bits)
 
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """Packed codes."""
         if variant != 1:
             raise self.unknown(variant)
-        return (Spec(_U8, (-(-spec.size * self.bits // 8),)),)
+        return (ArraySpec(_U8, (-(-spec.size * self.bits // 8),)),)
 
-    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+    def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """Units as probabilities."""
         units = unpack_codes(coded.main, self.bits, spec.size).reshape(spec.shape)
         if (units.sum(axis=1, dtype=np.int64) != self._units).any():
-            raise RefusedError(f"{self.name}: a row does not sum to 1")
+            raise RejectedMessageError(f"{self.name}: a row does not sum to 1")
         return narrow(units.astype(np.float32) / np.float32(self._units), spec.dtype)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 
 
 def encode(places: np.ndarray, count: int) -> np.ndarray:
@@ -45,19 +45,19 @@ def decode(data: np.ndarray, chosen: int, count: int) -> np.ndarray:
     else:
         last = data < 128
         if data.size and not last[-1]:
-            raise RefusedError("places that are cut short")
+            raise RejectedMessageError("places that are cut short")
         ends = np.flatnonzero(last)
         starts = np.concatenate([[0], ends + 1])[:-1]
         if (ends - starts > 8).any():
-            raise RefusedError("a place of more than 63 bits")
+            raise RejectedMessageError("a place of more than 63 bits")
         shifts = 7 * (np.arange(data.size) - np.repeat(starts, np.diff(ends, prepend=-1)))
         values = (data & 127).astype(np.int64) << shifts
         gaps = np.add.reduceat(values, starts) if starts.size else values
         if (gaps >= count).any():  # also keeps the sum from overflowing
-            raise RefusedError(f"a place beyond the last of {count}")
+            raise RejectedMessageError(f"a place beyond the last of {count}")
         places = np.cumsum(gaps + 1) - 1
     if places.size != chosen or (chosen and places[-1] >= count):
-        raise RefusedError(f"places that are not {chosen} of {count}")
+        raise RejectedMessageError(f"places that are not {chosen} of {count}")
     return places
 
 

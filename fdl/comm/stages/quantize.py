@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from fdl.comm.stages.base import ArrayStage, Coded, Spec, Turn
+from fdl.comm.stages.base import ArraySpec, ArrayStage, CodecContext, EncodedArray
 from fdl.errors import UserError
 from fdl.state.float_formats import narrow, widen
 
@@ -85,7 +85,7 @@ class Quantize(ArrayStage):
         """Only stochastic rounding needs random numbers."""
         return self.rounding == "stochastic"
 
-    def encode(self, array: np.ndarray, turn: Turn) -> Coded:
+    def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray:
         """Return packed codes (uint8 [bytes]) and the rows' ends (float [2, rows])."""
         bits = self.bits_in(turn.round)
         x = widen(array).reshape(self._rows(array.shape))
@@ -98,18 +98,18 @@ class Quantize(ArrayStage):
             else:
                 width, ends = _round_ends(low, high, low, high)
                 codes = _codes(x, bits, width, ends, turn.rng if self.draws() else None)
-        return Coded(width + 2 * _BITS.index(bits), pack_codes(codes.reshape(-1), bits), (ends,))
+        return EncodedArray(width + 2 * _BITS.index(bits), pack_codes(codes.reshape(-1), bits), (ends,))
 
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """Packed codes, then the rows' ends."""
         if not 1 <= variant <= 2 * len(_BITS):
             raise self.unknown(variant)
         width, bits = _split(variant)
         full = np.float64 if spec.dtype.itemsize == 8 else np.float32
-        packed = Spec(np.dtype(np.uint8), (-(-spec.size * bits // 8),))
-        return packed, Spec(np.dtype(np.float16 if width == _HALF else full), (2, self._rows(spec.shape)[0]))
+        packed = ArraySpec(np.dtype(np.uint8), (-(-spec.size * bits // 8),))
+        return packed, ArraySpec(np.dtype(np.float16 if width == _HALF else full), (2, self._rows(spec.shape)[0]))
 
-    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+    def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """Return lo + step·code for every value."""
         width, bits = _split(coded.variant)
         dtype = _working_dtype(spec.dtype.itemsize, width)

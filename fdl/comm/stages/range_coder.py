@@ -7,13 +7,13 @@ import numpy as np
 
 from fdl.comm.binary import Reader, varint
 from fdl.comm.stages.base import EntropyStage
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 
 _PRECISION = 1 << 14  # what the frequencies of a table sum to, about
 _BLOCK = 1 << 16  # symbols decoded at a time: the decoder gives four bytes for each
 
 
-class Range(EntropyStage):
+class AnsCoder(EntropyStage):
     """Code bytes by their frequencies at fractions of a bit: an asymmetric numeral system, kin to a range coder.
 
     In front stand the number of bytes and, from the least to the greatest byte that occurs, the frequencies, in groups
@@ -44,29 +44,29 @@ class Range(EntropyStage):
         try:
             stated, low, high = reader.varint(), reader.byte(), reader.byte()
             scaled = np.array([reader.varint() for _ in range(low, high + 1)])
-        except RefusedError:
-            raise RefusedError("range: damaged table") from None
+        except RejectedMessageError:
+            raise RejectedMessageError("range: damaged table") from None
         if stated != size:
-            raise RefusedError(f"range: the stream does not hold exactly {size} bytes")
+            raise RejectedMessageError(f"range: the stream does not hold exactly {size} bytes")
         words = reader.rest()
         if len(words) % 4 or not scaled.size or scaled.max() > 2 * _PRECISION:
-            raise RefusedError("range: damaged stream")
+            raise RejectedMessageError("range: damaged stream")
         if scaled.size == 1:
             if len(words):
-                raise RefusedError(f"range: the stream does not hold exactly {size} bytes")
+                raise RejectedMessageError(f"range: the stream does not hold exactly {size} bytes")
             return bytes((low,)) * size
         try:
             coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, "<u4").astype(np.uint32))
             model = _model(scaled)
         except ValueError:
-            raise RefusedError("range: damaged stream") from None
+            raise RejectedMessageError("range: damaged stream") from None
         symbols = np.empty(size, np.uint8)
         for first in range(0, size, _BLOCK):
             block = symbols[first : first + _BLOCK]
             block[:] = coder.decode(model, block.size)
         symbols += np.uint8(low)
         if not coder.is_empty():
-            raise RefusedError(f"range: the stream does not hold exactly {size} bytes")
+            raise RejectedMessageError(f"range: the stream does not hold exactly {size} bytes")
         return symbols.tobytes()
 
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from fdl.comm.stages import positions
-from fdl.comm.stages.base import ArrayStage, Coded, Spec, Stage, Turn
+from fdl.comm.stages.base import ArraySpec, ArrayStage, CodecContext, EncodedArray, Stage
 from fdl.comm.stages.delta import referred
 from fdl.comm.stages.labels import Label
-from fdl.errors import RefusedError, UserError
+from fdl.errors import RejectedMessageError, UserError
 from fdl.state.float_formats import widen
 
 _WHOLE, _SOME = 1, 2
-_NUMBER = Spec(np.dtype("<u4"), (1,))
+_NUMBER = ArraySpec(np.dtype("<u4"), (1,))
 
 
 class Cache(ArrayStage):
@@ -51,7 +51,7 @@ class Cache(ArrayStage):
         """Name and expiry: both ends must forget at the same time."""
         return f"{self.name}/{self.expiry}"
 
-    def touches(self, spec: Spec) -> bool:
+    def touches(self, spec: ArraySpec) -> bool:
         """Real numbers in rows."""
         return super().touches(spec) and len(spec.shape) > 1
 
@@ -64,12 +64,12 @@ class Cache(ArrayStage):
             if isinstance(stage, Label):
                 raise UserError(f"{self.name} after {stage.name} has no real numbers left to hold: delta sends labels")
 
-    def encode(self, array: np.ndarray, turn: Turn) -> Coded:
+    def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray:
         """Return the rows that are sent, and which they are."""
         rows = _rows(turn, len(array))
         held = None if rows is None else self._held(turn, array.shape[1:], array.dtype)
         if held is None:
-            return Coded(_WHOLE, array, (), (0, 0))
+            return EncodedArray(_WHOLE, array, (), (0, 0))
         names, values, _ = held
         at = np.searchsorted(names, rows)
         at[at == len(names)] = 0
@@ -83,10 +83,10 @@ class Cache(ArrayStage):
         number = np.array([turn.kept["number"]], _NUMBER.dtype)
         main = array[places]
         if main.nbytes + coded.nbytes + number.nbytes >= array.nbytes:
-            return Coded(_WHOLE, array, (), (0, 0))
-        return Coded(_SOME, main, (coded, number), (places.size, coded.size))
+            return EncodedArray(_WHOLE, array, (), (0, 0))
+        return EncodedArray(_SOME, main, (coded, number), (places.size, coded.size))
 
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """The rows, which they are, and the number of the message before."""
         if variant == _WHOLE and extents == (0, 0):
             return (spec,)
@@ -94,10 +94,10 @@ class Cache(ArrayStage):
             raise self.unknown(variant)
         sent, size = extents
         if not positions.fits(size, sent, spec.shape[0]):
-            raise RefusedError(f"{self.name}: {sent} of {spec.shape[0]} rows in {size} bytes of places")
-        return Spec(spec.dtype, (sent, *spec.shape[1:])), Spec(np.dtype(np.uint8), (size,)), _NUMBER
+            raise RejectedMessageError(f"{self.name}: {sent} of {spec.shape[0]} rows in {size} bytes of places")
+        return ArraySpec(spec.dtype, (sent, *spec.shape[1:])), ArraySpec(np.dtype(np.uint8), (size,)), _NUMBER
 
-    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+    def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """Return all rows, and remember those that came."""
         rows = _rows(turn, spec.shape[0])
         held = None if rows is None else self._held(turn, spec.shape[1:], spec.dtype)
@@ -112,18 +112,20 @@ class Cache(ArrayStage):
             rest[places] = False
             if rest.any():
                 if held is None or not len(held[0]):
-                    raise RefusedError(f"{self.name}: rows that are not sent were never sent before")
+                    raise RejectedMessageError(f"{self.name}: rows that are not sent were never sent before")
                 names, values, _ = held
                 at = np.searchsorted(names, rows[rest])
                 at[at == len(names)] = 0
                 if (names[at] != rows[rest]).any():
-                    raise RefusedError(f"{self.name}: rows that are not sent were never sent before, or have expired")
+                    raise RejectedMessageError(
+                        f"{self.name}: rows that are not sent were never sent before, or have expired"
+                    )
                 array[rest] = values[at]
         if rows is not None:
             self._keep(turn, held, rows[places], array[places])
         return array
 
-    def _held(self, turn: Turn, shape: tuple[int, ...], dtype: np.dtype) -> tuple | None:
+    def _held(self, turn: CodecContext, shape: tuple[int, ...], dtype: np.dtype) -> tuple | None:
         """Return names, values and rounds of the entries that have not expired; None when they are of other rows."""
         values = turn.kept.get("values")
         if values is None or values.shape[1:] != shape or values.dtype != dtype:
@@ -131,7 +133,7 @@ class Cache(ArrayStage):
         fresh = turn.round - turn.kept["sent"] < self.expiry
         return turn.kept["names"][fresh], values[fresh], turn.kept["sent"][fresh]
 
-    def _keep(self, turn: Turn, held: tuple | None, names: np.ndarray, values: np.ndarray) -> None:
+    def _keep(self, turn: CodecContext, held: tuple | None, names: np.ndarray, values: np.ndarray) -> None:
         """Remember rows that were sent now, in place of older entries."""
         sent = np.full(len(names), turn.round, np.int64)
         if held is not None:
@@ -143,7 +145,7 @@ class Cache(ArrayStage):
         )
 
 
-def _rows(turn: Turn, count: int) -> np.ndarray | None:
+def _rows(turn: CodecContext, count: int) -> np.ndarray | None:
     """The names of `count` rows as int64; None when they do not tell the rows apart."""
     if turn.rows is None:
         return np.arange(count)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fdl.comm.stages import positions
-from fdl.comm.stages.base import ArrayStage, Coded, Spec, Stage, Turn
-from fdl.errors import RefusedError, UserError
+from fdl.comm.stages.base import ArraySpec, ArrayStage, CodecContext, EncodedArray, Stage
+from fdl.errors import RejectedMessageError, UserError
 from fdl.state.float_formats import narrow, widen
 
 _U8 = np.dtype(np.uint8)
@@ -47,14 +47,14 @@ class Sparsify(ArrayStage):
             raise UserError(f"{self.name} with error_feedback after delta counts what was not sent twice: leave it out")
 
     @abstractmethod
-    def pick(self, values: np.ndarray, count: int, turn: Turn) -> Coded:
+    def pick(self, values: np.ndarray, count: int, turn: CodecContext) -> EncodedArray:
         """Choose `count` of the flat values and code them."""
 
     @abstractmethod
-    def place(self, count: int, coded: Coded) -> tuple[np.ndarray, float]:
+    def place(self, count: int, coded: EncodedArray) -> tuple[np.ndarray, float]:
         """Return where among `count` the values in ``coded.main`` belong, and their scale."""
 
-    def encode(self, array: np.ndarray, turn: Turn) -> Coded:
+    def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray:
         """Return the values that are sent, flat, and where they belong."""
         values = array.reshape(-1)
         if self.error_feedback:
@@ -66,7 +66,7 @@ class Sparsify(ArrayStage):
             values = narrow(due, array.dtype)
         return self.pick(values, max(1, math.ceil(self.share * array.size)), turn)
 
-    def decode(self, spec: Spec, coded: Coded, turn: Turn) -> np.ndarray:
+    def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """Return the values at their places among zeros."""
         if coded.variant == _WHOLE:
             array = coded.main.reshape(spec.shape).copy()
@@ -98,27 +98,27 @@ class TopK(Sparsify):
     def __init__(self, share: float = 0.01, error_feedback: bool = False):
         super().__init__(share, error_feedback)
 
-    def pick(self, values: np.ndarray, count: int, turn: Turn) -> Coded:
+    def pick(self, values: np.ndarray, count: int, turn: CodecContext) -> EncodedArray:
         """The largest values in their order, and their places; all values where places would cost more."""
         size = np.abs(widen(values))
         places = np.sort(np.argpartition(size, size.size - count)[size.size - count :])
         coded = positions.encode(places, values.size)
         if count * values.itemsize + coded.nbytes >= values.nbytes:
-            return Coded(_WHOLE, values, (), (0, 0))
-        return Coded(2, values[places], (coded,), (count, coded.size))
+            return EncodedArray(_WHOLE, values, (), (0, 0))
+        return EncodedArray(2, values[places], (coded,), (count, coded.size))
 
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """The values, then their places."""
         if variant == _WHOLE and extents == (0, 0):
-            return (Spec(spec.dtype, (spec.size,)),)
+            return (ArraySpec(spec.dtype, (spec.size,)),)
         if variant != 2:
             raise self.unknown(variant)
         count, size = extents
         if not count or not positions.fits(size, count, spec.size):
-            raise RefusedError(f"{self.name}: {count} of {spec.size} values in {size} bytes of places")
-        return Spec(spec.dtype, (count,)), Spec(_U8, (size,))
+            raise RejectedMessageError(f"{self.name}: {count} of {spec.size} values in {size} bytes of places")
+        return ArraySpec(spec.dtype, (count,)), ArraySpec(_U8, (size,))
 
-    def place(self, count: int, coded: Coded) -> tuple[np.ndarray, float]:
+    def place(self, count: int, coded: EncodedArray) -> tuple[np.ndarray, float]:
         """The places as they were sent."""
         return positions.decode(coded.sides[0], coded.main.size, count), 1
 
@@ -155,24 +155,24 @@ class RandomK(Sparsify):
         """The seed of the places."""
         return True
 
-    def pick(self, values: np.ndarray, count: int, turn: Turn) -> Coded:
+    def pick(self, values: np.ndarray, count: int, turn: CodecContext) -> EncodedArray:
         """Values at random places, in their order, and the seed of the places."""
         if count * values.itemsize + 8 >= values.nbytes:
-            return Coded(_WHOLE, values, (), (0,))
+            return EncodedArray(_WHOLE, values, (), (0,))
         seed = turn.rng.bit_generator.random_raw(1)
-        return Coded(3 if self.unbiased else 2, values[_drawn(seed, count, values.size)], (seed,), (count,))
+        return EncodedArray(3 if self.unbiased else 2, values[_drawn(seed, count, values.size)], (seed,), (count,))
 
-    def layout(self, spec: Spec, variant: int, extents: tuple[int, ...] = ()) -> tuple[Spec, ...]:
+    def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
         """The values, then the seed."""
         if variant == _WHOLE and extents == (0,):
-            return (Spec(spec.dtype, (spec.size,)),)
+            return (ArraySpec(spec.dtype, (spec.size,)),)
         if variant not in (2, 3):
             raise self.unknown(variant)
         if not 0 < extents[0] <= spec.size:
-            raise RefusedError(f"{self.name}: {extents[0]} of {spec.size} values")
-        return Spec(spec.dtype, (extents[0],)), Spec(np.dtype("<u8"), (1,))
+            raise RejectedMessageError(f"{self.name}: {extents[0]} of {spec.size} values")
+        return ArraySpec(spec.dtype, (extents[0],)), ArraySpec(np.dtype("<u8"), (1,))
 
-    def place(self, count: int, coded: Coded) -> tuple[np.ndarray, float]:
+    def place(self, count: int, coded: EncodedArray) -> tuple[np.ndarray, float]:
         """The places that the seed gives."""
         scale = count / coded.main.size if coded.variant == 3 else 1
         return _drawn(coded.sides[0], coded.main.size, count), scale

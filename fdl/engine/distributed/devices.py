@@ -36,9 +36,9 @@ def fabric_of(
     """
     if strategy == "fsdp" or (strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1)):
         strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
-    clusters.settle()
+    clusters.export_srun_variables()
     # Lightning takes tasks that Slurm has reserved for processes that it has started
-    plugins = [LightningEnvironment()] if clusters.reserved() else None
+    plugins = [LightningEnvironment()] if clusters.inside_allocation() else None
     return Fabric(
         accelerator=accelerator,
         devices=devices,

@@ -90,13 +90,13 @@ def launched() -> Launch | None:
     return None
 
 
-def reserved() -> bool:
+def inside_allocation() -> bool:
     """Whether Slurm has reserved tasks, and this process is none that it has started."""
     found = launched()
     return "SLURM_NTASKS" in os.environ and (found is None or found.by == "")
 
 
-def settle() -> None:
+def export_srun_variables() -> None:
     """Tell Lightning, which reads what a job has reserved, which tasks this srun has started.
 
     Without it ``srun --ntasks=4`` is refused for want of ``--ntasks-per-node``, and so is a step of a part of a job.
@@ -117,7 +117,7 @@ def started_by_others() -> bool:
     return found is not None and found.processes > 1
 
 
-def require(devices: int, nodes: int) -> None:
+def check_world_size(devices: int, nodes: int) -> None:
     """Compare the processes that there are with those that a recipe asks for.
 
     Args:

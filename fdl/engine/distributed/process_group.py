@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.state.flat_tensors import as_one
+from fdl.state.flat_tensors import flat_view
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from torch import nn
 
 
-class Ranks:
+class ProcessGroup:
     """Collective operations over host memory; in a single process all of them are free.
 
     They run over gloo, on GPUs too: messages, states and float64 sums live in host memory. Only gradients take the
@@ -136,7 +136,7 @@ class Ranks:
                 some = [p for p in parameters if p.dtype == dtype]
                 for p in some:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                whole = as_one([p.grad for p in some])
+                whole = flat_view([p.grad for p in some])
                 if whole is not None:
                     dist.all_reduce(whole)
                     continue

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fdl.state.shards import local
 
 if TYPE_CHECKING:
-    from fdl.engine.distributed.process_group import Ranks
+    from fdl.engine.distributed.process_group import ProcessGroup
 
 Parameters = Sequence[nn.Parameter]
 
@@ -28,7 +28,7 @@ def told_apart(parameters: Parameters) -> tuple[list[nn.Parameter], list[nn.Para
     return parts, [p for p in parameters if not isinstance(p, DTensor)]
 
 
-def agree(parameters: Parameters, ranks: Ranks) -> None:
+def agree(parameters: Parameters, ranks: ProcessGroup) -> None:
     """Average the gradients of what every rank has whole."""
     others = [p for p in told_apart(parameters)[1] if p.grad is not None]
     if others and ranks.count > 1:

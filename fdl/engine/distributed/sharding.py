@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from fdl.engine.distributed.sharded_gradients import agree, clip_all, penalty, pull, told_apart
-from fdl.engine.inference import Question, answer
-from fdl.engine.prediction_cache import AnswerCache
+from fdl.engine.inference import OutputSelector, predict
+from fdl.engine.prediction_cache import PredictionCache
 from fdl.errors import UserError
 from fdl.modules.objectives import Objective, training_step
 from fdl.state.shards import inside, is_sharded, shard, whole
-from fdl.state.weights import pin_parts, state_of
+from fdl.state.weights import module_state, pin_parts
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.wrappers import _FabricOptimizer
 
     from fdl.datamodules.samples import Samples
-    from fdl.engine.distributed.process_group import Ranks
+    from fdl.engine.distributed.process_group import ProcessGroup
     from fdl.modules.types import Batch
 
 
@@ -42,14 +42,14 @@ class Sharder:
         ranks: the processes.
     """
 
-    def __init__(self, fabric: Fabric, ranks: Ranks):
+    def __init__(self, fabric: Fabric, ranks: ProcessGroup):
         self._fabric, self._ranks = fabric, ranks
         self._precision = fabric.strategy.precision.precision
         self._mesh = init_device_mesh(fabric.device.type, (ranks.count,))
 
     def place(self, module: LightningModule) -> LightningModule:
         """Shard a new module, given in host memory and in the recipe's precision, the same on all ranks."""
-        names = list(state_of(module))
+        names = list(module_state(module))
         shard(module, self._mesh, torch.bfloat16 if self._precision == "bf16-mixed" else None)
         pin_parts(module, names)
         for part in module.modules():
@@ -107,12 +107,12 @@ class Sharder:
             clip_all(parameters, clip, self._fabric.device)
 
     def predict(
-        self, module: nn.Module, samples: Samples, what: Question, batch_size: int, cache: AnswerCache | None
+        self, module: nn.Module, samples: Samples, what: OutputSelector, batch_size: int, cache: PredictionCache | None
     ) -> Tensor:
-        """Answer samples, each rank its share of them; arguments and result as in `fdl.engine.inference.answer`."""
+        """Answer samples, each rank its share of them; arguments and result as in `fdl.engine.inference.predict`."""
         count, total = self._ranks.count, len(samples)
         if total == 0 or not is_sharded(module):
-            return answer(self._fabric, module, samples, what, batch_size, cache=cache)
+            return predict(self._fabric, module, samples, what, batch_size, cache=cache)
         key = None if cache is None else self._key(cache, module, samples, what, batch_size)
         known = None if key is None else cache.get(key, total)
         if key is not None and not self._ranks.any(known is None):
@@ -122,7 +122,7 @@ class Sharder:
         # as many for every rank, since a forward pass takes all of them
         own = torch.cat([own, torch.zeros(longest - len(own), dtype=torch.int64)])
         with whole(module):
-            said = answer(self._fabric, module, samples.subset(own), what, batch_size)
+            said = predict(self._fabric, module, samples.subset(own), what, batch_size)
         answers = torch.empty(total, *said.shape[1:])
         for rank, data in enumerate(self._ranks.gather(said.contiguous().view(torch.uint8).numpy().tobytes())):
             theirs = torch.frombuffer(bytearray(data), dtype=torch.float32).view(longest, *said.shape[1:])
@@ -132,7 +132,9 @@ class Sharder:
             cache.put(key, answers)
         return answers
 
-    def _key(self, cache: AnswerCache, module: nn.Module, samples: Samples, what: Any, batch_size: int) -> str | None:
+    def _key(
+        self, cache: PredictionCache, module: nn.Module, samples: Samples, what: Any, batch_size: int
+    ) -> str | None:
         """A name for an answer that all ranks agree on, though each knows only its part of the weights."""
         how = (self._precision, self._fabric.device.type, batch_size, "fsdp")
         own = cache.key(module, samples, what, how)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fdl.engine.batches import batches, gathered
-from fdl.engine.inference import Question, answer, each
+from fdl.engine.inference import OutputSelector, map_tensors, predict
 from fdl.engine.optimizers import schedule_of
 from fdl.engine.runtime import Runtime
 from fdl.engine.vectorized.stack_batches import stacked
@@ -23,7 +23,7 @@ from fdl.recipe.learning_rates import alike_but_for_rates
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
-    from fdl.engine.vectorized.stacked_models import Stack
+    from fdl.engine.vectorized.stacked_models import StackedModels
     from fdl.modules.types import Batch
     from fdl.recipe.config import Fit
 
@@ -31,16 +31,16 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "
 """Optimisers that treat every weight by itself, so that it does not matter which weights share a tensor."""
 
 
-USES = 10
+TRACE_AFTER_STEPS = 10
 """Steps of one form after which it is recorded (`step_recorder`): what is saved is worth its cost after 200."""
 
 
-class NotTogetherError(Exception):
+class NotVectorizableError(Exception):
     """Jobs that cannot be done in one pass; nothing has been changed but the jobs' streams."""
 
 
 @dataclass(eq=False)
-class Training:
+class FitRequest:
     """One client's call of `Runtime.fit`; arguments as there.
 
     Args:
@@ -52,7 +52,7 @@ class Training:
         steps: in all.
     """
 
-    stack: Stack
+    stack: StackedModels
     row: int
     samples: Samples
     config: Fit
@@ -63,7 +63,7 @@ class Training:
     def alike(self, other: Any) -> bool:
         """Whether one pass can serve both."""
         return (
-            isinstance(other, Training)
+            isinstance(other, FitRequest)
             and self.stack is other.stack
             and alike_but_for_rates(self.config, other.config)
             and self.round == other.round
@@ -77,21 +77,21 @@ class Training:
 
 
 @dataclass(eq=False)
-class Asking:
-    """One client's call of `Runtime.predict`; arguments as there and in `Training`."""
+class PredictRequest:
+    """One client's call of `Runtime.predict`; arguments as there and in `FitRequest`."""
 
-    stack: Stack
+    stack: StackedModels
     row: int
     samples: Samples
-    what: Question
+    what: OutputSelector
 
     def alike(self, other: Any) -> bool:
         """Whether one pass can serve both: the same question about the same samples."""
-        same = isinstance(other, Asking) and self.stack is other.stack and self.samples is other.samples
+        same = isinstance(other, PredictRequest) and self.stack is other.stack and self.samples is other.samples
         return same and self.what == other.what
 
 
-def answer_together(runtime: Runtime, jobs: Sequence[Asking]) -> list[Tensor]:
+def answer_together(runtime: Runtime, jobs: Sequence[PredictRequest]) -> list[Tensor]:
     """Ask several models the same.
 
     Returns:
@@ -112,13 +112,13 @@ def answer_together(runtime: Runtime, jobs: Sequence[Asking]) -> list[Tensor]:
     size = max(runtime.batch_size // len(jobs), 1)  # as many activations as one model has in a pass
     try:
         with runtime.clock.part("extraction", within="clients"):
-            answers = answer(runtime.fabric, stack.skeleton(training=False), jobs[0].samples, question, size)
+            answers = predict(runtime.fabric, stack.skeleton(training=False), jobs[0].samples, question, size)
     except Exception as error:
-        raise NotTogetherError(_first_line(error)) from error
+        raise NotVectorizableError(_first_line(error)) from error
     return list(answers.transpose(0, 1).contiguous())
 
 
-def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, float]]:
+def fit_together(runtime: Runtime, jobs: Sequence[FitRequest]) -> list[dict[str, float]]:
     """Train several models.
 
     Every model sees the batches that it would see alone. At any time those that still train are the first rows of a
@@ -136,7 +136,7 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
     """
     stack, config = jobs[0].stack, jobs[0].config
     if config.scheduler is not None and config.scheduler.interval == "epoch" and len({j.an_epoch for j in jobs}) > 1:
-        raise NotTogetherError("its schedule counts epochs, which differ in length")
+        raise NotVectorizableError("its schedule counts epochs, which differ in length")
     ordered = sorted(jobs, key=lambda job: -job.steps)
     rows, identity = _rows(ordered)
     whole = stack.whole[: len(rows)] if identity else stack.whole[rows]
@@ -158,7 +158,7 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
             losses = loss(runtime, weights, gradients, [batch for _, _, batch in drawn])
         except Exception as error:
             if step == 0:
-                raise NotTogetherError(_first_line(error)) from error
+                raise NotVectorizableError(_first_line(error)) from error
             raise
         if config.gradient_clip is not None:
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
@@ -183,7 +183,7 @@ def fit_together(runtime: Runtime, jobs: Sequence[Training]) -> list[dict[str, f
 class _Loss:
     """The losses of all models in a step, and their gradients."""
 
-    def __init__(self, stack: Stack, jobs: Sequence[Training]):
+    def __init__(self, stack: StackedModels, jobs: Sequence[FitRequest]):
         self.stack = stack
         self.module = stack.skeleton(training=True)
         first = jobs[0].objective
@@ -194,7 +194,7 @@ class _Loss:
             self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
         told = self.module.training_step if first is training_step else first
         self.pads = getattr(told, "ignores_padding", False)
-        self.recordings = stack.recorder.begin(self.module, first, USES)
+        self.recordings = stack.recorder.begin(self.module, first, TRACE_AFTER_STEPS)
 
     def __call__(
         self, runtime: Runtime, weights: list[Tensor], gradients: list[Tensor], parts: Sequence[Batch]
@@ -225,7 +225,7 @@ class _Loss:
         parts: Sequence[Batch],
         members: slice | list[int],
     ) -> dict[str, Tensor]:
-        batch = tuple(None if p is None else each(p, lambda t: t.to(runtime.device)) for p in stacked(parts))
+        batch = tuple(None if p is None else map_tensors(p, lambda t: t.to(runtime.device)) for p in stacked(parts))
         own = () if self.own is None else ({key: _take(value, members) for key, value in self.own.items()},)
         leaves, form = tree_flatten((batch, *own))
 
@@ -247,7 +247,9 @@ class _Loss:
         return losses
 
 
-def _optimizer(stack: Stack, whole: Tensor, configs: Sequence[Fit]) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+def _optimizer(
+    stack: StackedModels, whole: Tensor, configs: Sequence[Fit]
+) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
     """A fresh optimiser of all weights, which are one parameter, or one a row where learning rates differ.
 
     As in `Runtime.fit`, it is built once and emptied: for one parameter; a group for each client is built anew.
@@ -271,14 +273,14 @@ def _optimizer(stack: Stack, whole: Tensor, configs: Sequence[Fit]) -> tuple[lis
         ]
     optimizer = build_optimizer(groups, config.optimizer.target, config.optimizer.args, fused=True)
     if type(optimizer).__module__.partition(".")[0] != "torch" or type(optimizer).__name__ not in _ELEMENTWISE:
-        raise NotTogetherError(f"{config.optimizer.target} looks at whole tensors")
+        raise NotVectorizableError(f"{config.optimizer.target} looks at whole tensors")
     if alike and config.scheduler is None:  # a schedule wraps the optimiser's methods: such a one is not used again
         settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
         stack.optimizers[id(config)] = config, parameters[0], optimizer, settings
     return parameters, optimizer
 
 
-def _views(stack: Stack, whole: Tensor, live: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _views(stack: StackedModels, whole: Tensor, live: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The first rows' gradients as one matrix, their weights by name as leaves of a graph, and gradients by name."""
     own = whole.data_ptr() == stack.whole.data_ptr()
     if own and live in stack.views:
@@ -309,7 +311,7 @@ def _shorten(
     parameter.grad = gradient
 
 
-def _rows(jobs: Sequence[Training | Asking]) -> tuple[list[int], bool]:
+def _rows(jobs: Sequence[FitRequest | PredictRequest]) -> tuple[list[int], bool]:
     """Rows of the jobs' models, and whether these are the first rows in order."""
     rows = [job.row for job in jobs]
     return rows, rows == list(range(len(rows)))
@@ -346,4 +348,4 @@ def _first_line(error: Exception) -> str:
 
 
 Together = Callable[[Runtime, Sequence[Any]], list[Any]]
-TOGETHER: dict[type, Together] = {Training: fit_together, Asking: answer_together}
+TOGETHER: dict[type, Together] = {FitRequest: fit_together, PredictRequest: answer_together}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from fdl.engine.inference import each
-from fdl.engine.vectorized.step_recorder import Recorder
-from fdl.state.flat_tensors import Pieces
-from fdl.state.weights import pin_to, state_of
+from fdl.engine.inference import map_tensors
+from fdl.engine.vectorized.step_recorder import StepTracer
+from fdl.state.flat_tensors import FlatTensors
+from fdl.state.weights import module_state, pin_to
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
@@ -48,7 +48,7 @@ def unstackable(module: nn.Module) -> str | None:
             return "normalisation keeps running statistics"
         if isinstance(part, _DropoutNd) and part.p > 0:
             return "dropout draws from each client's own stream"
-    if left := [name for name in state_of(module) if name not in named]:
+    if left := [name for name in module_state(module) if name not in named]:
         return f"{left[0]!r} belongs to its state and is not trained"
     kinds = {(p.dtype, p.device) for p in named.values()}
     if len(kinds) > 1 or next(iter(kinds))[0] is not torch.float32:
@@ -56,7 +56,7 @@ def unstackable(module: nn.Module) -> str | None:
     return None
 
 
-class Stack:
+class StackedModels:
     """Copies of a template whose trained weights are the rows of one matrix; frozen weights exist once.
 
     Args:
@@ -74,14 +74,14 @@ class Stack:
 
     def __init__(self, template: nn.Module, count: int):
         own = dict(template.named_parameters())
-        shapes = {name: tuple(own[name].shape) for name in state_of(template)}
+        shapes = {name: tuple(own[name].shape) for name in module_state(template)}
         self.names, self.shapes = list(shapes), [torch.Size(shape) for shape in shapes.values()]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.whole = next(iter(own.values())).new_zeros(count, -(-sum(self.sizes) // _ALIGN) * _ALIGN)
         self.grad = torch.zeros_like(self.whole)
         self.optimizers: dict[int, tuple] = {}
         self.views: dict[int, tuple] = {}
-        self.recorder = Recorder()
+        self.recorder = StepTracer()
         public = {id(parameter): parameter for parameter in own.values() if not parameter.requires_grad}
         self.modules = [self._row(copy.deepcopy(template, dict(public)), row, shapes) for row in self.whole]
         self._trained = [[dict(m.named_parameters())[name] for name in self.names] for m in self.modules]
@@ -152,7 +152,7 @@ class Stack:
 
     def _row(self, module: nn.Module, row: Tensor, shapes: dict[str, tuple[int, ...]]) -> nn.Module:
         """Move a copy's weights into a row."""
-        state, parameters = Pieces(row[: sum(self.sizes)], shapes), dict(module.named_parameters())
+        state, parameters = FlatTensors(row[: sum(self.sizes)], shapes), dict(module.named_parameters())
         for name, view in state.items():
             view.copy_(parameters[name].detach())
             parameters[name].data = view
@@ -185,7 +185,7 @@ def activations(module: nn.Module, samples: Samples, batch_size: int) -> int:
 
     device = next(module.parameters()).device
     batch = samples.batch(torch.arange(min(batch_size, len(samples))))
-    batch = tuple(None if part is None else each(part, lambda t: t.to(device)) for part in batch)
+    batch = tuple(None if part is None else map_tensors(part, lambda t: t.to(device)) for part in batch)
     module.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -32,7 +32,7 @@ _SAME = {
 """Operations that change nothing where the result has the shape of what they are given."""
 
 
-def written_down(step: Step, tensors: Sequence[Tensor], expected: Results, own: Sequence[Tensor]) -> Step | None:
+def trace_step(step: Step, tensors: Sequence[Tensor], expected: Results, own: Sequence[Tensor]) -> Step | None:
     """Write a step down.
 
     Args:
@@ -48,7 +48,7 @@ def written_down(step: Step, tensors: Sequence[Tensor], expected: Results, own: 
     try:
         module = make_fx(step)(*tensors)
         _check(module, own)
-        _tidy(module.graph)
+        _simplify(module.graph)
         found = torch.no_grad()(_as_function(module))
         again = found(*tensors)
         before, after = ([*losses.values(), *gradients] for losses, gradients in (expected, again))
@@ -78,7 +78,7 @@ def _check(module: fx.GraphModule, own: Sequence[Tensor]) -> None:
                 raise ValueError(f"it reads a tensor of shape {list(tensor.shape)} that is not the module's")
 
 
-def _tidy(graph: fx.Graph) -> None:
+def _simplify(graph: fx.Graph) -> None:
     """Leave out what changes nothing, and what was done before."""
     operations = [node for node in graph.nodes if node.op == "call_function"]
     if any(node.target._schema.is_mutable for node in operations if isinstance(node.target, torch._ops.OpOverload)):
@@ -90,19 +90,19 @@ def _tidy(graph: fx.Graph) -> None:
             node.replace_all_uses_with(instead)
     graph.eliminate_dead_code()
     for node in graph.nodes:
-        _turn_round(graph, node)
+        _fold_transpose(graph, node)
     graph.eliminate_dead_code()
 
 
-def _turn_round(graph: fx.Graph, node: fx.Node) -> None:
+def _fold_transpose(graph: fx.Graph, node: fx.Node) -> None:
     """Make (A B)ᵀ of matrices Bᵀ Aᵀ, which lies in memory as it should: gradients of weights are such products."""
-    product = node.args[0] if _flips(node) else None
+    product = node.args[0] if _is_transpose(node) else None
     if product is None or len(product.users) > 1 or product.target not in _PRODUCTS or not _rounds_alike(product):
         return
     turned = []
     with graph.inserting_before(node):
         for factor in reversed(product.args):
-            if _flips(factor):
+            if _is_transpose(factor):
                 turned.append(factor.args[0])
                 continue
             turned.append(graph.call_function(aten.transpose.int, (factor, -2, -1)))
@@ -121,7 +121,7 @@ def _rounds_alike(product: fx.Node) -> bool:
     return torch.equal(product.target(b.mT, a.mT), product.target(a, b).mT)
 
 
-def _flips(node: fx.Node) -> bool:
+def _is_transpose(node: fx.Node) -> bool:
     """Whether a node is a matrix, or several, transposed."""
     if node.target is aten.t.default:
         return node.meta["val"].ndim == 2
@@ -136,7 +136,7 @@ def _instead(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
-    if _flips(node) and _flips(source):
+    if _is_transpose(node) and _is_transpose(source):
         return source.args[0]
     one = node.target in (aten.mul.Scalar, aten.mul.Tensor) and node.args[1] == 1
     return source if (one or node.target in _SAME) and _kind(node) == _kind(source) else None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fdl.engine.vectorized.step_graph import Results, Step, written_down
+from fdl.engine.vectorized.step_graph import Results, Step, trace_step
 from fdl.modules.objectives import Objective, is_repeatable, kind_of, tensors_of, training_step
 
 if TYPE_CHECKING:
@@ -32,18 +32,18 @@ KINDS = 8
 """Objectives whose steps are kept; the oldest is forgotten first."""
 
 
-class Recorder:
+class StepTracer:
     """The steps of one module that have been written down, for several kinds of objectives."""
 
     def __init__(self) -> None:
-        self._kinds: list[tuple[Any, Recordings]] = []
+        self._kinds: list[tuple[Any, TracedSteps]] = []
         self._dicts: list[dict] = []
         self._hooks: list[dict] = []
         self._settings: list[Any] = []
         self._tensors: list[Tensor] = []
         self._wanted: list[bool] = []
 
-    def begin(self, module: nn.Module, objective: Objective, uses: int) -> Recordings | None:
+    def begin(self, module: nn.Module, objective: Objective, uses: int) -> TracedSteps | None:
         """A fit begins.
 
         What was written down is forgotten when anything about the module has been set otherwise since.
@@ -63,7 +63,7 @@ class Recorder:
         kind = kind_of(objective)
         found = next((recordings for known, recordings in self._kinds if known == kind), None)
         if found is None:
-            found = Recordings(uses)
+            found = TracedSteps(uses)
             self._kinds = [*self._kinds[1 - KINDS :], (kind, found)]
         found.fits += 1
         return found
@@ -84,11 +84,11 @@ class Recorder:
         self._wanted = [*map(_WANTS, self._tensors)]
 
 
-class Recordings:
+class TracedSteps:
     """The steps of one module and one kind of objective, by the form of what they are given.
 
     Args:
-        uses: as in `Recorder.begin`.
+        uses: as in `StepTracer.begin`.
 
     Attributes:
         fits: that have begun.
@@ -107,7 +107,7 @@ class Recordings:
 
         Args:
             live: takes the step.
-            step: the same, given tensors; further arguments as in `written_down`.
+            step: the same, given tensors; further arguments as in `trace_step`.
             tensors: what the step is given.
             more: whatever else makes it another step than one with tensors of the same shapes.
             module: whose tensors it may read besides.
@@ -121,7 +121,7 @@ class Recordings:
             return known(*tensors)
         results = live()
         if self._often(form):
-            self._steps[form] = written_down(step, tensors, results, [*module.parameters(), *module.buffers()])
+            self._steps[form] = trace_step(step, tensors, results, [*module.parameters(), *module.buffers()])
         return results
 
     def _often(self, form: Any) -> bool:
@@ -133,7 +133,7 @@ class Recordings:
         return uses + 1 >= self._needed and self.fits > first
 
 
-class Trained:
+class TracedFit:
     """The steps of one fit, each of which leaves gradients with parameters.
 
     Args:
@@ -144,7 +144,7 @@ class Trained:
     """
 
     def __init__(
-        self, recordings: Recordings, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]
+        self, recordings: TracedSteps, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]
     ):
         self._recordings, self._module, self._objective = recordings, module, objective
         self._parameters, self._held, self._spec = parameters, (), None

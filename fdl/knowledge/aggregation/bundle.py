@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.last_uploads import LastAnswers
-from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
-from fdl.knowledge.distillation.personalization import Gains, shifted
+from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
+from fdl.knowledge.distillation.personalization import ValidationGains, shifted
 from fdl.knowledge.transfer.features import FeatureKnowledge, FeatureMean
 from fdl.knowledge.transfer.prototypes import PrototypeKnowledge, PrototypePool
-from fdl.messages import Bundle, Features, Message, Prototypes, Responses, Standing, parts_of
+from fdl.messages import Bundle, Features, Message, Prototypes, Responses, UploadStatus, parts_of
 
 
 @dataclass(frozen=True, eq=False)
-class Collected:
+class RoundKnowledge:
     """What the clients of a round know.
 
     Attributes:
@@ -28,13 +28,13 @@ class Collected:
         gains: by client, how much its answers would help the student; empty where that is switched off.
     """
 
-    responses: Knowledge
+    responses: AggregatedResponses
     features: FeatureKnowledge | None = None
     prototypes: PrototypeKnowledge | None = None
     gains: Mapping[int, float] = field(default_factory=dict)
 
 
-class Collection:
+class CompositeAggregate:
     """Takes uploads in as they arrive; an upload that does not fit is refused whole.
 
     Args:
@@ -54,7 +54,7 @@ class Collection:
         features: FeatureMean | None = None,
         prototypes: PrototypePool | None = None,
         shifts: Mapping[int, float] | None = None,
-        gains: Gains | None = None,
+        gains: ValidationGains | None = None,
         last: LastAnswers | None = None,
         rows: Tensor | None = None,
         reuse: bool = False,
@@ -71,13 +71,13 @@ class Collection:
             RefusedError: it does not fit; all is as it was.
         """
         parts = parts_of(message)
-        fresh = not (self.reuse and parts.keys() == {Standing})
-        parts = parts if fresh else self.last.recall(client, parts[Standing].round, self.rows)
+        fresh = not (self.reuse and parts.keys() == {UploadStatus})
+        parts = parts if fresh else self.last.recall(client, parts[UploadStatus].round, self.rows)
         if parts.keys() != self._expected:
-            raise RefusedError(f"expected {_kinds(self._expected)}, got {_kinds(parts)}")
+            raise RejectedMessageError(f"expected {_kinds(self._expected)}, got {_kinds(parts)}")
         if self.features is not None:
             if parts[Features].confidence is not None and self.responses.weighted is False:
-                raise RefusedError("features with a confidence that was not asked for")
+                raise RejectedMessageError("features with a confidence that was not asked for")
             self.features.check(parts[Features])
         if self.prototypes is not None:
             self.prototypes.check(parts[Prototypes])
@@ -92,12 +92,12 @@ class Collection:
         if fresh and self.last is not None:
             self.last.keep(client, parts)
 
-    def result(self) -> Collected | None:
+    def result(self) -> RoundKnowledge | None:
         """What was collected; None when nobody was heard."""
         responses = self.responses.result()
         if responses is None:
             return None
-        return Collected(
+        return RoundKnowledge(
             responses,
             None if self.features is None else self.features.result(),
             None if self.prototypes is None else self.prototypes.result(),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.messages import Features, Message, Prototypes, Responses
 from fdl.participants import Server
 
@@ -16,8 +16,8 @@ Parts = dict[type[Message], Message]
 
 
 @dataclass(frozen=True, eq=False)
-class LogWeights:
-    """Log-weights as they are, in the place of `Confidences`, where no wire lies between.
+class ExactLogWeights:
+    """Log-weights as they are, in the place of `QuantizedLogWeights`, where no wire lies between.
 
     Attributes:
         logs: float32 [n].
@@ -88,10 +88,12 @@ class LastAnswers:
         """
         if round == 0 or self.round(client) != round:
             held = self.round(client)
-            raise RefusedError(f"its answers of round {round} are not held, but {f'of {held}' if held else 'none'}")
+            raise RejectedMessageError(
+                f"its answers of round {round} are not held, but {f'of {held}' if held else 'none'}"
+            )
         parts = self._parts(self._server.state["last"][str(client)], rows)
         if parts is None:
-            raise RefusedError("what it has said of these samples has expired")
+            raise RejectedMessageError("what it has said of these samples has expired")
         return parts
 
     def all(self) -> dict[int, Parts]:
@@ -109,13 +111,13 @@ class LastAnswers:
         if len(chosen) == 0:
             return None
         rows = None if len(chosen) == len(valid) else chosen
-        sure = None if held["logs"] is None else LogWeights(held["logs"][chosen])
+        sure = None if held["logs"] is None else ExactLogWeights(held["logs"][chosen])
         parts: Parts = {Responses: Responses(held["values"][chosen], held["form"], rows, sure, held["samples"])}
         if "layers" in held:
             parts[Features] = Features({name: values[chosen] for name, values in held["layers"].items()}, rows)
         if "prototypes" in held:
             own = held["prototypes"]
-            parts[Prototypes] = Prototypes(own["values"], own["labels"], own["counts"], LogWeights(own["logs"]))
+            parts[Prototypes] = Prototypes(own["values"], own["labels"], own["counts"], ExactLogWeights(own["logs"]))
         return parts
 
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.messages import Parameters, Responses
-from fdl.state.flat_tensors import Pieces, as_one
+from fdl.state.flat_tensors import FlatTensors, flat_view
 
 if TYPE_CHECKING:
-    from fdl.engine.distributed.process_group import Ranks
+    from fdl.engine.distributed.process_group import ProcessGroup
 
 Space = Literal["probabilities", "logits"]
 
@@ -31,7 +31,7 @@ _SLACK = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class Knowledge:
+class AggregatedResponses:
     """What the clients of a round agree on, row by row of the proxy set.
 
     Attributes:
@@ -51,7 +51,7 @@ class Knowledge:
     agreement: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, form: Space, coverage: Tensor, log_weight: Tensor) -> Knowledge:
+    def of(cls, values: Tensor, form: Space, coverage: Tensor, log_weight: Tensor) -> AggregatedResponses:
         """Knowledge with the agreement that its values show; arguments as the attributes, of any real dtype."""
         p = values if form == "probabilities" else torch.softmax(values, dim=1)
         most = torch.tensor(float(values.shape[1])).log().clamp_min(torch.finfo(torch.float32).tiny)
@@ -123,7 +123,7 @@ class ResponseMean:
             RefusedError: they do not fit.
         """
         if not isinstance(responses, Responses):
-            raise RefusedError(f"expected responses, got {responses.kind}")
+            raise RejectedMessageError(f"expected responses, got {responses.kind}")
         values, rows = self._checked_values(responses), self._checked_rows(responses)
         return rows, self._checked_log_weights(responses), values
 
@@ -136,7 +136,7 @@ class ResponseMean:
         self._accumulate(rows, other._largest[rows], other._weight[rows], other._values[rows], other._coverage[rows])
         self.clients += other.clients
 
-    def result(self) -> Knowledge | None:
+    def result(self) -> AggregatedResponses | None:
         """The mean, or None when nobody was added."""
         if self.clients == 0:
             return None
@@ -146,7 +146,7 @@ class ResponseMean:
         values = self._values / self._weight.where(answered, 1.0).unsqueeze(1)
         if self.space == "probabilities":
             values = values.where(answered.unsqueeze(1), 1 / self.num_classes)
-        return Knowledge.of(values, self.space, self._coverage.clone(), self._largest + self._weight.log())
+        return AggregatedResponses.of(values, self.space, self._coverage.clone(), self._largest + self._weight.log())
 
     def _settled(self) -> ResponseMean:
         """The mean, without a cap, of all that waited, with the log-weights that the cap leaves."""
@@ -175,12 +175,12 @@ class ResponseMean:
         """The answers in this mean's space, float64 [n, C]."""
         values = responses.values
         if responses.form not in ("logits", "probabilities"):
-            raise RefusedError(f"expected logits or probabilities, got {responses.form}")
+            raise RejectedMessageError(f"expected logits or probabilities, got {responses.form}")
         if values.ndim != 2 or values.shape[1] != self.num_classes:
-            raise RefusedError(f"expected answers [n, {self.num_classes}], got {list(values.shape)}")
+            raise RejectedMessageError(f"expected answers [n, {self.num_classes}], got {list(values.shape)}")
         values = values.detach().to("cpu", torch.float64)
         if not torch.isfinite(values).all():
-            raise RefusedError("an answer is not finite")
+            raise RejectedMessageError("an answer is not finite")
         if responses.form == "logits":
             return values if self.space == "logits" else torch.softmax(values, dim=1)
         values = _on_simplex(values)
@@ -192,15 +192,15 @@ class ResponseMean:
         rows, count = responses.rows, len(responses.values)
         if rows is None:
             if count != self.n_rows:
-                raise RefusedError(f"expected answers to all {self.n_rows} proxy rows, got {count}")
+                raise RejectedMessageError(f"expected answers to all {self.n_rows} proxy rows, got {count}")
             return torch.arange(self.n_rows)
         rows = rows.detach().cpu()
         if rows.dtype != torch.int64 or rows.shape != (count,):
-            raise RefusedError(f"{count} answers for rows of {rows.dtype} {list(rows.shape)}")
+            raise RejectedMessageError(f"{count} answers for rows of {rows.dtype} {list(rows.shape)}")
         if count and not (rows.min() >= 0 and rows.max() < self.n_rows):
-            raise RefusedError(f"a row lies outside of 0 … {self.n_rows - 1}")
+            raise RejectedMessageError(f"a row lies outside of 0 … {self.n_rows - 1}")
         if len(rows.unique()) != count:
-            raise RefusedError("a row is answered twice")
+            raise RejectedMessageError("a row is answered twice")
         return rows
 
     def _checked_log_weights(self, responses: Responses) -> Tensor:
@@ -208,15 +208,15 @@ class ResponseMean:
         confidence, count = responses.confidence, len(responses.values)
         if confidence is None:
             if self.weighted:
-                raise RefusedError("answers without confidence")
+                raise RejectedMessageError("answers without confidence")
             return torch.zeros(count, dtype=torch.float64)
         if self.weighted is False:
-            raise RefusedError("answers with a confidence that was not asked for")
+            raise RejectedMessageError("answers with a confidence that was not asked for")
         log_weights = confidence.values().detach().to("cpu", torch.float64)
         if log_weights.shape != (count,):
-            raise RefusedError(f"{count} answers with {len(log_weights)} confidences")
+            raise RejectedMessageError(f"{count} answers with {len(log_weights)} confidences")
         if not (log_weights.abs() <= LIMIT + _SLACK).all():  # NaN fails too
-            raise RefusedError(f"a confidence lies outside of ±{LIMIT:g}")
+            raise RejectedMessageError(f"a confidence lies outside of ±{LIMIT:g}")
         return log_weights
 
 
@@ -258,7 +258,7 @@ class ParameterMean:
         whole = (
             parameters.whole
             if list(tensors) == list(self.averaged)
-            else as_one([tensors[name] for name in self.averaged])
+            else flat_view([tensors[name] for name in self.averaged])
         )
         if whole is not None:
             self._sum.add_(whole.detach().cpu(), alpha=parameters.samples)
@@ -279,7 +279,7 @@ class ParameterMean:
             self._keep_largest(name, tensor)
         self.samples += other.samples
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, ranks: ProcessGroup) -> None:
         """Take in what the same mean took in on all other ranks, and let them do so."""
         ranks.sum(self._sum)
         samples = torch.tensor([self.samples])
@@ -298,7 +298,7 @@ class ParameterMean:
             return None
         mean = self._sum / self.samples
         if len(self.averaged) == len(self._like) and len({dtype for _, dtype in self._like.values()}) == 1:
-            return Pieces(mean.to(self._layout[0][2]), {name: shape for name, shape, _ in self._layout})
+            return FlatTensors(mean.to(self._layout[0][2]), {name: shape for name, shape, _ in self._layout})
         dtypes = {dtype for name, (_, dtype) in self._like.items() if name in self.averaged}
         means = self.named(mean.to(dtypes.pop()) if len(dtypes) == 1 else mean)
         return {
@@ -314,21 +314,21 @@ class ParameterMean:
     def check(self, parameters: Parameters) -> None:
         """Refuse parameters of another model, or without samples."""
         if not isinstance(parameters, Parameters):
-            raise RefusedError(f"expected parameters, got {parameters.kind}")
+            raise RejectedMessageError(f"expected parameters, got {parameters.kind}")
         tensors = parameters.tensors
         if parameters.samples < 1:
-            raise RefusedError(f"parameters that were trained on {parameters.samples} samples")
+            raise RejectedMessageError(f"parameters that were trained on {parameters.samples} samples")
         if parameters.layout == self._layout:
             return
         missing, extra = sorted(self._like.keys() - tensors.keys()), sorted(tensors.keys() - self._like.keys())
         if missing or extra:
-            raise RefusedError(f"tensors missing: {missing[:3]}, unknown: {extra[:3]}")
+            raise RejectedMessageError(f"tensors missing: {missing[:3]}, unknown: {extra[:3]}")
         for name, (shape, dtype) in self._like.items():
             tensor = tensors[name]
             if tensor.shape != shape:
-                raise RefusedError(f"tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)}")
+                raise RejectedMessageError(f"tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)}")
             if tensor.is_floating_point() != dtype.is_floating_point or tensor.is_complex():
-                raise RefusedError(f"tensor {name!r} is {tensor.dtype}, expected {dtype}")
+                raise RejectedMessageError(f"tensor {name!r} is {tensor.dtype}, expected {dtype}")
 
     def _keep_largest(self, name: str, tensor: Tensor) -> None:
         tensor = tensor.to(self._like[name][1], copy=True)
@@ -338,11 +338,11 @@ class ParameterMean:
 def _on_simplex(values: Tensor) -> Tensor:
     """Make rows sum to 1 again after rounding on the way, so that no client has more than one vote."""
     if values.numel() and not (values.min() >= -_SLACK and values.max() <= 1 + _SLACK):
-        raise RefusedError("a probability lies outside of 0 … 1")
+        raise RejectedMessageError("a probability lies outside of 0 … 1")
     values = values.clamp(0, 1)
     total = values.sum(1, keepdim=True)
     if not (total > 0).all():
-        raise RefusedError("probabilities of a row are all 0")
+        raise RejectedMessageError("probabilities of a row are all 0")
     return values / total
 
 

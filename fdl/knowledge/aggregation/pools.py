@@ -10,16 +10,16 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.engine.runtime import Runtime
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.means import ParameterMean
-from fdl.knowledge.distillation.targets import Answered
+from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.messages import Parameters
 from fdl.modules.objectives import Objective
 from fdl.participants import Participant, Server, copy_of
 from fdl.state.weights import load_into
 
 if TYPE_CHECKING:
-    from fdl.engine.distributed.process_group import Ranks
+    from fdl.engine.distributed.process_group import ProcessGroup
     from fdl.knowledge.aggregation.base import MergeableAggregate
 
 Weights = Mapping[str, Tensor]
@@ -35,13 +35,13 @@ def labelled_bytes(samples: Samples, num_classes: int) -> int:
     return samples.nbytes + len(samples) * (1 if num_classes <= 256 else 2)
 
 
-def together(weights: Mapping[str, Weights]) -> dict[str, Tensor]:
+def prefix_names(weights: Mapping[str, Weights]) -> dict[str, Tensor]:
     """The weights of several models under one roof: ``pool/name``."""
     return {f"{pool}/{name}": tensor for pool, tensors in weights.items() for name, tensor in tensors.items()}
 
 
 def part_of(tensors: Weights, pool: str) -> dict[str, Tensor]:
-    """One model's weights out of `together`."""
+    """One model's weights out of `prefix_names`."""
     roof = f"{pool}/"
     return {name.removeprefix(roof): tensor for name, tensor in tensors.items() if name.startswith(roof)}
 
@@ -51,7 +51,7 @@ def stream_of(participant: Participant, what: str, pool: str) -> str:
     return what if pool == architectures(participant.runtime)[0] else f"{what}/{pool}"
 
 
-def between(mean: Weights, learnt: Weights, alpha: float) -> dict[str, Tensor]:
+def interpolate(mean: Weights, learnt: Weights, alpha: float) -> dict[str, Tensor]:
     """The point (1 − α) mean + α learnt, at α = 0 and 1 the one end to the bit; counters are the mean's."""
     return {
         name: torch.lerp(tensor, learnt[name].to(tensor.dtype), alpha) if tensor.is_floating_point() else tensor
@@ -77,7 +77,9 @@ def taught_by_others(server: Server, weights: Mapping[str, Weights], objective: 
     for pool in weights:  # its template still holds its weights
         module = server.runtime.template(pool)
         taught = torch.stack([said for other, said in answers.items() if other != pool]).mean(0)
-        server.fit(module, Answered(server.proxy, taught), server.distil, objective, stream_of(server, "distil", pool))
+        server.fit(
+            module, SoftLabelled(server.proxy, taught), server.distil, objective, stream_of(server, "distil", pool)
+        )
         learnt[pool] = copy_of(module)
     return learnt
 
@@ -107,12 +109,12 @@ class PoolAggregates:
             RefusedError: one of them does not fit; all aggregates are as they were.
         """
         if not isinstance(message, Parameters):
-            raise RefusedError(f"expected parameters, got {message.kind}")
+            raise RejectedMessageError(f"expected parameters, got {message.kind}")
         message.validate()
         pools = self._trained[client]
         unknown = [name for name in message.tensors if not name.startswith(tuple(f"{pool}/" for pool in pools))]
         if unknown:
-            raise RefusedError(f"a model of {', '.join(pools)} has no tensor {unknown[0]!r:.80}")
+            raise RejectedMessageError(f"a model of {', '.join(pools)} has no tensor {unknown[0]!r:.80}")
         fresh = {}
         for pool in pools:  # each by itself first: a model that does not fit must leave no other behind
             fresh[pool] = self._mean(pool, self._like[pool])
@@ -135,7 +137,7 @@ class PoolMeans(PoolAggregates):
     def __init__(self, like: Mapping[str, Weights], trained: Mapping[int, Sequence[str]]):
         super().__init__(like, trained, lambda pool, like: ParameterMean(like))
 
-    def reduce(self, ranks: Ranks) -> None:
+    def reduce(self, ranks: ProcessGroup) -> None:
         """Take in what the same means took in on all other ranks, and let them do so."""
         for pool, like in self._like.items():
             self._means.setdefault(pool, ParameterMean(like)).reduce(ranks)

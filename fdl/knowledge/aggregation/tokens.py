@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.messages import Message
@@ -192,32 +192,34 @@ class TokenMixture:
     def _checked(self, message: Message) -> tuple[Tensor, Tensor]:
         """Which positions of all windows they are for, int64 [n·T], and the log-weight of each, float64 [n·T]."""
         if not isinstance(message, SparseResponses):
-            raise RefusedError(f"expected sparse responses, got {message.kind}")
+            raise RejectedMessageError(f"expected sparse responses, got {message.kind}")
         if message.vocab != self.vocab:
-            raise RefusedError(f"answers over a vocabulary of {message.vocab}, expected {self.vocab}")
+            raise RejectedMessageError(f"answers over a vocabulary of {message.vocab}, expected {self.vocab}")
         sizes, rows = message.sizes, message.rows
         if sizes.shape[1] != self.length:
-            raise RefusedError(f"windows of {sizes.shape[1]} positions, expected {self.length}")
+            raise RejectedMessageError(f"windows of {sizes.shape[1]} positions, expected {self.length}")
         if sizes.numel() and int(sizes.max()) > self.most:
-            raise RefusedError(f"{int(sizes.max())} ids at a position, expected {self.most} at most")
+            raise RejectedMessageError(f"{int(sizes.max())} ids at a position, expected {self.most} at most")
         if rows is None:
             if len(sizes) != len(self.rows):
-                raise RefusedError(f"expected answers to all {len(self.rows)} windows, got {len(sizes)}")
+                raise RejectedMessageError(f"expected answers to all {len(self.rows)} windows, got {len(sizes)}")
             windows = torch.arange(len(self.rows))
         else:
             windows = torch.searchsorted(self.rows, rows).clamp_max(max(len(self.rows) - 1, 0))
             if len(self.rows) == 0 or not torch.equal(self.rows[windows], rows):
-                raise RefusedError("a window is answered that was not asked")
+                raise RejectedMessageError("a window is answered that was not asked")
             if not (rows.diff() > 0).all():
-                raise RefusedError("windows are not in order, or one is answered twice")
+                raise RejectedMessageError("windows are not in order, or one is answered twice")
         if (message.weights is None) == self.weighted:
-            raise RefusedError("answers without weights" if self.weighted else "answers with weights not asked for")
+            raise RejectedMessageError(
+                "answers without weights" if self.weighted else "answers with weights not asked for"
+            )
         places = (windows.unsqueeze(1) * self.length + torch.arange(self.length)).flatten()
         if message.weights is None:
             return places, torch.zeros(sizes.numel(), dtype=torch.float64)
         log_weights = message.weights.values().double().flatten()
         if not (torch.isfinite(log_weights).all() and (log_weights <= LIMIT + _SLACK + message.weights.step).all()):
-            raise RefusedError(f"a log-weight is above {LIMIT:g}, or not finite")
+            raise RejectedMessageError(f"a log-weight is above {LIMIT:g}, or not finite")
         return places, log_weights
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from fdl.datamodules.samples import Samples
 from fdl.knowledge.confidence.base import Confidence, positive
 from fdl.knowledge.transfer.embeddings import BLOCK, answers, blocks
-from fdl.messages import Confidences
+from fdl.messages import QuantizedLogWeights
 from fdl.metrics.retrieval import captions
 from fdl.modules.types import Batch
 from fdl.participants import Client
 
 
-class OwnPair(Confidence):
+class PairConfidence(Confidence):
     """An answer counts by the probability that a pair finds itself among the public pairs around it.
 
     Both ways, image to text and text to image, are averaged in logarithms and normalised again. Pairs with the same
@@ -36,7 +36,7 @@ class OwnPair(Confidence):
         return self.power * torch.log_softmax(logits, dim=1)[:, 0]
 
 
-def confidences(confidence: Confidence, client: Client, given: Tensor) -> Confidences:
+def confidences(confidence: Confidence, client: Client, given: Tensor) -> QuantizedLogWeights:
     """How much each of a client's answers should count.
 
     Any confidence serves: as logits it is shown a row's similarities to the pairs of its block, the mean of both ways,
@@ -48,7 +48,7 @@ def confidences(confidence: Confidence, client: Client, given: Tensor) -> Confid
         given: its answers, [n, 2 D], as `answers` gives them.
     """
     view = _PairView(client)
-    return Confidences.quantize(confidence.log_weights(view, view.logits(given, client.proxy)))
+    return QuantizedLogWeights.quantize(confidence.log_weights(view, view.logits(given, client.proxy)))
 
 
 class _PairView:
@@ -56,8 +56,8 @@ class _PairView:
 
     def __init__(self, client: Client):
         self.client, self.samples, self.cache, self.encoder = client, client.samples, client.cache, client.encoder
-        self.train, self.calibration = Images(client.train), Images(client.calibration)
-        self.proxy = Images(client.proxy)
+        self.train, self.calibration = ImagesOfPairs(client.train), ImagesOfPairs(client.calibration)
+        self.proxy = ImagesOfPairs(client.proxy)
         self.num_classes = max(min(BLOCK, len(client.calibration)), 2)
 
     def calibration_accuracy(self) -> float:
@@ -83,7 +83,7 @@ class _PairView:
         return result
 
 
-class Images(Samples):
+class ImagesOfPairs(Samples):
     """The images of pairs, without their texts and of one class; for what looks at images only.
 
     Args:
@@ -110,11 +110,11 @@ class Images(Samples):
         """Images [B, C, H, W], and no labels."""
         return self.pairs.batch(indices, generator)[0][0], None
 
-    def subset(self, indices: Any) -> Images:
+    def subset(self, indices: Any) -> ImagesOfPairs:
         """The images at these positions."""
-        return Images(self.pairs.subset(indices))
+        return ImagesOfPairs(self.pairs.subset(indices))
 
-    def unlabelled(self) -> Images:
+    def unlabelled(self) -> ImagesOfPairs:
         """Themselves."""
         return self
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from fdl.knowledge.distillation.targets import Answered
-from fdl.knowledge.transfer.embeddings import Teachers
+from fdl.knowledge.distillation.targets import SoftLabelled
+from fdl.knowledge.transfer.embeddings import TeacherEmbeddings
 from fdl.losses.contrastive import affinity_distillation, info_nce, interactive_info_nce
 from fdl.participants import Participant, copy_of
 from fdl.state.weights import load_into
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Mimicry:
+class AffinityLosses:
     """What is learnt beside the teachers' affinities, and how much each counts; settings only.
 
     Args:
@@ -47,7 +47,9 @@ class Mimicry:
         for name in ("contrastive", "features", "interactive"):
             not_negative(name, getattr(self, name))
 
-    def learn(self, who: Participant, module: LightningModule, teachers: Teachers, config: Fit, name: str) -> None:
+    def learn(
+        self, who: Participant, module: LightningModule, teachers: TeacherEmbeddings, config: Fit, name: str
+    ) -> None:
         """Train a module on the proxy pairs, in batches that are drawn anew each time.
 
         Args:
@@ -57,7 +59,7 @@ class Mimicry:
             config: how long and how fast.
             name: of the losses in the participant's metrics.
         """
-        guided = Guided(who, module, teachers) if self.features or self.interactive else None
+        guided = GuidedStudent(who, module, teachers) if self.features or self.interactive else None
 
         def objective(_: nn.Module, batch: tuple[Any, Tensor]) -> Mapping[str, Tensor]:
             inputs, rows = batch
@@ -75,13 +77,13 @@ class Mimicry:
                     total = total + getattr(self, part) * parts[part]
             return {"loss": total, **({key: part.detach() for key, part in parts.items()} if len(parts) > 1 else {})}
 
-        pairs = Answered(who.proxy, torch.arange(len(who.proxy)))
+        pairs = SoftLabelled(who.proxy, torch.arange(len(who.proxy)))
         who.fit(module if guided is None else guided, pairs, config, objective, name=name)
         if guided is not None:
             guided.leave(who)
 
 
-class Guided(nn.Module):
+class GuidedStudent(nn.Module):
     """A learner with a linear projector into each teacher's space, one for images and texts alike.
 
     Args:
@@ -90,7 +92,7 @@ class Guided(nn.Module):
         teachers: whose widths count.
     """
 
-    def __init__(self, who: Participant, module: LightningModule, teachers: Teachers):
+    def __init__(self, who: Participant, module: LightningModule, teachers: TeacherEmbeddings):
         super().__init__()
         self.module, projectors = module, {}
         for client, answer in zip(teachers.clients, teachers.answers):
@@ -108,7 +110,9 @@ class Guided(nn.Module):
         kept = {client: copy_of(projector) for client, projector in self.projectors.items()}
         who.state["projectors"] = who.state.get("projectors", {}) | kept
 
-    def terms(self, embedding: Tensor, rows: Tensor, teachers: Teachers, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(
+        self, embedding: Tensor, rows: Tensor, teachers: TeacherEmbeddings, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Feature and interactive loss, each a mean over pairs of the sum over teachers by their weights.
 
         Args:

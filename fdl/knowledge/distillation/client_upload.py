@@ -11,11 +11,11 @@ from lightning import LightningModule
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.calibration import fit_temperature
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
-from fdl.knowledge.distillation.upload_on_change import OnChange
+from fdl.knowledge.distillation.upload_on_change import UploadOnChange
 from fdl.knowledge.transfer.extraction import extract
 from fdl.knowledge.transfer.features import FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypeTransfer
-from fdl.messages import Bundle, Confidences, Message, Responses, Standing
+from fdl.messages import Bundle, Message, QuantizedLogWeights, Responses, UploadStatus
 from fdl.participants import Client
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answering:
+class UploadBuilder:
     """How a client makes its upload of what its specialist knows; settings only.
 
     Args:
@@ -43,10 +43,12 @@ class Answering:
     features: FeatureTransfer | None
     prototypes: PrototypeTransfer | None
     subsample: float
-    frequency: OnChange | None
+    frequency: UploadOnChange | None
     release: Release | None = None
 
-    def upload(self, client: Client, specialist: LightningModule, standing: Standing | None) -> Message | Bundle | None:
+    def upload(
+        self, client: Client, specialist: LightningModule, standing: UploadStatus | None
+    ) -> Message | Bundle | None:
         """Answer the proxy set, or say that nothing has changed, or nothing where privacy allows no more.
 
         Args:
@@ -62,13 +64,13 @@ class Answering:
             logits = logits / fit_temperature(held_out, client.calibration.labels)
         rows = rows_of_round(client, self.subsample)
         if self.frequency is not None and self.frequency.unchanged(client, standing, logits, rows):
-            return Standing(standing.round)
+            return UploadStatus(standing.round)
         chosen = slice(None) if rows is None else rows
         values = logits if self.space == "logits" else torch.softmax(logits, dim=1)
         weights = None if self.confidence is None else self.confidence.log_weights(client, logits)[chosen]
         if self.release is not None:
             return self.release.message(client, Responses(values[chosen], self.space, rows), weights)
-        sure = None if weights is None else Confidences.quantize(weights)
+        sure = None if weights is None else QuantizedLogWeights.quantize(weights)
         parts: list[Message] = [Responses(values[chosen], self.space, rows, sure)]
         if self.features is not None:
             parts.append(self.features.message(client, known, rows))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.means import Knowledge
+from fdl.knowledge.aggregation.means import AggregatedResponses
 from fdl.knowledge.option import Option
 from fdl.modules.types import Batch
 from fdl.recipe.config import Fit
@@ -62,7 +62,9 @@ class Curriculum(Option):
         """Share of the samples in use when so much of the way is over, 0 at the beginning and 1 at the end."""
         return self.start + (1 - self.start) * PACINGS[self.pacing](min(max(time, 0.0), 1.0))
 
-    def paced(self, samples: Samples, knowledge: Knowledge, rows: Tensor | None, fit: Fit, round: int) -> Samples:
+    def paced(
+        self, samples: Samples, knowledge: AggregatedResponses, rows: Tensor | None, fit: Fit, round: int
+    ) -> Samples:
         """The samples in use in a round.
 
         Args:
@@ -88,7 +90,7 @@ class Curriculum(Option):
 _OVER = {"rounds": Curriculum._by_round, "steps": Curriculum._by_step}
 
 
-def difficulty(knowledge: Knowledge, by: str) -> Tensor:
+def difficulty(knowledge: AggregatedResponses, by: str) -> Tensor:
     """Rank the rows of the proxy set from easy to hard.
 
     Args:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.last_uploads import LastAnswers, LogWeights, Parts
-from fdl.knowledge.aggregation.means import Knowledge, ResponseMean
+from fdl.knowledge.aggregation.last_uploads import ExactLogWeights, LastAnswers, Parts
+from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.knowledge.option import Option
 from fdl.messages import Prototypes, Responses
@@ -63,7 +63,7 @@ class AdaptiveWeights(Option):
         return {f"weights/{client}": weight for client, weight in self.current(server).items()}
 
 
-class Gains:
+class ValidationGains:
     """How much each client's answers of a round would lower the student's validation loss, as a cosine.
 
     Args:
@@ -112,7 +112,7 @@ def shifted(responses: Responses, shift: float) -> Responses:
         return responses
     own = responses.confidence
     logs = torch.zeros(len(responses.values)) if own is None else own.values()
-    return dataclasses.replace(responses, confidence=LogWeights((logs + shift).clamp(-LIMIT, LIMIT)))
+    return dataclasses.replace(responses, confidence=ExactLogWeights((logs + shift).clamp(-LIMIT, LIMIT)))
 
 
 class Similarity(Option):
@@ -138,7 +138,7 @@ class Similarity(Option):
         client: int,
         last: LastAnswers,
         empty: Callable[[], ResponseMean],
-        answers: Callable[[Knowledge], Responses],
+        answers: Callable[[AggregatedResponses], Responses],
     ) -> Responses | None:
         """What the others know, as one client should hear it; None when nothing is held of it or of the others.
 

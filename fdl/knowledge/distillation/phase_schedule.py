@@ -14,7 +14,7 @@ from fdl.utils.arguments import at_least, positive
 CENTRALIZED, FEDERATED = "centralized", "federated"
 
 
-class Switch(Option):
+class PhaseSchedule(Option):
     """Decides after every round whether the next one is of the other phase.
 
     Attributes:
@@ -44,7 +44,7 @@ class Switch(Option):
         return {}
 
 
-class Never(Switch):
+class SinglePhase(PhaseSchedule):
     """The first phase lasts to the end: training at the server alone, or federated averaging alone."""
 
     name = "never"
@@ -55,7 +55,7 @@ class Never(Switch):
         return False
 
 
-class Fixed(Switch):
+class FixedPhases(PhaseSchedule):
     """Phases of given lengths, in turns.
 
     Args:
@@ -76,7 +76,7 @@ class Fixed(Switch):
         return rounds >= self.lengths[phase]
 
 
-class Plateau(Switch):
+class PlateauPhases(PhaseSchedule):
     """A phase ends once it no longer gains anything on the server's validation set.
 
     What is looked at is the task's score, e.g. accuracy, as an exponential moving average over the rounds of the phase:

@@ -27,7 +27,7 @@ def rows_of_round(participant: Participant, share: float) -> Tensor | None:
     return torch.randperm(count, generator=stream)[: max(1, round(share * count))].sort().values
 
 
-class AnswerCache:
+class SoftLabelCache:
     """Each proxy sample's newest aggregated answer, as long as it is not too old; lies in the server's state.
 
     Source: the soft-label cache of SCARLET.

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.bundle import Collected
+from fdl.knowledge.aggregation.bundle import RoundKnowledge
 from fdl.knowledge.confidence.base import public_space
 from fdl.knowledge.distillation.curriculum import Curriculum
-from fdl.knowledge.distillation.targets import Answered
+from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.knowledge.transfer.extraction import EMBEDDING, extract, layer_names, pool
 from fdl.knowledge.transfer.features import FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypeTransfer
@@ -30,7 +30,7 @@ from fdl.utils.seeding import stream_seed
 
 
 @dataclass(frozen=True)
-class Teaching:
+class DistillationConfig:
     """What the student learns from, and how much of each; settings only.
 
     Args:
@@ -76,7 +76,7 @@ class Teaching:
     def teach(
         self,
         server: Server,
-        collected: Collected,
+        collected: RoundKnowledge,
         answers: Tensor,
         rows: Tensor | None,
         curriculum: Curriculum | None,
@@ -115,8 +115,8 @@ class Teaching:
             constants |= {} if merged else {"owners": prototypes.participants}
         if "participants" in constants or "owners" in constants:
             columns["probabilities"] = probabilities
-        learner = Learner(self, server, columns, constants)
-        samples: Samples = Answered(server.proxy, answers, rows, tuple(columns.values()))
+        learner = StudentWithHeads(self, server, columns, constants)
+        samples: Samples = SoftLabelled(server.proxy, answers, rows, tuple(columns.values()))
         if curriculum is not None:
             samples = curriculum.paced(samples, collected.responses, rows, server.distil, server.round)
         objective = learner.objective if columns else learner.response
@@ -125,7 +125,7 @@ class Teaching:
         return losses
 
 
-class Learner(nn.Module):
+class StudentWithHeads(nn.Module):
     """The student, with projectors and adapter that are trained with it, saved by the server, and left behind.
 
     Args:
@@ -136,7 +136,11 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, teaching: Teaching, server: Server, columns: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+        self,
+        teaching: DistillationConfig,
+        server: Server,
+        columns: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
     ):
         super().__init__()
         self.student, self.teaching, self.columns = server.student, teaching, list(columns)

@@ -16,7 +16,7 @@ from fdl.modules.objectives import Terms, samples_of
 from fdl.modules.types import Batch
 
 
-class Answered(Samples):
+class SoftLabelled(Samples):
     """Samples whose second element in a batch is what teachers answered.
 
     Args:
@@ -56,10 +56,10 @@ class Answered(Samples):
         inputs, _ = self.samples.batch(indices, generator)
         return inputs, self.answers[indices], *(column[indices] for column in self.more)
 
-    def subset(self, indices: Tensor) -> Answered:
+    def subset(self, indices: Tensor) -> SoftLabelled:
         """The chosen samples with their answers."""
         more = [column[indices] for column in self.more]
-        return Answered(self.samples.subset(indices), self.answers[indices], more=more)
+        return SoftLabelled(self.samples.subset(indices), self.answers[indices], more=more)
 
     def unlabelled(self) -> Samples:
         """The inputs alone."""

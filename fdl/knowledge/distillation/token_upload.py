@@ -14,7 +14,7 @@ from torch import Tensor
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.tokens import TokenKnowledge
 from fdl.knowledge.confidence.tokens import Certainty, TokenConfidence
-from fdl.messages.sparse_responses import FLOOR, LogWeights, SparseResponses
+from fdl.messages.sparse_responses import FLOOR, SparseResponses, TokenLogWeights
 from fdl.participants import Client, Participant
 
 _VALUES = 1 << 24  # values of answers that exist at a time before they are made sparse
@@ -22,7 +22,7 @@ _SEEN = 4  # columns before the answer: whether there is a token, log-likelihood
 
 
 @dataclass(frozen=True)
-class TokenAnswering:
+class TokenUploadBuilder:
     """How a client makes its upload of what its specialist knows; settings only.
 
     Args:
@@ -64,7 +64,7 @@ class TokenAnswering:
         seen, ids, values, sizes, tail = (torch.cat(part) for part in zip(*parts))
         weights = None
         if self.confidence is not None:
-            weights = LogWeights.quantize(self.confidence.log_weights(client, _certainty(seen)))
+            weights = TokenLogWeights.quantize(self.confidence.log_weights(client, _certainty(seen)))
         tail = tail if self.draws is None else None
         return SparseResponses(ids, values, sizes, vocab, tail, weights, rows)
 

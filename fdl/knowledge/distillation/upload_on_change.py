@@ -11,7 +11,7 @@ from torch import Tensor
 from fdl.errors import UserError
 from fdl.knowledge.option import Option
 from fdl.losses.responses import kd_loss
-from fdl.messages import Standing
+from fdl.messages import UploadStatus
 from fdl.participants import Client, Server
 from fdl.utils.arguments import at_least, not_negative, one_of
 
@@ -22,7 +22,7 @@ MEASURES = {
 """How far answers lie from earlier ones, both probabilities [n, C]: a mean over rows."""
 
 
-class OnChange(Option):
+class UploadOnChange(Option):
     """A client uploads only when what it would say has changed enough since the server last heard it of the same.
 
     Else it says so in a few bytes, and the server goes on with the answers that it holds. With each download the server
@@ -49,7 +49,7 @@ class OnChange(Option):
         self.expiry = at_least("expiry", expiry, 1)
         self.patience = None if patience is None else at_least("patience", patience, 1)
 
-    def standing(self, server: Server, held: int) -> Standing:
+    def standing(self, server: Server, held: int) -> UploadStatus:
         """What the server tells a client.
 
         Args:
@@ -58,14 +58,14 @@ class OnChange(Option):
         """
         stale = server.state.get("plateau", {}).get("rounds", 0)
         expired = server.round - held > self.expiry
-        return Standing(held, wanted=self.patience is None or stale < self.patience or expired)
+        return UploadStatus(held, wanted=self.patience is None or stale < self.patience or expired)
 
-    def idle(self, client: Client, standing: Standing | None) -> bool:
+    def idle(self, client: Client, standing: UploadStatus | None) -> bool:
         """Whether a client need not even train: the server has its last upload and wants no other."""
         said = client.state.get("said", {"round": 0})
         return standing is not None and not standing.wanted and standing.round == said["round"] > 0
 
-    def unchanged(self, client: Client, standing: Standing | None, logits: Tensor, rows: Tensor | None) -> bool:
+    def unchanged(self, client: Client, standing: UploadStatus | None, logits: Tensor, rows: Tensor | None) -> bool:
         """Whether what a client would say is what it has said; if not, note that it says it in this round.
 
         Args:
@@ -103,7 +103,7 @@ class OnChange(Option):
         return {"plateau/validation_loss": loss, "plateau/rounds": float(server.state["plateau"]["rounds"])}
 
 
-def _accepted(client: Client, standing: Standing | None) -> dict[str, Any] | None:
+def _accepted(client: Client, standing: UploadStatus | None) -> dict[str, Any] | None:
     """What a client has said and the server has taken in; None where they do not agree on that."""
     said = client.state.get("said")
     for version in (said, said and said.get("before")):

@@ -15,7 +15,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from fdl.datamodules.samples import Samples
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.knowledge.confidence.calibration import fit_temperature
@@ -58,7 +58,7 @@ def blocks(given: Tensor) -> list[Tensor]:
     return [images @ texts.T for images, texts in parts]
 
 
-class Teachers:
+class TeacherEmbeddings:
     """Several models' answers to the same pairs, and how much each counts; their affinities are mixed batch by batch.
 
     ``p_i = Σ_k w_ki softmax_j(a_ki · b_kj)`` for image i and the texts j of a batch, and the other way round; w_ki is
@@ -128,7 +128,7 @@ class AnswerPool:
             values = torch.zeros(self.n_rows, values.shape[1], dtype=torch.float16).index_copy(0, rows, values)
         self._by_client[client] = values, log_weights
 
-    def result(self) -> Teachers | None:
+    def result(self) -> TeacherEmbeddings | None:
         """All of them, by client; None when nobody was heard."""
         if not self._by_client:
             return None
@@ -136,28 +136,32 @@ class AnswerPool:
         values, log_weights = zip(*(self._by_client[client] for client in clients))
         logs = torch.stack(log_weights).double()
         logs = logs if self.cap is None else self.cap.limit(logs)
-        return Teachers(list(values), logs.float(), clients)
+        return TeacherEmbeddings(list(values), logs.float(), clients)
 
     def _checked(self, message: Responses) -> Tensor:
         """Which rows were answered, int64."""
         if not isinstance(message, Responses) or message.form != "embeddings":
-            raise RefusedError(f"expected embeddings, got {getattr(message, 'form', message.kind)}")
+            raise RejectedMessageError(f"expected embeddings, got {getattr(message, 'form', message.kind)}")
         message.validate()
         values, rows, confidence = message.values, message.rows, message.confidence
         if values.shape[1] % 2:
-            raise RefusedError(f"an image's and a text's vector have the same width, got {values.shape[1]} numbers")
+            raise RejectedMessageError(
+                f"an image's and a text's vector have the same width, got {values.shape[1]} numbers"
+            )
         rows = torch.arange(self.n_rows) if rows is None else rows.cpu()
         if len(rows) != len(values):
-            raise RefusedError(f"expected answers to all {self.n_rows} proxy pairs, got {len(values)}")
+            raise RejectedMessageError(f"expected answers to all {self.n_rows} proxy pairs, got {len(values)}")
         if len(rows) and not rows.max() < self.n_rows:
-            raise RefusedError(f"a row lies outside of 0 … {self.n_rows - 1}")
+            raise RejectedMessageError(f"a row lies outside of 0 … {self.n_rows - 1}")
         if len(rows.unique()) < len(rows):
-            raise RefusedError("a row is answered twice")
+            raise RejectedMessageError("a row is answered twice")
         longest = max((side.float().norm(dim=1).amax() for side in values.chunk(2, dim=1) if len(values)), default=0.0)
         if longest > math.sqrt(MAX_SCALE) * (1 + _SLACK):
-            raise RefusedError(f"a vector of length {longest:.3g}: none may be longer than √{MAX_SCALE:g}")
+            raise RejectedMessageError(f"a vector of length {longest:.3g}: none may be longer than √{MAX_SCALE:g}")
         if (confidence is not None) != self.weighted:
-            raise RefusedError("answers without confidence" if self.weighted else "a confidence that nobody asked for")
+            raise RejectedMessageError(
+                "answers without confidence" if self.weighted else "a confidence that nobody asked for"
+            )
         if confidence is not None and not (confidence.values().abs() <= LIMIT + _SLACK).all():
-            raise RefusedError(f"a confidence lies outside of ±{LIMIT:g}")
+            raise RejectedMessageError(f"a confidence lies outside of ±{LIMIT:g}")
         return rows

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.knowledge.option import Option
@@ -145,17 +145,17 @@ class FeatureMean:
         """
         count, width = len(next(iter(features.layers.values()))), sum(v.shape[1] for v in features.layers.values())
         if width > WIDEST:
-            raise RefusedError(f"{width} features of a sample, the most is {WIDEST}")
+            raise RejectedMessageError(f"{width} features of a sample, the most is {WIDEST}")
         if features.rows is None and count != self.n_rows:
-            raise RefusedError(f"expected features of all {self.n_rows} proxy rows, got {count}")
+            raise RejectedMessageError(f"expected features of all {self.n_rows} proxy rows, got {count}")
         if features.rows is not None:
             if count and not int(features.rows.max()) < self.n_rows:
-                raise RefusedError(f"a row of features lies outside of 0 … {self.n_rows - 1}")
+                raise RejectedMessageError(f"a row of features lies outside of 0 … {self.n_rows - 1}")
             if len(features.rows.unique()) != count:
-                raise RefusedError("features of a row were sent twice")
+                raise RejectedMessageError("features of a row were sent twice")
         own = features.confidence
         if own is not None and not (own.values().abs() <= LIMIT + _SLACK).all():  # NaN fails too
-            raise RefusedError(f"a confidence of features lies outside of ±{LIMIT:g}")
+            raise RejectedMessageError(f"a confidence of features lies outside of ±{LIMIT:g}")
 
     def add(self, features: Features, log_weights: Tensor, client: int) -> None:
         """Take in one client's features, which `check` has accepted.

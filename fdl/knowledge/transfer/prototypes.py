@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdl.errors import RefusedError
+from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT, ClientView, public_space
 from fdl.knowledge.option import Option
 from fdl.knowledge.transfer.extraction import EMBEDDING, Extracted, Moments
 from fdl.knowledge.transfer.features import WIDEST, sketch
 from fdl.losses.prototypes import PROTOTYPE_LOSSES
-from fdl.messages import Confidences, Prototypes
+from fdl.messages import Prototypes, QuantizedLogWeights
 from fdl.participants import Client, Server
 from fdl.utils.arguments import at_least, not_negative, one_of, positive
 from fdl.utils.threads import single
@@ -78,7 +78,7 @@ class PrototypeTransfer(Option):
         if len(client.train) == 0:
             width = proxy.embedding.shape[1] if self.space == EMBEDDING else _public(client).shape[1]
             none = torch.zeros(0, dtype=torch.int64)
-            return Prototypes(torch.zeros(0, width), none, none, Confidences.quantize(torch.zeros(0)))
+            return Prototypes(torch.zeros(0, width), none, none, QuantizedLogWeights.quantize(torch.zeros(0)))
         own, labels = private(), client.train.labels
         if self.space == EMBEDDING:
             points = Moments.of(proxy.embedding).standardize(own.embedding)
@@ -91,7 +91,7 @@ class PrototypeTransfer(Option):
         counts = torch.bincount(members, minlength=len(values))
         mean = torch.zeros(len(values)).index_add_(0, members, sure.float()) / counts
         many = counts >= self.floor
-        return Prototypes(values[many], kept[many], counts[many], Confidences.quantize(mean[many]))
+        return Prototypes(values[many], kept[many], counts[many], QuantizedLogWeights.quantize(mean[many]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,15 +161,15 @@ class PrototypePool:
             RefusedError: naming what is wrong.
         """
         if self._public not in (None, prototypes.values.shape[1]):
-            raise RefusedError(f"expected prototypes [m, {self._public}], got {list(prototypes.values.shape)}")
+            raise RejectedMessageError(f"expected prototypes [m, {self._public}], got {list(prototypes.values.shape)}")
         if prototypes.values.shape[1] > WIDEST:
-            raise RefusedError(f"prototypes of {prototypes.values.shape[1]} features, the most is {WIDEST}")
+            raise RejectedMessageError(f"prototypes of {prototypes.values.shape[1]} features, the most is {WIDEST}")
         labels, most = prototypes.labels, self.transfer.count
         low, high = (0, self.num_classes - 1) if self.transfer.by == "class" else (-1, -1)
         if len(labels) and not (labels.min() >= low and labels.max() <= high):
-            raise RefusedError(f"a prototype's class lies outside of {low} … {high}")
+            raise RejectedMessageError(f"a prototype's class lies outside of {low} … {high}")
         if len(labels) and int((labels - low).bincount().max()) > most:
-            raise RefusedError(f"more than {most} prototypes of one class")
+            raise RejectedMessageError(f"more than {most} prototypes of one class")
 
     def add(self, prototypes: Prototypes, client: int) -> None:
         """Take in one client's prototypes, which `check` has accepted."""

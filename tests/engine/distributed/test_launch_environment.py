@@ -141,8 +141,8 @@ def test_torchrun_numbers_the_processes_that_srun_started(environment):
     """Where srun starts torchrun, machines may come in another order than Slurm's."""
     environment(**slurm(15000, 2, 1, 2, 1, 0, 1), **TORCHRUN, RANK="0", LOCAL_RANK="0")
     assert clusters.launched() == clusters.Launch("torchrun", True, 4, 2, 2)
-    assert not clusters.is_follower() and clusters.started_by_others() and not clusters.reserved()
-    clusters.require(2, 2)
+    assert not clusters.is_follower() and clusters.started_by_others() and not clusters.inside_allocation()
+    clusters.check_world_size(2, 2)
 
 
 @pytest.mark.parametrize(("tasks", "local"), [("2(x2)", 2), ("3,1", None)])
@@ -152,7 +152,7 @@ def test_a_step_counts_its_own_tasks(environment, tasks, local):
     environment(**slurm(15000, 16, None, 4, 3, 1, 1), **step)
     assert clusters.launched() == clusters.Launch("srun", False, 4, local, 2)
     environment(SLURM_NTASKS="16", SLURM_NTASKS_PER_NODE="", SLURM_NNODES="4")  # put back after the test
-    clusters.settle()
+    clusters.export_srun_variables()
     assert [os.environ[f"SLURM_{name}"] for name in ("NTASKS", "NNODES")] == ["4", "2"]
     assert os.environ["SLURM_NTASKS_PER_NODE"] == ("2" if local else "")
 
@@ -161,12 +161,14 @@ def test_reserved_tasks_are_no_processes(environment):
     """In a batch script Slurm's variables count tasks that nobody has started; a shell of srun's is none of them."""
     batch = slurm(15000, 4, 4, 1, 0, 0, 0, step=NO_STEP)
     environment(**batch)
-    assert clusters.launched() is None and clusters.reserved() and not clusters.is_follower()
-    clusters.require(4, 1)
+    assert clusters.launched() is None and clusters.inside_allocation() and not clusters.is_follower()
+    clusters.check_world_size(4, 1)
     environment(LOCAL_RANK="3", WORLD_SIZE="4")  # as fdl starts others there
-    assert clusters.launched() == clusters.Launch("", False, 4) and clusters.reserved() and clusters.is_follower()
+    assert (
+        clusters.launched() == clusters.Launch("", False, 4) and clusters.inside_allocation() and clusters.is_follower()
+    )
     environment(**{**batch, "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "", "WORLD_SIZE": ""})
-    assert clusters.launched() is None and clusters.reserved()
+    assert clusters.launched() is None and clusters.inside_allocation()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_other_processes_than_asked(environment, monkeypatch, variables, words):
     monkeypatch.setattr(clusters, "find_spec", lambda name: name)
     environment(**variables)
     with pytest.raises(UserError, match=words) as told:
-        clusters.require(4, 1)
+        clusters.check_world_size(4, 1)
     assert "fabric.devices=4" in str(told.value)
 
 
@@ -192,4 +194,4 @@ def test_mpirun_needs_its_python_package(environment, monkeypatch):
     monkeypatch.setattr(clusters, "find_spec", lambda name: None)
     environment(OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="2")
     with pytest.raises(UserError, match="mpi4py"):
-        clusters.require(2, 1)
+        clusters.check_world_size(2, 1)

@@ -14,7 +14,7 @@ import torch
 
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
-from fdl.comm.ledger import Ledger, Row
+from fdl.comm.ledger import Ledger, LedgerEntry
 from fdl.engine.distributed.batch_split import part_of
 from fdl.federation.scheduling import SLACK, largest_first
 from fdl.modules.objectives import mean_over, next_tokens_of, samples_of
@@ -219,6 +219,6 @@ def test_a_ledger_includes_what_others_counted():
     for ledger in (other, whole):
         ledger.add(1, 1, "up", "responses", 7)
         ledger.add(1, 1, "up", "responses", 7)
-    assert other.of_round(1) == [Row(1, 1, "up", "responses", 14, 2)]
+    assert other.of_round(1) == [LedgerEntry(1, 1, "up", "responses", 14, 2)]
     one.include(other.of_round(1))
     assert one.rows() == whole.rows() and one.totals() == whole.totals()

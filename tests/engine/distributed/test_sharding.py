@@ -76,13 +76,23 @@ def flat(outcome):
     return np.concatenate([np.ravel(values) for values in outcome["student"].values()])
 
 
+def assert_same_traffic(found, alone):
+    """Bytes by kind, exactly but for answers: they are deflated, and their size follows the last bits of weights."""
+    assert found.keys() == alone.keys() and found["by_kind"].keys() == alone["by_kind"].keys()
+    for kind, size in alone["by_kind"].items():
+        answers = kind.endswith("/responses")
+        assert found["by_kind"][kind] == (pytest.approx(size, rel=2e-3) if answers else size), kind
+    if not any(kind.endswith("/responses") for kind in alone["by_kind"]):
+        assert found == alone
+
+
 def is_one_with_a_whole_one(two, name, folder):
     """Weights, up to rounding; names, bytes and rounds, to the last. Both processes come to the same."""
     alone = json.loads(json.dumps(shard_jobs.run(name, folder, sharded=False)))
     found = two["first"][name]
     assert list(found["student"]) == list(alone["student"])
     np.testing.assert_allclose(flat(found), flat(alone), rtol=0, atol=LOOSE.get(name, 1e-6))
-    assert found["communication"] == alone["communication"]
+    assert_same_traffic(found["communication"], alone["communication"])
     assert [r["cohort"] for r in found["history"]] == [r["cohort"] for r in alone["history"]]
     for key, value in alone["history"][-1]["metrics"].items():
         assert found["history"][-1]["metrics"][key] == pytest.approx(value, abs=0.05 if name in LOOSE else 1e-3), key
@@ -144,7 +154,7 @@ def test_a_run_goes_on_with_another_strategy(two, tmp_path):
     resumed = shard_jobs.run("federated_distillation", folder, more, resume=True, sharded=False)
     longer = shard_jobs.run("federated_distillation", tmp_path / "longer", more, sharded=False)
     np.testing.assert_allclose(flat(resumed), flat(longer), rtol=0, atol=1e-6)
-    assert resumed["communication"] == longer["communication"]
+    assert_same_traffic(resumed["communication"], longer["communication"])
 
 
 @pytest.mark.parametrize("how", ["FailsOnce", pytest.param("Sleeps", marks=pytest.mark.slow)])

@@ -11,11 +11,11 @@ import fdl.engine.vectorized.step_graph
 import fdl.engine.vectorized.step_recorder
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.runtime import Runtime
-from fdl.engine.vectorized.fit import Training, fit_together
-from fdl.engine.vectorized.stacked_models import Stack
-from fdl.engine.vectorized.step_graph import written_down
-from fdl.knowledge.distillation.targets import Answered, ResponseObjective
-from fdl.methods.fedprox import Held
+from fdl.engine.vectorized.fit import FitRequest, fit_together
+from fdl.engine.vectorized.stacked_models import StackedModels
+from fdl.engine.vectorized.step_graph import trace_step
+from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
+from fdl.methods.fedprox import ProximalObjective
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.objectives import training_step
 from fdl.recipe import Component, Fit
@@ -49,10 +49,10 @@ def written(monkeypatch):
     found = []
 
     def note(*arguments):
-        found.append(written_down(*arguments))
+        found.append(trace_step(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(fdl.engine.vectorized.step_recorder, "written_down", note)
+    monkeypatch.setattr(fdl.engine.vectorized.step_recorder, "trace_step", note)
     return found
 
 
@@ -65,7 +65,7 @@ def weights_after(module, config, objective=None, fits=6):
 
 
 def held(module, turn):
-    return Held([parameter.detach().clone() for parameter in module.parameters()], 0.3, True)
+    return ProximalObjective([parameter.detach().clone() for parameter in module.parameters()], 0.3, True)
 
 
 @pytest.mark.parametrize("objective", [None, held], ids=["own", "held"])
@@ -73,10 +73,10 @@ def held(module, turn):
     "config", [fit_of(), fit_of("adamw"), fit_of(gradient_clip=0.05), fit_of(epochs=None, steps=7)]
 )
 def test_written_down_steps_end_where_others_do(config, objective, written, monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.USES", 3)
+    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 3)
     found = weights_after(small(), config, objective)
     assert len(written) >= 2 and None not in written
-    monkeypatch.setattr("fdl.engine.runtime.USES", 10**9)
+    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 10**9)
     expected = weights_after(small(), config, objective)
     assert found[0] == expected[0]
     assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1]))
@@ -85,13 +85,13 @@ def test_written_down_steps_end_where_others_do(config, objective, written, monk
 @pytest.mark.parametrize("objective", [training_step, held], ids=["own", "held"])
 def test_stacked_steps_written_down_end_where_others_do(objective, written, monkeypatch):
     def trained(uses):
-        monkeypatch.setattr("fdl.engine.vectorized.fit.USES", uses)
+        monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_AFTER_STEPS", uses)
         runtime, template, config = Runtime(accelerator="cpu"), small(), fit_of()
-        stack, losses = Stack(template, 3), []
+        stack, losses = StackedModels(template, 3), []
         for turn in range(6):
             wanted = training_step if objective is training_step else held(template, turn)
             jobs = [
-                Training(stack, row, samples(19 + row, row), config, torch_stream(row, "fit", turn), wanted, 1)
+                FitRequest(stack, row, samples(19 + row, row), config, torch_stream(row, "fit", turn), wanted, 1)
                 for row in range(3)
             ]
             losses.append(fit_together(runtime, jobs))
@@ -108,10 +108,10 @@ def test_steps_that_learn_from_answers_are_written_down_too(loss, written, monke
     answers = torch.rand(21, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
 
     def trained(uses):
-        monkeypatch.setattr("fdl.engine.runtime.USES", uses)
+        monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", uses)
         module, runtime, losses = small(), Runtime(accelerator="cpu"), []
         for turn in range(6):  # an equal objective, made anew
-            data, objective = Answered(samples(), answers), ResponseObjective(loss, 2.0)
+            data, objective = SoftLabelled(samples(), answers), ResponseObjective(loss, 2.0)
             losses.append(runtime.fit(module, data, fit_of(), torch_stream(0, "fit", turn), objective))
         return losses, module.backbone[1].weight.detach()
 
@@ -122,7 +122,7 @@ def test_steps_that_learn_from_answers_are_written_down_too(loss, written, monke
 
 
 def test_nothing_is_written_down_in_the_first_fit_that_has_it(written, monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.USES", 2)
+    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 2)
     module = small()
     weights_after(module, fit_of(epochs=20), fits=1)
     assert written == []
@@ -164,7 +164,7 @@ def add_hook(module):
 
 @pytest.mark.parametrize("change", [set_attribute, set_buffer, replace_buffer, add_hook])
 def test_what_changes_about_a_module_is_seen(change, written, monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.USES", 2)
+    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 2)
     config = fit_of(epochs=1, batch_size=21)
 
     def losses(changes_after):
@@ -178,12 +178,12 @@ def test_what_changes_about_a_module_is_seen(change, written, monkeypatch):
 
     found = losses(5)
     assert len(written) >= 1 and written[0] is not None
-    monkeypatch.setattr("fdl.engine.runtime.USES", 10**9)
+    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 10**9)
     assert found == losses(5) != losses(100)
 
 
 def test_a_layer_that_is_frozen_later_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.USES", 2)
+    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 2)
     module, runtime, config = small(), Runtime(accelerator="cpu"), fit_of(epochs=1, batch_size=21)
     for turn in range(4):
         runtime.fit(module, samples(), config, torch_stream(0, "fit", turn))
@@ -196,7 +196,7 @@ def test_a_layer_that_is_frozen_later_stays_as_it_is(monkeypatch):
 
 
 def test_functions_whose_state_nobody_knows_are_not_written_down(written, monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.USES", 1)
+    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 1)
     count = 0
 
     def objective(module, batch):
@@ -232,7 +232,7 @@ REFUSED = {
 def test_steps_that_could_be_others_the_next_time_are_not_written_down(name):
     x = torch.randn(3, 4)
     whole = step(REFUSED[name])
-    assert written_down(whole, [x], whole(x), [WEIGHT]) is None
+    assert trace_step(whole, [x], whole(x), [WEIGHT]) is None
 
 
 def test_a_step_is_tidied_and_still_the_same():
@@ -241,7 +241,7 @@ def test_a_step_is_tidied_and_still_the_same():
         return same.t().t() + same.relu() + same.relu()
 
     whole, x = step(function), torch.randn(3, 4)
-    found = written_down(whole, [x], whole(x), [WEIGHT])
+    found = trace_step(whole, [x], whole(x), [WEIGHT])
     for other in (torch.randn(3, 4), x):
         (loss, gradients), (expected, wanted) = found(other), whole(other)
         assert torch.equal(loss["loss"], expected["loss"]) and torch.equal(gradients[0], wanted[0])
@@ -260,7 +260,7 @@ def test_gradients_of_weights_are_not_transposed_copies(batched):
         loss = torch.matmul(x, weight.mT).sin().sum()
         return {"loss": loss.detach()}, list(torch.autograd.grad(loss, [weight]))
 
-    found = written_down(whole, [x, weight], whole(x, weight), [])
+    found = trace_step(whole, [x, weight], whole(x, weight), [])
     y = torch.randn(x.shape, generator=generator)
     assert found(y, weight)[1][0].is_contiguous()
     assert torch.equal(found(y, weight)[1][0], whole(y, weight)[1][0])
@@ -274,7 +274,7 @@ def test_products_that_round_otherwise_stay_as_they_are(monkeypatch):
         loss = torch.bmm(x, weight.mT).sin().sum()
         return {"loss": loss.detach()}, list(torch.autograd.grad(loss, [weight]))
 
-    found = written_down(whole, [x, weight], whole(x, weight), [])
+    found = trace_step(whole, [x, weight], whole(x, weight), [])
     gradient, expected = found(x, weight)[1][0], whole(x, weight)[1][0]
     assert torch.equal(gradient, expected) and gradient.stride() == expected.stride()
 
@@ -286,7 +286,7 @@ def test_a_graph_reads_parameters_as_they_are_now():
         loss = (x @ weight).square().sum()
         return {"loss": loss.detach()}, list(torch.autograd.grad(loss, [weight]))
 
-    found = written_down(whole, [x], whole(x), [weight])
+    found = trace_step(whole, [x], whole(x), [weight])
     with torch.no_grad():
         weight.mul_(3.0)
     assert torch.equal(found(x)[0]["loss"], whole(x)[0]["loss"])
