@@ -1,7 +1,7 @@
 """Digests of some forty small runs: what a change of the code's structure must leave as it is.
 
     python -m tests.golden write BEFORE.json
-    python -m tests.golden compare BEFORE.json
+    python -m tests.golden compare BEFORE.json [NAME …]     # some runs only, e.g. fedavg resumed
 
 Every method, both executors, two processes, a resumed run, clients' states on disk, DP-SGD, robust rules, adversaries,
 audits, and each export that these models allow. A digest is of the student's bytes, of every round's record without
@@ -101,12 +101,14 @@ def runs_of(folder: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
         yield f"export_{format}", lambda f=format, m=more: exported(f, folder / f"export_{f}", m)
 
 
-def main(command: str, file: str) -> int:
-    """Write the digests, or compare with those written before; 1 where any differs."""
+def main(command: str, file: str, *names: str) -> int:
+    """Write the digests, or compare with those written before (of the named runs, default all); 1 if any differs."""
     before = json.loads(Path(file).read_text()) if command == "compare" else {}
     found, differ = {}, 0
     with tempfile.TemporaryDirectory() as folder:
         for name, run in runs_of(Path(folder)):
+            if names and name not in names:
+                continue
             found[name] = outcome(run)
             same = not before or found[name] == before.get(name)
             differ += not same
@@ -119,4 +121,4 @@ def main(command: str, file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main(*sys.argv[1:]))
