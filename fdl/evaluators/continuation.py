@@ -59,9 +59,9 @@ def text_model(server: Server, new_tokens: int, asker: str) -> Any:
     Raises:
         UserError: there is no tokenizer, or the student has too few positions.
     """
-    if "tokenizer" not in server.provides:
+    if "tokenizer" not in server.model_kwargs:
         raise UserError(f"{asker} needs data with a tokenizer")
     positions = getattr(server.student, "positions", None)
     if positions is not None and new_tokens >= positions:
         raise UserError(f"{asker}: new_tokens must be below the student's {positions} positions, got {new_tokens}")
-    return server.provides["tokenizer"]
+    return server.model_kwargs["tokenizer"]

@@ -72,7 +72,7 @@ class Generation(Evaluator):
 
     def _windows(self, server: Server) -> list[list[int]]:
         """Token ids of the drawn windows, prompt and true continuation."""
-        length, end = self.prompt_tokens + self.new_tokens, server.provides["tokenizer"].eos
+        length, end = self.prompt_tokens + self.new_tokens, server.model_kwargs["tokenizer"].eos
         found: list[list[int]] = []
         for i in numpy_stream(server.seed, self.name).permutation(len(server.test)).tolist():
             row = server.test.batch(torch.tensor([i]))[0][0, :length].tolist()

@@ -16,10 +16,10 @@ class Predictor(Protocol):
     """What a metric needs of a participant.
 
     Attributes:
-        provides: what the data tell a model's constructor, e.g. their tokenizer.
+        model_kwargs: what the data tell a model's constructor, e.g. their tokenizer.
     """
 
-    provides: Mapping[str, Any]
+    model_kwargs: Mapping[str, Any]
 
     def predict(self, module: LightningModule, samples: Samples, what: Any = "logits") -> Tensor:
         """Predict samples without gradients.
