@@ -96,7 +96,7 @@ class FederatedLoop(Federation):
 
     def run_round(self, round: int) -> None:
         """Run one round, from the first download to the record in `history`."""
-        self.begin(round)
+        self.start_round(round)
         self.callbacks.on_round_start(self, round)
         cohort, dropped = self.cohort(round)
         self.server.cohort = cohort
@@ -108,7 +108,7 @@ class FederatedLoop(Federation):
         # 2  every client works on its own data and answers; an answer that cannot be used is refused and counted
         aggregate = self.method.aggregate(self.server)
         with self.seconds("clients"):
-            honest = self.executor(self.method, self.adversaries.listen(round, turns))
+            honest = self.executor(self.method, self.adversaries.record_downloads(round, turns))
             with self.channel.unconfirmed():
                 collect_uploads(self, honest, aggregate, record)
         warn_unheard(self, record)
@@ -119,7 +119,7 @@ class FederatedLoop(Federation):
 
         # 4  the server learns from it
         hint = explain_out_of_memory(f"the server in round {round}", "distil.batch_size")
-        with self.seconds("server"), self.runtime.jointly(), hint:
+        with self.seconds("server"), self.runtime.all_ranks(), hint:
             if aggregate is None or knowledge is not None:
                 seed_everything(self.recipe.seed, "server", round)
                 self.server.metrics.update(self.method.server_update(self.server, knowledge))
@@ -134,7 +134,7 @@ class FederatedLoop(Federation):
                 explain_out_of_memory(f"evaluation in round {round}", "evaluation.batch_size"),
             ):
                 evaluate(self, record, last)
-        self.server.rest()
+        self.server.round_trip_state()
         account(self.ledger, record, self.history)
         record["seconds"] = dict(self.seconds)
         self.history.append(record)
@@ -149,13 +149,13 @@ class FederatedLoop(Federation):
 
     def set_up(self) -> None:
         """Prepare the first round: the method's first state, what must be sent in advance, a first checkpoint."""
-        self.begin(0)
-        with self.seconds("server"), self.runtime.jointly():
+        self.start_round(0)
+        with self.seconds("server"), self.runtime.all_ranks():
             seed_everything(self.recipe.seed, "setup")
             self.method.setup(self.server, self.clients)
             for kind, size in self.method.setup_bytes(self.server).items():
                 for client in self.clients:
                     if client.id not in self.left_out:
                         self.channel.setup_cost(kind, size, client.id)
-        self.server.rest()
+        self.server.round_trip_state()
         snapshot.save(self)

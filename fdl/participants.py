@@ -97,7 +97,7 @@ class Participant:
             method whose clients look at them counts their bytes in `setup_bytes`.
         num_classes: the data's number of classes, 0 where there are none.
         task: which of `fdl.metrics.tasks.TASKS` the data are for.
-        provides: what the data tell a model's constructor, e.g. their tokenizer.
+        model_kwargs: what the data tell a model's constructor, e.g. their tokenizer.
         encoder: the frozen public encoder, None where the recipe names none.
         arrival: when private data come in; None: all are there from the first.
         privacy: what an account of differential privacy is held against; None where there is no budget and no δ.
@@ -124,7 +124,7 @@ class Participant:
         num_classes: int,
         encoder: Encoder | None = None,
         task: str = "classification",
-        provides: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         arrival: Arrival | None = None,
         public: Samples | None = None,
         privacy: PrivacyPolicy | None = None,
@@ -134,21 +134,21 @@ class Participant:
         self._noise_seed, self._drawn = noise_seed, Counter[str]()
         self.local, self.distil, self.digest = local, distil, digest
         self.proxy, self.public, self.num_classes, self.encoder = proxy, public, num_classes, encoder
-        self.task, self.provides = task, dict(provides or {})
+        self.task, self.model_kwargs = task, dict(model_kwargs or {})
         self.arrival, self.round, self.stage, self.privacy = arrival, 0, 0, privacy
         self.state: dict[str, Any] = {}
         self.cache: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
 
-    def begin(self, round: int) -> None:
+    def start_round(self, round: int) -> None:
         """A new round has come."""
         self.round, self.metrics, self._drawn = round, {}, Counter()
         stage = 0 if self.arrival is None else self.arrival.stage(round)
         if stage != self.stage:
             self.stage = stage
-            self.arrive()
+            self.update_data()
 
-    def arrive(self) -> None:
+    def update_data(self) -> None:
         """New private data have come in; here nobody has any."""
 
     def rng(self, purpose: str) -> torch.Generator:
@@ -213,10 +213,10 @@ class Client(Participant):
     Attributes:
         train: those that are there now.
         calibration: likewise.
-        corrupt: what an adversary makes of its samples, given them and whether they are for ``"train"`` or
+        data_corruption: what an adversary makes of its samples, given them and whether they are for ``"train"`` or
             ``"calibration"``; None: nothing.
-        corrupt_from: the round from which it does.
-        gate: whether private samples may be read, under `dp_sgd`.
+        corruption_start: the round from which it does.
+        data_gate: whether private samples may be read, under `dp_sgd`.
     """
 
     def __init__(
@@ -232,15 +232,15 @@ class Client(Participant):
     ):
         self._store, self._state = store, None
         super().__init__(**participant)
-        self.dp_sgd, self.gate, self.name = dp_sgd, PrivateDataGate(), name
+        self.dp_sgd, self.data_gate, self.name = dp_sgd, PrivateDataGate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
-        self.corrupt: Callable[[Samples, str], Samples] | None = None
-        self.corrupt_from, self._corrupted = 1, False
-        self.arrive()
+        self.data_corruption: Callable[[Samples, str], Samples] | None = None
+        self.corruption_start, self._corrupted = 1, False
+        self.update_data()
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its state, read from the store when somebody first asks after `rest`."""
+        """Its state, read from the store when somebody first asks after `offload_state`."""
         if self._state is None:
             self._state = {} if self._store is None else self._store.read(self.id)
         return self._state
@@ -249,7 +249,7 @@ class Client(Participant):
     def state(self, state: dict[str, Any]) -> None:
         self._state = state
 
-    def rest(self, changed: bool = True) -> None:
+    def offload_state(self, changed: bool = True) -> None:
         """Its turn is over: its state is as a file would give it back, and with a store none of it stays in memory.
 
         Args:
@@ -265,37 +265,37 @@ class Client(Participant):
         self._state = None
         self.cache.clear()
 
-    def saved(self) -> dict[str, Any]:
+    def checkpoint_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: its state, or where that lies."""
-        self.rest()
+        self.offload_state()
         return self.state if self._store is None else self._store.reference(self.id)
 
     def restore(self, saved: Mapping[str, Any], folder: Path) -> None:
-        """Go back to what `saved` gave; `folder` is where files that it may name lie."""
+        """Go back to what `checkpoint_state` gave; `folder` is where files that it may name lie."""
         if self._store is None:
             self.state = resolve(saved, folder)
         else:
             self._store.refer(self.id, saved)
             self._state = None
 
-    def begin(self, round: int) -> None:
+    def start_round(self, round: int) -> None:
         """A new round has come; from some round on, an adversary's data are others."""
-        super().begin(round)
-        corrupted = self.corrupt is not None and round >= self.corrupt_from
+        super().start_round(round)
+        corrupted = self.data_corruption is not None and round >= self.corruption_start
         if corrupted != self._corrupted:
             self._corrupted = corrupted
-            self.arrive()
+            self.update_data()
 
-    def arrive(self) -> None:
+    def update_data(self) -> None:
         """Turn to the data that are there now, and forget what was made of others."""
         self.train, self.calibration = samples_at(self._train, self.stage), samples_at(self._calibration, self.stage)
         if self._corrupted:
-            self.train = self.corrupt(self.train, "train")
-            self.calibration = self.corrupt(self.calibration, "calibration")
+            self.train = self.data_corruption(self.train, "train")
+            self.calibration = self.data_corruption(self.calibration, "calibration")
         if self.dp_sgd is not None:
             self.train, self.calibration = (
-                GuardedSamples(self.train, self.gate),
-                GuardedSamples(self.calibration, self.gate),
+                GuardedSamples(self.train, self.data_gate),
+                GuardedSamples(self.calibration, self.data_gate),
             )
         self.cache.clear()
 
@@ -318,7 +318,7 @@ class Client(Participant):
         return len(self.train)
 
     @property
-    def told_samples(self) -> int:
+    def reported_samples(self) -> int:
         """How many it says it has, beside weights that are averaged by it: 1, as all do, where training is private."""
         return self.samples if self.dp_sgd is None else min(self.samples, 1)
 
@@ -333,7 +333,7 @@ class Client(Participant):
             self.runtime.hold(self.architecture, self)
         return module
 
-    def keep(self, module: LightningModule) -> None:
+    def save_specialist(self, module: LightningModule) -> None:
         """Store the specialist's weights until the next turn."""
         self.state["specialist"] = copy_of(module)
 
@@ -392,17 +392,17 @@ class Server(Participant):
         super().__init__(id=-1, **participant)
         self.validation, self.test = validation, test
         self.student, self.teacher, self._pooled, self.test_stages = student, teacher, pooled, test_stages
-        self.arrive()
+        self.update_data()
         self.classes = classes or [str(i) for i in range(self.num_classes)]
         self.cohort: list[int] = []
         self._said: dict[str, Message] = {}
 
-    def begin(self, round: int) -> None:
+    def start_round(self, round: int) -> None:
         """A new round has come, and what was said in the last one is old."""
-        super().begin(round)
+        super().start_round(round)
         self._said = {}
 
-    def arrive(self) -> None:
+    def update_data(self) -> None:
         """Turn to the data that are there now."""
         self.pooled = samples_at(self._pooled, self.stage)
 
@@ -420,7 +420,7 @@ class Server(Participant):
         self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
         return losses
 
-    def rest(self) -> None:
+    def round_trip_state(self) -> None:
         """The round is over: its state is as a checkpoint would give it back."""
         self.state = checkpoint.as_saved(self.state)
 

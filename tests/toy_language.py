@@ -94,7 +94,7 @@ def federation(method, folder, rounds=1, local=1, distil=1, upload=(), download=
         "proxy": windows(UP, DOWN, SHORT),
         "num_classes": 0,
         "task": "language",
-        "provides": {"tokenizer": Letters(), "context": LENGTH},
+        "model_kwargs": {"tokenizer": Letters(), "context": LENGTH},
     }
     private = [windows(UP, UP), windows(*[DOWN] * 6), *[windows(UP)] * 9][:clients]
     none = windows(UP).subset(torch.arange(0))

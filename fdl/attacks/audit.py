@@ -113,7 +113,7 @@ def audit(loop: FederatedLoop, attacks: Sequence[Attack]) -> Audit:
     with ExitStack() as gates:
         gates.enter_context(pinned(loop.recipe.fabric.threads))
         for client in loop.clients:  # who audits a run may see what its participants may not
-            gates.enter_context(client.gate.open())
+            gates.enter_context(client.data_gate.open())
         result = Audit(loop.round, {attack.label: attack.run(subject) for attack in attacks})
     curves = [(label, curve) for label, found in result.findings.items() for curve in found.curves]
     for label, curve in curves:

@@ -51,7 +51,7 @@ class AttackTarget:
         self.seed: int = loop.recipe.seed
         self._made: dict[Any, Any] = {}
 
-    def once(self, key: Any, make: Callable[[], T]) -> T:
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
         """What several attacks need, e.g. shadow models, made when it is first asked for.
 
         Args:
@@ -72,7 +72,7 @@ class AttackTarget:
         Returns:
             None where it sends no responses, or has no specialist.
         """
-        return self.once(("answers", client.id), lambda: self._ask(client))
+        return self.cached(("answers", client.id), lambda: self._ask(client))
 
     def _ask(self, client: Client) -> Responses | None:
         if "specialist" not in client.state:
@@ -80,10 +80,10 @@ class AttackTarget:
         server = copy.copy(self.server)
         twin = clone_client(client)
         twin.state = copy.deepcopy(client.state)
-        client.rest(changed=False)
+        client.offload_state(changed=False)
         server.state = {}
-        server.begin(self.loop.round)  # and forgets, in this copy, what it said
-        with self.runtime.rehearsal():
+        server.start_round(self.loop.round)  # and forgets, in this copy, what it said
+        with self.runtime.dry_run():
             download = self.method.download(server, client.id)
             ((_, upload),) = Sequential()(self.method, [(twin, download)])
         self.runtime.hold(client.architecture, None)

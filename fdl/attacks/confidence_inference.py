@@ -94,14 +94,14 @@ class ConfidenceInference(Attack):
         stream = numpy_stream(subject.seed, f"attack/{self.name}", 0, client.id)
         logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
         twin, inside, sent = clone_client(client), [], []
-        twin.corrupt, twin._corrupted = None, False
+        twin.data_corruption, twin._corrupted = None, False
         for number in range(self.simulations):
             inside.append(asked.halves(stream) if number % 2 == 0 else ~inside[-1])
             twin._train = asked.share(client, inside[-1])
-            twin.arrive()
+            twin.update_data()
             twin.state, twin.cache["encoder"] = client.state, space
             sent.append(confidence.log_weights(twin, logits).double().numpy())
-        client.rest(changed=False)
+        client.offload_state(changed=False)
         return np.stack(inside), np.stack(sent)
 
 

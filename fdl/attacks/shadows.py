@@ -39,7 +39,7 @@ def observe(subject: AttackTarget, neighbours: int) -> dict[str, np.ndarray]:
     """φ of the candidates in the attacked run itself; see `fdl.attacks.signals.signals`."""
     asked = candidates(subject)
     near = _near(subject, asked, neighbours)
-    return subject.once(("signals", neighbours), lambda: signals(subject, asked, near))
+    return subject.cached(("signals", neighbours), lambda: signals(subject, asked, near))
 
 
 def shadows(subject: AttackTarget, count: int, neighbours: int) -> Shadows:
@@ -56,7 +56,7 @@ def shadows(subject: AttackTarget, count: int, neighbours: int) -> Shadows:
         count: how many, even.
         neighbours: as in `observe`.
     """
-    known = subject.once(("shadows", neighbours), lambda: _Series(subject, neighbours))
+    known = subject.cached(("shadows", neighbours), lambda: _Series(subject, neighbours))
     return known.first(count)
 
 
@@ -115,7 +115,7 @@ def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, num
         executor=loop.executor,
     )
     shadow.rounds = never
-    shadow.begin(0)
+    shadow.start_round(0)
     shadow.method.setup(shadow.server, clients)
     for round in range(1, rounds + 1):
         shadow.run_round(round)
@@ -125,8 +125,8 @@ def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, num
 
 def _client(client: Client, train: Samples, seed: int) -> Client:
     twin = clone_client(client)
-    twin.seed, twin._train, twin.corrupt, twin._corrupted = seed, train, None, False
-    twin.arrive()
+    twin.seed, twin._train, twin.data_corruption, twin._corrupted = seed, train, None, False
+    twin.update_data()
     return twin
 
 
@@ -138,13 +138,13 @@ def _server(subject: AttackTarget, clients: list[Client], seed: int) -> Server:
             setattr(twin, part, subject.runtime.create(part, stream_seed(seed, purpose)))
     if twin._pooled is not None:
         twin._pooled = ConcatSamples([client.train for client in clients])
-        twin.arrive()
+        twin.update_data()
     return twin
 
 
 def _near(subject: AttackTarget, asked: Candidates, count: int) -> np.ndarray | None:
     """Proxy rows near the candidates; None where there are none, or nothing to tell what is near."""
     server = subject.server
-    if not server.proxy or (server.encoder is None and "context" in server.provides):
+    if not server.proxy or (server.encoder is None and "context" in server.model_kwargs):
         return None
-    return subject.once(("near", count), lambda: near_rows(server, asked.samples, count))
+    return subject.cached(("near", count), lambda: near_rows(server, asked.samples, count))

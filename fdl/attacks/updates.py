@@ -62,9 +62,9 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
     server, twin, channel = _server(subject, first), clone_client(client), fresh_channel(subject.loop.channel)
     if not first:
         twin.state = copy.deepcopy(client.state)
-        client.rest(changed=False)
+        client.offload_state(changed=False)
         channel.load_state_dict(copy.deepcopy(subject.loop.channel.state_dict([client.id])))
-    twin.begin(server.round)
+    twin.start_round(server.round)
     watched = _watch(twin)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -108,11 +108,11 @@ def _server(subject: AttackTarget, first: bool) -> Server:
     server = copy.copy(subject.server)
     server.cache, server.metrics, server.state = {}, {}, {} if first else copy.deepcopy(server.state)
     if not first:
-        server.begin(subject.loop.round + 1)
+        server.start_round(subject.loop.round + 1)
         return server
     if server.student is not None:
         server.student = subject.runtime.create("student", stream_seed(subject.seed, "init"))
-    server.begin(1)
+    server.start_round(1)
     subject.method.setup(server, subject.clients)
     return server
 
@@ -141,7 +141,7 @@ def _watch(client: Client) -> _TrackedSamples:
     """Have it noted which of its samples a client trains on."""
     guarded = isinstance(client.train, GuardedSamples)
     watched = _TrackedSamples(client.train._samples if guarded else client.train)
-    client.train = GuardedSamples(watched, client.gate) if guarded else watched
+    client.train = GuardedSamples(watched, client.data_gate) if guarded else watched
     return watched
 
 

@@ -109,7 +109,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         "public": data.public,
         "num_classes": data.num_classes,
         "task": data.task,
-        "provides": data.provides,
+        "model_kwargs": data.model_kwargs,
         "encoder": _encoder(recipe, data, runtime),
         "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
         "privacy": policy(recipe),

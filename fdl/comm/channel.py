@@ -35,7 +35,7 @@ class Channel:
     client then has its own past, so each download is encoded for one client alone.
 
     On a link with a budget what is too large is coded more cheaply, by the next of `CodecFallbacks`, then with fewer
-    rows (`narrowed`) if it has any; the ledger notes what was chosen. What does not fit at all is refused and not sent.
+    rows (`truncated`) if it has any; the ledger notes what was chosen. What does not fit at all is rejected, not sent.
 
     The parts of a bundle are packed and counted one by one, under their own kinds, and accepted together or not at all.
 
@@ -261,7 +261,7 @@ class Channel:
                 break
         while size > left:
             share *= min(0.98 * left / size, 0.98)
-            chosen = message.narrowed(share) if share > 0 else None
+            chosen = message.truncated(share) if share > 0 else None
             if chosen is None:
                 what = " and ".join(part.kind for part in _parts(message))
                 raise RejectedMessageError(

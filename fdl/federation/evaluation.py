@@ -76,5 +76,5 @@ def _specialists(loop: Federation, names: Sequence[str]) -> dict[str, dict[str, 
         if "specialist" in client.state:
             module = loop.method.client_model(loop.server, client)
             found[str(client.id)] = task.measure(client, module, test, names)
-        client.rest(changed=False)
+        client.offload_state(changed=False)
     return found

@@ -33,7 +33,7 @@ def broadcast(
     """
     for client in cohort:
         try:
-            download = loop.send(client)
+            download = loop.download_for(client)
         except RejectedMessageError as refusal:  # whom the server's word does not reach has nothing to answer
             _reject(loop, client, refusal, record)
             continue
@@ -64,13 +64,15 @@ def collect_uploads(
         UserError: a client's turn ended in an error, here or on another rank.
     """
     round, streams = record["round"], loop.spread.alone or hasattr(aggregate, "reduce")
-    looks = loop.adversaries.looks(round)  # then nobody's upload is sent before all turns are over, on any rank
+    looks = loop.adversaries.needs_all_uploads(
+        round
+    )  # then nobody's upload is sent before all turns are over, on any rank
     seconds: dict[int, float] = {}
     waiting: dict[int, Message | Bundle] = {}
     failure: Exception | None = None
     start = time.perf_counter()
     try:
-        for client, upload in loop.adversaries(round, honest, partial(loop.spread.show, round)):
+        for client, upload in loop.adversaries.corrupt_uploads(round, honest, partial(loop.spread.show, round)):
             record["clients"][str(client.id)] = client.metrics
             try:
                 if aggregate is None:
@@ -89,7 +91,7 @@ def collect_uploads(
             now = time.perf_counter()
             start, seconds[client.id] = now, now - start
             loop.callbacks.on_client_end(loop, round, client.id, client.metrics)
-            client.rest()
+            client.offload_state()
     except Exception as error:
         if loop.spread.alone:
             raise
@@ -113,7 +115,7 @@ def collect_uploads(
 
 def _reject(loop: Federation, client: int, refusal: RejectedMessageError, record: dict[str, Any]) -> None:
     """Count a message that was not used, and note why."""
-    loop.ledger.refuse(record["round"], client, refusal.reason)
+    loop.ledger.reject(record["round"], client, refusal.reason)
     record["refused"][str(client)] = refusal.reason
 
 

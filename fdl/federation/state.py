@@ -103,10 +103,10 @@ class Federation:
         self.audit: Any = None
         self.on_summary: Callable[[Mapping[str, Any]], object] = lambda summary: None
 
-    def begin(self, round: int) -> None:
+    def start_round(self, round: int) -> None:
         """Tell everybody which round it is."""
         for participant in (self.server, *self.clients):
-            participant.begin(round)
+            participant.start_round(round)
 
     def cohort(self, round: int) -> tuple[list[int], list[int]]:
         """Who is asked in a round, and who of them drops out; whoever has no data yet, or none any more, sits out."""
@@ -117,7 +117,7 @@ class Federation:
             asked, dropped = ([c for c in ids if len(self.clients[c].train)] for ids in (asked, dropped))
         return self.channel.reach(asked, dropped, round)
 
-    def send(self, client: int) -> Message | None:
+    def download_for(self, client: int) -> Message | None:
         """Carry the server's word of this round to a client."""
         return self.channel.download(self.method.download(self.server, client), client, self.server.round)
 

@@ -146,7 +146,7 @@ class ClientTurn:
         return self._runtime.predict(module, samples, what)
 
     def _found(self, module: nn.Module) -> Row | None:
-        if self.alone or self._runtime.dry:
+        if self.alone or self._runtime.is_dry_run:
             return None
         rows = (found for found in self._rows.values() if found is not None)
         return next(((stack, row) for stack, row in rows if stack.modules[row] is module), None)

@@ -92,7 +92,7 @@ class AffinityDistillation(Method):
             student.add(download, -1)
             AffinityLosses().learn(client, specialist, student.result(), client.digest, "digest")
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
         given = answers(client, specialist, client.proxy, temperature)
         sure = None if self.confidence is None else confidences(self.confidence, client, given)

@@ -106,7 +106,7 @@ class CFeD(FedAvg):
         else:
             objective = None if noted is None else self._rehearsing(client, noted.values)
             client.fit(module, client.train, client.local, objective)
-        return Parameters(module_state(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters | _MeanAndAnswers:
         """The mean as in FedAvg and, where the server distils, what all models say of the proxy set."""

@@ -116,7 +116,7 @@ class Codistillation(Method):
             module = client.load(part_of(download.tensors, pool), pool)
             client.fit(module, client.train, client.local, name=stream_of(client, "fit", pool))
             results[pool] = module_state(module)
-        return Parameters(prefix_names(results), samples=client.told_samples)
+        return Parameters(prefix_names(results), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> PoolAggregates:
         """One mean a pool, weighted by sample counts, or what is robust."""

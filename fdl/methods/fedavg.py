@@ -41,7 +41,7 @@ class FedAvg(Method):
         """Train the global model on private data and return its weights."""
         module = client.load(download.tensors, "student")
         client.fit(module, client.train, client.local, self.objective(module))
-        return Parameters(module_state(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.reported_samples)
 
     def objective(self, module) -> Objective | None:
         """What a client minimises; None for the module's own loss."""

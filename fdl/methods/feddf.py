@@ -121,7 +121,7 @@ class FedDF(Method):
         """Train the group's model on private data; return its weights and, if asked, how much it counts."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
         client.fit(module, client.train, client.local)
-        weights = Parameters(module_state(module), samples=client.told_samples)
+        weights = Parameters(module_state(module), samples=client.reported_samples)
         if self.weighting is None:
             return weights
         scores = self.weighting.log_weights(client, client.predict(module, client.proxy))
@@ -148,7 +148,7 @@ class FedDF(Method):
     def _teach(self, server: Server, module: LightningModule, samples: SoftLabelled, name: str) -> dict[str, float]:
         """Distil the ensemble into a module; returns after which step it was best, and how many were taken."""
         objective = ResponseObjective("kl", 1.0)
-        if not self.validated or server.runtime.dry:
+        if not self.validated or server.runtime.is_dry_run:
             server.fit(module, samples, server.distil, objective, name=name)
             return {}
         watch = BestOnValidation(server, module, self.every, self.patience)

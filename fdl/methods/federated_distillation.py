@@ -194,7 +194,7 @@ class FederatedDistillation(Method):
             answered = SoftLabelled(client.proxy, answers.values, answers.rows)
             client.fit(specialist, answered, client.digest, self.objective, name="digest")
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         return self.answering.upload(client, specialist, standing)
 
     def aggregate(self, server: Server) -> CompositeAggregate:

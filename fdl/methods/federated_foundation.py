@@ -77,7 +77,7 @@ class FederatedFoundation(FedAvg):
 
     def _federated(self, server: Server) -> bool:
         """Whether the round is of a federated phase; rehearsed is one, where any is to come."""
-        rehearsed = server.runtime.dry and self.switch.alternates
+        rehearsed = server.runtime.is_dry_run and self.switch.alternates
         return rehearsed or server.state["phase"]["name"] == FEDERATED
 
     def _advance(self, server: Server) -> dict[str, float]:

@@ -67,8 +67,8 @@ class FederatedPrompts(FedAvg):
         module = client.specialist()  # at first a fresh one, whose personal part nobody else has
         load_into(module, {**module_state(module), **download.tensors})
         client.fit(module, client.train, client.local, self.objective(module))
-        client.keep(module)
-        return Parameters(self._shared(module_state(module)), samples=client.told_samples)
+        client.save_specialist(module)
+        return Parameters(self._shared(module_state(module)), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters:
         """A mean weighted by sample counts, or what is robust."""

@@ -75,7 +75,7 @@ class FedGEMS(Method):
             samples = SoftLabelled(client.public, labels, more=[download.values, shares])
             client.fit(specialist, samples, client.digest, _taught, name="digest")
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         return Responses(client.predict(specialist, client.public), "logits")
 
     def aggregate(self, server: Server) -> RightOnes:

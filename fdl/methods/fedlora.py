@@ -63,7 +63,7 @@ class FedLoRA(Method):
             tensors |= _fresh(client, adapted_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
         client.fit(module, client.train, client.local)
-        return Parameters(module_state(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> _Updates:
         """Means of everything, and every site's matrices where the aggregation needs them."""

@@ -128,7 +128,7 @@ class TokenDistillation(Method):
             objective = self.objective if drawn == (self.mode == "sampled") else self.likeliest
             client.fit(specialist, _answered(client, mixture.result()), client.digest, objective, name="digest")
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         return self.answering.upload(client, specialist, rows)
 
     def aggregate(self, server: Server) -> TokenMixture:

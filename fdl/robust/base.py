@@ -88,7 +88,7 @@ class WeighingRule(RowRule):
 
 
 class Plain(WeighingRule):
-    """No rule: the mean by shares, for a rehearsal, in which nobody has learnt anything."""
+    """No rule: the mean by shares, for a dry run, in which nobody has learnt anything."""
 
     def coefficients(self, votes: UpdateBlock) -> Tensor:
         """The shares."""

@@ -65,7 +65,7 @@ class RobustParameters:
         if not self._held:
             return None
         clients = sorted(self._held)
-        rule = Plain() if self._server.runtime.dry else self._rule
+        rule = Plain() if self._server.runtime.is_dry_run else self._rule
         memory = self._what or "parameters"
         ballot = ClientUpdates(clients, self._server, self._votes, cache(self._reference), False, memory)
         decision = rule.decide(ballot)

@@ -145,7 +145,7 @@ def _masked(blocks: Callable[[], Iterator[Tensor]], heard: Tensor) -> Callable[[
     return lambda: (x.masked_fill(~heard.unsqueeze(2), 0.0) for x in blocks())
 
 
-def capped(log_weights: Tensor, cap: float | None) -> Tensor:
+def cap_shares(log_weights: Tensor, cap: float | None) -> Tensor:
     """Shares of each row's weight, none above a multiple of an equal share.
 
     Args:

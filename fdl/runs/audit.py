@@ -56,7 +56,7 @@ def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] =
     require_unlocked(run)
     loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)
     snapshot.restore(loop, write=False)
-    loop.begin(loop.round)
+    loop.start_round(loop.round)
     for attack in loop.after_rounds:
         attack(loop)
     result = loop.audit

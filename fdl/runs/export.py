@@ -103,20 +103,20 @@ class Subject:
     round: int
 
     @property
-    def provides(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What the data told the model."""
-        return self.inputs.provides
+        return self.inputs.model_kwargs
 
     def normalization(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel that the exported images come with; 0 and 1 without any."""
-        channels = self.provides["input_shape"][0]
-        mean, std = self.provides.get("normalization") or ([0.0] * channels, [1.0] * channels)
+        channels = self.model_kwargs["input_shape"][0]
+        mean, std = self.model_kwargs.get("normalization") or ([0.0] * channels, [1.0] * channels)
         return list(map(float, mean)), list(map(float, std))
 
     def pictures(self) -> dict[str, Any]:
         """How a picture becomes what the network itself takes, behind the adapter where there is one."""
         adapter = getattr(self.student, "adapter", None)
-        (mean, std), size = self.normalization(), self.provides["input_shape"]
+        (mean, std), size = self.normalization(), self.model_kwargs["input_shape"]
         if adapter is not None:
             mean, std, size = adapter.mean, adapter.std, adapter.output_shape
         # data without a size of their own are all of one shape: nothing is cut off
@@ -126,20 +126,20 @@ class Subject:
 
     def told(self) -> dict[str, Any]:
         """What the exported model takes and answers, for people and programs."""
-        provides, told = self.provides, {"task": self.inputs.task}
-        if "input_shape" in provides:
+        model_kwargs, told = self.model_kwargs, {"task": self.inputs.task}
+        if "input_shape" in model_kwargs:
             mean, std = self.normalization()
             told["images"] = {
-                "shape": ["batch", *provides["input_shape"]],
+                "shape": ["batch", *model_kwargs["input_shape"]],
                 "range": "0 (black) to 1 (white), then (x - mean) / std for each channel",
                 "mean": mean,
                 "std": std,
                 "resize": "central square, then bilinear with antialiasing",
             }
-        if "context" in provides:
+        if "context" in model_kwargs:
             told["texts"] = {
-                "shape": ["batch", provides["context"]],
-                "ids": f"of the tokenizer ({_public(provides['tokenizer'])}), padded on the right with -1",
+                "shape": ["batch", model_kwargs["context"]],
+                "ids": f"of the tokenizer ({_public(model_kwargs['tokenizer'])}), padded on the right with -1",
             }
         if self.inputs.classes and self.inputs.task == "classification":
             told["classes"] = self.inputs.classes
@@ -156,7 +156,7 @@ def _subject(run: Path, summary: Mapping[str, Any], which: str) -> Subject:
     if inputs is None:  # of an earlier version, or of data that tell models more than can be written down
         loop = build(recipe, run, launch=False)
         server, method = loop.server, loop.method
-        inputs = Inputs(server.task, list(server.classes), dict(server.provides))
+        inputs = Inputs(server.task, list(server.classes), dict(server.model_kwargs))
     else:
         method = instantiate(recipe.method, "method", "method")
         server = _server(recipe, method, inputs)
@@ -175,7 +175,7 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
     student = None
     if "student" in method.requires:
         runtime.factories["student"] = lambda: conforming(
-            instantiate(recipe.student, "module", "student", **inputs.provides), "student", inputs.example
+            instantiate(recipe.student, "module", "student", **inputs.model_kwargs), "student", inputs.example
         )
         student = runtime.create("student", stream_seed(recipe.seed, "init"))
     return Server(
@@ -191,7 +191,7 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
         classes=inputs.classes,
         num_classes=len(inputs.classes),
         task=inputs.task,
-        provides=inputs.provides,
+        model_kwargs=inputs.model_kwargs,
     )
 
 
@@ -258,20 +258,20 @@ def _transformers(student: LightningModule, subject: Subject, folder: Path) -> s
     network = getattr(student, "network", None)
     if network is None or not hasattr(network, "save_pretrained"):
         raise UserError(f"{type(student).__name__} is no model of transformers; --format torch takes any student")
-    network, provides, classes = merge_lora(network), subject.provides, subject.inputs.classes
+    network, model_kwargs, classes = merge_lora(network), subject.model_kwargs, subject.inputs.classes
     network.config._name_or_path = ""  # a local folder, where the weights came from one
     if subject.inputs.task == "classification":
         network.config.id2label = dict(enumerate(classes))
         network.config.label2id = {name: i for i, name in enumerate(classes)}
-        save_for_classifier(network, provides["tokenizer"], provides["context"], folder)
+        save_for_classifier(network, model_kwargs["tokenizer"], model_kwargs["context"], folder)
         kind = "AutoModelForSequenceClassification"
         use = [
             'batch = tokenizer(["a text", "a longer text"], padding=True, truncation=True, return_tensors="pt")',
             "names = [model.config.id2label[i] for i in model(**batch).logits.argmax(1).tolist()]",
         ]
     else:
-        positions = getattr(network.config, "max_position_embeddings", None) or provides["context"]
-        save_for_generation(provides["tokenizer"], positions, folder)
+        positions = getattr(network.config, "max_position_embeddings", None) or model_kwargs["context"]
+        save_for_generation(model_kwargs["tokenizer"], positions, folder)
         kind = "AutoModelForCausalLM"
         use = [
             'batch = tokenizer(["A text", "A longer text"], padding=True, return_tensors="pt")',
@@ -292,7 +292,7 @@ def _transformers(student: LightningModule, subject: Subject, folder: Path) -> s
 def _open_clip(student: LightningModule, subject: Subject, folder: Path) -> str:
     if not hasattr(student, "open_clip_state"):
         raise UserError(f"{type(student).__name__} is no model of open_clip; --format torch takes any student")
-    pictures, tokenizer = subject.pictures(), subject.provides["tokenizer"]
+    pictures, tokenizer = subject.pictures(), subject.model_kwargs["tokenizer"]
     if pictures["input_size"][0] != 3:
         raise UserError("open_clip builds models for colour images only; --format torch takes any student")
     sizes = {**student.sizes, "quick_gelu": bool(student.sizes.get("quick_gelu"))}
@@ -361,8 +361,8 @@ def _onnx(student: LightningModule, subject: Subject, folder: Path) -> str:
 def _describe(subject: Subject, folder: Path) -> list[str]:
     """Write what a graph takes and answers beside it; the lines that read it."""
     write_atomically(folder / "inputs.json", _json(subject.told()))
-    if "tokenizer" in subject.provides:
-        subject.provides["tokenizer"].save(folder)
+    if "tokenizer" in subject.model_kwargs:
+        subject.model_kwargs["tokenizer"].save(folder)
     return ["# what it takes (mean, std), and the names of the classes: inputs.json"]
 
 

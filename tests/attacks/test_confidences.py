@@ -100,7 +100,7 @@ def site(loop, count):
     """A client with so many of its samples, and what it would send."""
     twin = clone_client(loop.clients[0])
     twin._train = loop.clients[0].train.subset(np.arange(count))
-    twin.arrive()
+    twin.update_data()
     return twin
 
 
@@ -130,7 +130,7 @@ def test_small_clients_of_a_run_are_attacked(tmp_path):
     small = [client for client in loop.clients if 0 < client.samples <= 3]
     if not small:
         loop.clients[0]._train = loop.clients[0].train.subset(np.arange(3))
-        loop.clients[0].arrive()
+        loop.clients[0].update_data()
         small = [loop.clients[0]]
     found = ConfidenceInversion(largest=3, steps=200, starts=1).run(AttackTarget(loop))
     assert found.metrics["clients"] == len(small) and 0 <= found.metrics["found"] <= 1

@@ -219,7 +219,7 @@ def test_a_lost_upload_is_noticed_and_made_up_for(tmp_path):
 
 def test_a_claim_that_nothing_changed_needs_something_held(tmp_path):
     loop = toy(tmp_path, frequency=UploadOnChange())
-    loop.begin(3)
+    loop.start_round(3)
     collection = loop.method.aggregate(loop.server)
     with pytest.raises(RejectedMessageError, match="answers of round 2 are not held, but none"):
         collection.add(UploadStatus(2), 0)
@@ -229,7 +229,7 @@ def test_a_claim_that_nothing_changed_needs_something_held(tmp_path):
 
 def test_at_a_plateau_clients_are_not_asked(tmp_path):
     loop = toy(tmp_path, rounds=5, frequency=UploadOnChange(threshold=1e-9, patience=1, expiry=50))
-    loop.begin(1)
+    loop.start_round(1)
     loop.server.state["plateau"] = {"loss": -1.0, "rounds": 0}
     loop.run_round(1)
     before = {client.id: client.state["specialist"]["linear.weight"].clone() for client in loop.clients}
@@ -262,7 +262,7 @@ def test_all_clients_answer_the_same_rows_and_the_cache_fills(tmp_path):
 
 def test_gains_follow_the_answers_that_help(tmp_path):
     loop = toy(tmp_path, weights=AdaptiveWeights(rate=0.5, limit=0.3))
-    loop.begin(1)
+    loop.start_round(1)
     loop.method.setup(loop.server, loop.clients)
     collection = loop.method.aggregate(loop.server)
     right = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
@@ -285,9 +285,9 @@ def test_gains_follow_the_answers_that_help(tmp_path):
 
 def test_a_personal_download_is_what_the_others_say(tmp_path):
     loop = ran(tmp_path, rounds=1, personal=Similarity())
-    loop.begin(2)
+    loop.start_round(2)
     for me, other in ((0, 1), (1, 0)):
-        got = loop.send(me)
+        got = loop.download_for(me)
         specialist = loop.clients[other].specialist()
         loop.runtime.hold("linear", None)
         expected = torch.softmax(loop.clients[other].predict(specialist, loop.server.proxy), 1)

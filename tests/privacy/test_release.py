@@ -19,7 +19,7 @@ from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.privacy.accounting import Policy, epsilon, events_of
 from fdl.privacy.noisy_responses import NoisyResponses, response_sensitivity
 from fdl.privacy.noisy_votes import NoisyVotes
-from fdl.privacy.release import clipped
+from fdl.privacy.release import clip_rows
 from tests.privacy.clients import someone
 from tests.test_loop import outcome
 from tests.toy import federation, weight
@@ -87,8 +87,8 @@ def test_no_replaced_client_moves_the_mean_further_than_the_formula_says():
 
 def test_rows_are_clipped_in_length_and_left_alone_within():
     values = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    assert torch.equal(clipped(values, 5.0), values)
-    torch.testing.assert_close(clipped(values, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    assert torch.equal(clip_rows(values, 5.0), values)
+    torch.testing.assert_close(clip_rows(values, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
 
 
 def test_an_answer_that_is_not_finite_shows_no_more_than_a_row_of_zeros():
@@ -298,7 +298,7 @@ def test_without_noise_and_within_the_bounds_it_is_the_unprotected_method_to_the
 
 def test_a_client_that_is_private_does_not_say_how_many_samples_it_has(tmp_path):
     loop = federation(FederatedDistillation(release=NoisyResponses(1.0), space="logits"), tmp_path)
-    loop.begin(1)
+    loop.start_round(1)
     assert loop.method.local_update(loop.clients[1], None).samples == 0
 
 

@@ -35,7 +35,7 @@ class Somewhere:
     def __init__(self, dry=False):
         self.state, self.metrics, self.round, self.seed, self.cache = {}, {}, 1, 0, {}
         self.proxy, self.num_classes = TensorSamples(torch.zeros(ROWS, 1)), CLASSES
-        self.runtime = type("Runtime", (), {"dry": dry})()
+        self.runtime = type("Runtime", (), {"is_dry_run": dry})()
 
 
 def answers(seed, clients=5, limit=6.0, subsets=True):
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_and_too_few_change_nothing(caplog):
     assert taken(aggregate, updates(4)) is None and "it needs 5 uploads and got 4" in caplog.text
 
 
-def test_in_a_rehearsal_every_rule_is_the_mean():
+def test_in_a_dry_run_every_rule_is_the_mean():
     found = taken(RobustParameters(Krum(f=1), Somewhere(dry=True), like()), updates(2))
     torch.testing.assert_close(found["w"], torch.stack([m.tensors["w"] for m in updates(2)]).mean(0))
 

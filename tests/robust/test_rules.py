@@ -11,7 +11,7 @@ from fdl.robust.coordinate_wise import Median, TrimmedMean
 from fdl.robust.distance_based import Cronus, GeometricMedian, Krum, MultiKrum, NormClipping
 from fdl.robust.history import ExpGuard
 from fdl.robust.trust import FLTrust
-from fdl.robust.votes import capped
+from fdl.robust.votes import cap_shares
 from tests.robust.votes import NoServer, ballot, decide
 
 RULES = [
@@ -212,7 +212,7 @@ def test_capped_shares_sum_to_one_and_none_is_above_the_cap(seed, n, cap):
     g = torch.Generator().manual_seed(seed)
     logs = (torch.rand(n, 6, generator=g, dtype=torch.float64) * 2 - 1) * 32
     logs[torch.rand(n, 6, generator=g) < 0.3] = -math.inf
-    shares, count = capped(logs, cap), torch.isfinite(logs).sum(0)
+    shares, count = cap_shares(logs, cap), torch.isfinite(logs).sum(0)
     torch.testing.assert_close(shares.sum(0), (count > 0).double())
     assert (shares <= (cap / count.clamp_min(1).double()).clamp_max(1) + 1e-9).all()
     # who is not cut keeps its proportion to others who are not
@@ -224,8 +224,8 @@ def test_capped_shares_sum_to_one_and_none_is_above_the_cap(seed, n, cap):
 
 def test_a_cap_of_one_ignores_confidence_and_none_keeps_it():
     logs = torch.tensor([[30.0], [0.0], [-30.0], [-math.inf]], dtype=torch.float64)
-    torch.testing.assert_close(capped(logs, 1.0)[:3], torch.full((3, 1), 1 / 3).double())
-    torch.testing.assert_close(capped(logs, None), torch.softmax(logs, 0))
+    torch.testing.assert_close(cap_shares(logs, 1.0)[:3], torch.full((3, 1), 1 / 3).double())
+    torch.testing.assert_close(cap_shares(logs, None), torch.softmax(logs, 0))
 
 
 @pytest.mark.parametrize(
