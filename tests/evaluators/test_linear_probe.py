@@ -138,7 +138,7 @@ def test_further_images_are_normalised_as_the_model_knows_them():
     for given, raw in ((pool, plain.train), (test, plain.test)):
         x, expected = given.batch(torch.arange(5))[0], raw.batch(torch.arange(5))[0]
         torch.testing.assert_close(x, (expected - 0.5) / 0.25)
-    del asked.provides["normalization"]
+    del asked.model_kwargs["normalization"]
     torch.testing.assert_close(labelled_samples(asked, data, "x")[1].batch(torch.arange(5))[0], expected)
 
 
