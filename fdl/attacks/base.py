@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fdl.engine.runtime import Runtime
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
     from fdl.methods.base import Method
     from fdl.participants import Client, Server
 
@@ -39,7 +39,7 @@ class AttackTarget:
         seed: the run's; streams are derived from it as everywhere.
     """
 
-    def __init__(self, loop: FederatedLoop):
+    def __init__(self, loop: Federation):
         self.loop = loop
         self.server: Server = loop.server
         self.clients: list[Client] = loop.clients

@@ -11,6 +11,7 @@ import numpy as np
 from fdl.attacks.base import AttackTarget
 from fdl.attacks.candidates import Candidates, ConcatSamples, candidates
 from fdl.attacks.signals import near_rows, signals
+from fdl.callbacks.base import CallbackList
 from fdl.loop import FederatedLoop
 from fdl.utils.seeding import numpy_stream, stream_seed
 
@@ -111,13 +112,14 @@ def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, num
         clients=clients,
         channel=loop.channel.fresh(),
         executor=loop.executor,
+        callbacks=CallbackList(),
     )
     shadow.rounds = never
     shadow.start_round(0)
     shadow.method.setup(shadow.server, clients)
     for round in range(1, rounds + 1):
         shadow.run_round(round)
-    shadow.spread.everywhere()
+    shadow.placement.everywhere()
     return AttackTarget(shadow)
 
 
