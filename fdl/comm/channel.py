@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,6 +166,15 @@ class Channel:
         """Become the channel that gave this state."""
         self._memories, self._round = {}, -1
         self._remember(state)
+
+    def fresh(self) -> Channel:
+        """Copy the channel with its codecs, links and limits, but with an empty ledger and nothing sent over it."""
+        fresh = copy.copy(self)
+        fresh.ledger = Ledger()
+        fresh.ledger.links = self.ledger.links
+        fresh._spent, fresh._elapsed, fresh._sent, fresh._waiting = {}, {}, WeakKeyDictionary(), None
+        fresh.load_state_dict({})
+        return fresh
 
     def restore(self, client: int, state: dict[str, Any]) -> None:
         """Let one client's link remember what a state says, and nothing else; arguments as in `load_state_dict`."""

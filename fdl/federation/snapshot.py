@@ -72,7 +72,7 @@ def save(loop: Federation) -> None:
     student = loop.server.student
     save_best(loop)  # first: a run killed in between does this round again and writes the same student
     with loop.seconds("checkpoint"):
-        owned = loop.spread.all_states()
+        owned = loop.placement.all_states()
         weights = None if student is None else module_state(student)
         if loop.store is not None:
             loop.store.settle()
@@ -129,7 +129,7 @@ def restore(loop: Federation, write: bool = True) -> None:
     if loop.runtime.ranks.leader and write:
         _restore_best(loop)
     loop.runtime.ranks.any(False)  # nobody writes before this is done
-    loop.spread.restore(state)
+    loop.placement.restore(state)
     loop.ledger.load_state_dict(state["ledger"])
     loop.callbacks.load_state_dict(state["callbacks"])
     log.info("resuming after round %d of %d from %s", loop.round, loop.rounds, path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fdl.attacks.audit import audit
-from fdl.attacks.base import AttackTarget, clone_client
+from fdl.attacks.base import AttackTarget
 from fdl.attacks.confidence_inference import ConfidenceInference, likelihood_ratio
 from fdl.attacks.confidence_inversion import ConfidenceInversion
 from fdl.attacks.roc import Roc
@@ -98,10 +98,7 @@ def test_no_confidences_are_nothing_to_attack(tmp_path):
 
 def site(loop, count):
     """A client with so many of its samples, and what it would send."""
-    twin = clone_client(loop.clients[0])
-    twin._train = loop.clients[0].train.subset(np.arange(count))
-    twin.update_data()
-    return twin
+    return loop.clients[0].clone(train=loop.clients[0].train.subset(np.arange(count)))
 
 
 def inverted(loop, confidence, owner, **settings):
