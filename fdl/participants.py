@@ -395,12 +395,12 @@ class Server(Participant):
         self.arrive()
         self.classes = classes or [str(i) for i in range(self.num_classes)]
         self.cohort: list[int] = []
-        self._said: dict[str, Message] = {}
+        self._downloads: dict[str, Message] = {}
 
     def begin(self, round: int) -> None:
         """A new round has come, and what was said in the last one is old."""
         super().begin(round)
-        self._said = {}
+        self._downloads = {}
 
     def arrive(self) -> None:
         """Turn to the data that are there now."""
@@ -424,16 +424,16 @@ class Server(Participant):
         """The round is over: its state is as a checkpoint would give it back."""
         self.state = checkpoint.as_saved(self.state)
 
-    def say(self, key: str, make: Callable[[], Message]) -> Message:
-        """The message that several clients get in this round, made once, so that it is encoded once.
+    def cached_download(self, key: str, make: Callable[[], Message]) -> Message:
+        """A download of the current round, made at the first call and shared by its receivers, so that it is encoded once.
 
         Args:
-            key: what tells one message of the round from another.
-            make: makes the message.
+            key: identifies the message among the downloads of this round.
+            make: builds the message.
         """
-        if key not in self._said:
-            self._said[key] = make()
-        return self._said[key]
+        if key not in self._downloads:
+            self._downloads[key] = make()
+        return self._downloads[key]
 
 
 def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:

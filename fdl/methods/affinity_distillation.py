@@ -82,7 +82,9 @@ class AffinityDistillation(Method):
         """The student's vectors, once it has been taught."""
         if self.feedback == "none" or "taught" not in server.state:
             return None
-        return server.say("answers", lambda: Responses(answers(server, server.student, server.proxy), "embeddings"))
+        return server.cached_download(
+            "answers", lambda: Responses(answers(server, server.student, server.proxy), "embeddings")
+        )
 
     def local_update(self, client: Client, download: Responses | None) -> Responses:
         """Learn from what came back, train on private pairs, embed the public ones."""

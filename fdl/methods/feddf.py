@@ -115,7 +115,7 @@ class FedDF(Method):
     def download(self, server: Server, client: int) -> Message:
         """The weights of the client's group, one message for all clients of it."""
         group = self._group(server, client)
-        return server.say(group, lambda: Parameters(self._weights(server, group)))
+        return server.cached_download(group, lambda: Parameters(self._weights(server, group)))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters | Bundle:
         """Train the group's model on private data; return its weights and, if asked, how much it counts."""

@@ -177,17 +177,19 @@ class FederatedDistillation(Method):
             answers = self.personal.mixture(client, self._last(server), lambda: self._mean(server), self._answers)
         if answers is None and "answers" in server.state:
             rows = server.state.get("rows")
-            answers = server.say("answers", lambda: Responses(server.state["answers"], form=self.form, rows=rows))
+            answers = server.cached_download(
+                "answers", lambda: Responses(server.state["answers"], form=self.form, rows=rows)
+            )
         if self.frequency is None:
             return answers
-        standing = self.frequency.standing(server, self._last(server).round(client))
+        standing = self.frequency.status_for(server, self._last(server).round(client))
         return Bundle((standing,) if answers is None else (answers, standing))
 
     def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
         """Learn from what came back, train on private data, answer the proxy set."""
         received = parts_of(download)
         answers, standing = received.get(Responses), received.get(UploadStatus)
-        if self.frequency is not None and self.frequency.idle(client, standing):
+        if self.frequency is not None and self.frequency.may_skip(client, standing):
             return UploadStatus(standing.round)
         specialist = self._specialist(client, answers is not None)
         if answers is not None:
@@ -229,7 +231,7 @@ class FederatedDistillation(Method):
             answers = logits if self.form == "logits" else torch.softmax(logits, dim=1)
             server.state["answers"] = answers if fresh.rows is None else answers[fresh.rows]
         log = self.weights.update(server, knowledge.gains) if self.weights else {}
-        return log | (self.frequency.watch(server) if self.frequency else {})
+        return log | (self.frequency.update_plateau(server) if self.frequency else {})
 
     def _specialist(self, client: Client, taught: bool) -> LightningModule:
         """The client's model as it begins the round: a new one where it has none, or where CFD would draw one."""

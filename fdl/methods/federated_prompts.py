@@ -58,7 +58,7 @@ class FederatedPrompts(FedAvg):
 
     def download(self, server: Server, client: int) -> Message:
         """The shared part of the global weights, the same message for all clients of a round."""
-        return server.say("student", lambda: Parameters(self._shared(module_state(server.student))))
+        return server.cached_download("student", lambda: Parameters(self._shared(module_state(server.student))))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train both parts on private data, keep the personal one, return the shared one."""

@@ -115,7 +115,7 @@ class TokenDistillation(Method):
         """The last round's mixture, one message for all clients that can learn from it."""
         if "answers" not in server.state or client in server.state["answering"]:
             return None
-        return server.say("answers", lambda: SparseResponses(**server.state["answers"]))
+        return server.cached_download("answers", lambda: SparseResponses(**server.state["answers"]))
 
     def local_update(self, client: Client, download: SparseResponses | None) -> SparseResponses:
         """Learn from what came back, train on private text, answer the proxy text."""

@@ -165,7 +165,7 @@ def _subject(run: Path, summary: Mapping[str, Any], which: str) -> Subject:
     state = _saved(run, summary, which)
     load_into(server.student, state["student"])
     server.state = state["server"]
-    method.restored(server)
+    method.on_restore(server)
     return Subject(recipe, server.student, inputs, state["round"])
 
 
