@@ -425,7 +425,7 @@ class Server(Participant):
         self.state = checkpoint.as_saved(self.state)
 
     def cached_download(self, key: str, make: Callable[[], Message]) -> Message:
-        """A download of the current round, made at the first call and shared by its receivers, so that it is encoded once.
+        """A download of the current round, made once for all clients that receive it, so that it is encoded once.
 
         Args:
             key: identifies the message among the downloads of this round.

@@ -13,15 +13,15 @@ from fdl.knowledge.aggregation.pools import (
     PoolMeans,
     Weights,
     architectures,
+    codistill,
     interpolate,
-    strip_prefix,
     prefix_names,
     stream_of,
-    codistill,
+    strip_prefix,
 )
 from fdl.knowledge.aggregation.server_optimizers import Adam, ServerOptimizer
 from fdl.knowledge.distillation.targets import ResponseObjective
-from fdl.knowledge.distillation.token_pools import require_equal_tokens, codistill_tokens
+from fdl.knowledge.distillation.token_pools import codistill_tokens, require_equal_tokens
 from fdl.messages import Parameters
 from fdl.methods.base import Method
 from fdl.participants import Client, Server

@@ -2,7 +2,7 @@
 
 import torch
 
-from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, interpolate, strip_prefix, prefix_names
+from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, interpolate, prefix_names, strip_prefix
 from fdl.messages import Parameters
 
 
