@@ -298,12 +298,12 @@ class Server(Participant):
         self.update_data()
         self.classes = classes or [str(i) for i in range(self.num_classes)]
         self.cohort: list[int] = []
-        self._said: dict[str, Message] = {}
+        self._downloads: dict[str, Message] = {}
 
     def start_round(self, round: int) -> None:
         """Start a round and drop cached downloads of the previous one."""
         super().start_round(round)
-        self._said = {}
+        self._downloads = {}
 
     def update_data(self) -> None:
         """Switch to the pooled data of the current stage."""
@@ -328,23 +328,23 @@ class Server(Participant):
         """
         twin = copy.copy(self)
         twin.state, twin.cache, twin.metrics, twin._drawn = {} if state is None else state, {}, {}, Counter()
-        twin._said, twin.cohort = {}, list(self.cohort)
+        twin._downloads, twin.cohort = {}, list(self.cohort)
         twin.seed = self.seed if seed is None else seed
         if pooled is not None:
             twin._pooled = pooled
             twin.update_data()
         return twin
 
-    def say(self, key: str, make: Callable[[], Message]) -> Message:
-        """The message that several clients get in this round, made once, so that it is encoded once.
+    def cached_download(self, key: str, make: Callable[[], Message]) -> Message:
+        """Return a download of this round that several clients receive, made once, so that it is encoded once.
 
         Args:
-            key: what tells one message of the round from another.
-            make: makes the message.
+            key: identifies the message among the downloads of this round.
+            make: builds the message.
         """
-        if key not in self._said:
-            self._said[key] = make()
-        return self._said[key]
+        if key not in self._downloads:
+            self._downloads[key] = make()
+        return self._downloads[key]
 
 
 def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
     args = config.optimizer.args
     rate = args.get("lr", _LR) * max(steps, 1)
     device = next(iter(own.values())).device
-    moved = {n: (-after[n] if subject.method.sends_changes else before[n] - after[n]) for n in names}
+    moved = {n: (-after[n] if subject.method.uploads_are_deltas else before[n] - after[n]) for n in names}
     plain = config.optimizer.target == "sgd" and not args.keys() - {"lr"} and config.scheduler is None
     return Update(
         model=model,

@@ -64,7 +64,7 @@ def save_best(loop: Federation) -> None:
             path, before = loop.folder / BEST, loop.folder / BEFORE
             if path.exists() and not before.exists():
                 os.replace(path, before)
-            checkpoint.save_best(path, loop.round, weights, loop.method.beside_student(loop.server))
+            checkpoint.save_best(path, loop.round, weights, loop.method.student_extra_state(loop.server))
 
 
 def save(loop: Federation) -> None:
@@ -123,7 +123,7 @@ def restore(loop: Federation, write: bool = True) -> None:
     if loop.server.student is not None:
         load_into(loop.server.student, state["student"])
     loop.server.state = state["server"]
-    loop.method.restored(loop.server)
+    loop.method.on_restore(loop.server)
     if loop.store is not None and loop.runtime.ranks.leader:
         loop.store.hold(checkpoint.files(path.parent), sweep=write)
     if loop.runtime.ranks.leader and write:

@@ -35,7 +35,7 @@ class FedAvg(Method):
 
     def download(self, server: Server, client: int) -> Message:
         """The global weights, the same message for all clients of a round."""
-        return server.say("student", lambda: Parameters(module_state(server.student)))
+        return server.cached_download("student", lambda: Parameters(module_state(server.student)))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train the global model on private data and return its weights."""

@@ -84,9 +84,9 @@ class FederatedFoundation(FedAvg):
         """Count the round, and switch if it was the phase's last; returns what the switch has seen."""
         phase = server.state["phase"]
         name, rounds, memory = phase["name"], phase["rounds"] + 1, dict(phase["memory"])
-        if self.switch.ends(server, name, rounds, memory):
+        if self.switch.is_over(server, name, rounds, memory):
             other = CENTRALIZED if name == FEDERATED else FEDERATED
-            server.state["phase"] = {"name": other, "rounds": 0, "memory": self.switch.handover(memory)}
+            server.state["phase"] = {"name": other, "rounds": 0, "memory": self.switch.carry_over(memory)}
         else:
             server.state["phase"] = {"name": name, "rounds": rounds, "memory": memory}
         return self.switch.log(memory)

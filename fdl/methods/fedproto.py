@@ -70,7 +70,9 @@ class FedProto(Method):
         if common is None:
             return None
         labels = torch.nonzero(common["counts"]).squeeze(1)
-        return server.say("all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels]))
+        return server.cached_download(
+            "all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels])
+        )
 
     def local_update(self, client: Client, download: Prototypes | None) -> Prototypes:
         """Train on private data near the common prototypes, and return those of one's own."""

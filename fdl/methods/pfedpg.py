@@ -42,7 +42,7 @@ class PFedPG(Method):
     """
 
     name = "pfedpg"
-    sends_changes = True
+    uploads_are_deltas = True
 
     def __init__(self, prompts: list[str] | None = None, width: int = 32, steps: int = 10, lr: float = 0.5):
         for key, value in (("width", width), ("steps", steps)):

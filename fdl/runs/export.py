@@ -105,7 +105,7 @@ def _load_student(run: Path, summary: Mapping[str, Any], which: str) -> Exported
     state = _saved(run, summary, which)
     load_into(server.student, state["student"])
     server.state = state["server"]
-    method.restored(server)
+    method.on_restore(server)
     return ExportedStudent(recipe, server.student, inputs, state["round"])
 
 
