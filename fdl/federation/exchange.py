@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.divergence import require_finite_client
+from fdl.messages import require_message
 
 if TYPE_CHECKING:
     from fdl.federation.state import Federation
     from fdl.knowledge.aggregation.base import Aggregate
     from fdl.messages import Bundle, Message
+    from fdl.methods.base import Method
     from fdl.participants import Client
 
 
@@ -70,7 +72,7 @@ def collect_uploads(
     failure: Exception | None = None
     start = time.perf_counter()
     try:
-        for client, upload in loop.adversaries(round, honest, partial(loop.spread.show, round)):
+        for client, upload in loop.adversaries(round, _messages(loop.method, honest), partial(loop.spread.show, round)):
             record["clients"][str(client.id)] = client.metrics
             try:
                 if aggregate is None:
@@ -109,6 +111,19 @@ def collect_uploads(
                 _reject(loop, client, refusal, record)
         if aggregate is not None and streams:
             aggregate.reduce(loop.runtime.ranks)
+
+
+def _messages(
+    method: Method, turns: Iterable[tuple[Client, Message | Bundle | None]]
+) -> Iterator[tuple[Client, Message | Bundle | None]]:
+    """Pass uploads on as long as they are messages.
+
+    Raises:
+        UserError: one is something else.
+    """
+    for client, upload in turns:
+        require_message(upload, f"method {type(method).__name__}: local_update of client {client.id}")
+        yield client, upload
 
 
 def _reject(loop: Federation, client: int, refusal: RejectedMessageError, record: dict[str, Any]) -> None:

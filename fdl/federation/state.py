@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fdl.adversaries.coalition import Adversaries
 from fdl.federation.client_placement import ClientPlacement
 from fdl.federation.client_sampling import draw
+from fdl.messages import require_message
 from fdl.state.client_store import CLIENTS
 from fdl.utils.stopwatch import Stopwatch
 
@@ -119,7 +120,9 @@ class Federation:
 
     def send(self, client: int) -> Message | None:
         """Carry the server's word of this round to a client."""
-        return self.channel.download(self.method.download(self.server, client), client, self.server.round)
+        message = self.method.download(self.server, client)
+        require_message(message, f"method {type(self.method).__name__}: download for client {client}")
+        return self.channel.download(message, client, self.server.round)
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after this round."""
