@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.methods.base import Method
 from fdl.state.shards import local
 
 if TYPE_CHECKING:
@@ -72,33 +71,56 @@ def require_finite_client(client: Client) -> None:
 
 
 def warn_unheard(loop: Federation, record: Mapping[str, Any]) -> None:
-    """Say so in the first round in which nothing that a client sent could be used, or the first after others.
+    """Warn in the first round in which no upload could be used, or the first after others, or in which there was none.
 
     Args:
         loop: the run; its history ends with the round before.
         record: of the round.
     """
-    if _sends(loop) and not _heard(record) and (not loop.history or _heard(loop.history[-1])):
-        log.warning("round %d: no message of any client could be used: %s", record["round"], _why([record]))
+    if not _sends(loop):
+        return
+    if not _heard(record):
+        if not loop.history or _heard(loop.history[-1]):
+            log.warning("round %d: no message of any client could be used: %s", record["round"], _why([record]))
+    elif loop.awaited == 1 and not loop.ledger.totals()["upload_bytes"]:
+        log.warning("round %d: no client sent anything: %s", record["round"], _silent(loop))
 
 
 def require_heard(loop: Federation) -> None:
-    """Raise where no message of any client could be used in any round of a run that is over.
+    """Raise where no message of any client could be used in any round of a run that is over, or none was sent.
 
     Raises:
         UserError: naming the commonest reason.
     """
-    if loop.history and _sends(loop) and not any(map(_heard, loop.history)):
+    if not loop.history or not _sends(loop):
+        return
+    sentence = ""
+    if not any(map(_heard, loop.history)):
         sentence = (
             f"no message of any client could be used in any of {len(loop.history)} round(s), so nothing was learnt "
             f"from them: {_why(loop.history)}"
         )
+    elif loop.awaited and not loop.ledger.totals()["upload_bytes"]:
+        sentence = (
+            f"no client sent anything in any of {len(loop.history)} round(s), so nothing was learnt from them: "
+            f"{_silent(loop)}"
+        )
+    if sentence:
         ranks = loop.runtime.ranks
         ranks.agree(UserError(sentence), [sentence] * ranks.count)
 
 
 def _sends(loop: Federation) -> bool:
-    return type(loop.method).aggregate is not Method.aggregate
+    """Whether clients have something to send; of a method that does not declare it, whether anything awaited it."""
+    return bool(loop.awaited if loop.method.sends is None else loop.method.sends)
+
+
+def _silent(loop: Federation) -> str:
+    name = type(loop.method).__name__
+    return (
+        f"{name}.local_update returned None for every client, and {name}.aggregate waits for messages; return a "
+        "Message from the one, or let the method declare `sends = ()`"
+    )
 
 
 def _heard(record: Mapping[str, Any]) -> bool:

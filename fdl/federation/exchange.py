@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.divergence import require_finite_client
-from fdl.messages import require_message
+from fdl.knowledge.aggregation.base import Aggregate
+from fdl.messages import parts_of, require_message
 
 if TYPE_CHECKING:
     from fdl.federation.state import Federation
-    from fdl.knowledge.aggregation.base import Aggregate
     from fdl.messages import Bundle, Message
     from fdl.methods.base import Method
     from fdl.participants import Client
@@ -65,7 +65,13 @@ def collect_uploads(
     Raises:
         UserError: a client's turn ended in an error, here or on another rank.
     """
-    round, streams = record["round"], loop.spread.alone or hasattr(aggregate, "reduce")
+    round, streams = record["round"], loop.spread.alone or (aggregate is not None and aggregate.reduces)
+    if aggregate is not None and not isinstance(aggregate, Aggregate):
+        raise UserError(
+            f"method {type(loop.method).__name__}: aggregate() returned a {type(aggregate).__name__}; derive it from "
+            f"{Aggregate.__module__}.Aggregate, or return a WeightedMean"
+        )
+    loop.awaited += aggregate is not None
     looks = loop.adversaries.looks(round)  # then nobody's upload is sent before all turns are over, on any rank
     seconds: dict[int, float] = {}
     waiting: dict[int, Message | Bundle] = {}
@@ -78,6 +84,11 @@ def collect_uploads(
                 if aggregate is None:
                     require_finite_client(client)
                 received = loop.channel.upload(upload, client.id, round)
+                if aggregate is None and received is not None:
+                    raise UserError(
+                        f"method {type(loop.method).__name__}: client {client.id} sent a message, and aggregate() "
+                        "returns nothing that could take it in; return an Aggregate, e.g. a WeightedMean"
+                    )
                 if aggregate is not None and received is not None:
                     if streams:
                         with loop.seconds.part("aggregate"):
@@ -116,13 +127,17 @@ def collect_uploads(
 def _messages(
     method: Method, turns: Iterable[tuple[Client, Message | Bundle | None]]
 ) -> Iterator[tuple[Client, Message | Bundle | None]]:
-    """Pass uploads on as long as they are messages.
+    """Pass uploads on as long as they are messages of the types that the method declares.
 
     Raises:
         UserError: one is something else.
     """
     for client, upload in turns:
-        require_message(upload, f"method {type(method).__name__}: local_update of client {client.id}")
+        source = f"method {type(method).__name__}: local_update of client {client.id}"
+        require_message(upload, source)
+        if method.sends is not None and (others := parts_of(upload).keys() - set(method.sends)):
+            declared = ", ".join(kind.__name__ for kind in method.sends) or "no message"
+            raise UserError(f"{source} returned {others.pop().__name__}, and the method's `sends` declares {declared}")
         yield client, upload
 
 

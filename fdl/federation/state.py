@@ -68,6 +68,7 @@ class Federation:
         resumed_from: the round after which this process went on, None where it began.
         history: a record of each round.
         seconds: where the time went.
+        awaited: number of rounds, of those run by this process, in which clients had something to send.
         stopped: why the run ends early, None while it does not.
         audit: what attacks on the finished run found, None where there were none.
         on_summary: given the summary as soon as the rounds are done, before attacks and callbacks, which may fail.
@@ -101,6 +102,7 @@ class Federation:
         self.history: list[dict[str, Any]] = []
         self.seconds = self.runtime.clock = channel.clock = Stopwatch()
         self.stopped: str | None = None
+        self.awaited = 0
         self.audit: Any = None
         self.on_summary: Callable[[Mapping[str, Any]], object] = lambda summary: None
 

@@ -25,6 +25,9 @@ class Method(ABC):
         name: the short name in recipes.
         tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`; empty where it is for any, as are
             methods that touch nothing but weights and a module's own loss.
+        sends: types of the messages that `local_update` may return, alone or in a bundle; ``()`` where clients send
+            nothing. Uploads of another type are an error. None, of a method that does not declare it, allows any; then
+            no adversary that changes uploads can be checked against it.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
         sends_changes: whether the parameters that clients send are differences from those that they were sent.
@@ -34,6 +37,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
+    sends: ClassVar[tuple[type[Message], ...] | None] = None
     sends_changes: ClassVar[bool] = False
     needs_calibration: bool = False
     requires: tuple[str, ...] = ("student",)

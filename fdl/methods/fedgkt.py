@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.losses.responses import cross_entropy, kd_loss
@@ -45,6 +46,7 @@ class FedGKT(Method):
     """
 
     name = "fedgkt"
+    sends = (PrivateFeatures,)
     tasks = ("classification",)
     requires = ("specialists", "teacher")
 
@@ -133,7 +135,7 @@ class _Joined(nn.Module):
         return self.tail(self.method._shaped(self.tail, self.method._features(self.extractor, inputs)))
 
 
-class _Everything:
+class _Everything(Aggregate):
     """Keeps what every client of a round sent."""
 
     def __init__(self, num_classes: int, width: int | None):

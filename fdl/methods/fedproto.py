@@ -10,6 +10,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.losses.responses import cross_entropy
 from fdl.messages import Prototypes
@@ -43,6 +44,7 @@ class FedProto(Method):
     """
 
     name = "fedproto"
+    sends = (Prototypes,)
     tasks = ("classification",)
     requires = ("specialists",)
 
@@ -161,7 +163,7 @@ class _Nearest(nn.Module):
         return Output(torch.where(known, -apart, -farthest - UNKNOWN), output.embedding, {})
 
 
-class _ClassMeans:
+class _ClassMeans(Aggregate):
     """Sums prototypes of each class over clients.
 
     Args:
