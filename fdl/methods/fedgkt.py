@@ -57,7 +57,7 @@ class FedGKT(Method):
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that the server's model takes what extractors give, and keep its first weights."""
         one = server.test.subset(torch.tensor([0]))
-        shape = getattr(server.teacher, "input_shape", None)
+        shape = server.teacher.input_shape
         for key in architectures(server.runtime):
             width = server.predict(server.runtime.template(key), one, self._features).shape[1]
             if shape is not None and prod(shape) != width:
@@ -85,7 +85,7 @@ class FedGKT(Method):
 
     def aggregate(self, server: Server) -> _Everything:
         """All features of the round: memory grows with the number of private samples."""
-        shape = getattr(server.teacher, "input_shape", None)
+        shape = server.teacher.input_shape
         return _Everything(server.num_classes, None if shape is None else prod(shape))
 
     def server_update(self, server: Server, knowledge: Mapping[int, PrivateFeatures]) -> dict[str, float]:
