@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fdl.knowledge.aggregation.base import Aggregate
+    from fdl.knowledge.confidence.base import Confidence
+    from fdl.knowledge.confidence.tokens import TokenConfidence
     from fdl.messages import Message
     from fdl.participants import Client, Server
 
@@ -28,6 +30,8 @@ class Method(ABC):
         sends: types of the messages that `local_update` may return, alone or in a bundle; ``()`` where clients send
             nothing. Uploads of another type are an error. None, of a method that does not declare it, allows any; then
             no adversary that changes uploads can be checked against it.
+        confidence: how clients measure what they know of each proxy sample, None where they send no such thing; it is
+            what attacks on confidences ask.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
         sends_changes: whether the parameters that clients send are differences from those that they were sent.
@@ -40,6 +44,7 @@ class Method(ABC):
     sends: ClassVar[tuple[type[Message], ...] | None] = None
     sends_changes: ClassVar[bool] = False
     needs_calibration: bool = False
+    confidence: Confidence | TokenConfidence | None = None
     requires: tuple[str, ...] = ("student",)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:

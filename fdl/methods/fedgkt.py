@@ -121,7 +121,7 @@ class FedGKT(Method):
         return module(inputs, features=(self.layer,)).features[self.layer].flatten(1)
 
     def _shaped(self, tail: nn.Module, features: Tensor) -> Tensor:
-        return features.view(len(features), *getattr(tail, "input_shape", features.shape[1:]))
+        return features if tail.input_shape is None else features.view(len(features), *tail.input_shape)
 
 
 class _Joined(nn.Module):

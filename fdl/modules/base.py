@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from lightning import LightningModule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
+    from collections.abc import Iterator, Mapping, Set
 
     from torch import Tensor, nn
 
@@ -82,3 +82,57 @@ class SupportsFederation(Protocol):
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor | Mapping[str, Any]:
         """Return the loss of a labelled batch, or a mapping with ``loss``."""
+
+
+@runtime_checkable
+class NextTokenModel(Protocol):
+    """What methods that compare models token by token ask of a language model; `LanguageModel` has it.
+
+    Attributes:
+        tokenizer: the model's own.
+        data_tokenizer: the tokenizer of the data, which may be another one.
+        vocab_size: V, the number of logits per token.
+    """
+
+    tokenizer: Any
+    data_tokenizer: Any
+    vocab_size: int
+
+    def next_log_probabilities(self, tokens: Tensor, temperature: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield places and log-probabilities of the tokens that follow, a part of the batch at a time.
+
+        Args:
+            tokens: int64 [B, T], padded on the right with -1.
+            temperature: of the softmax, > 0.
+        """
+
+    def token_nll(self, tokens: Tensor) -> Tensor:
+        """Return the negative log-likelihood of every token that follows another, in nats, [B, T - 1].
+
+        Args:
+            tokens: int64 [B, T], padded on the right with -1.
+        """
+
+
+@runtime_checkable
+class HiddenStateModel(Protocol):
+    """What pools of language models ask of one, so that they never hold a vocabulary of logits per token.
+
+    Attributes:
+        vocab_size: V, the number of logits per token.
+        head: maps hidden states to logits.
+    """
+
+    vocab_size: int
+    head: nn.Module
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Return hidden states [B, T, D] of tokens, int64 [B, T]."""
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """What evaluators ask of a dual encoder, whose image vectors are taken in the place of an embedding."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return unit vectors [B, D] of images [B, C, H, W]."""
