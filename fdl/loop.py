@@ -53,7 +53,7 @@ class FederatedLoop(Federation):
                             snapshot.save(self)
                             raise Interrupted(number, saved=True)
                         self.run_round(self.round + 1)
-                require_uploads(self.method, self.history, self.runtime.ranks)
+                require_uploads(self.method, self.history, self.awaited, self.ledger, self.runtime.ranks)
                 if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
                     run_probes(self.server, self.probes, self.history[-1]["metrics"])
                 summary = summarise(self)
@@ -89,7 +89,7 @@ class FederatedLoop(Federation):
         cohort, dropped = self.cohort(round)
         self.server.cohort = cohort
         record: dict[str, Any] = {"round": round, "cohort": cohort, "dropped": dropped, "refused": {}, "clients": {}}
-        exchange = RoundExchange(record, self.channel, self.placement, self.adversaries, self.seconds)
+        exchange = RoundExchange(self.method, record, self.channel, self.placement, self.adversaries, self.seconds)
 
         # 1  broadcast: every client of the cohort receives its download
         downloads = exchange.broadcast(self.placement.place(cohort), self.download_for)
@@ -99,7 +99,8 @@ class FederatedLoop(Federation):
         with self.seconds("clients"), self.channel.unconfirmed():
             turns = self.executor(self.method, self.adversaries.record_downloads(round, downloads))
             exchange.collect(turns, aggregate, lambda *turn: self.callbacks.on_client_end(self, round, *turn))
-        warn_without_uploads(self.method, self.history, record)
+        self.awaited += aggregate is not None
+        warn_without_uploads(self.method, self.history, record, self.awaited, self.ledger)
 
         # 3  aggregation: None where no client uploaded anything that could be used
         with self.seconds("clients"), self.seconds.part("aggregate"):

@@ -5,7 +5,6 @@ one sample x = (1, 0) of class 0, client 1 three samples x = (0, 1) of class 1; 
 """
 
 import torch
-from lightning import LightningModule
 from torch import nn
 
 from fdl.callbacks.base import CallbackList
@@ -16,6 +15,7 @@ from fdl.datamodules.samples import TensorSamples
 from fdl.engine.runtime import Runtime
 from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
+from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Fit, Recipe
@@ -24,7 +24,7 @@ from fdl.recipe.config import Evaluation, Federation
 E0, E1 = [1.0, 0.0], [0.0, 1.0]
 
 
-class Linear(LightningModule):
+class Linear(FederatedModule):
     """A linear classifier without bias that starts at zero."""
 
     def __init__(self, scale: float = 0.0):

@@ -7,7 +7,6 @@ window that ends early.
 
 import numpy as np
 import torch
-from lightning import LightningModule
 from torch import nn
 
 from fdl.callbacks.base import CallbackList
@@ -18,6 +17,7 @@ from fdl.datamodules.text import TextSamples
 from fdl.engine.runtime import Runtime
 from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
+from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Recipe
@@ -40,7 +40,7 @@ class Letters:
         return self.fingerprint == other.fingerprint
 
 
-class Bigram(LightningModule):
+class Bigram(FederatedModule):
     """Log-probabilities of the next token from a table, [V, V]."""
 
     tokenizer = data_tokenizer = Letters()

@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from fdl.adversaries.base import SPACES, Adversary, AttackContext, Upload
 from fdl.errors import UserError
-from fdl.messages import Bundle, Message
 from fdl.methods.base import Method
 from fdl.utils.seeding import numpy_stream, torch_stream
 
@@ -174,22 +173,24 @@ def _corrupt(adversary: Adversary, client: Client, samples: Samples, purpose: st
 
 
 def _check_space(adversary: Adversary, method: Method) -> None:
-    """Compare what an adversary attacks with what the method says that clients send, as far as it does.
+    """Compare what an adversary attacks with what the method declares that clients send.
 
     Raises:
-        UserError: they have nothing in common.
+        UserError: they have nothing in common, or the method does not declare it.
     """
-    if type(method).aggregate is Method.aggregate:
+    if method.sends == ():
         raise UserError(f"clients of method {method.name} send nothing that could be attacked")
-    try:
-        sent = get_type_hints(type(method).local_update).get("return", Message)
-    except NameError:  # an annotation that is there for type checkers alone: what is sent tells
+    if "data" in adversary.spaces:
         return
-    kinds = set(get_args(sent) or (sent,)) - {type(None)}
-    known = SPACES if kinds & {Message, Bundle} else {kind: SPACES[kind] for kind in kinds if kind in SPACES}
-    if "data" in adversary.spaces or set(known.values()) & set(adversary.spaces):
+    if method.sends is None:
+        raise UserError(
+            f"{adversary.name} attacks {' and '.join(adversary.spaces)}, and method {method.name} does not declare "
+            f"what its clients send: add to {type(method).__name__} a line such as `sends = (Parameters,)`, with the "
+            "types of the messages that local_update returns"
+        )
+    if {SPACES[kind] for kind in method.sends if kind in SPACES} & set(adversary.spaces):
         return
-    found = " and ".join(sorted(kind.kind for kind in kinds))
+    found = " and ".join(sorted(kind.kind for kind in method.sends))
     raise UserError(
         f"{adversary.name} attacks {' and '.join(adversary.spaces)}, and clients of method {method.name} send {found}"
     )

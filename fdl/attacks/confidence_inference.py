@@ -113,7 +113,7 @@ def confidence_of(subject: AttackTarget, label: str) -> Confidence:
     Raises:
         UserError: they do not.
     """
-    confidence = getattr(subject.method, "confidence", None)
+    confidence = subject.method.confidence
     if not isinstance(confidence, Confidence):
         raise UserError(f"{label}: not applicable: clients of this run send no confidences")
     return confidence

@@ -81,7 +81,7 @@ def _fingerprint(
     digest = hashlib.blake2b(data.fingerprint().encode(), digest_size=16)
     own = [runtime.template(key) for key in sorted(architectures)]
     for module in (server.student, server.teacher, *own):
-        names = getattr(module, "frozen", ())
+        names = () if module is None else module.frozen
         tensors = module.state_dict() if names else {}
         for name in sorted(names):
             whole = to_host(tensors[name]).contiguous()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
-from fdl.modules.types import Batch
+from fdl.modules.types import Batch, Inputs
 
 _CARRIERS = (
     "fdl.privacy.",
@@ -84,6 +84,24 @@ class GuardedSamples(Samples):
     def nbytes(self) -> int:
         """Bytes of the inputs, which are public as their number is."""
         return self._samples.nbytes
+
+    @property
+    def width(self) -> int | None:
+        """Number of tokens of a batch of texts, while the gate is open."""
+        return self._read().width
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Number of tokens of each text, while the gate is open."""
+        return self._read().lengths
+
+    def stored(self, indices: Tensor) -> Inputs:
+        """Inputs as they travel to a device, while the gate is open."""
+        return self._read().stored(indices)
+
+    def normalised(self, x: Inputs) -> Inputs:
+        """Stored inputs as those of `batch`."""
+        return self._read().normalised(x)
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Gather one batch, while the gate is open."""

@@ -31,7 +31,7 @@ from fdl.engine.prediction_cache import PredictionCache
 from fdl.engine.vectorized.stacked_models import SMALL, unstackable
 from fdl.engine.vectorized.step_recorder import StepTracer, TracedFit
 from fdl.errors import UserError
-from fdl.modules.objectives import Objective, Terms, training_step
+from fdl.modules.objectives import Objective, Terms, marked_step, terms_of, training_step
 from fdl.state.weights import count_parameters, module_state, pin, trainable
 from fdl.utils.seeding import stream_seed
 from fdl.utils.stopwatch import Stopwatch
@@ -298,7 +298,7 @@ class Runtime:
         """
         if not self.uses_all_ranks or any(isinstance(m, _BatchNorm) for m in module.modules()):
             return None
-        return getattr(module.training_step if objective is training_step else objective, "terms", None)
+        return terms_of(marked_step(module, objective))
 
     @contextmanager
     def all_ranks(self) -> Iterator[None]:

@@ -66,7 +66,7 @@ def require_tokenizer(server: Server, new_tokens: int, evaluator: str) -> Any:
     """
     if "tokenizer" not in server.model_kwargs:
         raise UserError(f"{evaluator} needs data with a tokenizer")
-    positions = getattr(server.student, "positions", None)
+    positions = None if server.student is None else server.student.positions
     if positions is not None and new_tokens >= positions:
         raise UserError(f"{evaluator}: new_tokens must be below the student's {positions} positions, got {new_tokens}")
     return server.model_kwargs["tokenizer"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fdl.errors import UserError
+from fdl.modules.base import ImageEncoder
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -62,7 +63,7 @@ def image_features(module: LightningModule, inputs: Any) -> Tensor:
         module: the model.
         inputs: a batch of images, or of pairs whose first element is the images.
     """
-    if hasattr(module, "encode_image"):
+    if isinstance(module, ImageEncoder):
         return module.encode_image(inputs[0] if isinstance(inputs, tuple) else inputs)
     return module(inputs).embedding
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.methods.base import Method
 from fdl.state.shards import local
 
 if TYPE_CHECKING:
+    from fdl.comm.ledger import Ledger
     from fdl.engine.distributed.process_group import ProcessGroup
+    from fdl.methods.base import Method
     from fdl.participants import Client, Server
 
 log = logging.getLogger("fdl")
@@ -71,40 +72,70 @@ def require_finite_client(client: Client) -> None:
         )
 
 
-def warn_without_uploads(method: Method, history: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> None:
-    """Warn in a round without a usable upload, unless the round before was one, too.
+def warn_without_uploads(
+    method: Method, history: Sequence[Mapping[str, Any]], record: Mapping[str, Any], awaited: int, ledger: Ledger
+) -> None:
+    """Warn in a round without a usable upload, unless the round before was one, too, or if no client sent anything.
 
     Args:
         method: the federated algorithm.
         history: the records of all rounds before.
         record: of the round.
+        awaited: number of rounds so far, of those run by this process, with an aggregate that awaited uploads.
+        ledger: the bytes of every message.
     """
-    if _uploads(method) and not _has_upload(record) and (not history or _has_upload(history[-1])):
-        log.warning("round %d: no message of any client could be used: %s", record["round"], _why([record]))
+    if not _uploads(method, awaited):
+        return
+    if not _has_upload(record):
+        if not history or _has_upload(history[-1]):
+            log.warning("round %d: no message of any client could be used: %s", record["round"], _why([record]))
+    elif awaited == 1 and not ledger.totals()["upload_bytes"]:
+        log.warning("round %d: no client sent anything: %s", record["round"], _nothing_sent(method))
 
 
-def require_uploads(method: Method, history: Sequence[Mapping[str, Any]], ranks: ProcessGroup) -> None:
-    """Raise if no round of a finished run had a usable upload.
+def require_uploads(
+    method: Method, history: Sequence[Mapping[str, Any]], awaited: int, ledger: Ledger, ranks: ProcessGroup
+) -> None:
+    """Raise if no round of a finished run had a usable upload, or no client ever sent anything.
 
     Args:
         method: the federated algorithm.
         history: the records of all rounds.
+        awaited: number of rounds, of those run by this process, with an aggregate that awaited uploads.
+        ledger: the bytes of every message.
         ranks: the processes, which all raise.
 
     Raises:
         UserError: naming the most frequent reason.
     """
-    if history and _uploads(method) and not any(map(_has_upload, history)):
+    if not history or not _uploads(method, awaited):
+        return
+    rounds, sentence = len(history), ""
+    if not any(map(_has_upload, history)):
         sentence = (
-            f"no message of any client could be used in any of {len(history)} round(s), so nothing was learnt "
-            f"from them: {_why(history)}"
+            f"no message of any client could be used in any of {rounds} round(s), so nothing was learnt from them: "
+            f"{_why(history)}"
         )
+    elif awaited and not ledger.totals()["upload_bytes"]:
+        sentence = (
+            f"no client sent anything in any of {rounds} round(s), so nothing was learnt from them: "
+            f"{_nothing_sent(method)}"
+        )
+    if sentence:
         ranks.agree(UserError(sentence), [sentence] * ranks.count)
 
 
-def _uploads(method: Method) -> bool:
-    """True if the method's clients upload anything."""
-    return type(method).aggregate is not Method.aggregate
+def _uploads(method: Method, awaited: int) -> bool:
+    """True if the method's clients upload anything; if it does not declare that, if an aggregate awaited uploads."""
+    return bool(awaited if method.sends is None else method.sends)
+
+
+def _nothing_sent(method: Method) -> str:
+    name = type(method).__name__
+    return (
+        f"{name}.local_update returned None for every client, and {name}.aggregate waits for messages; return a "
+        "Message from the one, or let the method declare `sends = ()`"
+    )
 
 
 def _has_upload(record: Mapping[str, Any]) -> bool:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.divergence import require_finite_client
+from fdl.knowledge.aggregation.base import Aggregate
+from fdl.messages import parts_of, require_message
 
 if TYPE_CHECKING:
     from fdl.adversaries.coalition import Adversaries
     from fdl.comm.channel import Channel
     from fdl.federation.client_placement import ClientPlacement
-    from fdl.knowledge.aggregation.base import Aggregate
     from fdl.messages import Bundle, Message
+    from fdl.methods.base import Method
     from fdl.participants import Client
     from fdl.utils.stopwatch import Stopwatch
 
@@ -29,6 +31,7 @@ class RoundExchange:
     A message that cannot be used is rejected, counted in the ledger, and noted in the record; the round goes on.
 
     Args:
+        method: the federated algorithm, which declares what its clients upload.
         record: of the round, with ``round``, ``cohort`` and ``dropped``; gets ``clients``, the metrics of each client's
             turn, and ``refused``, why a client's message was rejected, both by client.
         channel: carries messages as bytes, and counts them.
@@ -39,13 +42,14 @@ class RoundExchange:
 
     def __init__(
         self,
+        method: Method,
         record: dict[str, Any],
         channel: Channel,
         placement: ClientPlacement,
         adversaries: Adversaries,
         clock: Stopwatch,
     ):
-        self.record, self.round = record, int(record["round"])
+        self.method, self.record, self.round = method, record, int(record["round"])
         self.channel, self.placement, self.adversaries, self.clock = channel, placement, adversaries, clock
 
     def broadcast(
@@ -89,6 +93,11 @@ class RoundExchange:
         Raises:
             UserError: a client's turn ended in an error, here or on another rank.
         """
+        if aggregate is not None and not isinstance(aggregate, Aggregate):
+            raise UserError(
+                f"method {type(self.method).__name__}: aggregate() returned a {type(aggregate).__name__}; derive it "
+                f"from {Aggregate.__module__}.Aggregate, or return a WeightedMean"
+            )
         inbox = _Inbox(aggregate, self.placement, self.channel, self.clock)
         # then nobody's upload is sent before all turns are over, on any rank, and no turn can be timed
         held_back = self.adversaries.needs_all_uploads(self.round)
@@ -97,7 +106,9 @@ class RoundExchange:
         failure: Exception | None = None
         start = time.perf_counter()
         try:
-            for client, upload in self.adversaries.corrupt_uploads(self.round, turns, share_uploads):
+            for client, upload in self.adversaries.corrupt_uploads(
+                self.round, _messages(self.method, turns), share_uploads
+            ):
                 self.record["clients"][str(client.id)] = client.metrics
                 self._receive(client, upload, inbox)
                 now = time.perf_counter()
@@ -118,7 +129,13 @@ class RoundExchange:
         try:
             if inbox.aggregate is None:
                 require_finite_client(client)
-            inbox.put(client.id, self.channel.upload(upload, client.id, self.round))
+            received = self.channel.upload(upload, client.id, self.round)
+            if inbox.aggregate is None and received is not None:
+                raise UserError(
+                    f"method {type(self.method).__name__}: client {client.id} sent a message, and aggregate() returns "
+                    "nothing that could take it in; return an Aggregate, e.g. a WeightedMean"
+                )
+            inbox.put(client.id, received)
         except RejectedMessageError as rejection:
             self._reject(client.id, rejection)
 
@@ -153,9 +170,9 @@ class _Inbox:
         waiting: uploads that are yet to be added, by client.
     """
 
-    def __init__(self, aggregate: Any, placement: ClientPlacement, channel: Channel, clock: Stopwatch):
+    def __init__(self, aggregate: Aggregate | None, placement: ClientPlacement, channel: Channel, clock: Stopwatch):
         self.aggregate, self.channel, self.clock = aggregate, channel, clock
-        self.streams = placement.alone or hasattr(aggregate, "reduce")
+        self.streams = placement.alone or (aggregate is not None and aggregate.reduces)
         self.waiting: dict[int, Message | Bundle] = {}
 
     def put(self, client: int, received: Message | Bundle | None) -> None:
@@ -172,6 +189,23 @@ class _Inbox:
         """Add one upload to the aggregate, and confirm it to its link."""
         self.aggregate.add(received, client)
         self.channel.confirm(client)
+
+
+def _messages(
+    method: Method, turns: Iterable[tuple[Client, Message | Bundle | None]]
+) -> Iterator[tuple[Client, Message | Bundle | None]]:
+    """Pass uploads on as long as they are messages of the types that the method declares.
+
+    Raises:
+        UserError: an upload is something else.
+    """
+    for client, upload in turns:
+        source = f"method {type(method).__name__}: local_update of client {client.id}"
+        require_message(upload, source)
+        if method.sends is not None and (others := parts_of(upload).keys() - set(method.sends)):
+            declared = ", ".join(kind.__name__ for kind in method.sends) or "no message"
+            raise UserError(f"{source} returned {others.pop().__name__}, and the method's `sends` declares {declared}")
+        yield client, upload
 
 
 def _sentence(failure: Exception | None) -> str:

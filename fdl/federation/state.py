@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fdl.adversaries.coalition import Adversaries
 from fdl.federation.client_placement import ClientPlacement
 from fdl.federation.client_sampling import draw
+from fdl.messages import require_message
 from fdl.state.client_store import CLIENTS
 from fdl.utils.stopwatch import Stopwatch
 
@@ -67,6 +68,7 @@ class Federation:
         resumed_from: the round after which this process went on; None if it began the run.
         history: the record of each round.
         seconds: wall time by part of a round.
+        awaited: number of rounds, of those run by this process, with an aggregate that awaited uploads.
         stopped: why the run ends early; None while it does not.
         audit: findings of attacks on the finished run, set by a callback; None without.
         on_summary: called with the summary as soon as the rounds are done, before callbacks, which may fail.
@@ -100,6 +102,7 @@ class Federation:
         self.history: list[dict[str, Any]] = []
         self.seconds = self.runtime.clock = channel.clock = Stopwatch()
         self.stopped: str | None = None
+        self.awaited = 0
         self.audit: Any = None
         self.on_summary: Callable[[Mapping[str, Any]], object] = lambda summary: None
 
@@ -136,7 +139,9 @@ class Federation:
         Raises:
             RejectedMessageError: what arrived cannot be used.
         """
-        return self.channel.download(self.method.download(self.server, client), client, self.server.round)
+        message = self.method.download(self.server, client)
+        require_message(message, f"method {type(self.method).__name__}: download for client {client}")
+        return self.channel.download(message, client, self.server.round)
 
     def stop(self, reason: str) -> None:
         """End the run after the current round, for a reason that the log gives."""

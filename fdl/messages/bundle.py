@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from fdl.errors import UserError
 from fdl.messages.base import Message
 from fdl.messages.features import Features
 from fdl.messages.responses import Responses
@@ -39,3 +41,20 @@ def parts_of(message: Message | Bundle | None) -> dict[type[Message], Message]:
     if message is None:
         return {}
     return {type(part): part for part in (message.parts if isinstance(message, Bundle) else (message,))}
+
+
+def require_message(value: Any, source: str) -> None:
+    """Raise where a method's function returned something that cannot be sent.
+
+    Args:
+        value: what it returned; None, for nothing to send, is fine.
+        source: names method, function and client, for the error.
+
+    Raises:
+        UserError: the value is neither a message nor a bundle of some.
+    """
+    if value is not None and not isinstance(value, Message | Bundle):
+        raise UserError(
+            f"{source} returned a {type(value).__name__}, which is not a Message; return Parameters, Responses, "
+            "TensorMessage for any other tensors, a Bundle of several, or None for nothing"
+        )

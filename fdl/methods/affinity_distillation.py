@@ -44,6 +44,7 @@ class AffinityDistillation(Method):
     """
 
     name = "affinity_distillation"
+    sends = (Responses,)
     tasks = ("image_text",)
     requires = ("student", "specialists", "proxy")
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fdl.knowledge.aggregation.base import Aggregate
+    from fdl.knowledge.confidence.base import Confidence
+    from fdl.knowledge.confidence.tokens import TokenConfidence
     from fdl.messages import Message
     from fdl.participants import Client, Server
 
@@ -25,6 +27,11 @@ class Method(ABC):
         name: the short name in recipes.
         tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`; empty where it is for any, as are
             methods that touch nothing but weights and a module's own loss.
+        sends: types of the messages that `local_update` may return, alone or in a bundle; ``()`` where clients send
+            nothing. Uploads of another type are an error. None, of a method that does not declare it, allows any; then
+            no adversary that changes uploads can be checked against it.
+        confidence: how clients measure what they know of each proxy sample, None where they send no such thing; it is
+            what attacks on confidences ask.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
         uploads_are_deltas: whether the parameters that clients send are differences from those that they were sent.
@@ -34,8 +41,10 @@ class Method(ABC):
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
+    sends: ClassVar[tuple[type[Message], ...] | None] = None
     uploads_are_deltas: ClassVar[bool] = False
     needs_calibration: bool = False
+    confidence: Confidence | TokenConfidence | None = None
     requires: tuple[str, ...] = ("student",)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:

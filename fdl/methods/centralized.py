@@ -18,6 +18,7 @@ class Centralized(Method):
     """
 
     name = "centralized"
+    sends = ()
     requires = ("student", "pooled")
 
     def local_update(self, client: Client, download: Message | None) -> Message | None:

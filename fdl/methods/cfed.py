@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.knowledge.distillation.targets import SoftLabelled
@@ -162,7 +163,7 @@ class CFeD(FedAvg):
         return {"loss": self.temperature**2 * kd_loss(logits, probabilities)}
 
 
-class _MeanAndAnswers:
+class _MeanAndAnswers(Aggregate):
     """Streams over clients: each one's weights answer the proxy set, then go into the mean."""
 
     def __init__(self, mean: ParameterMean, server: Server, temperature: float):

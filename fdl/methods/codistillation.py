@@ -58,6 +58,7 @@ class Codistillation(Method):
     """
 
     name = "codistillation"
+    sends = (Parameters,)
     tasks = ("classification", "language")
     requires = ("student", "specialists", "proxy")
 

@@ -31,6 +31,7 @@ class Distillation(Method):
     """
 
     name = "distillation"
+    sends = ()
     tasks = ("classification",)
     requires = ("student", "teacher", "proxy", "pooled")
 

@@ -29,6 +29,7 @@ class FedAvg(Method):
     """
 
     name = "fedavg"
+    sends = (Parameters,)
 
     def __init__(self, optimizer: ServerOptimizer | None = None, robust: RobustRule | None = None):
         self.optimizer, self.robust = optimizer or Average(), robust

@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
@@ -62,6 +63,7 @@ class FedDF(Method):
     """
 
     name = "feddf"
+    sends = (Parameters, Scores)
     tasks = ("classification",)
     requires = ("student", "proxy")
 
@@ -163,7 +165,7 @@ class FedDF(Method):
         return module_state(server.student) if group == "student" else server.state["groups"][group]
 
 
-class _Ensemble:
+class _Ensemble(Aggregate):
     """Streams over clients: each one's weights answer the proxy set, then go into their group's mean."""
 
     def __init__(self, method: FedDF, server: Server):

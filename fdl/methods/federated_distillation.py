@@ -27,7 +27,7 @@ from fdl.knowledge.release import Release
 from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypePool, PrototypeTransfer
 from fdl.losses.responses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
-from fdl.messages import Bundle, Message, Responses, UploadStatus, parts_of
+from fdl.messages import Bundle, Features, Message, Prototypes, Responses, UploadStatus, parts_of
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
 from fdl.recipe.config import Fit
@@ -81,6 +81,7 @@ class FederatedDistillation(Method):
     """
 
     name = "federated_distillation"
+    sends = (Responses, Features, Prototypes, UploadStatus)
     tasks = ("classification",)
     requires: ClassVar[tuple[str, ...]] = ("student", "specialists", "proxy")
 

@@ -43,6 +43,7 @@ class FedGEMS(Method):
     """
 
     name = "fedgems"
+    sends = (Responses,)
     tasks = ("classification",)
     requires = ("student", "specialists", "public")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.losses.responses import cross_entropy, kd_loss
@@ -45,6 +46,7 @@ class FedGKT(Method):
     """
 
     name = "fedgkt"
+    sends = (PrivateFeatures,)
     tasks = ("classification",)
     requires = ("specialists", "teacher")
 
@@ -55,7 +57,7 @@ class FedGKT(Method):
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that the server's model takes what extractors give, and keep its first weights."""
         one = server.test.subset(torch.tensor([0]))
-        shape = getattr(server.teacher, "input_shape", None)
+        shape = server.teacher.input_shape
         for key in architectures(server.runtime):
             width = server.predict(server.runtime.template(key), one, self._features).shape[1]
             if shape is not None and prod(shape) != width:
@@ -83,7 +85,7 @@ class FedGKT(Method):
 
     def aggregate(self, server: Server) -> _Everything:
         """All features of the round: memory grows with the number of private samples."""
-        shape = getattr(server.teacher, "input_shape", None)
+        shape = server.teacher.input_shape
         return _Everything(server.num_classes, None if shape is None else prod(shape))
 
     def server_update(self, server: Server, knowledge: Mapping[int, PrivateFeatures]) -> dict[str, float]:
@@ -119,7 +121,7 @@ class FedGKT(Method):
         return module(inputs, features=(self.layer,)).features[self.layer].flatten(1)
 
     def _shaped(self, tail: nn.Module, features: Tensor) -> Tensor:
-        return features.view(len(features), *getattr(tail, "input_shape", features.shape[1:]))
+        return features if tail.input_shape is None else features.view(len(features), *tail.input_shape)
 
 
 class _Joined(nn.Module):
@@ -133,7 +135,7 @@ class _Joined(nn.Module):
         return self.tail(self.method._shaped(self.tail, self.method._features(self.extractor, inputs)))
 
 
-class _Everything:
+class _Everything(Aggregate):
     """Keeps what every client of a round sent."""
 
     def __init__(self, num_classes: int, width: int | None):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Message, Parameters
@@ -35,6 +36,7 @@ class FedLoRA(Method):
     """
 
     name = "fedlora"
+    sends = (Parameters,)
 
     def __init__(self, aggregation: LoraAggregation | None = None):
         self.aggregation = aggregation or FedIT()
@@ -118,7 +120,7 @@ class FedLoRA(Method):
         return state
 
 
-class _Updates:
+class _Updates(Aggregate):
     """One round's uploads: a running mean, and of the low-rank matrices copies, 4 · r · (in + out) bytes a site."""
 
     def __init__(self, server: Server, stacks: bool):

@@ -10,6 +10,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.losses.responses import cross_entropy
 from fdl.messages import Prototypes
@@ -43,6 +44,7 @@ class FedProto(Method):
     """
 
     name = "fedproto"
+    sends = (Prototypes,)
     tasks = ("classification",)
     requires = ("specialists",)
 
@@ -59,7 +61,7 @@ class FedProto(Method):
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that all embeddings have one width."""
         modules = {key: server.runtime.template(key) for key in architectures(server.runtime)}
-        widths = {key: module.embedding_dim for key, module in modules.items() if hasattr(module, "embedding_dim")}
+        widths = {key: module.embedding_dim for key, module in modules.items() if module.embedding_dim is not None}
         if len(set(widths.values())) > 1:
             said = ", ".join(f"{key} {width}" for key, width in widths.items())
             raise UserError(f"specialists: prototypes need embeddings of one width, got {said}")
@@ -163,7 +165,7 @@ class _Nearest(nn.Module):
         return Output(torch.where(known, -apart, -farthest - UNKNOWN), output.embedding, {})
 
 
-class _ClassMeans:
+class _ClassMeans(Aggregate):
     """Sums prototypes of each class over clients.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
@@ -42,6 +43,7 @@ class PFedPG(Method):
     """
 
     name = "pfedpg"
+    sends = (Parameters,)
     uploads_are_deltas = True
 
     def __init__(self, prompts: list[str] | None = None, width: int = 32, steps: int = 10, lr: float = 0.5):
@@ -138,7 +140,7 @@ class PFedPG(Method):
         return {k: part.reshape(tensor.shape).to(tensor.dtype) for (k, tensor), part in zip(made.items(), rows)}
 
 
-class _Changes:
+class _Changes(Aggregate):
     """One round's uploads by site: 4 · M · D bytes each."""
 
     def __init__(self, like: Mapping[str, Tensor]):

@@ -11,6 +11,7 @@ class SingleSite(Method):
     """Every client trains its specialist on its own data and tells nobody."""
 
     name = "single_site"
+    sends = ()
     requires = ("specialists",)
 
     def local_update(self, client: Client, download: Message | None) -> Message | None:

@@ -67,6 +67,7 @@ class TokenDistillation(Method):
     """
 
     name = "token_distillation"
+    sends = (SparseResponses,)
     tasks = ("language",)
     requires: ClassVar[tuple[str, ...]] = ("student", "specialists", "proxy")
 

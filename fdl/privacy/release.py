@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.messages import Responses
 from fdl.participants import Participant
@@ -33,7 +34,7 @@ from fdl.privacy.accounting import affords, spend
 log = logging.getLogger("fdl")
 
 
-class PrivateAggregate:
+class PrivateAggregate(Aggregate):
     """A mean over clients that bounds what goes in and lets nothing out but what was released.
 
     Args:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Parameters
 from fdl.participants import Server
@@ -21,7 +22,7 @@ from fdl.state.weights import load_into, module_state
 log = logging.getLogger("fdl")
 
 
-class RobustParameters:
+class RobustParameters(Aggregate):
     """What a rule makes of the clients' weights, as displacements from the global model.
 
     All clients count alike: how many samples it has is what a client says of itself. Every upload is kept, 4 bytes a

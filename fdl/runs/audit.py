@@ -98,8 +98,8 @@ def _on_confidences(recipe: Recipe) -> tuple[str, ...]:
     """The attacks on what clients say of their answers, where that is measured on their samples."""
     from fdl.registry.instantiate import instantiate
 
-    confidence = getattr(instantiate(recipe.method, "method", "method"), "confidence", None)
-    return ON_CONFIDENCES if getattr(confidence, "reads_samples", False) else ()
+    confidence = instantiate(recipe.method, "method", "method").confidence
+    return ON_CONFIDENCES if confidence is not None and confidence.reads_samples else ()
 
 
 def print_table(result: Audit, console: Console) -> None:

@@ -4,11 +4,12 @@ import pytest
 
 from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.exchange import RoundExchange
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.methods.fedavg import FedAvg
 from tests.toy import federation
 
 
-class Total:
+class Total(Aggregate):
     """An aggregate that counts what it takes, and rejects one client's uploads."""
 
     def __init__(self, rejects=()):
@@ -33,7 +34,7 @@ def loop(tmp_path):
 
 def exchange(loop, dropped=()):
     record = {"round": 1, "cohort": [0, 1], "dropped": list(dropped), "refused": {}, "clients": {}}
-    return RoundExchange(record, loop.channel, loop.placement, loop.adversaries, loop.seconds), record
+    return RoundExchange(loop.method, record, loop.channel, loop.placement, loop.adversaries, loop.seconds), record
 
 
 def collect(loop, one, aggregate):

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule
 from torch import nn
 
 from fdl.build import build
@@ -17,6 +16,7 @@ from fdl.errors import RejectedMessageError, UserError
 from fdl.messages.private_features import PrivateFeatures
 from fdl.methods.fedgkt import FedGKT
 from fdl.methods.single_site import SingleSite
+from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 from fdl.recipe import from_mapping
 from tests.test_loop import Crash, outcome
@@ -71,7 +71,7 @@ def test_the_models_that_are_evaluated_are_extractors_below_the_servers(tmp_path
 
 
 def test_features_of_a_layer_keep_their_shape_for_the_server(tmp_path):
-    class Convolution(LightningModule):
+    class Convolution(FederatedModule):
         input_shape = (1, 3, 3)
 
         def __init__(self):

@@ -92,6 +92,7 @@ class TopK(Sparsify):
     """
 
     name = "top_k"
+    encoder_only = ("share", "error_feedback")
     extents = 2
     margin = 1
 
@@ -136,6 +137,7 @@ class RandomK(Sparsify):
     """
 
     name = "random_k"
+    encoder_only = ("share", "error_feedback", "unbiased")
     extents = 1
     margin = 1
 

@@ -19,7 +19,7 @@ from fdl.engine.distributed.sharded_gradients import agree, clip_all, penalty, p
 from fdl.engine.inference import OutputSelector, predict
 from fdl.engine.prediction_cache import PredictionCache
 from fdl.errors import UserError
-from fdl.modules.objectives import Objective, training_step
+from fdl.modules.objectives import Objective, PenalizedObjective, training_step
 from fdl.state.shards import inside, is_sharded, shard, whole
 from fdl.state.weights import module_state, pin_parts
 
@@ -64,12 +64,12 @@ class Sharder:
         parts here, and its gradient in `settle`.
         """
         self._ranks.any(False)  # a rank that is gone is told in words here, and not by the devices' own collectives
-        if not hasattr(objective, "penalty"):
+        if not isinstance(objective, PenalizedObjective):
             return lambda module, batch: inside(module, lambda: dict(objective(module, batch)))
 
         def held(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
             losses = inside(module, lambda: dict(training_step(module, batch)))
-            return objective.held(losses, penalty(objective, module, self._fabric.device))
+            return objective.combined(losses, penalty(objective, module, self._fabric.device))
 
         return held
 
@@ -101,7 +101,7 @@ class Sharder:
     ) -> None:
         """Make the ranks agree on gradients, and clip them; arguments as in `sharded_gradients`."""
         agree(parameters, self._ranks)
-        if hasattr(objective, "penalty"):
+        if isinstance(objective, PenalizedObjective):
             pull(objective, module)
         if clip is not None:
             clip_all(parameters, clip, self._fabric.device)

@@ -17,7 +17,7 @@ from fdl.engine.optimizers import schedule_of
 from fdl.engine.runtime import Runtime
 from fdl.engine.vectorized.stack_batches import stacked
 from fdl.engine.vectorized.step_graph import Results
-from fdl.modules.objectives import Objective, kind_of, tensors_of, training_step
+from fdl.modules.objectives import Objective, kind_of, marked_step, pads, tensors_of
 from fdl.modules.optim import build_optimizer
 from fdl.recipe.learning_rates import alike_but_for_rates
 
@@ -192,8 +192,7 @@ class _Loss:
             own = [tensors_of(job.objective) for job in jobs]
             self.own = {key: _stack([tensors[key] for tensors in own]) for key in own[0]}
             self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
-        told = self.module.training_step if first is training_step else first
-        self.pads = getattr(told, "ignores_padding", False)
+        self.pads = pads(marked_step(self.module, first))
         self.recordings = stack.recorder.begin(self.module, first, TRACE_AFTER_STEPS)
 
     def __call__(

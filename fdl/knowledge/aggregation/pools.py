@@ -11,6 +11,7 @@ from torch import Tensor
 from fdl.datamodules.samples import Samples
 from fdl.engine.runtime import Runtime
 from fdl.errors import RejectedMessageError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.messages import Parameters
@@ -20,7 +21,6 @@ from fdl.state.weights import load_into
 
 if TYPE_CHECKING:
     from fdl.engine.distributed.process_group import ProcessGroup
-    from fdl.knowledge.aggregation.base import MergeableAggregate
 
 Weights = Mapping[str, Tensor]
 
@@ -84,7 +84,7 @@ def codistill(server: Server, weights: Mapping[str, Weights], objective: Objecti
     return learnt
 
 
-class PoolAggregates:
+class PoolAggregates(Aggregate):
     """One aggregate of weights for each pool, of clients that send one model or several.
 
     Args:
@@ -97,10 +97,10 @@ class PoolAggregates:
         self,
         like: Mapping[str, Weights],
         trained: Mapping[int, Sequence[str]],
-        mean: Callable[[str, Weights], MergeableAggregate],
+        mean: Callable[[str, Weights], Aggregate],
     ):
         self._like, self._trained, self._mean = like, trained, mean
-        self._means: dict[str, MergeableAggregate] = {}
+        self._means: dict[str, Aggregate] = {}
 
     def add(self, message: Parameters, client: int) -> None:
         """Take in one client's models.
@@ -133,6 +133,8 @@ class PoolAggregates:
 
 class PoolMeans(PoolAggregates):
     """One mean for each pool, weighted by sample counts; arguments as above."""
+
+    reduces = True
 
     def __init__(self, like: Mapping[str, Weights], trained: Mapping[int, Sequence[str]]):
         super().__init__(like, trained, lambda pool, like: ParameterMean(like))

@@ -12,6 +12,7 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import Weights, stream_of
 from fdl.knowledge.distillation.token_upload import translates, vocabulary
 from fdl.losses.tokens import token_distillation
+from fdl.modules.base import HiddenStateModel
 from fdl.modules.objectives import Objective
 from fdl.modules.types import Batch
 from fdl.participants import Participant, Server, copy_of
@@ -25,10 +26,10 @@ def require_equal_tokens(participant: Participant, module: LightningModule, pool
     Raises:
         UserError: it is none.
     """
-    if not all(hasattr(module, name) for name in ("hidden", "head", "vocab_size")) or translates(module):
+    if not isinstance(module, HiddenStateModel) or translates(module):
         raise UserError(
             f"specialists: {pool} is no language model of the data's tokens, by which pools learn from each other; "
-            "take causal_lm"
+            "take causal_lm, or add what fdl.modules.base.HiddenStateModel declares"
         )
     if module.vocab_size < vocabulary(participant):
         raise UserError(
