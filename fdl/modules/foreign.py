@@ -16,6 +16,7 @@ from fdl.errors import UserError
 from fdl.modules.checkpoints import brief
 from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.output import Output
+from fdl.modules.tracing import traceable
 
 
 def conforming(module: LightningModule, key: str, example: Callable[[], Any] | None) -> LightningModule:
@@ -103,6 +104,7 @@ class ForeignModule(LightningModule):
             output = self._answer(x, seen)
         return output
 
+    @traceable
     def training_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and what other numbers the module's own step returns."""
         found = self.module.training_step(*(batch, batch_idx)[: self._arguments])

@@ -57,6 +57,13 @@ def tensors_of(objective: Any) -> dict[str, Any]:
     }
 
 
+def is_traceable(module: nn.Module, objective: Objective) -> bool:
+    """Whether an objective is marked `traceable`; the mark of a class does not reach its subclasses."""
+    if objective is training_step:
+        return getattr(type(module).training_step, "traceable", False)
+    return "traceable" in vars(type(objective))
+
+
 PADDING = -100
 """Label of a row that counts for nothing: what torch's cross entropy ignores."""
 
@@ -68,9 +75,6 @@ def ignores_padding(step: Step) -> Step:
     """Mark a training step: samples with the label `PADDING` count for nothing in any loss that it returns."""
     step.ignores_padding = True
     return step
-
-
-Step = TypeVar("Step", bound=Callable)
 
 
 Terms = Callable[[tuple], int]
