@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from fdl.engine.distributed.sharding import Sharder
-    from fdl.recipe.config import Fit
-    from fdl.registry.component import Component
+    from fdl.recipe.config import Component, Fit
 
 
 class FitOptimizers:

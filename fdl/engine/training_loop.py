@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,33 @@ if TYPE_CHECKING:
     from lightning.fabric.wrappers import _FabricOptimizer
 
     from fdl.datamodules.samples import Samples
-    from fdl.engine.steps.compiled import CompiledStep
     from fdl.modules.objectives import Objective
     from fdl.modules.types import Batch
     from fdl.recipe.config import Fit
 
 
+class StepStrategy(Protocol):
+    """What the loop does with every batch; `EagerStep` describes the methods."""
+
+    fabric: Fabric
+    module: nn.Module
+    optimizer: _FabricOptimizer
+
+    def place(self, batch: Batch, full: bool) -> Any:
+        """Move a batch to the device; what it returns is for `backward`."""
+
+    def backward(self, placed: Any) -> Mapping[str, Tensor]:
+        """Do a forward and a backward pass, and return the named losses."""
+
+    def update(self) -> None:
+        """Let the optimiser step, and drop the gradients."""
+
+    def reduce_losses(self, means: dict[str, float]) -> dict[str, float]:
+        """The mean losses of all processes that share the fit."""
+
+
 def train(
-    step: EagerStep | CompiledStep,
+    step: StepStrategy,
     samples: Samples,
     config: Fit,
     generator: torch.Generator,

@@ -17,7 +17,7 @@ from fdl.engine.steps.compiled import CompiledStep
 from fdl.engine.steps.data_parallel import DataParallelStep
 from fdl.engine.steps.sharded import ShardedDataParallelStep, ShardedStep
 from fdl.engine.steps.traced import TRACE_AFTER_STEPS, TracedStep
-from fdl.engine.training_loop import EagerStep
+from fdl.engine.training_loop import EagerStep, StepStrategy
 from fdl.engine.vectorized.stacked_models import SMALL, unstackable
 from fdl.engine.vectorized.step_recorder import StepTracer, TracedSteps
 from fdl.modules.objectives import Objective, Terms, training_step
@@ -61,7 +61,7 @@ class StepSelection:
 
     def choose(
         self, module: nn.Module, parameters: Sequence[nn.Parameter], objective: Objective, config: Fit
-    ) -> EagerStep | CompiledStep:
+    ) -> StepStrategy:
         """The strategy for a fit, with an optimiser that has taken no step yet.
 
         Args:

@@ -20,7 +20,7 @@ from fdl.state.weights import module_state, pin_to
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
-    from fdl.registry.component import Component
+    from fdl.recipe.config import Component
 
 
 SMALL = {"cpu": 60_000, "cuda": 1_000_000}
