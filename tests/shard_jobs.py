@@ -78,7 +78,7 @@ def held(loop) -> dict:
     module = loop.server.student if loop.server.student is not None else loop.runtime.template("student")
     parameters = list(module.parameters())
     sizes = {"here": sum(local(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
-    known = loop.runtime.optimizers.known()
+    known = loop.runtime.steps.optimizers.known()
     states = [t for found in known for state in found.optimizer.state.values() for t in state.values()]
     tensors = [t for t in states if getattr(t, "ndim", 0)]
     moments = {"here": sum(local(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}

@@ -72,9 +72,9 @@ def _fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Ser
             if module is not None:
                 yield "local", module, server.local, sum(client.samples for client in clients), "the server"
     else:
-        largest: dict[tuple[str, int], Client] = {}
+        largest: dict[tuple[str, Fit], Client] = {}
         for client in clients:
-            kind = client.architecture, id(client.local)
+            kind = client.architecture, client.local
             if kind not in largest or client.samples > largest[kind].samples:
                 largest[kind] = client
         for client in largest.values():

@@ -30,7 +30,6 @@ from fdl.losses.responses import RESPONSE_LOSSES, entropy_reduction, power_sharp
 from fdl.messages import Bundle, Features, Message, Prototypes, Responses, UploadStatus, parts_of
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
-from fdl.recipe.config import Fit
 from fdl.robust.answers import RobustAnswers
 from fdl.robust.base import RobustRule
 from fdl.state.weights import load_into
@@ -126,7 +125,6 @@ class FederatedDistillation(Method):
         self.confidence, self.space, self.feedback = confidence, space, feedback
         self.sharpen, self.sharpening = sharpen, _SHARPENINGS[one_of("sharpening", sharpening, _SHARPENINGS)]
         self.pretrain, self.reinitialize_clients = at_least("pretrain", pretrain, 0), reinitialize_clients
-        self._pretraining: dict[int, tuple[Fit, Fit]] = {}
         if pretrain:
             self.requires = (*type(self).requires, "public")
         self.adaptive_client_weights, self.personalization, self.subsample, self.soft_label_cache_rounds = (
@@ -260,10 +258,8 @@ class FederatedDistillation(Method):
         new, specialist = "specialist" not in client.state, client.specialist()
         if self.pretrain and new:
             # one object for all clients that train alike: an optimiser is built once for each
-            own = client.local
-            if id(own) not in self._pretraining:
-                self._pretraining[id(own)] = own, replace(own, epochs=self.pretrain, steps=None)
-            client.fit(specialist, client.public, self._pretraining[id(own)][1], name="pretrain")
+            pretraining = replace(client.local, epochs=self.pretrain, steps=None)
+            client.fit(specialist, client.public, pretraining, name="pretrain")
         elif self.reinitialize_clients and taught:
             seed = stream_seed(client.seed, "restart", client.round, client.id)
             load_into(specialist, client.runtime.first_weights(client.architecture, seed))

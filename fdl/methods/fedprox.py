@@ -12,9 +12,11 @@ from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.losses.proximal import proximal
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.objectives import Objective, PenalizedObjective, pads
+from fdl.modules.tracing import traceable
 from fdl.robust.base import RobustRule
 
 
+@traceable
 @dataclass(eq=False)
 class ProximalObjective(PenalizedObjective):
     """A module's own loss and a proximal term.

@@ -14,6 +14,7 @@ from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.input_adapter import InputAdapter
 from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
+from fdl.modules.tracing import traceable
 from fdl.modules.trainer_hooks import TrainerHooks
 from fdl.modules.tuning import apply_tuning, hold_frozen
 from fdl.utils.suggest import suggest
@@ -111,6 +112,7 @@ class ImageClassifier(TrainerHooks):
             logits, embedding = self._answer(x)
         return Output(logits, embedding, seen)
 
+    @traceable
     @mean_over(samples_of)
     @ignores_padding
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from fdl.modules.base import FederatedModule, SupportsFederation
 from fdl.modules.checkpoints import brief
 from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.output import Output
+from fdl.modules.tracing import traceable
 
 
 def conforming(module: LightningModule, key: str, example: Callable[[], Any] | None) -> LightningModule:
@@ -127,6 +128,7 @@ class ForeignModule(FederatedModule):
         """Return the name of the layer that makes logits, within the feature network."""
         return self.head if self.feature_network() is self.module else self.module.feature_head()
 
+    @traceable
     def training_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and what other numbers the module's own step returns."""
         found = self.module.training_step(*(batch, batch_idx)[: self._arguments])

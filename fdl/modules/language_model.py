@@ -14,6 +14,7 @@ from fdl.modules.features import capture
 from fdl.modules.objectives import mean_over, next_tokens_of
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
+from fdl.modules.tracing import traceable
 from fdl.modules.transformers_loading import load_model
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
@@ -150,6 +151,7 @@ class LanguageModel(TransformersModule):
         """Return the negative log-likelihood of every next token, see `fdl.losses.tokens.token_nll`."""
         return token_nll(self.hidden(tokens), self.head, tokens, self.chunk)
 
+    @traceable
     @mean_over(next_tokens_of)
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of the next token over the real ones."""

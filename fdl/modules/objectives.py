@@ -96,6 +96,13 @@ def tensors_of(objective: Any) -> dict[str, Any]:
     }
 
 
+def is_traceable(module: nn.Module, objective: Objective) -> bool:
+    """Whether an objective is marked `traceable`; the mark of a class does not reach its subclasses."""
+    if objective is training_step:
+        return getattr(type(module).training_step, "traceable", False)
+    return "traceable" in vars(type(objective))
+
+
 PADDING = -100
 """Label of a row that counts for nothing: what torch's cross entropy ignores."""
 

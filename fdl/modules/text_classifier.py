@@ -15,6 +15,7 @@ from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
+from fdl.modules.tracing import traceable
 from fdl.modules.transformers_loading import load_model, own_head
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
@@ -132,6 +133,7 @@ class TextClassifier(TransformersModule):
             logits, embedding = self._answer(tokens)
         return Output(logits, embedding, seen)
 
+    @traceable
     @mean_over(samples_of)
     @ignores_padding
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ class DPSGD:
         known = kind in self._known
         if not known:
             check_objective(module, objective, samples, fabric, to)
-        wrapped = runtime.optimizers.fresh(module, trainable(module), config)
+        wrapped = runtime.steps.optimizers.fresh(module, trainable(module), config)
         scheduler, interval = schedule_of(wrapped.optimizer, config, max(client.round, 1))
         stream = torch.Generator(runtime.device)
         stream.manual_seed(client.secret_seed(f"{name}/noise"))

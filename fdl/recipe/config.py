@@ -18,6 +18,8 @@ class Scheduler(Component):
 
     interval: Literal["step", "epoch", "round"] = key("epoch", "when the schedule steps")
 
+    __hash__ = Component.__hash__
+
 
 @dataclass
 class Specialist(Component):
@@ -29,6 +31,8 @@ class Specialist(Component):
         None, "learning rate of its clients' training on their own data; null: local's", bounds=Bounds(0, open_low=True)
     )
 
+    __hash__ = Component.__hash__
+
 
 @dataclass
 class AdversaryConfig(Component):
@@ -38,10 +42,12 @@ class AdversaryConfig(Component):
     share: float | None = key(None, "share of all clients, drawn at random", bounds=Bounds(0, 1))
     start: int = key(1, "the round from which they are dishonest", bounds=_COUNT)
 
+    __hash__ = Component.__hash__
 
-@dataclass
+
+@dataclass(frozen=True)
 class Fit:
-    """One training: for how long, on what batches, with which optimiser."""
+    """One training: for how long, on what batches, with which optimiser; a value, equal to any that trains alike."""
 
     epochs: int | None = key(None, "passes over the data; 1 when steps are not given either", bounds=Bounds(0))
     steps: int | None = key(None, "optimiser steps, instead of epochs", bounds=Bounds(0))
@@ -49,14 +55,17 @@ class Fit:
     optimizer: Component = key(Component("sgd", {"lr": 0.1}), "its optimiser, new for every fit", kind="optimizer")
     scheduler: Scheduler | None = key(None, "its learning-rate schedule", kind="scheduler")
     gradient_clip: float | None = key(None, "largest norm of a gradient", bounds=Bounds(0, open_low=True))
-    compile: Literal["none", "default", "reduce-overhead"] = key(
-        "none", "run steps on whole batches through torch.compile: not, in its default mode, or as CUDA graphs"
+    compile: Literal["none", "traced", "default", "reduce-overhead"] = key(
+        "traced",
+        "how steps are computed: none calls training_step for every batch; traced, too, but replays steps of small "
+        "models that are marked @traceable, as fdl's own are, once they have come often; default and reduce-overhead "
+        "(CUDA graphs) run full batches through torch.compile",
     )
 
     def __post_init__(self) -> None:
         """Settle on one epoch where nothing is said."""
         if self.epochs is None and self.steps is None:
-            self.epochs = 1
+            object.__setattr__(self, "epochs", 1)
 
 
 @dataclass

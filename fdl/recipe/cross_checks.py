@@ -184,15 +184,19 @@ def _outvoted(tree: dict[str, Any], broken: set[str]) -> Problems:
     return problems
 
 
+_UNCOMPILED = ("none", "traced")
+"""Modes of a training without `torch.compile`."""
+
+
 def _compiled(tree: dict[str, Any], broken: set[str]) -> Problems:
     """Clients that train in one pass have steps of their own."""
     if "executor" in broken or tree["executor"] != "batched":
         return []
-    message = "must be none with executor: batched, which trains clients in a vectorised pass of its own"
+    message = "must be none or traced with executor: batched, which trains clients in a vectorised pass of its own"
     return [
         (f"{part}.compile", message)
         for part in ("local", "digest")
-        if part not in broken and tree[part] and tree[part]["compile"] != "none"
+        if part not in broken and tree[part] and tree[part]["compile"] not in _UNCOMPILED
     ]
 
 
@@ -216,7 +220,7 @@ def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
     if private is not None and private["training"] == "dp_sgd":
         message = "must be none with fabric.strategy: fsdp: gradients of single examples need whole models; take auto"
         problems.append(("privacy.training", message))
-    steps = {f"{part}.compile": tree[part] and tree[part]["compile"] != "none" for part in _FITS - broken}
+    steps = {f"{part}.compile": tree[part] and tree[part]["compile"] not in _UNCOMPILED for part in _FITS - broken}
     answers = {"inference.compile": "inference" not in broken and tree["inference"]["compile"]}
     message = "must be off with fabric.strategy: fsdp: weights are gathered between the parts of a pass"
     return problems + [(key, message) for key, compiled in sorted({**steps, **answers}.items()) if compiled]
@@ -267,8 +271,10 @@ def _private(tree: dict[str, Any], broken: set[str]) -> Problems:
     if privacy is None or privacy["training"] == "none":
         return []
     problems = []
-    if tree["local"]["compile"] != "none":
-        problems.append(("local.compile", "must be none under privacy: gradients are clipped example by example"))
+    if tree["local"]["compile"] not in _UNCOMPILED:
+        problems.append(
+            ("local.compile", "must be none or traced under privacy: gradients are clipped example by example")
+        )
     if privacy["epsilon"] is None and privacy["noise_multiplier"] is None:
         problems.append(("privacy.epsilon", "missing: give a budget, for which noise is found, or a noise_multiplier"))
     if privacy["noise_multiplier"] is None and tree.get("arrival") is not None:

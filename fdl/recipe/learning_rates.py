@@ -42,7 +42,7 @@ def local_fits(recipe: Recipe, entries: Sequence[int] | None) -> list[Fit]:
         entries: by client, which of the specialists it has; None where clients have none.
 
     Returns:
-        By client; one object for all that train alike, since optimisers are built once for each.
+        By client.
     """
     own, made = rates_by_client(recipe.federation.learning_rates), {None: recipe.local}
 

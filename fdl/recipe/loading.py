@@ -188,6 +188,7 @@ def _structured(tree: Mapping[str, Any]) -> Recipe:
     """The dataclass, through omegaconf's structured config."""
     config = OmegaConf.structured(Recipe)
     for part in ("local", "distil"):
+        OmegaConf.set_readonly(config[part], False)  # omegaconf takes frozen dataclasses for finished ones
         config[part].optimizer.args = {}  # mappings merge: the default's arguments would stay
     return OmegaConf.to_object(OmegaConf.merge(config, tree))
 

@@ -149,7 +149,7 @@ def test_every_epoch_visits_every_sample_once():
 def seen_batches(monkeypatch, config, staged=None, device="cpu"):
     """What an objective gets to see, and the state in which the fit leaves its stream."""
     if staged is not None:
-        monkeypatch.setattr("fdl.engine.runtime.prefetch_to_device", staged)
+        monkeypatch.setattr("fdl.engine.training_loop.prefetch_to_device", staged)
     runtime, generator, seen = Runtime(accelerator=device), torch_stream(0, "fit"), []
     images = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)

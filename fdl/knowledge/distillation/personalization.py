@@ -98,7 +98,6 @@ class ValidationGains:
         server, student = self.server, self.server.student
         size = min(len(server.validation), server.runtime.batch_size)
         step = Fit(epochs=None, steps=1, batch_size=size, optimizer=Component("sgd", {"lr": _STEP}))
-        step = server.cache.setdefault("look ahead", step)
         before, kept = server.predict(student, server.proxy), copy_of(student)
         server.runtime.fit(student, server.validation, step, server.rng("look ahead"))
         self._wanted = server.predict(student, server.proxy) - before

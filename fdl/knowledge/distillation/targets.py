@@ -13,6 +13,7 @@ from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
 from fdl.losses.responses import RESPONSE_LOSSES
 from fdl.modules.objectives import Terms, samples_of
+from fdl.modules.tracing import traceable
 from fdl.modules.types import Batch
 
 
@@ -70,6 +71,7 @@ class SoftLabelled(Samples):
         return self.samples.content_hash()
 
 
+@traceable
 @dataclass(frozen=True)
 class ResponseObjective:
     """What a model minimises when it learns from answers.
