@@ -118,7 +118,7 @@ class FederatedLoop(Federation):
             knowledge = aggregate.result() if aggregate is not None else None
 
         # 4  the server learns from it
-        hint = explain_out_of_memory(f"the server in round {round}", "distil.batch_size")
+        hint = explain_out_of_memory(f"the server in round {round}", "server_distil.batch_size")
         with self.seconds("server"), self.runtime.jointly(), hint:
             if aggregate is None or knowledge is not None:
                 seed_everything(self.recipe.seed, "server", round)

@@ -58,8 +58,8 @@ class FederatedDistillation(Method):
         sharpen: how much to sharpen the aggregate: a temperature or an exponent, as `sharpening` says; None leaves it.
         sharpening: by DS-FL's entropy reduction, softmax(p / T), e.g. T = 0.1, or by SCARLET's power, p^b / Σ p^b,
             e.g. b = 1.5.
-        pretrain: epochs on the server's labelled public samples, with the `local` settings, that every new specialist
-            begins with, as in FedMD, and the student as well. These samples are then sent to all clients.
+        pretrain: epochs on the server's labelled public samples, with the `local_training` settings, that every new
+            specialist begins with, as in FedMD, and the student as well. These samples are then sent to all clients.
         restart: draw a specialist new weights before it learns from what comes back, as in CFD.
         features: activations that go up, too.
         prototypes: centroids of the clients' data that go up, too.
@@ -68,7 +68,7 @@ class FederatedDistillation(Method):
         weights: clients' weights that follow the phase of training.
         personal: each client gets its own mixture of the others' answers, in the place of the aggregate.
         curriculum: in what order the student meets the proxy samples.
-        subsample: share of the proxy set that is answered in a round, the same samples by all clients.
+        proxy_fraction: share of the proxy set that is answered in a round, the same samples by all clients.
         cache: for how many rounds a sample's answers go on teaching; 1 is for their own round only.
         frequency: when a client has something new to say.
         release: makes the answers private.
@@ -103,7 +103,7 @@ class FederatedDistillation(Method):
         weights: AdaptiveWeights | None = None,
         personal: Similarity | None = None,
         curriculum: Curriculum | None = None,
-        subsample: float = 1.0,
+        proxy_fraction: float = 1.0,
         cache: int = 1,
         frequency: UploadOnChange | None = None,
         release: Release | None = None,
@@ -114,8 +114,8 @@ class FederatedDistillation(Method):
         for key, value in (("temperature", temperature), ("sharpen", sharpen)):
             if value is not None and not value > 0:
                 raise UserError(f"{key} must be > 0, got {value}")
-        if not 0 < subsample <= 1:
-            raise UserError(f"subsample must be in (0, 1], got {subsample}")
+        if not 0 < proxy_fraction <= 1:
+            raise UserError(f"proxy_fraction must be in (0, 1], got {proxy_fraction}")
         if cache < 1:
             raise UserError(f"cache must be at least 1 round, got {cache}")
         self.objective = ResponseObjective(loss, temperature)
@@ -128,14 +128,14 @@ class FederatedDistillation(Method):
         self._pretraining: dict[int, tuple[Fit, Fit]] = {}
         if pretrain:
             self.requires = (*type(self).requires, "public")
-        self.weights, self.personal, self.subsample, self.cache = weights, personal, subsample, cache
+        self.weights, self.personal, self.proxy_fraction, self.cache = weights, personal, proxy_fraction, cache
         self.features = features if features is not None and features.weight > 0 else None
         self.prototypes = prototypes if prototypes is not None and prototypes.weight > 0 else None
         self.curriculum = curriculum if curriculum is not None and curriculum.start < 1 else None
         self.frequency = frequency if frequency is not None and frequency.threshold > 0 else None
         what = self.features, self.prototypes
         self.release, self.robust, self.cap = release, robust, Cap.of(cap, cap_over)
-        self.answering = UploadBuilder(space, calibrate, confidence, *what, subsample, self.frequency, release)
+        self.answering = UploadBuilder(space, calibrate, confidence, *what, proxy_fraction, self.frequency, release)
         self.teaching = DistillationConfig(loss, temperature, alpha, *what, adapter)
         if personal is not None and feedback == "none":
             raise UserError("personal says what comes back, but feedback is none")
@@ -192,8 +192,8 @@ class FederatedDistillation(Method):
         specialist = self._specialist(client, answers is not None)
         if answers is not None:
             answered = SoftLabelled(client.proxy, answers.values, answers.rows)
-            client.fit(specialist, answered, client.digest, self.objective, name="digest")
-        client.fit(specialist, client.train, client.local)
+            client.fit(specialist, answered, client.client_distil, self.objective, name="digest")
+        client.fit(specialist, client.train, client.local_training)
         client.keep(specialist)
         return self.answering.upload(client, specialist, standing)
 
@@ -202,7 +202,7 @@ class FederatedDistillation(Method):
         count, seed, width = len(server.proxy), server.seed, self.teaching.width
         # who leaves out a confidence that all must send would have log-weight 0, more than most honest ones
         weighted = None if self.weights is not None and self.confidence is None else self.confidence is not None
-        mean, rows = self._mean(server, weighted), rows_of_round(server, self.subsample)
+        mean, rows = self._mean(server, weighted), rows_of_round(server, self.proxy_fraction)
         if self.robust is not None:
             mean = RobustAnswers(self.robust, server, self.space, weighted)
         return CompositeAggregate(
@@ -236,7 +236,7 @@ class FederatedDistillation(Method):
         new, specialist = "specialist" not in client.state, client.specialist()
         if self.pretrain and new:
             # one object for all clients that train alike: an optimiser is built once for each
-            own = client.local
+            own = client.local_training
             if id(own) not in self._pretraining:
                 self._pretraining[id(own)] = own, replace(own, epochs=self.pretrain, steps=None)
             client.fit(specialist, client.public, self._pretraining[id(own)][1], name="pretrain")
@@ -248,7 +248,7 @@ class FederatedDistillation(Method):
     def _pretrain_student(self, server: Server) -> None:
         """Let the student begin as specialists do, before it first learns from what they answer."""
         if self.pretrain and "pretrained" not in server.state:
-            settings = replace(server.local, epochs=self.pretrain, steps=None)
+            settings = replace(server.local_training, epochs=self.pretrain, steps=None)
             server.fit(server.student, server.public, settings, name="pretrain")
             server.state["pretrained"] = True
 

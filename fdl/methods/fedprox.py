@@ -20,7 +20,7 @@ from fdl.robust.base import RobustRule
 class ProximalObjective:
     """A module's own loss and a proximal term.
 
-    A dataclass, so that the batched executor can tell the one client's tensors from what all clients share.
+    A dataclass, so that the vectorized executor can tell the one client's tensors from what all clients share.
 
     Attributes:
         anchor: the weights near which it is held.

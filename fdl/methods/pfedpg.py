@@ -76,7 +76,7 @@ class PFedPG(Method):
         """Train prompts and head on private data, keep the head, return what changed of the prompts."""
         module = client.specialist()  # at first a fresh one, whose head nobody else has
         load_into(module, {**module_state(module), **download.tensors})
-        client.fit(module, client.train, client.local)
+        client.fit(module, client.train, client.local_training)
         client.keep(module)
         after = client.state["specialist"]
         return Parameters({k: after[k] - before.cpu() for k, before in download.tensors.items()}, client.told_samples)

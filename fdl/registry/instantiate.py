@@ -279,6 +279,8 @@ _USUAL_NAMES = {
     "text": ("text_column", "text_key", "column", "sentence"),
     "label": ("label_column", "label_key", "target_column"),
     "delimiter": ("sep", "separator"),
+    "fraction": ("share", "ratio"),
+    "proxy_fraction": ("subsample", "proxy_share"),
 }
 """What other libraries call arguments, by our name."""
 

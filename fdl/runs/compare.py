@@ -54,7 +54,7 @@ def compare(
         overrides: ``key=value`` strings for all of them.
         methods: variants of the recipes, or methods; default all variants.
         seeds: default those of the recipe.
-        output: the comparison's folder; default ``<output>/<name>/compare`` of the first recipe. A run lies in
+        output: the comparison's folder; default ``<output_dir>/<name>/compare`` of the first recipe. A run lies in
             ``<variant>/seed-<k>`` in it.
         overwrite: run again what is there of a recipe that has changed since; what is complete stays.
 

@@ -149,7 +149,7 @@ def client(tmp_path_factory):
     )
     loop.begin(1)
     found = loop.clients[0]
-    found.fit(found.specialist(), found.train, found.local)
+    found.fit(found.specialist(), found.train, found.local_training)
     found.keep(found.specialist())
     return found
 

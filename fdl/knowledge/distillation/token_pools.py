@@ -46,7 +46,7 @@ def tokens_taught_by_others(
     large to be kept for a whole proxy set, so that teachers answer the windows that a learner is about to see.
 
     Args:
-        server: its proxy windows are learnt on with its `distil` settings.
+        server: its proxy windows are learnt on with its `server_distil` settings.
         weights: by pool, where teachers stand and learners start.
         temperature: T > 0.
     """
@@ -59,7 +59,7 @@ def tokens_taught_by_others(
         objective = mixture_objective(teachers, vocabulary(server), temperature)
         module = server.runtime.template(pool)
         with whole(*teachers):
-            server.fit(module, server.proxy, server.distil, objective, stream_of(server, "distil", pool))
+            server.fit(module, server.proxy, server.server_distil, objective, stream_of(server, "distil", pool))
         learnt[pool] = copy_of(module)
     return learnt
 
