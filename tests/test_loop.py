@@ -198,7 +198,7 @@ def test_a_training_without_messages_that_diverges_ends_with_who_when_and_the_lo
         return losses
 
     loop.runtime.fit = diverging
-    with pytest.raises(UserError, match=rf"{who}.* diverged.*fit/loss is nan.*local\.optimizer"):
+    with pytest.raises(UserError, match=rf"{who}.* diverged.*fit/loss is nan.*local_training\.optimizer"):
         loop.run()
     assert watch.ended == [1, 2]
 

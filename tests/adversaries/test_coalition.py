@@ -187,7 +187,7 @@ def test_what_cannot_work_is_refused_before_the_run(tmp_path):
 def test_an_upload_that_cannot_be_attacked_is_the_users_mistake(tmp_path):
     loop = federation(FedAvg(), tmp_path)
     loop.adversaries = Adversaries([AdversaryGroup(RandomClass(), {1: loop.clients[1]})])
-    with pytest.raises(UserError, match="client 1 in round 1: random attacks responses"):
+    with pytest.raises(UserError, match="client 1 in round 1: random_class attacks responses"):
         loop.run()
 
 

@@ -48,13 +48,19 @@ def sgd(**args):
 @pytest.mark.parametrize(
     ("local", "message"),
     [
-        ({"steps": 20, "scheduler": one_cycle(10)}, r"local\.scheduler: one_cycle_lr ends after 10 steps, and client "),
+        (
+            {"steps": 20, "scheduler": one_cycle(10)},
+            r"ing\.scheduler: one_cycle_lr ends after 10 steps, and client ",
+        ),
         ({"epochs": 5, "scheduler": one_cycle(4, "epoch")}, r"ends after 4 steps.*takes 5 \(interval: epoch\)"),
-        (sgd(lr=-0.1), r"local\.optimizer: optimizer sgd refuses its arguments: Invalid learning rate: -0\.1"),
-        (sgd(lr=float("nan")), r"local\.optimizer: optimizer sgd: lr must be a number, got nan"),
-        (sgd(lr="fast"), r"local\.optimizer\.args\.lr: expected float or Tensor, got 'fast'"),
+        (sgd(lr=-0.1), r"local_training\.optimizer: optimizer sgd refuses its arguments: Invalid learning rate: -0\.1"),
+        (sgd(lr=float("nan")), r"local_training\.optimizer: optimizer sgd: lr must be a number, got nan"),
+        (sgd(lr="fast"), r"local_training\.optimizer\.args\.lr: expected float or Tensor, got 'fast'"),
         (sgd(lr=0.1, weight_decay=float("nan")), r"weight_decay must be a number, got nan"),
-        ({"steps": 2, "batch_size": 1}, r"local\.batch_size: 1, and client 0 trains student: batch normalisation"),
+        (
+            {"steps": 2, "batch_size": 1},
+            r"local_training\.batch_size: 1, and client 0 trains student: batch norm",
+        ),
     ],
 )
 def test_what_cannot_do_is_told_when_it_is_built(local, message, tmp_path):

@@ -208,7 +208,7 @@ def test_bytes_that_do_not_grow_by_a_kilobyte_give_no_second_point(tmp_path):
 
 
 def test_hyperparameters_are_flat_and_leave_out_where_and_how_it_ran(tmp_path):
-    recipe = FakeLoop(tmp_path).recipe.to_dict() | {"output": "runs", "fabric": {"devices": 1}, "callbacks": []}
+    recipe = FakeLoop(tmp_path).recipe.to_dict() | {"output_dir": "runs", "fabric": {"devices": 1}, "callbacks": []}
     assert hyperparameters(recipe) == {
         "seed": 4,
         "method": "fedprox",

@@ -127,7 +127,7 @@ FIT = "fit --recipe recipes/small.yaml"
         ("fit --recipe recipes", ["recipes: there is no such recipe file"]),
         (f"{FIT} --rounds 5", ["unknown option --rounds", "set without dashes: federation.rounds=5"]),
         (f"{FIT} --rounds=5", ["set without dashes: federation.rounds=5"]),
-        (f"{FIT} --local.batch_size=5", ["set without dashes: local_training.batch_size=5"]),
+        (f"{FIT} --local_training.batch_size=5", ["set without dashes: local_training.batch_size=5"]),
         (f"{FIT} --resum", ["unknown option --resum; did you mean '--resume'?"]),
         (f"{FIT} federation.rounds", ["override 'federation.rounds': expected key=value"]),
         (f"{FIT} federation.rouds=1", ["federation.rouds: unknown key; did you mean 'rounds'?"]),

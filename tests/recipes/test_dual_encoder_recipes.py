@@ -110,7 +110,7 @@ data:
     context: 12
     proxy: 500
     validation: 50
-    max_message_bytes: 1800
+    limit: 1800
 partition: by_group
 federation: {{clients: 4, rounds: 2}}
 specialists: [{{target: tiny_dual_encoder, args: {{dim: 32, widths: [8, 16, 32], text: bag}}}}]
