@@ -30,7 +30,8 @@ class FederatedFoundation(FedAvg):
     Args:
         mode: the phase to begin with: ``"pre_training"`` on public data, for a model that is new, or
             ``"fine_tuning"`` on private data, for one that is pretrained.
-        switch: when a phase ends: ``"plateau"``, ``"fixed"`` or ``"never"``; None is a plateau with its defaults.
+        switch: when a phase ends: ``"plateau"``, ``"fixed_phases"`` or ``"single_phase"``; None is a plateau with
+            its defaults.
         optimizer: what the server does with the clients' mean; None takes it as it is.
         robust: as in FedAvg.
     """

@@ -41,6 +41,13 @@ NAMES = {
     ("adversary", "random"): "random_class",
     ("adversary", "silent"): "non_response",
     ("module", "image_classifier"): "custom",
+    ("phase_schedule", "never"): "single_phase",
+    ("phase_schedule", "fixed"): "fixed_phases",
+    ("feature_transfer", "features"): "feature_transfer",
+    ("layer_selection", "selection"): "layer_selection",
+    ("prototype_transfer", "prototypes"): "prototype_transfer",
+    ("client_weighting", "adaptive"): "adaptive_client_weights",
+    ("personalization", "similarity"): "similarity_mixture",
 }
 """New short name by kind of plug-in and former short name."""
 
@@ -62,7 +69,7 @@ def explain(key: str, message: str, tree: Mapping[str, Any]) -> str:
         return f"unknown key; it is called {KEYS[pattern].replace('*', number[1] if number else '*')}"
     if (value := VALUES.get((pattern, _at(tree, key)))) is not None:
         return f"unknown value {_at(tree, key)!r}; it is called {value!r}"
-    if (found := _UNKNOWN_NAME.match(message)) and (new := NAMES.get((found["kind"], found["name"]))):
+    if (found := _UNKNOWN_NAME.match(message)) and (new := NAMES.get((found["kind"].replace(" ", "_"), found["name"]))):
         return f"{found[0]}; it is called {new!r}"
     if found := _INTERPOLATION.match(message):
         for former, new in KEYS.items():

@@ -90,17 +90,46 @@ KINDS: dict[str, Kind] = {
         Kind("aligner", "fdl.modules.aligner.Aligner", ("fdl.modules.aligner",)),
         Kind("adversary", "fdl.adversaries.base.Adversary", ("fdl.adversaries",)),
         Kind(
-            "option",
-            "fdl.knowledge.option.Option",
-            (
-                "fdl.knowledge",
-                "fdl.knowledge.aggregation",
-                "fdl.knowledge.confidence",
-                "fdl.knowledge.distillation",
-                "fdl.knowledge.transfer",
-                "fdl.privacy",
-            ),
+            "token_confidence", "fdl.knowledge.confidence.tokens.TokenConfidence", ("fdl.knowledge.confidence.tokens",)
         ),
+        Kind("lora_aggregation", "fdl.knowledge.aggregation.lora.LoraAggregation", ("fdl.knowledge.aggregation.lora",)),
+        Kind(
+            "phase_schedule",
+            "fdl.knowledge.distillation.phase_schedule.PhaseSchedule",
+            ("fdl.knowledge.distillation.phase_schedule",),
+        ),
+        Kind(
+            "feature_transfer", "fdl.knowledge.transfer.features.FeatureTransfer", ("fdl.knowledge.transfer.features",)
+        ),
+        Kind(
+            "layer_selection",
+            "fdl.knowledge.transfer.layer_selection.LayerSelection",
+            ("fdl.knowledge.transfer.layer_selection",),
+        ),
+        Kind(
+            "prototype_transfer",
+            "fdl.knowledge.transfer.prototypes.PrototypeTransfer",
+            ("fdl.knowledge.transfer.prototypes", "fdl.privacy"),
+        ),
+        Kind(
+            "client_weighting",
+            "fdl.knowledge.distillation.personalization.AdaptiveWeights",
+            ("fdl.knowledge.distillation.personalization",),
+        ),
+        Kind(
+            "personalization",
+            "fdl.knowledge.distillation.personalization.Similarity",
+            ("fdl.knowledge.distillation.personalization",),
+        ),
+        Kind(
+            "curriculum", "fdl.knowledge.distillation.curriculum.Curriculum", ("fdl.knowledge.distillation.curriculum",)
+        ),
+        Kind(
+            "upload_policy",
+            "fdl.knowledge.distillation.upload_on_change.UploadOnChange",
+            ("fdl.knowledge.distillation.upload_on_change",),
+        ),
+        Kind("private_release", "fdl.knowledge.release.Release", ("fdl.privacy",)),
         Kind(
             "server_optimizer",
             "fdl.knowledge.aggregation.server_optimizers.ServerOptimizer",
@@ -169,7 +198,7 @@ def _named(kind: Kind, base: Definition, place: str, module: SourceModule, name:
     if isinstance(node, ast.ClassDef):
         definition = Definition(module, node)
         own = definition.own_constant("name") if kind.short is None else None if name[0] == "_" else kind.short(name)
-        if own and derives(definition, base) and definition.dotted != base.dotted:
+        if own and derives(definition, base) and (kind.short is None or definition.dotted != base.dotted):
             return {str(own): f"{place}.{name}" if kind.short else definition.dotted}
     elif kind.short and isinstance(node, ast.ImportFrom) and f"{node.module}".startswith(f"{place}."):
         # imported by its package under a class's name: read only once it is asked for

@@ -164,11 +164,11 @@ def test_a_recipe_can_ask_for_it(tmp_path):
                 "target": "federated_distillation",
                 "args": {
                     "features": {
-                        "target": "features",
+                        "target": "feature_transfer",
                         "args": {
                             "layers": 3,
                             "components": 4,
-                            "select": {"target": "selection", "args": {"budget": 8, "toward": "labels"}},
+                            "select": {"target": "layer_selection", "args": {"budget": 8, "toward": "labels"}},
                         },
                     }
                 },

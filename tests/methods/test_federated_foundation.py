@@ -152,7 +152,7 @@ def test_the_recipes_for_photographs_run_with_a_small_network(tmp_path, name):
         "local_training={epochs: null, steps: 1, batch_size: 8}",
         "server_distil={epochs: null, steps: 1, batch_size: 8}",
         "evaluation={metrics: [accuracy]}",
-        "method.args.switch={target: fixed, args: {centralized: 1, federated: 1}}",
+        "method.args.switch={target: fixed_phases, args: {centralized: 1, federated: 1}}",
         "fabric={accelerator: cpu, threads: 1}",
         "callbacks=[]",
     ]

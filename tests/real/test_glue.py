@@ -61,7 +61,7 @@ def short(recipe, encoder, name, folder, variant=None):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_phases_alternate(tmp_path, encoder, name):
-    switch = {"target": "fixed", "args": {"centralized": 1, "federated": 1}}
+    switch = {"target": "fixed_phases", "args": {"centralized": 1, "federated": 1}}
     recipe = short("federated_foundation_glue", encoder, name, tmp_path, {"method.args.switch": switch})
     loop = build(recipe, tmp_path / "run")
     metrics = loop.run()["metrics"]

@@ -2,12 +2,12 @@
 
 import pytest
 
-from fdl.errors import RecipeError
+from fdl.errors import RecipeError, UserError
 from fdl.recipe import from_mapping
 from fdl.recipe.config import Recipe
-from fdl.recipe.renamed import KEYS, NAMES, VALUES
+from fdl.recipe.renamed import KEYS, NAMES, VALUES, explain
 from fdl.recipe.validate import keys
-from fdl.registry.kinds import KINDS, short_names
+from fdl.registry.kinds import KINDS, find, short_names
 
 BASE = {
     "method": {"target": "fedavg"},
@@ -66,6 +66,11 @@ PLACES = {"fault": "faults", "adversary": "adversaries", "module": "specialists"
 def test_a_former_short_name_is_told_the_new_one(former, new):
     kind, name = former
     assert new in short_names(KINDS[kind]) and name not in short_names(KINDS[kind])
+    if kind not in PLACES:  # it is an argument of a method
+        with pytest.raises(UserError) as caught:
+            find(name, KINDS[kind])
+        assert explain("method.args.x", str(caught.value), {}).endswith(f" {name!r}; it is called {new!r}")
+        return
     (said,) = problems(tree={**BASE, PLACES[kind]: [{"target": name}]})
     assert said == f"{PLACES[kind]}.0: unknown {kind} {name!r}; it is called {new!r}"
 
