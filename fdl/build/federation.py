@@ -35,7 +35,9 @@ from fdl.recipe.config import Recipe
 from fdl.recipe.cross_checks import PROXY
 from fdl.recipe.learning_rates import local_fits
 from fdl.registry.instantiate import instantiate
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 from fdl.state.client_store import CLIENTS, DiskStore
 from fdl.utils.threads import pinned
 

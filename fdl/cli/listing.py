@@ -15,8 +15,10 @@ from fdl.recipe.config import Recipe
 from fdl.recipe.validate import keys
 from fdl.registry.component import Component
 from fdl.registry.instantiate import describe
-from fdl.registry.kinds import KINDS, Kind, PluginInfo, entries, find, short_names
-from fdl.registry.static_source import argument_docs
+from fdl.registry.kinds import KINDS, Kind
+from fdl.registry.plugins import PluginInfo, entries, short_names
+from fdl.registry.static_signatures import argument_docs
+from fdl.registry.targets import find
 from fdl.utils.suggest import suggest
 
 SECTIONS = (*(kind.plural for kind in KINDS.values()), "metrics", "recipes", "keys")
@@ -139,7 +141,7 @@ def _described(kind: Kind, entry: PluginInfo) -> str:
     docs = argument_docs(target.definition) if target.definition is not None else {}
     rows = []
     for name, parameter in sorted(taken.items(), key=lambda item: not item[1].required):
-        if name not in (*kind.reserved, *kind.supplied):
+        if name not in (*kind.forbidden, *kind.injected):
             typed = "" if parameter.annotation is None else describe(parameter.annotation)
             default = "" if parameter.default is None else f"default {_default_text(parameter.default)}"
             need = "needed" if parameter.required else ""

@@ -15,7 +15,9 @@ from fdl.errors import UserError
 from fdl.metrics.tasks import TASKS
 from fdl.recipe.learning_rates import rates_by_client
 from fdl.registry.instantiate import instantiate
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 from fdl.utils.suggest import suggest
 
 Problems = list[tuple[str, str]]

@@ -12,7 +12,8 @@ from fdl.engine.distributed.launch_environment import started_by_others
 from fdl.errors import UserError
 from fdl.recipe.config import Compare, Recipe
 from fdl.recipe.loading import load
-from fdl.registry.kinds import KINDS, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
 from fdl.runs import run as runs
 from fdl.state import run_folder
 from fdl.utils.console import console

@@ -14,7 +14,8 @@ SPEC.loader.exec_module(robustness)
 
 
 def test_the_recipe_has_every_adversary_and_the_grid_every_pair(tmp_path):
-    from fdl.registry.kinds import KINDS, short_names
+    from fdl.registry.kinds import KINDS
+    from fdl.registry.plugins import short_names
 
     cells = robustness.crossed("responses", None, ["cronus"], [0.1, 0.4], [0, 3], robustness.QUICK, tmp_path)
     attacks = {cell.attack for cell in cells}

@@ -7,7 +7,9 @@ from fdl.recipe import from_mapping
 from fdl.recipe.config import Recipe
 from fdl.recipe.renamed import KEYS, NAMES, VALUES, explain
 from fdl.recipe.validate import keys
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 
 BASE = {
     "method": {"target": "fedavg"},

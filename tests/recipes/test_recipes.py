@@ -9,7 +9,9 @@ import torch
 
 from fdl.cli.check import describe
 from fdl.recipe import load
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 from tests import stand_ins
 
 ROOT = Path(__file__).parents[2]
