@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl.errors import UserError
+from fdl.registry.installed import kind_of
 from fdl.registry.kinds import KINDS, Kind
 from fdl.registry.static_signatures import Parameter, argument_docs
 from fdl.registry.static_source import Definition, SourceModule, ancestors, parse_expression
-from fdl.registry.targets import ResolvedTarget, find, kind_of
+from fdl.registry.targets import ResolvedTarget, find
 from fdl.utils.imports import import_dotted
 from fdl.utils.suggest import suggest
 

@@ -11,8 +11,8 @@ from functools import cache
 from typing import Any
 
 from fdl.errors import UserError
-from fdl.registry.kinds import KINDS, Kind
-from fdl.registry.plugins import missing_in_call, short_names
+from fdl.registry.kinds import Kind
+from fdl.registry.plugins import conflict, missing_in_call, short_names
 from fdl.registry.static_signatures import Parameter, Signature, signature
 from fdl.registry.static_source import Definition, SourceModule, derives, lookup, top_level
 from fdl.utils.imports import _near_package, import_dotted
@@ -54,6 +54,8 @@ def find(target: str, kind: Kind, base: str = "") -> ResolvedTarget:
         raise UserError(f"{target!r} is a path; expected the name of {kind}{_reader(target, kind)}")
     if "." not in target:
         names = short_names(kind)
+        if message := conflict(kind, target):
+            raise UserError(message)
         if target not in names:
             raise UserError(f"unknown {kind.label} {target!r}{suggest(target, names) or '; or give a dotted path'}")
         target = names[target]
@@ -152,12 +154,3 @@ def _inspect(found: Any) -> Signature | None:
         {p.name: Parameter(p.name, p.default is inspect.Parameter.empty) for p in parameters if p.kind in named},
         any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
     )
-
-
-def kind_of(base: Definition) -> Kind | None:
-    """The kind whose base class `base` is, or derives from."""
-    for kind in KINDS.values():
-        root = lookup(kind.base)
-        if isinstance(root, Definition) and derives(base, root):
-            return kind
-    return None

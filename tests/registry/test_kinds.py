@@ -7,11 +7,12 @@ import textwrap
 import pytest
 
 from fdl.errors import UserError
+from fdl.registry.installed import kind_of
 from fdl.registry.kinds import KINDS, snake_case
 from fdl.registry.plugins import entries, short_names
 from fdl.registry.static_signatures import signature
 from fdl.registry.static_source import Definition, derives, lookup
-from fdl.registry.targets import find, kind_of
+from fdl.registry.targets import find
 from fdl.utils.imports import import_dotted
 from fdl.utils.suggest import suggest
 
