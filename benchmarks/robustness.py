@@ -64,7 +64,7 @@ QUICK = [
     "server_distil.steps=2",
     "evaluation.every=1",
 ]
-OF_CONFIDENCE = ("method.args.cap", "method.args.cap_over", "method.args.confidence")
+OF_CONFIDENCE = ("method.args.max_client_share", "method.args.max_client_share_over", "method.args.confidence")
 """Settings of how answers are weighed, which do not exist in the space of parameters."""
 EXPERT = 4
 """How many equal shares of a class a minority expert has at least."""

@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
+from fdl.callbacks.base import CallbackList
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
@@ -97,7 +98,7 @@ def federation(
         evaluation=Evaluation(metrics=["accuracy"]),
     )
     channel = Channel(Codec(upload), Codec(), Ledger(), seed)
-    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), callbacks)
+    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), CallbackList(callbacks))
 
 
 def weight(module):
