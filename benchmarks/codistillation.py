@@ -62,7 +62,7 @@ MAY_DIFFER = (
     "name",
     "method",
     "specialists",
-    "distil.steps",
+    "server_distil.steps",
     "data.args.proxy",
     "data.args.proxy_groups",
     "data.args.where",
@@ -165,7 +165,7 @@ def overrides(job: str, folder: Path) -> list[str]:
     """What the job changes in its recipe."""
     if job == "texts":
         return [f"data.args.path={folder / 'data/texts.jsonl'}", "callbacks=[csv]", "evaluation.every=1000"]
-    changes = [f"output={folder}"]
+    changes = [f"output_dir={folder}"]
     if job == "photographs":
         changes += PHOTOGRAPHS
         for name in load(RECIPES[job], changes).compare.variants:
@@ -182,8 +182,8 @@ def server_steps(run: Run) -> int:
     """How many steps each pool's model is distilled for in all; 0 where it is not."""
     args, rounds = run.recipe.method.args, run.recipe.federation.rounds
     if args.get("mode") == "periodic":
-        return rounds // args.get("period", 1) * run.recipe.distil.steps
-    return rounds * run.recipe.distil.steps if args["alpha"] > 0 else 0
+        return rounds // args.get("period", 1) * run.recipe.server_distil.steps
+    return rounds * run.recipe.server_distil.steps if args["alpha"] > 0 else 0
 
 
 def assert_equal_work(planned: Sequence[Run]) -> None:

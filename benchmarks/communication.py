@@ -47,20 +47,26 @@ REFERENCE, CODED = "fedavg", "fedavg_coded"
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 """Of accuracies after the last round to `CODED` with the same seed: mean and 95 % t interval."""
 EQUAL = (
-    *("seed", "data", "partition", "federation", "student", "specialists", "local", "evaluation"),
-    *("distil.steps", "distil.batch_size"),
+    *("seed", "data", "partition", "federation", "student", "specialists", "local_training", "evaluation"),
+    *("server_distil.steps", "server_distil.batch_size"),
 )
 CNN = "{target: cnn, args: {channels: [16, 32, 32]}}"
 CIFAR10 = [
     "federation.rounds=10",
     f"student={CNN}",
     f"specialists=[{CNN}]",
-    "local.steps=40",
-    "local.optimizer.args.lr=0.05",
-    "digest.steps=20",
-    "distil.steps=200",
+    "local_training.steps=40",
+    "local_training.optimizer.args.lr=0.05",
+    "client_distil.steps=20",
+    "server_distil.steps=200",
 ]
-QUICK = ["federation.clients=3", "federation.rounds=3", "local.steps=10", "digest.steps=5", "distil.steps=20"]
+QUICK = [
+    "federation.clients=3",
+    "federation.rounds=3",
+    "local_training.steps=10",
+    "client_distil.steps=5",
+    "server_distil.steps=20",
+]
 
 
 class Point(NamedTuple):
@@ -112,7 +118,9 @@ def assert_equal_work(planned: Sequence[Run]) -> None:
             ]
             assert not changed, f"{run.variant} and {same[0].variant} differ in {changed}"
             assert loop.fingerprint == loops[0].fingerprint, f"{run.variant} has other data than {same[0].variant}"
-            assert [client.local for client in loop.clients] == [client.local for client in loops[0].clients]
+            assert [client.local_training for client in loop.clients] == [
+                client.local_training for client in loops[0].clients
+            ]
             architectures = [loop.runtime.template(client.architecture).backbone for client in loop.clients]
             assert len({str(network) for network in architectures}) == 1, "clients have several architectures"
 
@@ -157,8 +165,8 @@ def row(planned: Sequence[Run], method: str) -> dict[str, Any]:
         "download_bytes": round(statistics.fmean(point.download for point in last)),
         "bytes": round(statistics.fmean(point.sent for point in last)),
         "bytes_together": round(statistics.fmean(together(run) for run in mine)),
-        "local_steps": recipe.local.steps,
-        "digest_steps": recipe.digest.steps if digests else 0,
+        "local_steps": recipe.local_training.steps,
+        "digest_steps": recipe.client_distil.steps if digests else 0,
     }
     for name in (REFERENCE, CODED):
         theirs = {run.seed: run for run in planned if run.variant == name}

@@ -45,14 +45,20 @@ if TYPE_CHECKING:
 RECIPE = Path(__file__).with_name("methods.yaml")
 CENTRAL, FEDAVG, CODED = "centralized", "fedavg", "fedavg_coded"
 AT_ONCE = ("distillation", "one_shot")
-PARTS = ("local", "distil")
+PARTS = ("local_training", "server_distil")
 MAY_DIFFER = (
     *("method", "channel", "name", "specialists", "teacher"),
-    *("federation.rounds", "local.steps", "distil.steps"),  # their products must be equal
+    *("federation.rounds", "local_training.steps", "server_distil.steps"),  # their products must be equal
     # how answers are learnt from is each method's own: its learning rates, and what its clients digest on top
-    *("digest", "distil.optimizer", "distil.scheduler", "distil.gradient_clip"),
+    *("client_distil", "server_distil.optimizer", "server_distil.scheduler", "server_distil.gradient_clip"),
 )
-QUICK = ["federation.rounds=3", "federation.clients=3", "local.steps=10", "digest.steps=5", "distil.steps=20"]
+QUICK = [
+    "federation.rounds=3",
+    "federation.clients=3",
+    "local_training.steps=10",
+    "client_distil.steps=5",
+    "server_distil.steps=20",
+]
 FEW = [CENTRAL, "single_site", FEDAVG, "federated_distillation", "one_shot", "fedgkt"]
 AVERAGED = (
     *("accuracy", "accuracy_best", "kte", "specialists"),  # with a deviation, too
@@ -80,7 +86,7 @@ def overrides(data: str, file: Path | None, quick: bool) -> list[str]:
         changes[changes.index(f"specialists=[{communication.CNN}]")] = f"specialists.0={communication.CNN}"
         sizes = f"[{communication.CNN}, {{target: cnn, args: {{channels: [32, 64, 64]}}}}]"
         pools = [f"compare.variants.codistillation_{mode}.specialists={sizes}" for mode in ("merged", "periodic")]
-        changes += ["data.args.public=500", "distil.steps=100", *pools]
+        changes += ["data.args.public=500", "server_distil.steps=100", *pools]
     return [*changes, *(QUICK if quick else ())]
 
 

@@ -41,12 +41,12 @@ MODEL = {"target": "mlp", "args": {"hidden": [128, 64]}}
 SGD = {"target": "sgd", "args": {"lr": 0.1}}
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"method": {"target": "fedavg"}},
-    "fedavg, batched": {"method": {"target": "fedavg"}, "executor": "batched"},
+    "fedavg, batched": {"method": {"target": "fedavg"}, "client_execution": "vectorized"},
     "federated_distillation": {
         "method": {"target": "federated_distillation", "args": {"confidence": {"target": "entropy"}}},
         "specialists": [MODEL],
-        "distil": {"steps": 100, "batch_size": 64, "optimizer": SGD},
-        "digest": {"steps": 0},
+        "server_distil": {"steps": 100, "batch_size": 64, "optimizer": SGD},
+        "client_distil": {"steps": 0},
         "channel": {"upload": [{"target": "one_hot"}, {"target": "range"}]},
     },
 }
@@ -99,9 +99,9 @@ def plan(options: argparse.Namespace, folder: Path) -> list[Run]:
             tree = {
                 "name": name,
                 "data": {"target": "arrays", "args": {"path": str(file), "proxy": PROXY, "validation": VALIDATION}},
-                "federation": {"clients": clients, "rounds": options.rounds, "calibration": 0.0},
+                "federation": {"clients": clients, "rounds": options.rounds, "calibration_fraction": 0.0},
                 "student": MODEL,
-                "local": {"epochs": 1, "batch_size": 32, "optimizer": SGD},
+                "local_training": {"epochs": 1, "batch_size": 32, "optimizer": SGD},
                 "evaluation": {"metrics": ["accuracy"], "specialists": False},
                 "checkpoint": {"every": options.rounds},
                 "fabric": {"accelerator": "cpu", "threads": 1},

@@ -65,7 +65,7 @@ class MajorityVote(Method):
     def local_update(self, client: Client, download: Message | None) -> TensorMessage:
         """Train the client's own model on private data, then vote."""
         module = client.specialist()
-        client.fit(module, client.train, client.local)
+        client.fit(module, client.train, client.local_training)
         client.save_specialist(module)
         votes = client.predict(module, client.proxy).argmax(1).to(torch.uint8)
         return TensorMessage({"votes": {"class": votes}}, samples=client.samples, kind="votes")
@@ -76,5 +76,7 @@ class MajorityVote(Method):
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
         """Train the student on the proxy set with shares of votes in the place of labels."""
-        server.fit(server.student, SoftLabelled(server.proxy, knowledge), server.distil, self.objective, name="distil")
+        server.fit(
+            server.student, SoftLabelled(server.proxy, knowledge), server.server_distil, self.objective, name="distil"
+        )
         return {"unanimous": float((knowledge.max(1).values == 1).float().mean())}

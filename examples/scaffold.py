@@ -32,7 +32,7 @@ class Corrected(PenalizedObjective):
 
 
 class Scaffold(Method):
-    """SCAFFOLD with option II for the control variates and a server step of 1; `local` must be plain SGD."""
+    """SCAFFOLD with option II for the control variates and a server step of 1; `local_training` must be plain SGD."""
 
     name = "scaffold_example"
     sends = (TensorMessage,)
@@ -48,9 +48,9 @@ class Scaffold(Method):
 
     def local_update(self, client: Client, download: TensorMessage) -> TensorMessage:
         """Train with corrected steps; return the weights and the change of the client's own control variate."""
-        fit, common = client.local, download.groups["control"]
+        fit, common = client.local_training, download.groups["control"]
         if fit.optimizer.target != "sgd" or fit.optimizer.args.get("momentum"):
-            raise UserError("scaffold: local.optimizer must be sgd without momentum")
+            raise UserError("scaffold: local_training.optimizer must be sgd without momentum")
         module = client.load(download.groups["weights"], "student")
         before = {n: p.clone() for n, p in _parameters(module)}
         own = client.state.get("control") or {n: torch.zeros_like(c) for n, c in common.items()}

@@ -107,7 +107,7 @@ class FederatedLoop(Federation):
             knowledge = aggregate.result() if aggregate is not None else None
 
         # 4  server update: the student learns from the aggregate
-        memory = explain_out_of_memory(f"the server in round {round}", "distil.batch_size")
+        memory = explain_out_of_memory(f"the server in round {round}", "server_distil.batch_size")
         with self.seconds("server"), self.runtime.all_ranks(), memory:
             if aggregate is None or knowledge is not None:
                 seed_everything(self.recipe.seed, "server", round)

@@ -20,7 +20,7 @@ from fdl.state.shards import local
 from tests import rank_jobs
 
 SGD = "{target: sgd, args: {lr: 0.1}}"
-LOCAL, DISTIL, DIGEST = (f"{part}.optimizer={SGD}" for part in ("local", "distil", "digest"))
+LOCAL, DISTIL, DIGEST = (f"{part}.optimizer={SGD}" for part in ("local_training", "server_distil", "client_distil"))
 PLAIN = ["channel.upload=[]", "channel.download=[]"]
 LANGUAGE = [*rank_jobs.TEXT, rank_jobs.CLIENTS, "method={target: fedavg}", LOCAL, *PLAIN, "specialists=[]"]
 LLAMA = f"{{target: causal_lm, args: {{model: llama, config: {rank_jobs.TINY}}}}}"
@@ -30,15 +30,15 @@ SMALLER = LLAMA.replace("intermediate_size: 16", "intermediate_size: 8")
 POOLS = ["method={target: codistillation}", f"specialists=[{SMALLER}, {LLAMA}]", f"student={SMALLER}", DISTIL]
 JOBS = {
     "fedavg": ("fedavg", []),
-    "fedprox": ("fedprox", ["method.args.mu=5", "local.gradient_clip=0.3"]),
+    "fedprox": ("fedprox", ["method.args.mu=5", "local_training.gradient_clip=0.3"]),
     "batch_norm": ("batch_norm", []),
-    "clipped": ("fedavg", ["local.gradient_clip=0.05"]),
-    "adam": ("fedavg", ["local.optimizer={target: adamw, args: {lr: 0.01}}"]),
-    "fml": ("fml", [LOCAL, "local.gradient_clip=0.05"]),
+    "clipped": ("fedavg", ["local_training.gradient_clip=0.05"]),
+    "adam": ("fedavg", ["local_training.optimizer={target: adamw, args: {lr: 0.01}}"]),
+    "fml": ("fml", [LOCAL, "local_training.gradient_clip=0.05"]),
     "fed_lpfm": ("fed_lpfm", []),
     "distillation": ("distillation", [LOCAL, DISTIL]),
     "federated_distillation": ("federated_distillation", [LOCAL, DISTIL, DIGEST]),
-    "disk": ("federated_distillation", [LOCAL, DISTIL, DIGEST, "federation.state=disk"]),
+    "disk": ("federated_distillation", [LOCAL, DISTIL, DIGEST, "federation.client_state=disk"]),
     "knowledge": ("knowledge", [LOCAL, DISTIL, DIGEST, "channel.upload=[]", "federation.rounds=2"]),
     "affinity_distillation": ("affinity_distillation", [LOCAL, DISTIL, DIGEST]),
     "token_distillation": ("token_distillation", [LOCAL, DISTIL, *PLAIN]),
@@ -115,7 +115,7 @@ def all_jobs(place: Path) -> dict:
     run("federated_distillation", place / "parts", ("federation.rounds=1",))
     found["parts"] = len(parts)
     try:
-        run("fedavg", place / "refused", ("local.optimizer={target: adafactor, args: {lr: 0.01}}",))
+        run("fedavg", place / "refused", ("local_training.optimizer={target: adafactor, args: {lr: 0.01}}",))
     except UserError as error:
         found["refused"] = str(error)
     return {**found, "rounded": rounded_weights(place / "rounded")}

@@ -50,7 +50,18 @@ def steps(count, lr=1.0):
     return Fit(epochs=None, steps=count, batch_size=64, optimizer=Component("sgd", {"lr": lr}))
 
 
-def federation(method, folder, rounds=1, local=1, distil=1, digest=1, seed=0, callbacks=(), upload=(), **federation):
+def federation(
+    method,
+    folder,
+    rounds=1,
+    local_training=1,
+    server_distil=1,
+    client_distil=1,
+    seed=0,
+    callbacks=(),
+    upload=(),
+    **federation,
+):
     """A loop over the two toy clients."""
     runtime = Runtime(accelerator="cpu")
     for name in ("student", "teacher", "linear"):
@@ -59,9 +70,9 @@ def federation(method, folder, rounds=1, local=1, distil=1, digest=1, seed=0, ca
     common = {
         "runtime": runtime,
         "seed": seed,
-        "local": steps(local),
-        "distil": steps(distil),
-        "digest": steps(digest),
+        "local_training": steps(local_training),
+        "server_distil": steps(server_distil),
+        "client_distil": steps(client_distil),
         "proxy": proxy,
         "num_classes": 2,
         "encoder": None,

@@ -82,16 +82,18 @@ def table(seed, scale=1.0):
     return scale * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
-def federation(method, folder, rounds=1, local=1, distil=1, upload=(), download=(), tables=None, clients=2):
+def federation(
+    method, folder, rounds=1, local_training=1, server_distil=1, upload=(), download=(), tables=None, clients=2
+):
     """A loop over two toy clients, with tables of first weights by client where given."""
     runtime = Runtime(accelerator="cpu")
     runtime.factories |= {"student": Bigram, "bigram": Bigram}
     common = {
         "runtime": runtime,
         "seed": 0,
-        "local": steps(local),
-        "distil": steps(distil),
-        "digest": steps(1, lr=0.5),
+        "local_training": steps(local_training),
+        "server_distil": steps(server_distil),
+        "client_distil": steps(1, lr=0.5),
         "proxy": windows(UP, DOWN, SHORT),
         "num_classes": 0,
         "task": "language",

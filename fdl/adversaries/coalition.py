@@ -140,15 +140,15 @@ def chosen(entries: Sequence[AdversaryConfig], clients: int, seed: int) -> list[
         if entry.clients is not None:
             result.append(sorted(entry.clients))
             continue
-        count = how_many(entry.share, clients)
+        count = how_many(entry.fraction, clients)
         result.append(sorted(order[:count]))
         order = order[count:]
     return result
 
 
-def how_many(share: float, clients: int) -> int:
-    """Clients that a share comes to, rounded."""
-    return int(share * clients + 0.5)
+def how_many(fraction: float, clients: int) -> int:
+    """The number of clients that a fraction comes to, rounded."""
+    return int(fraction * clients + 0.5)
 
 
 def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method: Method) -> AdversaryGroup:

@@ -68,7 +68,7 @@ class NonResponder(Adversary):
     No defence can do better against liars than if they were silent, so this is what defences are measured by.
     """
 
-    name = "silent"
+    name = "non_response"
     spaces = ("data", "parameters", "responses")
 
     def attack(self, scene: AttackContext) -> None:

@@ -84,7 +84,7 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
     if not names:
         return None
     model = _filled(module, before)
-    own, config = dict(model.named_parameters()), client.local
+    own, config = dict(model.named_parameters()), client.local_training
     steps = config.steps
     if steps is None:
         steps = config.epochs * math.ceil(len(twin.train) / config.batch_size)

@@ -31,7 +31,7 @@ CALIBRATION = 0.1
 def _hold_out(share: np.ndarray, recipe: Recipe, client: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
     """Split a client's indices into what it trains on and what it calibrates with; at least one to train on."""
     shuffled = numpy_stream(recipe.seed, "calibration", 0, client).permutation(share)
-    part = recipe.federation.calibration
+    part = recipe.federation.calibration_fraction
     if part is None:  # what nobody looks at is better trained on
         part = CALIBRATION if method.needs_calibration else 0.0
     held_out = min(round(part * len(share)), len(share) - 1)

@@ -35,7 +35,9 @@ from fdl.recipe.config import Recipe
 from fdl.recipe.cross_checks import PROXY
 from fdl.recipe.learning_rates import local_fits
 from fdl.registry.instantiate import instantiate
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 from fdl.state.client_store import CLIENTS, DiskStore
 from fdl.utils.threads import pinned
 
@@ -75,8 +77,8 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
             f"{data.task}; methods for it: {', '.join(_methods_for(data.task))}"
         )
     TASKS[data.task].select(recipe.evaluation.metrics)
-    if recipe.evaluation.probes and "student" not in method.requires:
-        raise UserError(f"evaluation.probes: method {recipe.method.target} has no student that could be asked")
+    if recipe.evaluation.evaluators and "student" not in method.requires:
+        raise UserError(f"evaluation.evaluators: method {recipe.method.target} has no student that could be asked")
     probes = _probes(recipe, data)
     attacks = _attacks(recipe, data)
     if "proxy" in method.requires and len(data.proxy) == 0:
@@ -102,9 +104,9 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     common: dict[str, Any] = {
         "runtime": runtime,
         "seed": recipe.seed,
-        "local": recipe.local,
-        "distil": recipe.distil,
-        "digest": recipe.digest or recipe.distil,
+        "local_training": recipe.local_training,
+        "server_distil": recipe.server_distil,
+        "client_distil": recipe.client_distil or recipe.server_distil,
         "proxy": data.proxy,
         "public": data.public,
         "num_classes": data.num_classes,
@@ -118,7 +120,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     incoming, test_stages = _arriving(common["arrival"], data)
     dp_sgd, clients, fits = trainer(recipe, common["privacy"]), [], local_fits(recipe, entries)
     trained: list[np.ndarray] = []
-    store = DiskStore(folder / CLIENTS) if recipe.federation.state == "disk" else None
+    store = DiskStore(folder / CLIENTS) if recipe.federation.client_state == "disk" else None
     for id, share in enumerate(shares):
         train, calibration = _hold_out(share, recipe, id, method)
         trained.append(train)
@@ -131,7 +133,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
                 dp_sgd=dp_sgd,
                 store=store,
                 name=names[id],
-                **common | {"local": fits[id]},
+                **common | {"local_training": fits[id]},
             )
         )
     server = Server(
@@ -149,7 +151,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         "download": _codec(recipe.channel.download, "channel.download"),
         "ledger": Ledger(),
         "seed": recipe.seed,
-        "limit": recipe.channel.limit,
+        "limit": recipe.channel.max_message_bytes,
         "bandwidth": Bandwidth(recipe.channel.bandwidth, recipe.channel.clients),
         "authentication": _authentication(recipe),
         "deadline": recipe.federation.deadline or math.inf,
@@ -215,13 +217,15 @@ def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:
         UserError: one is not for this kind of data.
     """
     probes = []
-    for i, component in enumerate(recipe.evaluation.probes):
-        probe: Evaluator = instantiate(component, "evaluator", f"evaluation.probes.{i}")
+    for i, component in enumerate(recipe.evaluation.evaluators):
+        probe: Evaluator = instantiate(component, "evaluator", f"evaluation.evaluators.{i}")
         if data.task not in probe.tasks:
             known = ", ".join(probe.tasks)
-            raise UserError(f"evaluation.probes.{i}: {probe.name} is for {known} data; these are for {data.task}")
+            raise UserError(f"evaluation.evaluators.{i}: {probe.name} is for {known} data; these are for {data.task}")
         if probe.label in {other.label for other in probes}:
-            raise UserError(f"evaluation.probes.{i}: there is a probe {probe.label!r} already; give one another label")
+            raise UserError(
+                f"evaluation.evaluators.{i}: there is a probe {probe.label!r} already; give one another label"
+            )
         probes.append(probe)
     return probes
 

@@ -17,7 +17,8 @@ from fdl.modules.foreign import conforming
 from fdl.recipe.config import Recipe
 from fdl.registry.component import Component
 from fdl.registry.instantiate import instantiate
-from fdl.registry.kinds import KINDS, find
+from fdl.registry.kinds import KINDS
+from fdl.registry.targets import find
 from fdl.utils.seeding import numpy_stream, stream_seed
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _factory(component: Component, key: str, data: FederatedDataModule) -> Calla
         raise UserError(f"{key}.args.num_classes: {given}, but the data have {data.num_classes} classes")
     found = find(component.target, KINDS["module"])
     parameters = found.signature.parameters if found.signature is not None else {}
-    for name in KINDS["module"].supplied:
+    for name in KINDS["module"].injected:
         if name in parameters and parameters[name].required and name not in {*model_kwargs, *component.args}:
             raise UserError(f"{key}: {component.target} is no model for {data.task} data: those have no {name}")
 

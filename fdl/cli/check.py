@@ -73,15 +73,15 @@ def _clients(loop: FederatedLoop) -> list[str]:
     numbers = () if any(client.name for client in loop.clients) else (0,)
     return [
         *columns(rows, right=(*numbers, 2, 3, 4, 5, 6)),
-        *_traffic(first, later, loop.recipe.federation.participation),
+        *_traffic(first, later, loop.recipe.federation.client_fraction),
     ]
 
 
-def _traffic(first: _Sizes, later: _Sizes, participation: float) -> list[str]:
+def _traffic(first: _Sizes, later: _Sizes, client_fraction: float) -> list[str]:
     """What all clients together receive and send."""
     if not any(size for sizes in (first, later) for clients in sizes.values() for size in clients.values()):
         return ["nothing is sent"]
-    asked = "" if participation == 1 else f", of whom {participation:g} are asked"
+    asked = "" if client_fraction == 1 else f", of whom {client_fraction:g} are asked"
     if first == later:
         lines = [f"a round of all clients{asked} sends {_both(first)}"]
     else:

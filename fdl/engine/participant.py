@@ -52,9 +52,9 @@ class Participant:
         id: the client's number, -1 for the server.
         runtime: where it computes.
         seed: the recipe's seed.
-        local: how it trains on private data.
-        distil: how the server trains the student on the proxy set.
-        digest: how a client learns from what the server sends back.
+        local_training: how it trains on private data.
+        server_distil: how the server trains the student on the proxy set.
+        client_distil: how a client learns from what the server sends back.
         proxy: the public proxy set, unlabelled.
         public: labelled public samples to train on; None or empty where there are none. They are the server's: a
             method whose clients look at them counts their bytes in `setup_bytes`.
@@ -80,9 +80,9 @@ class Participant:
         id: int,
         runtime: Runtime,
         seed: int,
-        local: Fit,
-        distil: Fit,
-        digest: Fit,
+        local_training: Fit,
+        server_distil: Fit,
+        client_distil: Fit,
         proxy: Samples | None,
         num_classes: int,
         encoder: Encoder | None = None,
@@ -95,7 +95,7 @@ class Participant:
     ):
         self.id, self.runtime, self.seed = id, runtime, seed
         self._noise_seed, self._drawn = noise_seed, Counter[str]()
-        self.local, self.distil, self.digest = local, distil, digest
+        self.local_training, self.server_distil, self.client_distil = local_training, server_distil, client_distil
         self.proxy, self.public, self.num_classes, self.encoder = proxy, public, num_classes, encoder
         self.task, self.model_kwargs = task, dict(model_kwargs or {})
         self.arrival, self.round, self.stage, self.privacy = arrival, 0, 0, privacy

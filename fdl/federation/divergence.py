@@ -45,7 +45,7 @@ def require_finite(server: Server, round: int) -> None:
         return
     ranks = server.runtime.ranks
     if ranks.any(not all_finite(server.student.parameters())):
-        fit = "local" if server.pooled is not None else "distil"
+        fit = "local_training" if server.pooled is not None else "server_distil"
         sentence = (
             f"round {round}: the student's training on the server diverged, its weights are not finite any more "
             f"({_worst_first(losses)}); {_ADVICE.format(fit=fit)}"
@@ -68,7 +68,7 @@ def require_finite_client(client: Client) -> None:
     if losses and not all_finite(client.state.get("specialist", {}).values()):
         raise UserError(
             f"client {client.id}, round {client.round}: training diverged, the model's weights are not finite any more "
-            f"({_worst_first(losses)}); {_ADVICE.format(fit='local')}"
+            f"({_worst_first(losses)}); {_ADVICE.format(fit='local_training')}"
         )
 
 

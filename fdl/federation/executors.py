@@ -77,7 +77,7 @@ class Batched(Executor):
             groups, which come one after the other.
     """
 
-    name = "batched"
+    name = "vectorized"
 
     def __init__(self, memory: int | None = None):
         self._memory = memory
@@ -196,7 +196,9 @@ class Batched(Executor):
                     log.info("clients with %s train one after another: %s", architecture, reason)
             else:
                 size = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-                self._costs[architecture] = 5 * size + activations(module, client.train, client.local.batch_size)
+                self._costs[architecture] = 5 * size + activations(
+                    module, client.train, client.local_training.batch_size
+                )
         return self._costs[architecture]
 
     def _limit(self, runtime: Runtime) -> int:
@@ -235,7 +237,7 @@ def _tell(error: BaseException, clients: Sequence[Client]) -> NoReturn:
     who += f" ({first.architecture}) in round {first.round}"
     if isinstance(error, UserError):
         raise UserError(f"{who}: {error}") from error
-    hint = "local.batch_size or evaluation.batch_size, or give it a smaller model"
+    hint = "local_training.batch_size or evaluation.batch_size, or give it a smaller model"
     if (known := out_of_memory(error, who, hint)) is not None:
         raise known from error
     if sys.version_info >= (3, 11):

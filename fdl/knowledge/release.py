@@ -11,12 +11,11 @@ from torch import Tensor
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ResponseMean
-from fdl.knowledge.option import Option
 from fdl.messages import Responses
 from fdl.participants import Client, Server
 
 
-class Release(Option, ABC):
+class Release(ABC):
     """How answers to the proxy set are made private.
 
     Attributes:

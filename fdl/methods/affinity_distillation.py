@@ -96,8 +96,8 @@ class AffinityDistillation(Method):
         if download is not None:
             student = AnswerPool(len(client.proxy), weighted=False)
             student.add(download, -1)
-            AffinityLosses().learn(client, specialist, student.result(), client.digest, "digest")
-        client.fit(specialist, client.train, client.local)
+            AffinityLosses().learn(client, specialist, student.result(), client.client_distil, "digest")
+        client.fit(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
         given = answers(client, specialist, client.proxy, temperature)
@@ -110,6 +110,6 @@ class AffinityDistillation(Method):
 
     def server_update(self, server: Server, knowledge: TeacherEmbeddings) -> dict[str, float]:
         """Bring the student's affinities closer to the clients'."""
-        self.mimicry.learn(server, server.student, knowledge, server.distil, "distil")
+        self.mimicry.learn(server, server.student, knowledge, server.server_distil, "distil")
         server.state["taught"] = True
         return {}

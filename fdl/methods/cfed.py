@@ -29,15 +29,16 @@ class CFeD(FedAvg):
 
     When a stage of the recipe's `arrival` begins, the server notes the global model's answers to the proxy set. From
     then on a round's clients are divided: learners minimise CE on their private data, as in FedAvg, and reviewers, who
-    are drawn anew in every round, λ T² KL(noted ‖ now) on the proxy set, with the recipe's `local` settings. Both count
-    in the average by their numbers of private samples. Without a division every client minimises the sum of both
-    losses, on as many proxy samples as private ones and over the classes that had arrived before this stage: learning
-    without forgetting (Li and Hoiem, 2016) with public samples in the place of the private ones, which are gone.
+    are drawn anew in every round, λ T² KL(noted ‖ now) on the proxy set, with the recipe's `local_training` settings.
+    Both count in the average by their numbers of private samples. Without a division every client minimises the sum of
+    both losses, on as many proxy samples as private ones and over the classes that had arrived before this stage:
+    learning without forgetting (Li and Hoiem, 2016) with public samples in the place of the private ones, which are
+    gone.
 
     In every round, of the first stage too, the server then distils into the average what the clients' models and the
-    global model before this round say of the proxy set, with the recipe's `distil` settings, against what one round's
-    data do to the average: T² KL(mean_k softmax(z_k / T) ‖ softmax(z / T)). The published code asks for each sample
-    one of these models in turn; the mean is what that amounts to.
+    global model before this round say of the proxy set, with the recipe's `server_distil` settings, against what one
+    round's data do to the average: T² KL(mean_k softmax(z_k / T) ‖ softmax(z / T)). The published code asks for each
+    sample one of these models in turn; the mean is what that amounts to.
 
     The published code has one proxy set for each participant, and 0.1 in the place of λ T².
 
@@ -103,10 +104,10 @@ class CFeD(FedAvg):
         noted = parts.get(Responses)
         if noted is not None and self.reviewers > 0:
             samples = SoftLabelled(client.proxy, noted.values)
-            client.fit(module, samples, client.local, self._reviewed, name="review")
+            client.fit(module, samples, client.local_training, self._reviewed, name="review")
         else:
             objective = None if noted is None else self._rehearsing(client, noted.values)
-            client.fit(module, client.train, client.local, objective)
+            client.fit(module, client.train, client.local_training, objective)
         return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters | _MeanAndAnswers:
@@ -121,7 +122,7 @@ class CFeD(FedAvg):
         mean, probabilities = knowledge
         log = super().server_update(server, mean)
         samples = SoftLabelled(server.proxy, probabilities)
-        server.fit(server.student, samples, server.distil, self._distilled, name="distil")
+        server.fit(server.student, samples, server.server_distil, self._distilled, name="distil")
         return log
 
     def _reviewing(self, server: Server) -> set[int]:

@@ -38,7 +38,7 @@ class Codistillation(Method):
     student must be the same model as the first of them. Each pool's model is averaged over the clients that train it,
     by sample counts, and the server's optimiser takes the mean displacement D_fed for its pseudo-gradient. On the
     unlabelled proxy set every model then learns from the mean probabilities of the others, of classes or of next
-    tokens, all of them as they were before any of them learnt (T² KL, the recipe's `distil` settings):
+    tokens, all of them as they were before any of them learnt (T² KL, the recipe's `server_distil` settings):
 
     - periodic: every so many rounds, starting from what the round left.
     - merged: in every round, starting from where the clients started, too. The displacement D_kd that this gives is
@@ -115,7 +115,7 @@ class Codistillation(Method):
         results = {}
         for pool in self._trained(architectures(client.runtime), client.architecture):
             module = client.load(strip_prefix(download.tensors, pool), pool)
-            client.fit(module, client.train, client.local, name=stream_of(client, "fit", pool))
+            client.fit(module, client.train, client.local_training, name=stream_of(client, "fit", pool))
             results[pool] = module_state(module)
         return Parameters(prefix_names(results), samples=client.reported_samples)
 

@@ -38,8 +38,8 @@ class FedLPFM(FedAvg):
         loss: how the proxy is compared with them, a name among `fdl.losses.responses.RESPONSE_LOSSES`. Losses between
             logits take the mean of logits for p.
         models: foundation models at a client, ≥ 1: its own entry of the specialists and those that follow it.
-        fine_tune: train each site's copies on its own data before they answer, with the `local` settings: once, or,
-            where data arrive in stages, once a stage from the public weights.
+        fine_tune: train each site's copies on its own data before they answer, with the `local_training` settings:
+            once, or, where data arrive in stages, once a stage from the public weights.
         optimizer: what the server does with the mean; None takes it as it is.
         robust: as in FedAvg.
     """
@@ -85,7 +85,7 @@ class FedLPFM(FedAvg):
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
             labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
-        client.fit(proxy, labelled, client.local, self._taught)
+        client.fit(proxy, labelled, client.local_training, self._taught)
         return Parameters(module_state(proxy), samples=client.reported_samples)
 
     def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
@@ -113,7 +113,7 @@ class FedLPFM(FedAvg):
         if not self.fine_tune:
             return client.predict(module, client.train)
         public = copy_of(module)
-        client.fit(module, client.train, client.local, name=f"fine_tune/{number}")
+        client.fit(module, client.train, client.local_training, name=f"fine_tune/{number}")
         logits = client.predict(module, client.train)
         load_into(module, public)
         return logits
@@ -128,7 +128,7 @@ class FedLPFM(FedAvg):
         """What the round's training costs, what the foundation models cost once, and what an answer costs for good."""
         if "costs" not in client.cache:
             models, count = self._models(client), client.samples
-            seen = samples_seen(count, client.local)
+            seen = samples_seen(count, client.local_training)
             tuning = seen * sum(training_flops(client, module) for module in models) if self.fine_tune else 0
             client.cache["costs"] = {
                 "flops/training_a_round": float(seen * training_flops(client, proxy)),

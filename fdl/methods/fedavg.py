@@ -41,7 +41,7 @@ class FedAvg(Method):
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train the global model on private data and return its weights."""
         module = client.load(download.tensors, "student")
-        client.fit(module, client.train, client.local, self.objective(module))
+        client.fit(module, client.train, client.local_training, self.objective(module))
         return Parameters(module_state(module), samples=client.reported_samples)
 
     def objective(self, module) -> Objective | None:

@@ -42,7 +42,7 @@ class FedDF(Method):
     where it is better than they are together.
 
     The paper's settings for 10,000 steps of distillation are ``every: 100`` and ``patience: 1000``, with Adam at 0.001,
-    a cosine schedule over all steps and gradients clipped at 5, which are the recipe's `distil`.
+    a cosine schedule over all steps and gradients clipped at 5, which are the recipe's `server_distil`.
 
     With a confidence, clients send with their weights how much they count as teachers of each proxy sample, and the
     mean of logits is weighted by it; the average of weights stays by sample counts. With `domain_classifier` that is
@@ -122,7 +122,7 @@ class FedDF(Method):
     def local_update(self, client: Client, download: Parameters) -> Parameters | Bundle:
         """Train the group's model on private data; return its weights and, if asked, how much it counts."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
-        client.fit(module, client.train, client.local)
+        client.fit(module, client.train, client.local_training)
         weights = Parameters(module_state(module), samples=client.reported_samples)
         if self.weighting is None:
             return weights
@@ -151,10 +151,10 @@ class FedDF(Method):
         """Distil the ensemble into a module; returns after which step it was best, and how many were taken."""
         objective = ResponseObjective("kl", 1.0)
         if not self.validated or server.runtime.is_dry_run:
-            server.fit(module, samples, server.distil, objective, name=name)
+            server.fit(module, samples, server.server_distil, objective, name=name)
             return {}
         watch = BestOnValidation(server, module, self.every, self.patience)
-        server.fit(module, samples, server.distil, objective, name=name, watch=watch)
+        server.fit(module, samples, server.server_distil, objective, name=name, watch=watch)
         watch.restore()
         return {"best_step": float(watch.best_step), "steps": float(watch.steps)}
 

@@ -57,8 +57,8 @@ class FederatedDistillation(Method):
         sharpen: how much to sharpen the aggregate: a temperature or an exponent, as `sharpening` says; None leaves it.
         sharpening: by DS-FL's entropy reduction, softmax(p / T), e.g. T = 0.1, or by SCARLET's power, p^b / Σ p^b,
             e.g. b = 1.5.
-        pretrain: epochs on the server's labelled public samples, with the `local` settings, that every new specialist
-            begins with, as in FedMD, and the student as well. These samples are then sent to all clients.
+        pretrain: epochs on the server's labelled public samples, with the `local_training` settings, that every new
+            specialist begins with, as in FedMD, and the student as well. These samples are then sent to all clients.
         reinitialize_clients: draw a specialist new weights before it learns from what comes back, as in CFD.
         features: activations that go up, too.
         prototypes: centroids of the clients' data that go up, too.
@@ -67,7 +67,7 @@ class FederatedDistillation(Method):
         adaptive_client_weights: clients' weights that follow the phase of training.
         personalization: each client gets its own mixture of the others' answers, in the place of the aggregate.
         curriculum: in what order the student meets the proxy samples.
-        subsample: share of the proxy set that is answered in a round, the same samples by all clients.
+        proxy_fraction: share of the proxy set that is answered in a round, the same samples by all clients.
         soft_label_cache_rounds: for how many rounds a sample's answers go on teaching; 1 is for their own round only.
         upload_policy: when a client has something new to say.
         private_release: makes the answers private.
@@ -103,7 +103,7 @@ class FederatedDistillation(Method):
         adaptive_client_weights: AdaptiveWeights | None = None,
         personalization: Similarity | None = None,
         curriculum: Curriculum | None = None,
-        subsample: float = 1.0,
+        proxy_fraction: float = 1.0,
         soft_label_cache_rounds: int = 1,
         upload_policy: UploadOnChange | None = None,
         private_release: Release | None = None,
@@ -114,8 +114,8 @@ class FederatedDistillation(Method):
         for key, value in (("temperature", temperature), ("sharpen", sharpen)):
             if value is not None and not value > 0:
                 raise UserError(f"{key} must be > 0, got {value}")
-        if not 0 < subsample <= 1:
-            raise UserError(f"subsample must be in (0, 1], got {subsample}")
+        if not 0 < proxy_fraction <= 1:
+            raise UserError(f"proxy_fraction must be in (0, 1], got {proxy_fraction}")
         if soft_label_cache_rounds < 1:
             raise UserError(f"soft_label_cache_rounds must be at least 1, got {soft_label_cache_rounds}")
         self.objective = ResponseObjective(loss, temperature)
@@ -127,10 +127,10 @@ class FederatedDistillation(Method):
         self.pretrain, self.reinitialize_clients = at_least("pretrain", pretrain, 0), reinitialize_clients
         if pretrain:
             self.requires = (*type(self).requires, "public")
-        self.adaptive_client_weights, self.personalization, self.subsample, self.soft_label_cache_rounds = (
+        self.adaptive_client_weights, self.personalization, self.proxy_fraction, self.soft_label_cache_rounds = (
             adaptive_client_weights,
             personalization,
-            subsample,
+            proxy_fraction,
             soft_label_cache_rounds,
         )
         self.features = features if features is not None and features.weight > 0 else None
@@ -144,7 +144,7 @@ class FederatedDistillation(Method):
             Cap.of(max_client_share, max_client_share_over),
         )
         self.answering = UploadBuilder(
-            space, calibrate, confidence, *what, subsample, self.upload_policy, private_release
+            space, calibrate, confidence, *what, proxy_fraction, self.upload_policy, private_release
         )
         self.teaching = DistillationConfig(loss, temperature, alpha, *what, adapter)
         if personalization is not None and feedback == "none":
@@ -210,8 +210,8 @@ class FederatedDistillation(Method):
         specialist = self._specialist(client, answers is not None)
         if answers is not None:
             answered = SoftLabelled(client.proxy, answers.values, answers.rows)
-            client.fit(specialist, answered, client.digest, self.objective, name="digest")
-        client.fit(specialist, client.train, client.local)
+            client.fit(specialist, answered, client.client_distil, self.objective, name="digest")
+        client.fit(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         return self.answering.upload(client, specialist, standing)
 
@@ -224,7 +224,7 @@ class FederatedDistillation(Method):
             if self.adaptive_client_weights is not None and self.confidence is None
             else self.confidence is not None
         )
-        mean, rows = self._mean(server, weighted), rows_of_round(server, self.subsample)
+        mean, rows = self._mean(server, weighted), rows_of_round(server, self.proxy_fraction)
         if self.robust is not None:
             mean = RobustAnswers(self.robust, server, self.space, weighted)
         return CompositeAggregate(
@@ -258,7 +258,7 @@ class FederatedDistillation(Method):
         new, specialist = "specialist" not in client.state, client.specialist()
         if self.pretrain and new:
             # one object for all clients that train alike: an optimiser is built once for each
-            pretraining = replace(client.local, epochs=self.pretrain, steps=None)
+            pretraining = replace(client.local_training, epochs=self.pretrain, steps=None)
             client.fit(specialist, client.public, pretraining, name="pretrain")
         elif self.reinitialize_clients and taught:
             seed = stream_seed(client.seed, "restart", client.round, client.id)
@@ -268,7 +268,7 @@ class FederatedDistillation(Method):
     def _pretrain_student(self, server: Server) -> None:
         """Let the student begin as specialists do, before it first learns from what they answer."""
         if self.pretrain and "pretrained" not in server.state:
-            settings = replace(server.local, epochs=self.pretrain, steps=None)
+            settings = replace(server.local_training, epochs=self.pretrain, steps=None)
             server.fit(server.student, server.public, settings, name="pretrain")
             server.state["pretrained"] = True
 

@@ -68,7 +68,7 @@ class FederatedPrompts(FedAvg):
             return super().local_update(client, download)
         module = client.specialist()  # at first a fresh one, whose personal part nobody else has
         load_into(module, {**module_state(module), **download.tensors})
-        client.fit(module, client.train, client.local, self.objective(module))
+        client.fit(module, client.train, client.local_training, self.objective(module))
         client.save_specialist(module)
         return Parameters(self._shared(module_state(module)), samples=client.reported_samples)
 

@@ -35,8 +35,8 @@ class FedGKT(Method):
     A client trains its specialist, a feature extractor with a small classification layer, on its private data for
     CE + w T² KL(server ‖ client), then sends what its layer `layer` gives for each private sample. The server trains
     the recipe's `teacher`, which takes these features for inputs, for CE + w T² KL(client ‖ server) with the recipe's
-    `distil` settings, and returns its logits of the client's samples. Who uses the result sends features to the server:
-    the model that is evaluated as a client's is its extractor with the server's model on top.
+    `server_distil` settings, and returns its logits of the client's samples. Who uses the result sends features to the
+    server: the model that is evaluated as a client's is its extractor with the server's model on top.
 
     Args:
         layer: dotted name of the layer of all specialists' networks whose output is sent; None is the embedding. The
@@ -78,7 +78,7 @@ class FedGKT(Method):
         samples, objective = client.train, None
         if download is not None and self.weight > 0:
             samples, objective = SoftLabelled(client.train, client.train.labels, more=[download.values]), self._taught
-        client.fit(specialist, samples, client.local, objective)
+        client.fit(specialist, samples, client.local_training, objective)
         client.save_specialist(specialist)
         features, logits = (client.predict(specialist, client.train, what) for what in (self._features, "logits"))
         return PrivateFeatures(features, logits, client.train.labels)
@@ -94,7 +94,7 @@ class FedGKT(Method):
         features, logits, labels = (torch.cat([getattr(m, k) for m in said]) for k in ("features", "logits", "labels"))
         samples = SoftLabelled(TensorSamples(self._shaped(server.teacher, features)), labels, more=[logits])
         load_into(server.teacher, server.state["tail"])
-        server.fit(server.teacher, samples, server.distil, self._taught, name="distil")
+        server.fit(server.teacher, samples, server.server_distil, self._taught, name="distil")
         server.state["tail"] = copy_of(server.teacher)
         answers = server.predict(server.teacher, samples).split([len(m.labels) for m in said])
         fresh = {str(client): own.clone() for client, own in zip(sorted(knowledge), answers)}

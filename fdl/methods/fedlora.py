@@ -66,7 +66,7 @@ class FedLoRA(Method):
         if self.aggregation.fresh:
             tensors |= _fresh(client, adapted_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
-        client.fit(module, client.train, client.local)
+        client.fit(module, client.train, client.local_training)
         return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> _Updates:

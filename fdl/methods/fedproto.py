@@ -80,7 +80,7 @@ class FedProto(Method):
         """Train on private data near the common prototypes, and return those of one's own."""
         specialist = client.specialist()
         objective = None if download is None or self.weight == 0 else self._near(client, download)
-        client.fit(specialist, client.train, client.local, objective)
+        client.fit(specialist, client.train, client.local_training, objective)
         client.save_specialist(specialist)
         self._judge(client, specialist, download)
         embeddings = client.predict(specialist, client.train, "embedding")

@@ -78,7 +78,7 @@ class PFedPG(Method):
         """Train prompts and head on private data, keep the head, return what changed of the prompts."""
         module = client.specialist()  # at first a fresh one, whose head nobody else has
         load_into(module, {**module_state(module), **download.tensors})
-        client.fit(module, client.train, client.local)
+        client.fit(module, client.train, client.local_training)
         client.save_specialist(module)
         after = client.state["specialist"]
         return Parameters(

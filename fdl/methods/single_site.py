@@ -17,6 +17,6 @@ class SingleSite(Method):
     def local_update(self, client: Client, download: Message | None) -> Message | None:
         """Train the specialist further."""
         specialist = client.specialist()
-        client.fit(specialist, client.train, client.local)
+        client.fit(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         return None

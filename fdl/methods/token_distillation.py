@@ -60,7 +60,7 @@ class TokenDistillation(Method):
         temperature: that softens both the answers and the learner's distribution; > 0.
         ground_truth: weight of the plain next-token loss on the proxy text beside the distillation's, ≥ 0.
         feedback: whether clients receive the mixture, and learn from it, from the second round on.
-        subsample: share of the proxy windows that is answered in a round, the same ones by all clients.
+        proxy_fraction: share of the proxy windows that is answered in a round, the same ones by all clients.
         max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence it
             declares, ≥ 1; None for any.
         max_client_share_over: whether the limit holds over a round, or for each token.
@@ -81,18 +81,18 @@ class TokenDistillation(Method):
         temperature: float = 1.0,
         ground_truth: float = 0.0,
         feedback: Literal["aggregate", "none"] = "aggregate",
-        subsample: float = 1.0,
+        proxy_fraction: float = 1.0,
         max_client_share: float | None = 2.0,
         max_client_share_over: Literal["round", "row"] = "round",
     ):
-        for key, value in (("mass", mass), ("subsample", subsample)):
+        for key, value in (("mass", mass), ("proxy_fraction", proxy_fraction)):
             if not 0 < value <= 1:
                 raise UserError(f"{key} must be in (0, 1], got {value}")
         if not 1 <= draws <= 255:
             raise UserError(f"draws must be in 1 … 255, got {draws}")
-        self.mode, self.subsample, self.feedback, self.cap = (
+        self.mode, self.proxy_fraction, self.feedback, self.cap = (
             mode,
-            subsample,
+            proxy_fraction,
             feedback,
             Cap.of(max_client_share, max_client_share_over),
         )
@@ -126,27 +126,27 @@ class TokenDistillation(Method):
     def local_update(self, client: Client, download: SparseResponses | None) -> SparseResponses:
         """Learn from what came back, train on private text, answer the proxy text."""
         specialist = client.specialist()
-        rows = rows_of_round(client, self.subsample)
+        rows = rows_of_round(client, self.proxy_fraction)
         if download is not None:
             mixture = self._mixture(client, download.rows, weighted=False)
             mixture.add(download, -1)
             drawn = download.form == "sampled"  # the likeliest ids leave a tail, which draws do not have
             objective = self.objective if drawn == (self.mode == "sampled") else self.likeliest
-            client.fit(specialist, _answered(client, mixture.result()), client.digest, objective, name="digest")
-        client.fit(specialist, client.train, client.local)
+            client.fit(specialist, _answered(client, mixture.result()), client.client_distil, objective, name="digest")
+        client.fit(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         return self.answering.upload(client, specialist, rows)
 
     def aggregate(self, server: Server) -> TokenMixture:
         """The mixture of the clients' answers, token by token."""
-        rows = rows_of_round(server, self.subsample)
+        rows = rows_of_round(server, self.proxy_fraction)
         weighted = self.answering.confidence is not None
         return self._mixture(server, rows, weighted)
 
     def server_update(self, server: Server, knowledge: TokenKnowledge) -> dict[str, float]:
         """Distil the student from the mixture, and keep what is to be sent back."""
         objective = self.objective if self.ground_truth > 0 else self.response
-        server.fit(server.student, _answered(server, knowledge), server.distil, objective, name="distil")
+        server.fit(server.student, _answered(server, knowledge), server.server_distil, objective, name="distil")
         if self.feedback == "aggregate":
             message = self._message(server, knowledge)
             fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}

@@ -41,7 +41,7 @@ class ImageClassifier(TrainerHooks):
             low-rank updates of frozen weights (Hu et al.), ``"frozen"`` nothing.
         lora: settings of ``"lora"``, as in `apply_tuning`.
         optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default Adam at 0.001. Federated
-            rounds use the recipe's ``local`` and ``distil`` settings instead.
+            rounds use the recipe's ``local_training`` and ``server_distil`` settings instead.
         scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`; ``interval`` is
             ``"epoch"`` (default) or ``"step"``.
 

@@ -34,7 +34,7 @@ class DualEncoder(TrainerHooks, ABC):
         loss: ``"contrastive"`` is CLIP's, each pair among all of its batch; ``"sigmoid"`` is SigLIP's, which looks at
             every image and text by itself and learns a bias, too.
         optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default AdamW at 0.001. Federated
-            rounds use the recipe's ``local`` and ``distil`` settings instead.
+            rounds use the recipe's ``local_training`` and ``server_distil`` settings instead.
         scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`.
 
     Attributes:

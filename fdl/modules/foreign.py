@@ -46,8 +46,8 @@ def conforming(module: LightningModule, key: str, example: Callable[[], Any] | N
             raise UserError(f"{label} has no {name}; a model needs forward(x) and training_step(batch, batch_idx)")
     if not module.automatic_optimization:
         raise UserError(
-            f"{label} sets automatic_optimization = False; fdl optimises as local and distil say, so its training_step "
-            "must return the loss"
+            f"{label} sets automatic_optimization = False; fdl optimises as local_training and "
+            "server_distil say, so its training_step must return the loss"
         )
     answer = None if example is None else _tried(module, label, example())
     if lazy := next((name for name, parameter in module.named_parameters() if is_lazy(parameter)), None):

@@ -28,7 +28,7 @@ class NoisyResponses(Release):
     - By the server: z · 2S√n / K on the mean over the K clients heard. A row that a client leaves out counts as zeros.
       (Were neighbours those where a client says nothing but zeros, half of it would do.)
 
-    With many rows that is much noise: a smaller `subsample`, or `noisy_votes`, needs less.
+    With many rows that is much noise: a smaller `proxy_fraction`, or `noisy_votes`, needs less.
 
     Args:
         noise_multiplier: z, noise over sensitivity; at 0 answers are only clipped, and nothing is private.

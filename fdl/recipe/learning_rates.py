@@ -32,7 +32,7 @@ def rates_by_client(given: Any) -> dict[int, float]:
 
 
 def local_fits(recipe: Recipe, entries: Sequence[int] | None) -> list[Fit]:
-    """How each client trains on its own data: as ``local`` says, with the learning rate that is nearest to it.
+    """How each client trains on its own data: as ``local_training`` says, with the learning rate that is nearest to it.
 
     That is the client's own (``federation.learning_rates``), else that of its entry among ``specialists``, else the
     optimiser's.
@@ -44,14 +44,14 @@ def local_fits(recipe: Recipe, entries: Sequence[int] | None) -> list[Fit]:
     Returns:
         By client.
     """
-    own, made = rates_by_client(recipe.federation.learning_rates), {None: recipe.local}
+    own, made = rates_by_client(recipe.federation.learning_rates), {None: recipe.local_training}
 
     def fit(client: int) -> Fit:
         rate = own.get(client, None if entries is None else recipe.specialists[entries[client]].lr)
         if rate not in made:
-            optimizer = recipe.local.optimizer
+            optimizer = recipe.local_training.optimizer
             optimizer = dataclasses.replace(optimizer, args={**optimizer.args, "lr": rate})
-            made[rate] = dataclasses.replace(recipe.local, optimizer=optimizer)
+            made[rate] = dataclasses.replace(recipe.local_training, optimizer=optimizer)
         return made[rate]
 
     return [fit(client) for client in range(recipe.federation.clients)]

@@ -18,6 +18,7 @@ from fdl.errors import RecipeError, UserError
 from fdl.recipe import cross_checks as rules
 from fdl.recipe.config import Fit, Recipe, Scheduler
 from fdl.recipe.overrides import Override, apply
+from fdl.recipe.renamed import explain
 from fdl.recipe.validate import check, fill
 from fdl.registry.component import Component
 from fdl.registry.instantiate import ConfigChecker, instantiate
@@ -169,6 +170,7 @@ def _checked(raw: Mapping[str, Any], name: str) -> tuple[Recipe | None, list[tup
     problems += [(k, m) for k, m in checker.problems if not any(k == b or k.startswith(f"{b}.") for b in broken)]
     if "name" in tree:
         tree["name"] = tree["name"] or name
+    problems = [(k, explain(k, m, resolved)) for k, m in problems]
     problems += rules.violations(tree, {k for k, _ in problems})
     return (None if problems else _structured(tree)), problems
 
@@ -187,7 +189,7 @@ def _interpolated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[st
 def _structured(tree: Mapping[str, Any]) -> Recipe:
     """The dataclass, through omegaconf's structured config."""
     config = OmegaConf.structured(Recipe)
-    for part in ("local", "distil"):
+    for part in ("local_training", "server_distil"):
         OmegaConf.set_readonly(config[part], False)  # omegaconf takes frozen dataclasses for finished ones
         config[part].optimizer.args = {}  # mappings merge: the default's arguments would stay
     return OmegaConf.to_object(OmegaConf.merge(config, tree))
@@ -224,6 +226,9 @@ def _located(where: str, message: str, overrides: Sequence[Override], lines: Map
     for override in reversed(overrides):
         # what is wrong with a component as a whole is wrong with its target
         if where == override.key or override.key == f"{where}.target" or where.startswith(f"{override.key}."):
+            return f"{where}: {message} (from the override {override.text[:_LONGEST]!r})"
+    for override in reversed(overrides):
+        if where not in lines and override.key.startswith(f"{where}."):  # it is this one that made the section
             return f"{where}: {message} (from the override {override.text[:_LONGEST]!r})"
     parent = where
     while parent and parent not in lines:

@@ -138,7 +138,7 @@ class RobustAnswers(ResponseMean):
             seed_everything(server.seed, "robust/reference")
             module = server.runtime.create("student", stream_seed(server.seed, "robust/init"))
             stream = torch_stream(server.seed, "robust/reference")
-            server.runtime.fit(module, own_samples(server), server.local, stream)
+            server.runtime.fit(module, own_samples(server), server.local_training, stream)
             server.cache["robust/reference"] = server.predict(module, server.proxy)
         logits = server.cache["robust/reference"].double()
         return self._displaced(logits if self.space == "logits" else torch.softmax(logits, dim=1))

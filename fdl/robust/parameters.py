@@ -111,7 +111,7 @@ class RobustParameters(Aggregate):
         load_into(module, whole)
         runtime.hold(self._architecture, None)
         name = f"robust/{self._what}/server" if self._what else "robust/server"
-        server.fit(module, own_samples(server), server.local, name=name)
+        server.fit(module, own_samples(server), server.local_training, name=name)
         return (self._vector(module_state(module)).double() - self._vector(self._origin).double()).unsqueeze(0)
 
     def _vector(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -19,12 +19,12 @@ _TINY = torch.finfo(torch.float64).tiny
 class FLTrust(RobustRule):
     """A client counts by how far it points in the direction of the server's own vector: relu(cos(g_i, g_0)).
 
-    Cao et al., "FLTrust", 2021. In the space of parameters g_0 is what the `local` settings make of the global model on
-    the server's labelled samples, and every update is scaled to its length. In the space of knowledge it is what a
-    model that knew these samples alone would answer; the cosine is taken over all rows at once, each row weighted by
-    how much the client claims to know of it against the others, so that it is judged where it wants to count: whoever
-    knows one class alone, and says so by its confidence, is judged by that class. Answers on the simplex keep their
-    length. The server's labelled samples are its `public` ones, else those for validation. A model for
+    Cao et al., "FLTrust", 2021. In the space of parameters g_0 is what the `local_training` settings make of the global
+    model on the server's labelled samples, and every update is scaled to its length. In the space of knowledge it is
+    what a model that knew these samples alone would answer; the cosine is taken over all rows at once, each row
+    weighted by how much the client claims to know of it against the others, so that it is judged where it wants to
+    count: whoever knows one class alone, and says so by its confidence, is judged by that class. Answers on the simplex
+    keep their length. The server's labelled samples are its `public` ones, else those for validation. A model for
     reference is trained on them; the student learns nothing from it, but by whom it listens to.
 
     Args:

@@ -12,7 +12,8 @@ from fdl.engine.distributed.launch_environment import started_by_others
 from fdl.errors import UserError
 from fdl.recipe.config import Compare, Recipe
 from fdl.recipe.loading import load
-from fdl.registry.kinds import KINDS, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
 from fdl.runs import run as runs
 from fdl.state import run_folder
 from fdl.utils.console import console
@@ -54,7 +55,7 @@ def compare(
         overrides: ``key=value`` strings for all of them.
         methods: variants of the recipes, or methods; default all variants.
         seeds: default those of the recipe.
-        output: the comparison's folder; default ``<output>/<name>/compare`` of the first recipe. A run lies in
+        output: the comparison's folder; default ``<output_dir>/<name>/compare`` of the first recipe. A run lies in
             ``<variant>/seed-<k>`` in it.
         overwrite: run again what is there of a recipe that has changed since; what is complete stays.
 

@@ -121,9 +121,9 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
     return Server(
         runtime=runtime,
         seed=recipe.seed,
-        local=recipe.local,
-        distil=recipe.distil,
-        digest=recipe.digest or recipe.distil,
+        local_training=recipe.local_training,
+        server_distil=recipe.server_distil,
+        client_distil=recipe.client_distil or recipe.server_distil,
         proxy=None,
         validation=None,
         test=None,

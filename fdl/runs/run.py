@@ -158,18 +158,18 @@ def folder_of(recipe: Recipe, given: Path | None = None) -> Path:
     """The folder of a recipe's run.
 
     Args:
-        recipe: says where, by `output` and `name`.
+        recipe: says where, by `output_dir` and `name`.
         given: the folder itself, where somebody has named one.
 
     Raises:
-        UserError: `output` names a variable that is not set.
+        UserError: `output_dir` names a variable that is not set.
     """
     if given is not None:
         return given
     try:
-        return expanded(recipe.output) / recipe.name
+        return expanded(recipe.output_dir) / recipe.name
     except UserError as error:
-        raise UserError(f"output: {error}") from error
+        raise UserError(f"output_dir: {error}") from error
 
 
 def foreseen(recipe: Recipe, folder: Path) -> str:

@@ -21,15 +21,15 @@ MANY_CLIENTS = 50
 
 NOT_HYPERPARAMETERS = (
     "name",
-    "output",
+    "output_dir",
     "callbacks",
     "checkpoint",
     "evaluation",
     "fabric",
-    "executor",
+    "client_execution",
     "inference",
     "compare",
-    "channel.limit",
+    "channel.max_message_bytes",
 )
 
 

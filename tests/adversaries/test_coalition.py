@@ -28,7 +28,7 @@ def hostile(loop, adversary, clients=(1,), start=1):
 
 @pytest.mark.parametrize("method", [FedAvg, FederatedDistillation])
 def test_before_they_start_adversaries_change_nothing(tmp_path, method):
-    settings = {"rounds": 3, "local": 2}
+    settings = {"rounds": 3, "local_training": 2}
     honest = federation(method(), tmp_path / "honest", **settings)
     honest.run()
     for i, adversary in enumerate((LabelFlip(), SignFlip(), ALittleIsEnough())):
@@ -79,7 +79,7 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "adversary"), CASES, ids=lambda case: getattr(case, "name", ""))
 def test_a_resumed_run_equals_the_straight_one(tmp_path, method, adversary):
-    settings = {"rounds": 3, "local": 2}
+    settings = {"rounds": 3, "local_training": 2}
     straight = hostile(federation(method(), tmp_path / "straight", **settings), adversary, start=2)
     straight.run()
     crashed = hostile(federation(method(), tmp_path / "x", callbacks=[Crash(3)], **settings), adversary, start=2)
@@ -159,11 +159,15 @@ def test_sybils_on_two_ranks_send_the_same():
 
 
 def test_larger_shares_have_the_clients_of_smaller_ones():
-    few, some = (set(chosen([AdversaryConfig("lma", share=share)], 20, seed=3)[0]) for share in (0.2, 0.4))
+    few, some = (set(chosen([AdversaryConfig("least_likely", fraction=share)], 20, seed=3)[0]) for share in (0.2, 0.4))
     assert few < some and (len(few), len(some)) == (4, 8)
-    assert chosen([AdversaryConfig("lma", share=0.2)], 20, 4)[0] != sorted(few)
+    assert chosen([AdversaryConfig("least_likely", fraction=0.2)], 20, 4)[0] != sorted(few)
     named, drawn, more = chosen(
-        [AdversaryConfig("lma", clients=[7, 2]), AdversaryConfig("cpa", share=0.5), AdversaryConfig("hips", share=0.3)],
+        [
+            AdversaryConfig("least_likely", clients=[7, 2]),
+            AdversaryConfig("class_confusion", fraction=0.5),
+            AdversaryConfig("worst_replay", fraction=0.3),
+        ],
         10,
         seed=0,
     )
@@ -173,7 +177,7 @@ def test_larger_shares_have_the_clients_of_smaller_ones():
 
 def test_what_cannot_work_is_refused_before_the_run(tmp_path):
     client = Player()
-    with pytest.raises(UserError, match="lma attacks responses, and clients of method fedavg send parameters"):
+    with pytest.raises(UserError, match="least_likely attacks responses, and clients of method fedavg send parameters"):
         recruit(LeastLikely(), 1, [client], FedAvg())
     with pytest.raises(UserError, match=r"sign_flip attacks parameters and responses, and .* fedproto send prototypes"):
         recruit(SignFlip(), 1, [client], FedProto())
@@ -187,7 +191,7 @@ def test_what_cannot_work_is_refused_before_the_run(tmp_path):
 def test_an_upload_that_cannot_be_attacked_is_the_users_mistake(tmp_path):
     loop = federation(FedAvg(), tmp_path)
     loop.adversaries = Adversaries([AdversaryGroup(RandomClass(), {1: loop.clients[1]})])
-    with pytest.raises(UserError, match="client 1 in round 1: random attacks responses"):
+    with pytest.raises(UserError, match="client 1 in round 1: random_class attacks responses"):
         loop.run()
 
 

@@ -44,7 +44,7 @@ def listen(loop):
     [
         {"confidence": "entropy", "calibrate": True},
         {"reinitialize_clients": True, "space": "logits"},
-        {"upload_policy": {"target": "on_change", "args": {"threshold": 0.01}}, "subsample": 0.5},
+        {"upload_policy": {"target": "on_change", "args": {"threshold": 0.01}}, "proxy_fraction": 0.5},
     ],
     ids=["calibrated", "restarted", "on_change"],
 )
@@ -110,7 +110,7 @@ def test_what_is_known_by_heart_is_found(tmp_path):
         data={"target": "digits", "args": {"proxy": 20, "validation": 80, "test": 100, "limit": 400}},
         federation={"clients": 2, "rounds": 1},
         specialists=[{"target": "mlp", "args": {"hidden": [128]}}],
-        local=FIT | {"steps": 150},
+        local_training=FIT | {"steps": 150},
     )
     draw = torch.Generator().manual_seed(0)
     for part in (loop.server.test, loop.server.validation, *(c.train for c in loop.clients)):

@@ -19,7 +19,7 @@ class FakeRecipe:
     name: str = "tiny"
     seed: int = 4
     method: Any = None
-    local: Any = None
+    local_training: Any = None
     channel: Any = None
     student: Any = None
     teacher: Any = None
@@ -77,7 +77,7 @@ class FakeLoop:
     def __init__(self, folder: Path, clients: int = 3, rounds: int = 4, classes: int = 3):
         self.recipe = FakeRecipe(
             method=SimpleNamespace(target="fedprox", args={"mu": 0.01}),
-            local={"epochs": 2, "optimizer": {"target": "sgd", "args": {"lr": 0.1, "nesterov": True}}},
+            local_training={"epochs": 2, "optimizer": {"target": "sgd", "args": {"lr": 0.1, "nesterov": True}}},
             channel={"upload": [{"target": "quantize", "args": {"bits": 8}}, {"target": "zstd"}], "download": []},
             student={"target": "mlp", "args": {"hidden": [32, 16]}},
             evaluation=SimpleNamespace(every=1),

@@ -130,7 +130,9 @@ def test_rungs(stages, rungs):
         assert np.array_equal(ladder.decode(data, 1 << 20)["x"], rung.decode(data, 1 << 20)["x"])
     with pytest.raises(RejectedMessageError, match="another codec chain"):
         ladder.decode(b"\1\2\3", 1 << 20)
-    assert [s.share for s in CodecFallbacks(Codec([RandomK(0.4)])).rungs[-1].stages if s.name == "random_k"] == [0.025]
+    assert [s.fraction for s in CodecFallbacks(Codec([RandomK(0.4)])).rungs[-1].stages if s.name == "random_k"] == [
+        0.025
+    ]
 
 
 @pytest.mark.parametrize("budget", [17_000, 9_000, 5_000, 2_000, 700, 150])

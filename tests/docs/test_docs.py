@@ -19,7 +19,8 @@ from fdl.engine.vectorized.stacked_models import SMALL
 from fdl.federation.scheduling import SLACK
 from fdl.recipe import Recipe, load
 from fdl.recipe.validate import keys
-from fdl.registry.kinds import KINDS, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
 from fdl.runs.run_keys import RESUMABLE_KEYS
 from fdl.utils.stopwatch import PARTS
 

@@ -18,9 +18,9 @@ SCRIPT = re.compile(r"(?:\S*python3?) (?P<script>benchmarks/\S+\.py)")
 
 SHORT = [
     "federation.rounds=1",
-    "local.steps=2",
-    "distil.steps=2",
-    "digest.steps=2",
+    "local_training.steps=2",
+    "server_distil.steps=2",
+    "client_distil.steps=2",
     "evaluation.metrics=[accuracy]",
     "callbacks=[csv]",
 ]
@@ -60,7 +60,7 @@ def test_every_command_of_fdl_runs(tmp_path, capsys, monkeypatch):
             position = arguments.index("--run") + 1
             arguments[position] = str(tmp_path / arguments[position])
         elif arguments[0] != "list":
-            arguments.append(f"output={tmp_path / 'runs'}")
+            arguments.append(f"output_dir={tmp_path / 'runs'}")
         if arguments[0] in ("fit", "compare"):
             arguments += SHORT
         if number == 0:  # one as people start it; the others in this process, which spares the imports

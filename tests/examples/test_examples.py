@@ -42,7 +42,7 @@ def test_its_recipe_runs_and_the_student_learns(tmp_path, name, least):
 
 
 def test_scaffolds_control_variates_and_its_two_executors(tmp_path):
-    loops = [run("scaffold", tmp_path / name, f"executor={name}") for name in ("sequential", "batched")]
+    loops = [run("scaffold", tmp_path / name, f"client_execution={name}") for name in ("sequential", "batched")]
     for loop in loops:
         common = loop.server.state["control"]
         for name, control in common.items():  # all clients were heard, so the server's is the mean of theirs

@@ -149,7 +149,7 @@ def client(tmp_path_factory):
     )
     loop.start_round(1)
     found = loop.clients[0]
-    found.fit(found.specialist(), found.train, found.local)
+    found.fit(found.specialist(), found.train, found.local_training)
     found.save_specialist(found.specialist())
     return found
 

@@ -30,7 +30,7 @@ OPTIONS = {
     "personal": lambda: {"personalization": Similarity()},
     "curriculum": lambda: {"curriculum": Curriculum(start=0.5)},
     "steps": lambda: {"curriculum": Curriculum(start=0.5, over="steps", length=50)},
-    "cache": lambda: {"subsample": 0.5, "soft_label_cache_rounds": 3, "features": FeatureTransfer(layers=0)},
+    "cache": lambda: {"proxy_fraction": 0.5, "soft_label_cache_rounds": 3, "features": FeatureTransfer(layers=0)},
     "frequency": lambda: {"upload_policy": UploadOnChange(threshold=0.05, expiry=2)},
     "patience": lambda: {"upload_policy": UploadOnChange(threshold=0.05, patience=1)},
     "sharpen": lambda: {"sharpen": 0.1},
@@ -44,7 +44,7 @@ OPTIONS = {
         "adaptive_client_weights": AdaptiveWeights(),
         "personalization": Similarity(by="prototypes"),
         "curriculum": Curriculum(start=0.5),
-        "subsample": 0.5,
+        "proxy_fraction": 0.5,
         "soft_label_cache_rounds": 2,
         "upload_policy": UploadOnChange(threshold=0.01),
     },
@@ -52,7 +52,9 @@ OPTIONS = {
 
 
 def toy(folder, rounds=3, upload=(), **options):
-    loop = federation(FederatedDistillation(**options), folder, rounds=rounds, local=2, distil=2, upload=upload)
+    loop = federation(
+        FederatedDistillation(**options), folder, rounds=rounds, local_training=2, server_distil=2, upload=upload
+    )
     loop.server.validation = samples([E0, E1], [0, 1])
     return loop
 
@@ -93,7 +95,7 @@ def test_options_work_through_a_lossy_link_and_can_be_estimated(tmp_path, name):
     [
         {"features": FeatureTransfer(layers=0, weight=0), "prototypes": PrototypeTransfer(weight=0)},
         {"curriculum": Curriculum(start=1.0)},
-        {"subsample": 1.0, "soft_label_cache_rounds": 3},
+        {"proxy_fraction": 1.0, "soft_label_cache_rounds": 3},
         {"upload_policy": UploadOnChange(threshold=0.0)},
         {"alpha": 1.0, "adapter": "film"},
     ],
@@ -239,7 +241,7 @@ def test_at_a_plateau_clients_are_not_asked(tmp_path):
 
 
 def test_all_clients_answer_the_same_rows_and_the_cache_fills(tmp_path):
-    loop = toy(tmp_path, rounds=6, subsample=0.5, soft_label_cache_rounds=6)
+    loop = toy(tmp_path, rounds=6, proxy_fraction=0.5, soft_label_cache_rounds=6)
     seen = []
     make = loop.method.aggregate
 
@@ -301,7 +303,7 @@ def test_a_personal_download_is_what_the_others_say(tmp_path):
         ({"sharpen": 0.0}, "sharpen must be"),
         ({"sharpening": "hammer"}, "sharpening must be one of entropy_reduction, power"),
         ({"pretrain": -1}, "pretrain must be at least 0"),
-        ({"subsample": 0.0}, "subsample must be"),
+        ({"proxy_fraction": 0.0}, "proxy_fraction must be"),
         ({"soft_label_cache_rounds": 0}, "soft_label_cache_rounds must be"),
         ({"adapter": "fylm"}, "adapter must be one of identity, linear"),
         ({"prototypes": PrototypeTransfer(floor=1, space="embedding")}, "adapter: identity"),

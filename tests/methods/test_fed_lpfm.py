@@ -75,7 +75,9 @@ def test_the_second_step_sees_the_same_answers(tmp_path):
         for _ in range(2):
             z -= (1 - share) * (sigma(2 * z) - 1) + share * (sigma(2 * z) - sigma(t))
         margins.append(z)
-    torch.testing.assert_close(weight(run(FedLPFM(share), tmp_path, local=2).server.student), averaged(*margins))
+    torch.testing.assert_close(
+        weight(run(FedLPFM(share), tmp_path, local_training=2).server.student), averaged(*margins)
+    )
 
 
 def test_two_models_teach_by_their_mean_probability(tmp_path):
@@ -92,7 +94,7 @@ def test_losses_of_logits_take_the_mean_of_logits(tmp_path):
 
 
 def test_without_weight_it_is_fedavg(tmp_path):
-    settings = {"rounds": 3, "local": 3}
+    settings = {"rounds": 3, "local_training": 3}
     taught = run(FedLPFM(0.0, optimizer=Adam()), tmp_path / "a", **settings)
     plain = run(FedAvg(Adam()), tmp_path / "b", **settings)
     assert outcome(taught) == outcome(plain)
@@ -155,7 +157,7 @@ def test_fine_tuned_models_learn_and_answer_what_arrives_later(tmp_path):
 
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, fine_tune):
-    settings = {"rounds": 4, "local": 3, "participation": 0.5}
+    settings = {"rounds": 4, "local_training": 3, "client_fraction": 0.5}
     method = FedLPFM(0.5, models=2, fine_tune=fine_tune)
     straight = run(method, tmp_path / "straight", **settings)
     crashed = toy(method, tmp_path / "crashed", **settings)
@@ -168,7 +170,7 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, fine_tune):
 
 
 def test_costs_are_noted(tmp_path):
-    loop = run(FedLPFM(0.5, models=2), tmp_path, local=2)
+    loop = run(FedLPFM(0.5, models=2), tmp_path, local_training=2)
     # a 2×2 product is 8 operations; backward one more for the weights, none for the inputs
     for client, count in ((0, 1), (1, 3)):
         noted = loop.history[0]["clients"][str(client)]

@@ -59,17 +59,17 @@ def test_the_best_model_on_validation_data_is_kept(tmp_path, rows):
     labels = [0] * len(rows)
     passed = trajectory(6)
     expected = best(passed, rows, labels)
-    loop = run(FedDF(every=1), tmp_path, samples(rows, labels), distil=6)
+    loop = run(FedDF(every=1), tmp_path, samples(rows, labels), server_distil=6)
     torch.testing.assert_close(weight(loop.server.student), passed[expected])
     assert loop.history[0]["metrics"]["best_step"] == expected and loop.history[0]["metrics"]["steps"] == 6
 
 
 def test_the_average_itself_is_a_candidate(tmp_path):
     # the average calls (0, 1) the second class more firmly than any later model, so that it is best where that is right
-    loop = run(FedDF(every=1), tmp_path, samples([E1], [1]), distil=4)
+    loop = run(FedDF(every=1), tmp_path, samples([E1], [1]), server_distil=4)
     assert loop.history[0]["metrics"]["best_step"] == 0
     torch.testing.assert_close(weight(loop.server.student), MEAN)
-    last = run(FedDF(select="last"), tmp_path / "last", samples([E1], [1]), distil=4)
+    last = run(FedDF(select="last"), tmp_path / "last", samples([E1], [1]), server_distil=4)
     torch.testing.assert_close(weight(last.server.student), trajectory(4)[-1])
 
 
@@ -77,20 +77,20 @@ def test_looking_every_other_step_passes_by_the_others_but_the_last(tmp_path):
     rows, labels, passed = [[1.0, 0.6]], [0], trajectory(5)
     seen = [0, 2, 4, 5]
     expected = seen[best([passed[i] for i in seen], rows, labels)]
-    loop = run(FedDF(every=2), tmp_path, samples(rows, labels), distil=5)
+    loop = run(FedDF(every=2), tmp_path, samples(rows, labels), server_distil=5)
     torch.testing.assert_close(weight(loop.server.student), passed[expected])
 
 
 def test_a_distillation_without_gain_ends_early(tmp_path):
-    loop = run(FedDF(every=1, patience=3), tmp_path, samples([E1], [1]), distil=50)
+    loop = run(FedDF(every=1, patience=3), tmp_path, samples([E1], [1]), server_distil=50)
     assert loop.history[0]["metrics"]["steps"] == 3
     torch.testing.assert_close(weight(loop.server.student), MEAN)
 
 
 def test_looking_does_not_change_the_fit(tmp_path):
     # at the last step the model is that of a fit that nobody watched: same batches, same optimiser
-    watched = run(FedDF(every=1), tmp_path / "a", samples([E0], [0]), distil=7)
-    alone = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), distil=7)
+    watched = run(FedDF(every=1), tmp_path / "a", samples([E0], [0]), server_distil=7)
+    alone = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), server_distil=7)
     assert watched.history[0]["metrics"]["best_step"] == 7
     assert torch.equal(weight(watched.server.student), weight(alone.server.student))
 
@@ -140,7 +140,7 @@ def test_without_validation_samples_there_is_a_sentence(tmp_path, args):
 
 def test_every_architecture_keeps_its_own_best(tmp_path):
     # one group of clients, "linear", and the student, which starts at zero and which nobody trains
-    loop = run(FedDF("specialists", every=1), tmp_path, samples([E1], [1]), distil=3)
+    loop = run(FedDF("specialists", every=1), tmp_path, samples([E1], [1]), server_distil=3)
     torch.testing.assert_close(loop.server.state["groups"]["linear"]["linear.weight"], MEAN)
     expected = trajectory(3, torch.zeros(2, 2))
     torch.testing.assert_close(weight(loop.server.student), expected[-1])
@@ -173,8 +173,8 @@ def test_teachers_count_by_their_confidence_and_the_average_by_samples(tmp_path)
 
 
 def test_equal_confidence_is_no_confidence(tmp_path):
-    equal = run(FedDF(select="last", confidence=Uniform()), tmp_path / "a", samples([E0], [0]), distil=3)
-    plain = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), distil=3)
+    equal = run(FedDF(select="last", confidence=Uniform()), tmp_path / "a", samples([E0], [0]), server_distil=3)
+    plain = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), server_distil=3)
     torch.testing.assert_close(weight(equal.server.student), weight(plain.server.student))
 
 

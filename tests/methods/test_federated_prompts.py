@@ -42,7 +42,7 @@ def run(method, folder, **settings):
 
 @pytest.mark.parametrize("optimizer", [None, Adam])
 def test_with_nothing_personal_it_is_fedavg_to_the_bit(tmp_path, both, optimizer):
-    settings = {"rounds": 3, "local": 2, "participation": 0.5, "dropout": 0.2}
+    settings = {"rounds": 3, "local_training": 2, "client_fraction": 0.5, "dropout": 0.2}
     runs = [
         run(make(optimizer=optimizer and optimizer()), tmp_path / make.name, **settings)
         for make in (FedAvg, FederatedPrompts)
@@ -90,11 +90,11 @@ def test_personal_parts_never_leave_their_site(tmp_path, both):
 
 def test_what_sites_keep_survives_a_restart(tmp_path, both):
     make = lambda: FederatedPrompts(personal_parameters=["personal"])  # noqa: E731
-    straight = run(make(), tmp_path / "straight", rounds=4, local=2)
-    crashed = federation(make(), tmp_path / "crashed", rounds=4, local=2, callbacks=[Crash(3)])
+    straight = run(make(), tmp_path / "straight", rounds=4, local_training=2)
+    crashed = federation(make(), tmp_path / "crashed", rounds=4, local_training=2, callbacks=[Crash(3)])
     with pytest.raises(RuntimeError, match="crash"):
         crashed.run()
-    resumed = federation(make(), tmp_path / "crashed", rounds=4, local=2)
+    resumed = federation(make(), tmp_path / "crashed", rounds=4, local_training=2)
     resumed.run(resume=True)
     kept = [
         json.dumps([client.state["specialist"]["personal"].tolist() for client in loop.clients])

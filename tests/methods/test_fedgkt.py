@@ -53,8 +53,8 @@ def test_two_rounds_by_hand(tmp_path):
 
 
 def test_without_distillation_clients_train_alone(tmp_path):
-    split = toy(tmp_path / "a", rounds=3, args={"weight": 0.0}, local=2)
-    alone = toy(tmp_path / "b", rounds=3, method=SingleSite(), local=2)
+    split = toy(tmp_path / "a", rounds=3, args={"weight": 0.0}, local_training=2)
+    alone = toy(tmp_path / "b", rounds=3, method=SingleSite(), local_training=2)
     split.run(), alone.run()
     for one, other in zip(split.clients, alone.clients):
         assert torch.equal(one.state["specialist"]["linear.weight"], other.state["specialist"]["linear.weight"])
@@ -96,7 +96,7 @@ def test_the_ledger_says_loudly_what_leaves(tmp_path):
 
 @pytest.mark.parametrize("crash_in", [2, 3])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, crash_in):
-    settings = {"rounds": 4, "local": 2, "distil": 2, "participation": 0.5}
+    settings = {"rounds": 4, "local_training": 2, "server_distil": 2, "client_fraction": 0.5}
     straight = toy(tmp_path / "straight", **settings)
     straight.run()
     crashed = toy(tmp_path / "crashed", callbacks=[Crash(crash_in)], **settings)

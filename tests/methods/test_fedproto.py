@@ -81,7 +81,7 @@ def test_a_class_of_one_client_has_its_own_mean_and_adds_nothing_new(tmp_path):
 
 
 def test_without_weight_it_is_local_training(tmp_path):
-    settings = {"rounds": 3, "local": 3}
+    settings = {"rounds": 3, "local_training": 3}
     apart, alone = run(FedProto(0.0), tmp_path / "a", **settings), run(SingleSite(), tmp_path / "b", **settings)
     for one, other in zip(apart.clients, alone.clients):
         assert torch.equal(one.state["specialist"]["linear.weight"], other.state["specialist"]["linear.weight"])
@@ -154,7 +154,7 @@ def test_a_class_without_a_prototype_is_the_last_guess(tmp_path):
 
 
 def test_a_resumed_run_equals_the_straight_one(tmp_path):
-    settings = {"rounds": 4, "local": 3, "participation": 0.5}
+    settings = {"rounds": 4, "local_training": 3, "client_fraction": 0.5}
     straight = run(FedProto(), tmp_path / "straight", **settings)
     crashed = toy(FedProto(), tmp_path / "crashed", **settings)
     crashed.rounds = 2

@@ -29,7 +29,7 @@ OPTIONS = {
     "entropy": lambda: {"confidence": TokenEntropy(), "k": 2},
     "sampled": lambda: {"mode": "sampled", "draws": 9, "temperature": 2.0},
     "renormalised": lambda: {"mode": "renormalised", "k": 2, "mass": 0.7},
-    "subsample": lambda: {"subsample": 0.7, "confidence": BayesianMixture(1.0, prior="samples")},
+    "proxy_fraction": lambda: {"proxy_fraction": 0.7, "confidence": BayesianMixture(1.0, prior="samples")},
     "labels": lambda: {"ground_truth": 0.5, "feedback": "none"},
 }
 
@@ -98,20 +98,25 @@ def dense_student(loop, tables):
 def test_clients_that_agree_are_one_dense_teacher(tmp_path, confidence, clients):
     tables = [table(0, 2.0)] * clients
     loop = ran(
-        tmp_path, method={"k": VOCAB, "confidence": confidence}, local=0, distil=1, tables=tables, clients=clients
+        tmp_path,
+        method={"k": VOCAB, "confidence": confidence},
+        local_training=0,
+        server_distil=1,
+        tables=tables,
+        clients=clients,
     )
     torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, tables[:1]))
 
 
 def test_without_confidence_the_teacher_is_the_mean(tmp_path):
     tables = [table(0), table(1)]
-    loop = ran(tmp_path, method={"k": VOCAB}, local=0, distil=1, tables=tables)
+    loop = ran(tmp_path, method={"k": VOCAB}, local_training=0, server_distil=1, tables=tables)
     torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, tables))
 
 
 def test_public_text_is_its_own_label(tmp_path):
     tables = [table(0)]
-    settings = {"local": 0, "distil": 1, "tables": tables, "clients": 1}
+    settings = {"local_training": 0, "server_distil": 1, "tables": tables, "clients": 1}
     without = ran(tmp_path / "a", method={"k": VOCAB}, **settings)
     both = ran(tmp_path / "b", method={"k": VOCAB, "ground_truth": 0.5}, **settings)
     student = Bigram()
@@ -125,9 +130,9 @@ def test_public_text_is_its_own_label(tmp_path):
 
 
 def test_clients_learn_from_the_mixture(tmp_path):
-    """With no training of its own, a client moves by the one step of `digest`, towards the mean of both."""
+    """With no training of its own, a client moves by the one step of `client_distil`, towards the mean of both."""
     tables = [table(0), table(1)]
-    loop = ran(tmp_path, 2, method={"k": VOCAB}, local=0, distil=1, tables=tables)
+    loop = ran(tmp_path, 2, method={"k": VOCAB}, local_training=0, server_distil=1, tables=tables)
     tokens = loop.server.proxy.batch(torch.arange(3))[0]
     mean = Bigram(torch.stack([torch.softmax(t, 1) for t in tables]).mean(0).log())
     for client, before in zip(loop.clients, tables):
@@ -139,7 +144,7 @@ def test_clients_learn_from_the_mixture(tmp_path):
 
 
 def test_both_ways_are_counted(tmp_path):
-    loop = ran(tmp_path, 2, method={"subsample": 0.7})
+    loop = ran(tmp_path, 2, method={"proxy_fraction": 0.7})
     assert loop.ledger.by_kind().keys() == {"up/sparse_responses", "down/sparse_responses", "setup/proxy"}
     silent = ran(tmp_path / "silent", 2, method={"feedback": "none"})
     assert silent.ledger.by_kind().keys() == {"up/sparse_responses", "setup/proxy"}
@@ -147,7 +152,7 @@ def test_both_ways_are_counted(tmp_path):
 
 
 def test_a_round_asks_all_clients_for_the_same_windows(tmp_path):
-    loop = ran(tmp_path, 1, method={"subsample": 0.7})
+    loop = ran(tmp_path, 1, method={"proxy_fraction": 0.7})
     loop.start_round(2)
     answers = [loop.method.local_update(client, None).rows for client in loop.clients]
     assert torch.equal(*answers) and len(answers[0]) == 2
@@ -217,15 +222,15 @@ def speaking(words, folder, **changes):
             "args": {"path": str(path), "context": 64, "group": "site", "proxy_groups": ["site2"], "test": 6},
         },
         "partition": "by_group",
-        "federation": {"clients": 2, "rounds": 1, "calibration": 0},
+        "federation": {"clients": 2, "rounds": 1, "calibration_fraction": 0},
         "specialists": [
             {"target": "causal_lm", "args": model},
             {"target": "aligned_causal_lm", "args": own},
         ],
         "student": {"target": "causal_lm", "args": model},
-        "local": fit,
-        "distil": fit,
-        "digest": {**fit, "steps": 2},
+        "local_training": fit,
+        "server_distil": fit,
+        "client_distil": {**fit, "steps": 2},
         "fabric": {"accelerator": "cpu", "threads": 1},
     }
     (folder / "recipe.yaml").write_text(json.dumps(content))
@@ -234,7 +239,7 @@ def speaking(words, folder, **changes):
 
 def test_a_specialist_with_another_tokenizer_takes_part(words, tmp_path):
     """Over two rounds, so that the mixture comes back: to the model of bytes alone."""
-    loop = speaking(words, tmp_path, **{"federation.rounds": 2, "local.steps": 50})
+    loop = speaking(words, tmp_path, **{"federation.rounds": 2, "local_training.steps": 50})
     untrained = loop.runtime.predict(loop.server.student, loop.server.test, "logits").clone()
     loop.run()
     assert all(record["refused"] == {} for record in loop.history)
@@ -290,7 +295,7 @@ def test_answers_over_another_vocabulary_are_refused(tmp_path):
 def test_a_model_may_have_more_logits_than_there_are_tokens(tmp_path):
     wide = torch.full((7, 7), 3.0)
     wide[:VOCAB, :VOCAB] = table(0)
-    loop = federation(TokenDistillation(k=VOCAB), tmp_path, tables=[wide], clients=1, local=0)
+    loop = federation(TokenDistillation(k=VOCAB), tmp_path, tables=[wide], clients=1, local_training=0)
     loop.runtime.factories["bigram"] = lambda: Bigram(vocab_size=7)
     loop.run()
     torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, [table(0)]))
@@ -300,7 +305,7 @@ def test_a_model_may_have_more_logits_than_there_are_tokens(tmp_path):
     ("settings", "reason"),
     [
         ({"mass": 0.0}, "mass must be in"),
-        ({"subsample": 1.5}, "subsample must be in"),
+        ({"proxy_fraction": 1.5}, "proxy_fraction must be in"),
         ({"draws": 256}, "draws must be in 1 … 255"),
         ({"k": 0}, "k must be at least 1"),
         ({"temperature": 0.0}, "temperature must be"),

@@ -111,7 +111,7 @@ def test_answers_beside_noisy_prototypes_are_not_called_private(tmp_path):
 def test_a_resumed_run_equals_the_straight_one(tmp_path):
     def toy(folder):
         method = FederatedDistillation(prototypes=NoisyPrototypes(0.1))
-        return federation(method, tmp_path / folder, rounds=4, local=2)
+        return federation(method, tmp_path / folder, rounds=4, local_training=2)
 
     straight, crashed = toy("straight"), toy("crashed")
     straight.run()

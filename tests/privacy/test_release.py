@@ -256,7 +256,7 @@ RELEASES = {
     "client": lambda: {"private_release": NoisyResponses(0.5), "space": "logits"},
     "confidence": lambda: {"private_release": NoisyResponses(0.5), "space": "logits", "confidence": Entropy()},
     "personal": lambda: {"private_release": NoisyResponses(0.5), "space": "logits", "personalization": Similarity()},
-    "server": lambda: {"private_release": NoisyResponses(0.5, by="server"), "space": "logits", "subsample": 0.5},
+    "server": lambda: {"private_release": NoisyResponses(0.5, by="server"), "space": "logits", "proxy_fraction": 0.5},
     "votes": lambda: {"private_release": NoisyVotes(0.5)},
     "checked votes": lambda: {"private_release": NoisyVotes(0.5, 1.0, 0.5), "soft_label_cache_rounds": 2},
 }
@@ -265,7 +265,7 @@ RELEASES = {
 @pytest.mark.parametrize("name", RELEASES)
 def test_a_resumed_run_equals_the_straight_one_and_pays_the_same(tmp_path, name):
     def toy(folder):
-        return federation(FederatedDistillation(**RELEASES[name]()), tmp_path / folder, rounds=4, local=2)
+        return federation(FederatedDistillation(**RELEASES[name]()), tmp_path / folder, rounds=4, local_training=2)
 
     straight = toy("straight")
     straight.run()
@@ -289,7 +289,7 @@ def test_without_noise_and_within_the_bounds_it_is_the_unprotected_method_to_the
     outcomes = []
     for release in (None, NoisyResponses(0.0, clip=1e6, bound=32.0, by=by)):
         method = FederatedDistillation(confidence, space="logits", private_release=release)
-        loop = federation(method, tmp_path / str(release is None), rounds=3, local=2)
+        loop = federation(method, tmp_path / str(release is None), rounds=3, local_training=2)
         loop.run()
         outcomes.append((weight(loop.server.student), [weight(c.specialist()).clone() for c in loop.clients]))
     assert torch.equal(outcomes[0][0], outcomes[1][0])

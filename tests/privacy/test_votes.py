@@ -166,7 +166,10 @@ def test_settings_that_do_not_go_together_are_refused():
 def test_a_student_learns_from_what_was_elected_alone(tmp_path):
     """Toy: client 0 knows class 0 alone, client 1 class 1 alone; on each row they disagree or tie, noise decides."""
     loop = federation(
-        FederatedDistillation(private_release=NoisyVotes(1.0), feedback="aggregate"), tmp_path, rounds=3, local=2
+        FederatedDistillation(private_release=NoisyVotes(1.0), feedback="aggregate"),
+        tmp_path,
+        rounds=3,
+        local_training=2,
     )
     loop.run()
     answers = loop.server.state["answers"]

@@ -16,7 +16,7 @@ WITHOUT = {
     "no_curriculum": {"method.args.curriculum"},
     "no_communication_efficiency": {
         "method.args.features.args.components",
-        "method.args.subsample",
+        "method.args.proxy_fraction",
         "method.args.soft_label_cache_rounds",
         "method.args.upload_policy",
         "channel.upload",

@@ -19,9 +19,9 @@ SHORT = [
     "fabric.precision=32-true",
     "fabric.threads=1",
     "federation.rounds=2",
-    "local.steps=2",
-    "digest.steps=1",
-    "distil.steps=2",
+    "local_training.steps=2",
+    "client_distil.steps=1",
+    "server_distil.steps=2",
     "data.args.context=48",
 ]
 

@@ -9,7 +9,9 @@ import torch
 
 from fdl.cli.check import describe
 from fdl.recipe import load
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 from tests import stand_ins
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +97,7 @@ def test_check_tells_the_bytes_of_a_round(path, overrides, tmp_path):
     # the frozen encoder would embed every client's images, which takes long and sends nothing
     cheap = []
     if load(path).data.target in stand_ins.SHAPES:
-        cheap = ["federation.clients=3", "federation.participation=1", "partition=iid"]
+        cheap = ["federation.clients=3", "federation.client_fraction=1", "partition=iid"]
     cheap += ["encoder.args.image_size=32"] if "image_size" in (load(path).encoder or _Nothing).args else []
     recipe = load(path, [*overrides(path), *cheap])
     text = describe(recipe, tmp_path / "run")
@@ -146,4 +148,4 @@ def test_no_variant_asks_a_student_that_its_method_does_not_have(path):
     for name, changes in load(path).compare.variants.items():
         recipe = load(path, [], changes)
         method = find(recipe.method.target, KINDS["method"]).load()
-        assert not recipe.evaluation.probes or "student" in method.requires, name
+        assert not recipe.evaluation.evaluators or "student" in method.requires, name

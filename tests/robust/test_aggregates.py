@@ -216,7 +216,7 @@ def test_trust_in_weights_by_hand(tmp_path):
 def test_a_cohort_that_is_too_small_for_a_rule_is_told_before_the_run(robust, needs):
     tree = {"method": {"target": "fedavg", "args": {"robust": robust}}, "data": {"target": "digits"}, "student": "mlp"}
     for clients, problem in ((max(needs, 1), False), (needs - 1, True))[: 2 if needs else 1]:
-        tree["federation"] = {"clients": 2 * clients, "participation": 0.5}
+        tree["federation"] = {"clients": 2 * clients, "client_fraction": 0.5}
         if problem:
             with pytest.raises(UserError, match=f"needs {needs} uploads in a round"):
                 from_mapping(tree)
@@ -263,8 +263,8 @@ def digits(method, tmp_path, rounds, **more):
         "data": {"target": "digits", "args": {"proxy": 300, "validation": 100, "test": 360}},
         "federation": {"clients": 10, "rounds": rounds},
         "student": {"target": "mlp", "args": {"hidden": [32]}},
-        "local": {"steps": 40, "batch_size": 32, "optimizer": {"target": "adam", "args": {"lr": 0.005}}},
-        "distil": {"steps": 80, "batch_size": 64, "optimizer": {"target": "adam", "args": {"lr": 0.005}}},
+        "local_training": {"steps": 40, "batch_size": 32, "optimizer": {"target": "adam", "args": {"lr": 0.005}}},
+        "server_distil": {"steps": 80, "batch_size": 64, "optimizer": {"target": "adam", "args": {"lr": 0.005}}},
         "fabric": {"threads": 1, "accelerator": "cpu"},
         "evaluation": {"specialists": False, "every": rounds},
         "callbacks": [],

@@ -135,7 +135,7 @@ def language(**student):
         "data": {"target": "python_docstrings", "args": {"packages": ["omegaconf", "tensorboard"], "context": 32}},
         "federation": {"clients": 2},
         "student": {"target": "causal_lm", "args": student},
-        "local": {"steps": 2},
+        "local_training": {"steps": 2},
         "callbacks": [],
         "evaluation": {"metrics": ["nll"]},
     }

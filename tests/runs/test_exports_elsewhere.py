@@ -39,7 +39,7 @@ def tree(data, student, steps=12, **more):
         "data": data,
         "federation": {"clients": 2, "rounds": 2},
         "student": student,
-        "local": {"steps": steps, "optimizer": {"target": "adam", "args": {"lr": 0.01}}},
+        "local_training": {"steps": steps, "optimizer": {"target": "adam", "args": {"lr": 0.01}}},
         "callbacks": [],
         "fabric": {"accelerator": "cpu"},
         **more,

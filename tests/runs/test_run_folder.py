@@ -33,7 +33,7 @@ RECIPE = {
     "data": {"target": "digits", "args": {"proxy": 0, "validation": 50, "test": 100, "limit": 400}},
     "federation": {"clients": 2, "rounds": 2},
     "student": {"target": "mlp", "args": {"hidden": [8]}},
-    "local": {"steps": 5},
+    "local_training": {"steps": 5},
     "callbacks": ["csv"],
     "fabric": {"accelerator": "cpu", "threads": 1},
 }
@@ -449,15 +449,15 @@ def test_a_run_goes_on_with_data_that_have_moved_and_with_no_others(tmp_path, mo
 
 
 FREED = [
-    ["name=other", "output=elsewhere", "profile=true"],
+    ["name=other", "output_dir=elsewhere", "profile=true"],
     ["evaluation.batch_size=7"],
-    ["executor=batched"],
-    ["federation.state=disk"],
+    ["client_execution=vectorized"],
+    ["federation.client_state=disk"],
     ["inference.cache=answers"],
     ["data.args.batch_size=3"],
     ["checkpoint.every=2", "checkpoint.keep=1"],
     ["evaluation.metrics=[accuracy, nll, ece]"],
-    ["evaluation.probes=[{target: linear_probe, args: {shots: [2]}}]"],
+    ["evaluation.evaluators=[{target: linear_probe, args: {shots: [2]}}]"],
     ["evaluation.specialists=false"],
     ["callbacks=[csv, tests.runs.test_run_folder.Nothing]"],
 ]
@@ -513,8 +513,8 @@ def test_home_and_variables_in_paths_are_replaced_or_refused(recipe, capsys, mon
     monkeypatch.delenv("NOWHERE", raising=False)
     assert expanded("~/a") == tmp_path / "home/a" and expanded("$SCRATCH/${SCRATCH}x").parts[-1] == "scratchx"
     assert expanded("cost $5") == Path("cost $5")
-    assert runs.folder_of(fdl.load(recipe, ["output=$SCRATCH/runs"])) == tmp_path / "scratch/runs/small"
-    code, _, err = command(capsys, "fit", "--recipe", recipe, "output=$NOWHERE/runs")
+    assert runs.folder_of(fdl.load(recipe, ["output_dir=$SCRATCH/runs"])) == tmp_path / "scratch/runs/small"
+    code, _, err = command(capsys, "fit", "--recipe", recipe, "output_dir=$NOWHERE/runs")
     assert code == 2 and "output: $NOWHERE/runs: the environment variable NOWHERE is not set" in err
     code, _, err = command(capsys, "fit", "--recipe", recipe, "--output-dir", "$NOWHERE/x")
     assert code == 2 and "NOWHERE is not set" in err
@@ -524,7 +524,7 @@ def test_home_and_variables_in_paths_are_replaced_or_refused(recipe, capsys, mon
 @pytest.mark.parametrize("line", ["fit", "check"])
 def test_a_name_that_no_file_system_takes_is_refused(recipe, capsys, line):
     long = "x" * 300
-    for more in (["--output-dir", long], ["--output-dir", f"a/{long}/b"], ["output=" + long]):
+    for more in (["--output-dir", long], ["--output-dir", f"a/{long}/b"], ["output_dir=" + long]):
         code, _, err = command(capsys, line, "--recipe", recipe, *more)
         assert code == 2 and "Traceback" not in err and "File name too long" in err and len(err) < 1200
     for other in (["audit", "--run", long], ["export", "--run", long, "--format", "torch"], ["fit", "--recipe", long]):

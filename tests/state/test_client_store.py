@@ -12,7 +12,7 @@ from fdl.state import checkpoint
 from fdl.state.client_store import FILE, DiskStore
 from tests.rank_jobs import recipe, run
 
-DISK = ("federation.state=disk",)
+DISK = ("federation.client_state=disk",)
 
 
 def state(value):

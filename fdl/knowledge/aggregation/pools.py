@@ -63,7 +63,7 @@ def codistill(server: Server, weights: Mapping[str, Weights], objective: Objecti
     """Every pool's weights after it has learnt from the mean probabilities of the others, all as they were before.
 
     Args:
-        server: its proxy set is answered, and learnt on with its `distil` settings.
+        server: its proxy set is answered, and learnt on with its `server_distil` settings.
         weights: by pool, where teachers stand and learners start.
         objective: what a learner minimises, given the others' mean.
     """
@@ -78,7 +78,11 @@ def codistill(server: Server, weights: Mapping[str, Weights], objective: Objecti
         module = server.runtime.template(pool)
         taught = torch.stack([said for other, said in answers.items() if other != pool]).mean(0)
         server.fit(
-            module, SoftLabelled(server.proxy, taught), server.distil, objective, stream_of(server, "distil", pool)
+            module,
+            SoftLabelled(server.proxy, taught),
+            server.server_distil,
+            objective,
+            stream_of(server, "distil", pool),
         )
         learnt[pool] = copy_of(module)
     return learnt

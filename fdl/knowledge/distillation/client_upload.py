@@ -32,7 +32,7 @@ class UploadBuilder:
         confidence: how much each answer counts; None sends none.
         features: the activations that go with them, None for none.
         prototypes: the centroids that go with them, None for none.
-        subsample: share of the proxy set that is answered.
+        proxy_fraction: share of the proxy set that is answered.
         frequency: when there is something new to say; None for always.
         release: what makes the answers private; None for nothing.
     """
@@ -42,7 +42,7 @@ class UploadBuilder:
     confidence: Confidence | None
     features: FeatureTransfer | None
     prototypes: PrototypeTransfer | None
-    subsample: float
+    proxy_fraction: float
     frequency: UploadOnChange | None
     release: Release | None = None
 
@@ -62,7 +62,7 @@ class UploadBuilder:
         if self.calibrate and len(client.calibration):
             held_out = client.predict(specialist, client.calibration)
             logits = logits / fit_temperature(held_out, client.calibration.labels)
-        rows = rows_of_round(client, self.subsample)
+        rows = rows_of_round(client, self.proxy_fraction)
         if self.frequency is not None and self.frequency.is_unchanged(client, standing, logits, rows):
             return UploadStatus(standing.round)
         chosen = slice(None) if rows is None else rows

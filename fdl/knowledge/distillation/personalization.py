@@ -15,7 +15,6 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.last_uploads import ExactLogWeights, LastAnswers, Parts
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.confidence.base import LIMIT
-from fdl.knowledge.option import Option
 from fdl.messages import Prototypes, Responses
 from fdl.participants import Server, copy_of
 from fdl.recipe.config import Fit
@@ -27,7 +26,7 @@ _STEP = 1e-2
 """Learning rate of the look-ahead: small, since only its direction counts."""
 
 
-class AdaptiveWeights(Option):
+class AdaptiveWeights:
     """A client counts the more, the more its answers would lower the student's validation loss at this point.
 
     The student's gradient on the server's validation set says where its answers to the proxy set should move. A client
@@ -41,7 +40,7 @@ class AdaptiveWeights(Option):
         limit: largest log-weight for or against a client, > 0.
     """
 
-    name = "adaptive"
+    name = "adaptive_client_weights"
 
     def __init__(self, rate: float = 0.5, limit: float = 2.0):
         self.rate, self.limit = positive("rate", rate), positive("limit", limit)
@@ -114,7 +113,7 @@ def shifted(responses: Responses, shift: float) -> Responses:
     return dataclasses.replace(responses, confidence=ExactLogWeights((logs + shift).clamp(-LIMIT, LIMIT)))
 
 
-class Similarity(Option):
+class Similarity:
     """Each client is sent its own mixture of the others' last answers, in which those like itself count more.
 
     The server must hold the last answers of every client for that. Each client's download is coded by itself, so the
@@ -127,7 +126,7 @@ class Similarity(Option):
             others alike. > 0.
     """
 
-    name = "similarity"
+    name = "similarity_mixture"
 
     def __init__(self, by: Literal["responses", "prototypes"] = "responses", temperature: float = 0.2):
         self.by, self.temperature = one_of("by", by, LIKENESS), positive("temperature", temperature)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 from fdl.errors import UserError
-from fdl.knowledge.option import Option
 from fdl.metrics.tasks import TASKS
 from fdl.participants import Server
 from fdl.utils.arguments import at_least, positive
@@ -14,7 +13,7 @@ from fdl.utils.arguments import at_least, positive
 CENTRALIZED, FEDERATED = "centralized", "federated"
 
 
-class PhaseSchedule(Option):
+class PhaseSchedule(ABC):
     """Decides after every round whether the next one is of the other phase.
 
     Attributes:
@@ -47,7 +46,7 @@ class PhaseSchedule(Option):
 class SinglePhase(PhaseSchedule):
     """The first phase lasts to the end: training at the server alone, or federated averaging alone."""
 
-    name = "never"
+    name = "single_phase"
     alternates = False
 
     def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
@@ -63,7 +62,7 @@ class FixedPhases(PhaseSchedule):
         federated: rounds of a phase on private data, ≥ 1.
     """
 
-    name = "fixed"
+    name = "fixed_phases"
 
     def __init__(self, centralized: int = 1, federated: int = 1):
         self.lengths = {

@@ -118,9 +118,9 @@ class DistillationConfig:
         learner = StudentWithHeads(self, server, columns, constants)
         samples: Samples = SoftLabelled(server.proxy, answers, rows, tuple(columns.values()))
         if curriculum is not None:
-            samples = curriculum.paced(samples, collected.responses, rows, server.distil, server.round)
+            samples = curriculum.paced(samples, collected.responses, rows, server.server_distil, server.round)
         objective = learner.objective if columns else learner.response
-        losses = server.fit(learner, samples, server.distil, objective, name="distil")
+        losses = server.fit(learner, samples, server.server_distil, objective, name="distil")
         learner.leave(server)
         return losses
 

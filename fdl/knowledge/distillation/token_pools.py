@@ -45,7 +45,7 @@ def codistill_tokens(server: Server, weights: Mapping[str, Weights], temperature
     large to be kept for a whole proxy set, so that teachers answer the windows that a learner is about to see.
 
     Args:
-        server: its proxy windows are learnt on with its `distil` settings.
+        server: its proxy windows are learnt on with its `server_distil` settings.
         weights: by pool, where teachers stand and learners start.
         temperature: T > 0.
     """
@@ -58,7 +58,7 @@ def codistill_tokens(server: Server, weights: Mapping[str, Weights], temperature
         objective = mixture_objective(teachers, vocabulary(server), temperature)
         module = server.runtime.template(pool)
         with whole(*teachers):
-            server.fit(module, server.proxy, server.distil, objective, stream_of(server, "distil", pool))
+            server.fit(module, server.proxy, server.server_distil, objective, stream_of(server, "distil", pool))
         learnt[pool] = copy_of(module)
     return learnt
 

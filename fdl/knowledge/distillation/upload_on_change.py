@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.option import Option
 from fdl.losses.responses import kd_loss
 from fdl.messages import UploadStatus
 from fdl.participants import Client, Server
@@ -22,7 +21,7 @@ MEASURES = {
 """How far answers lie from earlier ones, both probabilities [n, C]: a mean over rows."""
 
 
-class UploadOnChange(Option):
+class UploadOnChange:
     """A client uploads only when what it would say has changed enough since the server last heard it of the same.
 
     Else it says so in a few bytes, and the server goes on with the answers that it holds. With each download the server

@@ -25,8 +25,12 @@ def recipe(method="fedavg", overrides=(), **changes):
         "federation": {"clients": 5, "rounds": 2},
         "student": MLP,
         "specialists": [MLP],
-        "local": {"epochs": 2, "batch_size": 16, "optimizer": {"target": "sgd", "args": {"lr": 0.1, "momentum": 0.9}}},
-        "distil": {"epochs": 1},
+        "local_training": {
+            "epochs": 2,
+            "batch_size": 16,
+            "optimizer": {"target": "sgd", "args": {"lr": 0.1, "momentum": 0.9}},
+        },
+        "server_distil": {"epochs": 1},
         "evaluation": {"specialists": False},
         "checkpoint": {"every": 100},
         "fabric": {"accelerator": "cpu", "threads": 1},
@@ -122,20 +126,20 @@ def test_clients_that_train_together_end_where_they_would_alone(method, fits, tm
 @pytest.mark.parametrize(
     "changes",
     [
-        ["local.optimizer={target: adamw, args: {lr: 0.01}}", "local.gradient_clip=0.5"],
-        ["local.epochs=null", "local.steps=7"],
-        ["local.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}"],
-        ["local.scheduler={target: step_lr, args: {step_size: 1, gamma: 0.5}, interval: round}"],
+        ["local_training.optimizer={target: adamw, args: {lr: 0.01}}", "local_training.gradient_clip=0.5"],
+        ["local_training.epochs=null", "local_training.steps=7"],
+        ["local_training.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}"],
+        ["local_training.scheduler={target: step_lr, args: {step_size: 1, gamma: 0.5}, interval: round}"],
         ["student={target: vit, args: {dim: 8, depth: 1, heads: 2}}"],
         ["student={target: cnn, args: {channels: [4], embedding: 8}}"],
-        ["federation.participation=0.6", "federation.dropout=0.3"],
+        ["federation.client_fraction=0.6", "federation.dropout=0.3"],
         ["data.args.augment=crop_flip"],
         ["federation.learning_rates={0: 0.02, 3: 0.3}"],
         [
-            "local.optimizer={target: adamw, args: {lr: 0.01}}",
+            "local_training.optimizer={target: adamw, args: {lr: 0.01}}",
             "partition={target: quantity_skew, args: {exponent: 1.0, min_samples: 4}}",
-            "local.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}",
-            "local.gradient_clip=0.5",
+            "local_training.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}",
+            "local_training.gradient_clip=0.5",
             "federation.learning_rates={1: 0.001, 3: 0.02}",
         ],
     ],
@@ -172,7 +176,10 @@ def test_a_mixed_federation_goes_by_architecture(tmp_path, monkeypatch):
     [
         (["student={target: cnn, args: {channels: [4], norm: batch}}"], "running statistics"),
         (["fabric.precision=bf16-mixed"], "32-bit"),
-        (["local.scheduler={target: step_lr, args: {step_size: 1, gamma: 0.5}, interval: epoch}"], "counts epochs"),
+        (
+            ["local_training.scheduler={target: step_lr, args: {step_size: 1, gamma: 0.5}, interval: epoch}"],
+            "counts epochs",
+        ),
     ],
 )
 def test_what_cannot_be_done_together_is_done_alone_and_said_once(changes, why, tmp_path, monkeypatch, caplog):
@@ -243,8 +250,8 @@ def test_an_error_names_its_client_and_leaves_nobody_behind(tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     arguments = {
         "method": "federated_distillation",
-        "executor": "batched",
-        "federation": {"clients": 5, "rounds": 3, "participation": 0.6},
+        "client_execution": "vectorized",
+        "federation": {"clients": 5, "rounds": 3, "client_fraction": 0.6},
         "checkpoint": {"every": 1, "keep": 9},
     }
     straight = build(recipe(**arguments), tmp_path)
