@@ -37,6 +37,7 @@ from fdl.recipe.learning_rates import local_fits
 from fdl.registry.instantiate import instantiate
 from fdl.registry.kinds import KINDS, find, short_names
 from fdl.state.client_store import CLIENTS, DiskStore
+from fdl.utils.paths import expanded
 from fdl.utils.threads import pinned
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def build(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedL
         UserError: when parts do not fit together, naming their keys.
     """
     with pinned(recipe.fabric.threads):
-        return _built(recipe, Path(folder), launch)
+        return _built(recipe, expanded(folder), launch)
 
 
 def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:

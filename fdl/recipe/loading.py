@@ -22,6 +22,7 @@ from fdl.recipe.validate import check, fill
 from fdl.registry.component import Component
 from fdl.registry.instantiate import ConfigChecker, instantiate
 from fdl.registry.static_source import SourceModule
+from fdl.utils.paths import expanded
 from fdl.utils.suggest import suggest
 
 __all__ = ["Component", "Fit", "Recipe", "Scheduler", "difference", "from_mapping", "instantiate", "load"]
@@ -39,7 +40,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), variant: Mapping[str, 
         UserError: when there is no such file.
         RecipeError: with all that is wrong in it.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         text = path.read_text(encoding="utf-8")
         config, lines = OmegaConf.load(path), _lines(text)
@@ -86,6 +87,8 @@ def from_mapping(
     Raises:
         RecipeError: with all that is wrong in it.
     """
+    if isinstance(overrides, str):
+        raise UserError(f"overrides: expected a list of key=value strings, got a string; write [{overrides!r}]")
     problems: list[str] = []
     parsed = []
     for text in overrides:
