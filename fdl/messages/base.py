@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fdl.errors import RejectedMessageError
 
-Meta = dict[str, int | float | str]
-"""Numbers and short strings of a message."""
+Meta = dict[str, Any]
+"""Numbers (int, float) and short strings of a message; each message checks those that it reads."""
 
 _TYPES: dict[int, type[Message]] = {}
 
@@ -26,7 +26,7 @@ class Message(ABC):
     kind: ClassVar[str]
     code: ClassVar[int]
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         other = _TYPES.setdefault(cls.code, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):

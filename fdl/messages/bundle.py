@@ -27,10 +27,15 @@ class Bundle:
     def narrowed(self, share: float) -> Bundle | None:
         """As `Message.narrowed`: features stay those of the answers that are kept; other parts stay as they are."""
         parts = parts_of(self)
-        keep = parts[Responses].clearest(share) if Responses in parts else ()
+        responses, features = parts.get(Responses), parts.get(Features)
+        if not isinstance(responses, Responses):
+            return None
+        keep = responses.clearest(share)
         if len(keep) == 0:
             return None
-        rows = {type: parts[type].taken(keep) for type in (Responses, Features) if type in parts}
+        rows: dict[type[Message], Message] = {Responses: responses.taken(keep)}
+        if isinstance(features, Features):
+            rows[Features] = features.taken(keep)
         return Bundle(tuple((parts | rows).values()))
 
 

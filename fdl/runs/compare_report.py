@@ -177,12 +177,16 @@ def print_compare(
     console.print(Text(compare_caption(table, reference, bytes_reference, single_site, PRINTED), style="dim"))
 
 
+ALL_COLUMNS = tuple(name for part in PARTS.values() for name in part)
+"""Columns of all parts of a comparison, in order."""
+
+
 def compare_caption(
     table: Sequence[Mapping[str, Any]],
     reference: str | None = None,
     bytes_reference: str | None = None,
     single_site: str | None = None,
-    columns: Iterable[str] = tuple(name for part in PARTS.values() for name in part),
+    columns: Iterable[str] = ALL_COLUMNS,
 ) -> str:
     """Say what the columns of a comparison mean.
 

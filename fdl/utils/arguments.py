@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from fdl.errors import UserError
 
@@ -40,7 +41,7 @@ def not_negative(name: str, value: float) -> float:
     return float(value)
 
 
-def one_of(name: str, value: str, known: object) -> str:
+def one_of(name: str, value: str, known: Collection[str]) -> str:
     """The value.
 
     Raises:
