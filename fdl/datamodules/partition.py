@@ -75,7 +75,14 @@ class Partitioner(ABC):
 
 
 class IID(Partitioner):
-    """Equal shares drawn at random, the same distribution everywhere."""
+    """Equal shares drawn at random, the same distribution everywhere.
+
+    Example:
+        >>> import numpy as np
+        >>> labels, rng = np.array([0, 0, 0, 1, 1, 1]), np.random.default_rng(0)
+        >>> [len(part) for part in IID().split(labels, clients=4, rng=rng)]
+        [2, 2, 1, 1]
+    """
 
     name = "iid"
 
@@ -334,6 +341,12 @@ class ByGroup(Partitioner):
 
     Raises:
         UserError: from `split` when the data name no groups.
+
+    Example:
+        >>> import numpy as np
+        >>> labels, groups = np.zeros(4, int), np.array(["a", "b", "a", "b"])
+        >>> ByGroup().split(labels, clients=2, rng=np.random.default_rng(0), groups=groups)
+        [array([0, 2]), array([1, 3])]
     """
 
     name = "by_group"

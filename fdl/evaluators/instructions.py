@@ -39,6 +39,10 @@ def sentences(text: str) -> list[str]:
     """Split a text into sentences: at an end mark followed by white space, but not after an abbreviation.
 
     A rest without an end mark is a sentence too, if it has a letter or digit; a line break alone ends none.
+
+    Example:
+        >>> sentences("See e.g. Dr. Who. It ends! Does it")
+        ['See e.g. Dr. Who.', 'It ends!', 'Does it']
     """
     found, start = [], 0
     for end in _SENTENCE_END.finditer(text):

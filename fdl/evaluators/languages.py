@@ -90,6 +90,10 @@ def detect(text: str) -> str | None:
     Returns:
         Its ISO 639-1 code; None without letters of a known script. Latin letters without any known function word are
         taken for English, Cyrillic ones for Russian, Arabic ones for Arabic, Devanagari ones for Hindi.
+
+    Example:
+        >>> detect("Der Hund ist nicht so groß wie die Katze"), detect("the dog is not as big as the cat")
+        ('de', 'en')
     """
     # vowels that are marks on a letter, as in Devanagari, count as letters
     scripts = Counter(_script(letter) for letter in text if unicodedata.category(letter)[0] in "LM")

@@ -42,6 +42,12 @@ def proximal(parameters: Iterable[Tensor], anchor: Iterable[Tensor], mu: float) 
 
     Raises:
         ValueError: there are none, or the two lists differ in length.
+
+    Example:
+        >>> import torch
+        >>> weights, anchor = [torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 0.0])]
+        >>> proximal(weights, anchor, mu=0.1)  # 0.1 / 2 · 25
+        tensor(1.2500)
     """
     parameters, anchor = list(parameters), list(anchor)
     if not parameters or len(parameters) != len(anchor):

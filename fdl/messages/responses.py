@@ -39,6 +39,13 @@ class Responses(Message):
         rows: int64 [n], the rows of the proxy set, or None for the whole set in order.
         confidence: the sender's log-weight of every row, or None.
         samples: how many examples the sender trained on; 0, which is not sent, where it does not tell.
+
+    Example:
+        >>> import torch
+        >>> message = Responses(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), "probabilities")
+        >>> message.validate()
+        >>> sorted(message.fields()), message.meta()
+        (['values'], {'form': 1})
     """
 
     kind: ClassVar[str] = "responses"

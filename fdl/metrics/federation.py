@@ -13,6 +13,10 @@ def knowledge_transfer_efficiency(federated: float, central: float) -> float:
     Args:
         federated: accuracy, or another score where more is better and 0 is worst.
         central: the same score of a model trained on the pooled data.
+
+    Example:
+        >>> knowledge_transfer_efficiency(federated=0.81, central=0.9)
+        0.9
     """
     return federated / central if central else math.nan
 
@@ -30,6 +34,10 @@ def recovered_gap(single: float, federated: float, central: float) -> float:
 
     Returns:
         ``(federated - single) / (central - single)``, ``nan`` where the two ends are equal.
+
+    Example:
+        >>> recovered_gap(single=0.5, federated=0.875, central=1.0)
+        0.75
     """
     return (federated - single) / (central - single) if single != central else math.nan
 
@@ -46,6 +54,11 @@ def paired_difference(
 
     Returns:
         The mean of ``ours - theirs`` and the ends of its interval, ``nan`` where there are fewer than two pairs.
+
+    Example:
+        >>> mean, low, high = paired_difference([0.90, 0.92, 0.94], [0.89, 0.90, 0.91])
+        >>> print(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        0.020 [-0.005, 0.045]
     """
     from scipy.stats import t
 
@@ -69,6 +82,10 @@ def equity(gains: Sequence[float]) -> dict[str, float]:
         ``variance`` of the gains (over the population, not an estimate), the ``minimum``, and ``jain``, the index
         ``(Σ g)² / (N Σ g²)``: 1 where all gain equally, 1/N where one takes it all, ``nan`` where a gain is negative
         or all are 0 (the index is not defined there). All are ``nan`` without participants.
+
+    Example:
+        >>> equity([0.0, 0.5])
+        {'variance': 0.0625, 'minimum': 0.0, 'jain': 0.5}
     """
     if not gains:
         return {"variance": math.nan, "minimum": math.nan, "jain": math.nan}
@@ -82,12 +99,23 @@ def equity(gains: Sequence[float]) -> dict[str, float]:
 
 
 def metric_by_round(records: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """Pick one metric out of a run's records: round → value, of the rounds that measured it."""
+    """Pick one metric out of a run's records: round → value, of the rounds that measured it.
+
+    Example:
+        >>> records = [{"round": 1, "metrics": {"student/test/accuracy": 0.8}}, {"round": 2, "metrics": {}}]
+        >>> metric_by_round(records, "student/test/accuracy")
+        {1: 0.8}
+    """
     return {record["round"]: record["metrics"][metric] for record in records if metric in record.get("metrics", {})}
 
 
 def bytes_by_round(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """Pick the bytes sent since the start out of a run's records, up and down together, without set-up costs."""
+    """Pick the bytes sent since the start out of a run's records, up and down together, without set-up costs.
+
+    Example:
+        >>> bytes_by_round([{"round": 1, "communication": {"upload_bytes": 70, "download_bytes": 30}}])
+        {1: 100}
+    """
     return {
         record["round"]: record["communication"]["upload_bytes"] + record["communication"]["download_bytes"]
         for record in records
@@ -107,6 +135,11 @@ def rounds_to_target(history: Mapping[int, float], target: float, window: int = 
 
     Returns:
         The round, or None where the run ended before ("censored").
+
+    Example:
+        >>> history = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.9}
+        >>> rounds_to_target(history, 0.8), rounds_to_target(history, 0.8, window=1)
+        (4, 2)
     """
     rounds = sorted(round for round in history if round > 0)
     for end in range(window, len(rounds) + 1):

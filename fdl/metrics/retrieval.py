@@ -90,6 +90,12 @@ def match_ranks(queries: Tensor, candidates: Tensor, groups: Tensor | None = Non
 
     Returns:
         int64 [n]: 1 + the number of candidates that are no match and at least as similar as the best match.
+
+    Example:
+        >>> import torch
+        >>> queries = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> match_ranks(queries, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([1, 2])
     """
     groups = torch.arange(len(queries)) if groups is None else groups
     ranks = torch.empty(len(queries), dtype=torch.int64)
@@ -103,7 +109,13 @@ def match_ranks(queries: Tensor, candidates: Tensor, groups: Tensor | None = Non
 
 
 def recall(ranks: Tensor, k: int) -> float:
-    """Recall@k: share of the queries with a match among the first k candidates; `ranks` as from `match_ranks`."""
+    """Recall@k: share of the queries with a match among the first k candidates; `ranks` as from `match_ranks`.
+
+    Example:
+        >>> import torch
+        >>> recall(torch.tensor([1, 2, 9, 1]), k=1)
+        0.5
+    """
     return float((ranks <= k).double().mean())
 
 
@@ -116,6 +128,11 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
         images: unit vectors [n, D].
         texts: unit vectors [n, D].
         scale: what cosines are multiplied with.
+
+    Example:
+        >>> import torch
+        >>> print(f"{contrastive_loss(torch.ones(2, 1), torch.ones(2, 1), scale=10.0):.4f}")  # chance, log 2
+        0.6931
     """
     total = 0.0
     for queries, candidates in ((images, texts), (texts, images)):

@@ -116,7 +116,12 @@ def from_mapping(
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in which two recipes, given as plain dicts, differ."""
+    """Dotted keys in which two recipes, given as plain dicts, differ.
+
+    Example:
+        >>> difference({"seed": 0, "data": {"target": "digits"}}, {"seed": 1, "data": {"target": "digits"}})
+        ['seed']
+    """
     flat_a, flat_b = _flat(a), _flat(b)
     return [k for k in dict.fromkeys([*flat_a, *flat_b]) if flat_a.get(k, _ABSENT) != flat_b.get(k, _ABSENT)]
 

@@ -27,6 +27,16 @@ class GeometricMedian(WeighingRule):
         iterations: of Weiszfeld's algorithm at most, ≥ 1.
         tolerance: it ends when no weight moves by more; > 0.
         cap: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> value, weights = GeometricMedian().combine(votes)
+        >>> bool(1.9 < value.item() < 3.1)
+        True
     """
 
     name = "geometric_median"
@@ -103,6 +113,15 @@ class Krum(MultiKrum):
     Args:
         f: number of liars that are tolerated among n ≥ 2 f + 3.
         cap: as for every rule; a single vector has no use for shares.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> Krum(f=1).coefficients(votes).flatten()  # one that has a near neighbour gets all
+        tensor([1., 0., 0., 0.], dtype=torch.float64)
     """
 
     name = "krum"
@@ -155,6 +174,15 @@ class NormClipping(WeighingRule):
     Args:
         limit: the largest length, > 0; None for the median of the round's lengths, row by row.
         cap: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> NormClipping(limit=2.0).coefficients(votes).flatten()
+        tensor([0.2500, 0.2500, 0.1667, 0.0051], dtype=torch.float64)
     """
 
     name = "norm_clipping"

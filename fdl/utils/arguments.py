@@ -13,6 +13,10 @@ def positive(name: str, value: float) -> float:
 
     Raises:
         UserError: it is not a finite number above 0.
+
+    Example:
+        >>> positive("lr", 0.1)
+        0.1
     """
     if not 0 < value < math.inf:
         raise UserError(f"{name} must be a number > 0, got {value}")
@@ -46,6 +50,10 @@ def one_of(name: str, value: str, known: Collection[str]) -> str:
 
     Raises:
         UserError: it is not among the known ones.
+
+    Example:
+        >>> one_of("scale", "row", ("row", "tensor"))
+        'row'
     """
     if value not in known:
         raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -13,6 +13,12 @@ def suggest(word: str, known: Iterable[str], few: int = 15) -> str:
         word: what was written.
         known: what would have been right.
         few: up to how many words are listed when none is near.
+
+    Example:
+        >>> suggest("fedavgg", ["fedavg", "feddf", "fedprox"])
+        "; did you mean 'fedavg'?"
+        >>> suggest("x", ["fedavg", "feddf"])
+        '; known: fedavg, feddf'
     """
     known = sorted(known)
     lower = {k.lower(): k for k in known}
