@@ -98,7 +98,7 @@ def from_mapping(
             problems.append(str(error))
     changes = _changes(variant)
     raw, found = _applied(tree, [*changes, *parsed])
-    recipe, more = _checked(raw, name)
+    checked, more = _checked(raw, name)
     found += [one for one in more if one not in found]
     # one variant of a recipe that was read whole before: the others were checked then
     for variant_name, mapping in _variants(raw) if variant is None else ():
@@ -112,7 +112,7 @@ def from_mapping(
         found += [(where, f"{k}: {message}") for k, message in dict.fromkeys(broken) if (k, message) not in found]
     if found or problems:
         raise RecipeError(source, problems + [_located(k, message, parsed, lines or {}) for k, message in found])
-    return recipe
+    return _structured(checked)
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -165,8 +165,8 @@ def _variants(raw: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(str(name), mapping) for name, mapping in pairs if isinstance(mapping, Mapping)]
 
 
-def _checked(raw: Mapping[str, Any], name: str) -> tuple[Recipe | None, list[tuple[str, str]]]:
-    """Resolve interpolations, check everything, and build the dataclass when all is well."""
+def _checked(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Resolve interpolations and check everything; returns the complete tree, and problems by key."""
     resolved, problems = _interpolated(raw)
     for part in ("student", "teacher"):  # "${specialists.0}" means its model, not who has it
         if isinstance(raw.get(part), str) and isinstance(resolved.get(part), Mapping):
@@ -178,18 +178,29 @@ def _checked(raw: Mapping[str, Any], name: str) -> tuple[Recipe | None, list[tup
     if "name" in tree:
         tree["name"] = tree["name"] or name
     problems += rules.violations(tree, {k for k, _ in problems})
-    return (None if problems else _structured(tree)), problems
+    return tree, problems
 
 
 def _interpolated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    if not _interpolates(raw):  # most recipes: their conversion to omegaconf's nodes takes longer than all checks
+        return _plain(raw), []
     config = OmegaConf.create(dict(raw))
-    problems = []
+    problems: list[tuple[str, str]] = []
     while True:
         try:
             return OmegaConf.to_container(config, resolve=True, throw_on_missing=False), problems
         except OmegaConfBaseException as error:
             problems.append((_plain_key(error.full_key), _first_line(error)))
             OmegaConf.update(config, error.full_key, None)
+
+
+def _interpolates(value: Any) -> bool:
+    """Whether a string anywhere in a tree refers to another key."""
+    if isinstance(value, Mapping):
+        return any(map(_interpolates, value.values()))
+    return (
+        any(map(_interpolates, value)) if isinstance(value, list | tuple) else isinstance(value, str) and "${" in value
+    )
 
 
 def _structured(tree: Mapping[str, Any]) -> Recipe:
