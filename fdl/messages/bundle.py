@@ -24,18 +24,18 @@ class Bundle:
         if len({type(part) for part in self.parts}) < len(self.parts):
             raise ValueError(f"a bundle of several {', '.join(part.kind for part in self.parts)}")
 
-    def narrowed(self, share: float) -> Bundle | None:
-        """As `Message.narrowed`: features stay those of the answers that are kept; other parts stay as they are."""
+    def truncated(self, share: float) -> Bundle | None:
+        """As `Message.truncated`: features stay those of the answers that are kept; other parts stay as they are."""
         parts = parts_of(self)
         responses, features = parts.get(Responses), parts.get(Features)
         if not isinstance(responses, Responses):
             return None
-        keep = responses.clearest(share)
+        keep = responses.most_confident_rows(share)
         if len(keep) == 0:
             return None
-        rows: dict[type[Message], Message] = {Responses: responses.taken(keep)}
+        rows: dict[type[Message], Message] = {Responses: responses.select_rows(keep)}
         if isinstance(features, Features):
-            rows[Features] = features.taken(keep)
+            rows[Features] = features.select_rows(keep)
         return Bundle(tuple((parts | rows).values()))
 
 

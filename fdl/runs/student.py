@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,80 +15,18 @@ from fdl.participants import Server
 from fdl.recipe.loading import load
 from fdl.registry.instantiate import instantiate
 from fdl.runs import run as runs
+from fdl.runs.exported_student import ExportedStudent
 from fdl.runs.inputs import Inputs, read
-from fdl.runs.redaction import LOCAL, without_paths
 from fdl.state import checkpoint
 from fdl.state.weights import load_into
 from fdl.utils.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
-
     from fdl.methods.base import Method
     from fdl.recipe.config import Recipe
 
 
-@dataclass
-class Subject:
-    """A run's student and what it takes.
-
-    Attributes:
-        recipe: of the run.
-        student: filled with the weights of the round.
-        inputs: what it was told of the data.
-        round: the round.
-    """
-
-    recipe: Recipe
-    student: LightningModule
-    inputs: Inputs
-    round: int
-
-    @property
-    def provides(self) -> dict[str, Any]:
-        """What the data told the model."""
-        return self.inputs.provides
-
-    def normalization(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel that the exported images come with; 0 and 1 without any."""
-        channels = self.provides["input_shape"][0]
-        mean, std = self.provides.get("normalization") or ([0.0] * channels, [1.0] * channels)
-        return list(map(float, mean)), list(map(float, std))
-
-    def pictures(self) -> dict[str, Any]:
-        """How a picture becomes what the network itself takes, behind the adapter where there is one."""
-        adapter = getattr(self.student, "adapter", None)
-        (mean, std), size = self.normalization(), self.provides["input_shape"]
-        if adapter is not None:
-            mean, std, size = adapter.mean, adapter.std, adapter.output_shape
-        # data without a size of their own are all of one shape: nothing is cut off
-        cut = self.recipe.data.args.get("size") is not None or size[1] == size[2]
-        interpolation = "bilinear" if adapter is None else adapter.interpolation
-        return {"input_size": size, "mean": mean, "std": std, "interpolation": interpolation, "cut": cut}
-
-    def told(self) -> dict[str, Any]:
-        """What the exported model takes and answers, for people and programs."""
-        provides, told = self.provides, {"task": self.inputs.task}
-        if "input_shape" in provides:
-            mean, std = self.normalization()
-            told["images"] = {
-                "shape": ["batch", *provides["input_shape"]],
-                "range": "0 (black) to 1 (white), then (x - mean) / std for each channel",
-                "mean": mean,
-                "std": std,
-                "resize": "central square, then bilinear with antialiasing",
-            }
-        if "context" in provides:
-            told["texts"] = {
-                "shape": ["batch", provides["context"]],
-                "ids": f"of the tokenizer ({_public(provides['tokenizer'])}), padded on the right with -1",
-            }
-        if self.inputs.classes and self.inputs.task == "classification":
-            told["classes"] = self.inputs.classes
-        return told
-
-
-def trained_student(run: Path, summary: Mapping[str, Any], which: str) -> Subject:
+def trained_student(run: Path, summary: Mapping[str, Any], which: str) -> ExportedStudent:
     """Build a run's student and load its weights, without the data if the run kept what the model needs of them.
 
     Args:
@@ -106,7 +43,7 @@ def trained_student(run: Path, summary: Mapping[str, Any], which: str) -> Subjec
     if inputs is None:  # of an earlier version, or of data that tell models more than can be written down
         loop = build(recipe, run, launch=False)
         server, method = loop.server, loop.method
-        inputs = Inputs(server.task, list(server.classes), dict(server.provides))
+        inputs = Inputs(server.task, list(server.classes), dict(server.model_kwargs))
     else:
         method = instantiate(recipe.method, "method", "method")
         server = _server(recipe, method, inputs)
@@ -115,8 +52,8 @@ def trained_student(run: Path, summary: Mapping[str, Any], which: str) -> Subjec
     state = _saved(run, summary, which)
     load_into(server.student, state["student"])
     server.state = state["server"]
-    method.restored(server)
-    return Subject(recipe, server.student, inputs, state["round"])
+    method.on_restore(server)
+    return ExportedStudent(recipe, server.student, inputs, state["round"])
 
 
 def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
@@ -125,7 +62,7 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
     student = None
     if "student" in method.requires:
         runtime.factories["student"] = lambda: conforming(
-            instantiate(recipe.student, "module", "student", **inputs.provides), "student", inputs.example
+            instantiate(recipe.student, "module", "student", **inputs.model_kwargs), "student", inputs.example
         )
         student = runtime.create("student", stream_seed(recipe.seed, "init"))
     return Server(
@@ -141,7 +78,7 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
         classes=inputs.classes,
         num_classes=len(inputs.classes),
         task=inputs.task,
-        provides=inputs.provides,
+        model_kwargs=inputs.model_kwargs,
     )
 
 
@@ -160,8 +97,3 @@ def _saved(run: Path, summary: Mapping[str, Any], which: str) -> Mapping[str, An
         f"{run}: the student of round {number}, the run's {which}, is not there: neither {BEST} nor a whole checkpoint "
         "has it; run again, or export another round with --which"
     )
-
-
-def _public(tokenizer: Any) -> str:
-    """What a tokenizer may be called elsewhere: its own name, or its place in the export."""
-    return without_paths(tokenizer.label).replace(LOCAL, "tokenizer.json beside this file")

@@ -147,10 +147,10 @@ def client(tmp_path_factory):
         fit(1, 0.01),
         calibration=blobs(30, seed=3),
     )
-    loop.begin(1)
+    loop.start_round(1)
     found = loop.clients[0]
     found.fit(found.specialist(), found.train, found.local)
-    found.keep(found.specialist())
+    found.save_specialist(found.specialist())
     return found
 
 
