@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fdl.metrics.federation import paired_difference
 from fdl.recipe import difference
 from fdl.runs import run as runs
-from fdl.runs.compare import Run, plan
+from fdl.runs.compare import PlannedRun, plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,13 +96,13 @@ class Point(NamedTuple):
         return self.upload + self.download
 
 
-def together(run: Run) -> int:
+def together(run: PlannedRun) -> int:
     """Bytes of all messages, of what is sent before round 1, and of the final student to every site."""
     sent = runs.read_summary(run.folder)["communication"]
     return sum(sent[f"{part}_bytes"] for part in ("upload", "download", "setup", "student_delivery"))
 
 
-def assert_equal_work(planned: Sequence[Run]) -> None:
+def assert_equal_work(planned: Sequence[PlannedRun]) -> None:
     """Same recipe but for method and channel, and, once built, same shares of same data, for all methods of a seed."""
     from fdl.build import build
 
@@ -125,7 +125,7 @@ def assert_equal_work(planned: Sequence[Run]) -> None:
             assert len({str(network) for network in architectures}) == 1, "clients have several architectures"
 
 
-def points(run: Run) -> list[Point]:
+def points(run: PlannedRun) -> list[Point]:
     """Every round that was measured, in order."""
     found, best, leading = [], (-1.0, 0.0), 0.0
     for record in runs.read_summary(run.folder)["history"]:
@@ -141,7 +141,7 @@ def points(run: Run) -> list[Point]:
     return found
 
 
-def row(planned: Sequence[Run], method: str) -> dict[str, Any]:
+def row(planned: Sequence[PlannedRun], method: str) -> dict[str, Any]:
     """One method's row: means over seeds, and deviations of accuracies, after the last round.
 
     Args:
@@ -187,7 +187,7 @@ def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def best_point(run: Run) -> Point:
+def best_point(run: PlannedRun) -> Point:
     """The best round of a run on validation data."""
     best = runs.read_summary(run.folder)["best"]["round"]
     return next(point for point in points(run) if point.round == best)
@@ -251,7 +251,7 @@ def _difference(line: dict[str, Any]) -> str:
     return f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else "")
 
 
-def figure(planned: Sequence[Run], table: Sequence[dict[str, Any]], title: str) -> Figure:
+def figure(planned: Sequence[PlannedRun], table: Sequence[dict[str, Any]], title: str) -> Figure:
     """Accuracy of every round's student over bytes, every run, and the front of the means of the last round."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
@@ -297,7 +297,7 @@ def codec_table(quick: bool) -> list[str]:
     ]
 
 
-def write(folder: Path, planned: Sequence[Run], table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
+def write(folder: Path, planned: Sequence[PlannedRun], table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
     """Table, points and figure, as files and for TensorBoard; the runs' curves are there already."""
     from fdl.runs.compare_report import log_compare
     from fdl.utils.tensorboard import open_writer

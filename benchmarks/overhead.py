@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from fdl.build import build
+from fdl.datamodules.samples import Samples
 from fdl.loop import FederatedLoop
 from fdl.recipe import load
 from fdl.utils.seeding import torch_stream
@@ -94,7 +95,7 @@ def run_bare(loop: FederatedLoop) -> tuple[float, dict[str, torch.Tensor]]:
     return time.perf_counter() - start, weights
 
 
-def everything(samples) -> tuple[torch.Tensor, torch.Tensor]:
+def everything(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
     """All inputs, flat, and labels."""
     x, y = samples.batch(torch.arange(len(samples)))
     return x.flatten(1), y

@@ -52,7 +52,7 @@ from fdl.attacks.roc import ceiling
 from fdl.privacy.accounting import solve_noise
 from fdl.recipe import from_mapping
 from fdl.runs import run as runs
-from fdl.runs.compare import Run
+from fdl.runs.compare import PlannedRun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -260,7 +260,7 @@ class Cell(NamedTuple):
 
     mechanism: str
     epsilon: float
-    run: Run
+    run: PlannedRun
 
 
 def plan(options: argparse.Namespace, folder: Path) -> list[Cell]:
@@ -289,7 +289,7 @@ def plan(options: argparse.Namespace, folder: Path) -> list[Cell]:
         for seed in options.seeds:
             name = f"{mechanism}-{epsilon:g}"
             recipe = from_mapping(tree | {"name": f"privacy-{options.data}-{name}-seed-{seed}", "seed": seed})
-            planned.append(Cell(mechanism, epsilon, Run(name, seed, recipe, folder / name / f"seed-{seed}")))
+            planned.append(Cell(mechanism, epsilon, PlannedRun(name, seed, recipe, folder / name / f"seed-{seed}")))
     return planned
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from fdl.recipe import from_mapping
 from fdl.runs import run as runs
-from fdl.runs.compare import Run
+from fdl.runs.compare import PlannedRun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def images(file: Path | None) -> dict[str, np.ndarray]:
     return found | {name: found[name][order] for name in ("x_train", "y_train")}
 
 
-def plan(options: argparse.Namespace, folder: Path) -> list[Run]:
+def plan(options: argparse.Namespace, folder: Path) -> list[PlannedRun]:
     """One run for every method, series and number of clients; their images are written to `folder`.
 
     Raises:
@@ -107,11 +107,11 @@ def plan(options: argparse.Namespace, folder: Path) -> list[Run]:
                 "fabric": {"accelerator": "cpu", "threads": 1},
                 "callbacks": [],
             }
-            planned.append(Run(method, clients, from_mapping(tree | METHODS[method]), folder / name))
+            planned.append(PlannedRun(method, clients, from_mapping(tree | METHODS[method]), folder / name))
     return planned
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(run: PlannedRun) -> dict[str, Any]:
     """What one run came to."""
     summary = runs.read_summary(run.folder)
     totals = [sum(record["seconds"].values()) for record in summary["history"]]

@@ -35,6 +35,11 @@ class RecipeError(UserError):
     Args:
         source: the recipe's file name.
         problems: one sentence each, with the full key first.
+
+    Example:
+        >>> print(RecipeError("recipe.yaml", ["seed: expected a whole number, got 'x'"]))
+        recipe.yaml: one problem
+          - seed: expected a whole number, got 'x'
     """
 
     def __init__(self, source: str, problems: list[str]):

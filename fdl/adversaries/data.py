@@ -23,7 +23,7 @@ class LabelFlip(Adversary):
     spaces = ("data",)
     tasks = ("classification",)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("own")
         self._classes = 0
 

@@ -39,6 +39,7 @@ from fdl.registry.kinds import KINDS
 from fdl.registry.plugins import short_names
 from fdl.registry.targets import find
 from fdl.state.client_store import CLIENTS, DiskStore
+from fdl.utils.paths import expanded
 from fdl.utils.threads import pinned
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def build(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedL
         UserError: when parts do not fit together, naming their keys.
     """
     with pinned(recipe.fabric.threads):
-        return _built(recipe, Path(folder), launch)
+        return _built(recipe, expanded(folder), launch)
 
 
 def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:

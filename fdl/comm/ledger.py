@@ -67,7 +67,7 @@ class Ledger:
             takes any.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.refusals: list[RejectedMessage] = []
         self.notes: list[CodecChoice] = []
         self.links: Callable[[int, str], Link] | None = None

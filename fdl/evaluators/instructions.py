@@ -42,6 +42,10 @@ def sentences(text: str) -> list[str]:
 
     Args:
         text: the text to split.
+
+    Example:
+        >>> sentences("See e.g. Dr. Who. It ends! Does it")
+        ['See e.g. Dr. Who.', 'It ends!', 'Does it']
     """
     found, start = [], 0
     for end in _SENTENCE_END.finditer(text):

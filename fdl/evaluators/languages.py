@@ -90,6 +90,10 @@ def detect(text: str) -> str | None:
     Returns:
         Its ISO 639-1 code; None without letters of a known script. Without any known function word, text in Latin
         letters counts as English, in Cyrillic as Russian, in Arabic letters as Arabic, in Devanagari as Hindi.
+
+    Example:
+        >>> detect("Der Hund ist nicht so groß wie die Katze"), detect("the dog is not as big as the cat")
+        ('de', 'en')
     """
     # vowels that are marks on a letter, as in Devanagari, count as letters
     scripts = Counter(_script(letter) for letter in text if unicodedata.category(letter)[0] in "LM")

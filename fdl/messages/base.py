@@ -10,8 +10,8 @@ import numpy as np
 
 from fdl.errors import RejectedMessageError
 
-Meta = dict[str, int | float | str]
-"""Numbers and short strings of a message."""
+Meta = dict[str, Any]
+"""Numbers (int, float) and short strings of a message; each message checks those that it reads."""
 
 OWN_CODES = range(1, 128)
 """Wire codes of the message types of fdl itself."""
@@ -37,7 +37,7 @@ class Message(ABC):
     kind: ClassVar[str]
     code: ClassVar[int]
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make the type known by its code.
 
         Raises:

@@ -29,10 +29,15 @@ class Bundle:
     def truncated(self, share: float) -> Bundle | None:
         """As `Message.truncated`: features stay those of the answers that are kept; other parts stay as they are."""
         parts = parts_of(self)
-        keep = parts[Responses].most_confident_rows(share) if Responses in parts else ()
+        responses, features = parts.get(Responses), parts.get(Features)
+        if not isinstance(responses, Responses):
+            return None
+        keep = responses.most_confident_rows(share)
         if len(keep) == 0:
             return None
-        rows = {type: parts[type].select_rows(keep) for type in (Responses, Features) if type in parts}
+        rows: dict[type[Message], Message] = {Responses: responses.select_rows(keep)}
+        if isinstance(features, Features):
+            rows[Features] = features.select_rows(keep)
         return Bundle(tuple((parts | rows).values()))
 
 

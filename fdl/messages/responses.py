@@ -39,6 +39,13 @@ class Responses(Message):
         rows: int64 [n], the rows of the proxy set, or None for the whole set in order.
         confidence: the sender's log-weight of every row, or None.
         samples: how many examples the sender trained on; 0, which is not sent, where it does not tell.
+
+    Example:
+        >>> import torch
+        >>> message = Responses(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), "probabilities")
+        >>> message.validate()
+        >>> sorted(message.fields()), message.meta()
+        (['values'], {'form': 1})
     """
 
     kind: ClassVar[str] = "responses"
@@ -99,12 +106,13 @@ class Responses(Message):
         form, samples = pop_meta(meta, "form", int), take_samples(meta)
         if not 0 <= form < len(_FORMS) or "values" not in fields:
             raise RejectedMessageError("responses without values or of an unknown form")
-        values, rows, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)
-        if rows is not None:
+        values, found, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)
+        rows = None
+        if found is not None:
             # The length is looked at before the rows are widened: eight bytes a row are then no more than the values.
-            if rows.dtype.kind not in "iu" or rows.size > values.size:
-                raise RejectedMessageError(f"{values.size} values with {rows.size} rows of {rows.dtype}")
-            rows = torch.from_numpy(rows.astype(np.int64))
+            if found.dtype.kind not in "iu" or found.size > values.size:
+                raise RejectedMessageError(f"{values.size} values with {found.size} rows of {found.dtype}")
+            rows = torch.from_numpy(found.astype(np.int64))
         confidence = None
         if codes is not None:
             confidence = QuantizedLogWeights(

@@ -263,7 +263,13 @@ class SparseResponses(Message):
 
 
 def pack(values: np.ndarray, width: int) -> np.ndarray:
-    """Numbers in [0, 2**width) as bits, the lowest first, one number behind the other, uint8 [⌈n·width/8⌉]."""
+    """Numbers in [0, 2**width) as bits, the lowest first, one number behind the other, uint8 [⌈n·width/8⌉].
+
+    Example:
+        >>> import numpy as np
+        >>> pack(np.array([1, 2, 3]), width=2)
+        array([57], dtype=uint8)
+    """
     places = np.arange(width)
     parts = [
         np.packbits((values[start : start + _CHUNK, None] >> places & 1).astype(np.uint8), bitorder="little")
@@ -273,7 +279,13 @@ def pack(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, width: int, count: int) -> np.ndarray:
-    """Undo `pack`: the first `count` numbers, int64."""
+    """Undo `pack`: the first `count` numbers, int64.
+
+    Example:
+        >>> import numpy as np
+        >>> unpack(np.uint8([0b111001]), width=2, count=3)
+        array([1, 2, 3])
+    """
     values = np.empty(count, np.int64)
     powers = 1 << np.arange(width)
     for start in range(0, count, _CHUNK):

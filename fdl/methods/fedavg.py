@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning import LightningModule
 from torch import Tensor
 
 from fdl.knowledge.aggregation.means import ParameterMean
@@ -44,7 +45,7 @@ class FedAvg(Method):
         client.fit(module, client.train, client.local_training, self.objective(module))
         return Parameters(module_state(module), samples=client.reported_samples)
 
-    def objective(self, module) -> Objective | None:
+    def objective(self, module: LightningModule) -> Objective | None:
         """What a client minimises; None for the module's own loss."""
         return None
 

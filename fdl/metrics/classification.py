@@ -70,6 +70,12 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
 
     Returns:
         int64 [classes, classes]; rows are true classes, columns predicted ones.
+
+    Example:
+        >>> import torch
+        >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), classes=2)
+        tensor([[1, 1],
+                [0, 1]])
     """
     return (labels * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
 
@@ -87,6 +93,11 @@ def classification(logits: Tensor, labels: Tensor, names: Sequence[str] = ("accu
 
     Raises:
         UserError: a name is unknown.
+
+    Example:
+        >>> import torch
+        >>> classification(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]), ["accuracy"])
+        {'accuracy': 0.5}
     """
     for name in names:
         if name not in CLASSIFICATION_METRICS:

@@ -16,6 +16,10 @@ def knowledge_transfer_efficiency(federated: float, central: float) -> float:
 
     Returns:
         ``federated / central``; ``nan`` if `central` is 0.
+
+    Example:
+        >>> knowledge_transfer_efficiency(federated=0.81, central=0.9)
+        0.9
     """
     return federated / central if central else math.nan
 
@@ -33,6 +37,10 @@ def recovered_gap(single: float, federated: float, central: float) -> float:
 
     Returns:
         ``(federated - single) / (central - single)``; ``nan`` if `central` equals `single`.
+
+    Example:
+        >>> recovered_gap(single=0.5, federated=0.875, central=1.0)
+        0.75
     """
     return (federated - single) / (central - single) if single != central else math.nan
 
@@ -49,6 +57,11 @@ def paired_difference(
 
     Returns:
         The mean of ``ours - theirs`` and the two ends of its interval, which are ``nan`` for fewer than two pairs.
+
+    Example:
+        >>> mean, low, high = paired_difference([0.90, 0.92, 0.94], [0.89, 0.90, 0.91])
+        >>> print(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        0.020 [-0.005, 0.045]
     """
     from scipy.stats import t
 
@@ -72,6 +85,10 @@ def equity(gains: Sequence[float]) -> dict[str, float]:
         ``variance``, the population variance of the gains; ``minimum``; and ``jain``, Jain's fairness index
         ``(Σ g)² / (N Σ g²)``: 1 if all gain equally, 1/N if only one gains, ``nan`` if a gain is negative or all are 0
         (where the index is undefined). All are ``nan`` if `gains` is empty.
+
+    Example:
+        >>> equity([0.0, 0.5])
+        {'variance': 0.0625, 'minimum': 0.0, 'jain': 0.5}
     """
     if not gains:
         return {"variance": math.nan, "minimum": math.nan, "jain": math.nan}
@@ -93,6 +110,11 @@ def metric_by_round(records: Iterable[Mapping[str, Any]], metric: str) -> dict[i
 
     Returns:
         Value by round, for the rounds in which it was measured.
+
+    Example:
+        >>> records = [{"round": 1, "metrics": {"student/test/accuracy": 0.8}}, {"round": 2, "metrics": {}}]
+        >>> metric_by_round(records, "student/test/accuracy")
+        {1: 0.8}
     """
     return {record["round"]: record["metrics"][metric] for record in records if metric in record.get("metrics", {})}
 
@@ -105,6 +127,10 @@ def bytes_by_round(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
 
     Returns:
         Bytes since the start of the run by round.
+
+    Example:
+        >>> bytes_by_round([{"round": 1, "communication": {"upload_bytes": 70, "download_bytes": 30}}])
+        {1: 100}
     """
     return {
         record["round"]: record["communication"]["upload_bytes"] + record["communication"]["download_bytes"]
@@ -125,6 +151,11 @@ def rounds_to_target(history: Mapping[int, float], target: float, window: int = 
 
     Returns:
         The round; None if the target was not reached ("censored").
+
+    Example:
+        >>> history = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.9}
+        >>> rounds_to_target(history, 0.8), rounds_to_target(history, 0.8, window=1)
+        (4, 2)
     """
     rounds = sorted(round for round in history if round > 0)
     for end in range(window, len(rounds) + 1):

@@ -107,6 +107,12 @@ def match_ranks(queries: Tensor, candidates: Tensor, groups: Tensor | None = Non
 
     Returns:
         int64 [n]: 1 + the number of non-matching candidates that are at least as similar as the best match.
+
+    Example:
+        >>> import torch
+        >>> queries = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> match_ranks(queries, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([1, 2])
     """
     groups = torch.arange(len(queries)) if groups is None else groups
     ranks = torch.empty(len(queries), dtype=torch.int64)
@@ -125,6 +131,11 @@ def recall(ranks: Tensor, k: int) -> float:
     Args:
         ranks: rank of each query's first match, int64 [n], from `match_ranks`.
         k: number of candidates retrieved.
+
+    Example:
+        >>> import torch
+        >>> recall(torch.tensor([1, 2, 9, 1]), k=1)
+        0.5
     """
     return float((ranks <= k).double().mean())
 
@@ -138,6 +149,11 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
         images: unit vectors [n, D].
         texts: unit vectors [n, D].
         scale: factor of the cosines (inverse temperature).
+
+    Example:
+        >>> import torch
+        >>> print(f"{contrastive_loss(torch.ones(2, 1), torch.ones(2, 1), scale=10.0):.4f}")  # chance, log 2
+        0.6931
     """
     total = 0.0
     for queries, candidates in ((images, texts), (texts, images)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ class MeanPooled(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, num_classes)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """Return an object with ``logits``, as transformers' classifiers do."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 

@@ -62,7 +62,14 @@ class PrivateAggregate(Aggregate):
 
 
 def clip_rows(values: Tensor, norm: float) -> Tensor:
-    """Rows [n, d] scaled down to an L2 norm; shorter ones stay as they are, to the bit."""
+    """Rows [n, d] scaled down to an L2 norm; shorter ones stay as they are, to the bit.
+
+    Example:
+        >>> import torch
+        >>> clip_rows(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), norm=1.0)
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+    """
     lengths = torch.linalg.vector_norm(values, dim=1, keepdim=True)
     return values * (norm / lengths).clamp(max=1.0).where(lengths > norm, 1.0)
 

@@ -18,6 +18,10 @@ def rates_by_client(given: Any) -> dict[int, float]:
 
     Raises:
         UserError: it is none, or a rate is not above 0; the message begins with the key below ``federation``.
+
+    Example:
+        >>> rates_by_client({3: 0.01})
+        {3: 0.01}
     """
     if not isinstance(given, Mapping):
         raise UserError(f"learning_rates: expected a mapping of client ids to learning rates, got {given!r:.80}")

@@ -24,6 +24,16 @@ class TrimmedMean(RowRule):
     Args:
         beta: β, the share at each side, in [0, 0.5); it must be no less than the share of liars.
         max_client_share: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> value, weights = TrimmedMean(beta=0.25).combine(votes)
+        >>> value  # the mean of 2 and 3
+        tensor([[2.5000]], dtype=torch.float64)
     """
 
     name = "trimmed_mean"
@@ -59,6 +69,16 @@ class Median(TrimmedMean):
 
     Args:
         max_client_share: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> value, weights = Median().combine(votes)
+        >>> value
+        tensor([[2.5000]], dtype=torch.float64)
     """
 
     name = "median"

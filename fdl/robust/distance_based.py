@@ -27,6 +27,16 @@ class GeometricMedian(WeighingRule):
         iterations: of Weiszfeld's algorithm at most, ≥ 1.
         tolerance: it ends when no weight moves by more; > 0.
         max_client_share: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> value, weights = GeometricMedian().combine(votes)
+        >>> bool(1.9 < value.item() < 3.1)
+        True
     """
 
     name = "geometric_median"
@@ -106,6 +116,15 @@ class Krum(MultiKrum):
     Args:
         num_attackers: f, the number of attackers that are tolerated among n ≥ 2 f + 3.
         max_client_share: as for every rule; a single vector has no use for shares.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> Krum(num_attackers=1).coefficients(votes).flatten()  # one that has a near neighbour gets all
+        tensor([1., 0., 0., 0.], dtype=torch.float64)
     """
 
     name = "krum"
@@ -158,6 +177,15 @@ class NormClipping(WeighingRule):
     Args:
         limit: the largest length, > 0; None for the median of the round's lengths, row by row.
         max_client_share: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> NormClipping(limit=2.0).coefficients(votes).flatten()
+        tensor([0.2500, 0.2500, 0.1667, 0.0051], dtype=torch.float64)
     """
 
     name = "norm_clipping"

@@ -155,6 +155,12 @@ def cap_shares(log_weights: Tensor, max_client_share: float | None) -> Tensor:
     Returns:
         float64 [n, R]: softmax over clients of what `shares.ceiling` leaves. Columns sum to 1, or are 0
         where nobody says anything.
+
+    Example:
+        >>> import torch
+        >>> log_weights = torch.tensor([[0.0], [0.0], [9.0]], dtype=torch.float64)
+        >>> cap_shares(log_weights, max_client_share=1.5).flatten()  # at most 1.5 of three equal shares
+        tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)
     """
     answered = torch.isfinite(log_weights)
     if max_client_share is not None:

@@ -30,7 +30,7 @@ ON_CONFIDENCES = ("confidence_inference",)
 """What is added to these where a confidence is measured on private samples, as `density` is."""
 
 
-def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Audit, Path]:
+def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Audit, Path]:
     """Rebuild a finished run from its folder, attack it, and write ``audit.json`` and figures there.
 
     Those of an earlier audit stay, as ``audit-1.json`` and so on.
@@ -52,7 +52,9 @@ def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] =
     from fdl.runs import run as runs
     from fdl.state import run_folder
     from fdl.utils.locks import FolderLock, require_unlocked
+    from fdl.utils.paths import expanded
 
+    run = expanded(run)
     runs.require_finished(run)
     require_unlocked(run)
     loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)

@@ -15,14 +15,16 @@ from fdl.recipe.loading import load
 from fdl.registry.kinds import KINDS
 from fdl.registry.plugins import short_names
 from fdl.runs import run as runs
+from fdl.runs.result import Comparison, Run
 from fdl.state import run_folder
 from fdl.utils.console import console
+from fdl.utils.paths import expanded
 from fdl.utils.suggest import suggest
 
 log = logging.getLogger("fdl")
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
     """One variant with one seed.
 
     Attributes:
@@ -43,9 +45,9 @@ def compare(
     overrides: Sequence[str] = (),
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Comparison:
     """Run everything that is not complete yet; then write and print the table.
 
     A run that fails does not keep the others from being run; the table marks it, and the same call tries it again.
@@ -63,6 +65,9 @@ def compare(
         UserError: from a recipe, or where the folder holds something else, before anything runs; or in the end, naming
             the runs that have failed.
         KeyboardInterrupt: after Ctrl-C; what was done is kept.
+
+    Returns:
+        The table and the runs.
     """
     if started_by_others():
         raise UserError(
@@ -70,14 +75,14 @@ def compare(
             "fabric.devices=N, or start every run with fdl fit"
         )
     base = load(files[0], overrides)
-    folder = output or runs.folder_of(base) / "compare"
+    folder = runs.folder_of(base) / "compare" if output is None else expanded(output)
     planned = [run for file in files for run in plan(file, overrides, methods, seeds, folder, many=len(files) > 1)]
     _require_place(folder)
     for run in planned if not overwrite else ():
         if not runs.is_complete(run.recipe, run.folder):
             _require_unchanged(run)
     results: list[dict[str, Any]] = []
-    failed: list[tuple[Run, str]] = []
+    failed: list[tuple[PlannedRun, str]] = []
     for number, run in enumerate(planned, 1):
         complete = runs.is_complete(run.recipe, run.folder)
         note = ", complete already" if complete else ""
@@ -92,7 +97,7 @@ def compare(
             failed.append((run, reason))
             continue
         results.append({"variant": run.variant, "seed": run.seed, "summary": summary})
-    _publish(results, failed, base.compare or Compare(), folder)
+    table = _publish(results, failed, base.compare or Compare(), folder)
     if failed:
         lines = [f"  - {run.variant}, seed {run.seed}: {reason}" for run, reason in failed]
         raise UserError(
@@ -104,15 +109,17 @@ def compare(
                 ]
             )
         )
+    finished = [Run(run.folder, result["summary"], run.recipe) for run, result in zip(planned, results, strict=True)]
+    return Comparison(folder, table, finished)
 
 
-def _fit(run: Run, overwrite: bool) -> dict[str, Any]:
-    """Run, or go on with, a run that is not complete."""
+def _fit(run: PlannedRun, overwrite: bool) -> dict[str, Any]:
+    """PlannedRun, or go on with, a run that is not complete."""
     resume, replace = _way(run, overwrite)
     return runs.fit(run.recipe, run.folder, resume, replace)
 
 
-def _way(run: Run, overwrite: bool = False) -> tuple[bool, bool]:
+def _way(run: PlannedRun, overwrite: bool = False) -> tuple[bool, bool]:
     """Whether a run goes on with what lies in its folder, and whether it takes its place.
 
     Raises:
@@ -165,7 +172,7 @@ def plan(
     seeds: Sequence[int] | None,
     folder: Path,
     many: bool = False,
-) -> list[Run]:
+) -> list[PlannedRun]:
     """The runs of one recipe file, all checked.
 
     Args:
@@ -201,17 +208,17 @@ def plan(
             recipe = load(file, [*overrides, f"seed={seed}"], variant=changes)
             recipe = dataclasses.replace(recipe, compare=None, name=f"{base.name}-{name}-seed-{seed}")
             place = (folder / base.name if many else folder) / name / f"seed-{seed}"
-            planned.append(Run(label, seed, recipe, place))
+            planned.append(PlannedRun(label, seed, recipe, place))
     return planned
 
 
 def _publish(
     results: Sequence[dict[str, Any]],
-    failed: Sequence[tuple[Run, str]],
+    failed: Sequence[tuple[PlannedRun, str]],
     settings: Compare,
     folder: Path,
-) -> None:
-    """Write the table as CSV and Markdown and all runs' hyperparameters for TensorBoard; print the table."""
+) -> list[dict[str, Any]]:
+    """Write the table as CSV and Markdown and all runs' hyperparameters for TensorBoard; print and return the table."""
     from fdl.runs import compare_report as report
     from fdl.runs.comparison import References
 
@@ -232,6 +239,7 @@ def _publish(
         print(f"Failed: {variant}, {sentence}")
     files = "compare.md, compare.csv, compare.json"
     print(f"In {folder}: {files}; tensorboard --logdir {folder / 'tensorboard'}")
+    return table
 
 
 def _row_of(name: str, results: Sequence[dict[str, Any]]) -> str | None:

@@ -187,10 +187,14 @@ def print_compare(
     console.print(Text(compare_caption(table, references, PRINTED), style="dim"))
 
 
+ALL_COLUMNS = tuple(name for part in PARTS.values() for name in part)
+"""Columns of all parts of a comparison, in order."""
+
+
 def compare_caption(
     table: Sequence[Mapping[str, Any]],
     references: References = NO_REFERENCES,
-    columns: Iterable[str] = tuple(name for part in PARTS.values() for name in part),
+    columns: Iterable[str] = ALL_COLUMNS,
 ) -> str:
     """Say what the columns of a comparison mean.
 

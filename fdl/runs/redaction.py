@@ -25,6 +25,10 @@ def without_paths(value: Any, key: str = "") -> Any:
     Args:
         value: plain dicts, lists and values.
         key: under which it stands.
+
+    Example:
+        >>> without_paths({"path": "/home/ana/scans.npz", "model": "google/vit-base-patch16-224"})
+        {'path': '<local path>', 'model': 'google/vit-base-patch16-224'}
     """
     if isinstance(value, Mapping):
         return {name: without_paths(one, str(name)) for name, one in value.items()}

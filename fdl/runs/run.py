@@ -62,7 +62,7 @@ def fit(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: boo
         UserError: when the folder holds something else, another process has it, or there is nothing to resume.
         Interrupted: after Ctrl-C, a kind of KeyboardInterrupt; what was done is saved.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if resume and overwrite:
         raise UserError("resume goes on with the run that is there, overwrite begins it anew: give one of them")
     if is_follower():
@@ -154,7 +154,7 @@ class _Keeper(Callback):
         write_summary(self.folder / SUMMARY, summary)
 
 
-def folder_of(recipe: Recipe, given: Path | None = None) -> Path:
+def folder_of(recipe: Recipe, given: str | Path | None = None) -> Path:
     """The folder of a recipe's run.
 
     Args:
@@ -162,10 +162,10 @@ def folder_of(recipe: Recipe, given: Path | None = None) -> Path:
         given: the folder itself, where somebody has named one.
 
     Raises:
-        UserError: `output_dir` names a variable that is not set.
+        UserError: the folder or `output_dir` names a variable that is not set.
     """
     if given is not None:
-        return given
+        return expanded(given)
     try:
         return expanded(recipe.output_dir) / recipe.name
     except UserError as error:

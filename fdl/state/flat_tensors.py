@@ -73,6 +73,14 @@ def flat_view(tensors: Iterable[Tensor]) -> Tensor | None:
 
     Returns:
         A view of all elements in order; None where there is no such view.
+
+    Example:
+        >>> import torch
+        >>> whole = torch.arange(6.0)
+        >>> flat_view([whole[:2], whole[2:]])
+        tensor([0., 1., 2., 3., 4., 5.])
+        >>> flat_view([whole[:2], whole[4:]]) is None
+        True
     """
     tensors = list(tensors)
     if not tensors:

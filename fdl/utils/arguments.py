@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from fdl.errors import UserError
 
@@ -16,6 +17,10 @@ def positive(name: str, value: float) -> float:
 
     Raises:
         UserError: `value` is not a finite number > 0.
+
+    Example:
+        >>> positive("lr", 0.1)
+        0.1
     """
     if not 0 < value < math.inf:
         raise UserError(f"{name} must be a number > 0, got {value}")
@@ -53,7 +58,7 @@ def not_negative(name: str, value: float) -> float:
     return float(value)
 
 
-def one_of(name: str, value: str, known: object) -> str:
+def one_of(name: str, value: str, known: Collection[str]) -> str:
     """Require one of the known values, and return it.
 
     Args:
@@ -63,6 +68,10 @@ def one_of(name: str, value: str, known: object) -> str:
 
     Raises:
         UserError: `value` is not among `known`.
+
+    Example:
+        >>> one_of("scale", "row", ("row", "tensor"))
+        'row'
     """
     if value not in known:
         raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")

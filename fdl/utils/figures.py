@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 MAX_ROWS, MAX_COLUMNS = 100, 26
 """Largest table whose cells are numbered; in larger ones, the numbers would be too small to read."""
@@ -72,7 +73,7 @@ def sizes(counts: Sequence[int], names: Sequence[str] = ()) -> Figure:
             axes.yaxis, [_short(name or str(i)) for i, name in enumerate(names)], figure.get_size_inches()[1] * 72 / 12
         )
     else:
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        cast("MaxNLocator", axes.yaxis.get_major_locator()).set_params(integer=True)
     axes.set_title("Training samples by client")
     return figure
 
@@ -117,7 +118,7 @@ def _confusions(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figur
     axes.set_ylim(max(len(pairs), 1) - 0.5, -0.5)
     names = [f"{_short(classes[true], 24)} → {_short(classes[predicted], 24)}" for true, predicted in pairs]
     _ticks(axes.yaxis, names, len(names))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    cast("MaxNLocator", axes.xaxis.get_major_locator()).set_params(integer=True)
     axes.set_xlabel("samples of the first class predicted as the second")
     right = int(np.trace(matrix))
     summary = f"{right:,} of {int(totals.sum()):,} right in {len(classes):,} classes; the {len(pairs)} largest errors"
@@ -207,7 +208,7 @@ def _heat_map(axes: Axes, shades: np.ndarray, counts: np.ndarray, colours: str) 
 
 def _label(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Name the ticks, thinned out so that they do not overlap."""
-    width, height = (side * 72 for side in axes.figure.get_size_inches())  # in points
+    width, height = (side * 72 for side in cast("Figure", axes.figure).get_size_inches())  # in points
     _ticks(axes.yaxis, rows, height / 12)
     columns = _ticks(axes.xaxis, columns, width / 22)
     if max(map(len, columns)) * 5 > 0.75 * width / len(columns) and max(map(len, columns)) > 3:

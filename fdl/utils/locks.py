@@ -80,7 +80,8 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._file, self._made = -1, []
+        self._file = -1
+        self._made: list[Path] = []
 
     def __enter__(self) -> FolderLock:
         absent = [one for one in (self.folder, *self.folder.parents) if not one.exists()]

@@ -19,6 +19,10 @@ def expanded(path: str | Path) -> Path:
 
     Raises:
         UserError: a variable is not set, or the user of ``~user`` does not exist.
+
+    Example:
+        >>> expanded("~/runs") == Path.home() / "runs"
+        True
     """
 
     def value(match: re.Match[str]) -> str:

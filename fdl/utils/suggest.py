@@ -16,6 +16,12 @@ def suggest(word: str, known: Iterable[str], few: int = 15) -> str:
 
     Returns:
         The end of a message; empty if there is nothing to suggest.
+
+    Example:
+        >>> suggest("fedavgg", ["fedavg", "feddf", "fedprox"])
+        "; did you mean 'fedavg'?"
+        >>> suggest("x", ["fedavg", "feddf"])
+        '; known: fedavg, feddf'
     """
     known = sorted(known)
     lower = {k.lower(): k for k in known}

@@ -173,7 +173,7 @@ def log_hparams(writer: SummaryWriter, hparams: Mapping[str, str | float], metri
     from torch.utils.tensorboard.summary import hparams as records
 
     for record in records(dict(hparams), dict.fromkeys(metrics, 0.0)):
-        writer.file_writer.add_summary(record)
+        writer.file_writer.add_summary(record)  # type: ignore[attr-defined]  # declared None, set in the constructor
 
 
 def hyperparameters(recipe: Mapping[str, Any]) -> dict[str, str | float]:

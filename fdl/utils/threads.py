@@ -60,7 +60,7 @@ def pinned(threads: int = 1) -> Iterator[None]:
 def _take_over() -> None:
     """Let the calling thread set OpenBLAS's limit, which newer versions of threadpoolctl leave to the first caller."""
     controller = getattr(threadpoolctl, "OpenBLASController", None)
-    if hasattr(controller, "clear_controlling_thread"):
+    if controller is not None and hasattr(controller, "clear_controlling_thread"):
         controller.clear_controlling_thread(force=True)
 
 

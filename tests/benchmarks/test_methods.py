@@ -142,7 +142,7 @@ def test_the_best_trial_is_the_one_that_does_best_on_validation_data(monkeypatch
     monkeypatch.setattr(
         tune, "score", lambda folder: dict(zip(("accuracy", "nll"), found[int(folder.name[-1])], strict=True))
     )
-    run = lambda n: tune.Run("ds_fl", 10, None, tmp_path / f"trial-{n}")  # noqa: E731
+    run = lambda n: tune.PlannedRun("ds_fl", 10, None, tmp_path / f"trial-{n}")  # noqa: E731
     table = tune.tabulate([(run(n), n, []) for n in found])
     assert [line["best"] for line in table] == [False, False, True, False]
     assert sum("| yes |" in line for line in tune.markdown(table, 10)) == 1

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lightning import LightningModule
+
 from fdl.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,17 @@ def test_every_command_of_fdl_runs(tmp_path, capsys, monkeypatch):
         assert code == 0, f"{line}\n{err}"
         assert out.strip(), line
     assert (tmp_path / "runs" / "quickstart" / "summary.json").is_file()
+
+
+def test_the_lines_of_python_run(tmp_path, capsys, monkeypatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    monkeypatch.chdir(ROOT)
+    changes = "".join(f', "{change}"' for change in SHORT)
+    code = code.replace('"seed=1"]', f'"seed=1"{changes}]').replace('"runs/mine"', repr(str(tmp_path / "mine")))
+    names: dict = {}
+    exec(code, names)
+    assert isinstance(names["student"], LightningModule)
+    assert capsys.readouterr().out.startswith("Run(")
 
 
 def test_every_benchmark_knows_its_options():

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -44,13 +45,15 @@ def test_nothing_of_a_client_stays_in_memory(tmp_path):
 
 def test_a_run_goes_on_from_either(tmp_path):
     """From disk to memory and from memory to disk, and from an earlier checkpoint whose files are still there."""
-    whole = outcome_of(tmp_path / "whole", ())
-    for first, second in ((DISK, ()), ((), DISK), (DISK, DISK)):
-        folder = tmp_path / f"{len(first)}{len(second)}"
-        run("knowledge", 1, folder, ("federation.rounds=2", "checkpoint.every=1", *first))
+    every = ("federation.rounds=2", "checkpoint.every=1")
+    whole = {where: outcome_of(tmp_path / where, (*every, *more)) for where, more in (("disk", DISK), ("memory", ()))}
+    assert json.dumps(whole["disk"]) == json.dumps(whole["memory"])
+    for first, second in (("disk", ()), ("memory", DISK), ("disk", DISK)):
+        folder = tmp_path / f"{first}-{len(second)}"
+        shutil.copytree(tmp_path / first, folder)
         newest = checkpoint.files(folder / "checkpoints")[0]
         newest.write_bytes(newest.read_bytes()[:100])  # so that the run goes back to round 1
-        assert json.dumps(outcome_of(folder, ("checkpoint.every=1", *second), True)) == json.dumps(whole)
+        assert json.dumps(outcome_of(folder, (*every, *second), True)) == json.dumps(whole["memory"])
 
 
 def outcome_of(folder, more, resume=False):
