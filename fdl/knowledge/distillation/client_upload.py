@@ -46,6 +46,13 @@ class UploadBuilder:
     frequency: UploadOnChange | None
     release: Release | None = None
 
+    @property
+    def needs_calibration(self) -> bool:
+        """True if clients look at their held-out private samples."""
+        confident = self.confidence is not None and self.confidence.needs_calibration
+        selected = None if self.features is None else self.features.select
+        return self.calibrate or confident or (selected is not None and selected.toward == "labels")
+
     def upload(
         self, client: Client, specialist: LightningModule, standing: UploadStatus | None
     ) -> Message | Bundle | None:
