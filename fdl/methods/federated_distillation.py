@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from fdl.errors import UserError
 from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
 from fdl.knowledge.aggregation.pools import labelled_bytes
 from fdl.knowledge.aggregation.shares import Cap
@@ -20,8 +19,8 @@ from fdl.knowledge.distillation.student import DistillationConfig
 from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
 from fdl.knowledge.distillation.upload_on_change import UploadOnChange
 from fdl.knowledge.release import Release
-from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer
-from fdl.knowledge.transfer.prototypes import PrototypePool, PrototypeTransfer
+from fdl.knowledge.transfer.features import FeatureTransfer
+from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Bundle, Message, Responses, UploadStatus, parts_of
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -37,36 +36,34 @@ class FederatedDistillation(Method):
     to two equal shares of a round (`max_client_share`). All below `feedback` is off unless it is named.
 
     Args:
-        confidence: how much a client's answer to a proxy sample counts; None weighs all alike.
+        confidence: weight of a client's prediction of a proxy sample; None weighs all alike.
         space: average probabilities, as DS-FL does, or logits, as FedMD and FedDF do.
-        temperature: that softens both the targets and the learner's answers in the loss; > 0.
-        calibrate: divide each specialist's logits by a temperature fitted on its held-out private share.
-        loss: response loss of the student and of specialists that learn from what comes back.
-        feedback: what clients receive from the second round on: the aggregate, the student's answers, or nothing.
+        temperature: T > 0 of targets and learner in the loss.
+        calibrate: divide each specialist's logits by a temperature fitted on its held-out private samples.
+        loss: response loss of the student, and of specialists on what they download.
+        feedback: what clients download from the second round on.
         alpha: weight of the response loss beside those of features and prototypes, ≥ 0.
-        sharpen: how much to sharpen the aggregate: a temperature or an exponent, as `sharpening` says; None leaves it.
-        sharpening: by DS-FL's entropy reduction, softmax(p / T), e.g. T = 0.1, or by SCARLET's power, p^b / Σ p^b,
-            e.g. b = 1.5.
-        pretrain: epochs on the server's labelled public samples, with the `local` settings, that every new specialist
-            begins with, as in FedMD, and the student as well. These samples are then sent to all clients.
-        reinitialize_clients: draw a specialist new weights before it learns from what comes back, as in CFD.
-        features: activations that go up, too.
-        prototypes: centroids of the clients' data that go up, too.
-        adapter: maps each participant's features, and prototypes of its embedding, to the student's space; without
-            such it has nothing to do.
-        adaptive_client_weights: clients' weights that follow the phase of training.
-        personalization: each client gets its own mixture of the others' answers, in the place of the aggregate.
-        curriculum: in what order the student meets the proxy samples.
-        subsample: share of the proxy set that is answered in a round, the same samples by all clients.
-        soft_label_cache_rounds: for how many rounds a sample's answers go on teaching; 1 is for their own round only.
-        upload_policy: when a client has something new to say.
-        private_release: makes the answers private.
-        robust: a rule in the place of the mean of answers, which holds where some clients lie; None is the mean.
-        max_client_share: equal shares of the weight of a round that one client may have at most, of answers, features
-            and prototypes, whatever confidence it declares, ≥ 1: of K clients none moves a row of probabilities by
-            more than √2 share / K on average. None for any. A robust rule has a limit of its own.
-        max_client_share_over: whether the limit holds over a round, or in each row: then no row can be one client's,
-            which is safer where sites have the same classes, and costs accuracy where only one of them knows a class.
+        sharpen: temperature or exponent, as `sharpening` says, that sharpens the aggregate; None leaves it.
+        sharpening: DS-FL's entropy reduction softmax(p / T), e.g. 0.1, or SCARLET's power p^b / Σ p^b, e.g. 1.5.
+        pretrain: epochs on the server's labelled public samples, with the settings of private training, for every new
+            specialist and the student, as in FedMD. These samples are then sent to all clients.
+        reinitialize_clients: draw a specialist new weights before it learns from its download, as in CFD.
+        features: activations that are uploaded, too.
+        prototypes: centroids of private samples that are uploaded, too.
+        adapter: maps each client's features, and prototypes of its embedding, to the student's space.
+        adaptive_client_weights: weights of clients that follow the phase of training.
+        personalization: each client downloads its own mixture of the others' predictions.
+        curriculum: order in which the student meets the proxy samples.
+        subsample: share of the proxy set that is predicted in a round, the same samples by all clients.
+        soft_label_cache_rounds: rounds in which a sample's soft labels teach; 1 is their own round only.
+        upload_policy: uploads only what has changed; None uploads in every round.
+        private_release: noise that makes the predictions private.
+        robust: a rule in the place of the mean of predictions, which holds where some clients are Byzantine.
+        max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence
+            it declares, ≥ 1: of K clients none moves a row of probabilities by more than √2 share / K on average.
+            None for any. A robust rule has a limit of its own.
+        max_client_share_over: hold that limit over a round, or in each row: then no client decides a row alone, which
+            is safer where sites have the same classes, and costs accuracy where only one of them knows a class.
     """
 
     name = "federated_distillation"
@@ -100,9 +97,6 @@ class FederatedDistillation(Method):
         max_client_share: float | None = 2.0,
         max_client_share_over: Literal["round", "row"] = "round",
     ):
-        for key, value in (("temperature", temperature), ("subsample", subsample)):
-            if not value > 0 or (key == "subsample" and value > 1):
-                raise UserError(f"{key} must be {'in (0, 1]' if key == 'subsample' else '> 0'}, got {value}")
         self.objective = ResponseObjective(loss, temperature)
         self.labels = SoftLabels(loss, space, sharpen, sharpening, Cap.of(max_client_share, max_client_share_over))
         self.soft_label_cache = SoftLabelCache(soft_label_cache_rounds)
@@ -115,15 +109,14 @@ class FederatedDistillation(Method):
         self.upload_policy = upload_policy if upload_policy is not None and upload_policy.threshold > 0 else None
         self.feedback = Feedback(feedback, self.labels, personalization, self.upload_policy)
         transfer = self.features, self.prototypes
-        self.uploads = UploadBuilder(
-            space, calibrate, confidence, *transfer, subsample, self.upload_policy, private_release
-        )
+        policy = self.upload_policy
+        self.uploads = UploadBuilder(space, calibrate, confidence, *transfer, subsample, policy, private_release)
         self.distillation = DistillationConfig(loss, temperature, alpha, *transfer, adapter)
         self.adaptive_client_weights, self.robust = adaptive_client_weights, robust
         self.needs_calibration = self.uploads.needs_calibration
         others = {"features": self.features, "prototypes": self.prototypes, "personalization": personalization}
-        if personalization is not None and personalization.by == "prototypes" and self.prototypes is None:
-            raise UserError("personalization compares prototypes, but prototypes are switched off")
+        if personalization is not None:
+            personalization.check(self.prototypes is not None)
         if private_release is not None:
             more = {"upload_policy": self.upload_policy, "adaptive_client_weights": adaptive_client_weights}
             private_release.check(space, confidence is not None, others | more)
@@ -171,15 +164,13 @@ class FederatedDistillation(Method):
         mean, rows = self.labels.mean(server, weighted), rows_of_round(server, self.uploads.subsample)
         if self.robust is not None:
             mean = RobustAnswers(self.robust, server, self.labels.space, weighted)
-        size, adapts, width = len(server.proxy), self.distillation.adapts, self.distillation.width
-        keeps_uploads = self.feedback.personalization is not None or self.upload_policy is not None
         return CompositeAggregate(
             mean if release is None else release.collect(mean, server, rows),
-            FeatureMean(size, width, server.seed, adapts, mean.cap) if self.features else None,
-            PrototypePool(server, self.prototypes, width, self.labels.cap) if self.prototypes else None,
+            self.distillation.feature_mean(server, mean.cap),
+            self.distillation.prototype_pool(server, self.labels.cap),
             adaptive.current(server) if adaptive else None,
             ValidationGains(server) if adaptive else None,
-            self.feedback.last_uploads(server) if keeps_uploads else None,
+            self.feedback.last_uploads(server) if self.feedback.needs_last_uploads else None,
             rows,
             reuse=self.upload_policy is not None,
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from lightning import LightningModule
 
+from fdl.errors import UserError
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.calibration import fit_temperature
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
@@ -45,6 +46,15 @@ class UploadBuilder:
     subsample: float
     frequency: UploadOnChange | None
     release: Release | None = None
+
+    def __post_init__(self) -> None:
+        """Check the share of the proxy set.
+
+        Raises:
+            UserError: it is out of (0, 1].
+        """
+        if not 0 < self.subsample <= 1:
+            raise UserError(f"subsample must be in (0, 1], got {self.subsample}")
 
     @property
     def needs_calibration(self) -> bool:

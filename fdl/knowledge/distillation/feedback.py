@@ -95,6 +95,11 @@ class Feedback:
             raise UserError("personalization says what comes back, but feedback is none")
         self.source, self.labels, self.personalization, self.policy = source, labels, personalization, policy
 
+    @property
+    def needs_last_uploads(self) -> bool:
+        """True if the server must keep every client's last upload."""
+        return self.personalization is not None or self.policy is not None
+
     def last_uploads(self, server: Server) -> LastAnswers:
         """Every client's last predictions, which personalisation and the upload policy need.
 

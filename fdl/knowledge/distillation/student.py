@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.bundle import RoundKnowledge
+from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import public_space
 from fdl.knowledge.distillation.curriculum import Curriculum
 from fdl.knowledge.distillation.feature_term import FeatureTerm
@@ -26,8 +27,8 @@ from fdl.knowledge.distillation.terms import (
     tensors_of,
 )
 from fdl.knowledge.transfer.extraction import EMBEDDING, extract, layer_names
-from fdl.knowledge.transfer.features import FeatureTransfer
-from fdl.knowledge.transfer.prototypes import PrototypeTransfer
+from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer
+from fdl.knowledge.transfer.prototypes import PrototypePool, PrototypeTransfer
 from fdl.losses.responses import RESPONSE_LOSSES
 from fdl.modules.adapter import ADAPTERS
 from fdl.modules.objectives import mean_over, samples_of
@@ -83,6 +84,26 @@ class DistillationConfig:
     def width(self) -> int:
         """Width of the space in which participants' features come to the adapter."""
         return 64 if self.features is None else self.features.width
+
+    def feature_mean(self, server: Server, cap: Cap | None) -> FeatureMean | None:
+        """An empty mean of the clients' features; None where they send none.
+
+        Args:
+            server: gives the size of the proxy set and the seed.
+            cap: the most weight that one client may have; None for any.
+        """
+        if self.features is None:
+            return None
+        return FeatureMean(len(server.proxy), self.width, server.seed, self.adapts, cap)
+
+    def prototype_pool(self, server: Server, cap: Cap | None) -> PrototypePool | None:
+        """An empty pool of the clients' prototypes; None where they send none.
+
+        Args:
+            server: gives the number of classes and the public space.
+            cap: the most weight that one client may have; None for any.
+        """
+        return None if self.prototypes is None else PrototypePool(server, self.prototypes, self.width, cap)
 
     def terms(
         self, server: Server, collected: RoundKnowledge, targets: Tensor, rows: Tensor | None
