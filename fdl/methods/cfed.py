@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdl.errors import RejectedMessageError, UserError
-from fdl.knowledge.aggregation.base import Aggregate
+from fdl.errors import UserError
+from fdl.knowledge.aggregation.ensembles import MeanAndEnsemble
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.knowledge.distillation.targets import SoftLabelled
@@ -21,7 +21,7 @@ from fdl.modules.types import Batch
 from fdl.participants import Client, Server
 from fdl.robust.base import RobustRule
 from fdl.robust.parameters import RobustParameters
-from fdl.state.weights import load_into, module_state
+from fdl.state.weights import module_state
 
 
 class CFeD(FedAvg):
@@ -110,10 +110,10 @@ class CFeD(FedAvg):
             client.fit(module, client.train, client.local_training, objective)
         return Parameters(module_state(module), samples=client.reported_samples)
 
-    def aggregate(self, server: Server) -> ParameterMean | RobustParameters | _MeanAndAnswers:
+    def aggregate(self, server: Server) -> ParameterMean | RobustParameters | MeanAndEnsemble:
         """The mean as in FedAvg and, where the server distils, what all models say of the proxy set."""
         mean = super().aggregate(server)
-        return _MeanAndAnswers(mean, server, self.temperature) if self.server_distillation else mean
+        return MeanAndEnsemble(mean, server, self.temperature) if self.server_distillation else mean
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
         """Move the global weights as in FedAvg, then distil into them what all models said."""
@@ -162,35 +162,3 @@ class CFeD(FedAvg):
         inputs, probabilities = batch
         logits = module(inputs).logits / self.temperature
         return {"loss": self.temperature**2 * kd_loss(logits, probabilities)}
-
-
-class _MeanAndAnswers(Aggregate):
-    """Streams over clients: each one's weights answer the proxy set, then go into the mean."""
-
-    def __init__(self, mean: ParameterMean, server: Server, temperature: float):
-        self.mean, self.server, self.temperature = mean, server, temperature
-        self.sum: Tensor | None = None
-        self.models = 0
-
-    def add(self, message: Parameters, client: int) -> None:
-        self.mean.check(message)
-        module = self.server.runtime.template("student")
-        load_into(module, message.tensors)
-        self.server.runtime.hold("student", None)
-        probabilities = self._ask(module)
-        if not torch.isfinite(probabilities).all():
-            raise RejectedMessageError("its model's answers to the proxy set are not finite")
-        self.mean.add(message, client)
-        self.sum = probabilities if self.sum is None else self.sum + probabilities
-        self.models += 1
-
-    def result(self) -> tuple[Mapping[str, Tensor], Tensor] | None:
-        """The mean of weights, and that of all models' probabilities at T, the global model's among them."""
-        if self.sum is None:
-            return None
-        probabilities = (self.sum + self._ask(self.server.student)) / (self.models + 1)
-        return self.mean.result(), probabilities.float()
-
-    def _ask(self, module: nn.Module) -> Tensor:
-        logits = self.server.predict(module, self.server.proxy)
-        return torch.softmax(logits.double() / self.temperature, dim=1)

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from fdl.errors import RejectedMessageError, UserError
-from fdl.knowledge.aggregation.base import Aggregate
-from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
+from fdl.errors import UserError
+from fdl.knowledge.aggregation.ensembles import GroupEnsemble
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
 from fdl.knowledge.distillation.validated import BestOnValidation
-from fdl.messages import Bundle, Message, Parameters, QuantizedLogWeights, Responses, Scores, parts_of
+from fdl.messages import Bundle, Message, Parameters, QuantizedLogWeights, Scores
 from fdl.methods.base import Method
 from fdl.participants import Client, Server, copy_of
 from fdl.state.weights import load_into, module_state
 from fdl.utils.arguments import at_least
 from fdl.utils.seeding import stream_seed
-
-ABOVE_CHANCE = 1.2
-"""A teacher must be right so many times as often as by guessing, where the worst are dropped; the published code's."""
 
 
 class FedDF(Method):
@@ -129,9 +124,16 @@ class FedDF(Method):
         scores = self.weighting.log_weights(client, client.predict(module, client.proxy))
         return Bundle((weights, Scores(QuantizedLogWeights.quantize(scores))))
 
-    def aggregate(self, server: Server) -> _Ensemble:
+    def aggregate(self, server: Server) -> GroupEnsemble:
         """Means of the weights by group, and of all clients' logits."""
-        return _Ensemble(self, server)
+        return GroupEnsemble(
+            server,
+            group_of=lambda client: self._group(server, client),
+            weights_of=lambda group: self._weights(server, group),
+            drop_worst=self.drop_worst,
+            weighted=self.weighting is not None,
+            cap=self.cap,
+        )
 
     def server_update(self, server: Server, knowledge: tuple[dict[str, Any], Tensor, int]) -> dict[str, float]:
         """Put every group on its average, then teach it by all."""
@@ -163,63 +165,3 @@ class FedDF(Method):
 
     def _weights(self, server: Server, group: str) -> dict[str, Tensor]:
         return module_state(server.student) if group == "student" else server.state["groups"][group]
-
-
-class _Ensemble(Aggregate):
-    """Streams over clients: each one's weights answer the proxy set, then go into their group's mean."""
-
-    def __init__(self, method: FedDF, server: Server):
-        self.method, self.server = method, server
-        self.means: dict[str, ParameterMean] = {}
-        # sums of logits and numbers of clients: of those who teach, and of those who are dropped
-        self.sums: dict[bool, Tensor] = {}
-        self.counts = {True: 0, False: 0}
-        self.expected = {Parameters} if method.weighting is None else {Parameters, Scores}
-        # the same where teachers are weighted
-        self.weighted: dict[bool, ResponseMean] = {}
-        if method.weighting is not None:
-            make = partial(ResponseMean, len(server.proxy), server.num_classes, "logits", True, method.cap)
-            self.weighted = {True: make(), False: make()}
-
-    def add(self, upload: Message | Bundle, client: int) -> None:
-        parts = parts_of(upload)
-        if parts.keys() != self.expected:
-            expected, got = (" and ".join(sorted(kind.kind for kind in kinds)) for kinds in (self.expected, parts))
-            raise RejectedMessageError(f"expected {expected}, got {got}")
-        message = parts[Parameters]
-        group = self.method._group(self.server, client)
-        module = self.server.runtime.template(group)
-        try:
-            load_into(module, message.tensors)
-        except ValueError as error:
-            raise RejectedMessageError(str(error)) from error
-        self.server.runtime.hold(group, None)
-        logits = self.server.predict(module, self.server.proxy)
-        if not torch.isfinite(logits).all():
-            raise RejectedMessageError("its model's answers to the proxy set are not finite")
-        teaches = not self.method.drop_worst or self._beats_chance(module)
-        if self.weighted:
-            answers = Responses(logits, "logits", confidence=parts[Scores].confidence)
-            self.weighted[teaches].checked(answers)
-        if group not in self.means:
-            self.means[group] = ParameterMean(self.method._weights(self.server, group))
-        self.means[group].add(message, client)
-        if self.weighted:
-            self.weighted[teaches].add(answers, client)
-        else:
-            self.sums[teaches] = self.sums[teaches] + logits if teaches in self.sums else logits
-        self.counts[teaches] += 1
-
-    def result(self) -> tuple[dict[str, Any], Tensor, int] | None:
-        """Averages by group, the teachers' mean logits, and how many teachers there are."""
-        if not self.means:
-            return None
-        teach = self.counts[True] > 0
-        averages = {group: mean.result() for group, mean in self.means.items()}
-        logits = self.weighted[teach].result().values if self.weighted else self.sums[teach] / self.counts[teach]
-        return averages, logits, self.counts[teach]
-
-    def _beats_chance(self, module: LightningModule) -> bool:
-        labels = self.server.validation.labels
-        right = (self.server.predict(module, self.server.validation).argmax(1) == labels).float().mean()
-        return float(right) >= ABOVE_CHANCE / self.server.num_classes

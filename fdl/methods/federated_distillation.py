@@ -1,82 +1,69 @@
-"""Federated distillation: specialists answer a public proxy set, a student learns from their answers."""
+"""Federated distillation: clients predict a public proxy set, a student learns from their aggregated predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
-import torch
-from lightning import LightningModule
-
-from fdl.errors import UserError
 from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
-from fdl.knowledge.aggregation.last_uploads import LastAnswers
-from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.aggregation.pools import labelled_bytes
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.distillation.client_upload import UploadBuilder
 from fdl.knowledge.distillation.curriculum import Curriculum
+from fdl.knowledge.distillation.feedback import Feedback, SoftLabels
+from fdl.knowledge.distillation.initialization import Initialization
 from fdl.knowledge.distillation.personalization import AdaptiveWeights, Similarity, ValidationGains
 from fdl.knowledge.distillation.proxy_subsampling import SoftLabelCache, rows_of_round
 from fdl.knowledge.distillation.student import DistillationConfig
 from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
 from fdl.knowledge.distillation.upload_on_change import UploadOnChange
 from fdl.knowledge.release import Release
-from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer
-from fdl.knowledge.transfer.prototypes import PrototypePool, PrototypeTransfer
-from fdl.losses.responses import RESPONSE_LOSSES, entropy_reduction, power_sharpening
+from fdl.knowledge.transfer.features import FeatureTransfer
+from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Bundle, Features, Message, Prototypes, Responses, UploadStatus, parts_of
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
 from fdl.robust.answers import RobustAnswers
 from fdl.robust.base import RobustRule
-from fdl.state.weights import load_into
-from fdl.utils.arguments import at_least, one_of
-from fdl.utils.seeding import stream_seed
-
-_SHARPENINGS = {"entropy_reduction": entropy_reduction, "power": power_sharpening}
 
 
 class FederatedDistillation(Method):
-    """Private specialists of any architecture answer the proxy set; the student is distilled from what they agree on.
+    """Private specialists of any architecture predict the proxy set; a student is distilled from the aggregate.
 
-    Up go responses and, row by row, each client's confidence in them; down go responses. Neither data nor weights
-    leave a site. Answers are weighted by softmax over clients of their confidences, which are log-weights, up to two
-    equal shares of a round (`max_client_share`). Everything below `feedback` is off unless it is named.
+    Clients upload predictions with a confidence per row, and download aggregated predictions. Neither data nor weights
+    leave a site. Predictions are weighted by the softmax over clients of their confidences, which are log-weights, up
+    to two equal shares of a round (`max_client_share`). All below `feedback` is off unless it is named.
 
     Args:
-        confidence: how much a client's answer to a proxy sample counts; None weighs all alike.
+        confidence: weight of a client's prediction of a proxy sample; None weighs all alike.
         space: average probabilities, as DS-FL does, or logits, as FedMD and FedDF do.
-        temperature: that softens both the targets and the learner's answers in the loss; > 0.
-        calibrate: divide each specialist's logits by a temperature fitted on its held-out private share.
-        loss: response loss of the student and of specialists that learn from what comes back.
-        feedback: what clients receive from the second round on: the aggregate, the student's answers, or nothing.
+        temperature: T > 0 of targets and learner in the loss.
+        calibrate: divide each specialist's logits by a temperature fitted on its held-out private samples.
+        loss: response loss of the student, and of specialists on what they download.
+        feedback: what clients download from the second round on.
         alpha: weight of the response loss beside those of features and prototypes, ≥ 0.
-        sharpen: how much to sharpen the aggregate: a temperature or an exponent, as `sharpening` says; None leaves it.
-        sharpening: by DS-FL's entropy reduction, softmax(p / T), e.g. T = 0.1, or by SCARLET's power, p^b / Σ p^b,
-            e.g. b = 1.5.
-        pretrain: epochs on the server's labelled public samples, with the `local_training` settings, that every new
-            specialist begins with, as in FedMD, and the student as well. These samples are then sent to all clients.
-        reinitialize_clients: draw a specialist new weights before it learns from what comes back, as in CFD.
-        features: activations that go up, too.
-        prototypes: centroids of the clients' data that go up, too.
-        adapter: maps each participant's features, and prototypes of its embedding, to the student's space; without
-            such it has nothing to do.
-        adaptive_client_weights: clients' weights that follow the phase of training.
-        personalization: each client gets its own mixture of the others' answers, in the place of the aggregate.
-        curriculum: in what order the student meets the proxy samples.
-        proxy_fraction: share of the proxy set that is answered in a round, the same samples by all clients.
-        soft_label_cache_rounds: for how many rounds a sample's answers go on teaching; 1 is for their own round only.
-        upload_policy: when a client has something new to say.
-        private_release: makes the answers private.
-        robust: a rule in the place of the mean of answers, which holds where some clients lie; None is the mean.
-        max_client_share: equal shares of the weight of a round that one client may have at most, of answers, features
-            and prototypes, whatever confidence it declares, ≥ 1: of K clients none moves a row of probabilities by
-            more than √2 share / K on average. None for any. A robust rule has a limit of its own.
-        max_client_share_over: whether the limit holds over a round, or in each row: then no row can be one client's,
-            which is safer where sites have the same classes, and costs accuracy where only one of them knows a class.
+        sharpen: temperature or exponent, as `sharpening` says, that sharpens the aggregate; None leaves it.
+        sharpening: DS-FL's entropy reduction softmax(p / T), e.g. 0.1, or SCARLET's power p^b / Σ p^b, e.g. 1.5.
+        pretrain: epochs on the server's labelled public samples, with the settings of private training, for every new
+            specialist and the student, as in FedMD. These samples are then sent to all clients.
+        reinitialize_clients: draw a specialist new weights before it learns from its download, as in CFD.
+        features: activations that are uploaded, too.
+        prototypes: centroids of private samples that are uploaded, too.
+        adapter: maps each client's features, and prototypes of its embedding, to the student's space.
+        adaptive_client_weights: weights of clients that follow the phase of training.
+        personalization: each client downloads its own mixture of the others' predictions.
+        curriculum: order in which the student meets the proxy samples.
+        proxy_fraction: share of the proxy set that is predicted in a round, the same samples by all clients.
+        soft_label_cache_rounds: rounds in which a sample's soft labels teach; 1 is their own round only.
+        upload_policy: uploads only what has changed; None uploads in every round.
+        private_release: noise that makes the predictions private.
+        robust: a rule in the place of the mean of predictions, which holds where some clients are Byzantine.
+        max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence
+            it declares, ≥ 1: of K clients none moves a row of probabilities by more than √2 share / K on average.
+            None for any. A robust rule has a limit of its own.
+        max_client_share_over: hold that limit over a round, or in each row: then no client decides a row alone, which
+            is safer where sites have the same classes, and costs accuracy where only one of them knows a class.
     """
 
     name = "federated_distillation"
@@ -111,177 +98,90 @@ class FederatedDistillation(Method):
         max_client_share: float | None = 2.0,
         max_client_share_over: Literal["round", "row"] = "round",
     ):
-        for key, value in (("temperature", temperature), ("sharpen", sharpen)):
-            if value is not None and not value > 0:
-                raise UserError(f"{key} must be > 0, got {value}")
-        if not 0 < proxy_fraction <= 1:
-            raise UserError(f"proxy_fraction must be in (0, 1], got {proxy_fraction}")
-        if soft_label_cache_rounds < 1:
-            raise UserError(f"soft_label_cache_rounds must be at least 1, got {soft_label_cache_rounds}")
         self.objective = ResponseObjective(loss, temperature)
-        self.form = RESPONSE_LOSSES[loss].form
-        if self.form == "logits" and (space == "probabilities" or sharpen is not None):
-            raise UserError(f"loss {loss} compares logits, so space must be logits, unsharpened; got {space}")
-        self.confidence, self.space, self.feedback = confidence, space, feedback
-        self.sharpen, self.sharpening = sharpen, _SHARPENINGS[one_of("sharpening", sharpening, _SHARPENINGS)]
-        self.pretrain, self.reinitialize_clients = at_least("pretrain", pretrain, 0), reinitialize_clients
+        self.labels = SoftLabels(loss, space, sharpen, sharpening, Cap.of(max_client_share, max_client_share_over))
+        self.soft_label_cache = SoftLabelCache(soft_label_cache_rounds)
+        self.initialization = Initialization(pretrain, reinitialize_clients)
         if pretrain:
             self.requires = (*type(self).requires, "public")
-        self.adaptive_client_weights, self.personalization, self.proxy_fraction, self.soft_label_cache_rounds = (
-            adaptive_client_weights,
-            personalization,
-            proxy_fraction,
-            soft_label_cache_rounds,
-        )
         self.features = features if features is not None and features.weight > 0 else None
         self.prototypes = prototypes if prototypes is not None and prototypes.weight > 0 else None
         self.curriculum = curriculum if curriculum is not None and curriculum.start < 1 else None
         self.upload_policy = upload_policy if upload_policy is not None and upload_policy.threshold > 0 else None
-        what = self.features, self.prototypes
-        self.private_release, self.robust, self.cap = (
-            private_release,
-            robust,
-            Cap.of(max_client_share, max_client_share_over),
-        )
-        self.answering = UploadBuilder(
-            space, calibrate, confidence, *what, proxy_fraction, self.upload_policy, private_release
-        )
-        self.teaching = DistillationConfig(loss, temperature, alpha, *what, adapter)
-        if personalization is not None and feedback == "none":
-            raise UserError("personalization says what comes back, but feedback is none")
-        if personalization is not None and personalization.by == "prototypes" and self.prototypes is None:
-            raise UserError("personalization compares prototypes, but prototypes are switched off")
+        self.feedback = Feedback(feedback, self.labels, personalization, self.upload_policy)
+        transfer = self.features, self.prototypes
+        policy = self.upload_policy
+        self.uploads = UploadBuilder(space, calibrate, confidence, *transfer, proxy_fraction, policy, private_release)
+        self.distillation = DistillationConfig(loss, temperature, alpha, *transfer, adapter)
+        self.adaptive_client_weights, self.robust = adaptive_client_weights, robust
+        self.needs_calibration = self.uploads.needs_calibration
+        others = {"features": self.features, "prototypes": self.prototypes, "personalization": personalization}
+        if personalization is not None:
+            personalization.check(self.prototypes is not None)
         if private_release is not None:
-            beside = {"features": self.features, "prototypes": self.prototypes, "upload_policy": self.upload_policy}
-            private_release.check(
-                space,
-                confidence is not None,
-                beside | {"adaptive_client_weights": adaptive_client_weights, "personalization": personalization},
-            )
-
-        selected = None if self.features is None else self.features.select
-        self.needs_calibration = (
-            calibrate
-            or (confidence is not None and confidence.needs_calibration)
-            or (selected is not None and selected.toward == "labels")
-        )
+            more = {"upload_policy": self.upload_policy, "adaptive_client_weights": adaptive_client_weights}
+            private_release.check(space, confidence is not None, others | more)
         if robust is not None:
-            beside = {"features": self.features, "prototypes": self.prototypes, "personalization": personalization}
-            RobustAnswers.check(beside, private_release is not None and private_release.by == "server")
+            RobustAnswers.check(others, private_release is not None and private_release.by == "server")
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Count the participants where an adapter has parameters for each."""
-        if self.teaching.adapts:
+        if self.distillation.adapts:
             server.state["participants"] = len(clients)
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
         """The proxy set, and the public encoder where confidence or prototypes are measured in its space."""
         costs = {"proxy": server.proxy.nbytes}
-        if self.pretrain:
+        if self.initialization.pretrain:
             costs["public"] = labelled_bytes(server.public, server.num_classes)
-        users = (self.confidence, self.prototypes)
+        users = (self.uploads.confidence, self.prototypes)
         if server.encoder is not None and any(user is not None and user.needs_encoder for user in users):
             costs["encoder"] = server.encoder.nbytes()
         return costs
 
     def download(self, server: Server, client: int) -> Message | Bundle | None:
-        """What the server holds for true of the proxy set, one message for all clients unless it is personal."""
-        answers = None
-        if self.personalization is not None:
-            answers = self.personalization.mixture(
-                client, self._last(server), lambda: self._mean(server), self._answers
-            )
-        if answers is None and "answers" in server.state:
-            rows = server.state.get("rows")
-            answers = server.cached_download(
-                "answers", lambda: Responses(server.state["answers"], form=self.form, rows=rows)
-            )
-        if self.upload_policy is None:
-            return answers
-        standing = self.upload_policy.status_for(server, self._last(server).round(client))
-        return Bundle((standing,) if answers is None else (answers, standing))
+        """Soft labels of the proxy set, one message for all clients unless they are personalised."""
+        return self.feedback.download(server, client)
 
     def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
-        """Learn from what came back, train on private data, answer the proxy set."""
+        """Learn from the downloaded soft labels, train on private data, predict the proxy set."""
         received = parts_of(download)
-        answers, standing = received.get(Responses), received.get(UploadStatus)
-        if self.upload_policy is not None and self.upload_policy.may_skip(client, standing):
-            return UploadStatus(standing.round)
-        specialist = self._specialist(client, answers is not None)
-        if answers is not None:
-            answered = SoftLabelled(client.proxy, answers.values, answers.rows)
-            client.fit(specialist, answered, client.client_distil, self.objective, name="digest")
+        labels, status = received.get(Responses), received.get(UploadStatus)
+        if self.upload_policy is not None and self.upload_policy.may_skip(client, status):
+            return UploadStatus(status.round)
+        specialist = self.initialization.specialist(client, labels is not None)
+        if labels is not None:
+            samples = SoftLabelled(client.proxy, labels.values, labels.rows)
+            client.fit(specialist, samples, client.client_distil, self.objective, name="digest")
         client.fit(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
-        return self.answering.upload(client, specialist, standing)
+        return self.uploads.upload(client, specialist, status)
 
     def aggregate(self, server: Server) -> CompositeAggregate:
         """Means over clients, weighted row by row."""
-        count, seed, width = len(server.proxy), server.seed, self.teaching.width
-        # who leaves out a confidence that all must send would have log-weight 0, more than most honest ones
-        weighted = (
-            None
-            if self.adaptive_client_weights is not None and self.confidence is None
-            else self.confidence is not None
-        )
-        mean, rows = self._mean(server, weighted), rows_of_round(server, self.proxy_fraction)
+        confidence, adaptive, release = self.uploads.confidence, self.adaptive_client_weights, self.uploads.release
+        # a client without a confidence that all must send would have log-weight 0, more than most honest ones
+        weighted = None if adaptive is not None and confidence is None else confidence is not None
+        mean, rows = self.labels.mean(server, weighted), rows_of_round(server, self.uploads.proxy_fraction)
         if self.robust is not None:
-            mean = RobustAnswers(self.robust, server, self.space, weighted)
+            mean = RobustAnswers(self.robust, server, self.labels.space, weighted)
         return CompositeAggregate(
-            mean if self.private_release is None else self.private_release.collect(mean, server, rows),
-            FeatureMean(count, width, seed, self.teaching.adapts, mean.cap) if self.features else None,
-            PrototypePool(server, self.prototypes, width, self.cap) if self.prototypes else None,
-            self.adaptive_client_weights.current(server) if self.adaptive_client_weights else None,
-            ValidationGains(server) if self.adaptive_client_weights else None,
-            self._last(server) if self.personalization or self.upload_policy else None,
+            mean if release is None else release.collect(mean, server, rows),
+            self.distillation.feature_mean(server, mean.cap),
+            self.distillation.prototype_pool(server, self.labels.cap),
+            adaptive.current(server) if adaptive else None,
+            ValidationGains(server) if adaptive else None,
+            self.feedback.last_uploads(server) if self.feedback.needs_last_uploads else None,
             rows,
             reuse=self.upload_policy is not None,
         )
 
     def server_update(self, server: Server, knowledge: RoundKnowledge) -> dict[str, float]:
-        """Distil the student from what was collected, and keep what is to be sent back."""
-        self._pretrain_student(server)
-        fresh = self._answers(knowledge.responses)
-        rows, targets = SoftLabelCache(self.soft_label_cache_rounds).update(server, fresh)
-        self.teaching.teach(server, knowledge, targets, rows, self.curriculum)
-        if self.feedback != "none":
-            server.state["answers"], server.state["rows"] = fresh.values, fresh.rows
-        if self.feedback == "student":
-            logits = server.predict(server.student, server.proxy)
-            answers = logits if self.form == "logits" else torch.softmax(logits, dim=1)
-            server.state["answers"] = answers if fresh.rows is None else answers[fresh.rows]
+        """Distil the student from the aggregate, and keep what is downloaded next."""
+        self.initialization.pretrain_student(server)
+        fresh = self.labels.of(knowledge.responses)
+        rows, targets = self.soft_label_cache.update(server, fresh)
+        self.distillation.teach(server, knowledge, targets, rows, self.curriculum)
+        self.feedback.keep(server, fresh)
         log = self.adaptive_client_weights.update(server, knowledge.gains) if self.adaptive_client_weights else {}
         return log | (self.upload_policy.update_plateau(server) if self.upload_policy else {})
-
-    def _specialist(self, client: Client, taught: bool) -> LightningModule:
-        """The client's model as it begins the round: a new one where it has none, or where CFD would draw one."""
-        new, specialist = "specialist" not in client.state, client.specialist()
-        if self.pretrain and new:
-            # one object for all clients that train alike: an optimiser is built once for each
-            pretraining = replace(client.local_training, epochs=self.pretrain, steps=None)
-            client.fit(specialist, client.public, pretraining, name="pretrain")
-        elif self.reinitialize_clients and taught:
-            seed = stream_seed(client.seed, "restart", client.round, client.id)
-            load_into(specialist, client.runtime.first_weights(client.architecture, seed))
-        return specialist
-
-    def _pretrain_student(self, server: Server) -> None:
-        """Let the student begin as specialists do, before it first learns from what they answer."""
-        if self.pretrain and "pretrained" not in server.state:
-            settings = replace(server.local_training, epochs=self.pretrain, steps=None)
-            server.fit(server.student, server.public, settings, name="pretrain")
-            server.state["pretrained"] = True
-
-    def _mean(self, server: Server, weighted: bool | None = None) -> ResponseMean:
-        return ResponseMean(len(server.proxy), server.num_classes, self.space, weighted, self.cap)
-
-    def _last(self, server: Server) -> LastAnswers:
-        return LastAnswers(server, None if self.upload_policy is None else self.upload_policy.expiry)
-
-    def _answers(self, knowledge: AggregatedResponses) -> Responses:
-        """What clients say together, in the form that the loss compares, of those samples that anybody answered."""
-        values = knowledge.values if self.form == self.space else knowledge.probabilities
-        values = values if self.sharpen is None else self.sharpening(knowledge.probabilities, self.sharpen)
-        answered = knowledge.coverage > 0
-        rows = None if bool(answered.all()) else answered.nonzero().squeeze(1)
-        return Responses(values if rows is None else values[rows], self.form, rows)

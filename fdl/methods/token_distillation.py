@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
@@ -15,6 +15,7 @@ from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
 from fdl.knowledge.confidence.tokens import TokenConfidence
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
 from fdl.knowledge.distillation.targets import SoftLabelled
+from fdl.knowledge.distillation.token_objective import TokenObjective
 from fdl.knowledge.distillation.token_upload import (
     TokenUploadBuilder,
     drawn_message,
@@ -22,20 +23,12 @@ from fdl.knowledge.distillation.token_upload import (
     translates,
     vocabulary,
 )
-from fdl.losses.tokens import next_token_and_sparse, sparse_distillation
 from fdl.messages.sparse_responses import SparseResponses
 from fdl.methods.base import Method
-from fdl.modules.objectives import mean_over
-from fdl.modules.types import Batch
 from fdl.participants import Client, Participant, Server
-from fdl.utils.arguments import at_least, not_negative, positive
+from fdl.utils.arguments import at_least
 
 _CAPACITY = 4  # ids a token that the mixture keeps, for each that a client may send
-_LOGITS = 1 << 22  # values of a head's output that exist at a time
-
-
-def _answered_tokens(batch: Batch) -> int:
-    return int((batch[1][..., 0] >= 0).sum())
 
 
 class TokenDistillation(Method):
@@ -96,10 +89,9 @@ class TokenDistillation(Method):
             feedback,
             Cap.of(max_client_share, max_client_share_over),
         )
-        self.temperature = positive("temperature", temperature)
-        self.ground_truth = not_negative("ground_truth", ground_truth)
+        self.objective = TokenObjective(mode, temperature, ground_truth)
         drawn = draws if mode == "sampled" else None
-        self.answering = TokenUploadBuilder(at_least("k", k, 1), mass, drawn, self.temperature, confidence)
+        self.answering = TokenUploadBuilder(at_least("k", k, 1), mass, drawn, self.objective.temperature, confidence)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Check that all models speak of the same tokens, and note who only answers in them."""
@@ -131,7 +123,7 @@ class TokenDistillation(Method):
             mixture = self._mixture(client, download.rows, weighted=False)
             mixture.add(download, -1)
             drawn = download.form == "sampled"  # the likeliest ids leave a tail, which draws do not have
-            objective = self.objective if drawn == (self.mode == "sampled") else self.likeliest
+            objective = self.objective if drawn == (self.mode == "sampled") else self.objective.of_likeliest
             client.fit(specialist, _answered(client, mixture.result()), client.client_distil, objective, name="digest")
         client.fit(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
@@ -145,45 +137,13 @@ class TokenDistillation(Method):
 
     def server_update(self, server: Server, knowledge: TokenKnowledge) -> dict[str, float]:
         """Distil the student from the mixture, and keep what is to be sent back."""
-        objective = self.objective if self.ground_truth > 0 else self.response
+        objective = self.objective if self.objective.ground_truth > 0 else self.objective.of_responses
         server.fit(server.student, _answered(server, knowledge), server.server_distil, objective, name="distil")
         if self.feedback == "aggregate":
             message = self._message(server, knowledge)
             fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
             server.state["answers"] = {name: value for name, value in fields.items() if value is not None}
         return {"coverage": float(knowledge.coverage.float().mean())}
-
-    def objective(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The named parts of a learner's loss; ``loss`` is their weighted sum.
-
-        Args:
-            module: the learner.
-            batch: tokens [B, T], ids and probabilities of the answers [B, T, C].
-        """
-        return self._parts(module, batch, self.mode)
-
-    def likeliest(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """As `objective`, of answers in another form than the mode's: the likeliest ids with a tail."""
-        return self._parts(module, batch, "tail")
-
-    def _parts(
-        self, module: nn.Module, batch: Batch, mode: Literal["tail", "sampled", "renormalised"]
-    ) -> dict[str, Tensor]:
-        tokens, ids, probabilities = batch
-        hidden, chunk = module.hidden(tokens), max(1, _LOGITS // module.vocab_size)
-        answers = (ids.long(), probabilities, mode, ids[..., 0] >= 0, self.temperature, chunk)
-        if self.ground_truth > 0:
-            following, response = next_token_and_sparse(hidden, module.head, tokens, *answers)
-            parts, loss = {"response": response, "next_token": following}, response + self.ground_truth * following
-        else:
-            loss = sparse_distillation(hidden, module.head, *answers)
-            parts = {"response": loss}
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
-
-    @mean_over(_answered_tokens)
-    def response(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """As `objective`, where there are only answers to learn from, so that the loss is one mean."""
-        return self.objective(module, batch)
 
     def _message(self, server: Server, knowledge: TokenKnowledge) -> SparseResponses:
         """The mixture as it goes down, in the form of the answers that come up, for which the mode's loss is right."""

@@ -135,8 +135,8 @@ def test_every_kind_is_counted_under_its_name(tmp_path):
 
 def test_projectors_and_adapter_are_saved_and_left_behind(tmp_path):
     loop = ran(tmp_path, features=FeatureTransfer(layers=0, loss="cosine"), adapter="film")
-    assert set(loop.server.state["learner"]) == {"adapter", "probe"}
-    assert loop.server.state["learner"]["adapter"]["scale"].shape[0] == 2
+    assert set(loop.server.state["heads"]) == {"adapter"}
+    assert loop.server.state["heads"]["adapter"]["adapter.scale"].shape[0] == 2
     assert [name for name, _ in loop.server.student.named_parameters()] == ["linear.weight"]
 
 

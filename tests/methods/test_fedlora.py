@@ -225,7 +225,7 @@ def test_only_what_is_missing_is_sent_and_in_the_smaller_form(tmp_path):
     server.state["base"]["log"] = {"1": {"linear": {"left": torch.ones(2, 1), "right": torch.ones(1, 2)}}}
     server.start_round(3)
     assert set(method.download(server, 0).tensors) == {"merge/1/left/linear", "merge/1/right/linear"}
-    server.state["base"]["known"]["1"] = 1
+    server.state["base"]["confirmed"]["1"] = 1
     assert set(method.download(server, 1).tensors) == set()
 
 

@@ -590,7 +590,7 @@ def test_instantiate_builds_what_is_nested():
         "method",
     )
     assert type(method).__name__ == "FederatedDistillation"
-    assert [type(f).name for f in method.confidence.factors] == ["entropy", "margin"]
+    assert [type(f).name for f in method.uploads.confidence.factors] == ["entropy", "margin"]
 
 
 def test_instantiate_supplies_what_the_constructor_takes():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from lightning import LightningModule
 
+from fdl.errors import UserError
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.calibration import fit_temperature
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
@@ -45,6 +46,22 @@ class UploadBuilder:
     proxy_fraction: float
     frequency: UploadOnChange | None
     release: Release | None = None
+
+    def __post_init__(self) -> None:
+        """Check the share of the proxy set.
+
+        Raises:
+            UserError: it is out of (0, 1].
+        """
+        if not 0 < self.proxy_fraction <= 1:
+            raise UserError(f"proxy_fraction must be in (0, 1], got {self.proxy_fraction}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if clients look at their held-out private samples."""
+        confident = self.confidence is not None and self.confidence.needs_calibration
+        selected = None if self.features is None else self.features.select
+        return self.calibrate or confident or (selected is not None and selected.toward == "labels")
 
     def upload(
         self, client: Client, specialist: LightningModule, standing: UploadStatus | None

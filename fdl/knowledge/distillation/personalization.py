@@ -131,6 +131,18 @@ class Similarity:
     def __init__(self, by: Literal["responses", "prototypes"] = "responses", temperature: float = 0.2):
         self.by, self.temperature = one_of("by", by, LIKENESS), positive("temperature", temperature)
 
+    def check(self, prototypes: bool) -> None:
+        """Refuse a comparison of prototypes that are not uploaded.
+
+        Args:
+            prototypes: whether clients upload prototypes.
+
+        Raises:
+            UserError: they do not, and are compared.
+        """
+        if self.by == "prototypes" and not prototypes:
+            raise UserError("personalization compares prototypes, but prototypes are switched off")
+
     def mixture(
         self,
         client: int,

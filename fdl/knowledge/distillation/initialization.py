@@ -1,0 +1,57 @@
+"""Weights with which specialists and the student begin to learn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lightning import LightningModule
+
+from fdl.participants import Client, Server
+from fdl.recipe.config import Fit
+from fdl.state.weights import load_into
+from fdl.utils.arguments import at_least
+from fdl.utils.seeding import stream_seed
+
+
+class Initialization:
+    """Pretraining on public labels, as in FedMD, and new weights in every round, as in CFD.
+
+    Args:
+        pretrain: epochs on the server's labelled public samples before the first round, ≥ 0, with the settings of
+            private training.
+        reinitialize: draw a specialist new weights before it learns from the server's answers.
+    """
+
+    def __init__(self, pretrain: int, reinitialize: bool):
+        self.pretrain, self.reinitialize = at_least("pretrain", pretrain, 0), reinitialize
+        self._pretraining: dict[int, tuple[Fit, Fit]] = {}
+
+    def specialist(self, client: Client, has_download: bool) -> LightningModule:
+        """A client's model at the beginning of its local update.
+
+        Args:
+            client: the client.
+            has_download: whether it is about to learn from the server's answers.
+        """
+        new, specialist = "specialist" not in client.state, client.specialist()
+        if self.pretrain and new:
+            # one object for all clients that train alike: an optimiser is built once for each
+            own = client.local_training
+            if id(own) not in self._pretraining:
+                self._pretraining[id(own)] = own, replace(own, epochs=self.pretrain, steps=None)
+            client.fit(specialist, client.public, self._pretraining[id(own)][1], name="pretrain")
+        elif self.reinitialize and has_download:
+            seed = stream_seed(client.seed, "restart", client.round, client.id)
+            load_into(specialist, client.runtime.first_weights(client.architecture, seed))
+        return specialist
+
+    def pretrain_student(self, server: Server) -> None:
+        """Pretrain the student as specialists are, before it first learns from them; once per run.
+
+        Args:
+            server: with the student and the public samples.
+        """
+        if self.pretrain and "pretrained" not in server.state:
+            settings = replace(server.local_training, epochs=self.pretrain, steps=None)
+            server.fit(server.student, server.public, settings, name="pretrain")
+            server.state["pretrained"] = True
