@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
-from fdl.knowledge.aggregation.pools import labelled_bytes
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.distillation.client_upload import UploadBuilder
@@ -45,8 +44,7 @@ class FederatedDistillation(Method):
         alpha: weight of the response loss beside those of features and prototypes, ≥ 0.
         sharpen: temperature or exponent, as `sharpening` says, that sharpens the aggregate; None leaves it.
         sharpening: DS-FL's entropy reduction softmax(p / T), e.g. 0.1, or SCARLET's power p^b / Σ p^b, e.g. 1.5.
-        pretrain: epochs on the server's labelled public samples, with the settings of private training, for every new
-            specialist and the student, as in FedMD. These samples are then sent to all clients.
+        pretrain: epochs of every new specialist and the student on public labelled samples, sent to all, as in FedMD.
         reinitialize_clients: draw a specialist new weights before it learns from its download, as in CFD.
         features: activations that are uploaded, too.
         prototypes: centroids of private samples that are uploaded, too.
@@ -59,11 +57,8 @@ class FederatedDistillation(Method):
         upload_policy: uploads only what has changed; None uploads in every round.
         private_release: noise that makes the predictions private.
         robust: a rule in the place of the mean of predictions, which holds where some clients are Byzantine.
-        max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence
-            it declares, ≥ 1: of K clients none moves a row of probabilities by more than √2 share / K on average.
-            None for any. A robust rule has a limit of its own.
-        max_client_share_over: hold that limit over a round, or in each row: then no client decides a row alone, which
-            is safer where sites have the same classes, and costs accuracy where only one of them knows a class.
+        max_client_share: equal shares of a round's weight that one client may have at most, ≥ 1; None for any.
+        max_client_share_over: hold it over a round, or in each row, which is safer where sites have the same classes.
     """
 
     name = "federated_distillation"
@@ -102,22 +97,18 @@ class FederatedDistillation(Method):
         self.labels = SoftLabels(loss, space, sharpen, sharpening, Cap.of(max_client_share, max_client_share_over))
         self.soft_label_cache = SoftLabelCache(soft_label_cache_rounds)
         self.initialization = Initialization(pretrain, reinitialize_clients)
-        if pretrain:
-            self.requires = (*type(self).requires, "public")
-        self.features = features if features is not None and features.weight > 0 else None
-        self.prototypes = prototypes if prototypes is not None and prototypes.weight > 0 else None
+        self.requires = (*type(self).requires, "public") if pretrain else type(self).requires
+        features = features if features is not None and features.weight > 0 else None
+        prototypes = prototypes if prototypes is not None and prototypes.weight > 0 else None
         self.curriculum = curriculum if curriculum is not None and curriculum.start < 1 else None
         self.upload_policy = upload_policy if upload_policy is not None and upload_policy.threshold > 0 else None
-        self.feedback = Feedback(feedback, self.labels, personalization, self.upload_policy)
-        transfer = self.features, self.prototypes
-        policy = self.upload_policy
-        self.uploads = UploadBuilder(space, calibrate, confidence, *transfer, proxy_fraction, policy, private_release)
-        self.distillation = DistillationConfig(loss, temperature, alpha, *transfer, adapter)
+        self.feedback = Feedback(feedback, self.labels, personalization, self.upload_policy, prototypes is not None)
+        shared = features, prototypes, proxy_fraction, self.upload_policy, private_release
+        self.uploads = UploadBuilder(space, calibrate, confidence, *shared)
+        self.distillation = DistillationConfig(loss, temperature, alpha, features, prototypes, adapter)
         self.adaptive_client_weights, self.robust = adaptive_client_weights, robust
         self.needs_calibration = self.uploads.needs_calibration
-        others = {"features": self.features, "prototypes": self.prototypes, "personalization": personalization}
-        if personalization is not None:
-            personalization.check(self.prototypes is not None)
+        others = {"features": features, "prototypes": prototypes, "personalization": personalization}
         if private_release is not None:
             more = {"upload_policy": self.upload_policy, "adaptive_client_weights": adaptive_client_weights}
             private_release.check(space, confidence is not None, others | more)
@@ -131,13 +122,7 @@ class FederatedDistillation(Method):
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
         """The proxy set, and the public encoder where confidence or prototypes are measured in its space."""
-        costs = {"proxy": server.proxy.nbytes}
-        if self.initialization.pretrain:
-            costs["public"] = labelled_bytes(server.public, server.num_classes)
-        users = (self.uploads.confidence, self.prototypes)
-        if server.encoder is not None and any(user is not None and user.needs_encoder for user in users):
-            costs["encoder"] = server.encoder.nbytes()
-        return costs
+        return self.uploads.setup_bytes(server) | self.initialization.setup_bytes(server)
 
     def download(self, server: Server, client: int) -> Message | Bundle | None:
         """Soft labels of the proxy set, one message for all clients unless they are personalised."""
@@ -163,8 +148,7 @@ class FederatedDistillation(Method):
         # a client without a confidence that all must send would have log-weight 0, more than most honest ones
         weighted = None if adaptive is not None and confidence is None else confidence is not None
         mean, rows = self.labels.mean(server, weighted), rows_of_round(server, self.uploads.proxy_fraction)
-        if self.robust is not None:
-            mean = RobustAnswers(self.robust, server, self.labels.space, weighted)
+        mean = mean if self.robust is None else RobustAnswers(self.robust, server, self.labels.space, weighted)
         return CompositeAggregate(
             mean if release is None else release.collect(mean, server, rows),
             self.distillation.feature_mean(server, mean.cap),

@@ -13,10 +13,10 @@ from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
 from fdl.knowledge.confidence.tokens import BayesianMixture, TokenEntropy
+from fdl.knowledge.distillation import token_objective
 from fdl.knowledge.distillation.token_upload import TokenUploadBuilder, _comb, drawn_message
 from fdl.losses.tokens import next_token_loss, sparse_distillation, token_distillation
 from fdl.messages.sparse_responses import SparseResponses
-from fdl.methods import token_distillation as token_distillation_module
 from fdl.methods.token_distillation import TokenDistillation
 from fdl.modules.tokenizers import train_bpe
 from fdl.recipe import load
@@ -381,13 +381,13 @@ def test_what_a_full_mixture_does_not_name_is_lost_and_not_given_to_other_ids():
 
 def test_the_form_of_what_comes_back_is_that_of_the_mode_and_picks_the_loss(tmp_path, monkeypatch):
     modes = []
-    real = token_distillation_module.sparse_distillation
+    real = token_objective.sparse_distillation
 
     def seen(hidden, head, ids, probabilities, mode, *rest):
         modes.append(mode)
         return real(hidden, head, ids, probabilities, mode, *rest)
 
-    monkeypatch.setattr(token_distillation_module, "sparse_distillation", seen)
+    monkeypatch.setattr(token_objective, "sparse_distillation", seen)
     for mode, form in (("tail", "top"), ("sampled", "sampled"), ("renormalised", "top")):
         loop = ran(tmp_path / mode, 2, method={"mode": mode, "k": 2, "draws": 9})
         message = loop.method.download(loop.server, 0)

@@ -17,7 +17,7 @@ from fdl.knowledge.transfer.extraction import extract
 from fdl.knowledge.transfer.features import FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Bundle, Message, QuantizedLogWeights, Responses, UploadStatus
-from fdl.participants import Client
+from fdl.participants import Client, Server
 
 if TYPE_CHECKING:
     from fdl.knowledge.release import Release
@@ -62,6 +62,17 @@ class UploadBuilder:
         confident = self.confidence is not None and self.confidence.needs_calibration
         selected = None if self.features is None else self.features.select
         return self.calibrate or confident or (selected is not None and selected.toward == "labels")
+
+    def setup_bytes(self, server: Server) -> dict[str, int]:
+        """Bytes of the proxy set, and of the public encoder where confidence or prototypes are measured in its space.
+
+        Args:
+            server: holds both.
+        """
+        costs, users = {"proxy": server.proxy.nbytes}, (self.confidence, self.prototypes)
+        if server.encoder is not None and any(user is not None and user.needs_encoder for user in users):
+            costs["encoder"] = server.encoder.nbytes()
+        return costs
 
     def upload(
         self, client: Client, specialist: LightningModule, standing: UploadStatus | None

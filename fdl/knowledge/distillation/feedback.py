@@ -79,9 +79,10 @@ class Feedback:
         labels: makes soft labels of predictions.
         personalization: gives each client its own mixture of the others' predictions; None sends all the same.
         policy: of uploads, whose status goes with every download; None where clients always upload.
+        prototypes: whether clients upload prototypes, which personalisation may compare.
 
     Raises:
-        UserError: personalization without feedback.
+        UserError: personalization without feedback, or by prototypes that are not uploaded.
     """
 
     def __init__(
@@ -90,9 +91,12 @@ class Feedback:
         labels: SoftLabels,
         personalization: Similarity | None,
         policy: UploadOnChange | None,
+        prototypes: bool,
     ):
         if personalization is not None and source == "none":
             raise UserError("personalization says what comes back, but feedback is none")
+        if personalization is not None:
+            personalization.check(prototypes)
         self.source, self.labels, self.personalization, self.policy = source, labels, personalization, policy
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lightning import LightningModule
 
+from fdl.knowledge.aggregation.pools import labelled_bytes
 from fdl.participants import Client, Server
 from fdl.recipe.config import Fit
 from fdl.state.weights import load_into
@@ -25,6 +26,14 @@ class Initialization:
     def __init__(self, pretrain: int, reinitialize: bool):
         self.pretrain, self.reinitialize = at_least("pretrain", pretrain, 0), reinitialize
         self._pretraining: dict[int, tuple[Fit, Fit]] = {}
+
+    def setup_bytes(self, server: Server) -> dict[str, int]:
+        """Bytes of the public samples with their labels, which every client is sent where specialists are pretrained.
+
+        Args:
+            server: holds the samples.
+        """
+        return {"public": labelled_bytes(server.public, server.num_classes)} if self.pretrain else {}
 
     def specialist(self, client: Client, has_download: bool) -> LightningModule:
         """A client's model at the beginning of its local update.
