@@ -113,7 +113,7 @@ def assert_equal_work(planned: Sequence[Run]) -> None:
             assert not changed, f"{run.variant} and {same[0].variant} differ in {changed}"
             assert loop.fingerprint == loops[0].fingerprint, f"{run.variant} has other data than {same[0].variant}"
             assert [client.local for client in loop.clients] == [client.local for client in loops[0].clients]
-            architectures = [loop.runtime.template(client.architecture).backbone for client in loop.clients]
+            architectures = [loop.runtime.shared_module(client.architecture).backbone for client in loop.clients]
             assert len({str(network) for network in architectures}) == 1, "clients have several architectures"
 
 

@@ -63,7 +63,8 @@ def one(job: str, clients: int, state: str, folder: Path) -> dict[str, Any]:
 
     loop = build(from_mapping(recipe(job, clients, state, folder / "images.npz")), folder / f"{job}-{clients}-{state}")
     for client in loop.clients:
-        client.keep(client.specialist())
+        with client.turn():
+            client.keep(client.specialist())
         client.rest()
     loop.run()
     summary = summarise(loop)

@@ -86,7 +86,6 @@ class AttackTarget:
         with self.runtime.rehearsal():
             download = self.method.download(server, client.id)
             ((_, upload),) = Sequential()(self.method, [(twin, download)])
-        self.runtime.hold(client.architecture, None)
         try:
             received = fresh_channel(self.loop.channel).upload(upload, client.id, self.loop.round)
         except RejectedMessageError:

@@ -92,7 +92,8 @@ class ConfidenceInference(Attack):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Which candidates are in, bool [S, n], and what the client would have sent then, float64 [S, n_proxy]."""
         stream = numpy_stream(subject.seed, f"attack/{self.name}", 0, client.id)
-        logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
+        with client.turn():
+            logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
         twin, inside, sent = clone_client(client), [], []
         twin.corrupt, twin._corrupted = None, False
         for number in range(self.simulations):
@@ -100,7 +101,8 @@ class ConfidenceInference(Attack):
             twin._train = asked.share(client, inside[-1])
             twin.arrive()
             twin.state, twin.cache["encoder"] = client.state, space
-            sent.append(confidence.log_weights(twin, logits).double().numpy())
+            with twin.turn():
+                sent.append(confidence.log_weights(twin, logits).double().numpy())
         client.rest(changed=False)
         return np.stack(inside), np.stack(sent)
 

@@ -50,7 +50,7 @@ def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server
         client.id: f"it has one sample to train {client.architecture} on, and {SINGLE}"
         for client in clients
         if client.dp_sgd is None and client.samples == 1 and 0 not in (client.local.steps, client.local.epochs)
-        if _normalises(client.runtime.template(client.architecture))
+        if _normalises(client.runtime.shared_module(client.architecture))
     }
     if small and recipe.federation.too_small == "refuse":
         client, reason = next(iter(small.items()))
@@ -78,7 +78,7 @@ def _fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Ser
             if kind not in largest or client.samples > largest[kind].samples:
                 largest[kind] = client
         for client in largest.values():
-            who, module = f"client {client.id}", client.runtime.template(client.architecture)
+            who, module = f"client {client.id}", client.runtime.shared_module(client.architecture)
             yield "local", module, client.local, client.samples, who
             if recipe.digest is not None:
                 yield "digest", module, client.digest, len(server.proxy or ()), who
@@ -134,7 +134,7 @@ def _check_batches(clients: Sequence[Client]) -> None:
 
 def _takes_one(client: Client) -> bool:
     """Whether a model can train on a batch of one: its statistics may also be over positions of an image."""
-    module = client.runtime.template(client.architecture)
+    module = client.runtime.shared_module(client.architecture)
     if not _normalises(module):
         return True
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}

@@ -1,8 +1,8 @@
-"""How participants compute: precision, templates and the one training loop, on Lightning's Fabric.
+"""How participants compute: precision, shared modules and the one training loop, on Lightning's Fabric.
 
 Clients are moved to the device, never `fabric.setup`: under a distributed strategy that would average the gradients
-of different institutions. There is one template module per architecture; a client's weights are copied into it when
-its turn comes, so that memory on the device does not grow with the number of clients.
+of different institutions. There is one module per architecture, which a client borrows
+for its turn and fills with its weights, so that memory on the device does not grow with the number of clients.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,7 +32,8 @@ from fdl.engine.vectorized.stacked_models import SMALL, unstackable
 from fdl.engine.vectorized.step_recorder import StepTracer, TracedFit
 from fdl.errors import UserError
 from fdl.modules.objectives import Objective, Terms, training_step
-from fdl.state.weights import count_parameters, module_state, pin, trainable
+from fdl.state.model_handle import ModelHandle, handle_of
+from fdl.state.weights import count_parameters, module_state, trainable
 from fdl.utils.seeding import stream_seed
 from fdl.utils.stopwatch import Stopwatch
 
@@ -111,8 +112,7 @@ class Runtime:
         self.compiler = Compiler()
         self.dry, self.clock = False, Stopwatch()
         self.factories: dict[str, Callable[[], LightningModule]] = {}
-        self._templates: dict[str, LightningModule] = {}
-        self._holders: dict[str, Any] = {}
+        self._shared: dict[str, LightningModule] = {}
         self.optimizers = FitOptimizers(self.fabric, self.sharder)
         self._recorders: WeakKeyDictionary[nn.Module, StepTracer | None] = WeakKeyDictionary()
 
@@ -129,7 +129,7 @@ class Runtime:
         if self.sharder is not None:
             return self.sharder.place(module)
         module = self.fabric.to_device(module)
-        pin(module)
+        ModelHandle(module)
         return module
 
     def first_weights(self, architecture: str, seed: int) -> dict[str, Tensor]:
@@ -147,19 +147,45 @@ class Runtime:
         """Move a module to the device in the recipe's precision."""
         return self.fabric.to_device(self.fabric.strategy.precision.convert_module(module))
 
-    def template(self, architecture: str) -> LightningModule:
-        """The one module of this architecture that clients take turns to fill with their weights."""
-        if architecture not in self._templates:
-            self._templates[architecture] = self.create(architecture, seed=0)
-        return self._templates[architecture]
+    def shared_module(self, architecture: str) -> LightningModule:
+        """The one module of an architecture that clients take turns to borrow, to look at its structure.
 
-    def holder(self, architecture: str) -> Any:
-        """Whose weights the template holds now, None when nobody's."""
-        return self._holders.get(architecture)
+        Its weights are whoever's borrowed it last; they can be changed by `borrow` only.
 
-    def hold(self, architecture: str, owner: Any) -> None:
-        """Note whose weights the template holds."""
-        self._holders[architecture] = owner
+        Args:
+            architecture: a key of `factories`.
+        """
+        if architecture not in self._shared:
+            module = self._shared[architecture] = self.create(architecture, seed=0)
+            handle_of(module).writable = False
+        return self._shared[architecture]
+
+    @contextmanager
+    def borrow(self, architecture: str, weights: Mapping[str, Tensor] | None = None) -> Iterator[LightningModule]:
+        """Within this context an architecture's shared module belongs to the caller, who may fill and train it.
+
+        Args:
+            architecture: a key of `factories`.
+            weights: what to fill it with, names as in `module_state`; None leaves the weights of whoever had it last.
+
+        Raises:
+            RuntimeError: it is borrowed already: two borrowers would overwrite each other's weights.
+            ValueError: the weights do not fit.
+        """
+        module = self.shared_module(architecture)
+        handle = handle_of(module)
+        if handle.writable:
+            raise RuntimeError(
+                f"the module of architecture {architecture!r} is borrowed already, and there is one; leave the block "
+                "that borrowed it first, or fill that module once more"
+            )
+        handle.writable = True
+        try:
+            if weights is not None:
+                handle.load(weights)
+            yield module
+        finally:
+            handle.writable = False
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -200,7 +226,7 @@ class Runtime:
             take_step = partial(self.sharder.step, optimizer)
         skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
         terms = self._terms(module, objective)
-        within = objective if self.sharder is None else self.sharder.within(objective)
+        within = objective if self.sharder is None else self.sharder.wrap_objective(objective)
         sums: dict[str, Tensor] = {}
         steps = 0
         if not module.training:  # walking over all submodules costs as much as a step of a small model
@@ -215,7 +241,7 @@ class Runtime:
                 # the last batch of an epoch has a size of its own at every client, which is not worth compiling for
                 losses = self.compiler.run(step, module, within, config.compile if whole else "none")
             if self.sharder is not None:
-                self.sharder.settle(module, parameters, objective, config.gradient_clip)
+                self.sharder.finish_gradients(module, parameters, objective, config.gradient_clip)
             elif terms is not None:
                 self.ranks.sum_gradients(parameters)
             if config.gradient_clip is not None and self.sharder is None:

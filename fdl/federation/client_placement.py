@@ -184,7 +184,6 @@ class ClientPlacement:
     def _forget(self, ids: Iterable[int]) -> None:
         for client in ids:
             self.clients[client].restore({}, self.folder)
-            self.clients[client].runtime.hold(self.clients[client].architecture, None)
             self.channel.restore(client, {})
 
     @staticmethod
@@ -204,4 +203,4 @@ class ClientPlacement:
 
 
 def _size(client: Client) -> int:
-    return count_parameters(client.runtime.template(client.architecture))
+    return count_parameters(client.runtime.shared_module(client.architecture))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdl.errors import UserError
 from fdl.methods.base import Method
-from fdl.state.shards import local
+from fdl.state.shards import local_shard
 
 if TYPE_CHECKING:
     from fdl.federation.state import Federation
@@ -26,7 +26,7 @@ _ADVICE = "lower the learning rate of {fit}.optimizer, set {fit}.gradient_clip, 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no number in any of the tensors is NaN or infinite; of one that is spread over ranks, this one's part."""
-    return all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
+    return all(bool(torch.isfinite(local_shard(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def require_finite(loop: Federation, round: int) -> None:

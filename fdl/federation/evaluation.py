@@ -74,7 +74,8 @@ def _specialists(loop: Federation, names: Sequence[str]) -> dict[str, dict[str, 
     task, test, found = TASKS[loop.server.task], loop.server.test, {}
     for client in loop.spread.mine():
         if "specialist" in client.state:
-            module = loop.method.client_model(loop.server, client)
-            found[str(client.id)] = task.measure(client, module, test, names)
+            with client.turn():
+                module = loop.method.client_model(loop.server, client)
+                found[str(client.id)] = task.measure(client, module, test, names)
         client.rest(changed=False)
     return found

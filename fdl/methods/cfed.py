@@ -20,7 +20,7 @@ from fdl.modules.types import Batch
 from fdl.participants import Client, Server
 from fdl.robust.base import RobustRule
 from fdl.robust.parameters import RobustParameters
-from fdl.state.weights import load_into, module_state
+from fdl.state.weights import module_state
 
 
 class CFeD(FedAvg):
@@ -172,10 +172,8 @@ class _MeanAndAnswers:
 
     def add(self, message: Parameters, client: int) -> None:
         self.mean.check(message)
-        module = self.server.runtime.template("student")
-        load_into(module, message.tensors)
-        self.server.runtime.hold("student", None)
-        probabilities = self._ask(module)
+        with self.server.runtime.borrow("student", message.tensors) as module:
+            probabilities = self._ask(module)
         if not torch.isfinite(probabilities).all():
             raise RejectedMessageError("its model's answers to the proxy set are not finite")
         self.mean.add(message, client)

@@ -137,10 +137,9 @@ class FedDF(Method):
         samples = SoftLabelled(server.proxy, torch.softmax(logits, dim=1))
         for group, tensors in averages.items():
             if group != "student":
-                module = server.runtime.template(group)
-                load_into(module, tensors)
-                self._teach(server, module, samples, f"distil/{group}")
-                server.state["groups"][group] = copy_of(module)
+                with server.runtime.borrow(group, tensors) as module:
+                    self._teach(server, module, samples, f"distil/{group}")
+                    server.state["groups"][group] = copy_of(module)
         if "student" in averages:
             load_into(server.student, averages["student"])
         return {"teachers": float(teachers), **self._teach(server, server.student, samples, "distil")}
@@ -186,16 +185,15 @@ class _Ensemble:
             raise RejectedMessageError(f"expected {expected}, got {got}")
         message = parts[Parameters]
         group = self.method._group(self.server, client)
-        module = self.server.runtime.template(group)
-        try:
-            load_into(module, message.tensors)
-        except ValueError as error:
-            raise RejectedMessageError(str(error)) from error
-        self.server.runtime.hold(group, None)
-        logits = self.server.predict(module, self.server.proxy)
-        if not torch.isfinite(logits).all():
-            raise RejectedMessageError("its model's answers to the proxy set are not finite")
-        teaches = not self.method.drop_worst or self._beats_chance(module)
+        with self.server.runtime.borrow(group) as module:
+            try:
+                load_into(module, message.tensors)
+            except ValueError as error:
+                raise RejectedMessageError(str(error)) from error
+            logits = self.server.predict(module, self.server.proxy)
+            if not torch.isfinite(logits).all():
+                raise RejectedMessageError("its model's answers to the proxy set are not finite")
+            teaches = not self.method.drop_worst or self._beats_chance(module)
         if self.weighted:
             answers = Responses(logits, "logits", confidence=parts[Scores].confidence)
             self.weighted[teaches].checked(answers)
