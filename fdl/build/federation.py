@@ -74,7 +74,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
             f"method: {recipe.method.target} is for {' and '.join(method.tasks)} data, and {recipe.data.target} is for "
             f"{data.task}; methods for it: {', '.join(_methods_for(data.task))}"
         )
-    TASKS[data.task].asked(recipe.evaluation.metrics)
+    TASKS[data.task].select(recipe.evaluation.metrics)
     if recipe.evaluation.probes and "student" not in method.requires:
         raise UserError(f"evaluation.probes: method {recipe.method.target} has no student that could be asked")
     probes = _probes(recipe, data)

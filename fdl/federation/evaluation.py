@@ -34,7 +34,7 @@ def evaluate(loop: Federation, record: dict[str, Any], last: bool = False) -> No
             become ``student/<probe>/<metric>``.
         last: whether this is the run's last round.
     """
-    names = TASKS[loop.server.task].asked(loop.recipe.evaluation.metrics)
+    names = TASKS[loop.server.task].select(loop.recipe.evaluation.metrics)
     found = _server_models(loop, record["round"], names, last) if loop.runtime.ranks.asks else {}
     own = _specialists(loop, names) if loop.recipe.evaluation.specialists else {}
     for told in loop.runtime.ranks.gather(json.dumps([found, own]).encode()) if not loop.spread.alone else ():

@@ -1,4 +1,4 @@
-"""Checks of constructors' arguments."""
+"""Validation of constructor arguments. Each check returns the value, so that it can be used in an assignment."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from fdl.errors import UserError
 
 
 def positive(name: str, value: float) -> float:
-    """The value.
+    """Require a finite number > 0, and return it as a float.
+
+    Args:
+        name: the argument's name, for the error message.
+        value: the number to check.
 
     Raises:
-        UserError: it is not a finite number above 0.
+        UserError: `value` is not a finite number > 0.
     """
     if not 0 < value < math.inf:
         raise UserError(f"{name} must be a number > 0, got {value}")
@@ -19,10 +23,15 @@ def positive(name: str, value: float) -> float:
 
 
 def at_least(name: str, value: int, least: int) -> int:
-    """The value.
+    """Require a whole number of at least `least`, and return it.
+
+    Args:
+        name: the argument's name, for the error message.
+        value: the number to check.
+        least: the smallest number allowed.
 
     Raises:
-        UserError: it is below the least.
+        UserError: `value` is below `least`.
     """
     if value < least:
         raise UserError(f"{name} must be at least {least}, got {value}")
@@ -30,10 +39,14 @@ def at_least(name: str, value: int, least: int) -> int:
 
 
 def not_negative(name: str, value: float) -> float:
-    """The value.
+    """Require a finite number ≥ 0, and return it as a float.
+
+    Args:
+        name: the argument's name, for the error message.
+        value: the number to check.
 
     Raises:
-        UserError: it is not a finite number from 0.
+        UserError: `value` is not a finite number ≥ 0.
     """
     if not 0 <= value < math.inf:
         raise UserError(f"{name} must be a number ≥ 0, got {value}")
@@ -41,10 +54,15 @@ def not_negative(name: str, value: float) -> float:
 
 
 def one_of(name: str, value: str, known: object) -> str:
-    """The value.
+    """Require one of the known values, and return it.
+
+    Args:
+        name: the argument's name, for the error message.
+        value: the value to check.
+        known: the values allowed, in the order in which the error lists them.
 
     Raises:
-        UserError: it is not among the known ones.
+        UserError: `value` is not among `known`.
     """
     if value not in known:
         raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}")

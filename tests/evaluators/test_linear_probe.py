@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from fdl.datamodules.digits import Digits
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
-from fdl.evaluators.labelled import labelled
+from fdl.evaluators.labelled import labelled_samples
 from fdl.evaluators.linear_probe import LinearProbe
 from fdl.modules.output import Output
 from fdl.modules.small_classifiers import MLP
@@ -132,14 +132,14 @@ def test_a_dual_encoder_is_probed_by_its_image_tower_on_further_data(digits):
 def test_further_images_are_normalised_as_the_model_knows_them():
     data = Digits(normalize=True, mean=[0.0], std=[2.0])
     asked = server(Pairs([[0]]), provides={"input_shape": (1, 8, 8), "normalization": ([0.5], [0.25])})
-    pool, test, _ = labelled(asked, data, "x")
+    pool, test, _ = labelled_samples(asked, data, "x")
     plain = Digits()
     plain.setup()
     for given, raw in ((pool, plain.train), (test, plain.test)):
         x, expected = given.batch(torch.arange(5))[0], raw.batch(torch.arange(5))[0]
         torch.testing.assert_close(x, (expected - 0.5) / 0.25)
     del asked.provides["normalization"]
-    torch.testing.assert_close(labelled(asked, data, "x")[1].batch(torch.arange(5))[0], expected)
+    torch.testing.assert_close(labelled_samples(asked, data, "x")[1].batch(torch.arange(5))[0], expected)
 
 
 def test_further_data_must_have_images_of_the_model_s_size():

@@ -54,14 +54,14 @@ class Tied(nn.Module):
 def test_the_score_is_always_measured(task):
     assert task.score in task.metrics
     assert set(task.default) <= set(task.metrics)
-    assert task.asked(None) == task.default
+    assert task.select(None) == task.default
     other = next(name for name in task.metrics if name != task.score)
-    assert task.asked([other]) == (task.score, other)
+    assert task.select([other]) == (task.score, other)
 
 
 def test_a_metric_of_another_task_is_refused():
     with pytest.raises(UserError, match=r"evaluation\.metrics\.1: 'accuracy' is no metric of language data"):
-        TASKS["language"].asked(["nll", "accuracy"])
+        TASKS["language"].select(["nll", "accuracy"])
 
 
 def test_a_model_answers_any_question_on_inputs_of_several_parts():
