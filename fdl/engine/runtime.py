@@ -98,8 +98,8 @@ class Runtime:
         except dist.DistError as error:
             raise nobody_came(error, timeout) from error
         self.sharder = None
-        self.ranks = ProcessGroup(self.fabric, timeout, together=launch and strategy == "fsdp")
-        if self.ranks.together:
+        self.ranks = ProcessGroup(self.fabric, timeout, sharded=launch and strategy == "fsdp")
+        if self.ranks.sharded:
             from fdl.engine.distributed.sharding import Sharder
 
             self.sharder = Sharder(self.fabric, self.ranks)
@@ -107,7 +107,7 @@ class Runtime:
         alone = isinstance(self.fabric.strategy, SingleDeviceStrategy | DDPStrategy) and self.sharder is None
         self._plain = alone and precision == "32-true"
         self._shares, self.joint = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
-        self.joint = self._shares and self.ranks.together
+        self.joint = self._shares and self.ranks.sharded
         self.batch_size, self.compile, self.answers = batch_size, compile, PredictionCache(cache)
         self.compiler = Compiler()
         self.dry, self.clock = False, Stopwatch()
@@ -333,7 +333,7 @@ class Runtime:
         try:
             yield
         finally:
-            self.joint = self._shares and self.ranks.together
+            self.joint = self._shares and self.ranks.sharded
 
     # -- inference -----------------------------------------------------------------------------------------------
 

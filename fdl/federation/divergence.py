@@ -49,7 +49,7 @@ def require_finite(loop: Federation, round: int) -> None:
             f"round {round}: the student's training on the server diverged, its weights are not finite any more "
             f"({_said(losses)}); {_ADVICE.format(fit=fit)}"
         )
-        ranks.agree(UserError(sentence), [sentence] * ranks.count)
+        ranks.raise_on_any_failure(UserError(sentence), [sentence] * ranks.count)
 
 
 def require_finite_client(client: Client) -> None:
@@ -94,7 +94,7 @@ def require_heard(loop: Federation) -> None:
             f"from them: {_why(loop.history)}"
         )
         ranks = loop.runtime.ranks
-        ranks.agree(UserError(sentence), [sentence] * ranks.count)
+        ranks.raise_on_any_failure(UserError(sentence), [sentence] * ranks.count)
 
 
 def _sends(loop: Federation) -> bool:

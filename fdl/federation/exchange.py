@@ -70,7 +70,7 @@ def collect_uploads(
     failure: Exception | None = None
     start = time.perf_counter()
     try:
-        for client, upload in loop.adversaries(round, honest, partial(loop.spread.show, round)):
+        for client, upload in loop.adversaries(round, honest, partial(loop.spread.share_uploads, round)):
             record["clients"][str(client.id)] = client.metrics
             try:
                 if aggregate is None:
@@ -95,11 +95,11 @@ def collect_uploads(
             raise
         failure = error
         if looks:  # the others wait for what it has to show
-            loop.spread.show(round, {})
+            loop.spread.share_uploads(round, {})
     if loop.spread.alone:
         return
-    told, heard = loop.spread.tell(record, {} if looks else seconds, waiting, _said(failure))
-    loop.runtime.ranks.agree(failure, told)
+    told, heard = loop.spread.exchange_results(record, {} if looks else seconds, waiting, _said(failure))
+    loop.runtime.ranks.raise_on_any_failure(failure, told)
     with loop.seconds.part("aggregate"):
         for client, received in heard:
             try:
