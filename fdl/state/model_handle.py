@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -119,18 +118,21 @@ class ModelHandle:
     def _remember(self, state: Mapping[str, Tensor]) -> None:
         module = self.module
         self._state, self._parameters = state, list(module.parameters())
-        self._places: list[dict[str, Any]] = [
-            place for part in module.modules() for place in (part._modules, part._parameters, part._buffers)
+        # live views, so that looking costs no call per submodule
+        self._places = [
+            place.values() for part in module.modules() for place in (part._modules, part._parameters, part._buffers)
         ]
-        self._found = list(chain.from_iterable(place.values() for place in self._places))
+        self._found = list(chain.from_iterable(self._places))  # kept, so that no id can come again
+        self._ids = list(map(id, self._found))
         self._tensors = [found for found in self._found if isinstance(found, Tensor)]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def _refresh(self) -> None:
         """Look everything up anew where a tensor or a submodule is not the one that was found before."""
-        now = chain.from_iterable(place.values() for place in self._places)
-        same = sum(map(len, self._places)) == len(self._found) and all(map(is_, self._found, now))
-        if not same or [tensor.data_ptr() for tensor in self._tensors] != self._addresses:
+        if (
+            list(map(id, chain.from_iterable(self._places))) != self._ids
+            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+        ):
             self._look_up()
 
 
