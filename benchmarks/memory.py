@@ -63,9 +63,8 @@ def one(job: str, clients: int, state: str, folder: Path) -> dict[str, Any]:
 
     loop = build(from_mapping(recipe(job, clients, state, folder / "images.npz")), folder / f"{job}-{clients}-{state}")
     for client in loop.clients:
-        with client.turn():
-            client.keep(client.specialist())
-        client.rest()
+        client.save_specialist(client.specialist())
+        client.offload_state()
     loop.run()
     summary = summarise(loop)
     return {

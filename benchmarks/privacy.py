@@ -240,7 +240,7 @@ def _asked(rows: dict[float, int], epsilon: float, public: int) -> int:
 
 def _released(name: str, args: dict[str, Any], space: str, share: float, epsilon: float) -> dict[str, Any]:
     release = {"target": name, "args": args}
-    settings = {"space": space, "feedback": "none", "subsample": share, "release": release}
+    settings = {"space": space, "feedback": "none", "subsample": share, "private_release": release}
     limit = {} if math.isinf(epsilon) else {"epsilon": epsilon}
     return {
         "method": {"target": "federated_distillation", "args": settings},

@@ -58,7 +58,7 @@ FEDAVG = {
 }
 CIFAR10 = ["evaluation.probes=[]", "distil.steps=200"]
 QUICK = ["federation.clients=11", "federation.rounds=1", "local.steps=2", "distil.steps=2", "evaluation.every=1"]
-OF_CONFIDENCE = ("method.args.cap", "method.args.cap_over", "method.args.confidence")
+OF_CONFIDENCE = ("method.args.max_client_share", "method.args.max_client_share_over", "method.args.confidence")
 """Settings of how answers are weighed, which do not exist in the space of parameters."""
 EXPERT = 4
 """How many equal shares of a class a minority expert has at least."""

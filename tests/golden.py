@@ -25,7 +25,7 @@ MORE = {
     "fedprox_stacked": ("fedprox", ("executor=batched",)),
     "knowledge_on_disk": ("knowledge", ("federation.state=disk",)),
     "dp_sgd": ("fedavg", ("privacy={epsilon: 8, delta: 1.0e-3}", "local.batch_size=16")),
-    "krum": ("fedavg", ("federation.clients=6", "method.args.robust={target: krum, args: {f: 1}}")),
+    "krum": ("fedavg", ("federation.clients=6", "method.args.robust={target: krum, args: {num_attackers: 1}}")),
     "two_processes": ("federated_distillation", ("fabric.devices=2",)),
 }
 """Further runs: which job, and what is set differently."""

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fdl.callbacks.base import CallbackList
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
@@ -127,4 +128,4 @@ def federation(
         evaluation=Evaluation(metrics=["mean_recall"]),
     )
     channel = Channel(Codec(upload), Codec(), Ledger(), common["seed"])
-    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential())
+    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), CallbackList())

@@ -72,7 +72,7 @@ ALLOWED = {
     },
     "participants": {"engine", "recipe", "encoders", "datamodules", "modules", "messages", "state", "utils"},
     # what computes
-    "engine": {"recipe", "datamodules", "modules", "state", "utils"},
+    "engine": {"recipe", "encoders", "datamodules", "modules", "state", "utils"},
     "recipe": {"metrics", "comm", "registry", "utils"},
     "encoders": {"datamodules", "modules", "utils"},
     "metrics": {"datamodules", "modules", "utils"},

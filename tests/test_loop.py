@@ -324,13 +324,13 @@ def test_transfer_times_add_up_over_rounds(tmp_path):
 
 def test_a_narrow_link_is_on_record(tmp_path):
     from fdl.comm.ledger import Ledger
-    from fdl.federation.round_record import account
+    from fdl.federation.round_record import add_costs
 
     ledger = Ledger()
     ledger.add(1, 3, "up", "responses", 50)
     ledger.note(1, 3, "up", "quantize/4", 0.5)
     ledger.note(2, 3, "up", "quantize/2", 0.25)
     record = {"round": 1}
-    account(ledger, record, [])
+    add_costs(record, ledger, [])
     assert record["codings"] == {"up/3": ["quantize/4", 0.5]}
     assert record["communication"]["upload_bytes"] == 50

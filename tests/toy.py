@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
+from fdl.callbacks.base import CallbackList
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
@@ -86,7 +87,7 @@ def federation(method, folder, rounds=1, local=1, distil=1, digest=1, seed=0, ca
         evaluation=Evaluation(metrics=["accuracy"]),
     )
     channel = Channel(Codec(upload), Codec(), Ledger(), seed)
-    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), callbacks)
+    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), CallbackList(callbacks))
 
 
 def weight(module):

@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule
 from torch import nn
 
+from fdl.callbacks.base import CallbackList
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
@@ -94,7 +95,7 @@ def federation(method, folder, rounds=1, local=1, distil=1, upload=(), download=
         "proxy": windows(UP, DOWN, SHORT),
         "num_classes": 0,
         "task": "language",
-        "provides": {"tokenizer": Letters(), "context": LENGTH},
+        "model_kwargs": {"tokenizer": Letters(), "context": LENGTH},
     }
     private = [windows(UP, UP), windows(*[DOWN] * 6), *[windows(UP)] * 9][:clients]
     none = windows(UP).subset(torch.arange(0))
@@ -111,4 +112,4 @@ def federation(method, folder, rounds=1, local=1, distil=1, upload=(), download=
         evaluation=Evaluation(metrics=["nll"]),
     )
     channel = Channel(Codec(upload), Codec(download), Ledger(), 0)
-    return FederatedLoop(recipe, folder, method, server, members, channel, Sequential())
+    return FederatedLoop(recipe, folder, method, server, members, channel, Sequential(), CallbackList())

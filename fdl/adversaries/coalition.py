@@ -52,11 +52,13 @@ class Adversaries:
         """The coalition of every client that is dishonest in a round."""
         return {id: one for one in self.coalitions if round >= one.start for id in one.clients}
 
-    def looks(self, round: int) -> bool:
+    def needs_all_uploads(self, round: int) -> bool:
         """Whether uploads of a round must be known to others before they are sent: the same on every rank."""
         return any(one.adversary.sees != "nobody" for one in self.active(round).values())
 
-    def listen(self, round: int, turns: Iterable[tuple[Client, Upload | None]]) -> Iterator[tuple[Client, Any]]:
+    def record_downloads(
+        self, round: int, turns: Iterable[tuple[Client, Upload | None]]
+    ) -> Iterator[tuple[Client, Any]]:
         """Pass turns on, and keep what dishonest clients are sent in this round."""
         hostile = self.active(round)
         self._downloads = {}
@@ -65,7 +67,7 @@ class Adversaries:
                 self._downloads[client.id] = download
             yield client, download
 
-    def __call__(
+    def corrupt_uploads(
         self, round: int, pairs: Iterable[tuple[Client, Upload | None]], gather: Gather = dict
     ) -> Iterator[tuple[Client, Upload | None]]:
         """Put what dishonest clients send in the place of what honest ones would.
@@ -77,7 +79,7 @@ class Adversaries:
             round: the current round.
             pairs: clients of this process with their uploads, before anything is encoded.
             gather: gives the uploads of all ranks, by client, for those of this one. It is called once, on every rank,
-                in rounds of which `looks` is true, and in no others.
+                in rounds of which `needs_all_uploads` is true, and in no others.
 
         Yields:
             The same clients in the same order, with what they send.
@@ -86,7 +88,7 @@ class Adversaries:
         if not hostile:
             yield from pairs
             return
-        if not self.looks(round):
+        if not self.needs_all_uploads(round):
             for client, upload in pairs:
                 yield client, self._sent(client, upload, hostile, {})
             return
@@ -163,7 +165,7 @@ def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method:
                 f"{adversary.name} is for {' and '.join(adversary.tasks)} data; these are for {client.task}"
             )
         adversary.prepare(client)
-        client.corrupt, client.corrupt_from = partial(_corrupt, adversary, client), start
+        client.data_corruption, client.corruption_start = partial(_corrupt, adversary, client), start
     return AdversaryGroup(adversary, {client.id: client for client in clients}, start)
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fdl.adversaries.coalition import Adversaries, chosen, recruit
-from fdl.attacks.after_run import attack
+from fdl.attacks.callback import AuditCallback
 from fdl.build.channel import _authentication, _codec
 from fdl.build.data import _arriving, _fingerprint, _hold_out, _together
 from fdl.build.fit_checks import check_fits
 from fdl.build.models import _architectures, _encoder, _model, assign
 from fdl.build.privacy import executor, noise_seed, policy, trainer
 from fdl.build.privacy import watching as watching_privacy
+from fdl.callbacks.base import CallbackList
 from fdl.callbacks.profile import Profile
 from fdl.comm.bandwidth import Bandwidth
 from fdl.comm.channel import Channel
@@ -109,7 +109,7 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         "public": data.public,
         "num_classes": data.num_classes,
         "task": data.task,
-        "provides": data.provides,
+        "model_kwargs": data.model_kwargs,
         "encoder": _encoder(recipe, data, runtime),
         "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
         "privacy": policy(recipe),
@@ -177,9 +177,8 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         clients=clients,
         channel=channel,
         executor=executor(recipe, dp_sgd),
-        callbacks=callbacks,
+        callbacks=CallbackList([AuditCallback(attacks), *callbacks] if attacks else callbacks),
         probes=probes,
-        after_rounds=[partial(attack, attacks=attacks)] if attacks else [],
         adversaries=_adversaries(recipe, method, clients),
         store=store,
         left_out=left_out,

@@ -12,8 +12,8 @@ from rich.filesize import decimal
 from fdl.build.federation import build
 from fdl.cli.listing import columns
 from fdl.engine.distributed.devices import require_gpus
-from fdl.federation.rehearsal import rehearse
 from fdl.federation.traffic_estimate import estimate_rounds
+from fdl.federation.trial_step import run_trial_steps
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
@@ -41,7 +41,7 @@ def describe(recipe: Recipe, folder: Path) -> str:
     require_gpus(recipe)
     log.info("reading the data and building the models")
     loop = build(recipe, folder, launch=False)
-    rehearse(loop)
+    run_trial_steps(loop)
     left = [f"client {client} is left out: {reason}" for client, reason in loop.left_out.items()]
     return "\n".join([*_clients(loop), *left, "", *_server(loop, folder)])
 
@@ -54,7 +54,7 @@ def _clients(loop: FederatedLoop) -> list[str]:
     header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
     rows: list[tuple[object, ...]] = [header]
     for client in loop.clients:
-        with client.gate.open():  # whoever asks has the data
+        with client.data_gate.open():  # whoever asks has the data
             histogram = _histogram(client.train, client.num_classes)
         rows.append(
             (

@@ -98,7 +98,7 @@ class Ledger:
         cell[1] += messages
         self._sum(client, route, nbytes)
 
-    def refuse(self, round: int, client: int, reason: str) -> None:
+    def reject(self, round: int, client: int, reason: str) -> None:
         """Note that a client's message was not used; long reasons are cut."""
         self.refusals.append(RejectedMessage(round, client, reason[:300]))
 

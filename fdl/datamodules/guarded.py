@@ -8,7 +8,7 @@ closed, and open only while `fdl.privacy.dp_sgd` trains. How many there are is p
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,7 @@ _CARRIERS = (
     "fdl.participants",
     "fdl.datamodules.guarded",
     "fdl.encoders.",
-    "fdl.engine.runtime",
-    "fdl.engine.inference",
+    "fdl.engine.",
     "fdl.knowledge.transfer.extraction",
 )
 """Modules that read samples for others: it is these others that a message should name."""
@@ -93,6 +92,14 @@ class GuardedSamples(Samples):
     def subset(self, indices: Any) -> GuardedSamples:
         """The samples at these positions, behind the same gate."""
         return GuardedSamples(self._samples.subset(indices), self._gate)
+
+    def wrapped(self, wrap: Callable[[Samples], Samples]) -> GuardedSamples:
+        """Wrap the samples behind the gate, without reading them.
+
+        Args:
+            wrap: makes samples of samples, such as a wrapper that counts reads.
+        """
+        return GuardedSamples(wrap(self._samples), self._gate)
 
     def unlabelled(self) -> GuardedSamples:
         """The same inputs without labels, behind the same gate."""

@@ -106,11 +106,11 @@ class Runtime:
         # there Fabric's wrappers add nothing but their own time, which small models feel
         alone = isinstance(self.fabric.strategy, SingleDeviceStrategy | DDPStrategy) and self.sharder is None
         self._plain = alone and precision == "32-true"
-        self._shares, self.joint = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
-        self.joint = self._shares and self.ranks.sharded
+        self._shares, self.uses_all_ranks = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
+        self.uses_all_ranks = self._shares and self.ranks.together
         self.batch_size, self.compile, self.answers = batch_size, compile, PredictionCache(cache)
         self.compiler = Compiler()
-        self.dry, self.clock = False, Stopwatch()
+        self.is_dry_run, self.clock = False, Stopwatch()
         self.factories: dict[str, Callable[[], LightningModule]] = {}
         self._shared: dict[str, LightningModule] = {}
         self.optimizers = FitOptimizers(self.fabric, self.sharder)
@@ -213,7 +213,7 @@ class Runtime:
         Returns:
             The mean over steps of every named loss; empty when there was nothing to do.
         """
-        if self.dry or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
+        if self.is_dry_run or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
             return {}
         objective = objective or training_step
         parameters = trainable(module)
@@ -322,18 +322,18 @@ class Runtime:
         Batch normalisation, and losses that compare the samples of a batch, need the whole of it: then every rank
         trains on all, to the same result.
         """
-        if not self.joint or any(isinstance(m, _BatchNorm) for m in module.modules()):
+        if not self.uses_all_ranks or any(isinstance(m, _BatchNorm) for m in module.modules()):
             return None
         return getattr(module.training_step if objective is training_step else objective, "terms", None)
 
     @contextmanager
-    def jointly(self) -> Iterator[None]:
+    def all_ranks(self) -> Iterator[None]:
         """Within this context all ranks train the same models; under DDP they share the samples of every batch."""
-        self.joint = self._shares
+        self.uses_all_ranks = self._shares
         try:
             yield
         finally:
-            self.joint = self._shares and self.ranks.sharded
+            self.uses_all_ranks = self._shares and self.ranks.together
 
     # -- inference -----------------------------------------------------------------------------------------------
 
@@ -365,13 +365,13 @@ class Runtime:
         return tuple(None if part is None else map_tensors(part, move) for part in batch)
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def dry_run(self) -> Iterator[None]:
         """Within this context `fit` does nothing, so that messages can be made, and measured, without training."""
-        self.dry = True
+        self.is_dry_run = True
         try:
             yield
         finally:
-            self.dry = False
+            self.is_dry_run = False
 
 
 def seed_everything(seed: int, purpose: str, round: int = 0, client: int = -1) -> None:

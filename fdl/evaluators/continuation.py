@@ -64,9 +64,9 @@ def require_tokenizer(server: Server, new_tokens: int, evaluator: str) -> Any:
     Raises:
         UserError: the data have no tokenizer, or the student has too few positions.
     """
-    if "tokenizer" not in server.provides:
+    if "tokenizer" not in server.model_kwargs:
         raise UserError(f"{evaluator} needs data with a tokenizer")
     positions = getattr(server.student, "positions", None)
     if positions is not None and new_tokens >= positions:
         raise UserError(f"{evaluator}: new_tokens must be below the student's {positions} positions, got {new_tokens}")
-    return server.provides["tokenizer"]
+    return server.model_kwargs["tokenizer"]

@@ -73,7 +73,7 @@ class Generation(Evaluator):
 
     def _windows(self, server: Server) -> list[list[int]]:
         """Draw windows; each is a list of token ids, the prompt followed by the true continuation."""
-        length, end = self.prompt_tokens + self.new_tokens, server.provides["tokenizer"].eos
+        length, end = self.prompt_tokens + self.new_tokens, server.model_kwargs["tokenizer"].eos
         found: list[list[int]] = []
         for i in numpy_stream(server.seed, self.name).permutation(len(server.test)).tolist():
             row = server.test.batch(torch.tensor([i]))[0][0, :length].tolist()

@@ -42,7 +42,7 @@ def labelled_samples(
     data.set_default_seed(server.seed)
     data.prepare_data()
     data.setup()
-    wanted, given = server.provides.get("input_shape"), data.provides.get("input_shape")
+    wanted, given = server.model_kwargs.get("input_shape"), data.model_kwargs.get("input_shape")
     if wanted is None or given is None:
         raise UserError(f"{evaluator}: further data are for models of images only")
     if tuple(wanted) != tuple(given):
@@ -50,7 +50,7 @@ def labelled_samples(
             f"{evaluator}: {data.name} has images of {_size(given)}, but the model takes {_size(wanted)}; set size and "
             "channels in the arguments of its data"
         )
-    mean, std = server.provides.get("normalization") or (None, None)
+    mean, std = server.model_kwargs.get("normalization") or (None, None)
     pool, test = (samples.transformed(mean, std) for samples in (data.train, data.test))
     return pool, test, list(data.classes)
 

@@ -58,7 +58,7 @@ class ZeroShot(Evaluator):
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
         """Classify the test images."""
         samples, labels, classes = self._images(server)
-        weights = zero_shot_classifier(module, server.provides["tokenizer"], classes, self.templates)
+        weights = zero_shot_classifier(module, server.model_kwargs["tokenizer"], classes, self.templates)
         logits = server.predict(module, samples, zero_shot_question(weights))
         names = ["accuracy", "macro_f1", *(["top5"] if len(classes) > 5 else [])]
         return classification(logits, labels, names)
@@ -66,7 +66,7 @@ class ZeroShot(Evaluator):
     def _images(self, server: Server) -> tuple[Samples, torch.Tensor, list[str]]:
         """Select the images to classify, their labels among the chosen classes, and the names of these classes."""
         _, test, known = labelled_samples(server, self.data, self.name)
-        if "tokenizer" not in server.provides:
+        if "tokenizer" not in server.model_kwargs:
             raise UserError(f"{self.name} needs a tokenizer for the classes' names, and the data have none")
         chosen = list(dict.fromkeys(known if self.classes is None else self.classes))
         for name in chosen:

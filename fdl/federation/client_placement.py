@@ -174,7 +174,7 @@ class ClientPlacement:
 
     def _states(self, ids: Iterable[int]) -> dict[str, Any]:
         ids = list(ids)
-        clients = {str(client): saved for client in ids if (saved := self.clients[client].saved())}
+        clients = {str(client): saved for client in ids if (saved := self.clients[client].checkpoint_state())}
         return {"clients": clients, "channel": self.channel.state_dict(ids)}
 
     def _take(self, client: int, states: Mapping[str, Any]) -> None:

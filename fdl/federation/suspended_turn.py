@@ -122,9 +122,10 @@ class ClientTurn:
         generator: torch.Generator,
         objective: Objective | None = None,
         round: int = 1,
+        watch: Callable[[int], bool] | None = None,
     ) -> dict[str, float]:
-        """As `Runtime.fit`, together with others where that can be."""
-        found = self._found(module)
+        """As `Runtime.fit`, together with others where that can be; one that is watched trains by itself."""
+        found = self._found(module) if watch is None else None
         if found is not None and len(samples) and config.epochs != 0 and config.steps != 0:
             stack, row = found
             if all(map(_asks, stack.trained(row))):
@@ -134,7 +135,7 @@ class ClientTurn:
                 if losses is not None:
                     return losses
                 generator.set_state(before)
-        return self._runtime.fit(module, samples, config, generator, objective, round)
+        return self._runtime.fit(module, samples, config, generator, objective, round, watch)
 
     def predict(self, module: nn.Module, samples: Samples, what: OutputSelector = "logits") -> Tensor:
         """As `Runtime.predict`, together with others where all are asked about the same public samples."""
@@ -146,7 +147,7 @@ class ClientTurn:
         return self._runtime.predict(module, samples, what)
 
     def _found(self, module: nn.Module) -> Row | None:
-        if self.alone or self._runtime.dry:
+        if self.alone or self._runtime.is_dry_run:
             return None
         rows = (found for found in self._rows.values() if found is not None)
         return next(((stack, row) for stack, row in rows if stack.modules[row] is module), None)

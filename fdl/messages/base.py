@@ -40,7 +40,7 @@ class Message(ABC):
     def meta(self) -> Meta:
         """Return the numbers and short strings to send."""
 
-    def narrowed(self, share: float) -> Message | None:
+    def truncated(self, share: float) -> Message | None:
         """Return the message with about this share of its content, the most useful part, for a link of few bytes.
 
         Args:

@@ -24,13 +24,13 @@ class Bundle:
         if len({type(part) for part in self.parts}) < len(self.parts):
             raise ValueError(f"a bundle of several {', '.join(part.kind for part in self.parts)}")
 
-    def narrowed(self, share: float) -> Bundle | None:
-        """As `Message.narrowed`: features stay those of the answers that are kept; other parts stay as they are."""
+    def truncated(self, share: float) -> Bundle | None:
+        """As `Message.truncated`: features stay those of the answers that are kept; other parts stay as they are."""
         parts = parts_of(self)
-        keep = parts[Responses].clearest(share) if Responses in parts else ()
+        keep = parts[Responses].most_confident_rows(share) if Responses in parts else ()
         if len(keep) == 0:
             return None
-        rows = {type: parts[type].taken(keep) for type in (Responses, Features) if type in parts}
+        rows = {type: parts[type].select_rows(keep) for type in (Responses, Features) if type in parts}
         return Bundle(tuple((parts | rows).values()))
 
 

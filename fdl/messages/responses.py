@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import QuantizedLogWeights, taken
+from fdl.messages.confidences import QuantizedLogWeights, select_rows
 from fdl.messages.serialization import (
     check_finite,
     check_samples,
@@ -69,12 +69,12 @@ class Responses(Message):
             meta |= {"lo": float(self.confidence.lo), "step": float(self.confidence.step)}
         return meta
 
-    def narrowed(self, share: float) -> Responses | None:
+    def truncated(self, share: float) -> Responses | None:
         """The rows with the highest confidence, or with the clearest answer where none is sent, in their order."""
-        keep = self.clearest(share)
-        return self.taken(keep) if len(keep) else None
+        keep = self.most_confident_rows(share)
+        return self.select_rows(keep) if len(keep) else None
 
-    def clearest(self, share: float) -> Tensor:
+    def most_confident_rows(self, share: float) -> Tensor:
         """Places, rising, of the share of answers that are most sure of themselves; of embeddings, evenly spread."""
         total = len(self.values)
         count = int(share * total)
@@ -87,10 +87,10 @@ class Responses(Message):
             certainty = (values if self.form == "probabilities" else torch.softmax(values, dim=1)).amax(dim=1)
         return certainty.cpu().argsort(descending=True, stable=True)[:count].sort().values
 
-    def taken(self, keep: Tensor) -> Responses:
+    def select_rows(self, keep: Tensor) -> Responses:
         """Only the answers at some places (int64)."""
         rows = keep if self.rows is None else self.rows[keep]
-        return replace(self, values=self.values[keep], rows=rows, confidence=taken(self.confidence, keep))
+        return replace(self, values=self.values[keep], rows=rows, confidence=select_rows(self.confidence, keep))
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Responses:

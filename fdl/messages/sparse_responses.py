@@ -169,7 +169,7 @@ class SparseResponses(Message):
         """Whether every position has the same number of ids, and has some."""
         return self.sizes.numel() > 0 and bool((self.sizes == self.sizes[0, 0]).all()) and int(self.sizes[0, 0]) > 0
 
-    def narrowed(self, share: float) -> SparseResponses | None:
+    def truncated(self, share: float) -> SparseResponses | None:
         """The windows that weigh most, which are those the sender knows best; without weights, evenly spread ones."""
         total = len(self.sizes)
         count = int(share * total)
@@ -178,9 +178,9 @@ class SparseResponses(Message):
         else:
             known = self.weights.values().mean(1)
             keep = known.argsort(descending=True, stable=True)[:count].sort().values
-        return self.taken(keep) if count else None
+        return self.select_rows(keep) if count else None
 
-    def taken(self, keep: Tensor) -> SparseResponses:
+    def select_rows(self, keep: Tensor) -> SparseResponses:
         """Only the windows at some places, int64, rising."""
         chosen = torch.zeros(len(self.sizes), dtype=torch.bool)
         chosen[keep] = True

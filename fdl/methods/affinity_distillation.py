@@ -38,9 +38,9 @@ class AffinityDistillation(Method):
             ≥ 0.
         calibrate: divide each specialist's logits by a temperature fitted on its held-out private pairs.
         feedback: what clients receive from the second round on: the student's vectors of the proxy pairs, or nothing.
-        cap: equal shares of the weight of a round that one client may have at most, whatever confidence it declares,
-            ≥ 1; None for any.
-        cap_over: whether the cap holds over a round, or for each proxy pair.
+        max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence it
+            declares, ≥ 1; None for any.
+        max_client_share_over: whether the limit holds over a round, or for each proxy pair.
     """
 
     name = "affinity_distillation"
@@ -55,11 +55,14 @@ class AffinityDistillation(Method):
         interactive: float = 0.0,
         calibrate: bool = False,
         feedback: Literal["student", "none"] = "none",
-        cap: float | None = 2.0,
-        cap_over: Literal["round", "row"] = "round",
+        max_client_share: float | None = 2.0,
+        max_client_share_over: Literal["round", "row"] = "round",
     ):
         self.confidence, self.calibrate, self.feedback = confidence, calibrate, feedback
-        self.mimicry, self.cap = AffinityLosses(contrastive, features, interactive), Cap.of(cap, cap_over)
+        self.mimicry, self.cap = (
+            AffinityLosses(contrastive, features, interactive),
+            Cap.of(max_client_share, max_client_share_over),
+        )
         self.needs_calibration = calibrate or (confidence is not None and confidence.needs_calibration)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
@@ -82,7 +85,9 @@ class AffinityDistillation(Method):
         """The student's vectors, once it has been taught."""
         if self.feedback == "none" or "taught" not in server.state:
             return None
-        return server.say("answers", lambda: Responses(answers(server, server.student, server.proxy), "embeddings"))
+        return server.cached_download(
+            "answers", lambda: Responses(answers(server, server.student, server.proxy), "embeddings")
+        )
 
     def local_update(self, client: Client, download: Responses | None) -> Responses:
         """Learn from what came back, train on private pairs, embed the public ones."""
@@ -92,7 +97,7 @@ class AffinityDistillation(Method):
             student.add(download, -1)
             AffinityLosses().learn(client, specialist, student.result(), client.digest, "digest")
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
         given = answers(client, specialist, client.proxy, temperature)
         sure = None if self.confidence is None else confidences(self.confidence, client, given)

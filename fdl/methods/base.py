@@ -27,14 +27,14 @@ class Method(ABC):
             methods that touch nothing but weights and a module's own loss.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
-        sends_changes: whether the parameters that clients send are differences from those that they were sent.
+        uploads_are_deltas: whether the parameters that clients send are differences from those that they were sent.
         needs_calibration: whether its clients look at private samples that are held out from training,
             `Client.calibration`; a recipe that does not say how many holds none out for a method that does not.
     """
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
-    sends_changes: ClassVar[bool] = False
+    uploads_are_deltas: ClassVar[bool] = False
     needs_calibration: bool = False
     requires: tuple[str, ...] = ("student",)
 
@@ -57,11 +57,11 @@ class Method(ABC):
         """An empty aggregate for one round; None for a method whose clients send nothing."""
         return None
 
-    def beside_student(self, server: Server) -> dict[str, Any]:
+    def student_extra_state(self, server: Server) -> dict[str, Any]:
         """The part of the server's state that its student is made of beside its own weights; most have none."""
         return {}
 
-    def restored(self, server: Server) -> None:
+    def on_restore(self, server: Server) -> None:
         """Bring the student in line with the server's state, which has just been read from a file."""
 
     def server_models(self, server: Server) -> Iterable[tuple[str, LightningModule]]:

@@ -93,7 +93,7 @@ class CFeD(FedAvg):
             server.state |= {"noted_in": server.stage, "noted": server.predict(server.student, server.proxy)}
         if self.reviewers > 0 and client not in self._reviewing(server):
             return weights
-        return server.say("both", lambda: Bundle((weights, Responses(server.state["noted"], "logits"))))
+        return server.cached_download("both", lambda: Bundle((weights, Responses(server.state["noted"], "logits"))))
 
     def local_update(self, client: Client, download: Message | Bundle) -> Parameters:
         """Train the global model on private data, on the noted answers, or on both; return its weights."""
@@ -106,7 +106,7 @@ class CFeD(FedAvg):
         else:
             objective = None if noted is None else self._rehearsing(client, noted.values)
             client.fit(module, client.train, client.local, objective)
-        return Parameters(module_state(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters | _MeanAndAnswers:
         """The mean as in FedAvg and, where the server distils, what all models say of the proxy set."""

@@ -13,15 +13,15 @@ from fdl.knowledge.aggregation.pools import (
     PoolMeans,
     Weights,
     architectures,
+    codistill,
     interpolate,
-    part_of,
     prefix_names,
     stream_of,
-    taught_by_others,
+    strip_prefix,
 )
 from fdl.knowledge.aggregation.server_optimizers import Adam, ServerOptimizer
 from fdl.knowledge.distillation.targets import ResponseObjective
-from fdl.knowledge.distillation.token_pools import require_equal_tokens, tokens_taught_by_others
+from fdl.knowledge.distillation.token_pools import codistill_tokens, require_equal_tokens
 from fdl.messages import Parameters
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -105,16 +105,16 @@ class Codistillation(Method):
         """The models that a client trains, one message for all clients of a pool."""
         pool, weights = server.state["members"][str(client)], self._weights(server)
         held = self._trained(list(weights), pool)
-        return server.say(pool, lambda: Parameters(prefix_names({name: weights[name] for name in held})))
+        return server.cached_download(pool, lambda: Parameters(prefix_names({name: weights[name] for name in held})))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train every model of the client's on its private data, the smallest first, and return their weights."""
         results = {}
         for pool in self._trained(architectures(client.runtime), client.architecture):
-            module = client.load(part_of(download.tensors, pool), pool)
+            module = client.load(strip_prefix(download.tensors, pool), pool)
             client.fit(module, client.train, client.local, name=stream_of(client, "fit", pool))
             results[pool] = module_state(module)
-        return Parameters(prefix_names(results), samples=client.told_samples)
+        return Parameters(prefix_names(results), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> PoolAggregates:
         """One mean a pool, weighted by sample counts, or what is robust."""
@@ -146,8 +146,8 @@ class Codistillation(Method):
     def _taught(self, server: Server, weights: Mapping[str, Weights]) -> dict[str, Weights]:
         """Every pool's weights after it has learnt from the others."""
         if server.task == "language":
-            return tokens_taught_by_others(server, weights, self.temperature)
-        return taught_by_others(server, weights, ResponseObjective("kl", self.temperature))
+            return codistill_tokens(server, weights, self.temperature)
+        return codistill(server, weights, ResponseObjective("kl", self.temperature))
 
     def _weights(self, server: Server) -> dict[str, Weights]:
         """Every pool's weights, the student's first."""

@@ -78,15 +78,15 @@ class FedLPFM(FedAvg):
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train the proxy on private labels and on what the foundation models answer; return its weights."""
-        if self.weight == 0 or client.runtime.dry:  # a rehearsal measures messages, which no answer changes
+        if self.weight == 0 or client.runtime.is_dry_run:  # a dry run measures messages, which no answer changes
             return super().local_update(client, download)
-        with client.gate.open():  # what is read of a sample here goes into the fit with it, and nowhere else
+        with client.data_gate.open():  # what is read of a sample here goes into the fit with it, and nowhere else
             answers = self._answers(client)
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
             labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
         client.fit(proxy, labelled, client.local, self._taught)
-        return Parameters(module_state(proxy), samples=client.told_samples)
+        return Parameters(module_state(proxy), samples=client.reported_samples)
 
     def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, labels, answers = batch

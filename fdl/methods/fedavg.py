@@ -35,13 +35,13 @@ class FedAvg(Method):
 
     def download(self, server: Server, client: int) -> Message:
         """The global weights, the same message for all clients of a round."""
-        return server.say("student", lambda: Parameters(module_state(server.student)))
+        return server.cached_download("student", lambda: Parameters(module_state(server.student)))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train the global model on private data and return its weights."""
         module = client.load(download.tensors, "student")
         client.fit(module, client.train, client.local, self.objective(module))
-        return Parameters(module_state(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.reported_samples)
 
     def objective(self, module) -> Objective | None:
         """What a client minimises; None for the module's own loss."""

@@ -58,7 +58,7 @@ class FedDF(Method):
             nobody, all are kept.
         confidence: how much a client counts as a teacher of a proxy sample; None weights all alike. The proxy set is
             then sent to all clients, with the public encoder where it is measured in its space.
-        cap: as in `FederatedDistillation`, where clients send a confidence.
+        max_client_share: as in `FederatedDistillation`, where clients send a confidence.
     """
 
     name = "feddf"
@@ -73,14 +73,14 @@ class FedDF(Method):
         patience: int | None = 1000,
         drop_worst: bool = False,
         confidence: Confidence | None = None,
-        cap: float | None = 2.0,
+        max_client_share: float | None = 2.0,
     ):
         self.heterogeneous = architectures == "specialists"
         if self.heterogeneous:
             self.requires = (*self.requires, "specialists")
         self.validated, self.every = select == "validation", at_least("every", every, 1)
         self.patience = None if patience is None else at_least("patience", patience, 1)
-        self.drop_worst, self.weighting, self.cap = drop_worst, confidence, Cap.of(cap)
+        self.drop_worst, self.weighting, self.cap = drop_worst, confidence, Cap.of(max_client_share)
         if confidence is not None and confidence.needs_calibration:
             raise UserError(f"confidence {confidence.name} asks a client's specialist, and clients of feddf have none")
 
@@ -115,13 +115,13 @@ class FedDF(Method):
     def download(self, server: Server, client: int) -> Message:
         """The weights of the client's group, one message for all clients of it."""
         group = self._group(server, client)
-        return server.say(group, lambda: Parameters(self._weights(server, group)))
+        return server.cached_download(group, lambda: Parameters(self._weights(server, group)))
 
     def local_update(self, client: Client, download: Parameters) -> Parameters | Bundle:
         """Train the group's model on private data; return its weights and, if asked, how much it counts."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
         client.fit(module, client.train, client.local)
-        weights = Parameters(module_state(module), samples=client.told_samples)
+        weights = Parameters(module_state(module), samples=client.reported_samples)
         if self.weighting is None:
             return weights
         scores = self.weighting.log_weights(client, client.predict(module, client.proxy))
@@ -147,7 +147,7 @@ class FedDF(Method):
     def _teach(self, server: Server, module: LightningModule, samples: SoftLabelled, name: str) -> dict[str, float]:
         """Distil the ensemble into a module; returns after which step it was best, and how many were taken."""
         objective = ResponseObjective("kl", 1.0)
-        if not self.validated or server.runtime.dry:
+        if not self.validated or server.runtime.is_dry_run:
             server.fit(module, samples, server.distil, objective, name=name)
             return {}
         watch = BestOnValidation(server, module, self.every, self.patience)

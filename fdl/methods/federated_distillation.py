@@ -45,7 +45,7 @@ class FederatedDistillation(Method):
 
     Up go responses and, row by row, each client's confidence in them; down go responses. Neither data nor weights
     leave a site. Answers are weighted by softmax over clients of their confidences, which are log-weights, up to two
-    equal shares of a round (`cap`). Everything below `feedback` is off unless it is named.
+    equal shares of a round (`max_client_share`). Everything below `feedback` is off unless it is named.
 
     Args:
         confidence: how much a client's answer to a proxy sample counts; None weighs all alike.
@@ -60,24 +60,24 @@ class FederatedDistillation(Method):
             e.g. b = 1.5.
         pretrain: epochs on the server's labelled public samples, with the `local` settings, that every new specialist
             begins with, as in FedMD, and the student as well. These samples are then sent to all clients.
-        restart: draw a specialist new weights before it learns from what comes back, as in CFD.
+        reinitialize_clients: draw a specialist new weights before it learns from what comes back, as in CFD.
         features: activations that go up, too.
         prototypes: centroids of the clients' data that go up, too.
         adapter: maps each participant's features, and prototypes of its embedding, to the student's space; without
             such it has nothing to do.
-        weights: clients' weights that follow the phase of training.
-        personal: each client gets its own mixture of the others' answers, in the place of the aggregate.
+        adaptive_client_weights: clients' weights that follow the phase of training.
+        personalization: each client gets its own mixture of the others' answers, in the place of the aggregate.
         curriculum: in what order the student meets the proxy samples.
         subsample: share of the proxy set that is answered in a round, the same samples by all clients.
-        cache: for how many rounds a sample's answers go on teaching; 1 is for their own round only.
-        frequency: when a client has something new to say.
-        release: makes the answers private.
+        soft_label_cache_rounds: for how many rounds a sample's answers go on teaching; 1 is for their own round only.
+        upload_policy: when a client has something new to say.
+        private_release: makes the answers private.
         robust: a rule in the place of the mean of answers, which holds where some clients lie; None is the mean.
-        cap: equal shares of the weight of a round that one client may have at most, of answers, features and
-            prototypes, whatever confidence it declares, ≥ 1: of K clients none moves a row of probabilities by more
-            than √2 cap / K on average. None for any. A robust rule has a cap of its own.
-        cap_over: whether the cap holds over a round, or in each row: then no row can be one client's, which is safer
-            where sites have the same classes, and costs accuracy where only one of them knows a class.
+        max_client_share: equal shares of the weight of a round that one client may have at most, of answers, features
+            and prototypes, whatever confidence it declares, ≥ 1: of K clients none moves a row of probabilities by
+            more than √2 share / K on average. None for any. A robust rule has a limit of its own.
+        max_client_share_over: whether the limit holds over a round, or in each row: then no row can be one client's,
+            which is safer where sites have the same classes, and costs accuracy where only one of them knows a class.
     """
 
     name = "federated_distillation"
@@ -96,54 +96,69 @@ class FederatedDistillation(Method):
         sharpen: float | None = None,
         sharpening: Literal["entropy_reduction", "power"] = "entropy_reduction",
         pretrain: int = 0,
-        restart: bool = False,
+        reinitialize_clients: bool = False,
         features: FeatureTransfer | None = None,
         prototypes: PrototypeTransfer | None = None,
         adapter: Literal["identity", "linear", "affine", "film", "low_rank"] = "identity",
-        weights: AdaptiveWeights | None = None,
-        personal: Similarity | None = None,
+        adaptive_client_weights: AdaptiveWeights | None = None,
+        personalization: Similarity | None = None,
         curriculum: Curriculum | None = None,
         subsample: float = 1.0,
-        cache: int = 1,
-        frequency: UploadOnChange | None = None,
-        release: Release | None = None,
+        soft_label_cache_rounds: int = 1,
+        upload_policy: UploadOnChange | None = None,
+        private_release: Release | None = None,
         robust: RobustRule | None = None,
-        cap: float | None = 2.0,
-        cap_over: Literal["round", "row"] = "round",
+        max_client_share: float | None = 2.0,
+        max_client_share_over: Literal["round", "row"] = "round",
     ):
         for key, value in (("temperature", temperature), ("sharpen", sharpen)):
             if value is not None and not value > 0:
                 raise UserError(f"{key} must be > 0, got {value}")
         if not 0 < subsample <= 1:
             raise UserError(f"subsample must be in (0, 1], got {subsample}")
-        if cache < 1:
-            raise UserError(f"cache must be at least 1 round, got {cache}")
+        if soft_label_cache_rounds < 1:
+            raise UserError(f"soft_label_cache_rounds must be at least 1, got {soft_label_cache_rounds}")
         self.objective = ResponseObjective(loss, temperature)
         self.form = RESPONSE_LOSSES[loss].form
         if self.form == "logits" and (space == "probabilities" or sharpen is not None):
             raise UserError(f"loss {loss} compares logits, so space must be logits, unsharpened; got {space}")
         self.confidence, self.space, self.feedback = confidence, space, feedback
         self.sharpen, self.sharpening = sharpen, _SHARPENINGS[one_of("sharpening", sharpening, _SHARPENINGS)]
-        self.pretrain, self.restart = at_least("pretrain", pretrain, 0), restart
+        self.pretrain, self.reinitialize_clients = at_least("pretrain", pretrain, 0), reinitialize_clients
         self._pretraining: dict[int, tuple[Fit, Fit]] = {}
         if pretrain:
             self.requires = (*type(self).requires, "public")
-        self.weights, self.personal, self.subsample, self.cache = weights, personal, subsample, cache
+        self.adaptive_client_weights, self.personalization, self.subsample, self.soft_label_cache_rounds = (
+            adaptive_client_weights,
+            personalization,
+            subsample,
+            soft_label_cache_rounds,
+        )
         self.features = features if features is not None and features.weight > 0 else None
         self.prototypes = prototypes if prototypes is not None and prototypes.weight > 0 else None
         self.curriculum = curriculum if curriculum is not None and curriculum.start < 1 else None
-        self.frequency = frequency if frequency is not None and frequency.threshold > 0 else None
+        self.upload_policy = upload_policy if upload_policy is not None and upload_policy.threshold > 0 else None
         what = self.features, self.prototypes
-        self.release, self.robust, self.cap = release, robust, Cap.of(cap, cap_over)
-        self.answering = UploadBuilder(space, calibrate, confidence, *what, subsample, self.frequency, release)
+        self.private_release, self.robust, self.cap = (
+            private_release,
+            robust,
+            Cap.of(max_client_share, max_client_share_over),
+        )
+        self.answering = UploadBuilder(
+            space, calibrate, confidence, *what, subsample, self.upload_policy, private_release
+        )
         self.teaching = DistillationConfig(loss, temperature, alpha, *what, adapter)
-        if personal is not None and feedback == "none":
-            raise UserError("personal says what comes back, but feedback is none")
-        if personal is not None and personal.by == "prototypes" and self.prototypes is None:
-            raise UserError("personal compares prototypes, but prototypes are switched off")
-        if release is not None:
-            beside = {"features": self.features, "prototypes": self.prototypes, "frequency": self.frequency}
-            release.check(space, confidence is not None, beside | {"weights": weights, "personal": personal})
+        if personalization is not None and feedback == "none":
+            raise UserError("personalization says what comes back, but feedback is none")
+        if personalization is not None and personalization.by == "prototypes" and self.prototypes is None:
+            raise UserError("personalization compares prototypes, but prototypes are switched off")
+        if private_release is not None:
+            beside = {"features": self.features, "prototypes": self.prototypes, "upload_policy": self.upload_policy}
+            private_release.check(
+                space,
+                confidence is not None,
+                beside | {"adaptive_client_weights": adaptive_client_weights, "personalization": personalization},
+            )
 
         selected = None if self.features is None else self.features.select
         self.needs_calibration = (
@@ -152,8 +167,8 @@ class FederatedDistillation(Method):
             or (selected is not None and selected.toward == "labels")
         )
         if robust is not None:
-            beside = {"features": self.features, "prototypes": self.prototypes, "personal": personal}
-            RobustAnswers.check(beside, release is not None and release.by == "server")
+            beside = {"features": self.features, "prototypes": self.prototypes, "personalization": personalization}
+            RobustAnswers.check(beside, private_release is not None and private_release.by == "server")
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Count the participants where an adapter has parameters for each."""
@@ -173,54 +188,62 @@ class FederatedDistillation(Method):
     def download(self, server: Server, client: int) -> Message | Bundle | None:
         """What the server holds for true of the proxy set, one message for all clients unless it is personal."""
         answers = None
-        if self.personal is not None:
-            answers = self.personal.mixture(client, self._last(server), lambda: self._mean(server), self._answers)
+        if self.personalization is not None:
+            answers = self.personalization.mixture(
+                client, self._last(server), lambda: self._mean(server), self._answers
+            )
         if answers is None and "answers" in server.state:
             rows = server.state.get("rows")
-            answers = server.say("answers", lambda: Responses(server.state["answers"], form=self.form, rows=rows))
-        if self.frequency is None:
+            answers = server.cached_download(
+                "answers", lambda: Responses(server.state["answers"], form=self.form, rows=rows)
+            )
+        if self.upload_policy is None:
             return answers
-        standing = self.frequency.standing(server, self._last(server).round(client))
+        standing = self.upload_policy.status_for(server, self._last(server).round(client))
         return Bundle((standing,) if answers is None else (answers, standing))
 
     def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
         """Learn from what came back, train on private data, answer the proxy set."""
         received = parts_of(download)
         answers, standing = received.get(Responses), received.get(UploadStatus)
-        if self.frequency is not None and self.frequency.idle(client, standing):
+        if self.upload_policy is not None and self.upload_policy.may_skip(client, standing):
             return UploadStatus(standing.round)
         specialist = self._specialist(client, answers is not None)
         if answers is not None:
             answered = SoftLabelled(client.proxy, answers.values, answers.rows)
             client.fit(specialist, answered, client.digest, self.objective, name="digest")
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         return self.answering.upload(client, specialist, standing)
 
     def aggregate(self, server: Server) -> CompositeAggregate:
         """Means over clients, weighted row by row."""
         count, seed, width = len(server.proxy), server.seed, self.teaching.width
         # who leaves out a confidence that all must send would have log-weight 0, more than most honest ones
-        weighted = None if self.weights is not None and self.confidence is None else self.confidence is not None
+        weighted = (
+            None
+            if self.adaptive_client_weights is not None and self.confidence is None
+            else self.confidence is not None
+        )
         mean, rows = self._mean(server, weighted), rows_of_round(server, self.subsample)
         if self.robust is not None:
             mean = RobustAnswers(self.robust, server, self.space, weighted)
         return CompositeAggregate(
-            mean if self.release is None else self.release.collect(mean, server, rows),
+            mean if self.private_release is None else self.private_release.collect(mean, server, rows),
             FeatureMean(count, width, seed, self.teaching.adapts, mean.cap) if self.features else None,
             PrototypePool(server, self.prototypes, width, self.cap) if self.prototypes else None,
-            self.weights.current(server) if self.weights else None,
-            ValidationGains(server) if self.weights else None,
-            self._last(server) if self.personal or self.frequency else None,
+            self.adaptive_client_weights.current(server) if self.adaptive_client_weights else None,
+            ValidationGains(server) if self.adaptive_client_weights else None,
+            self._last(server) if self.personalization or self.upload_policy else None,
             rows,
-            reuse=self.frequency is not None,
+            reuse=self.upload_policy is not None,
         )
 
     def server_update(self, server: Server, knowledge: RoundKnowledge) -> dict[str, float]:
         """Distil the student from what was collected, and keep what is to be sent back."""
         self._pretrain_student(server)
         fresh = self._answers(knowledge.responses)
-        rows, targets = SoftLabelCache(self.cache).update(server, fresh)
+        rows, targets = SoftLabelCache(self.soft_label_cache_rounds).update(server, fresh)
         self.teaching.teach(server, knowledge, targets, rows, self.curriculum)
         if self.feedback != "none":
             server.state["answers"], server.state["rows"] = fresh.values, fresh.rows
@@ -228,8 +251,8 @@ class FederatedDistillation(Method):
             logits = server.predict(server.student, server.proxy)
             answers = logits if self.form == "logits" else torch.softmax(logits, dim=1)
             server.state["answers"] = answers if fresh.rows is None else answers[fresh.rows]
-        log = self.weights.update(server, knowledge.gains) if self.weights else {}
-        return log | (self.frequency.watch(server) if self.frequency else {})
+        log = self.adaptive_client_weights.update(server, knowledge.gains) if self.adaptive_client_weights else {}
+        return log | (self.upload_policy.update_plateau(server) if self.upload_policy else {})
 
     def _specialist(self, client: Client, taught: bool) -> LightningModule:
         """The client's model as it begins the round: a new one where it has none, or where CFD would draw one."""
@@ -240,7 +263,7 @@ class FederatedDistillation(Method):
             if id(own) not in self._pretraining:
                 self._pretraining[id(own)] = own, replace(own, epochs=self.pretrain, steps=None)
             client.fit(specialist, client.public, self._pretraining[id(own)][1], name="pretrain")
-        elif self.restart and taught:
+        elif self.reinitialize_clients and taught:
             seed = stream_seed(client.seed, "restart", client.round, client.id)
             load_into(specialist, client.runtime.first_weights(client.architecture, seed))
         return specialist
@@ -256,7 +279,7 @@ class FederatedDistillation(Method):
         return ResponseMean(len(server.proxy), server.num_classes, self.space, weighted, self.cap)
 
     def _last(self, server: Server) -> LastAnswers:
-        return LastAnswers(server, None if self.frequency is None else self.frequency.expiry)
+        return LastAnswers(server, None if self.upload_policy is None else self.upload_policy.expiry)
 
     def _answers(self, knowledge: AggregatedResponses) -> Responses:
         """What clients say together, in the form that the loss compares, of those samples that anybody answered."""

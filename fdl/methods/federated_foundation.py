@@ -77,16 +77,16 @@ class FederatedFoundation(FedAvg):
 
     def _federated(self, server: Server) -> bool:
         """Whether the round is of a federated phase; rehearsed is one, where any is to come."""
-        rehearsed = server.runtime.dry and self.switch.alternates
+        rehearsed = server.runtime.is_dry_run and self.switch.alternates
         return rehearsed or server.state["phase"]["name"] == FEDERATED
 
     def _advance(self, server: Server) -> dict[str, float]:
         """Count the round, and switch if it was the phase's last; returns what the switch has seen."""
         phase = server.state["phase"]
         name, rounds, memory = phase["name"], phase["rounds"] + 1, dict(phase["memory"])
-        if self.switch.ends(server, name, rounds, memory):
+        if self.switch.is_over(server, name, rounds, memory):
             other = CENTRALIZED if name == FEDERATED else FEDERATED
-            server.state["phase"] = {"name": other, "rounds": 0, "memory": self.switch.handover(memory)}
+            server.state["phase"] = {"name": other, "rounds": 0, "memory": self.switch.carry_over(memory)}
         else:
             server.state["phase"] = {"name": name, "rounds": rounds, "memory": memory}
         return self.switch.log(memory)

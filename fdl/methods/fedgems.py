@@ -65,7 +65,7 @@ class FedGEMS(Method):
         """The student's logits of the public samples, None in the first round."""
         if "answers" not in server.state:
             return None
-        return server.say("all", lambda: Responses(server.state["answers"], "logits"))
+        return server.cached_download("all", lambda: Responses(server.state["answers"], "logits"))
 
     def local_update(self, client: Client, download: Responses | None) -> Responses:
         """Learn from the server and from public labels, then from private data; answer the public samples."""
@@ -75,7 +75,7 @@ class FedGEMS(Method):
             samples = SoftLabelled(client.public, labels, more=[download.values, shares])
             client.fit(specialist, samples, client.digest, _taught, name="digest")
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         return Responses(client.predict(specialist, client.public), "logits")
 
     def aggregate(self, server: Server) -> RightOnes:

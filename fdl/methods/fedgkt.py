@@ -77,7 +77,7 @@ class FedGKT(Method):
         if download is not None and self.weight > 0:
             samples, objective = SoftLabelled(client.train, client.train.labels, more=[download.values]), self._taught
         client.fit(specialist, samples, client.local, objective)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         features, logits = (client.predict(specialist, client.train, what) for what in (self._features, "logits"))
         return PrivateFeatures(features, logits, client.train.labels)
 

@@ -53,7 +53,9 @@ class FedLoRA(Method):
     def download(self, server: Server, client: int) -> Message:
         """The updates and the head; one message for all sites that have confirmed the same additions."""
         known = server.state["base"]["known"].get(str(client), 0) if self.aggregation.merges else 0
-        return server.say(f"since {known}", lambda: Parameters(self._global(server) | _since(server, known)))
+        return server.cached_download(
+            f"since {known}", lambda: Parameters(self._global(server) | _since(server, known))
+        )
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train the updates on private data and return them."""
@@ -63,11 +65,11 @@ class FedLoRA(Method):
             tensors |= _fresh(client, adapted_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
         client.fit(module, client.train, client.local)
-        return Parameters(module_state(module), samples=client.told_samples)
+        return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> _Updates:
         """Means of everything, and every site's matrices where the aggregation needs them."""
-        self.restored(server)
+        self.on_restore(server)
         return _Updates(server, self.aggregation.stacks)
 
     def server_update(self, server: Server, knowledge: _Updates) -> dict[str, float]:
@@ -89,14 +91,14 @@ class FedLoRA(Method):
         load_into(server.student, tensors)
         if self.aggregation.merges:
             server.state["base"] = _grown(server.state["base"], added, knowledge.heard)
-            self.restored(server)
+            self.on_restore(server)
         return {}
 
-    def beside_student(self, server: Server) -> dict[str, Any]:
+    def student_extra_state(self, server: Server) -> dict[str, Any]:
         """What was added to the student's original weights."""
         return {"base": {"total": server.state["base"]["total"]}} if self.aggregation.merges else {}
 
-    def restored(self, server: Server) -> None:
+    def on_restore(self, server: Server) -> None:
         """Add to the student's original weights what the server's state says; these are no part of checkpoints."""
         total = server.state.get("base", {}).get("total")
         if total is None or server.cache.get("merged") is total:

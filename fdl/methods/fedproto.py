@@ -70,14 +70,16 @@ class FedProto(Method):
         if common is None:
             return None
         labels = torch.nonzero(common["counts"]).squeeze(1)
-        return server.say("all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels]))
+        return server.cached_download(
+            "all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels])
+        )
 
     def local_update(self, client: Client, download: Prototypes | None) -> Prototypes:
         """Train on private data near the common prototypes, and return those of one's own."""
         specialist = client.specialist()
         objective = None if download is None or self.weight == 0 else self._near(client, download)
         client.fit(specialist, client.train, client.local, objective)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         self._judge(client, specialist, download)
         embeddings = client.predict(specialist, client.train, "embedding")
         labels, members, counts = client.train.labels.unique(return_inverse=True, return_counts=True)
@@ -127,7 +129,7 @@ class FedProto(Method):
 
     def _judge(self, client: Client, specialist: nn.Module, common: Prototypes | None) -> None:
         """Note how often head and nearest common prototype are right on held-out samples."""
-        if common is None or len(client.calibration) == 0 or client.runtime.dry:
+        if common is None or len(client.calibration) == 0 or client.runtime.is_dry_run:
             return
         labels = client.calibration.labels
         nearest = torch.cdist(client.predict(specialist, client.calibration, "embedding"), common.values.float())

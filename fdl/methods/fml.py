@@ -60,8 +60,8 @@ class FML(FedAvg):
         both = nn.ModuleDict({"meme": meme, "personal": personal})
         both.train()  # a fresh container says that it trains, whatever its parts did last
         client.fit(both, client.train, client.local, self.mutual)
-        client.keep(personal)
-        return Parameters(module_state(meme), samples=client.told_samples)
+        client.save_specialist(personal)
+        return Parameters(module_state(meme), samples=client.reported_samples)
 
     def mutual(self, both: nn.ModuleDict, batch: Any) -> Mapping[str, Tensor]:
         """The sum of both losses; no gradient of the one reaches the other's model."""

@@ -42,7 +42,7 @@ class PFedPG(Method):
     """
 
     name = "pfedpg"
-    sends_changes = True
+    uploads_are_deltas = True
 
     def __init__(self, prompts: list[str] | None = None, width: int = 32, steps: int = 10, lr: float = 0.5):
         for key, value in (("width", width), ("steps", steps)):
@@ -77,9 +77,11 @@ class PFedPG(Method):
         module = client.specialist()  # at first a fresh one, whose head nobody else has
         load_into(module, {**module_state(module), **download.tensors})
         client.fit(module, client.train, client.local)
-        client.keep(module)
+        client.save_specialist(module)
         after = client.state["specialist"]
-        return Parameters({k: after[k] - before.cpu() for k, before in download.tensors.items()}, client.told_samples)
+        return Parameters(
+            {k: after[k] - before.cpu() for k, before in download.tensors.items()}, client.reported_samples
+        )
 
     def aggregate(self, server: Server) -> _Changes:
         """All changes, by site."""

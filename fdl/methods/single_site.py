@@ -17,5 +17,5 @@ class SingleSite(Method):
         """Train the specialist further."""
         specialist = client.specialist()
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         return None

@@ -61,9 +61,9 @@ class TokenDistillation(Method):
         ground_truth: weight of the plain next-token loss on the proxy text beside the distillation's, ≥ 0.
         feedback: whether clients receive the mixture, and learn from it, from the second round on.
         subsample: share of the proxy windows that is answered in a round, the same ones by all clients.
-        cap: equal shares of the weight of a round that one client may have at most, whatever confidence it declares,
-            ≥ 1; None for any.
-        cap_over: whether the cap holds over a round, or for each token.
+        max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence it
+            declares, ≥ 1; None for any.
+        max_client_share_over: whether the limit holds over a round, or for each token.
     """
 
     name = "token_distillation"
@@ -81,15 +81,20 @@ class TokenDistillation(Method):
         ground_truth: float = 0.0,
         feedback: Literal["aggregate", "none"] = "aggregate",
         subsample: float = 1.0,
-        cap: float | None = 2.0,
-        cap_over: Literal["round", "row"] = "round",
+        max_client_share: float | None = 2.0,
+        max_client_share_over: Literal["round", "row"] = "round",
     ):
         for key, value in (("mass", mass), ("subsample", subsample)):
             if not 0 < value <= 1:
                 raise UserError(f"{key} must be in (0, 1], got {value}")
         if not 1 <= draws <= 255:
             raise UserError(f"draws must be in 1 … 255, got {draws}")
-        self.mode, self.subsample, self.feedback, self.cap = mode, subsample, feedback, Cap.of(cap, cap_over)
+        self.mode, self.subsample, self.feedback, self.cap = (
+            mode,
+            subsample,
+            feedback,
+            Cap.of(max_client_share, max_client_share_over),
+        )
         self.temperature = positive("temperature", temperature)
         self.ground_truth = not_negative("ground_truth", ground_truth)
         drawn = draws if mode == "sampled" else None
@@ -115,7 +120,7 @@ class TokenDistillation(Method):
         """The last round's mixture, one message for all clients that can learn from it."""
         if "answers" not in server.state or client in server.state["answering"]:
             return None
-        return server.say("answers", lambda: SparseResponses(**server.state["answers"]))
+        return server.cached_download("answers", lambda: SparseResponses(**server.state["answers"]))
 
     def local_update(self, client: Client, download: SparseResponses | None) -> SparseResponses:
         """Learn from what came back, train on private text, answer the proxy text."""
@@ -128,7 +133,7 @@ class TokenDistillation(Method):
             objective = self.objective if drawn == (self.mode == "sampled") else self.likeliest
             client.fit(specialist, _answered(client, mixture.result()), client.digest, objective, name="digest")
         client.fit(specialist, client.train, client.local)
-        client.keep(specialist)
+        client.save_specialist(specialist)
         return self.answering.upload(client, specialist, rows)
 
     def aggregate(self, server: Server) -> TokenMixture:

@@ -75,7 +75,7 @@ def count(predictor: Predictor, samples: Samples, measure: bool = True) -> tuple
         targets = targets[targets >= 0]
         tokens += len(targets)
         if measure:
-            size += predictor.provides["tokenizer"].token_bytes(targets.tolist())
+            size += predictor.model_kwargs["tokenizer"].token_bytes(targets.tolist())
     return tokens, size
 
 

@@ -16,10 +16,10 @@ class Predictor(Protocol):
     """The part of a participant that metrics use.
 
     Attributes:
-        provides: keyword arguments that the data supply to model constructors, e.g. the tokenizer.
+        model_kwargs: keyword arguments that the data supply to model constructors, e.g. the tokenizer.
     """
 
-    provides: Mapping[str, Any]
+    model_kwargs: Mapping[str, Any]
 
     def predict(self, module: LightningModule, samples: Samples, what: Any = "logits") -> Tensor:
         """Run a model on samples without gradients.

@@ -78,7 +78,7 @@ class ImageClassifier(TrainerHooks):
             raise UserError(
                 f"head: the network has no submodule {head!r}{suggest(head, dict(backbone.named_modules()))}"
             )
-        self.embedding_dim = self._rehearse()
+        self.embedding_dim = self._probe_model()
         if tuning == "frozen" and fresh_head:
             raise UserError(
                 f"tuning: frozen keeps the classification layer, but the weights have none for {num_classes} classes; "
@@ -160,7 +160,7 @@ class ImageClassifier(TrainerHooks):
         embedding = seen[-1]
         return logits, embedding.mean((2, 3)) if embedding.ndim == 4 else embedding
 
-    def _rehearse(self) -> int:
+    def _probe_model(self) -> int:
         """Send one blank image through, so that a model that does not fit fails here; returns the embedding's size."""
         answer = self._try()
         if isinstance(answer, Tensor):

@@ -108,7 +108,7 @@ class LanguageModel(TransformersModule):
         self.tokenizer = self.data_tokenizer = tokenizer
         self.context, self.chunk, self.positions = context, chunk, positions
         self.vocab_size = network.config.vocab_size
-        self.embedding_dim = self._rehearse(model)
+        self.embedding_dim = self._probe_model(model)
 
     @property
     def head(self) -> nn.Module:
@@ -294,7 +294,7 @@ class LanguageModel(TransformersModule):
         return tuple(values.unflatten(0, tokens.shape) for values in (ids, p, answered))
 
     @torch.no_grad()
-    def _rehearse(self, model: str) -> int:
+    def _probe_model(self, model: str) -> int:
         """Make sure that logits are what the head makes of the last hidden states; returns the width of these."""
         training = self.training
         self.eval()

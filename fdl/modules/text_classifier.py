@@ -111,7 +111,7 @@ class TextClassifier(TransformersModule):
         self.num_classes, self.tokenizer, self.context = num_classes, tokenizer, context
         self.head, self.padding = last_layer(network, num_classes), padding or 0
         self.last_token = False
-        self.embedding_dim = self._rehearse(model)
+        self.embedding_dim = self._probe_model(model)
 
     def forward(self, tokens: Tensor, features: Sequence[str] = ()) -> Output:
         """Answer a batch.
@@ -159,7 +159,7 @@ class TextClassifier(TransformersModule):
         return logits, seen[-1]
 
     @torch.no_grad()
-    def _rehearse(self, model: str) -> int:
+    def _probe_model(self, model: str) -> int:
         """Send one blank text of full length through; returns the embedding's size."""
         training = self.training
         self.eval()

@@ -93,7 +93,7 @@ class DPSGD:
         `Participant.fit`; gradients are clipped here, not by `config`.
         """
         count = len(samples)
-        if client.runtime.dry or count == 0 or config.epochs == 0 or config.steps == 0 or not trainable(module):
+        if client.runtime.is_dry_run or count == 0 or config.epochs == 0 or config.steps == 0 or not trainable(module):
             return {}
         probability = min(1.0, config.batch_size / count)
         epoch = -(-count // config.batch_size)
@@ -106,7 +106,7 @@ class DPSGD:
             return {}
         # before the first look: an account that missed a step would be worse than one that counts a step too many
         spend(client, mechanism)
-        with client.gate.open():
+        with client.data_gate.open():
             self._train(client, module, samples, config, objective or training_step, name, mechanism)
         return {}
 

@@ -174,11 +174,11 @@ def _outvoted(tree: dict[str, Any], broken: set[str]) -> Problems:
     rule, where = tree["method"]["args"].get("robust"), "method.args.robust"
     while isinstance(rule, Mapping) and rule.get("target") in short_names(KINDS["robust_rule"]):
         definition, args = find(rule["target"], KINDS["robust_rule"]).definition, rule.get("args") or {}
-        if per_liar := definition.constant("per_liar"):
-            f = args.get("f", 1)
-            least = per_liar * f + definition.constant("beside")
+        if per_attacker := definition.constant("uploads_per_attacker"):
+            attackers = args.get("num_attackers", 1)
+            least = per_attacker * attackers + definition.constant("extra_uploads")
             if asked < least:
-                needs = f"{rule['target']} with f = {f} needs {least} uploads in a round"
+                needs = f"{rule['target']} with num_attackers = {attackers} needs {least} uploads in a round"
                 problems.append((where, f"{needs}, and {asked} clients are asked"))
         rule, where = args.get("rule"), f"{where}.args.rule"
     return problems

@@ -65,14 +65,14 @@ class RobustParameters:
         if not self._held:
             return None
         clients = sorted(self._held)
-        rule = Plain() if self._server.runtime.dry else self._rule
+        rule = Plain() if self._server.runtime.is_dry_run else self._rule
         memory = self._what or "parameters"
         ballot = ClientUpdates(clients, self._server, self._votes, cache(self._reference), False, memory)
         decision = rule.decide(ballot)
         if not decision.decided.any():
             reason = "none of the clients is trusted"
-            if len(clients) < rule.least:
-                reason = f"it needs {rule.least} uploads and got {len(clients)}"
+            if len(clients) < rule.min_clients:
+                reason = f"it needs {rule.min_clients} uploads and got {len(clients)}"
             log.warning("round %d: robust rule %s changes nothing: %s", self._server.round, rule.name, reason)
             return None
         log_client_weights(
@@ -86,7 +86,7 @@ class RobustParameters:
         }
         return {name: (moved | kept)[name].to(like.dtype) for name, like in self._origin.items()}
 
-    def _votes(self, cap: float | None) -> Iterator[UpdateBlock]:
+    def _votes(self, max_client_share: float | None) -> Iterator[UpdateBlock]:
         """One row; confidence does not exist here, so there is no share to cap."""
         vectors = [self._held[client][0] for client in sorted(self._held)]
         origin, count = self._vector(self._origin).double(), len(vectors)

@@ -33,13 +33,15 @@ class FLTrust(RobustRule):
         least: share of the clients' median trust below which a client is not heard, in [0, 1): its confidence might
             else make up for the trust that it lacks. 0 is the paper's. On digits, the best of those who flip signs
             was given 0.27 of the median client's weight, and no honest one less than 0.53.
-        cap: as for every rule; trust takes its place in the space of knowledge.
+        max_client_share: as for every rule; trust takes its place in the space of knowledge.
     """
 
     name = "fltrust"
 
-    def __init__(self, judge: Literal["server", "peers"] = "server", least: float = 0.4, cap: float | None = None):
-        super().__init__(cap)
+    def __init__(
+        self, judge: Literal["server", "peers"] = "server", least: float = 0.4, max_client_share: float | None = None
+    ):
+        super().__init__(max_client_share)
         if not 0 <= least < 1:
             raise UserError(f"least must be in [0, 1), got {least}")
         self.floor = least
@@ -61,7 +63,7 @@ class FLTrust(RobustRule):
         wanted = ballot.reference() if self.judge == "server" else GeometricMedian().decide(ballot).values
         inner, own, ours = (torch.zeros(len(ballot.clients), dtype=torch.float64) for _ in range(3))
         row = 0
-        for votes in ballot.votes(self.cap):
+        for votes in ballot.votes(self.max_client_share):
             column, count = 0, votes.shares.shape[1]
             for x in votes.blocks():
                 part = wanted[row : row + count, column : column + x.shape[2]]

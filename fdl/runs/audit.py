@@ -1,4 +1,4 @@
-"""Attacks on the finished run in a folder."""
+"""Audit of the finished run in a folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fdl.utils.tensorboard import open_writer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fdl.attacks.audit import Audit
     from fdl.recipe.config import Recipe
-from fdl.attacks.audit import Audit
 
 AUDIT = "audit.json"
 """The report in the run's folder."""
@@ -46,6 +46,7 @@ def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] =
     Raises:
         UserError: the folder holds no finished run, or an attack cannot be tried on it.
     """
+    from fdl.attacks.callback import AuditCallback
     from fdl.build.federation import build
     from fdl.federation import snapshot
     from fdl.runs import run as runs
@@ -56,10 +57,9 @@ def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] =
     require_unlocked(run)
     loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)
     snapshot.restore(loop, write=False)
-    loop.begin(loop.round)
-    for attack in loop.after_rounds:
-        attack(loop)
-    result = loop.audit
+    loop.start_round(loop.round)
+    (auditor,) = (callback for callback in loop.callbacks if isinstance(callback, AuditCallback))
+    result = auditor.run(loop)
     with FolderLock(run):
         run_folder.renamed_aside(run / AUDIT)
         run_folder.renamed_aside(run / "tensorboard" / "audit")

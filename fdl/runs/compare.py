@@ -212,20 +212,21 @@ def _publish(
 ) -> None:
     """Write the table as CSV and Markdown and all runs' hyperparameters for TensorBoard; print the table."""
     from fdl.runs import compare_report as report
+    from fdl.runs.comparison import References
 
     named = (settings.reference, settings.bytes_reference, settings.single_site_reference)
-    references = [_row_of(name, results) for name in named]
-    table = report.compare_table(results, *references)
+    references = References(*(_row_of(name, results) for name in named))
+    table = report.compare_table(results, references)
     reasons: dict[str, list[str]] = {}
     for run, reason in failed:
         reasons.setdefault(run.variant, []).append(f"seed {run.seed}: {' '.join(reason.split())}")
     sentences = {variant: "; ".join(why) for variant, why in reasons.items()}
     report.write_compare_csv(folder / "compare.csv", table, sentences)
-    report.write_compare_json(folder / "compare.json", results, *references)
-    report.write_compare_markdown(folder / "compare.md", table, *references, failed=sentences)
-    report.log_compare(folder, results, *references)
+    report.write_compare_json(folder / "compare.json", results, references)
+    report.write_compare_markdown(folder / "compare.md", table, references, sentences)
+    report.log_compare(folder, results, references)
     if table:
-        report.print_compare(table, console(), *references)
+        report.print_compare(table, console(), references)
     for variant, sentence in sentences.items():
         print(f"Failed: {variant}, {sentence}")
     files = "compare.md, compare.csv, compare.json"

@@ -135,13 +135,13 @@ class _Keeper(Callback):
             raise UserError(f"{error.filename or self.folder}: cannot be moved: {error.strerror}") from error
         self._replaces = run_folder.needs_recovery(self.folder)
         run_folder.mark(self.folder, "run")
-        _note(self.recipe, self.folder)
+        write_recipe(self.recipe, self.folder)
 
     def on_checkpoint(self, loop: FederatedLoop, path: Path) -> None:
         """From the first round on that is saved, the folder is this run's."""
         if self.resume:
             (self.folder / SUMMARY).unlink(missing_ok=True)
-            _note(self.recipe, self.folder)
+            write_recipe(self.recipe, self.folder)
         elif loop.round > 0 and not self.saved:
             run_folder.drop_replaced(self.folder)
             self.saved = True
@@ -150,7 +150,7 @@ class _Keeper(Callback):
         """Write what the rounds came to; done before attacks and callbacks, which may fail."""
         from fdl.runs.report import write_summary
 
-        _note(self.recipe, self.folder)
+        write_recipe(self.recipe, self.folder)
         write_summary(self.folder / SUMMARY, summary)
 
 
@@ -317,7 +317,7 @@ def require_finished(folder: Path) -> None:
         raise UserError(f"{_brief(folder)}: holds no finished run (no {RECIPE} and {SUMMARY})")
 
 
-def _note(recipe: Recipe, folder: Path) -> None:
+def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Store the recipe with the run."""
     write_atomically(folder / RECIPE, recipe.to_yaml().encode())
 

@@ -112,8 +112,8 @@ def test_what_is_seen_of_a_round():
         ]
     )
     turns = [(players[i], uploads[i] if i % 2 else None) for i in (4, 0, 2, 1, 3)]
-    pairs = [(client, uploads[client.id]) for client, _ in both.listen(1, turns)]
-    sent = list(both(1, pairs))
+    pairs = [(client, uploads[client.id]) for client, _ in both.record_downloads(1, turns)]
+    sent = list(both.corrupt_uploads(1, pairs))
     assert [client.id for client, _ in sent] == [4, 0, 2, 1, 3]
     assert [m.values.tolist() for m in seen[3].honest] == [uploads[i].values.tolist() for i in (1, 2)]
     assert (seen[3].heard, seen[3].hostile, list(seen[3].allies)) == (5, 3, [3, 4])
@@ -121,9 +121,9 @@ def test_what_is_seen_of_a_round():
     assert sent[1][1].values.tolist() == [[1.0, 0.0]]
     # as on two ranks: each holds some of the clients, and gets all uploads
     rest = {client.id: upload for client, upload in pairs[2:]}
-    part = list(both(1, pairs[:2], lambda own: {**own, **rest}))
+    part = list(both.corrupt_uploads(1, pairs[:2], lambda own: {**own, **rest}))
     assert [m.values.tolist() for _, m in part] == [m.values.tolist() for _, m in sent[:2]]
-    assert len(seen[4].honest) == 2 and both.looks(1) and not Adversaries().looks(1)
+    assert len(seen[4].honest) == 2 and both.needs_all_uploads(1) and not Adversaries().needs_all_uploads(1)
 
 
 def test_who_sees_nobody_does_not_hold_the_round():
@@ -136,11 +136,11 @@ def test_who_sees_nobody_does_not_hold_the_round():
             yield player, weights(1.0, 2.0, 3.0)
 
     adversaries = Adversaries([AdversaryGroup(SignFlip(), {1: players[1]})])
-    stream = adversaries(1, turns())
+    stream = adversaries.corrupt_uploads(1, turns())
     next(stream)
     assert asked == [0]
     assert flat(next(stream)[1]) == [-1.0, -2.0, -3.0]
-    held = Adversaries([AdversaryGroup(Sybil(), {1: players[1]})])(1, turns())
+    held = Adversaries([AdversaryGroup(Sybil(), {1: players[1]})]).corrupt_uploads(1, turns())
     next(held)
     assert asked == [0, 1, 0, 1, 2]
 
@@ -149,8 +149,12 @@ def test_sybils_on_two_ranks_send_the_same():
     players = {i: Player(i) for i in range(3)}
     uploads = {i: weights(*(1.0 * i + j for j in range(3))) for i in range(3)}
     adversaries = Adversaries([AdversaryGroup(Sybil(GaussianNoise()), {i: players[i] for i in (0, 2)})])
-    whole = [flat(m) for _, m in adversaries(1, [(players[i], uploads[i]) for i in range(3)])]
-    apart = [flat(m) for i in range(3) for _, m in adversaries(1, [(players[i], uploads[i])], lambda _: uploads)]
+    whole = [flat(m) for _, m in adversaries.corrupt_uploads(1, [(players[i], uploads[i]) for i in range(3)])]
+    apart = [
+        flat(m)
+        for i in range(3)
+        for _, m in adversaries.corrupt_uploads(1, [(players[i], uploads[i])], lambda _: uploads)
+    ]
     assert whole == apart and whole[0] == whole[2] != whole[1]
 
 
@@ -191,13 +195,13 @@ def test_a_run_without_adversaries_is_as_before(tmp_path):
     loop, plain = (federation(FederatedDistillation(), tmp_path / name, rounds=2) for name in "ab")
 
     class Passing:
-        def looks(self, round):
+        def needs_all_uploads(self, round):
             return False
 
-        def listen(self, round, turns):
+        def record_downloads(self, round, turns):
             return turns
 
-        def __call__(self, round, pairs, *_):
+        def corrupt_uploads(self, round, pairs, *_):
             return pairs
 
     plain.adversaries = Passing()

@@ -77,16 +77,16 @@ def test_data_are_poisoned_from_a_round_on_whatever_arrives(tmp_path):
     arrival = ClassIncremental(stages=2, rounds=2, keep=True)
     pool = TensorSamples(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
     client.arrival, client._train = arrival, ScheduledSamples(pool, np.array([0, 0, 1, 1]), arrival)
-    client.arrive()
+    client.update_data()
     client.cache["density"] = "of honest data"
-    client.corrupt, client.corrupt_from = lambda samples, purpose: LabelFlipped(samples), 2
+    client.data_corruption, client.corruption_start = lambda samples, purpose: LabelFlipped(samples), 2
     seen = []
     for round in (0, 1, 2, 3, 4):
-        client.begin(round)
+        client.start_round(round)
         seen.append(client.train.labels.tolist())
     assert seen == [[0, 0], [0, 0], [1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
     assert client.cache == {}
-    client.begin(0)  # as a rehearsal does
+    client.start_round(0)  # as a dry run does
     assert client.train.labels.tolist() == [0, 0]
 
 

@@ -43,8 +43,8 @@ def listen(loop):
     "args",
     [
         {"confidence": "entropy", "calibrate": True},
-        {"restart": True, "space": "logits"},
-        {"frequency": {"target": "on_change", "args": {"threshold": 0.01}}, "subsample": 0.5},
+        {"reinitialize_clients": True, "space": "logits"},
+        {"upload_policy": {"target": "on_change", "args": {"threshold": 0.01}}, "subsample": 0.5},
     ],
     ids=["calibrated", "restarted", "on_change"],
 )

@@ -48,7 +48,7 @@ class Federation:
 
         class Loop:
             callbacks = CallbackList()
-            server = types.SimpleNamespace(task="classification", classes=[], provides={})
+            server = types.SimpleNamespace(task="classification", classes=[], model_kwargs={})
 
             def run(self, resume=False):
                 federation.runs.append((recipe, resume))

@@ -130,10 +130,10 @@ def test_predict_in_pieces_equals_predict_at_once():
     assert len(whole.predict(net, data().subset(torch.arange(0)))) == 0
 
 
-def test_a_rehearsal_trains_nothing():
+def test_a_dry_run_trains_nothing():
     runtime, net = Runtime(accelerator="cpu"), Net()
     before = net.linear.weight.detach().clone()
-    with runtime.rehearsal():
+    with runtime.dry_run():
         assert runtime.fit(net, data(), sgd(), torch_stream(0, "fit")) == {}
     assert torch.equal(before, net.linear.weight)
 

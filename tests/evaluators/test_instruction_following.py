@@ -37,7 +37,7 @@ def prompts(tmp_path):
 
 def world():
     samples = TextSamples(np.arange(4, dtype=np.int32), [4])
-    return server(samples, task="language", provides={"tokenizer": ByteTokenizer(), "context": 64})
+    return server(samples, task="language", model_kwargs={"tokenizer": ByteTokenizer(), "context": 64})
 
 
 def test_scores_of_canned_answers(prompts):

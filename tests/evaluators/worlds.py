@@ -9,7 +9,7 @@ def server(
     test,
     validation=None,
     task="classification",
-    provides=None,
+    model_kwargs=None,
     classes=None,
     batch_size=512,
     seed=0,
@@ -27,5 +27,5 @@ def server(
         proxy=None,
         num_classes=len(classes or ()),
         task=task,
-        provides=provides,
+        model_kwargs=model_kwargs,
     )

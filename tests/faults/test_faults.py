@@ -16,6 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from fdl.callbacks import csv_log
+from fdl.callbacks.base import CallbackList
 from fdl.comm import authentication
 from fdl.comm.authentication import Authentication
 from fdl.comm.bandwidth import Bandwidth
@@ -141,7 +142,9 @@ def federation(world, folder, link, schedule, method="fedavg", chain="raw", auth
         authentication=Authentication(authentication.simulated(seed)) if authenticate else None,
         deadline=DEADLINE,
     )
-    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), [csv_log.CsvLog()])
+    return FederatedLoop(
+        recipe, folder, method, server, clients, channel, Sequential(), CallbackList([csv_log.CsvLog()])
+    )
 
 
 def drawn_schedule(rng, seed):

@@ -2,7 +2,7 @@
 
 import torch
 
-from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, interpolate, part_of, prefix_names
+from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, interpolate, prefix_names, strip_prefix
 from fdl.messages import Parameters
 
 
@@ -11,8 +11,8 @@ def test_models_of_one_message_come_apart_again():
     one = prefix_names(weights)
     assert list(one) == ["mlp/a.weight", "mlp/b", "mlp-1/a.weight"]
     for pool, tensors in weights.items():
-        assert part_of(one, pool).keys() == tensors.keys()
-        assert all(torch.equal(part_of(one, pool)[name], tensor) for name, tensor in tensors.items())
+        assert strip_prefix(one, pool).keys() == tensors.keys()
+        assert all(torch.equal(strip_prefix(one, pool)[name], tensor) for name, tensor in tensors.items())
 
 
 def test_between_two_models_lies_a_line_and_counters_are_the_clients():

@@ -101,7 +101,7 @@ def test_the_students_vectors_come_back_and_teach(tmp_path):
 
 def test_of_a_download_that_the_link_cut_short_the_rest_teaches(tmp_path):
     loop = federation(AffinityDistillation(), tmp_path, **BLOBS)
-    loop.begin(1)
+    loop.start_round(1)
     client, rows = loop.clients[0], torch.arange(0, 60, 3)
     whole = answers(loop.server, loop.server.student, loop.server.proxy)
     with client.turn():

@@ -35,7 +35,7 @@ def test_what_the_first_stage_left_is_noted_once_and_sent_to_all(tmp_path):
     assert all(row.kind in ("parameters", "proxy") for row in loop.ledger.rows())
     expected = weight(loop.server.student).T.clone()  # the proxy set is the unit matrix
     for round in (2, 3):
-        loop.begin(round)
+        loop.start_round(round)
         parts = parts_of(loop.method.download(loop.server, 0))
         assert parts.keys() == {Parameters, Responses}
         torch.testing.assert_close(parts[Responses].values, expected)
@@ -140,7 +140,7 @@ def test_the_share_of_reviewers_is_met(tmp_path, share, cohort, counts):
     server, method = staged(CFeD(), tmp_path).server, CFeD(reviewers=share)
     found, times = [], Counter()
     for round in range(1, 301):
-        server.begin(round)
+        server.start_round(round)
         server.cohort = [3 * i for i in range(cohort)]
         chosen = method._reviewing(server)
         assert chosen <= set(server.cohort) and chosen == method._reviewing(server)

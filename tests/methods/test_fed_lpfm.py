@@ -134,7 +134,7 @@ def staged(folder, rounds):
     for participant in (*loop.clients, loop.server):
         participant.arrival = arrival
     loop.clients[0]._train = ScheduledSamples(samples([E0, E1], [0, 1]), assigned, arrival)
-    loop.clients[0].arrive()
+    loop.clients[0].update_data()
     return loop
 
 

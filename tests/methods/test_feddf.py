@@ -161,7 +161,7 @@ TOLD = {1: [0.0, math.log(3)], 3: [math.log(7), 0.0]}
 
 
 def test_teachers_count_by_their_confidence_and_the_average_by_samples(tmp_path):
-    loop = run(FedDF(select="last", confidence=Told(TOLD), cap=None), tmp_path, samples([E0], [0]))
+    loop = run(FedDF(select="last", confidence=Told(TOLD), max_client_share=None), tmp_path, samples([E0], [0]))
     models = torch.tensor([[[0.5, 0.0], [-0.5, 0.0]], [[0.0, -0.5], [0.0, 0.5]]])
     shares = torch.tensor([[1 / 8, 3 / 4], [7 / 8, 1 / 4]])
     logits = (shares.unsqueeze(2) * models.transpose(1, 2)).sum(0)  # row i answers proxy row i
@@ -180,7 +180,7 @@ def test_equal_confidence_is_no_confidence(tmp_path):
 
 def test_no_teacher_has_more_than_the_cap(tmp_path):
     # of two clients, whose equal share is a half, one with 1.0 such shares of the round has no more than the other
-    claims = FedDF(select="last", confidence=Told({1: [30.0, 30.0], 3: [0.0, 0.0]}), cap=1.0)
+    claims = FedDF(select="last", confidence=Told({1: [30.0, 30.0], 3: [0.0, 0.0]}), max_client_share=1.0)
     capped = run(claims, tmp_path / "a", samples([E0], [0]))
     plain = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]))
     torch.testing.assert_close(weight(capped.server.student), weight(plain.server.student), atol=1e-4, rtol=0)

@@ -98,7 +98,7 @@ def test_a_run_resumed_within_a_phase_equals_the_straight_one(tmp_path, switch, 
     assert resumed.server.state == straight.server.state
 
 
-def test_a_rehearsal_measures_a_federated_round(tmp_path):
+def test_a_dry_run_measures_a_federated_round(tmp_path):
     method = FederatedFoundation(switch=FixedPhases(1, 1))
     loop = toy(method, tmp_path, rounds=2)
     sizes = estimate_bytes(loop)

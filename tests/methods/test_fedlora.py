@@ -218,12 +218,12 @@ def test_only_what_is_missing_is_sent_and_in_the_smaller_form(tmp_path):
     loop = toy(method, tmp_path, rounds=1)
     loop.run()
     server = loop.server
-    server.begin(2)
+    server.start_round(2)
     names = set(method.download(server, 0).tensors)
     # two sites of rank 1 take 2 · 2 + 2 · 2 numbers, more than the 4 of the matrix itself
     assert names == {"merge/1/whole/linear"} and A not in names
     server.state["base"]["log"] = {"1": {"linear": {"left": torch.ones(2, 1), "right": torch.ones(1, 2)}}}
-    server.begin(3)
+    server.start_round(3)
     assert set(method.download(server, 0).tensors) == {"merge/1/left/linear", "merge/1/right/linear"}
     server.state["base"]["known"]["1"] = 1
     assert set(method.download(server, 1).tensors) == set()

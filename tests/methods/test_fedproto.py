@@ -90,19 +90,18 @@ def test_without_weight_it_is_local_training(tmp_path):
 def test_classes_without_a_prototype_add_nothing(tmp_path):
     loop = toy(FedProto(1.0), tmp_path)
     loop.run()
-    loop.begin(2)
+    loop.start_round(2)
     loop.clients[0].train = samples([E0, E0], [0, 1])
-    objective = loop.method._near(loop.clients[0], loop.send(0))
-    with loop.clients[0].turn():
-        module = loop.clients[0].specialist()
-        parts = objective(module, loop.clients[0].train.batch(torch.tensor([0, 1])))
+    objective = loop.method._near(loop.clients[0], loop.download_for(0))
+    module = loop.clients[0].specialist()
+    parts = objective(module, loop.clients[0].train.batch(torch.tensor([0, 1])))
     assert parts["prototype"].item() == pytest.approx((0.5 - COMMON["clients"]) ** 2 / 2, rel=1e-5)
 
 
 def test_a_class_that_nobody_sent_keeps_its_prototype(tmp_path):
     loop = toy(FedProto(), tmp_path)
     loop.run()
-    loop.begin(2)
+    loop.start_round(2)
     aggregate = loop.method.aggregate(loop.server)
     with loop.clients[0].turn():
         message = loop.method.local_update(loop.clients[0], None)
@@ -124,9 +123,8 @@ def test_head_and_nearest_prototype_are_judged_on_held_out_samples(tmp_path):
     assert seen["held_out/head"] == pytest.approx(2 / 3)  # right, wrong, right
     assert seen["held_out/nearest_prototype"] == pytest.approx(2 / 3)  # right, right, wrong
     loop.clients[0].calibration = samples([[-0.5, 0.0], [-0.5, 0.0], [-0.5, 0.0]], [0, 0, 1])
-    loop.begin(3)
-    with loop.clients[0].turn():
-        loop.method.local_update(loop.clients[0], loop.send(0))
+    loop.start_round(3)
+    loop.method.local_update(loop.clients[0], loop.download_for(0))
     seen = loop.clients[0].metrics
     assert (seen["held_out/head"], seen["held_out/nearest_prototype"]) == pytest.approx((1 / 3, 2 / 3))
 

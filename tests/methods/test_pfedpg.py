@@ -97,7 +97,7 @@ def test_sites_that_disagree_get_prompts_of_their_own(tmp_path):
     """Both see x = (1, 0), and call it by different names: a mean of prompts is right for one of them at most."""
     loop = federation(PFedPG(width=16, steps=20), tmp_path, rounds=12)
     loop.clients[1]._train = samples([E0] * 3, [1] * 3)
-    loop.clients[1].arrive()
+    loop.clients[1].update_data()
     loop.run()
     for client, label in enumerate((0, 1)):
         made = loop.method.download(loop.server, client).tensors["linear.weight"]

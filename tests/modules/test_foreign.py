@@ -12,7 +12,7 @@ from fdl import recipe
 from fdl.build import build
 from fdl.cli.check import describe
 from fdl.errors import UserError
-from fdl.federation.rehearsal import rehearse
+from fdl.federation.trial_step import run_trial_steps
 from fdl.modules.foreign import ForeignModule, losses_of
 from fdl.modules.output import Output
 from fdl.participants import copy_of
@@ -157,7 +157,7 @@ def test_check_takes_a_step_and_leaves_no_trace(tmp_path):
     loop = build(recipe.from_mapping(tree("Standard")), tmp_path / "run", launch=False)
     models = loop.server.student, loop.runtime.shared_module(loop.clients[0].architecture)
     before, state = [copy_of(model) for model in models], torch.random.get_rng_state()
-    rehearse(loop)
+    run_trial_steps(loop)
     assert torch.equal(torch.random.get_rng_state(), state)
     for model, weights in zip(models, before):
         assert all(torch.equal(value, weights[name]) for name, value in copy_of(model).items())

@@ -67,7 +67,7 @@ def client_of(factory=Net, n=N, steps=1, batch_size=B, optimizer=None, **setting
         distil=local, digest=local, proxy=train.unlabelled(), num_classes=3, privacy=policy,
         dp_sgd=DPSGD(policy, **settings),
     )  # fmt: skip
-    client.begin(1)
+    client.start_round(1)
     return client, train
 
 
@@ -252,7 +252,7 @@ def test_private_samples_are_read_by_nothing_else():
             with pytest.raises(UserError, match="reads private samples outside of a training with noise"):
                 read()
     assert len(client.train) == N == client.samples
-    with client.gate.open():
+    with client.data_gate.open():
         assert client.train.labels.tolist() == [i % 3 for i in range(N)]
 
 
@@ -275,8 +275,9 @@ def test_budget_ends_training_of_a_client():
     client, _ = client_of(steps=5, noise_multiplier=1.0, epsilon=8.0)
     spent, changed = [], []
     for round in (1, 2, 3):
-        client.begin(round)
+        client.start_round(round)
         change = fitted(client)[2]
+        client.save_specialist(client.specialist())
         changed.append(any(bool(value.any()) for value in change.values()))
         spent.append((client.metrics.get("privacy/epsilon"), client.metrics.get("privacy/exhausted")))
     account = events_of(client)
@@ -424,9 +425,9 @@ def test_two_fits_of_one_name_in_a_round_have_noise_and_batches_of_their_own(mon
     first, second = drawn(client)
     assert not torch.equal(first, second)
     # a round that is run again, e.g. after a restart, draws what it drew, and the next round draws other noise
-    client.begin(1)
+    client.start_round(1)
     assert torch.equal(drawn(client), torch.stack([first, second]))
-    client.begin(2)
+    client.start_round(2)
     assert not torch.isin(drawn(client), torch.stack([first, second])).any()
     again, _ = client_of(noise_multiplier=1.0)
     assert torch.equal(drawn(again), torch.stack([first, second]))

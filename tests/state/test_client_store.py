@@ -35,7 +35,7 @@ def test_nothing_of_a_client_stays_in_memory(tmp_path):
     """After a run all states lie on disk, and are read again when somebody asks."""
     loop = build(recipe("federated_distillation", 1, DISK), tmp_path)
     loop.run()
-    assert all(client._state is None and not client.cache for client in loop.clients)
+    assert all(not client.in_memory and not client.cache for client in loop.clients)
     asked = sorted({int(client) for record in loop.history for client in record["clients"]})
     assert {name.split("-")[1] for name in names(tmp_path / "clients")} == {f"{client:06d}" for client in asked}
     one = loop.clients[asked[0]]

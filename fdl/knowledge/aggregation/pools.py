@@ -40,7 +40,7 @@ def prefix_names(weights: Mapping[str, Weights]) -> dict[str, Tensor]:
     return {f"{pool}/{name}": tensor for pool, tensors in weights.items() for name, tensor in tensors.items()}
 
 
-def part_of(tensors: Weights, pool: str) -> dict[str, Tensor]:
+def strip_prefix(tensors: Weights, pool: str) -> dict[str, Tensor]:
     """One model's weights out of `prefix_names`."""
     roof = f"{pool}/"
     return {name.removeprefix(roof): tensor for name, tensor in tensors.items() if name.startswith(roof)}
@@ -59,7 +59,7 @@ def interpolate(mean: Weights, learnt: Weights, alpha: float) -> dict[str, Tenso
     }
 
 
-def taught_by_others(server: Server, weights: Mapping[str, Weights], objective: Objective) -> dict[str, Weights]:
+def codistill(server: Server, weights: Mapping[str, Weights], objective: Objective) -> dict[str, Weights]:
     """Every pool's weights after it has learnt from the mean probabilities of the others, all as they were before.
 
     Args:
@@ -116,7 +116,7 @@ class PoolAggregates:
         fresh = {}
         for pool in pools:  # each by itself first: a model that does not fit must leave no other behind
             fresh[pool] = self._mean(pool, self._like[pool])
-            fresh[pool].add(Parameters(part_of(message.tensors, pool), message.samples), client)
+            fresh[pool].add(Parameters(strip_prefix(message.tensors, pool), message.samples), client)
         for pool, mean in fresh.items():
             if pool in self._means:
                 self._means[pool].merge(mean)

@@ -43,9 +43,9 @@ class Cap:
 
     def __post_init__(self) -> None:
         if not self.shares >= 1:
-            raise UserError(f"cap must be at least 1, an equal share, or null for none; got {self.shares}")
+            raise UserError(f"max_client_share must be at least 1, an equal share, or null for none; got {self.shares}")
         if self.over not in ("round", "row"):
-            raise UserError(f"cap_over must be round or row, got {self.over!r}")
+            raise UserError(f"max_client_share_over must be round or row, got {self.over!r}")
 
     @classmethod
     def of(cls, shares: float | None, over: Literal["round", "row"] = "round") -> Cap | None:

@@ -63,7 +63,7 @@ class UploadBuilder:
             held_out = client.predict(specialist, client.calibration)
             logits = logits / fit_temperature(held_out, client.calibration.labels)
         rows = rows_of_round(client, self.subsample)
-        if self.frequency is not None and self.frequency.unchanged(client, standing, logits, rows):
+        if self.frequency is not None and self.frequency.is_unchanged(client, standing, logits, rows):
             return UploadStatus(standing.round)
         chosen = slice(None) if rows is None else rows
         values = logits if self.space == "logits" else torch.softmax(logits, dim=1)

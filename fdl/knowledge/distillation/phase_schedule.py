@@ -24,7 +24,7 @@ class PhaseSchedule(Option):
     alternates = True
 
     @abstractmethod
-    def ends(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
+    def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
         """Whether a phase is over.
 
         Args:
@@ -32,10 +32,10 @@ class PhaseSchedule(Option):
             phase: ``"centralized"`` or ``"federated"``.
             rounds: that the phase has lasted, ≥ 1.
             memory: the switch's own between two rounds, changed in place; new with every phase, but for what
-                `handover` gives it.
+                `carry_over` gives it.
         """
 
-    def handover(self, memory: dict[str, Any]) -> dict[str, Any]:
+    def carry_over(self, memory: dict[str, Any]) -> dict[str, Any]:
         """The memory with which the next phase begins, made of the last one's."""
         return {}
 
@@ -50,7 +50,7 @@ class SinglePhase(PhaseSchedule):
     name = "never"
     alternates = False
 
-    def ends(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
+    def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
         """No."""
         return False
 
@@ -71,7 +71,7 @@ class FixedPhases(PhaseSchedule):
             FEDERATED: at_least("federated", federated, 1),
         }
 
-    def ends(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
+    def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
         """After so many rounds."""
         return rounds >= self.lengths[phase]
 
@@ -108,7 +108,7 @@ class PlateauPhases(PhaseSchedule):
         self.smoothing, self.min_rounds = smoothing, at_least("min_rounds", min_rounds, 1)
         self.max_rounds = None if max_rounds is None else at_least("max_rounds", max_rounds, self.min_rounds)
 
-    def ends(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
+    def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
         """Whether the phase has stopped gaining, or is as long as it may be."""
         self.note(self.score(server), memory)
         done = memory["stale"] >= self.patience and rounds >= self.min_rounds
@@ -137,7 +137,7 @@ class PlateauPhases(PhaseSchedule):
         value = task.measure(server, server.student, server.validation, (task.score,))[task.score]
         return value if task.higher_is_better else -value
 
-    def handover(self, memory: dict[str, Any]) -> dict[str, Any]:
+    def carry_over(self, memory: dict[str, Any]) -> dict[str, Any]:
         """The last score: what the next phase gains is counted from there."""
         return {"smoothed": memory["score"]}
 

@@ -37,12 +37,10 @@ def require_equal_tokens(participant: Participant, module: LightningModule, pool
         )
 
 
-def tokens_taught_by_others(
-    server: Server, weights: Mapping[str, Weights], temperature: float = 1.0
-) -> dict[str, Weights]:
+def codistill_tokens(server: Server, weights: Mapping[str, Weights], temperature: float = 1.0) -> dict[str, Weights]:
     """Every pool's weights after it has learnt from the others' mean distribution over next tokens.
 
-    As `taught_by_others`: all teach as they were before any of them learnt. Distributions over a vocabulary are too
+    As `codistill`: all teach as they were before any of them learnt. Distributions over a vocabulary are too
     large to be kept for a whole proxy set, so that teachers answer the windows that a learner is about to see.
 
     Args:

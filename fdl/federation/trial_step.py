@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fdl.recipe.config import Fit
 
 
-def rehearse(loop: Federation) -> None:
+def run_trial_steps(loop: Federation) -> None:
     """Let every architecture take one step on two samples and answer them; weights and random streams stay.
 
     Args:
@@ -37,7 +37,8 @@ def rehearse(loop: Federation) -> None:
         if client.architecture in done or client.samples < 2:
             continue
         done.add(client.architecture)
-        with client.gate.open(), loop.runtime.borrow(client.architecture) as module:
+        with client.data_gate.open():
+            module = loop.runtime.template(client.architecture)
             _try(loop, f"client {client.id}", module, client.train, client.local, trains=True)
     for part, module in (("student", server.student), ("teacher", server.teacher)):
         if module is None or (part in done):
