@@ -19,7 +19,7 @@ from fdl.state.weights import load_into, module_state
 from fdl.utils.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -64,6 +64,21 @@ class PrivateTrainer(Protocol):
         ...
 
 
+class _Turn:
+    """The shared modules that a client has borrowed for one turn.
+
+    Attributes:
+        stack: gives them back when the turn ends.
+        borrowed: the modules by architecture.
+        private: architectures whose module holds the client's own weights, as trained so far in this turn.
+    """
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.borrowed: dict[str, LightningModule] = {}
+        self.private: set[str] = set()
+
+
 class Client(Participant):
     """An institution: private data that never leave it, and a specialist of its own architecture.
 
@@ -98,6 +113,7 @@ class Client(Participant):
         **participant: Any,
     ):
         self._storage = OffloadedState(store, participant["id"])
+        self._modules: _Turn | None = None
         super().__init__(**participant)
         self.dp_sgd, self.data_gate, self.name = dp_sgd, PrivateDataGate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
@@ -158,6 +174,7 @@ class Client(Participant):
             honest: leave an adversary's corruption of data out.
         """
         twin = copy.copy(self)
+        twin._modules = None
         twin._storage, twin.state = OffloadedState(None, self.id), {} if state is None else state
         twin.cache, twin.metrics, twin._drawn = {}, {}, Counter()  # it draws what the client drew in this round
         twin.seed = self.seed if seed is None else seed

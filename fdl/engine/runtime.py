@@ -107,7 +107,7 @@ class Runtime:
         alone = isinstance(self.fabric.strategy, SingleDeviceStrategy | DDPStrategy) and self.sharder is None
         self._plain = alone and precision == "32-true"
         self._shares, self.uses_all_ranks = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
-        self.uses_all_ranks = self._shares and self.ranks.together
+        self.uses_all_ranks = self._shares and self.ranks.sharded
         self.batch_size, self.compile, self.answers = batch_size, compile, PredictionCache(cache)
         self.compiler = Compiler()
         self.is_dry_run, self.clock = False, Stopwatch()
@@ -333,7 +333,7 @@ class Runtime:
         try:
             yield
         finally:
-            self.uses_all_ranks = self._shares and self.ranks.together
+            self.uses_all_ranks = self._shares and self.ranks.sharded
 
     # -- inference -----------------------------------------------------------------------------------------------
 

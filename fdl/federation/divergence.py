@@ -26,7 +26,7 @@ _ADVICE = "lower the learning rate of {fit}.optimizer, set {fit}.gradient_clip, 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """True if no number is NaN or infinite; of a tensor that is sharded over ranks, in this rank's shard."""
-    return all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
+    return all(bool(torch.isfinite(local_shard(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def require_finite(server: Server, round: int) -> None:
@@ -99,7 +99,7 @@ def require_uploads(method: Method, history: Sequence[Mapping[str, Any]], ranks:
             f"no message of any client could be used in any of {len(history)} round(s), so nothing was learnt "
             f"from them: {_why(history)}"
         )
-        ranks.agree(UserError(sentence), [sentence] * ranks.count)
+        ranks.raise_on_any_failure(UserError(sentence), [sentence] * ranks.count)
 
 
 def _uploads(method: Method) -> bool:

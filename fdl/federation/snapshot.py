@@ -72,7 +72,7 @@ def save(loop: Federation) -> None:
     student = loop.server.student
     save_best(loop)  # first: a run killed in between does this round again and writes the same student
     with loop.seconds("checkpoint"):
-        owned = loop.placement.all_states()
+        owned = loop.placement.gather_states()
         weights = None if student is None else module_state(student)
         if loop.store is not None:
             loop.store.mark_checkpointed()

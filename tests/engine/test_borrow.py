@@ -95,7 +95,7 @@ def test_weights_are_copied_once_per_turn_and_training_is_seen_by_who_borrows_ag
     with client.turn():  # it kept nothing
         assert torch.equal(client.specialist().weight, start)
         client.fit(client.specialist(), client.train, client.local)
-        client.keep(client.specialist())
+        client.save_specialist(client.specialist())
     with client.turn():
         assert torch.equal(client.specialist().weight, trained)
         client.load(constant(5))

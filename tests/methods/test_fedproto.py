@@ -93,8 +93,9 @@ def test_classes_without_a_prototype_add_nothing(tmp_path):
     loop.start_round(2)
     loop.clients[0].train = samples([E0, E0], [0, 1])
     objective = loop.method._near(loop.clients[0], loop.download_for(0))
-    module = loop.clients[0].specialist()
-    parts = objective(module, loop.clients[0].train.batch(torch.tensor([0, 1])))
+    with loop.clients[0].turn():
+        module = loop.clients[0].specialist()
+        parts = objective(module, loop.clients[0].train.batch(torch.tensor([0, 1])))
     assert parts["prototype"].item() == pytest.approx((0.5 - COMMON["clients"]) ** 2 / 2, rel=1e-5)
 
 
@@ -104,7 +105,8 @@ def test_a_class_that_nobody_sent_keeps_its_prototype(tmp_path):
     loop.start_round(2)
     aggregate = loop.method.aggregate(loop.server)
     with loop.clients[0].turn():
-        message = loop.method.local_update(loop.clients[0], None)
+    with loop.clients[0].turn():
+            message = loop.method.local_update(loop.clients[0], None)
     aggregate.add(replace(message, labels=torch.tensor([1])), 0)
     loop.method.server_update(loop.server, aggregate.result())
     values = loop.server.state["prototypes"]["values"]
@@ -124,7 +126,8 @@ def test_head_and_nearest_prototype_are_judged_on_held_out_samples(tmp_path):
     assert seen["held_out/nearest_prototype"] == pytest.approx(2 / 3)  # right, right, wrong
     loop.clients[0].calibration = samples([[-0.5, 0.0], [-0.5, 0.0], [-0.5, 0.0]], [0, 0, 1])
     loop.start_round(3)
-    loop.method.local_update(loop.clients[0], loop.download_for(0))
+    with loop.clients[0].turn():
+        loop.method.local_update(loop.clients[0], loop.download_for(0))
     seen = loop.clients[0].metrics
     assert (seen["held_out/head"], seen["held_out/nearest_prototype"]) == pytest.approx((1 / 3, 2 / 3))
 

@@ -149,7 +149,10 @@ def test_both_ways_are_counted(tmp_path):
 def test_a_round_asks_all_clients_for_the_same_windows(tmp_path):
     loop = ran(tmp_path, 1, method={"subsample": 0.7})
     loop.start_round(2)
-    answers = [loop.method.local_update(client, None).rows for client in loop.clients]
+    answers = []
+    for client in loop.clients:
+        with client.turn():
+            answers.append(loop.method.local_update(client, None).rows)
     assert torch.equal(*answers) and len(answers[0]) == 2
     assert loop.server.state["answers"]["sizes"].shape == (2, LENGTH)
 
@@ -284,7 +287,8 @@ def test_answers_over_another_vocabulary_are_refused(tmp_path):
     loop = federation(TokenDistillation(), tmp_path)
     loop.set_up()
     loop.start_round(1)
-    upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
+    with loop.clients[0].turn():
+        upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
     with pytest.raises(RejectedMessageError, match="vocabulary of 7, expected 5"):
         loop.method.aggregate(loop.server).add(upload, 0)
 

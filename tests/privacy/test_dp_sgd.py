@@ -76,7 +76,7 @@ def fitted(client, objective=None, samples=None):
         module = client.specialist()
         before = copy_of(module)
         client.fit(module, client.train if samples is None else samples, client.local, objective)
-        client.keep(module)
+        client.save_specialist(module)
         after = copy_of(module)
     return module, before, {name: after[name] - before[name] for name in after}
 

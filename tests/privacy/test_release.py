@@ -299,7 +299,8 @@ def test_without_noise_and_within_the_bounds_it_is_the_unprotected_method_to_the
 def test_a_client_that_is_private_does_not_say_how_many_samples_it_has(tmp_path):
     loop = federation(FederatedDistillation(private_release=NoisyResponses(1.0), space="logits"), tmp_path)
     loop.start_round(1)
-    assert loop.method.local_update(loop.clients[1], None).samples == 0
+    with loop.clients[1].turn():
+        assert loop.method.local_update(loop.clients[1], None).samples == 0
 
 
 REFUSED = {
