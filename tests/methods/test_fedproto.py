@@ -105,8 +105,7 @@ def test_a_class_that_nobody_sent_keeps_its_prototype(tmp_path):
     loop.start_round(2)
     aggregate = loop.method.aggregate(loop.server)
     with loop.clients[0].turn():
-    with loop.clients[0].turn():
-            message = loop.method.local_update(loop.clients[0], None)
+        message = loop.method.local_update(loop.clients[0], None)
     aggregate.add(replace(message, labels=torch.tensor([1])), 0)
     loop.method.server_update(loop.server, aggregate.result())
     values = loop.server.state["prototypes"]["values"]
