@@ -277,7 +277,6 @@ def test_budget_ends_training_of_a_client():
     for round in (1, 2, 3):
         client.start_round(round)
         change = fitted(client)[2]
-        client.save_specialist(client.specialist())
         changed.append(any(bool(value.any()) for value in change.values()))
         spent.append((client.metrics.get("privacy/epsilon"), client.metrics.get("privacy/exhausted")))
     account = events_of(client)
