@@ -121,7 +121,7 @@ def assert_equal_work(planned: Sequence[PlannedRun]) -> None:
             assert [client.local_training for client in loop.clients] == [
                 client.local_training for client in loops[0].clients
             ]
-            architectures = [loop.runtime.template(client.architecture).backbone for client in loop.clients]
+            architectures = [loop.runtime.shared_module(client.architecture).backbone for client in loop.clients]
             assert len({str(network) for network in architectures}) == 1, "clients have several architectures"
 
 

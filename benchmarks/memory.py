@@ -63,7 +63,8 @@ def one(job: str, clients: int, state: str, folder: Path) -> dict[str, Any]:
 
     loop = build(from_mapping(recipe(job, clients, state, folder / "images.npz")), folder / f"{job}-{clients}-{state}")
     for client in loop.clients:
-        client.save_specialist(client.specialist())
+        with client.turn():
+            client.save_specialist(client.specialist())
         client.offload_state()
     loop.run()
     summary = summarise(loop)

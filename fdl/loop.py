@@ -49,19 +49,19 @@ class FederatedLoop(Federation):
                     if not resume:
                         self.set_up()
                     while self.round < self.rounds and self.stopped is None:
-                        if number := self.runtime.ranks.highest(interrupts.requested):
+                        if number := self.runtime.ranks.max_number(interrupts.requested):
                             snapshot.save(self)
                             raise Interrupted(number, saved=True)
                         self.run_round(self.round + 1)
                 require_uploads(self.method, self.history, self.awaited, self.ledger, self.runtime.ranks)
-                if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
+                if self.stopped is not None and self.server.student is not None and self.runtime.ranks.evaluates_server:
                     run_probes(self.server, self.probes, self.history[-1]["metrics"])
                 summary = summarise(self)
                 self.on_summary(summary)
                 self.callbacks.on_fit_end(self, summary)
             except BaseException as error:
                 self.callbacks.on_exception(self, error)
-                self.runtime.ranks.explain(error)
+                self.runtime.ranks.wrap_lost_peer(error)
                 raise
         return summary
 

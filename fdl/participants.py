@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from fdl.state.weights import load_into, module_state
 from fdl.utils.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -63,6 +64,21 @@ class PrivateTrainer(Protocol):
         ...
 
 
+class _Turn:
+    """The shared modules that a client has borrowed for one turn.
+
+    Attributes:
+        stack: gives them back when the turn ends.
+        borrowed: the modules by architecture.
+        private: architectures whose module holds the client's own weights, as trained so far in this turn.
+    """
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.borrowed: dict[str, LightningModule] = {}
+        self.private: set[str] = set()
+
+
 class Client(Participant):
     """An institution: private data that never leave it, and a specialist of its own architecture.
 
@@ -97,6 +113,7 @@ class Client(Participant):
         **participant: Any,
     ):
         self._storage = OffloadedState(store, participant["id"])
+        self._modules: _Turn | None = None
         super().__init__(**participant)
         self.dp_sgd, self.data_gate, self.name = dp_sgd, PrivateDataGate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
@@ -157,6 +174,7 @@ class Client(Participant):
             honest: leave an adversary's corruption of data out.
         """
         twin = copy.copy(self)
+        twin._modules = None
         twin._storage, twin.state = OffloadedState(None, self.id), {} if state is None else state
         twin.cache, twin.metrics, twin._drawn = {}, {}, Counter()  # it draws what the client drew in this round
         twin.seed = self.seed if seed is None else seed
@@ -225,15 +243,35 @@ class Client(Participant):
         """How many it says it has, beside weights that are averaged by it: 1, as all do, where training is private."""
         return self.samples if self.dp_sgd is None else min(self.samples, 1)
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within this context the client has a turn: the shared modules that it fills are its own until it ends.
+
+        Raises:
+            RuntimeError: it has one already.
+        """
+        if self._modules is not None:
+            raise RuntimeError(f"client {self.id} has its turn already")
+        self._modules = _Turn()
+        try:
+            with self._modules.stack:
+                yield
+        finally:
+            self._modules = None
+
     def specialist(self) -> LightningModule:
-        """Its private model: the architecture's template, filled with this client's weights."""
-        module = self.runtime.template(self.architecture)
-        if self.runtime.holder(self.architecture) is not self:
+        """Its private model, filled with its weights unless it is so since earlier in this turn.
+
+        Raises:
+            RuntimeError: outside of a `turn`.
+        """
+        module = self._borrow(self.architecture)
+        if self.architecture not in self._modules.private:
             if "specialist" not in self.state:
                 seed = stream_seed(self.seed, "init", 0, self.id)
                 self.state["specialist"] = self.runtime.first_weights(self.architecture, seed)
             load_into(module, self.state["specialist"])
-            self.runtime.hold(self.architecture, self)
+            self._modules.private.add(self.architecture)
         return module
 
     def save_specialist(self, module: LightningModule) -> None:
@@ -241,17 +279,33 @@ class Client(Participant):
         self.state["specialist"] = copy_of(module)
 
     def load(self, tensors: Mapping[str, Tensor], architecture: str | None = None) -> LightningModule:
-        """Fill a template with weights that were sent, e.g. the global model's.
+        """Fill a shared module with weights that were sent, e.g. the global model's, until the turn ends.
 
         Args:
             tensors: named weights and buffers.
-            architecture: whose template; default the client's own.
+            architecture: whose module; default the client's own, of which a specialist is then no longer there.
+
+        Raises:
+            RuntimeError: outside of a `turn`.
+            ValueError: the tensors do not fit.
         """
         architecture = architecture or self.architecture
-        module = self.runtime.template(architecture)
+        module = self._borrow(architecture)
+        self._modules.private.discard(architecture)
         load_into(module, tensors)
-        self.runtime.hold(architecture, None)
         return module
+
+    def _borrow(self, architecture: str) -> LightningModule:
+        """An architecture's module, which is this client's until its turn ends."""
+        turn = self._modules
+        if turn is None:
+            raise RuntimeError(
+                f"client {self.id} uses a model outside of its turn, when others may overwrite the weights; "
+                "use it within `with client.turn():`"
+            )
+        if architecture not in turn.borrowed:
+            turn.borrowed[architecture] = turn.stack.enter_context(self.runtime.borrow(architecture))
+        return turn.borrowed[architecture]
 
     def calibration_accuracy(self) -> float:
         """Accuracy of the specialist on the held-out private share; chance where there is none."""

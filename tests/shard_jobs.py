@@ -16,7 +16,7 @@ from fdl.engine import runtime
 from fdl.engine.distributed.batch_split import part_of
 from fdl.errors import UserError
 from fdl.state import checkpoint
-from fdl.state.shards import local
+from fdl.state.shards import local_shard
 from tests import rank_jobs
 
 SGD = "{target: sgd, args: {lr: 0.1}}"
@@ -75,13 +75,13 @@ def run(name: str, folder: Path, more: tuple[str, ...] = (), resume: bool = Fals
 
 def held(loop) -> dict:
     """Bytes of the student's template here and in all, and those of its optimiser's state."""
-    module = loop.server.student if loop.server.student is not None else loop.runtime.template("student")
+    module = loop.server.student if loop.server.student is not None else loop.runtime.shared_module("student")
     parameters = list(module.parameters())
-    sizes = {"here": sum(local(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
+    sizes = {"here": sum(local_shard(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
     known = loop.runtime.steps.optimizers.known()
     states = [t for found in known for state in found.optimizer.state.values() for t in state.values()]
     tensors = [t for t in states if getattr(t, "ndim", 0)]
-    moments = {"here": sum(local(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}
+    moments = {"here": sum(local_shard(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}
     return {"parameters": sizes, "moments": moments, "names": [name for name, _ in module.named_parameters()]}
 
 

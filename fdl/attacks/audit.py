@@ -108,7 +108,7 @@ def audit(loop: Federation, attacks: Sequence[Attack]) -> Audit:
     Raises:
         UserError: an attack cannot be tried on this run.
     """
-    loop.placement.everywhere()
+    loop.placement.replicate_states()
     subject = AttackTarget(loop)
     with ExitStack() as gates:
         gates.enter_context(pinned(loop.recipe.fabric.threads))

@@ -80,7 +80,6 @@ class AttackTarget:
         with self.runtime.dry_run():
             download = self.method.download(server, client.id)
             ((_, upload),) = Sequential()(self.method, [(twin, download)])
-        self.runtime.hold(client.architecture, None)
         try:
             received = self.loop.channel.fresh().upload(upload, client.id, self.loop.round)
         except RejectedMessageError:

@@ -92,13 +92,15 @@ class ConfidenceInference(Attack):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Which candidates are in, bool [S, n], and what the client would have sent then, float64 [S, n_proxy]."""
         stream = numpy_stream(subject.seed, f"attack/{self.name}", 0, client.id)
-        logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
+        with client.turn():
+            logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
         inside, sent = [], []
         for number in range(self.simulations):
             inside.append(asked.halves(stream) if number % 2 == 0 else ~inside[-1])
             twin = client.clone(client.state, asked.share(client, inside[-1]), honest=True)
             twin.cache["encoder"] = space
-            sent.append(confidence.log_weights(twin, logits).double().numpy())
+            with twin.turn():
+                sent.append(confidence.log_weights(twin, logits).double().numpy())
         client.offload_state(changed=False)
         return np.stack(inside), np.stack(sent)
 

@@ -119,7 +119,7 @@ def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, num
     shadow.method.setup(shadow.server, clients)
     for round in range(1, rounds + 1):
         shadow.run_round(round)
-    shadow.placement.everywhere()
+    shadow.placement.replicate_states()
     return AttackTarget(shadow)
 
 

@@ -73,13 +73,11 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
         received = channel.upload(upload, client.id, server.round)
     except RejectedMessageError:
         return None
-    finally:
-        subject.runtime.hold(client.architecture, None)
     sent, received = parts_of(download).get(Parameters), parts_of(received).get(Parameters)
     if sent is None or received is None:
         return None
     before, after = dict(sent.tensors.items()), dict(received.tensors.items())
-    known = [m for m in (server.student, subject.runtime.template(client.architecture)) if m is not None]
+    known = [m for m in (server.student, subject.runtime.shared_module(client.architecture)) if m is not None]
     names, module = max(((_common(m, before, after), m) for m in known), key=lambda pair: len(pair[0]))
     if not names:
         return None

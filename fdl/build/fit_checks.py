@@ -52,7 +52,7 @@ def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server
         if client.dp_sgd is None
         and client.samples == 1
         and 0 not in (client.local_training.steps, client.local_training.epochs)
-        if _normalises(client.runtime.template(client.architecture))
+        if _normalises(client.runtime.shared_module(client.architecture))
     }
     if small and recipe.federation.too_small == "refuse":
         client, reason = next(iter(small.items()))
@@ -86,10 +86,10 @@ def _fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Ser
             if kind not in largest or client.samples > largest[kind].samples:
                 largest[kind] = client
         for client in largest.values():
-            who, module = f"client {client.id}", client.runtime.template(client.architecture)
-            yield "local_training", module, client.local_training, client.samples, who
+            who, module = f"client {client.id}", client.runtime.shared_module(client.architecture)
+            yield "local", module, client.local_training, client.samples, who
             if recipe.client_distil is not None:
-                yield "client_distil", module, client.client_distil, len(server.proxy or ()), who
+                yield "digest", module, client.client_distil, len(server.proxy or ()), who
     if server.student is not None and server.proxy is not None and len(server.proxy):
         yield "server_distil", server.student, server.server_distil, len(server.proxy), "the server"
 
@@ -142,7 +142,7 @@ def _check_batches(clients: Sequence[Client]) -> None:
 
 def _takes_one(client: Client) -> bool:
     """Whether a model can train on a batch of one: its statistics may also be over positions of an image."""
-    module = client.runtime.template(client.architecture)
+    module = client.runtime.shared_module(client.architecture)
     if not _normalises(module):
         return True
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}

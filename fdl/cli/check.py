@@ -60,7 +60,7 @@ def _clients(loop: FederatedLoop) -> list[str]:
             (
                 f"{client.id}  {client.name}" if client.name else client.id,
                 client.architecture,
-                f"{_parameters(loop.runtime.template(client.architecture)):,}",
+                f"{_parameters(loop.runtime.shared_module(client.architecture)):,}",
                 f"{len(client.train):,}",
                 f"{len(client.calibration):,}",
                 *(

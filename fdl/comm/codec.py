@@ -151,8 +151,8 @@ class Codec:
     def _raw(self, fields: Mapping[str, np.ndarray]) -> tuple[list, int]:
         """`chunks` of a chain without stages: small models send such messages by the thousand, so calls count."""
         if isinstance(fields, FlatArrays):
-            head = self._schemas.get(fields.form) or self._head(fields.form, fields)
-            return [head, fields.whole], len(head) + fields.whole.nbytes
+            head = self._schemas.get(fields.layout) or self._head(fields.layout, fields)
+            return [head, fields.buffer], len(head) + fields.buffer.nbytes
         arrays, key, size, width, rising = [], [], 0, 16, False
         for name, array in fields.items():
             if not array.flags.c_contiguous:

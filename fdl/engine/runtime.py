@@ -1,15 +1,15 @@
-"""How participants compute: precision, templates and the one training loop, on Lightning's Fabric.
+"""How participants compute: precision, shared modules and the one training loop, on Lightning's Fabric.
 
 Clients are moved to the device, never `fabric.setup`: under a distributed strategy that would average the gradients
-of different institutions. There is one template module per architecture; a client's weights are copied into it when
-its turn comes, so that memory on the device does not grow with the number of clients.
+of different institutions. There is one module per architecture, which a client borrows
+for its turn and fills with its weights, so that memory on the device does not grow with the number of clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,8 @@ from fdl.engine.prediction_cache import PredictionCache
 from fdl.engine.steps.selection import StepSelection
 from fdl.engine.training_loop import batch_to_device, train
 from fdl.modules.objectives import Objective, training_step
-from fdl.state.weights import module_state, pin, trainable
+from fdl.state.model_handle import ModelHandle, handle_of
+from fdl.state.weights import module_state, trainable
 from fdl.utils.seeding import stream_seed
 from fdl.utils.stopwatch import Stopwatch
 
@@ -84,8 +85,8 @@ class Runtime:
         except dist.DistError as error:
             raise nobody_came(error, timeout) from error
         self.sharder = None
-        self.ranks = ProcessGroup(self.fabric, timeout, together=launch and strategy == "fsdp")
-        if self.ranks.together:
+        self.ranks = ProcessGroup(self.fabric, timeout, sharded=launch and strategy == "fsdp")
+        if self.ranks.sharded:
             from fdl.engine.distributed.sharding import Sharder
 
             self.sharder = Sharder(self.fabric, self.ranks)
@@ -93,8 +94,7 @@ class Runtime:
         self.steps = StepSelection(self.fabric, self.ranks, self.sharder, strategy)
         self.is_dry_run, self.clock = False, Stopwatch()
         self.factories: dict[str, Callable[[], LightningModule]] = {}
-        self._templates: dict[str, LightningModule] = {}
-        self._holders: dict[str, Any] = {}
+        self._shared: dict[str, LightningModule] = {}
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +109,7 @@ class Runtime:
         if self.sharder is not None:
             return self.sharder.place(module)
         module = self.fabric.to_device(module)
-        pin(module)
+        ModelHandle(module)
         return module
 
     def first_weights(self, architecture: str, seed: int) -> dict[str, Tensor]:
@@ -127,19 +127,45 @@ class Runtime:
         """Move a module to the device in the recipe's precision."""
         return self.fabric.to_device(self.fabric.strategy.precision.convert_module(module))
 
-    def template(self, architecture: str) -> LightningModule:
-        """The one module of this architecture that clients take turns to fill with their weights."""
-        if architecture not in self._templates:
-            self._templates[architecture] = self.create(architecture, seed=0)
-        return self._templates[architecture]
+    def shared_module(self, architecture: str) -> LightningModule:
+        """The one module of an architecture that clients take turns to borrow, to look at its structure.
 
-    def holder(self, architecture: str) -> Any:
-        """Whose weights the template holds now, None when nobody's."""
-        return self._holders.get(architecture)
+        Its weights are whoever's borrowed it last; they can be changed by `borrow` only.
 
-    def hold(self, architecture: str, owner: Any) -> None:
-        """Note whose weights the template holds."""
-        self._holders[architecture] = owner
+        Args:
+            architecture: a key of `factories`.
+        """
+        if architecture not in self._shared:
+            module = self._shared[architecture] = self.create(architecture, seed=0)
+            handle_of(module).writable = False
+        return self._shared[architecture]
+
+    @contextmanager
+    def borrow(self, architecture: str, weights: Mapping[str, Tensor] | None = None) -> Iterator[LightningModule]:
+        """Within this context an architecture's shared module belongs to the caller, who may fill and train it.
+
+        Args:
+            architecture: a key of `factories`.
+            weights: what to fill it with, names as in `module_state`; None leaves the weights of whoever had it last.
+
+        Raises:
+            RuntimeError: it is borrowed already: two borrowers would overwrite each other's weights.
+            ValueError: the weights do not fit.
+        """
+        module = self.shared_module(architecture)
+        handle = handle_of(module)
+        if handle.writable:
+            raise RuntimeError(
+                f"the module of architecture {architecture!r} is borrowed already, and there is one; leave the block "
+                "that borrowed it first, or fill that module once more"
+            )
+        handle.writable = True
+        try:
+            if weights is not None:
+                handle.load(weights)
+            yield module
+        finally:
+            handle.writable = False
 
     # -- training ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.state.shards import local
+from fdl.state.shards import local_shard
 
 if TYPE_CHECKING:
     from fdl.comm.ledger import Ledger
@@ -27,7 +27,7 @@ _ADVICE = "lower the learning rate of {fit}.optimizer, set {fit}.gradient_clip, 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """True if no number is NaN or infinite; of a tensor that is sharded over ranks, in this rank's shard."""
-    return all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
+    return all(bool(torch.isfinite(local_shard(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def require_finite(server: Server, round: int) -> None:
@@ -50,7 +50,7 @@ def require_finite(server: Server, round: int) -> None:
             f"round {round}: the student's training on the server diverged, its weights are not finite any more "
             f"({_worst_first(losses)}); {_ADVICE.format(fit=fit)}"
         )
-        ranks.agree(UserError(sentence), [sentence] * ranks.count)
+        ranks.raise_on_any_failure(UserError(sentence), [sentence] * ranks.count)
 
 
 def require_finite_client(client: Client) -> None:
@@ -122,7 +122,7 @@ def require_uploads(
             f"{_nothing_sent(method)}"
         )
     if sentence:
-        ranks.agree(UserError(sentence), [sentence] * ranks.count)
+        ranks.raise_on_any_failure(UserError(sentence), [sentence] * ranks.count)
 
 
 def _uploads(method: Method, awaited: int) -> bool:

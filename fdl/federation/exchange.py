@@ -101,7 +101,7 @@ class RoundExchange:
         inbox = _Inbox(aggregate, self.placement, self.channel, self.clock)
         # then nobody's upload is sent before all turns are over, on any rank, and no turn can be timed
         held_back = self.adversaries.needs_all_uploads(self.round)
-        share_uploads = partial(self.placement.show, self.round)
+        share_uploads = partial(self.placement.share_uploads, self.round)
         seconds: dict[int, float] = {}
         failure: Exception | None = None
         start = time.perf_counter()
@@ -141,9 +141,9 @@ class RoundExchange:
 
     def _gather(self, seconds: dict[int, float], inbox: _Inbox, failure: Exception | None) -> None:
         """Exchange uploads, records and failures among the ranks, and add what is not added yet."""
-        errors, uploads = self.placement.tell(self.record, seconds, inbox.waiting, _sentence(failure))
+        errors, uploads = self.placement.exchange_results(self.record, seconds, inbox.waiting, _sentence(failure))
         ranks = self.placement.ranks
-        ranks.agree(failure, errors)
+        ranks.raise_on_any_failure(failure, errors)
         with self.clock.part("aggregate"):
             for client, received in uploads:
                 try:

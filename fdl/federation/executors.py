@@ -55,10 +55,10 @@ class Sequential(Executor):
     def __call__(self, method: Method, turns: Iterable[ClientDownload]) -> Iterator[ClientDownload]:
         """Yield every client with its upload, in the order of `turns`."""
         for client, download in turns:
-            client.runtime.hold(client.architecture, None)
             seed_everything(client.seed, "client", client.round, client.id)
             try:
-                upload = method.local_update(client, download)
+                with client.turn():
+                    upload = method.local_update(client, download)
             except Exception as error:
                 _tell(error, [client])
             yield client, upload
@@ -125,7 +125,7 @@ class Batched(Executor):
             while waiting:
                 for seat in waiting:
                     seat.go_on()
-                    if seat.job is None and seat.alone:  # its upload may lie in a template that others fill
+                    if seat.job is None and seat.alone:  # its upload may lie in a module that others borrow next
                         seat.upload = copy.deepcopy(seat.upload)
                 for seat in seats:
                     if seat.error is not None:
@@ -178,7 +178,7 @@ class Batched(Executor):
                 count = len(clients)
             count = min(count, max(self._limit(client.runtime) // cost, 1))
             if stack is None or len(stack.modules) < count:
-                stack = self._stacks[architecture] = StackedModels(_runtime(client).template(architecture), count)
+                stack = self._stacks[architecture] = StackedModels(_runtime(client).shared_module(architecture), count)
         if row == len(stack.modules):  # more than expected
             return None
         self._taken[architecture] = row + 1
@@ -188,7 +188,7 @@ class Batched(Executor):
         """Bytes that one more client takes: weights, gradients, two moments, a copy, and what a step keeps."""
         if architecture not in self._costs:
             runtime = _runtime(client)
-            module = runtime.template(architecture)
+            module = runtime.shared_module(architecture)
             reason = self.against(module, runtime)
             if reason is not None:
                 self._costs[architecture] = None

@@ -72,10 +72,10 @@ def save(loop: Federation) -> None:
     student = loop.server.student
     save_best(loop)  # first: a run killed in between does this round again and writes the same student
     with loop.seconds("checkpoint"):
-        owned = loop.placement.all_states()
+        owned = loop.placement.gather_states()
         weights = None if student is None else module_state(student)
         if loop.store is not None:
-            loop.store.settle()
+            loop.store.mark_checkpointed()
         if not loop.runtime.ranks.leader:
             return
         state = {
@@ -94,7 +94,7 @@ def save(loop: Federation) -> None:
         path = checkpoint.save(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
         (loop.folder / BEFORE).unlink(missing_ok=True)
         if loop.store is not None:
-            loop.store.hold(checkpoint.files(path.parent))
+            loop.store.retain(checkpoint.files(path.parent))
     loop.callbacks.on_checkpoint(loop, path)
 
 
@@ -125,7 +125,7 @@ def restore(loop: Federation, write: bool = True) -> None:
     loop.server.state = state["server"]
     loop.method.on_restore(loop.server)
     if loop.store is not None and loop.runtime.ranks.leader:
-        loop.store.hold(checkpoint.files(path.parent), sweep=write)
+        loop.store.retain(checkpoint.files(path.parent), sweep=write)
     if loop.runtime.ranks.leader and write:
         _restore_best(loop)
     loop.runtime.ranks.any(False)  # nobody writes before this is done

@@ -115,7 +115,7 @@ def _participants(loop: Federation) -> list[dict[str, Any]]:
     def entry(client: Client) -> dict[str, Any]:
         architecture = client.architecture
         if architecture not in sizes:
-            sizes[architecture] = sum(p.numel() for p in loop.runtime.template(architecture).parameters())
+            sizes[architecture] = sum(p.numel() for p in loop.runtime.shared_module(architecture).parameters())
         return {
             "id": client.id,
             **({"name": client.name} if client.name else {}),

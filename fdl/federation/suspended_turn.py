@@ -6,7 +6,8 @@ the same time, and nothing depends on how anything is scheduled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fdl.engine.runtime import Runtime, seed_everything
 from fdl.engine.vectorized.fit import FitRequest, PredictRequest
 from fdl.modules.objectives import Objective, training_step
+from fdl.state.weights import load_into
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
@@ -54,7 +56,7 @@ class _SuspendableTask:
 
 
 class ClientTurn:
-    """One client's turn, and the runtime that it sees: its own copies of the templates, and fits that wait for others.
+    """One client's turn, and the runtime that it sees: its own copies of shared modules, and fits that wait for others.
 
     Args:
         method: what runs.
@@ -67,7 +69,7 @@ class ClientTurn:
         answer: what came of the job; None: it is left to do it alone.
         upload: what it has to say in the end.
         error: what ended its turn.
-        alone: it has filled a template that others use, too, so it must not wait any more.
+        alone: it has borrowed a module that others use, too, so it must not wait any more.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class ClientTurn:
         self.error: BaseException | None = None
         self.alone = False
         self._runtime: Runtime = client.runtime
-        self._row, self._rows, self._holders = row, {}, {}
+        self._row, self._rows = row, {}
         self._worker: _SuspendableTask | None = None
         self._running = self._left = False
         self._streams: tuple[Tensor, ...] = ()
@@ -90,29 +92,27 @@ class ClientTurn:
 
     # -- what the client sees of the runtime ---------------------------------------------------------------------
 
-    def template(self, architecture: str) -> nn.Module:
-        """This client's copy of an architecture's template; the template itself where there are no copies."""
+    @contextmanager
+    def borrow(self, architecture: str, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Within this context a module belongs to the client: a copy of its own, or the shared one if it has none.
+
+        Args:
+            architecture: a key of the runtime's `factories`.
+            weights: what to fill it with; None leaves it as it is.
+        """
         if architecture not in self._rows:
             self._rows[architecture] = self._row(self.client, architecture)
         found = self._rows[architecture]
         if found is None:
             self.alone = True
-            return self._runtime.template(architecture)
+            with self._runtime.borrow(architecture, weights) as module:
+                yield module
+            return
         stack, row = found
-        return stack.modules[row]
-
-    def holder(self, architecture: str) -> Any:
-        """Whose weights the copy holds."""
-        if self._rows.get(architecture) is None:
-            return self._runtime.holder(architecture)
-        return self._holders.get(architecture)
-
-    def hold(self, architecture: str, owner: Any) -> None:
-        """Note whose weights the copy holds."""
-        if self._rows.get(architecture) is None:
-            self._runtime.hold(architecture, owner)
-        else:
-            self._holders[architecture] = owner
+        module = stack.modules[row]
+        if weights is not None:
+            load_into(module, weights)
+        yield module
 
     def fit(
         self,
@@ -192,9 +192,9 @@ class ClientTurn:
         try:
             if self._runtime.device.type == "cuda":
                 torch.cuda.set_device(self._runtime.device)
-            self._runtime.hold(client.architecture, None)
             seed_everything(client.seed, "client", client.round, client.id)
-            self.upload = self.method.local_update(client, self.download)
+            with client.turn():
+                self.upload = self.method.local_update(client, self.download)
         except BaseException as error:  # for whoever resumed it
             self.error = error
         finally:

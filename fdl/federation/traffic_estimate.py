@@ -68,7 +68,6 @@ def estimate_rounds(loop: Federation, rounds: int) -> list[Sizes]:
         load_into(server.student, student)
     for client, state in zip(loop.clients, client_states):
         client.state = state
-        loop.runtime.hold(client.architecture, None)
     loop.start_round(0)
     return sizes
 

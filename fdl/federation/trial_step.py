@@ -37,8 +37,7 @@ def run_trial_steps(loop: Federation) -> None:
         if client.architecture in done or client.samples < 2:
             continue
         done.add(client.architecture)
-        with client.data_gate.open():
-            module = loop.runtime.template(client.architecture)
+        with client.data_gate.open(), loop.runtime.borrow(client.architecture) as module:
             _try(loop, f"client {client.id}", module, client.train, client.local_training, trains=True)
     for part, module in (("student", server.student), ("teacher", server.teacher)):
         if module is None or (part in done):

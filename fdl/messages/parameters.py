@@ -63,7 +63,7 @@ class Parameters(Message):
     @cached_property
     def whole(self) -> Tensor | None:
         """All tensors, in order, as one vector, where they lie side by side; see `flat_view`."""
-        return self.tensors.whole if isinstance(self.tensors, FlatTensors) else flat_view(self.tensors.values())
+        return self.tensors.buffer if isinstance(self.tensors, FlatTensors) else flat_view(self.tensors.values())
 
     @cached_property
     def layout(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

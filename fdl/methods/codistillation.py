@@ -87,8 +87,8 @@ class Codistillation(Method):
         if not others:
             raise UserError("specialists: codistillation needs two different models or more, the smallest first")
         for pool in (first, *others) if server.task == "language" else ():
-            require_equal_tokens(server, server.runtime.template(pool), pool)
-        own, small = (module_state(m) for m in (server.student, server.runtime.template(first)))
+            require_equal_tokens(server, server.runtime.shared_module(pool), pool)
+        own, small = (module_state(m) for m in (server.student, server.runtime.shared_module(first)))
         if [(k, t.shape) for k, t in own.items()] != [(k, t.shape) for k, t in small.items()]:
             raise UserError("student: must be the model of the first of the specialists, with the same arguments")
         server.state["pools"] = {
@@ -99,10 +99,8 @@ class Codistillation(Method):
     def server_models(self, server: Server) -> Iterator[tuple[str, LightningModule]]:
         """Every pool's name and model, for evaluation; a model is good until the next is asked for."""
         for pool, tensors in self._weights(server).items():
-            module = server.runtime.template(pool)
-            load_into(module, tensors)
-            server.runtime.hold(pool, None)
-            yield pool, module
+            with server.runtime.borrow(pool, tensors) as module:
+                yield pool, module
 
     def download(self, server: Server, client: int) -> Parameters:
         """The models that a client trains, one message for all clients of a pool."""
@@ -136,7 +134,7 @@ class Codistillation(Method):
         for pool, mean in knowledge.items():
             # (1 − α) D_fed + α D_kd is the displacement to this point; at α = 0 and 1 it is the one end to the bit
             target = interpolate(mean, learnt[pool], self.alpha) if pool in learnt else mean
-            trained = {name for name, _ in server.runtime.template(pool).named_parameters()}
+            trained = {name for name, _ in server.runtime.shared_module(pool).named_parameters()}
             moments = server.state.setdefault("moments", {}).setdefault(pool, {})
             after[pool] = self.optimizer.step(before[pool], target, trained & before[pool].keys(), moments)
         if not self.merged and server.round % self.period == 0:

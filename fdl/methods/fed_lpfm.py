@@ -103,26 +103,31 @@ class FedLPFM(FedAvg):
         """
         kept = client.state if self.fine_tune else client.cache
         if kept.get("answered_in") != client.stage:
-            logits = torch.stack([self._ask(client, i, module) for i, module in enumerate(self._models(client))])
+            logits = torch.stack([self._ask(client, i, name) for i, name in enumerate(self._architectures(client))])
             kept["answers"] = (logits if self.loss.form == "logits" else torch.softmax(logits, dim=2)).mean(0)
             kept["answered_in"] = client.stage
         return kept["answers"]
 
-    def _ask(self, client: Client, number: int, module: LightningModule) -> Tensor:
-        """One foundation model's logits on the private samples, which it may learn first; the template stays public."""
-        if not self.fine_tune:
-            return client.predict(module, client.train)
-        public = copy_of(module)
-        client.fit(module, client.train, client.local_training, name=f"fine_tune/{number}")
-        logits = client.predict(module, client.train)
-        load_into(module, public)
-        return logits
+    def _ask(self, client: Client, number: int, architecture: str) -> Tensor:
+        """One foundation model's logits on the private samples, which it may learn first; its weights stay public."""
+        with client.runtime.borrow(architecture) as module:
+            if not self.fine_tune:
+                return client.predict(module, client.train)
+            public = copy_of(module)
+            client.fit(module, client.train, client.local_training, name=f"fine_tune/{number}")
+            logits = client.predict(module, client.train)
+            load_into(module, public)
+            return logits
+
+    def _architectures(self, client: Client) -> list[str]:
+        """The architectures of the client's foundation models."""
+        known = architectures(client.runtime)
+        first = known.index(client.architecture)
+        return [known[(first + i) % len(known)] for i in range(self.models)]
 
     def _models(self, client: Client) -> list[LightningModule]:
         """The client's foundation models, as everybody has them."""
-        known = architectures(client.runtime)
-        first = known.index(client.architecture)
-        return [client.runtime.template(known[(first + i) % len(known)]) for i in range(self.models)]
+        return [client.runtime.shared_module(name) for name in self._architectures(client)]
 
     def _costs(self, client: Client, proxy: LightningModule) -> dict[str, float]:
         """What the round's training costs, what the foundation models cost once, and what an answer costs for good."""

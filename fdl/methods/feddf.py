@@ -141,10 +141,9 @@ class FedDF(Method):
         samples = SoftLabelled(server.proxy, torch.softmax(logits, dim=1))
         for group, tensors in averages.items():
             if group != "student":
-                module = server.runtime.template(group)
-                load_into(module, tensors)
-                self._teach(server, module, samples, f"distil/{group}")
-                server.state["groups"][group] = copy_of(module)
+                with server.runtime.borrow(group, tensors) as module:
+                    self._teach(server, module, samples, f"distil/{group}")
+                    server.state["groups"][group] = copy_of(module)
         if "student" in averages:
             load_into(server.student, averages["student"])
         return {"teachers": float(teachers), **self._teach(server, server.student, samples, "distil")}

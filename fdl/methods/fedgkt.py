@@ -59,7 +59,7 @@ class FedGKT(Method):
         one = server.test.subset(torch.tensor([0]))
         shape = server.teacher.input_shape
         for key in architectures(server.runtime):
-            width = server.predict(server.runtime.template(key), one, self._features).shape[1]
+            width = server.predict(server.runtime.shared_module(key), one, self._features).shape[1]
             if shape is not None and prod(shape) != width:
                 raise UserError(
                     f"teacher: takes inputs of {list(shape)}, but {key} sends {width} features; "

@@ -60,7 +60,7 @@ class FedLoRA(Method):
 
     def local_update(self, client: Client, download: Parameters) -> Parameters:
         """Train the updates on private data and return them."""
-        template = client.runtime.template("student")
+        template = client.runtime.shared_module("student")
         tensors = take_in_additions(client, download.tensors)
         if self.aggregation.fresh:
             tensors |= _fresh(client, adapted_layers(template), module_state(template))

@@ -55,7 +55,7 @@ class FedProto(Method):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that all embeddings have one width."""
-        modules = {key: server.runtime.template(key) for key in architectures(server.runtime)}
+        modules = {key: server.runtime.shared_module(key) for key in architectures(server.runtime)}
         widths = {key: module.embedding_dim for key, module in modules.items() if module.embedding_dim is not None}
         if len(set(widths.values())) > 1:
             said = ", ".join(f"{key} {width}" for key, width in widths.items())

@@ -98,7 +98,7 @@ class TokenDistillation(Method):
         require_language_model(server, server.student, "student")
         answering = set()
         for architecture in sorted({client.architecture for client in clients}):
-            module = server.runtime.template(architecture)
+            module = server.runtime.shared_module(architecture)
             require_language_model(server, module, f"specialist {architecture}", learns=False)
             if translates(module):
                 answering.add(architecture)

@@ -65,7 +65,7 @@ class DPSGD:
         from fdl.privacy.gradients import check_module
 
         for client in {client.architecture: client for client in clients}.values():
-            module = client.runtime.template(client.architecture)
+            module = client.runtime.shared_module(client.architecture)
             module.train()
             check_module(module, client.architecture)
         largest = max(clients, key=lambda client: client.samples)

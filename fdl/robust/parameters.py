@@ -17,7 +17,7 @@ from fdl.messages import Parameters
 from fdl.participants import Server
 from fdl.robust.base import Plain, RobustRule
 from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, log_client_weights
-from fdl.state.weights import load_into, module_state
+from fdl.state.weights import module_state
 
 log = logging.getLogger("fdl")
 
@@ -107,12 +107,10 @@ class RobustParameters(Aggregate):
         whole = dict(self._origin.items())
         if self._architecture == "student":  # what is not sent, as the server has it
             whole = {**module_state(server.student), **whole}
-        module = runtime.template(self._architecture)
-        load_into(module, whole)
-        runtime.hold(self._architecture, None)
         name = f"robust/{self._what}/server" if self._what else "robust/server"
-        server.fit(module, own_samples(server), server.local_training, name=name)
-        return (self._vector(module_state(module)).double() - self._vector(self._origin).double()).unsqueeze(0)
+        with runtime.borrow(self._architecture, whole) as module:
+            server.fit(module, own_samples(server), server.local_training, name=name)
+            return (self._vector(module_state(module)).double() - self._vector(self._origin).double()).unsqueeze(0)
 
     def _vector(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """All floating-point numbers in one vector."""

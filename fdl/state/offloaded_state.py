@@ -71,5 +71,5 @@ class OffloadedState:
         if self._store is None:
             self._state = resolve(saved, folder)
         else:
-            self._store.refer(self._id, saved)
+            self._store.set_reference(self._id, saved)
             self._state = None

@@ -86,7 +86,7 @@ class FakeLoop:
         self.clients = [FakeClient(i, Labelled(torch.full((i + 2,), i % classes))) for i in range(clients)]
         self.server = FakeServer(classes)
         self.ledger = FakeLedger()
-        self.runtime = SimpleNamespace(device=torch.device("cpu"), template=lambda name: MODULES[name])
+        self.runtime = SimpleNamespace(device=torch.device("cpu"), shared_module=lambda name: MODULES[name])
         self.history: list[dict] = []
         self.audit = None
         self.seconds = Stopwatch()

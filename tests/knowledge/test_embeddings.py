@@ -149,9 +149,10 @@ def client(tmp_path_factory):
     )
     loop.start_round(1)
     found = loop.clients[0]
-    found.fit(found.specialist(), found.train, found.local_training)
-    found.save_specialist(found.specialist())
-    return found
+    with found.turn():
+        found.fit(found.specialist(), found.train, found.local_training)
+        found.save_specialist(found.specialist())
+        yield found
 
 
 def test_answers_are_unit_vectors_times_the_root_of_the_scale(client):

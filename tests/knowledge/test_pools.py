@@ -35,7 +35,7 @@ class Told:
         if self.others:
             tensor.add_(self.others.pop(0))
 
-    def largest(self, tensor):
+    def max_(self, tensor):
         self.said.append(tensor.clone())
         if self.others:
             tensor.copy_(torch.maximum(tensor, self.others.pop(0)))

@@ -106,9 +106,10 @@ def test_of_a_download_that_the_link_cut_short_the_rest_teaches(tmp_path):
     loop.start_round(1)
     client, rows = loop.clients[0], torch.arange(0, 60, 3)
     whole = answers(loop.server, loop.server.student, loop.server.proxy)
-    upload = loop.method.local_update(client, Responses(whole[rows], "embeddings", rows))
+    with client.turn():
+        upload = loop.method.local_update(client, Responses(whole[rows], "embeddings", rows))
     assert upload.values.shape == (60, 16) and 0 < client.metrics["digest/loss"] < 10
-    with pytest.raises(RejectedMessageError, match="expected embeddings"):
+    with pytest.raises(RejectedMessageError, match="expected embeddings"), client.turn():
         loop.method.local_update(client, Responses(whole.softmax(1), "probabilities"))
 
 

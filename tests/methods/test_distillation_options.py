@@ -290,9 +290,9 @@ def test_a_personal_download_is_what_the_others_say(tmp_path):
     loop.start_round(2)
     for me, other in ((0, 1), (1, 0)):
         got = loop.download_for(me)
-        specialist = loop.clients[other].specialist()
-        loop.runtime.hold("linear", None)
-        expected = torch.softmax(loop.clients[other].predict(specialist, loop.server.proxy), 1)
+        with loop.clients[other].turn():
+            specialist = loop.clients[other].specialist()
+            expected = torch.softmax(loop.clients[other].predict(specialist, loop.server.proxy), 1)
         torch.testing.assert_close(got.values, expected)
 
 

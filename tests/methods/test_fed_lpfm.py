@@ -105,7 +105,7 @@ def test_only_the_proxy_travels_and_no_foundation_model_is_saved(tmp_path):
     assert taught.ledger.by_kind() == plain.ledger.by_kind()
     assert estimate_bytes(taught) == estimate_bytes(plain)
     assert all(client.state == {} for client in taught.clients)
-    assert torch.equal(weight(taught.runtime.template("linear")), Foundation().linear.weight)
+    assert torch.equal(weight(taught.runtime.shared_module("linear")), Foundation().linear.weight)
 
 
 def test_fine_tuning_happens_once_at_every_site_from_the_public_weights(tmp_path):
@@ -115,7 +115,7 @@ def test_fine_tuning_happens_once_at_every_site_from_the_public_weights(tmp_path
     for client, margin in zip(loop.clients, tuned):
         own = client.state["answers"][0, client.id].item()
         assert own == pytest.approx(sigma(margin), rel=1e-5)
-    assert torch.equal(weight(loop.runtime.template("linear")), Foundation().linear.weight)
+    assert torch.equal(weight(loop.runtime.shared_module("linear")), Foundation().linear.weight)
     fits = [[name for name in r["clients"]["0"] if name.startswith("fine_tune")] for r in loop.history]
     assert fits == [["fine_tune/0/loss"], []]
     margins = []

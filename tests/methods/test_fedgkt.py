@@ -65,9 +65,10 @@ def test_the_models_that_are_evaluated_are_extractors_below_the_servers(tmp_path
     loop.run()
     # a client alone knows one of the two test samples, and guesses class 0 for the other; the server's model knows both
     assert loop.history[0]["metrics"]["specialists/test/accuracy"] == 1.0
-    joined = loop.method.client_model(loop.server, loop.clients[0])
-    x, _ = loop.server.test.batch(torch.arange(2))
-    torch.testing.assert_close(joined(x).logits, x.flatten(1) @ weight(loop.server.teacher).T)
+    with loop.clients[0].turn():
+        joined = loop.method.client_model(loop.server, loop.clients[0])
+        x, _ = loop.server.test.batch(torch.arange(2))
+        torch.testing.assert_close(joined(x).logits, x.flatten(1) @ weight(loop.server.teacher).T)
 
 
 def test_features_of_a_layer_keep_their_shape_for_the_server(tmp_path):

@@ -193,7 +193,7 @@ def test_sites_that_missed_rounds_have_the_servers_weights_when_they_train(tmp_p
         assert own["version"] == base["version"] and own["total"].keys() == base["total"].keys()
         for layer, total in base["total"].items():
             assert torch.equal(total, own["total"][layer])
-        assert not loop.runtime.template("student").linear.base_layer.weight.any()  # nothing of it stays behind
+        assert not loop.runtime.shared_module("student").linear.base_layer.weight.any()  # nothing of it stays behind
         versions.append(own["version"] - before)
         return message
 
@@ -396,7 +396,7 @@ def test_a_vision_transformer(tmp_path, name):
 
     def seen(client, download):
         message = update(client, download)
-        layer = adapted_layers(client.runtime.template("student"))[0]
+        layer = adapted_layers(client.runtime.shared_module("student"))[0]
         total = client.state.get("base", {}).get("total", {}).get(layer.name, 0)
         delta = 2.0 * message.tensors[layer.b] @ message.tensors[layer.a]
         uploads.append((client.samples, delta.detach() + total))

@@ -154,7 +154,10 @@ def test_both_ways_are_counted(tmp_path):
 def test_a_round_asks_all_clients_for_the_same_windows(tmp_path):
     loop = ran(tmp_path, 1, method={"proxy_fraction": 0.7})
     loop.start_round(2)
-    answers = [loop.method.local_update(client, None).rows for client in loop.clients]
+    answers = []
+    for client in loop.clients:
+        with client.turn():
+            answers.append(loop.method.local_update(client, None).rows)
     assert torch.equal(*answers) and len(answers[0]) == 2
     assert loop.server.state["answers"]["sizes"].shape == (2, LENGTH)
 
@@ -247,7 +250,8 @@ def test_a_specialist_with_another_tokenizer_takes_part(words, tmp_path):
     assert of_words.architecture != bytes_only.architecture
     assert {row.client for row in loop.ledger.rows() if row.direction == "down"} == {bytes_only.id}
     # what it answers: where a word ends, the next byte, as the text itself has it
-    answers = loop.method.answering.upload(of_words, of_words.specialist(), None)
+    with of_words.turn():
+        answers = loop.method.answering.upload(of_words, of_words.specialist(), None)
     answers.validate()
     tokens = loop.server.proxy.batch(torch.arange(len(loop.server.proxy)))[0]
     answered = answers.sizes > 0
@@ -267,9 +271,10 @@ def test_its_word_is_weighed_by_the_text_that_it_foretold(words, tmp_path):
     loop.set_up()
     client = loop.clients[1]
     answering = TokenUploadBuilder(4, 1.0, None, 1.0, BayesianMixture(1.0))
-    answers = answering.upload(client, client.specialist(), torch.arange(2))
-    tokens = client.proxy.batch(torch.arange(2))[0]
-    nll = client.predict(client.specialist(), client.proxy.subset(torch.arange(2)), lambda m, x: m.token_nll(x))
+    with client.turn():
+        answers = answering.upload(client, client.specialist(), torch.arange(2))
+        tokens = client.proxy.batch(torch.arange(2))[0]
+        nll = client.predict(client.specialist(), client.proxy.subset(torch.arange(2)), lambda m, x: m.token_nll(x))
     torch.testing.assert_close(answers.weights.values()[:, 1:], -nll.cumsum(1), atol=answers.weights.step, rtol=0)
     assert len(tokens) == len(answers.sizes)
 
@@ -287,7 +292,8 @@ def test_answers_over_another_vocabulary_are_refused(tmp_path):
     loop = federation(TokenDistillation(), tmp_path)
     loop.set_up()
     loop.start_round(1)
-    upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
+    with loop.clients[0].turn():
+        upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
     with pytest.raises(RejectedMessageError, match="vocabulary of 7, expected 5"):
         loop.method.aggregate(loop.server).add(upload, 0)
 
@@ -396,7 +402,8 @@ def test_the_form_of_what_comes_back_is_that_of_the_mode_and_picks_the_loss(tmp_
     # a list of the likeliest is never taken for draws, whoever sends it
     top = SparseResponses(**loop.server.state["answers"])
     client, sampled = loop.clients[0], TokenDistillation(mode="sampled", draws=9)
-    sampled.local_update(client, top)
+    with client.turn():
+        sampled.local_update(client, top)
     assert set(modes) == {"tail"}
 
 

@@ -9,7 +9,8 @@ from fdl.errors import UserError
 from fdl.metrics.tasks import TASKS
 from fdl.modules.output import Output
 from fdl.recipe import from_mapping
-from fdl.state.weights import load_into, module_state, pin
+from fdl.state.model_handle import ModelHandle
+from fdl.state.weights import load_into, module_state
 
 
 class Pairs(Samples):
@@ -74,7 +75,7 @@ def test_a_model_answers_any_question_on_inputs_of_several_parts():
 def test_neither_frozen_nor_tied_weights_are_stated_twice(pinned):
     module = Tied()
     if pinned:
-        pin(module)
+        ModelHandle(module)
     assert list(module_state(module)) == ["embedding.weight"]
     load_into(module, {"embedding.weight": torch.ones(4, 3)})
     assert module.head.weight.equal(torch.ones(4, 3))

@@ -155,7 +155,7 @@ def test_the_embedding_is_what_the_last_layer_sees_and_parts_can_be_asked_for(tm
 
 def test_check_takes_a_step_and_leaves_no_trace(tmp_path):
     loop = build(recipe.from_mapping(tree("Standard")), tmp_path / "run", launch=False)
-    models = loop.server.student, loop.runtime.template(loop.clients[0].architecture)
+    models = loop.server.student, loop.runtime.shared_module(loop.clients[0].architecture)
     before, state = [copy_of(model) for model in models], torch.random.get_rng_state()
     run_trial_steps(loop)
     assert torch.equal(torch.random.get_rng_state(), state)

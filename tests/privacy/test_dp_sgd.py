@@ -72,10 +72,12 @@ def client_of(factory=Net, n=N, steps=1, batch_size=B, optimizer=None, **setting
 
 
 def fitted(client, objective=None, samples=None):
-    module = client.specialist()
-    before = copy_of(module)
-    client.fit(module, client.train if samples is None else samples, client.local_training, objective)
-    after = copy_of(module)
+    with client.turn():
+        module = client.specialist()
+        before = copy_of(module)
+        client.fit(module, client.train if samples is None else samples, client.local_training, objective)
+        client.save_specialist(module)
+        after = copy_of(module)
     return module, before, {name: after[name] - before[name] for name in after}
 
 
@@ -155,7 +157,7 @@ def test_both_ways_of_clipping_agree():
 def test_an_objective_is_clipped_whole():
     # FedProx: the gradient of an example is that of its loss and of the proximal term
     client, train = client_of()
-    anchor = [torch.ones_like(parameter) for parameter in client.specialist().parameters()]
+    anchor = [torch.ones_like(parameter) for parameter in Net().parameters()]
     module, before, change = fitted(client, ProximalObjective(anchor, 0.1, False))
     reset(module, before)
     expected = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
@@ -237,17 +239,18 @@ def test_ghost_clipping_is_refused_where_examples_have_weights():
 
 def test_private_samples_are_read_by_nothing_else():
     client, _ = client_of()
-    module = client.specialist()
-    for read in (
-        lambda: client.train.labels,
-        lambda: client.predict(module, client.train),
-        lambda: client.calibration_accuracy(),
-        lambda: client.runtime.fit(module, client.train, client.local_training, client.rng("fit")),
-        lambda: client.train.subset([0]).batch(torch.tensor([0])),
-        lambda: client.train.augment,
-    ):
-        with pytest.raises(UserError, match="reads private samples outside of a training with noise"):
-            read()
+    with client.turn():
+        module = client.specialist()
+        for read in (
+            lambda: client.train.labels,
+            lambda: client.predict(module, client.train),
+            lambda: client.calibration_accuracy(),
+            lambda: client.runtime.fit(module, client.train, client.local_training, client.rng("fit")),
+            lambda: client.train.subset([0]).batch(torch.tensor([0])),
+            lambda: client.train.augment,
+        ):
+            with pytest.raises(UserError, match="reads private samples outside of a training with noise"):
+                read()
     assert len(client.train) == N == client.samples
     with client.data_gate.open():
         assert client.train.labels.tolist() == [i % 3 for i in range(N)]
@@ -274,7 +277,6 @@ def test_budget_ends_training_of_a_client():
     for round in (1, 2, 3):
         client.start_round(round)
         change = fitted(client)[2]
-        client.save_specialist(client.specialist())
         changed.append(any(bool(value.any()) for value in change.values()))
         spent.append((client.metrics.get("privacy/epsilon"), client.metrics.get("privacy/exhausted")))
     account = events_of(client)
@@ -411,8 +413,9 @@ def test_two_fits_of_one_name_in_a_round_have_noise_and_batches_of_their_own(mon
         noise_of = optimizer._generate_noise
         with monkeypatch.context() as patch:
             patch.setattr(optimizer, "_generate_noise", watch)
-            for _ in range(fits):
-                client.fit(client.specialist(), client.train, client.local_training)
+            with client.turn():
+                for _ in range(fits):
+                    client.fit(client.specialist(), client.train, client.local_training)
         return torch.stack([noise.norm() for noise in seen]).view(fits, -1)
 
     import opacus.optimizers.optimizer as optimizer

@@ -128,7 +128,8 @@ def test_a_client_without_data_sends_noise_too(tmp_path):
     loop.start_round(1)
     client = loop.clients[0]
     client.train = client.train.subset(torch.arange(0))
-    said = parts_of(loop.method.uploads.upload(client, client.specialist(), None))[Prototypes]
+    with client.turn():
+        said = parts_of(loop.method.uploads.upload(client, client.specialist(), None))[Prototypes]
     said.validate()
     assert "noisy_prototypes" in {one["mechanism"] for one in events_of(client)}
 

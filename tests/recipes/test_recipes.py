@@ -56,7 +56,7 @@ def test_a_recipe_builds_what_it_names(path, overrides, tmp_path):
         different = {json.dumps([component.target, component.args], sort_keys=True) for component in recipe.specialists}
         assert len(trained) == min(len(different), len(loop.clients))
         for key in trained:
-            assert type(loop.runtime.template(key)) in {
+            assert type(loop.runtime.shared_module(key)) in {
                 find(component.target, KINDS["module"]).load() for component in recipe.specialists
             }
     else:

@@ -40,7 +40,8 @@ def test_nothing_of_a_client_stays_in_memory(tmp_path):
     asked = sorted({int(client) for record in loop.history for client in record["clients"]})
     assert {name.split("-")[1] for name in names(tmp_path / "clients")} == {f"{client:06d}" for client in asked}
     one = loop.clients[asked[0]]
-    assert set(one.state["specialist"]) == set(one.specialist().state_dict())
+    with one.turn():
+        assert set(one.state["specialist"]) == set(one.specialist().state_dict())
 
 
 def test_a_run_goes_on_from_either(tmp_path):
@@ -67,9 +68,9 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
 
     def save(round):
         data = {"clients": {str(c): store.reference(c) for c in (0, 1)}}
-        store.settle()
+        store.mark_checkpointed()
         path = checkpoint.save(tmp_path / "checkpoints", round, data, keep=2)
-        store.hold(checkpoint.files(path.parent))
+        store.retain(checkpoint.files(path.parent))
 
     for value in (1, 2):
         store.write(0, state(value))
@@ -85,9 +86,9 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
     assert len(names(store.folder)) == 3  # client 1, and client 0 in rounds 3 and 4
     (store.folder / "client-000009-0000000000000000.safetensors").write_bytes(b"left")
     fresh = DiskStore(store.folder)
-    fresh.hold(checkpoint.files(tmp_path / "checkpoints"), sweep=True)
+    fresh.retain(checkpoint.files(tmp_path / "checkpoints"), sweep=True)
     assert len(names(store.folder)) == 3
-    fresh.refer(0, store.reference(0))
+    fresh.set_reference(0, store.reference(0))
     assert fresh.read(0)["seen"] == 24
     assert torch.equal(fresh.read(0)["specialist"]["weight"], torch.full((3,), 24.0))
     assert fresh.read(5) == {}
@@ -96,7 +97,7 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     """Whose it was, and where it should be."""
     store = DiskStore(tmp_path)
-    store.refer(3, {FILE: "../client-000003-0123456789abcdef.safetensors"})
+    store.set_reference(3, {FILE: "../client-000003-0123456789abcdef.safetensors"})
     with pytest.raises(UserError, match=r"client-000003-0123456789abcdef.*client 3") as told:
         store.read(3)
     assert ".." not in str(told.value)

@@ -54,7 +54,7 @@ class StepSelection:
         alone = isinstance(fabric.strategy, SingleDeviceStrategy | DDPStrategy) and sharder is None
         self._plain = alone and fabric.strategy.precision.precision == "32-true"
         self._shares = strategy in ("ddp", "fsdp") and ranks.count > 1
-        self.uses_all_ranks = self._shares and ranks.together
+        self.uses_all_ranks = self._shares and ranks.sharded
         self.optimizers = FitOptimizers(fabric, sharder)
         self.compiler = Compiler()
         self._tracers: WeakKeyDictionary[nn.Module, StepTracer | None] = WeakKeyDictionary()
@@ -92,7 +92,7 @@ class StepSelection:
         try:
             yield
         finally:
-            self.uses_all_ranks = self._shares and self._ranks.together
+            self.uses_all_ranks = self._shares and self._ranks.sharded
 
     def _terms(self, module: nn.Module, objective: Objective) -> Terms | None:
         """What a loss is the mean of, where ranks may share the samples of a batch; None elsewhere.

@@ -28,7 +28,7 @@ class ShardedStep(EagerStep):
 
     def __init__(self, sharder: Sharder, *eager: Any):
         super().__init__(*eager)
-        self._sharder, self._gathering = sharder, sharder.within(self.objective)
+        self._sharder, self._gathering = sharder, sharder.wrap_objective(self.objective)
 
     def backward(self, placed: Any) -> Mapping[str, Tensor]:
         """As `EagerStep.backward`, with the weights that the objective needs gathered."""
@@ -36,7 +36,7 @@ class ShardedStep(EagerStep):
 
     def update(self) -> None:
         """Make the ranks agree on gradients, clip them over all parts, let the optimiser step, and drop them."""
-        self._sharder.settle(self.module, self.parameters, self.objective, self.gradient_clip)
+        self._sharder.finish_gradients(self.module, self.parameters, self.objective, self.gradient_clip)
         self._sharder.step(self.optimizer)
         for parameter in self.parameters:
             parameter.grad = None

@@ -16,7 +16,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from fdl.engine.inference import map_tensors
 from fdl.engine.vectorized.step_recorder import StepTracer
 from fdl.state.flat_tensors import FlatTensors
-from fdl.state.weights import module_state, pin_to
+from fdl.state.model_handle import RowHandle
+from fdl.state.weights import module_state
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
@@ -157,7 +158,7 @@ class StackedModels:
         for name, view in state.items():
             view.copy_(parameters[name].detach())
             parameters[name].data = view
-        pin_to(module, state)
+        RowHandle(module, state)
         return module
 
 

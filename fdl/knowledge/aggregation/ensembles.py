@@ -47,10 +47,8 @@ class MeanAndEnsemble(Aggregate):
             RejectedMessageError: they do not fit, or predict what is not finite; the means are as they were.
         """
         self.mean.check(message)
-        module = self.server.runtime.template("student")
-        load_into(module, message.tensors)
-        self.server.runtime.hold("student", None)
-        probabilities = self._predict(module)
+        with self.server.runtime.borrow("student", message.tensors) as module:
+            probabilities = self._predict(module)
         if not torch.isfinite(probabilities).all():
             raise RejectedMessageError("its model's answers to the proxy set are not finite")
         self.mean.add(message, client)
@@ -118,16 +116,15 @@ class GroupEnsemble(Aggregate):
             raise RejectedMessageError(f"expected {expected}, got {got}")
         message = parts[Parameters]
         group = self.group_of(client)
-        module = self.server.runtime.template(group)
-        try:
-            load_into(module, message.tensors)
-        except ValueError as error:
-            raise RejectedMessageError(str(error)) from error
-        self.server.runtime.hold(group, None)
-        logits = self.server.predict(module, self.server.proxy)
-        if not torch.isfinite(logits).all():
-            raise RejectedMessageError("its model's answers to the proxy set are not finite")
-        teaches = not self.drop_worst or self._beats_chance(module)
+        with self.server.runtime.borrow(group) as module:
+            try:
+                load_into(module, message.tensors)
+            except ValueError as error:
+                raise RejectedMessageError(str(error)) from error
+            logits = self.server.predict(module, self.server.proxy)
+            if not torch.isfinite(logits).all():
+                raise RejectedMessageError("its model's answers to the proxy set are not finite")
+            teaches = not self.drop_worst or self._beats_chance(module)
         if self.weighted:
             answers = Responses(logits, "logits", confidence=parts[Scores].confidence)
             self.weighted[teaches].checked(answers)

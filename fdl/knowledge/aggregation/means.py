@@ -292,7 +292,7 @@ class ParameterMean(Aggregate):
             if name not in self.averaged:
                 lowest = 0 if dtype is torch.bool else torch.iinfo(dtype).min
                 largest = self._largest.get(name, torch.full(shape, lowest, dtype=dtype)).long()
-                ranks.largest(largest)
+                ranks.max_(largest)
                 self._largest[name] = largest.to(dtype)
 
     def result(self) -> Mapping[str, Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,6 @@ from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.messages import Parameters
 from fdl.modules.objectives import Objective
 from fdl.participants import Participant, Server, copy_of
-from fdl.state.weights import load_into
 
 if TYPE_CHECKING:
     from fdl.engine.distributed.process_group import ProcessGroup
@@ -67,24 +67,18 @@ def codistill(server: Server, weights: Mapping[str, Weights], objective: Objecti
         weights: by pool, where teachers stand and learners start.
         objective: what a learner minimises, given the others' mean.
     """
-    answers = {}
-    for pool, tensors in weights.items():
-        module = server.runtime.template(pool)
-        load_into(module, tensors)
-        server.runtime.hold(pool, None)
-        answers[pool] = torch.softmax(server.predict(module, server.proxy), dim=1)
-    learnt = {}
-    for pool in weights:  # its template still holds its weights
-        module = server.runtime.template(pool)
-        taught = torch.stack([said for other, said in answers.items() if other != pool]).mean(0)
-        server.fit(
-            module,
-            SoftLabelled(server.proxy, taught),
-            server.server_distil,
-            objective,
-            stream_of(server, "distil", pool),
-        )
-        learnt[pool] = copy_of(module)
+    answers, learnt = {}, {}
+    with ExitStack() as borrowed:
+        modules = {
+            pool: borrowed.enter_context(server.runtime.borrow(pool, tensors)) for pool, tensors in weights.items()
+        }
+        for pool, module in modules.items():
+            answers[pool] = torch.softmax(server.predict(module, server.proxy), dim=1)
+        for pool, module in modules.items():
+            taught = torch.stack([said for other, said in answers.items() if other != pool]).mean(0)
+            samples = SoftLabelled(server.proxy, taught)
+            server.fit(module, samples, server.server_distil, objective, stream_of(server, "distil", pool))
+            learnt[pool] = copy_of(module)
     return learnt
 
 

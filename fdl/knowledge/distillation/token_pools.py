@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from lightning import LightningModule
@@ -16,8 +17,7 @@ from fdl.modules.base import HiddenStateModel
 from fdl.modules.objectives import Objective
 from fdl.modules.types import Batch
 from fdl.participants import Participant, Server, copy_of
-from fdl.state.shards import whole
-from fdl.state.weights import load_into
+from fdl.state.shards import gathered
 
 
 def require_equal_tokens(participant: Participant, module: LightningModule, pool: str) -> None:
@@ -51,15 +51,18 @@ def codistill_tokens(server: Server, weights: Mapping[str, Weights], temperature
     """
     learnt = {}
     for pool in weights:
-        for other, tensors in weights.items():
-            load_into(server.runtime.template(other), tensors)
-            server.runtime.hold(other, None)
-        teachers = [server.runtime.template(other).eval() for other in weights if other != pool]
-        objective = mixture_objective(teachers, vocabulary(server), temperature)
-        module = server.runtime.template(pool)
-        with whole(*teachers):
-            server.fit(module, server.proxy, server.server_distil, objective, stream_of(server, "distil", pool))
-        learnt[pool] = copy_of(module)
+        with ExitStack() as borrowed:
+            modules = {
+                other: borrowed.enter_context(server.runtime.borrow(other, tensors))
+                for other, tensors in weights.items()
+            }
+            teachers = [module.eval() for other, module in modules.items() if other != pool]
+            objective = mixture_objective(teachers, vocabulary(server), temperature)
+            with gathered(*teachers):
+                server.fit(
+                    modules[pool], server.proxy, server.server_distil, objective, stream_of(server, "distil", pool)
+                )
+            learnt[pool] = copy_of(modules[pool])
     return learnt
 
 

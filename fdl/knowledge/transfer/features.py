@@ -94,7 +94,7 @@ class FeatureTransfer:
 
     def names(self, client: Client) -> list[str]:
         """The layers of a client's specialist."""
-        return layer_names(client.runtime.template(client.architecture), self.layers)
+        return layer_names(client.runtime.shared_module(client.architecture), self.layers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -195,7 +195,7 @@ def test_a_model_that_cannot_be_vectorised_is_found_out_without_harm(tmp_path, c
     caplog.set_level(logging.INFO, "fdl")
 
     def branch(loop):
-        template = loop.runtime.template("student")
+        template = loop.runtime.shared_module("student")
 
         class Branching(type(template)):
             def training_step(self, batch, batch_idx=0):
