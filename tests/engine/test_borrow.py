@@ -35,8 +35,8 @@ def client_of(runtime, number=0):
     local = Fit(epochs=1, batch_size=2, optimizer=Component("sgd", {"lr": 0.1}))
     samples = TensorSamples(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
     return Client(
-        id=number, architecture="one", train=samples, calibration=samples, runtime=runtime, seed=3, local_training=local,
-        server_distil=local, client_distil=local, proxy=None, num_classes=2,
+        id=number, architecture="one", train=samples, calibration=samples, runtime=runtime, seed=3,
+        local_training=local, server_distil=local, client_distil=local, proxy=None, num_classes=2,
     )  # fmt: skip
 
 
