@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from fdl.build import build
-from fdl.engine.steps import data_parallel
 from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import prefix_names
 from fdl.methods.fedavg import FedAvg

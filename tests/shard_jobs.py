@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fdl.build import build
-from fdl.engine.steps import data_parallel
 from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.state import checkpoint
 from fdl.state.shards import local_shard
