@@ -9,6 +9,7 @@ import torch
 
 from fdl.datamodules.arrivals import samples_at
 from fdl.datamodules.guarded import GuardedSamples, PrivateDataGate, is_guarded
+from fdl.engine.requests import FitRequest, PredictRequest
 from fdl.engine.runtime import Runtime
 from fdl.modules.objectives import Objective
 from fdl.state import checkpoint
@@ -51,6 +52,22 @@ class PrivacyPolicy(Protocol):
         Args:
             events: the mechanisms, as `fdl.privacy.accounting.event` makes them.
         """
+        ...
+
+
+class Templates(Protocol):
+    """One module per architecture, to be filled with weights; `Runtime` has those that all clients share."""
+
+    def template(self, architecture: str) -> LightningModule:
+        """The module of an architecture."""
+        ...
+
+    def holder(self, architecture: str) -> Any:
+        """The participant whose weights the module holds, None when nobody's."""
+        ...
+
+    def hold(self, architecture: str, owner: Any) -> None:
+        """Note whose weights the module holds."""
         ...
 
 
@@ -189,12 +206,27 @@ class Participant:
     ) -> dict[str, float]:
         """Train a module; losses are also noted in `metrics` under `name`. Arguments as in `Runtime.fit`."""
         losses = self.runtime.fit(module, samples, config, self.rng(name), objective, max(self.round, 1))
-        self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
+        self.log_losses(name, losses)
         return losses
+
+    def log_losses(self, name: str, losses: Mapping[str, float]) -> None:
+        """Note the losses of a fit in `metrics`.
+
+        Args:
+            name: of the fit.
+            losses: by their names.
+        """
+        self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
 
     def predict(self, module: LightningModule, samples: Samples, what: OutputSelector = "logits") -> Tensor:
         """Answer samples without gradients: float32 [n, …] on the CPU. Arguments as in `Runtime.predict`."""
         return self.runtime.predict(module, samples, what)
+
+    def run(self, request: FitRequest | PredictRequest) -> Any:
+        """The result of a request, computed at once: what `fit` or `predict` returns."""
+        if isinstance(request, FitRequest):
+            return self.fit(request.module, request.samples, request.config, request.objective, request.name)
+        return self.predict(request.module, request.samples, request.what)
 
 
 class Client(Participant):
@@ -217,6 +249,8 @@ class Client(Participant):
             ``"calibration"``; None: nothing.
         corrupt_from: the round from which it does.
         gate: whether private samples may be read, under `dp_sgd`.
+        templates: the modules that it fills with weights: the runtime's, which all clients share, or its own while an
+            executor trains several clients side by side.
     """
 
     def __init__(
@@ -232,6 +266,7 @@ class Client(Participant):
     ):
         self._store, self._state = store, None
         super().__init__(**participant)
+        self.templates: Templates = self.runtime
         self.dp_sgd, self.gate, self.name = dp_sgd, PrivateDataGate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
         self.corrupt: Callable[[Samples, str], Samples] | None = None
@@ -324,13 +359,13 @@ class Client(Participant):
 
     def specialist(self) -> LightningModule:
         """Its private model: the architecture's template, filled with this client's weights."""
-        module = self.runtime.template(self.architecture)
-        if self.runtime.holder(self.architecture) is not self:
+        module = self.templates.template(self.architecture)
+        if self.templates.holder(self.architecture) is not self:
             if "specialist" not in self.state:
                 seed = stream_seed(self.seed, "init", 0, self.id)
                 self.state["specialist"] = self.runtime.first_weights(self.architecture, seed)
             load_into(module, self.state["specialist"])
-            self.runtime.hold(self.architecture, self)
+            self.templates.hold(self.architecture, self)
         return module
 
     def keep(self, module: LightningModule) -> None:
@@ -345,9 +380,9 @@ class Client(Participant):
             architecture: whose template; default the client's own.
         """
         architecture = architecture or self.architecture
-        module = self.runtime.template(architecture)
+        module = self.templates.template(architecture)
         load_into(module, tensors)
-        self.runtime.hold(architecture, None)
+        self.templates.hold(architecture, None)
         return module
 
     def calibration_accuracy(self) -> float:
@@ -417,7 +452,7 @@ class Server(Participant):
     ) -> dict[str, float]:
         """Train a module; as `Participant.fit`, with `watch` as in `Runtime.fit`."""
         losses = self.runtime.fit(module, samples, config, self.rng(name), objective, max(self.round, 1), watch)
-        self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
+        self.log_losses(name, losses)
         return losses
 
     def rest(self) -> None:

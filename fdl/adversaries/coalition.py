@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from fdl.adversaries.base import SPACES, Adversary, AttackContext, Upload
 from fdl.errors import UserError
@@ -183,6 +183,8 @@ def _check_space(adversary: Adversary, method: Method) -> None:
         sent = get_type_hints(type(method).local_update).get("return", Message)
     except NameError:  # an annotation that is there for type checkers alone: what is sent tells
         return
+    if get_origin(sent) is Generator:  # what it returns in the end
+        sent = get_args(sent)[2]
     kinds = set(get_args(sent) or (sent,)) - {type(None)}
     known = SPACES if kinds & {Message, Bundle} else {kind: SPACES[kind] for kind in kinds if kind in SPACES}
     if "data" in adversary.spaces or set(known.values()) & set(adversary.spaces):

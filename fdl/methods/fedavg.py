@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import Average, ServerOptimizer
 from fdl.messages import Message, Parameters
@@ -37,10 +38,10 @@ class FedAvg(Method):
         """The global weights, the same message for all clients of a round."""
         return server.say("student", lambda: Parameters(module_state(server.student)))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the global model on private data and return its weights."""
         module = client.load(download.tensors, "student")
-        client.fit(module, client.train, client.local, self.objective(module))
+        yield FitRequest(module, client.train, client.local, self.objective(module))
         return Parameters(module_state(module), samples=client.told_samples)
 
     def objective(self, module) -> Objective | None:

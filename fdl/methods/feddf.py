@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.means import ParameterMean, ResponseMean
 from fdl.knowledge.aggregation.shares import Cap
@@ -117,14 +118,14 @@ class FedDF(Method):
         group = self._group(server, client)
         return server.say(group, lambda: Parameters(self._weights(server, group)))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters | Bundle:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters | Bundle]:
         """Train the group's model on private data; return its weights and, if asked, how much it counts."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
-        client.fit(module, client.train, client.local)
+        yield FitRequest(module, client.train, client.local)
         weights = Parameters(module_state(module), samples=client.told_samples)
         if self.weighting is None:
             return weights
-        scores = self.weighting.log_weights(client, client.predict(module, client.proxy))
+        scores = self.weighting.log_weights(client, (yield PredictRequest(module, client.proxy)))
         return Bundle((weights, Scores(QuantizedLogWeights.quantize(scores))))
 
     def aggregate(self, server: Server) -> _Ensemble:

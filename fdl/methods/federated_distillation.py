@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from lightning import LightningModule
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
 from fdl.knowledge.aggregation.last_uploads import LastAnswers
@@ -183,19 +184,19 @@ class FederatedDistillation(Method):
         standing = self.frequency.standing(server, self._last(server).round(client))
         return Bundle((standing,) if answers is None else (answers, standing))
 
-    def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
+    def local_update(self, client: Client, download: Message | Bundle | None) -> Requests[Message | Bundle | None]:
         """Learn from what came back, train on private data, answer the proxy set."""
         received = parts_of(download)
         answers, standing = received.get(Responses), received.get(UploadStatus)
         if self.frequency is not None and self.frequency.idle(client, standing):
             return UploadStatus(standing.round)
-        specialist = self._specialist(client, answers is not None)
+        specialist = yield from self._specialist(client, answers is not None)
         if answers is not None:
             answered = SoftLabelled(client.proxy, answers.values, answers.rows)
-            client.fit(specialist, answered, client.digest, self.objective, name="digest")
-        client.fit(specialist, client.train, client.local)
+            yield FitRequest(specialist, answered, client.digest, self.objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local)
         client.keep(specialist)
-        return self.answering.upload(client, specialist, standing)
+        return (yield from self.answering.upload(client, specialist, standing))
 
     def aggregate(self, server: Server) -> CompositeAggregate:
         """Means over clients, weighted row by row."""
@@ -231,7 +232,7 @@ class FederatedDistillation(Method):
         log = self.weights.update(server, knowledge.gains) if self.weights else {}
         return log | (self.frequency.watch(server) if self.frequency else {})
 
-    def _specialist(self, client: Client, taught: bool) -> LightningModule:
+    def _specialist(self, client: Client, taught: bool) -> Requests[LightningModule]:
         """The client's model as it begins the round: a new one where it has none, or where CFD would draw one."""
         new, specialist = "specialist" not in client.state, client.specialist()
         if self.pretrain and new:
@@ -239,7 +240,7 @@ class FederatedDistillation(Method):
             own = client.local
             if id(own) not in self._pretraining:
                 self._pretraining[id(own)] = own, replace(own, epochs=self.pretrain, steps=None)
-            client.fit(specialist, client.public, self._pretraining[id(own)][1], name="pretrain")
+            yield FitRequest(specialist, client.public, self._pretraining[id(own)][1], name="pretrain")
         elif self.restart and taught:
             seed = stream_seed(client.seed, "restart", client.round, client.id)
             load_into(specialist, client.runtime.first_weights(client.architecture, seed))

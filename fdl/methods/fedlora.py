@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
 from fdl.knowledge.aggregation.means import ParameterMean
@@ -55,14 +56,14 @@ class FedLoRA(Method):
         known = server.state["base"]["known"].get(str(client), 0) if self.aggregation.merges else 0
         return server.say(f"since {known}", lambda: Parameters(self._global(server) | _since(server, known)))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the updates on private data and return them."""
         template = client.runtime.template("student")
         tensors = _take_in(client, download.tensors)
         if self.aggregation.fresh:
             tensors |= _fresh(client, adapted_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
-        client.fit(module, client.train, client.local)
+        yield FitRequest(module, client.train, client.local)
         return Parameters(module_state(module), samples=client.told_samples)
 
     def aggregate(self, server: Server) -> _Updates:

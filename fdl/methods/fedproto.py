@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.losses.responses import cross_entropy
@@ -72,11 +73,11 @@ class FedProto(Method):
         labels = torch.nonzero(common["counts"]).squeeze(1)
         return server.say("all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels]))
 
-    def local_update(self, client: Client, download: Prototypes | None) -> Prototypes:
+    def local_update(self, client: Client, download: Prototypes | None) -> Requests[Prototypes]:
         """Train on private data near the common prototypes, and return those of one's own."""
         specialist = client.specialist()
         objective = None if download is None or self.weight == 0 else self._near(client, download)
-        client.fit(specialist, client.train, client.local, objective)
+        yield FitRequest(specialist, client.train, client.local, objective)
         client.keep(specialist)
         self._judge(client, specialist, download)
         embeddings = client.predict(specialist, client.train, "embedding")

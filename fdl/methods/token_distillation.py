@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
@@ -117,7 +118,7 @@ class TokenDistillation(Method):
             return None
         return server.say("answers", lambda: SparseResponses(**server.state["answers"]))
 
-    def local_update(self, client: Client, download: SparseResponses | None) -> SparseResponses:
+    def local_update(self, client: Client, download: SparseResponses | None) -> Requests[SparseResponses]:
         """Learn from what came back, train on private text, answer the proxy text."""
         specialist = client.specialist()
         rows = rows_of_round(client, self.subsample)
@@ -126,8 +127,8 @@ class TokenDistillation(Method):
             mixture.add(download, -1)
             drawn = download.form == "sampled"  # the likeliest ids leave a tail, which draws do not have
             objective = self.objective if drawn == (self.mode == "sampled") else self.likeliest
-            client.fit(specialist, _answered(client, mixture.result()), client.digest, objective, name="digest")
-        client.fit(specialist, client.train, client.local)
+            yield FitRequest(specialist, _answered(client, mixture.result()), client.digest, objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local)
         client.keep(specialist)
         return self.answering.upload(client, specialist, rows)
 
