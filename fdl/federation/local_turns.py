@@ -90,7 +90,7 @@ class LocalTurn:
             return
         if not isinstance(request, FitRequest | PredictRequest):
             raise UserError(
-                f"{self._name} yields {type(request).__name__}, not a FitRequest or a PredictRequest; client.fit(…) and "
+                f"{self._name} yields {type(request).__name__}, no FitRequest or PredictRequest; client.fit(…) and "
                 "client.predict(…) compute at once and need no yield"
             )
         self.request = request
