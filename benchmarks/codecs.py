@@ -64,7 +64,7 @@ class Recorder(EntropyStage):
 
     name = "recorder"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.streams: list[bytes] = []
 
     def compress(self, data: bytes | memoryview) -> bytes:

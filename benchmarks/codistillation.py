@@ -40,7 +40,7 @@ import numpy as np
 
 from fdl.recipe import difference, load
 from fdl.runs import run as runs
-from fdl.runs.compare import Run, plan
+from fdl.runs.compare import PlannedRun, plan
 
 HERE = Path(__file__).parent
 RECIPES = {
@@ -62,7 +62,7 @@ MAY_DIFFER = (
     "name",
     "method",
     "specialists",
-    "distil.steps",
+    "server_distil.steps",
     "data.args.proxy",
     "data.args.proxy_groups",
     "data.args.where",
@@ -165,7 +165,7 @@ def overrides(job: str, folder: Path) -> list[str]:
     """What the job changes in its recipe."""
     if job == "texts":
         return [f"data.args.path={folder / 'data/texts.jsonl'}", "callbacks=[csv]", "evaluation.every=1000"]
-    changes = [f"output={folder}"]
+    changes = [f"output_dir={folder}"]
     if job == "photographs":
         changes += PHOTOGRAPHS
         for name in load(RECIPES[job], changes).compare.variants:
@@ -178,15 +178,15 @@ def overrides(job: str, folder: Path) -> list[str]:
     return changes
 
 
-def server_steps(run: Run) -> int:
+def server_steps(run: PlannedRun) -> int:
     """How many steps each pool's model is distilled for in all; 0 where it is not."""
     args, rounds = run.recipe.method.args, run.recipe.federation.rounds
     if args.get("mode") == "periodic":
-        return rounds // args.get("period", 1) * run.recipe.distil.steps
-    return rounds * run.recipe.distil.steps if args["alpha"] > 0 else 0
+        return rounds // args.get("period", 1) * run.recipe.server_distil.steps
+    return rounds * run.recipe.server_distil.steps if args["alpha"] > 0 else 0
 
 
-def assert_equal_work(planned: Sequence[Run]) -> None:
+def assert_equal_work(planned: Sequence[PlannedRun]) -> None:
     """Same recipe but for what is asked about, the same private samples at the same clients, equal server steps."""
     from fdl.build import build
 
@@ -208,7 +208,7 @@ def assert_equal_work(planned: Sequence[Run]) -> None:
     assert len({tuple(hashes) for hashes in private.values()}) == 1, "clients have different data"
 
 
-def scores(run: Run) -> dict[str, float]:
+def scores(run: PlannedRun) -> dict[str, float]:
     """By pool, its model's score on test data: the mean of the last evaluations."""
     history = [record["metrics"] for record in runs.read_summary(run.folder)["history"]]
     last = [metrics for metrics in history if "student/test/nll" in metrics][-LAST:]
@@ -228,7 +228,7 @@ def spread(values: Sequence[float], signed: bool = False) -> str:
     return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def tabulate(planned: Sequence[Run]) -> list[dict[str, Any]]:
+def tabulate(planned: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     """A row for each pool of each variant."""
     found = {(run.variant, run.seed): scores(run) for run in planned}
     variants, seeds = (list(dict.fromkeys(part)) for part in zip(*found))

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fdl.metrics.federation import paired_difference
 from fdl.recipe import difference
 from fdl.runs import run as runs
-from fdl.runs.compare import Run, plan
+from fdl.runs.compare import PlannedRun, plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,20 +47,26 @@ REFERENCE, CODED = "fedavg", "fedavg_coded"
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 """Of accuracies after the last round to `CODED` with the same seed: mean and 95 % t interval."""
 EQUAL = (
-    *("seed", "data", "partition", "federation", "student", "specialists", "local", "evaluation"),
-    *("distil.steps", "distil.batch_size"),
+    *("seed", "data", "partition", "federation", "student", "specialists", "local_training", "evaluation"),
+    *("server_distil.steps", "server_distil.batch_size"),
 )
 CNN = "{target: cnn, args: {channels: [16, 32, 32]}}"
 CIFAR10 = [
     "federation.rounds=10",
     f"student={CNN}",
     f"specialists=[{CNN}]",
-    "local.steps=40",
-    "local.optimizer.args.lr=0.05",
-    "digest.steps=20",
-    "distil.steps=200",
+    "local_training.steps=40",
+    "local_training.optimizer.args.lr=0.05",
+    "client_distil.steps=20",
+    "server_distil.steps=200",
 ]
-QUICK = ["federation.clients=3", "federation.rounds=3", "local.steps=10", "digest.steps=5", "distil.steps=20"]
+QUICK = [
+    "federation.clients=3",
+    "federation.rounds=3",
+    "local_training.steps=10",
+    "client_distil.steps=5",
+    "server_distil.steps=20",
+]
 
 
 class Point(NamedTuple):
@@ -90,13 +96,13 @@ class Point(NamedTuple):
         return self.upload + self.download
 
 
-def together(run: Run) -> int:
+def together(run: PlannedRun) -> int:
     """Bytes of all messages, of what is sent before round 1, and of the final student to every site."""
     sent = runs.read_summary(run.folder)["communication"]
     return sum(sent[f"{part}_bytes"] for part in ("upload", "download", "setup", "student_delivery"))
 
 
-def assert_equal_work(planned: Sequence[Run]) -> None:
+def assert_equal_work(planned: Sequence[PlannedRun]) -> None:
     """Same recipe but for method and channel, and, once built, same shares of same data, for all methods of a seed."""
     from fdl.build import build
 
@@ -112,12 +118,14 @@ def assert_equal_work(planned: Sequence[Run]) -> None:
             ]
             assert not changed, f"{run.variant} and {same[0].variant} differ in {changed}"
             assert loop.fingerprint == loops[0].fingerprint, f"{run.variant} has other data than {same[0].variant}"
-            assert [client.local for client in loop.clients] == [client.local for client in loops[0].clients]
-            architectures = [loop.runtime.template(client.architecture).backbone for client in loop.clients]
+            assert [client.local_training for client in loop.clients] == [
+                client.local_training for client in loops[0].clients
+            ]
+            architectures = [loop.runtime.shared_module(client.architecture).backbone for client in loop.clients]
             assert len({str(network) for network in architectures}) == 1, "clients have several architectures"
 
 
-def points(run: Run) -> list[Point]:
+def points(run: PlannedRun) -> list[Point]:
     """Every round that was measured, in order."""
     found, best, leading = [], (-1.0, 0.0), 0.0
     for record in runs.read_summary(run.folder)["history"]:
@@ -133,7 +141,7 @@ def points(run: Run) -> list[Point]:
     return found
 
 
-def row(planned: Sequence[Run], method: str) -> dict[str, Any]:
+def row(planned: Sequence[PlannedRun], method: str) -> dict[str, Any]:
     """One method's row: means over seeds, and deviations of accuracies, after the last round.
 
     Args:
@@ -157,8 +165,8 @@ def row(planned: Sequence[Run], method: str) -> dict[str, Any]:
         "download_bytes": round(statistics.fmean(point.download for point in last)),
         "bytes": round(statistics.fmean(point.sent for point in last)),
         "bytes_together": round(statistics.fmean(together(run) for run in mine)),
-        "local_steps": recipe.local.steps,
-        "digest_steps": recipe.digest.steps if digests else 0,
+        "local_steps": recipe.local_training.steps,
+        "digest_steps": recipe.client_distil.steps if digests else 0,
     }
     for name in (REFERENCE, CODED):
         theirs = {run.seed: run for run in planned if run.variant == name}
@@ -179,7 +187,7 @@ def _spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def best_point(run: Run) -> Point:
+def best_point(run: PlannedRun) -> Point:
     """The best round of a run on validation data."""
     best = runs.read_summary(run.folder)["best"]["round"]
     return next(point for point in points(run) if point.round == best)
@@ -243,7 +251,7 @@ def _difference(line: dict[str, Any]) -> str:
     return f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else "")
 
 
-def figure(planned: Sequence[Run], table: Sequence[dict[str, Any]], title: str) -> Figure:
+def figure(planned: Sequence[PlannedRun], table: Sequence[dict[str, Any]], title: str) -> Figure:
     """Accuracy of every round's student over bytes, every run, and the front of the means of the last round."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
@@ -289,7 +297,7 @@ def codec_table(quick: bool) -> list[str]:
     ]
 
 
-def write(folder: Path, planned: Sequence[Run], table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
+def write(folder: Path, planned: Sequence[PlannedRun], table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
     """Table, points and figure, as files and for TensorBoard; the runs' curves are there already."""
     from fdl.runs.compare_report import log_compare
     from fdl.utils.tensorboard import open_writer

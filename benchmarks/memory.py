@@ -43,11 +43,11 @@ def recipe(job: str, clients: int, state: str, images: Path) -> dict[str, Any]:
         "name": "memory",
         "method": {"target": "federated_distillation"},
         "data": {"target": "arrays", "args": {"path": str(images), "proxy": 200, "validation": 50}},
-        "federation": {"clients": clients, "rounds": 3, "participation": ASKED / clients, "state": state},
+        "federation": {"clients": clients, "rounds": 3, "client_fraction": ASKED / clients, "client_state": state},
         "specialists": [JOBS[job]],
         "student": {"target": "mlp", "args": {"hidden": [16]}},
-        "local": {"steps": 2, "batch_size": 32},
-        "distil": {"steps": 2, "batch_size": 32},
+        "local_training": {"steps": 2, "batch_size": 32},
+        "server_distil": {"steps": 2, "batch_size": 32},
         "evaluation": {"metrics": ["accuracy"], "specialists": False},
         "checkpoint": {"keep": 1},
         "fabric": {"accelerator": "cpu", "threads": 1},
@@ -63,8 +63,9 @@ def one(job: str, clients: int, state: str, folder: Path) -> dict[str, Any]:
 
     loop = build(from_mapping(recipe(job, clients, state, folder / "images.npz")), folder / f"{job}-{clients}-{state}")
     for client in loop.clients:
-        client.keep(client.specialist())
-        client.rest()
+        with client.turn():
+            client.save_specialist(client.specialist())
+        client.offload_state()
     loop.run()
     summary = summarise(loop)
     return {

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdl.recipe import difference
 from fdl.runs import run as runs
-from fdl.runs.compare import Run, plan
+from fdl.runs.compare import PlannedRun, plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,14 +45,20 @@ if TYPE_CHECKING:
 RECIPE = Path(__file__).with_name("methods.yaml")
 CENTRAL, FEDAVG, CODED = "centralized", "fedavg", "fedavg_coded"
 AT_ONCE = ("distillation", "one_shot")
-PARTS = ("local", "distil")
+PARTS = ("local_training", "server_distil")
 MAY_DIFFER = (
     *("method", "channel", "name", "specialists", "teacher"),
-    *("federation.rounds", "local.steps", "distil.steps"),  # their products must be equal
+    *("federation.rounds", "local_training.steps", "server_distil.steps"),  # their products must be equal
     # how answers are learnt from is each method's own: its learning rates, and what its clients digest on top
-    *("digest", "distil.optimizer", "distil.scheduler", "distil.gradient_clip"),
+    *("client_distil", "server_distil.optimizer", "server_distil.scheduler", "server_distil.gradient_clip"),
 )
-QUICK = ["federation.rounds=3", "federation.clients=3", "local.steps=10", "digest.steps=5", "distil.steps=20"]
+QUICK = [
+    "federation.rounds=3",
+    "federation.clients=3",
+    "local_training.steps=10",
+    "client_distil.steps=5",
+    "server_distil.steps=20",
+]
 FEW = [CENTRAL, "single_site", FEDAVG, "federated_distillation", "one_shot", "fedgkt"]
 AVERAGED = (
     *("accuracy", "accuracy_best", "kte", "specialists"),  # with a deviation, too
@@ -80,11 +86,11 @@ def overrides(data: str, file: Path | None, quick: bool) -> list[str]:
         changes[changes.index(f"specialists=[{communication.CNN}]")] = f"specialists.0={communication.CNN}"
         sizes = f"[{communication.CNN}, {{target: cnn, args: {{channels: [32, 64, 64]}}}}]"
         pools = [f"compare.variants.codistillation_{mode}.specialists={sizes}" for mode in ("merged", "periodic")]
-        changes += ["data.args.public=500", "distil.steps=100", *pools]
+        changes += ["data.args.public=500", "server_distil.steps=100", *pools]
     return [*changes, *(QUICK if quick else ())]
 
 
-def at_once(run: Run) -> Run:
+def at_once(run: PlannedRun) -> PlannedRun:
     """A method of one round takes all steps in it."""
     recipe = run.recipe
     if run.variant not in AT_ONCE:
@@ -94,7 +100,7 @@ def at_once(run: Run) -> Run:
     return run._replace(recipe=replace(recipe, federation=replace(recipe.federation, rounds=1), **longer))
 
 
-def assert_equal_work(planned: Sequence[Run]) -> None:
+def assert_equal_work(planned: Sequence[PlannedRun]) -> None:
     """Same recipe but for the method's own, same steps in all; and, once built, same shares of the same data."""
     from fdl.build import build
 
@@ -115,7 +121,7 @@ def assert_equal_work(planned: Sequence[Run]) -> None:
     assert len(set(prints.values())) == 1, f"methods have different data: {prints}"
 
 
-def carry_out(run: Run) -> None:
+def carry_out(run: PlannedRun) -> None:
     """Run in a process of its own, forked from one that has nothing but the libraries."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fdl.build.federation"])
@@ -126,7 +132,7 @@ def carry_out(run: Run) -> None:
         raise SystemExit(f"{run.variant}, seed {run.seed}: failed, see above")
 
 
-def measure(run: Run, central: dict[int, float]) -> dict[str, Any]:
+def measure(run: PlannedRun, central: dict[int, float]) -> dict[str, Any]:
     """What one run came to.
 
     Args:
@@ -159,7 +165,7 @@ def measure(run: Run, central: dict[int, float]) -> dict[str, Any]:
     }
 
 
-def tabulate(planned: Sequence[Run]) -> list[dict[str, Any]]:
+def tabulate(planned: Sequence[PlannedRun]) -> list[dict[str, Any]]:
     """A row a method: means over seeds, and deviations where they say something."""
     central = {run.seed: _accuracy(run) for run in planned if run.variant == CENTRAL}
     table = []
@@ -178,7 +184,7 @@ def tabulate(planned: Sequence[Run]) -> list[dict[str, Any]]:
     return table
 
 
-def _accuracy(run: Run) -> float:
+def _accuracy(run: PlannedRun) -> float:
     return runs.read_summary(run.folder)["metrics"]["student/test/accuracy"]
 
 
@@ -245,7 +251,7 @@ def figure(table: Sequence[dict[str, Any]], title: str) -> Figure:
     return drawn
 
 
-def write(folder: Path, planned: Sequence[Run], table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
+def write(folder: Path, planned: Sequence[PlannedRun], table: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
     """Table and figure, as files and for TensorBoard, beside the runs' curves."""
     from fdl.runs.compare_report import log_compare
     from fdl.utils.tensorboard import open_writer

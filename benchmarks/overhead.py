@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from fdl.build import build
+from fdl.datamodules.samples import Samples
 from fdl.loop import FederatedLoop
 from fdl.recipe import load
 from fdl.utils.seeding import torch_stream
@@ -38,7 +39,11 @@ SETTLED = 150
 
 def federation(clients: int, folder: Path, executor: str = "sequential") -> FederatedLoop:
     """The job in fdl, built and ready."""
-    overrides = [f"federation.clients={clients}", f"federation.participation={10 / clients}", f"executor={executor}"]
+    overrides = [
+        f"federation.clients={clients}",
+        f"federation.client_fraction={10 / clients}",
+        f"client_execution={executor}",
+    ]
     return build(load(RECIPE, overrides), folder)
 
 
@@ -90,7 +95,7 @@ def run_bare(loop: FederatedLoop) -> tuple[float, dict[str, torch.Tensor]]:
     return time.perf_counter() - start, weights
 
 
-def everything(samples) -> tuple[torch.Tensor, torch.Tensor]:
+def everything(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
     """All inputs, flat, and labels."""
     x, y = samples.batch(torch.arange(len(samples)))
     return x.flatten(1), y
@@ -111,14 +116,14 @@ def measure(clients: int, repeats: int) -> list[str]:
         run_fdl(loop)
         weights = run_bare(bare)[1]
         assert_equal_work(loop, weights)
-        together = federation(clients, folder / "together", "batched")
+        together = federation(clients, folder / "together", "vectorized")
         run_fdl(together)
         assert_equal_work(together, weights)
         sent = loop.ledger.totals()
         jobs: dict[str, Callable[[int], float]] = {
             "bare PyTorch": lambda i: run_bare(bare)[0],
             "fdl": lambda i: run_fdl(federation(clients, folder / f"fdl-{i}")),
-            "fdl, batched": lambda i: run_fdl(federation(clients, folder / f"batched-{i}", "batched")),
+            "fdl, batched": lambda i: run_fdl(federation(clients, folder / f"batched-{i}", "vectorized")),
         }
         rows = rows_of(f"10 of {clients}, first rounds", in_turn(jobs, repeats), sum(sent.values()))
         settled = {"fdl": loop, "fdl, batched": together}

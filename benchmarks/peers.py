@@ -68,7 +68,7 @@ def systems(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
     own = {
         "bare PyTorch": (sys.executable, ["bare_job.py"]),
         "fdl, sequential": (sys.executable, ["fdl_job.py", "sequential", "1"]),
-        "fdl, batched": (sys.executable, ["fdl_job.py", "batched", "1"]),
+        "fdl, batched": (sys.executable, ["fdl_job.py", "vectorized", "1"]),
         "fdl, 2 ranks": (sys.executable, ["fdl_job.py", "sequential", "2"]),
     }
     others = {"pfl-research": (options.pfl_python, "pfl_job.py"), "Flower": (options.flower_python, "flower_job.py")}

@@ -52,7 +52,7 @@ from fdl.attacks.roc import ceiling
 from fdl.privacy.accounting import solve_noise
 from fdl.recipe import from_mapping
 from fdl.runs import run as runs
-from fdl.runs.compare import Run
+from fdl.runs.compare import PlannedRun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,7 +200,7 @@ def plain(job: Job) -> dict[str, Any]:
     steps, rate = job.plain
     return {
         "method": {"target": "federated_distillation", "args": {"space": "logits", "feedback": "none"}},
-        "local": {"steps": steps, "batch_size": 64, "optimizer": {"target": "adam", "args": {"lr": rate}}},
+        "local_training": {"steps": steps, "batch_size": 64, "optimizer": {"target": "adam", "args": {"lr": rate}}},
     }
 
 
@@ -211,7 +211,7 @@ def dp_sgd(job: Job, epsilon: float) -> dict[str, Any]:
     every = {"steps": job.steps, "batch_size": 1 << 20}
     return {
         "privacy": {"epsilon": epsilon, "delta": DELTA, "clip": 1.0},
-        "local": every | {"optimizer": {"target": "sgd", "args": {"lr": job.rate}}},
+        "local_training": every | {"optimizer": {"target": "sgd", "args": {"lr": job.rate}}},
     }
 
 
@@ -240,7 +240,7 @@ def _asked(rows: dict[float, int], epsilon: float, public: int) -> int:
 
 def _released(name: str, args: dict[str, Any], space: str, share: float, epsilon: float) -> dict[str, Any]:
     release = {"target": name, "args": args}
-    settings = {"space": space, "feedback": "none", "subsample": share, "release": release}
+    settings = {"space": space, "feedback": "none", "proxy_fraction": share, "private_release": release}
     limit = {} if math.isinf(epsilon) else {"epsilon": epsilon}
     return {
         "method": {"target": "federated_distillation", "args": settings},
@@ -260,7 +260,7 @@ class Cell(NamedTuple):
 
     mechanism: str
     epsilon: float
-    run: Run
+    run: PlannedRun
 
 
 def plan(options: argparse.Namespace, folder: Path) -> list[Cell]:
@@ -274,10 +274,10 @@ def plan(options: argparse.Namespace, folder: Path) -> list[Cell]:
     data = prepare(arrays, job, folder)
     base = {
         "data": data,
-        "federation": {"clients": options.sites or job.sites, "rounds": 1, "calibration": 0.0},
+        "federation": {"clients": options.sites or job.sites, "rounds": 1, "calibration_fraction": 0.0},
         "specialists": [LINEAR],
         "student": LINEAR,
-        "distil": {"steps": 100, "batch_size": 256, "optimizer": {"target": "adam", "args": {"lr": 0.05}}},
+        "server_distil": {"steps": 100, "batch_size": 256, "optimizer": {"target": "adam", "args": {"lr": 0.05}}},
         "evaluation": {"metrics": ["accuracy"], "attacks": [attack]},
         "fabric": {"accelerator": "cpu", "threads": 1},
         "callbacks": [],
@@ -289,7 +289,7 @@ def plan(options: argparse.Namespace, folder: Path) -> list[Cell]:
         for seed in options.seeds:
             name = f"{mechanism}-{epsilon:g}"
             recipe = from_mapping(tree | {"name": f"privacy-{options.data}-{name}-seed-{seed}", "seed": seed})
-            planned.append(Cell(mechanism, epsilon, Run(name, seed, recipe, folder / name / f"seed-{seed}")))
+            planned.append(Cell(mechanism, epsilon, PlannedRun(name, seed, recipe, folder / name / f"seed-{seed}")))
     return planned
 
 

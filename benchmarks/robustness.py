@@ -11,10 +11,10 @@ answers are left out.
 
 A cell's accuracy is the student's on test data after the last round. Its loss is in points against the same seed with
 all clients honest and the plain mean. Liars withhold their data, too, which no defence can bring back: the row
-`silent`, where they just say nothing, is what is left to reach. A minority expert is an honest client that holds more
-than four times an equal share of all clients' samples of a class; it is wrongly suppressed where its share of what all
-honest clients weigh together is at most half of that in the plain mean without liars, on average over rounds. Success
-is the share of triggered test images taken for the backdoor's target.
+`non_response`, where they just say nothing, is what is left to reach. A minority expert is an honest client that holds
+more than four times an equal share of all clients' samples of a class; it is wrongly suppressed where its share of what
+all honest clients weigh together is at most half of that in the plain mean without liars, on average over rounds.
+Success is the share of triggered test images taken for the backdoor's target.
 
 DIR gets robustness.md, robustness.csv (a row a cell, seeds averaged), robustness.png, the runs, and tensorboard/ with
 table and figure. Cells that are complete in DIR are not run again.
@@ -46,19 +46,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits" / "robustness.yaml"
-HONEST, PLAIN, SILENT = "honest", "mean", "silent"
-BAR = ("lma", "cpa", "sign_flip")
-ON_ANSWERS = ("fixed_class", "random", "lma", "cpa", "hips")
+HONEST, PLAIN, SILENT = "honest", "mean", "non_response"
+BAR = ("least_likely", "class_confusion", "sign_flip")
+ON_ANSWERS = ("fixed_class", "random_class", "least_likely", "class_confusion", "worst_replay")
 FEDAVG = {
     "method": "fedavg",
     "federation.rounds": 10,
     "evaluation.every": 10,
-    "local.steps": 20,
-    "local.optimizer": {"target": "sgd", "args": {"lr": 0.1, "momentum": 0.9}},
+    "local_training.steps": 20,
+    "local_training.optimizer": {"target": "sgd", "args": {"lr": 0.1, "momentum": 0.9}},
 }
-CIFAR10 = ["evaluation.probes=[]", "distil.steps=200"]
-QUICK = ["federation.clients=11", "federation.rounds=1", "local.steps=2", "distil.steps=2", "evaluation.every=1"]
-OF_CONFIDENCE = ("method.args.cap", "method.args.cap_over", "method.args.confidence")
+CIFAR10 = ["evaluation.evaluators=[]", "server_distil.steps=200"]
+QUICK = [
+    "federation.clients=11",
+    "federation.rounds=1",
+    "local_training.steps=2",
+    "server_distil.steps=2",
+    "evaluation.every=1",
+]
+OF_CONFIDENCE = ("method.args.max_client_share", "method.args.max_client_share_over", "method.args.confidence")
 """Settings of how answers are weighed, which do not exist in the space of parameters."""
 EXPERT = 4
 """How many equal shares of a class a minority expert has at least."""
@@ -101,7 +107,7 @@ def crossed(
         rules = [n for n in known["defence"] if variants[n]["method.args.robust"] is not None]
         known["defence"] = [PLAIN, *rules]  # the other means would be the same
         known["attack"] = [n for n in known["attack"] if _attacker(variants[n]) not in ON_ANSWERS]
-    if "evaluation.probes=[]" in overrides:
+    if "evaluation.evaluators=[]" in overrides:
         known["attack"].remove("backdoor")
     for kind, wanted in (("attack", attacks), ("defence", defences)):
         if unknown := sorted(set(wanted or ()) - set(known[kind])):
@@ -119,7 +125,7 @@ def crossed(
             for (attack, defence), recipe in pairs.items():
                 if (attack == HONEST) == (share == 0):
                     name = f"{attack}-{100 * share:g}-{defence}"
-                    liars = [replace(entry, share=share) for entry in recipe.adversaries]
+                    liars = [replace(entry, fraction=share) for entry in recipe.adversaries]
                     own = {"name": f"robustness-{name}-seed-{seed}", "seed": seed, "adversaries": liars}
                     place = folder / name / f"seed-{seed}"
                     cells.append(Cell(attack, share, defence, seed, replace(recipe, compare=None, **own), place))

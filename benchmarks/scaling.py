@@ -30,7 +30,7 @@ import numpy as np
 
 from fdl.recipe import from_mapping
 from fdl.runs import run as runs
-from fdl.runs.compare import Run
+from fdl.runs.compare import PlannedRun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,12 +41,12 @@ MODEL = {"target": "mlp", "args": {"hidden": [128, 64]}}
 SGD = {"target": "sgd", "args": {"lr": 0.1}}
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"method": {"target": "fedavg"}},
-    "fedavg, batched": {"method": {"target": "fedavg"}, "executor": "batched"},
+    "fedavg, batched": {"method": {"target": "fedavg"}, "client_execution": "vectorized"},
     "federated_distillation": {
         "method": {"target": "federated_distillation", "args": {"confidence": {"target": "entropy"}}},
         "specialists": [MODEL],
-        "distil": {"steps": 100, "batch_size": 64, "optimizer": SGD},
-        "digest": {"steps": 0},
+        "server_distil": {"steps": 100, "batch_size": 64, "optimizer": SGD},
+        "client_distil": {"steps": 0},
         "channel": {"upload": [{"target": "one_hot"}, {"target": "range"}]},
     },
 }
@@ -77,7 +77,7 @@ def images(file: Path | None) -> dict[str, np.ndarray]:
     return found | {name: found[name][order] for name in ("x_train", "y_train")}
 
 
-def plan(options: argparse.Namespace, folder: Path) -> list[Run]:
+def plan(options: argparse.Namespace, folder: Path) -> list[PlannedRun]:
     """One run for every method, series and number of clients; their images are written to `folder`.
 
     Raises:
@@ -99,19 +99,19 @@ def plan(options: argparse.Namespace, folder: Path) -> list[Run]:
             tree = {
                 "name": name,
                 "data": {"target": "arrays", "args": {"path": str(file), "proxy": PROXY, "validation": VALIDATION}},
-                "federation": {"clients": clients, "rounds": options.rounds, "calibration": 0.0},
+                "federation": {"clients": clients, "rounds": options.rounds, "calibration_fraction": 0.0},
                 "student": MODEL,
-                "local": {"epochs": 1, "batch_size": 32, "optimizer": SGD},
+                "local_training": {"epochs": 1, "batch_size": 32, "optimizer": SGD},
                 "evaluation": {"metrics": ["accuracy"], "specialists": False},
                 "checkpoint": {"every": options.rounds},
                 "fabric": {"accelerator": "cpu", "threads": 1},
                 "callbacks": [],
             }
-            planned.append(Run(method, clients, from_mapping(tree | METHODS[method]), folder / name))
+            planned.append(PlannedRun(method, clients, from_mapping(tree | METHODS[method]), folder / name))
     return planned
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(run: PlannedRun) -> dict[str, Any]:
     """What one run came to."""
     summary = runs.read_summary(run.folder)
     totals = [sum(record["seconds"].values()) for record in summary["history"]]

@@ -197,7 +197,7 @@ def compiled(mode: str, job: Job) -> Loop:
 
 def is_compiled(job: Job, runtime: Runtime) -> bool:
     """Whether its steps could be compiled."""
-    return None not in runtime.compiler._steps[job.module].values()
+    return None not in runtime.steps.compiler._steps[job.module].values()
 
 
 def trained(job: Job, runtime: Runtime, start: dict[str, Tensor], run: Loop) -> Any:

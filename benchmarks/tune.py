@@ -27,7 +27,7 @@ import yaml
 
 from fdl.recipe import load
 from fdl.runs import run as runs
-from fdl.runs.compare import Run
+from fdl.runs.compare import PlannedRun
 
 SPACE = Path(__file__).with_name("tune.yaml")
 REPORTED = (0, 1, 2)
@@ -62,13 +62,13 @@ def space(only: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
 
 def planned(
     trials: Mapping[str, Sequence[Sequence[str]]], changes: Sequence[str], seed: int, folder: Path
-) -> list[tuple[Run, int, list[str]]]:
+) -> list[tuple[PlannedRun, int, list[str]]]:
     """One run for each trial, with its number and its overrides."""
     variants = load(methods.RECIPE, changes).compare.variants
     return [
         (
             methods.at_once(
-                Run(name, seed, load(methods.RECIPE, [*changes, f"seed={seed}", *trial], variants[name]), place)
+                PlannedRun(name, seed, load(methods.RECIPE, [*changes, f"seed={seed}", *trial], variants[name]), place)
             ),
             number,
             list(trial),
@@ -85,7 +85,7 @@ def score(folder: Path) -> dict[str, Any]:
     return {key: metrics[f"student/validation/{key}"] for key in ("accuracy", "nll")}
 
 
-def tabulate(plan: Sequence[tuple[Run, int, list[str]]]) -> list[dict[str, Any]]:
+def tabulate(plan: Sequence[tuple[PlannedRun, int, list[str]]]) -> list[dict[str, Any]]:
     """A line for each trial; the best of every method is marked."""
     table = [
         {

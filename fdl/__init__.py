@@ -1,72 +1,102 @@
-"""fdl: federated distillation of foundation models with PyTorch Lightning."""
+"""fdl: federated distillation of foundation models with PyTorch Lightning.
+
+The names below are imported when they are first used, so that ``import fdl`` takes milliseconds and loads no torch.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from fdl.build import build
+    from fdl.callbacks.base import Callback
+    from fdl.comm.stages.base import Stage
+    from fdl.datamodules.base import FederatedDataModule
+    from fdl.datamodules.samples import Samples, TensorSamples
+    from fdl.datamodules.source import Source
+    from fdl.errors import RecipeError, UserError
+    from fdl.evaluators.base import Evaluator
+    from fdl.knowledge.aggregation.base import Aggregate
+    from fdl.loop import FederatedLoop
+    from fdl.messages.base import Message
+    from fdl.messages.parameters import Parameters
+    from fdl.messages.responses import Responses
+    from fdl.methods.base import Method
+    from fdl.modules.output import Output
+    from fdl.participants import Client, Server
     from fdl.recipe.config import Recipe
+    from fdl.runs.api import compare, fit, load_recipe
+    from fdl.runs.result import Comparison, Run
 
 # MKL, which multiplies matrices for torch, else chooses kernels by where in memory a matrix happens to lie; it reads
 # this once, when it is first used (docs/reproducibility.md)
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __version__ = "0.1.0"
-__all__ = ["fit", "load"]
+
+__all__ = [
+    "Aggregate",
+    "Callback",
+    "Client",
+    "Comparison",
+    "Evaluator",
+    "FederatedDataModule",
+    "FederatedLoop",
+    "Message",
+    "Method",
+    "Output",
+    "Parameters",
+    "Recipe",
+    "RecipeError",
+    "Responses",
+    "Run",
+    "Samples",
+    "Server",
+    "Source",
+    "Stage",
+    "TensorSamples",
+    "UserError",
+    "build",
+    "compare",
+    "fit",
+    "load_recipe",
+]
+
+_PLACES = {
+    "fdl.callbacks.base": ["Callback"],
+    "fdl.comm.stages.base": ["Stage"],
+    "fdl.datamodules.base": ["FederatedDataModule"],
+    "fdl.datamodules.samples": ["Samples", "TensorSamples"],
+    "fdl.datamodules.source": ["Source"],
+    "fdl.errors": ["RecipeError", "UserError"],
+    "fdl.evaluators.base": ["Evaluator"],
+    "fdl.knowledge.aggregation.base": ["Aggregate"],
+    "fdl.loop": ["FederatedLoop"],
+    "fdl.messages.base": ["Message"],
+    "fdl.messages.parameters": ["Parameters"],
+    "fdl.messages.responses": ["Responses"],
+    "fdl.methods.base": ["Method"],
+    "fdl.modules.output": ["Output"],
+    "fdl.participants": ["Client", "Server"],
+    "fdl.recipe.config": ["Recipe"],
+    "fdl.runs.api": ["compare", "fit", "load_recipe"],
+    "fdl.runs.result": ["Comparison", "Run"],
+}
+"""The public names by the module that defines them; `build` is the package `fdl.build`."""
+
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
 
 
-def load(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        recipe: a YAML file, or what one would hold as plain dicts and lists.
-        overrides: ``key=value`` strings; the later wins.
-
-    Raises:
-        fdl.errors.UserError: with all that is wrong in it.
-    """
-    from fdl.recipe.loading import from_mapping
-    from fdl.recipe.loading import load as read
-
-    return from_mapping(recipe, overrides) if isinstance(recipe, Mapping) else read(recipe, overrides)
+def __getattr__(name: str) -> Any:
+    if name == "build":  # a package, which Python sets here itself once it is imported, and which can be called
+        return import_module("fdl.build")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
 
 
-def fit(
-    recipe: Recipe | str | Path | Mapping[str, Any],
-    folder: str | Path | None = None,
-    *,
-    overrides: Sequence[str] = (),
-    resume: bool = False,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Run a federation, as ``fdl fit`` does; works in scripts, notebooks and threads.
-
-    The folder then holds a run that ``fdl export``, ``fdl audit`` and ``fdl fit --resume`` take.
-
-    Args:
-        recipe: from `load`, or what `load` takes.
-        folder: the run's folder; default ``<output>/<name>`` of the recipe.
-        overrides: ``key=value`` strings, for a recipe that is not loaded yet.
-        resume: go on from the last checkpoint; a complete run is not run again.
-        overwrite: take the place of a run that is there.
-
-    Returns:
-        What ``summary.json`` holds, see `fdl.federation.summary.summarise`.
-
-    Raises:
-        fdl.errors.UserError: the recipe is wrong, or the folder holds something that would be lost.
-        KeyboardInterrupt: after Ctrl-C, once the round is saved.
-    """
-    from fdl.recipe.config import Recipe
-    from fdl.runs import run as runs
-    from fdl.utils.paths import expanded
-
-    if not isinstance(recipe, Recipe):
-        recipe = load(recipe, overrides)
-    elif overrides:
-        raise TypeError("overrides are for a recipe that is not loaded yet; give them to fdl.load")
-    return runs.fit(recipe, runs.folder_of(recipe, None if folder is None else expanded(folder)), resume, overwrite)
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

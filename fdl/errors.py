@@ -35,6 +35,11 @@ class RecipeError(UserError):
     Args:
         source: the recipe's file name.
         problems: one sentence each, with the full key first.
+
+    Example:
+        >>> print(RecipeError("recipe.yaml", ["seed: expected a whole number, got 'x'"]))
+        recipe.yaml: one problem
+          - seed: expected a whole number, got 'x'
     """
 
     def __init__(self, source: str, problems: list[str]):
@@ -74,7 +79,7 @@ def out_of_memory(error: BaseException, who: str, hint: str) -> UserError | None
     Args:
         error: what was raised.
         who: the participant and what it was doing, e.g. ``"client 3 (vit_large_patch16_224), training"``.
-        hint: the keys of the recipe to lower, e.g. ``"local.batch_size"``.
+        hint: the keys of the recipe to lower, e.g. ``"local_training.batch_size"``.
 
     Returns:
         None for any other error, which must go on as it is.

@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fdl.callbacks.base import Callback, CallbackList
+from fdl.callbacks.base import CallbackList
 from fdl.engine.runtime import seed_everything
 from fdl.errors import explain_out_of_memory
 from fdl.federation import snapshot
-from fdl.federation.divergence import require_finite, require_heard, warn_unheard
+from fdl.federation.divergence import require_finite, require_uploads, warn_without_uploads
 from fdl.federation.evaluation import evaluate, run_probes
-from fdl.federation.exchange import broadcast, collect_uploads
-from fdl.federation.round_record import account
+from fdl.federation.exchange import RoundExchange
+from fdl.federation.round_record import add_costs
 from fdl.federation.state import Federation
 from fdl.federation.summary import summarise
 from fdl.utils.interrupts import GracefulShutdown, Interrupted
 from fdl.utils.threads import pinned
 
-if TYPE_CHECKING:
-    from fdl.comm.channel import Channel
-    from fdl.federation.executors import Executor
-    from fdl.methods.base import Method
-    from fdl.participants import Client, Server
-    from fdl.recipe.config import Recipe
-
 
 class FederatedLoop(Federation):
-    """Runs the rounds of one recipe: send, train, receive, aggregate, distil, evaluate, save.
+    """Runs the rounds of one recipe: broadcast, local updates, aggregation, server update, evaluation, checkpoint.
 
-    Args:
-        recipe: as in `Federation`, like all that is not named here.
-        callbacks: what watches the run.
-        after_rounds: what is done with the federation once all rounds are done, e.g. attacks on what it sent.
+    All that rounds read and change is the state that `Federation` describes, with its arguments; what is here is their
+    order.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        method: Method,
-        server: Server,
-        clients: Sequence[Client],
-        channel: Channel,
-        executor: Executor,
-        callbacks: Sequence[Callback] = (),
-        after_rounds: Sequence[Callable[[FederatedLoop], None]] = (),
-        **more: Any,
-    ):
-        listeners = CallbackList(callbacks)
-        super().__init__(recipe, folder, method, server, clients, channel, executor, listeners, **more)
-        self.after_rounds = after_rounds
+    callbacks: CallbackList
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Run all rounds that are left and return the summary.
+
+        Args:
+            resume: go on from the newest checkpoint in the run's folder.
 
         Raises:
             Interrupted: after Ctrl-C or another signal to stop, once the round in progress is finished and saved.
@@ -62,80 +39,92 @@ class FederatedLoop(Federation):
                 diverges, or no message of any client could be used; when another process of the run is gone.
         """
         with pinned(self.recipe.fabric.threads):
-            return self._run(resume)
-
-    def _run(self, resume: bool) -> dict[str, Any]:
-        if resume:
-            snapshot.restore(self)
-        elif self.runtime.ranks.leader:
-            snapshot.require_vacant(self.folder)
-        try:
-            self.callbacks.on_fit_start(self)
-            with GracefulShutdown() as interrupts:
-                if not resume:
-                    self.set_up()
-                while self.round < self.rounds and self.stopped is None:
-                    if number := self.runtime.ranks.highest(interrupts.requested):
-                        snapshot.save(self)
-                        raise Interrupted(number, saved=True)
-                    self.run_round(self.round + 1)
-            require_heard(self)
-            if self.stopped is not None and self.server.student is not None and self.runtime.ranks.asks:
-                run_probes(self.server, self.probes, self.history[-1]["metrics"])
-            for finish in self.after_rounds:
-                self.on_summary(summarise(self))
-                finish(self)
-            summary = summarise(self)
-            self.on_summary(summary)
-            self.callbacks.on_fit_end(self, summary)
-        except BaseException as error:
-            self.callbacks.on_exception(self, error)
-            self.runtime.ranks.explain(error)
-            raise
+            if resume:
+                snapshot.restore(self)
+            elif self.runtime.ranks.leader:
+                snapshot.require_vacant(self.folder)
+            try:
+                self.callbacks.on_fit_start(self)
+                with GracefulShutdown() as interrupts:
+                    if not resume:
+                        self.set_up()
+                    while self.round < self.rounds and self.stopped is None:
+                        if number := self.runtime.ranks.max_number(interrupts.requested):
+                            snapshot.save(self)
+                            raise Interrupted(number, saved=True)
+                        self.run_round(self.round + 1)
+                require_uploads(self.method, self.history, self.awaited, self.ledger, self.runtime.ranks)
+                if self.stopped is not None and self.server.student is not None and self.runtime.ranks.evaluates_server:
+                    run_probes(self.server, self.probes, self.history[-1]["metrics"])
+                summary = summarise(self)
+                self.on_summary(summary)
+                self.callbacks.on_fit_end(self, summary)
+            except BaseException as error:
+                self.callbacks.on_exception(self, error)
+                self.runtime.ranks.wrap_lost_peer(error)
+                raise
         return summary
 
+    def set_up(self) -> None:
+        """Prepare the first round: the method's first state, what clients need in advance, a first checkpoint."""
+        self.start_round(0)
+        with self.seconds("server"), self.runtime.all_ranks():
+            seed_everything(self.recipe.seed, "setup")
+            self.method.setup(self.server, self.clients)
+            for kind, size in self.method.setup_bytes(self.server).items():
+                for client in self.clients:
+                    if client.id not in self.left_out:
+                        self.channel.setup_cost(kind, size, client.id)
+        self.server.round_trip_state()
+        snapshot.save(self)
+
     def run_round(self, round: int) -> None:
-        """Run one round, from the first download to the record in `history`."""
-        self.begin(round)
+        """Run one round, from the first download to the record in `history`.
+
+        Args:
+            round: its number, from 1.
+        """
+        self.start_round(round)
         self.callbacks.on_round_start(self, round)
         cohort, dropped = self.cohort(round)
         self.server.cohort = cohort
         record: dict[str, Any] = {"round": round, "cohort": cohort, "dropped": dropped, "refused": {}, "clients": {}}
+        exchange = RoundExchange(self.method, record, self.channel, self.placement, self.adversaries, self.seconds)
 
-        # 1  the cohort is sent what the server has to say; who drops out receives it and is not heard again
-        turns = broadcast(self, self.spread.place(cohort), dropped, record)
+        # 1  broadcast: every client of the cohort receives its download
+        downloads = exchange.broadcast(self.placement.place(cohort), self.download_for)
 
-        # 2  every client works on its own data and answers; an answer that cannot be used is refused and counted
+        # 2  local updates: clients train on their own data and upload; an upload that cannot be used is rejected
         aggregate = self.method.aggregate(self.server)
-        with self.seconds("clients"):
-            honest = self.executor(self.method, self.adversaries.listen(round, turns))
-            with self.channel.unconfirmed():
-                collect_uploads(self, honest, aggregate, record)
-        warn_unheard(self, record)
+        with self.seconds("clients"), self.channel.unconfirmed():
+            turns = self.executor(self.method, self.adversaries.record_downloads(round, downloads))
+            exchange.collect(turns, aggregate, lambda *turn: self.callbacks.on_client_end(self, round, *turn))
+        self.awaited += aggregate is not None
+        warn_without_uploads(self.method, self.history, record, self.awaited, self.ledger)
 
-        # 3  what they know together; nothing, when nobody was heard
+        # 3  aggregation: None where no client uploaded anything that could be used
         with self.seconds("clients"), self.seconds.part("aggregate"):
             knowledge = aggregate.result() if aggregate is not None else None
 
-        # 4  the server learns from it
-        hint = explain_out_of_memory(f"the server in round {round}", "distil.batch_size")
-        with self.seconds("server"), self.runtime.jointly(), hint:
+        # 4  server update: the student learns from the aggregate
+        memory = explain_out_of_memory(f"the server in round {round}", "server_distil.batch_size")
+        with self.seconds("server"), self.runtime.all_ranks(), memory:
             if aggregate is None or knowledge is not None:
                 seed_everything(self.recipe.seed, "server", round)
                 self.server.metrics.update(self.method.server_update(self.server, knowledge))
         record["metrics"] = self.server.metrics
-        require_finite(self, round)
+        require_finite(self.server, round)
 
-        # evaluate, log, save
+        # 5  evaluation of the student and the specialists
         last = round == self.rounds
         if last or round % self.recipe.evaluation.every == 0:
-            with (
-                self.seconds("evaluate"),
-                explain_out_of_memory(f"evaluation in round {round}", "evaluation.batch_size"),
-            ):
+            memory = explain_out_of_memory(f"evaluation in round {round}", "evaluation.batch_size")
+            with self.seconds("evaluate"), memory:
                 evaluate(self, record, last)
-        self.server.rest()
-        account(self.ledger, record, self.history)
+        self.server.round_trip_state()
+
+        # 6  record, callbacks, checkpoint
+        add_costs(record, self.ledger, self.history)
         record["seconds"] = dict(self.seconds)
         self.history.append(record)
         self.round = round
@@ -146,16 +135,3 @@ class FederatedLoop(Federation):
             snapshot.save(self)
         else:
             snapshot.save_best(self)
-
-    def set_up(self) -> None:
-        """Prepare the first round: the method's first state, what must be sent in advance, a first checkpoint."""
-        self.begin(0)
-        with self.seconds("server"), self.runtime.jointly():
-            seed_everything(self.recipe.seed, "setup")
-            self.method.setup(self.server, self.clients)
-            for kind, size in self.method.setup_bytes(self.server).items():
-                for client in self.clients:
-                    if client.id not in self.left_out:
-                        self.channel.setup_cost(kind, size, client.id)
-        self.server.rest()
-        snapshot.save(self)

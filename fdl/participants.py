@@ -1,74 +1,39 @@
-"""Client and server: who holds which data, model, random stream and state."""
+"""Client and server: private and public data, models, random streams and checkpointed state."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fdl.datamodules.arrivals import samples_at
 from fdl.datamodules.guarded import GuardedSamples, PrivateDataGate, is_guarded
-from fdl.engine.requests import FitRequest, PredictRequest
-from fdl.engine.runtime import Runtime
+from fdl.engine.participant import Participant, PrivacyPolicy
 from fdl.modules.objectives import Objective
 from fdl.state import checkpoint
-from fdl.state.client_store import DiskStore, resolve
+from fdl.state.offloaded_state import OffloadedState
 from fdl.state.weights import load_into, module_state
-from fdl.utils.seeding import stream_seed, torch_stream
+from fdl.utils.seeding import stream_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
     from lightning import LightningModule
     from torch import Tensor
 
-    from fdl.datamodules.arrivals import Arrival, ScheduledSamples
+    from fdl.datamodules.arrivals import ScheduledSamples
     from fdl.datamodules.samples import Samples
-    from fdl.encoders.base import Encoder
-    from fdl.engine.inference import OutputSelector
     from fdl.messages import Message
     from fdl.recipe.config import Fit
+    from fdl.state.client_store import DiskStore
 
 
-class PrivacyPolicy(Protocol):
-    """What an account of differential privacy is held against.
-
-    Attributes:
-        delta: the δ at which ε is given.
-        epsilon: the budget; None where ε is only reported.
-        level: whose contribution is protected, ``"example"`` or ``"institution"``.
-    """
-
-    delta: float
-    epsilon: float | None
-    level: str
-
-    def spent(self, events: Sequence[Mapping[str, Any]]) -> float:
-        """The ε of mechanisms run one after another.
-
-        Args:
-            events: the mechanisms, as `fdl.privacy.accounting.event` makes them.
-        """
-        ...
-
-
-class Templates(Protocol):
-    """One module per architecture, to be filled with weights; `Runtime` has those that all clients share."""
-
-    def template(self, architecture: str) -> LightningModule:
-        """The module of an architecture."""
-        ...
-
-    def holder(self, architecture: str) -> Any:
-        """The participant whose weights the module holds, None when nobody's."""
-        ...
-
-    def hold(self, architecture: str, owner: Any) -> None:
-        """Note whose weights the module holds."""
-        ...
+__all__ = ["Client", "Participant", "PrivacyPolicy", "PrivateTrainer", "Server", "copy_of"]
 
 
 class PrivateTrainer(Protocol):
@@ -99,134 +64,34 @@ class PrivateTrainer(Protocol):
         ...
 
 
-class Participant:
-    """One who computes: owns data, a state that is checkpointed, and its own streams of randomness.
+class ModuleSource(Protocol):
+    """Modules that a client can borrow and fill with weights; `Runtime` has those that all clients share."""
 
-    Args:
-        id: the client's number, -1 for the server.
-        runtime: where it computes.
-        seed: the recipe's seed.
-        local: how it trains on private data.
-        distil: how the server trains the student on the proxy set.
-        digest: how a client learns from what the server sends back.
-        proxy: the public proxy set, unlabelled.
-        public: labelled public samples to train on; None or empty where there are none. They are the server's: a
-            method whose clients look at them counts their bytes in `setup_bytes`.
-        num_classes: the data's number of classes, 0 where there are none.
-        task: which of `fdl.metrics.tasks.TASKS` the data are for.
-        provides: what the data tell a model's constructor, e.g. their tokenizer.
-        encoder: the frozen public encoder, None where the recipe names none.
-        arrival: when private data come in; None: all are there from the first.
-        privacy: what an account of differential privacy is held against; None where there is no budget and no δ.
-        noise_seed: a secret from which noise and secret samplings are drawn; None draws them from `seed`, which is for
-            simulations.
+    def borrow(
+        self, architecture: str, weights: Mapping[str, Tensor] | None = None
+    ) -> AbstractContextManager[LightningModule]:
+        """Lend an architecture's module for a block.
+
+        Args:
+            architecture: the architecture's key.
+            weights: what to fill it with; None leaves its weights as they are.
+        """
+        ...
+
+
+class _Turn:
+    """The shared modules that a client has borrowed for one turn.
 
     Attributes:
-        round: the current round, set by the loop.
-        stage: how many times new data have come in before it.
-        state: tensors, numbers and nested dicts of them that must survive a restart.
-        cache: what can be computed again; never saved.
-        metrics: what happened in the current turn; the loop logs it.
+        stack: gives them back when the turn ends.
+        borrowed: the modules by architecture.
+        private: architectures whose module holds the client's own weights, as trained so far in this turn.
     """
 
-    def __init__(
-        self,
-        id: int,
-        runtime: Runtime,
-        seed: int,
-        local: Fit,
-        distil: Fit,
-        digest: Fit,
-        proxy: Samples | None,
-        num_classes: int,
-        encoder: Encoder | None = None,
-        task: str = "classification",
-        provides: Mapping[str, Any] | None = None,
-        arrival: Arrival | None = None,
-        public: Samples | None = None,
-        privacy: PrivacyPolicy | None = None,
-        noise_seed: str | None = None,
-    ):
-        self.id, self.runtime, self.seed = id, runtime, seed
-        self._noise_seed, self._drawn = noise_seed, Counter[str]()
-        self.local, self.distil, self.digest = local, distil, digest
-        self.proxy, self.public, self.num_classes, self.encoder = proxy, public, num_classes, encoder
-        self.task, self.provides = task, dict(provides or {})
-        self.arrival, self.round, self.stage, self.privacy = arrival, 0, 0, privacy
-        self.state: dict[str, Any] = {}
-        self.cache: dict[str, Any] = {}
-        self.metrics: dict[str, float] = {}
-
-    def begin(self, round: int) -> None:
-        """A new round has come."""
-        self.round, self.metrics, self._drawn = round, {}, Counter()
-        stage = 0 if self.arrival is None else self.arrival.stage(round)
-        if stage != self.stage:
-            self.stage = stage
-            self.arrive()
-
-    def arrive(self) -> None:
-        """New private data have come in; here nobody has any."""
-
-    def rng(self, purpose: str) -> torch.Generator:
-        """This participant's stream for one purpose in the current round."""
-        return torch_stream(self.seed, purpose, self.round, self.id)
-
-    @property
-    def has_noise_seed(self) -> bool:
-        """Whether noise is drawn from a secret, and not from the recipe's seed."""
-        return self._noise_seed is not None
-
-    def secret_seed(self, purpose: str) -> int:
-        """The seed of a stream of noise, or of a sampling that must stay secret: another one at every call.
-
-        Calls are counted within a round, so that whatever is drawn twice in one is drawn independently, and that a
-        round which is run again, after a restart or in another process, draws what it drew. From a noise seed, where
-        there is one, else from the recipe's.
-
-        Args:
-            purpose: what the stream is for.
-        """
-        self._drawn[purpose] += 1
-        count = self._drawn[purpose]
-        name = purpose if count == 1 else f"{purpose}/{count}"
-        return stream_seed(self.seed if self._noise_seed is None else self._noise_seed, name, self.round, self.id)
-
-    def noise(self, purpose: str) -> torch.Generator:
-        """A stream as `secret_seed` says."""
-        return torch.Generator().manual_seed(self.secret_seed(purpose))
-
-    def fit(
-        self,
-        module: LightningModule,
-        samples: Samples,
-        config: Fit,
-        objective: Objective | None = None,
-        name: str = "fit",
-    ) -> dict[str, float]:
-        """Train a module; losses are also noted in `metrics` under `name`. Arguments as in `Runtime.fit`."""
-        losses = self.runtime.fit(module, samples, config, self.rng(name), objective, max(self.round, 1))
-        self.log_losses(name, losses)
-        return losses
-
-    def log_losses(self, name: str, losses: Mapping[str, float]) -> None:
-        """Note the losses of a fit in `metrics`.
-
-        Args:
-            name: of the fit.
-            losses: by their names.
-        """
-        self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
-
-    def predict(self, module: LightningModule, samples: Samples, what: OutputSelector = "logits") -> Tensor:
-        """Answer samples without gradients: float32 [n, …] on the CPU. Arguments as in `Runtime.predict`."""
-        return self.runtime.predict(module, samples, what)
-
-    def run(self, request: FitRequest | PredictRequest) -> Any:
-        """The result of a request, computed at once: what `fit` or `predict` returns."""
-        if isinstance(request, FitRequest):
-            return self.fit(request.module, request.samples, request.config, request.objective, request.name)
-        return self.predict(request.module, request.samples, request.what)
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.borrowed: dict[str, LightningModule] = {}
+        self.private: set[str] = set()
 
 
 class Client(Participant):
@@ -245,12 +110,12 @@ class Client(Participant):
     Attributes:
         train: those that are there now.
         calibration: likewise.
-        corrupt: what an adversary makes of its samples, given them and whether they are for ``"train"`` or
+        data_corruption: what an adversary makes of its samples, given them and whether they are for ``"train"`` or
             ``"calibration"``; None: nothing.
-        corrupt_from: the round from which it does.
-        gate: whether private samples may be read, under `dp_sgd`.
-        templates: the modules that it fills with weights: the runtime's, which all clients share, or its own while an
-            executor trains several clients side by side.
+        corruption_start: the round from which it does.
+        data_gate: whether private samples may be read, under `dp_sgd`.
+        modules: the modules that it borrows: the runtime's, which all clients share, or its own while an executor
+            trains several clients side by side.
     """
 
     def __init__(
@@ -264,73 +129,99 @@ class Client(Participant):
         name: str = "",
         **participant: Any,
     ):
-        self._store, self._state = store, None
+        self._storage = OffloadedState(store, participant["id"])
+        self._modules: _Turn | None = None
         super().__init__(**participant)
-        self.templates: Templates = self.runtime
-        self.dp_sgd, self.gate, self.name = dp_sgd, PrivateDataGate(), name
+        self.modules: ModuleSource = self.runtime
+        self.dp_sgd, self.data_gate, self.name = dp_sgd, PrivateDataGate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
-        self.corrupt: Callable[[Samples, str], Samples] | None = None
-        self.corrupt_from, self._corrupted = 1, False
-        self.arrive()
+        self.data_corruption: Callable[[Samples, str], Samples] | None = None
+        self.corruption_start, self._corrupted = 1, False
+        self.update_data()
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its state, read from the store when somebody first asks after `rest`."""
-        if self._state is None:
-            self._state = {} if self._store is None else self._store.read(self.id)
-        return self._state
+        """The client's state, read from the store at the first access after `offload_state`."""
+        return self._storage.value
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        self._state = state
+        self._storage.value = state
 
-    def rest(self, changed: bool = True) -> None:
-        """Its turn is over: its state is as a file would give it back, and with a store none of it stays in memory.
+    @property
+    def in_memory(self) -> bool:
+        """True while the state is held in memory, False after `offload_state` with a store."""
+        return self._storage.in_memory
+
+    def offload_state(self, changed: bool = True) -> None:
+        """Offload the client's state to disk, if a store is used; else make it what a checkpoint would give back.
 
         Args:
-            changed: whether there may be something new to write.
+            changed: False if the state was only read.
         """
-        if self._state is None:
-            return
-        if self._store is None:
-            self._state = checkpoint.as_saved(self._state) if changed else self._state
-            return
-        if changed:
-            self._store.write(self.id, self._state)
-        self._state = None
-        self.cache.clear()
+        if self._storage.offload(changed):
+            self.cache.clear()
 
-    def saved(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: its state, or where that lies."""
-        self.rest()
-        return self.state if self._store is None else self._store.reference(self.id)
+    def checkpoint_state(self) -> dict[str, Any]:
+        """Offload the state and return what a checkpoint keeps of it: the state, or a reference to its file."""
+        self.offload_state()
+        return self._storage.to_checkpoint()
 
     def restore(self, saved: Mapping[str, Any], folder: Path) -> None:
-        """Go back to what `saved` gave; `folder` is where files that it may name lie."""
-        if self._store is None:
-            self.state = resolve(saved, folder)
-        else:
-            self._store.refer(self.id, saved)
-            self._state = None
+        """Go back to what `checkpoint_state` returned.
 
-    def begin(self, round: int) -> None:
-        """A new round has come; from some round on, an adversary's data are others."""
-        super().begin(round)
-        corrupted = self.corrupt is not None and round >= self.corrupt_from
+        Args:
+            saved: the state, or the reference to its file.
+            folder: where the files lie that a reference names.
+        """
+        self._storage.from_checkpoint(saved, folder)
+
+    def clone(
+        self,
+        state: dict[str, Any] | None = None,
+        train: Samples | ScheduledSamples | None = None,
+        seed: int | None = None,
+        honest: bool = False,
+    ) -> Client:
+        """Copy the client, for an experiment beside the run: same data, streams and settings, nothing in its cache.
+
+        Args:
+            state: the copy's own, in memory; None: empty.
+            train: private samples in place of the client's; they pass the same corruption and the same gate.
+            seed: root of its random streams; None: the client's.
+            honest: leave an adversary's corruption of data out.
+        """
+        twin = copy.copy(self)
+        twin._modules = None
+        twin._storage, twin.state = OffloadedState(None, self.id), {} if state is None else state
+        twin.cache, twin.metrics, twin._drawn = {}, {}, Counter()  # it draws what the client drew in this round
+        twin.seed = self.seed if seed is None else seed
+        if honest:
+            twin.data_corruption, twin._corrupted = None, False
+        if train is not None:
+            twin._train = train
+        if train is not None or honest:
+            twin.update_data()
+        return twin
+
+    def start_round(self, round: int) -> None:
+        """Start a round; from `corruption_start` on, an adversary's corrupted data take the place of its own."""
+        super().start_round(round)
+        corrupted = self.data_corruption is not None and round >= self.corruption_start
         if corrupted != self._corrupted:
             self._corrupted = corrupted
-            self.arrive()
+            self.update_data()
 
-    def arrive(self) -> None:
-        """Turn to the data that are there now, and forget what was made of others."""
+    def update_data(self) -> None:
+        """Switch to the data of the current stage, and clear the cache of what was computed from others."""
         self.train, self.calibration = samples_at(self._train, self.stage), samples_at(self._calibration, self.stage)
         if self._corrupted:
-            self.train = self.corrupt(self.train, "train")
-            self.calibration = self.corrupt(self.calibration, "calibration")
+            self.train = self.data_corruption(self.train, "train")
+            self.calibration = self.data_corruption(self.calibration, "calibration")
         if self.dp_sgd is not None:
             self.train, self.calibration = (
-                GuardedSamples(self.train, self.gate),
-                GuardedSamples(self.calibration, self.gate),
+                GuardedSamples(self.train, self.data_gate),
+                GuardedSamples(self.calibration, self.data_gate),
             )
         self.cache.clear()
 
@@ -341,11 +232,24 @@ class Client(Participant):
         config: Fit,
         objective: Objective | None = None,
         name: str = "fit",
+        watch: Callable[[int], bool] | None = None,
     ) -> dict[str, float]:
-        """Train a module, with noise where samples are private and the recipe asks for it; as `Participant.fit`."""
+        """Train a module as `Participant.fit` does; under DP-SGD with noise where samples are private.
+
+        Args:
+            module: trained in place.
+            samples: private or public training samples.
+            config: steps or epochs, batch size, optimiser and schedule.
+            objective: loss to minimise; None: the module's own training step.
+            name: of the training, in `metrics` and for its random stream.
+            watch: called with the number of steps done; True ends the training. Not called under DP-SGD.
+
+        Returns:
+            Losses by name.
+        """
         if self.dp_sgd is not None and is_guarded(samples):
             return self.dp_sgd.fit(self, module, samples, config, objective, name)
-        return super().fit(module, samples, config, objective, name)
+        return super().fit(module, samples, config, objective, name, watch)
 
     @property
     def samples(self) -> int:
@@ -353,37 +257,73 @@ class Client(Participant):
         return len(self.train)
 
     @property
-    def told_samples(self) -> int:
+    def reported_samples(self) -> int:
         """How many it says it has, beside weights that are averaged by it: 1, as all do, where training is private."""
         return self.samples if self.dp_sgd is None else min(self.samples, 1)
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within this context the client has a turn: the shared modules that it fills are its own until it ends.
+
+        Raises:
+            RuntimeError: it has one already.
+        """
+        if self._modules is not None:
+            raise RuntimeError(f"client {self.id} has its turn already")
+        self._modules = _Turn()
+        try:
+            with self._modules.stack:
+                yield
+        finally:
+            self._modules = None
+
     def specialist(self) -> LightningModule:
-        """Its private model: the architecture's template, filled with this client's weights."""
-        module = self.templates.template(self.architecture)
-        if self.templates.holder(self.architecture) is not self:
+        """Its private model, filled with its weights unless it is so since earlier in this turn.
+
+        Raises:
+            RuntimeError: outside of a `turn`.
+        """
+        module = self._borrow(self.architecture)
+        if self.architecture not in self._modules.private:
             if "specialist" not in self.state:
                 seed = stream_seed(self.seed, "init", 0, self.id)
                 self.state["specialist"] = self.runtime.first_weights(self.architecture, seed)
             load_into(module, self.state["specialist"])
-            self.templates.hold(self.architecture, self)
+            self._modules.private.add(self.architecture)
         return module
 
-    def keep(self, module: LightningModule) -> None:
+    def save_specialist(self, module: LightningModule) -> None:
         """Store the specialist's weights until the next turn."""
         self.state["specialist"] = copy_of(module)
 
     def load(self, tensors: Mapping[str, Tensor], architecture: str | None = None) -> LightningModule:
-        """Fill a template with weights that were sent, e.g. the global model's.
+        """Fill a shared module with weights that were sent, e.g. the global model's, until the turn ends.
 
         Args:
             tensors: named weights and buffers.
-            architecture: whose template; default the client's own.
+            architecture: whose module; default the client's own, of which a specialist is then no longer there.
+
+        Raises:
+            RuntimeError: outside of a `turn`.
+            ValueError: the tensors do not fit.
         """
         architecture = architecture or self.architecture
-        module = self.templates.template(architecture)
+        module = self._borrow(architecture)
+        self._modules.private.discard(architecture)
         load_into(module, tensors)
-        self.templates.hold(architecture, None)
         return module
+
+    def _borrow(self, architecture: str) -> LightningModule:
+        """An architecture's module, which is this client's until its turn ends."""
+        turn = self._modules
+        if turn is None:
+            raise RuntimeError(
+                f"client {self.id} uses a model outside of its turn, when others may overwrite the weights; "
+                "use it within `with client.turn():`"
+            )
+        if architecture not in turn.borrowed:
+            turn.borrowed[architecture] = turn.stack.enter_context(self.modules.borrow(architecture))
+        return turn.borrowed[architecture]
 
     def calibration_accuracy(self) -> float:
         """Accuracy of the specialist on the held-out private share; chance where there is none."""
@@ -427,48 +367,56 @@ class Server(Participant):
         super().__init__(id=-1, **participant)
         self.validation, self.test = validation, test
         self.student, self.teacher, self._pooled, self.test_stages = student, teacher, pooled, test_stages
-        self.arrive()
+        self.update_data()
         self.classes = classes or [str(i) for i in range(self.num_classes)]
         self.cohort: list[int] = []
-        self._said: dict[str, Message] = {}
+        self._downloads: dict[str, Message] = {}
 
-    def begin(self, round: int) -> None:
-        """A new round has come, and what was said in the last one is old."""
-        super().begin(round)
-        self._said = {}
+    def start_round(self, round: int) -> None:
+        """Start a round and drop cached downloads of the previous one."""
+        super().start_round(round)
+        self._downloads = {}
 
-    def arrive(self) -> None:
-        """Turn to the data that are there now."""
+    def update_data(self) -> None:
+        """Switch to the pooled data of the current stage."""
         self.pooled = samples_at(self._pooled, self.stage)
 
-    def fit(
-        self,
-        module: LightningModule,
-        samples: Samples,
-        config: Fit,
-        objective: Objective | None = None,
-        name: str = "fit",
-        watch: Callable[[int], bool] | None = None,
-    ) -> dict[str, float]:
-        """Train a module; as `Participant.fit`, with `watch` as in `Runtime.fit`."""
-        losses = self.runtime.fit(module, samples, config, self.rng(name), objective, max(self.round, 1), watch)
-        self.log_losses(name, losses)
-        return losses
-
-    def rest(self) -> None:
-        """The round is over: its state is as a checkpoint would give it back."""
+    def round_trip_state(self) -> None:
+        """Make the state what a checkpoint would give back, so that a resumed run goes on from the very same."""
         self.state = checkpoint.as_saved(self.state)
 
-    def say(self, key: str, make: Callable[[], Message]) -> Message:
-        """The message that several clients get in this round, made once, so that it is encoded once.
+    def clone(
+        self,
+        state: dict[str, Any] | None = None,
+        pooled: Samples | ScheduledSamples | None = None,
+        seed: int | None = None,
+    ) -> Server:
+        """Copy the server, for an experiment beside the run: same models and settings, nothing in its cache.
 
         Args:
-            key: what tells one message of the round from another.
-            make: makes the message.
+            state: the copy's own; None: empty.
+            pooled: samples in place of the pooled ones; None: the server's.
+            seed: root of its random streams; None: the server's.
         """
-        if key not in self._said:
-            self._said[key] = make()
-        return self._said[key]
+        twin = copy.copy(self)
+        twin.state, twin.cache, twin.metrics, twin._drawn = {} if state is None else state, {}, {}, Counter()
+        twin._downloads, twin.cohort = {}, list(self.cohort)
+        twin.seed = self.seed if seed is None else seed
+        if pooled is not None:
+            twin._pooled = pooled
+            twin.update_data()
+        return twin
+
+    def cached_download(self, key: str, make: Callable[[], Message]) -> Message:
+        """Return a download of this round that several clients receive, made once, so that it is encoded once.
+
+        Args:
+            key: identifies the message among the downloads of this round.
+            make: builds the message.
+        """
+        if key not in self._downloads:
+            self._downloads[key] = make()
+        return self._downloads[key]
 
 
 def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:

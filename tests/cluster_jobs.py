@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fdl.__main__ import main
 
 FIT = ["fit", "--recipe", "recipes/digits/fedavg.yaml", "fabric.accelerator=cpu", "fabric.timeout=60", "callbacks=[]"]
-SMALL = ["federation.clients=3", "federation.rounds=2", "local.steps=3", "data.args.proxy=64"]
+SMALL = ["federation.clients=3", "federation.rounds=2", "local_training.steps=3", "data.args.proxy=64"]
 COUNTS = ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 PART = {
     "SLURM_NODELIST": "elsewhere[1-4]",

@@ -19,13 +19,13 @@ from pathlib import Path
 from tests import rank_jobs
 
 MORE = {
-    "federated_distillation_stacked": ("federated_distillation", ("executor=batched",)),
-    "federated_distillation_on_disk": ("federated_distillation", ("federation.state=disk",)),
-    "fedavg_stacked": ("fedavg", ("executor=batched",)),
-    "fedprox_stacked": ("fedprox", ("executor=batched",)),
-    "knowledge_on_disk": ("knowledge", ("federation.state=disk",)),
-    "dp_sgd": ("fedavg", ("privacy={epsilon: 8, delta: 1.0e-3}", "local.batch_size=16")),
-    "krum": ("fedavg", ("federation.clients=6", "method.args.robust={target: krum, args: {f: 1}}")),
+    "federated_distillation_stacked": ("federated_distillation", ("client_execution=vectorized",)),
+    "federated_distillation_on_disk": ("federated_distillation", ("federation.client_state=disk",)),
+    "fedavg_stacked": ("fedavg", ("client_execution=vectorized",)),
+    "fedprox_stacked": ("fedprox", ("client_execution=vectorized",)),
+    "knowledge_on_disk": ("knowledge", ("federation.client_state=disk",)),
+    "dp_sgd": ("fedavg", ("privacy={epsilon: 8, delta: 1.0e-3}", "local_training.batch_size=16")),
+    "krum": ("fedavg", ("federation.clients=6", "method.args.robust={target: krum, args: {num_attackers: 1}}")),
     "two_processes": ("federated_distillation", ("fabric.devices=2",)),
 }
 """Further runs: which job, and what is set differently."""

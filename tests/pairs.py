@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fdl.callbacks.base import CallbackList
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
@@ -89,7 +90,18 @@ def fit(steps, lr, batch_size=64, optimizer="sgd"):
 
 
 def federation(
-    method, folder, student, specialists, private, proxy, local, distil, test=None, calibration=None, upload=(), **more
+    method,
+    folder,
+    student,
+    specialists,
+    private,
+    proxy,
+    local_training,
+    server_distil,
+    test=None,
+    calibration=None,
+    upload=(),
+    **more,
 ):
     """A loop over clients with one architecture each."""
     runtime = Runtime(accelerator="cpu")
@@ -99,9 +111,9 @@ def federation(
     common = {
         "runtime": runtime,
         "seed": more.get("seed", 0),
-        "local": local,
-        "distil": distil,
-        "digest": more.get("digest", distil),
+        "local_training": local_training,
+        "server_distil": server_distil,
+        "client_distil": more.get("client_distil", server_distil),
         "proxy": proxy,
         "num_classes": 0,
         "task": "image_text",
@@ -127,4 +139,4 @@ def federation(
         evaluation=Evaluation(metrics=["mean_recall"]),
     )
     channel = Channel(Codec(upload), Codec(), Ledger(), common["seed"])
-    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential())
+    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), CallbackList())

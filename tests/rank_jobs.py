@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from fdl.build import build
-from fdl.engine import runtime
 from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import prefix_names
 from fdl.methods.fedavg import FedAvg
@@ -28,10 +28,10 @@ from fdl.state.weights import module_state
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = [
     "federation.rounds=2",
-    "local.steps=3",
-    "local.epochs=null",
-    "distil.steps=3",
-    "distil.epochs=null",
+    "local_training.steps=3",
+    "local_training.epochs=null",
+    "server_distil.steps=3",
+    "server_distil.epochs=null",
     "callbacks=[]",
     "fabric.accelerator=cpu",
     "checkpoint.every=2",
@@ -40,7 +40,7 @@ DIGITS = ["data.args.proxy=64", "data.args.validation=50", "data.args.test=100"]
 NO_PROXY = ["data.args.validation=50", "data.args.test=100"]
 CLIENTS = "federation.clients=3"
 PUBLIC = [*NO_PROXY, CLIENTS, "data.args.public=60"]
-DIGEST = ["digest.steps=3", "digest.epochs=null"]
+DIGEST = ["client_distil.steps=3", "client_distil.epochs=null"]
 TEXT = ["data.args.packages=[json, email, logging]", "data.args.proxy_packages=[unittest]", "data.args.validation=4"]
 TINY = "{num_hidden_layers: 1, num_attention_heads: 2, hidden_size: 16, intermediate_size: 16}"
 WORDS = [f"specialists.0.args.config={TINY}", f"student.args.config={TINY}", "data.args.context=32"]
@@ -61,8 +61,11 @@ JOBS = {
     "fedadam": ("digits/fedadam.yaml", [*DIGITS, CLIENTS]),
     "fedprox": ("digits/fedprox.yaml", [*DIGITS, CLIENTS]),
     "batch_norm": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, "student={target: tests.rank_jobs.Normed, args: {}}"]),
-    "batched": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=4", "executor=batched"]),
-    "one_client": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=1", "adversaries=[{target: alie, share: 1}]"]),
+    "batched": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=4", "client_execution=vectorized"]),
+    "one_client": (
+        "digits/fedavg.yaml",
+        [*DIGITS, "federation.clients=1", "adversaries=[{target: alie, fraction: 1}]"],
+    ),
     "cfed": ("continual/digits.yaml", [*DIGITS, CLIENTS, "arrival.args.rounds=1"]),
     "fml": ("digits/fml.yaml", [*DIGITS, CLIENTS]),
     "fed_lpfm": ("digits/fed_lpfm.yaml", [*DIGITS, CLIENTS]),
@@ -73,7 +76,7 @@ JOBS = {
     "federated_distillation": ("digits/federated_distillation.yaml", [*DIGITS, "federation.clients=5"]),
     "few_asked": (
         "digits/federated_distillation.yaml",
-        [*DIGITS, "federation.clients=6", "federation.participation=0.5"],
+        [*DIGITS, "federation.clients=6", "federation.client_fraction=0.5"],
     ),
     "knowledge": (
         "knowledge.yaml",
@@ -84,8 +87,11 @@ JOBS = {
             "channel.upload=[{target: delta}, {target: quantize}]",
         ],
     ),
-    "codistillation": ("digits/codistillation.yaml", [*DIGITS, CLIENTS, "local.steps=2"]),
-    "robust_pools": ("digits/codistillation.yaml", [*DIGITS, CLIENTS, "local.steps=2", "method.args.robust=median"]),
+    "codistillation": ("digits/codistillation.yaml", [*DIGITS, CLIENTS, "local_training.steps=2"]),
+    "robust_pools": (
+        "digits/codistillation.yaml",
+        [*DIGITS, CLIENTS, "local_training.steps=2", "method.args.robust=median"],
+    ),
     "feddf": ("digits/feddf_heterogeneous.yaml", [*DIGITS, CLIENTS]),
     "fedproto": ("digits/fedproto.yaml", [*DIGITS, CLIENTS, "partition.target=iid"]),
     "fedgems": ("digits/fedgems.yaml", [*PUBLIC, *DIGEST]),
@@ -96,7 +102,7 @@ JOBS = {
     "fedlora": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, *LORA, "method.args.aggregation=fedit"]),
     "fedlora_merged": (
         "digits/fedavg.yaml",
-        [*DIGITS, "federation.clients=5", "federation.participation=0.6", *LORA, "method.args.aggregation=flora"],
+        [*DIGITS, "federation.clients=5", "federation.client_fraction=0.6", *LORA, "method.args.aggregation=flora"],
     ),
     "federated_prompts": ("prompts/digits.yaml", [*DIGITS, CLIENTS, TOWERS]),
     "pfedpg": ("prompts/digits_per_site.yaml", [*DIGITS, CLIENTS, TOWERS]),
@@ -105,7 +111,10 @@ JOBS = {
         "digits/fedavg.yaml",
         [*DIGITS, "federation.clients=6", "method.args.robust=trimmed_mean", COLLUDING],
     ),
-    "liars": ("knowledge.yaml", [*DIGITS, "federation.clients=5", "adversaries=[{target: lma, share: 0.4}]"]),
+    "liars": (
+        "knowledge.yaml",
+        [*DIGITS, "federation.clients=5", "adversaries=[{target: least_likely, fraction: 0.4}]"],
+    ),
     "attacked": ("digits/audit.yaml", [*DIGITS, CLIENTS, *DIGEST, ATTACKS]),
     "updates_attacked": ("digits/fedprox.yaml", [*DIGITS, CLIENTS, *INVERSION]),
     "votes": ("digits/private_votes.yaml", [*DIGITS, "federation.clients=4"]),
@@ -118,7 +127,7 @@ QUICK = tuple(name for name in JOBS if name not in LONGER)
 JOINT = (
     "federated_distillation",
     # Adam divides by a gradient's own size, which makes rounding of those near 0 as large as any other
-    [CLIENTS, "federation.rounds=1", "fabric.strategy=ddp", "distil.optimizer={target: sgd, args: {lr: 0.1}}"],
+    [CLIENTS, "federation.rounds=1", "fabric.strategy=ddp", "server_distil.optimizer={target: sgd, args: {lr: 0.1}}"],
 )
 
 
@@ -172,7 +181,7 @@ class Sleeps(FedAvg):
 
     def local_update(self, client, download):
         if os.environ.get("LOCAL_RANK") == "1":
-            time.sleep(12)
+            time.sleep(8)  # twice as long as the others wait
         return super().local_update(client, download)
 
 
@@ -239,7 +248,7 @@ if __name__ == "__main__":
     # a run of two processes goes on from a checkpoint that one process wrote, and moves clients between them
     found["resumed"] = run("knowledge", 2, place / "half", ("federation.rounds=3",), resume=True)
     parts = []
-    runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
+    data_parallel.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
     found["joint"] = run(*JOINT[:1], 2, place / "joint", tuple(JOINT[1]))
     found["parts"] = len(parts)
     ends = {"mistake": error_of("FailsOnce", place / "mistake", 60.0)}

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from fdl.build import build
-from fdl.engine import runtime
 from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.state import checkpoint
-from fdl.state.shards import local
+from fdl.state.shards import local_shard
 from tests import rank_jobs
 
 SGD = "{target: sgd, args: {lr: 0.1}}"
-LOCAL, DISTIL, DIGEST = (f"{part}.optimizer={SGD}" for part in ("local", "distil", "digest"))
+LOCAL, DISTIL, DIGEST = (f"{part}.optimizer={SGD}" for part in ("local_training", "server_distil", "client_distil"))
 PLAIN = ["channel.upload=[]", "channel.download=[]"]
 LANGUAGE = [*rank_jobs.TEXT, rank_jobs.CLIENTS, "method={target: fedavg}", LOCAL, *PLAIN, "specialists=[]"]
 LLAMA = f"{{target: causal_lm, args: {{model: llama, config: {rank_jobs.TINY}}}}}"
@@ -30,15 +30,15 @@ SMALLER = LLAMA.replace("intermediate_size: 16", "intermediate_size: 8")
 POOLS = ["method={target: codistillation}", f"specialists=[{SMALLER}, {LLAMA}]", f"student={SMALLER}", DISTIL]
 JOBS = {
     "fedavg": ("fedavg", []),
-    "fedprox": ("fedprox", ["method.args.mu=5", "local.gradient_clip=0.3"]),
+    "fedprox": ("fedprox", ["method.args.mu=5", "local_training.gradient_clip=0.3"]),
     "batch_norm": ("batch_norm", []),
-    "clipped": ("fedavg", ["local.gradient_clip=0.05"]),
-    "adam": ("fedavg", ["local.optimizer={target: adamw, args: {lr: 0.01}}"]),
-    "fml": ("fml", [LOCAL, "local.gradient_clip=0.05"]),
+    "clipped": ("fedavg", ["local_training.gradient_clip=0.05"]),
+    "adam": ("fedavg", ["local_training.optimizer={target: adamw, args: {lr: 0.01}}"]),
+    "fml": ("fml", [LOCAL, "local_training.gradient_clip=0.05"]),
     "fed_lpfm": ("fed_lpfm", []),
     "distillation": ("distillation", [LOCAL, DISTIL]),
     "federated_distillation": ("federated_distillation", [LOCAL, DISTIL, DIGEST]),
-    "disk": ("federated_distillation", [LOCAL, DISTIL, DIGEST, "federation.state=disk"]),
+    "disk": ("federated_distillation", [LOCAL, DISTIL, DIGEST, "federation.client_state=disk"]),
     "knowledge": ("knowledge", [LOCAL, DISTIL, DIGEST, "channel.upload=[]", "federation.rounds=2"]),
     "affinity_distillation": ("affinity_distillation", [LOCAL, DISTIL, DIGEST]),
     "token_distillation": ("token_distillation", [LOCAL, DISTIL, *PLAIN]),
@@ -75,13 +75,13 @@ def run(name: str, folder: Path, more: tuple[str, ...] = (), resume: bool = Fals
 
 def held(loop) -> dict:
     """Bytes of the student's template here and in all, and those of its optimiser's state."""
-    module = loop.server.student if loop.server.student is not None else loop.runtime.template("student")
+    module = loop.server.student if loop.server.student is not None else loop.runtime.shared_module("student")
     parameters = list(module.parameters())
-    sizes = {"here": sum(local(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
-    known = loop.runtime.optimizers.known()
+    sizes = {"here": sum(local_shard(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
+    known = loop.runtime.steps.optimizers.known()
     states = [t for found in known for state in found.optimizer.state.values() for t in state.values()]
     tensors = [t for t in states if getattr(t, "ndim", 0)]
-    moments = {"here": sum(local(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}
+    moments = {"here": sum(local_shard(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}
     return {"parameters": sizes, "moments": moments, "names": [name for name, _ in module.named_parameters()]}
 
 
@@ -111,11 +111,11 @@ def all_jobs(place: Path) -> dict:
     found = {name: run(name, place / name) for name in QUICK}
     found["resumed"] = run("federated_distillation", place / "half", ("federation.rounds=2",), resume=True)
     parts = []
-    runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
+    data_parallel.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
     run("federated_distillation", place / "parts", ("federation.rounds=1",))
     found["parts"] = len(parts)
     try:
-        run("fedavg", place / "refused", ("local.optimizer={target: adafactor, args: {lr: 0.01}}",))
+        run("fedavg", place / "refused", ("local_training.optimizer={target: adafactor, args: {lr: 0.01}}",))
     except UserError as error:
         found["refused"] = str(error)
     return {**found, "rounded": rounded_weights(place / "rounded")}

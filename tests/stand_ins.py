@@ -41,7 +41,7 @@ PUBLIC = {"pretrained", "weights", "checkpoint"}
 def overrides(path: Path, folder: Path) -> list[str]:
     """What lets a recipe be built offline and on the CPU; files that it reads are written to `folder`."""
     recipe = load(path)
-    found = ["fabric.accelerator=cpu", "fabric.precision=32-true", "fabric.threads=1", f"output={folder}"]
+    found = ["fabric.accelerator=cpu", "fabric.precision=32-true", "fabric.threads=1", f"output_dir={folder}"]
     return [*found, *_models(recipe), *_data(recipe, folder)]
 
 

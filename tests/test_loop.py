@@ -60,7 +60,7 @@ def outcome(loop):
 @pytest.mark.parametrize("make", METHODS)
 @pytest.mark.parametrize("crash_in", [1, 3])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, make, crash_in):
-    settings = {"rounds": 4, "local": 3, "participation": 0.5, "dropout": 0.2}
+    settings = {"rounds": 4, "local_training": 3, "client_fraction": 0.5, "dropout": 0.2}
     straight = federation(make(), tmp_path / "straight", **settings)
     straight.run()
     crashed = federation(make(), tmp_path / "crashed", callbacks=[Crash(crash_in)], **settings)
@@ -113,7 +113,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 
 
 def test_cohorts_are_drawn_by_seed_and_round_only(tmp_path):
-    loop, other = (federation(FedAvg(), tmp_path, participation=0.5, dropout=0.5, seed=3) for _ in range(2))
+    loop, other = (federation(FedAvg(), tmp_path, client_fraction=0.5, dropout=0.5, seed=3) for _ in range(2))
     drawn = [loop.cohort(round) for round in range(1, 50)]
     assert drawn == [other.cohort(round) for round in range(1, 50)]
     assert all(len(cohort) == 1 and set(dropped) <= set(cohort) for cohort, dropped in drawn)
@@ -122,7 +122,7 @@ def test_cohorts_are_drawn_by_seed_and_round_only(tmp_path):
 
 
 def test_a_cohort_is_that_of_its_own_stream():
-    federation = Federation(clients=9, participation=0.5, dropout=0.3)
+    federation = Federation(clients=9, client_fraction=0.5, dropout=0.3)
     for round in (1, 31, 32, 33, 700):
         stream = numpy_stream(7, "cohort", round)
         asked = sorted(stream.choice(9, size=5, replace=False).tolist())
@@ -198,7 +198,7 @@ def test_a_training_without_messages_that_diverges_ends_with_who_when_and_the_lo
         return losses
 
     loop.runtime.fit = diverging
-    with pytest.raises(UserError, match=rf"{who}.* diverged.*fit/loss is nan.*local\.optimizer"):
+    with pytest.raises(UserError, match=rf"{who}.* diverged.*fit/loss is nan.*local_training\.optimizer"):
         loop.run()
     assert watch.ended == [1, 2]
 
@@ -324,13 +324,13 @@ def test_transfer_times_add_up_over_rounds(tmp_path):
 
 def test_a_narrow_link_is_on_record(tmp_path):
     from fdl.comm.ledger import Ledger
-    from fdl.federation.round_record import account
+    from fdl.federation.round_record import add_costs
 
     ledger = Ledger()
     ledger.add(1, 3, "up", "responses", 50)
     ledger.note(1, 3, "up", "quantize/4", 0.5)
     ledger.note(2, 3, "up", "quantize/2", 0.25)
     record = {"round": 1}
-    account(ledger, record, [])
+    add_costs(record, ledger, [])
     assert record["codings"] == {"up/3": ["quantize/4", 0.5]}
     assert record["communication"]["upload_bytes"] == 50

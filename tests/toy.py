@@ -5,9 +5,9 @@ one sample x = (1, 0) of class 0, client 1 three samples x = (0, 1) of class 1; 
 """
 
 import torch
-from lightning import LightningModule
 from torch import nn
 
+from fdl.callbacks.base import CallbackList
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
@@ -15,6 +15,7 @@ from fdl.datamodules.samples import TensorSamples
 from fdl.engine.runtime import Runtime
 from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
+from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Fit, Recipe
@@ -23,7 +24,7 @@ from fdl.recipe.config import Evaluation, Federation
 E0, E1 = [1.0, 0.0], [0.0, 1.0]
 
 
-class Linear(LightningModule):
+class Linear(FederatedModule):
     """A linear classifier without bias that starts at zero."""
 
     def __init__(self, scale: float = 0.0):
@@ -49,7 +50,18 @@ def steps(count, lr=1.0):
     return Fit(epochs=None, steps=count, batch_size=64, optimizer=Component("sgd", {"lr": lr}))
 
 
-def federation(method, folder, rounds=1, local=1, distil=1, digest=1, seed=0, callbacks=(), upload=(), **federation):
+def federation(
+    method,
+    folder,
+    rounds=1,
+    local_training=1,
+    server_distil=1,
+    client_distil=1,
+    seed=0,
+    callbacks=(),
+    upload=(),
+    **federation,
+):
     """A loop over the two toy clients."""
     runtime = Runtime(accelerator="cpu")
     for name in ("student", "teacher", "linear"):
@@ -58,9 +70,9 @@ def federation(method, folder, rounds=1, local=1, distil=1, digest=1, seed=0, ca
     common = {
         "runtime": runtime,
         "seed": seed,
-        "local": steps(local),
-        "distil": steps(distil),
-        "digest": steps(digest),
+        "local_training": steps(local_training),
+        "server_distil": steps(server_distil),
+        "client_distil": steps(client_distil),
         "proxy": proxy,
         "num_classes": 2,
         "encoder": None,
@@ -86,7 +98,7 @@ def federation(method, folder, rounds=1, local=1, distil=1, digest=1, seed=0, ca
         evaluation=Evaluation(metrics=["accuracy"]),
     )
     channel = Channel(Codec(upload), Codec(), Ledger(), seed)
-    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), callbacks)
+    return FederatedLoop(recipe, folder, method, server, clients, channel, Sequential(), CallbackList(callbacks))
 
 
 def weight(module):

@@ -7,9 +7,9 @@ window that ends early.
 
 import numpy as np
 import torch
-from lightning import LightningModule
 from torch import nn
 
+from fdl.callbacks.base import CallbackList
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger
@@ -17,6 +17,7 @@ from fdl.datamodules.text import TextSamples
 from fdl.engine.runtime import Runtime
 from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
+from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Recipe
@@ -39,7 +40,7 @@ class Letters:
         return self.fingerprint == other.fingerprint
 
 
-class Bigram(LightningModule):
+class Bigram(FederatedModule):
     """Log-probabilities of the next token from a table, [V, V]."""
 
     tokenizer = data_tokenizer = Letters()
@@ -81,20 +82,22 @@ def table(seed, scale=1.0):
     return scale * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
-def federation(method, folder, rounds=1, local=1, distil=1, upload=(), download=(), tables=None, clients=2):
+def federation(
+    method, folder, rounds=1, local_training=1, server_distil=1, upload=(), download=(), tables=None, clients=2
+):
     """A loop over two toy clients, with tables of first weights by client where given."""
     runtime = Runtime(accelerator="cpu")
     runtime.factories |= {"student": Bigram, "bigram": Bigram}
     common = {
         "runtime": runtime,
         "seed": 0,
-        "local": steps(local),
-        "distil": steps(distil),
-        "digest": steps(1, lr=0.5),
+        "local_training": steps(local_training),
+        "server_distil": steps(server_distil),
+        "client_distil": steps(1, lr=0.5),
         "proxy": windows(UP, DOWN, SHORT),
         "num_classes": 0,
         "task": "language",
-        "provides": {"tokenizer": Letters(), "context": LENGTH},
+        "model_kwargs": {"tokenizer": Letters(), "context": LENGTH},
     }
     private = [windows(UP, UP), windows(*[DOWN] * 6), *[windows(UP)] * 9][:clients]
     none = windows(UP).subset(torch.arange(0))
@@ -111,4 +114,4 @@ def federation(method, folder, rounds=1, local=1, distil=1, upload=(), download=
         evaluation=Evaluation(metrics=["nll"]),
     )
     channel = Channel(Codec(upload), Codec(download), Ledger(), 0)
-    return FederatedLoop(recipe, folder, method, server, members, channel, Sequential())
+    return FederatedLoop(recipe, folder, method, server, members, channel, Sequential(), CallbackList())

@@ -63,11 +63,11 @@ def main() -> None:
                 "federation": {
                     "clients": clients,
                     "rounds": int(rounds),
-                    "participation": int(cohort) / clients,
-                    "calibration": 0.0,
+                    "client_fraction": int(cohort) / clients,
+                    "calibration_fraction": 0.0,
                 },
-                "student": {"target": "image_classifier", "args": {"backbone": f"jobs.{model}"}},
-                "local": {
+                "student": {"target": "custom", "args": {"backbone": f"jobs.{model}"}},
+                "local_training": {
                     "epochs": 1,
                     "batch_size": jobs.BATCH,
                     "optimizer": {"target": "sgd", "args": {"lr": jobs.RATE}},
@@ -75,7 +75,7 @@ def main() -> None:
                 "evaluation": {"metrics": ["accuracy"], "specialists": False},
                 "checkpoint": {"every": 10_000},
                 "fabric": {"accelerator": "cpu", "devices": int(ranks), "threads": 1},
-                "executor": executor,
+                "client_execution": executor,
                 "callbacks": [],
             }
         )

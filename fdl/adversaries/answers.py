@@ -56,7 +56,7 @@ class FixedClass(OneHotAttack):
 class RandomClass(OneHotAttack):
     """Name a random class for every sample, drawn anew in each round."""
 
-    name = "random"
+    name = "random_class"
 
     def classes(self, own: Responses, scene: AttackContext) -> Tensor:
         """Uniform over the classes, from the client's own stream."""
@@ -69,7 +69,7 @@ class LeastLikely(OneHotAttack):
     Source: Roux, Zimmer and Pokutta, "On the Byzantine-Resilience of Distillation-Based Federated Learning" (2024).
     """
 
-    name = "lma"
+    name = "least_likely"
     sees = "all"
 
     def classes(self, own: Responses, scene: AttackContext) -> Tensor:
@@ -85,7 +85,7 @@ class ClassConfusion(OneHotAttack):
     other one, so all adversaries, and all samples of a class, push the student in one direction.
     """
 
-    name = "cpa"
+    name = "class_confusion"
     sees = "all"
 
     def classes(self, own: Responses, scene: AttackContext) -> Tensor:
@@ -104,7 +104,7 @@ class HiddenReplay(Adversary):
     Source: Roux, Zimmer and Pokutta (2024), with the loss of their LMA.
     """
 
-    name = "hips"
+    name = "worst_replay"
     spaces = ("responses",)
     tasks = ("classification",)
     sees = "all"

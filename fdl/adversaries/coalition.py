@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from fdl.adversaries.base import SPACES, Adversary, AttackContext, Upload
 from fdl.errors import UserError
-from fdl.messages import Bundle, Message
 from fdl.methods.base import Method
 from fdl.utils.seeding import numpy_stream, torch_stream
 
@@ -52,11 +51,13 @@ class Adversaries:
         """The coalition of every client that is dishonest in a round."""
         return {id: one for one in self.coalitions if round >= one.start for id in one.clients}
 
-    def looks(self, round: int) -> bool:
+    def needs_all_uploads(self, round: int) -> bool:
         """Whether uploads of a round must be known to others before they are sent: the same on every rank."""
         return any(one.adversary.sees != "nobody" for one in self.active(round).values())
 
-    def listen(self, round: int, turns: Iterable[tuple[Client, Upload | None]]) -> Iterator[tuple[Client, Any]]:
+    def record_downloads(
+        self, round: int, turns: Iterable[tuple[Client, Upload | None]]
+    ) -> Iterator[tuple[Client, Any]]:
         """Pass turns on, and keep what dishonest clients are sent in this round."""
         hostile = self.active(round)
         self._downloads = {}
@@ -65,7 +66,7 @@ class Adversaries:
                 self._downloads[client.id] = download
             yield client, download
 
-    def __call__(
+    def corrupt_uploads(
         self, round: int, pairs: Iterable[tuple[Client, Upload | None]], gather: Gather = dict
     ) -> Iterator[tuple[Client, Upload | None]]:
         """Put what dishonest clients send in the place of what honest ones would.
@@ -77,7 +78,7 @@ class Adversaries:
             round: the current round.
             pairs: clients of this process with their uploads, before anything is encoded.
             gather: gives the uploads of all ranks, by client, for those of this one. It is called once, on every rank,
-                in rounds of which `looks` is true, and in no others.
+                in rounds of which `needs_all_uploads` is true, and in no others.
 
         Yields:
             The same clients in the same order, with what they send.
@@ -86,7 +87,7 @@ class Adversaries:
         if not hostile:
             yield from pairs
             return
-        if not self.looks(round):
+        if not self.needs_all_uploads(round):
             for client, upload in pairs:
                 yield client, self._sent(client, upload, hostile, {})
             return
@@ -139,15 +140,15 @@ def chosen(entries: Sequence[AdversaryConfig], clients: int, seed: int) -> list[
         if entry.clients is not None:
             result.append(sorted(entry.clients))
             continue
-        count = how_many(entry.share, clients)
+        count = how_many(entry.fraction, clients)
         result.append(sorted(order[:count]))
         order = order[count:]
     return result
 
 
-def how_many(share: float, clients: int) -> int:
-    """Clients that a share comes to, rounded."""
-    return int(share * clients + 0.5)
+def how_many(fraction: float, clients: int) -> int:
+    """The number of clients that a fraction comes to, rounded."""
+    return int(fraction * clients + 0.5)
 
 
 def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method: Method) -> AdversaryGroup:
@@ -163,7 +164,7 @@ def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method:
                 f"{adversary.name} is for {' and '.join(adversary.tasks)} data; these are for {client.task}"
             )
         adversary.prepare(client)
-        client.corrupt, client.corrupt_from = partial(_corrupt, adversary, client), start
+        client.data_corruption, client.corruption_start = partial(_corrupt, adversary, client), start
     return AdversaryGroup(adversary, {client.id: client for client in clients}, start)
 
 
@@ -172,24 +173,24 @@ def _corrupt(adversary: Adversary, client: Client, samples: Samples, purpose: st
 
 
 def _check_space(adversary: Adversary, method: Method) -> None:
-    """Compare what an adversary attacks with what the method says that clients send, as far as it does.
+    """Compare what an adversary attacks with what the method declares that clients send.
 
     Raises:
-        UserError: they have nothing in common.
+        UserError: they have nothing in common, or the method does not declare it.
     """
-    if type(method).aggregate is Method.aggregate:
+    if method.sends == ():
         raise UserError(f"clients of method {method.name} send nothing that could be attacked")
-    try:
-        sent = get_type_hints(type(method).local_update).get("return", Message)
-    except NameError:  # an annotation that is there for type checkers alone: what is sent tells
+    if "data" in adversary.spaces:
         return
-    if get_origin(sent) is Generator:  # what it returns in the end
-        sent = get_args(sent)[2]
-    kinds = set(get_args(sent) or (sent,)) - {type(None)}
-    known = SPACES if kinds & {Message, Bundle} else {kind: SPACES[kind] for kind in kinds if kind in SPACES}
-    if "data" in adversary.spaces or set(known.values()) & set(adversary.spaces):
+    if method.sends is None:
+        raise UserError(
+            f"{adversary.name} attacks {' and '.join(adversary.spaces)}, and method {method.name} does not declare "
+            f"what its clients send: add to {type(method).__name__} a line such as `sends = (Parameters,)`, with the "
+            "types of the messages that local_update returns"
+        )
+    if {SPACES[kind] for kind in method.sends if kind in SPACES} & set(adversary.spaces):
         return
-    found = " and ".join(sorted(kind.kind for kind in kinds))
+    found = " and ".join(sorted(kind.kind for kind in method.sends))
     raise UserError(
         f"{adversary.name} attacks {' and '.join(adversary.spaces)}, and clients of method {method.name} send {found}"
     )

@@ -23,7 +23,7 @@ class LabelFlip(Adversary):
     spaces = ("data",)
     tasks = ("classification",)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("own")
         self._classes = 0
 
@@ -43,7 +43,7 @@ class Backdoor(Adversary):
 
     Args:
         target: the class that triggered images are to be taken for.
-        share: of its own images that get the trigger and the target's label, in (0, 1].
+        fraction: of its own images that get the trigger and the target's label, in (0, 1].
         size: side of the square in pixels.
     """
 
@@ -51,11 +51,11 @@ class Backdoor(Adversary):
     spaces = ("data",)
     tasks = ("classification",)
 
-    def __init__(self, target: int = 0, share: float = 0.5, size: int = 2):
+    def __init__(self, target: int = 0, fraction: float = 0.5, size: int = 2):
         super().__init__("own")
-        if not 0 < share <= 1:
-            raise UserError(f"share must be in (0, 1], got {share}")
-        self.target, self.share, self.size = target, share, at_least("size", size, 1)
+        if not 0 < fraction <= 1:
+            raise UserError(f"fraction must be in (0, 1], got {fraction}")
+        self.target, self.fraction, self.size = target, fraction, at_least("size", size, 1)
 
     def prepare(self, client: Client) -> None:
         """Refuse data that are no images, and a class that there is not."""
@@ -66,7 +66,7 @@ class Backdoor(Adversary):
         """Some of the images, at random, with trigger and target."""
         count = len(samples)
         chosen = torch.zeros(count, dtype=torch.bool)
-        chosen[torch.randperm(count, generator=generator)[: round(self.share * count)]] = True
+        chosen[torch.randperm(count, generator=generator)[: round(self.fraction * count)]] = True
         return Triggered(samples, chosen, self.target, self.size)
 
 

@@ -19,6 +19,7 @@ from fdl.adversaries.base import (
     with_vector,
 )
 from fdl.adversaries.parameters import normal
+from fdl.datamodules.samples import Samples
 from fdl.messages import Bundle, Message, Parameters, Responses, parts_of
 from fdl.participants import Client
 from fdl.utils.arguments import not_negative
@@ -68,7 +69,7 @@ class NonResponder(Adversary):
     No defence can do better against liars than if they were silent, so this is what defences are measured by.
     """
 
-    name = "silent"
+    name = "non_response"
     spaces = ("data", "parameters", "responses")
 
     def attack(self, scene: AttackContext) -> None:
@@ -96,7 +97,7 @@ class Sybil(Adversary):
         if self.attacker is not None:
             self.attacker.prepare(client)
 
-    def corrupt(self, samples, generator: torch.Generator):
+    def corrupt(self, samples: Samples, generator: torch.Generator) -> Samples:
         """As the attack."""
         return samples if self.attacker is None else self.attacker.corrupt(samples, generator)
 

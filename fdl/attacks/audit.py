@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from fdl.attacks.base import Attack
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
 
 
 CONFIDENCE = 0.99
@@ -96,7 +96,7 @@ class Audit:
         )
 
 
-def audit(loop: FederatedLoop, attacks: Sequence[Attack]) -> Audit:
+def audit(loop: Federation, attacks: Sequence[Attack]) -> Audit:
     """Attack a finished run; reads private data, and what it says of them is for whoever may do so.
 
     With several ranks all of them do so alike; only shadow federations are spread over them.
@@ -108,12 +108,12 @@ def audit(loop: FederatedLoop, attacks: Sequence[Attack]) -> Audit:
     Raises:
         UserError: an attack cannot be tried on this run.
     """
-    loop.spread.everywhere()
+    loop.placement.replicate_states()
     subject = AttackTarget(loop)
     with ExitStack() as gates:
         gates.enter_context(pinned(loop.recipe.fabric.threads))
         for client in loop.clients:  # who audits a run may see what its participants may not
-            gates.enter_context(client.gate.open())
+            gates.enter_context(client.data_gate.open())
         result = Audit(loop.round, {attack.label: attack.run(subject) for attack in attacks})
     curves = [(label, curve) for label, found in result.findings.items() for curve in found.curves]
     for label, curve in curves:

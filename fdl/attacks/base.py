@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from fdl.comm.ledger import Ledger
 from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.executors import Sequential
 from fdl.messages import Responses, parts_of
@@ -19,9 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from fdl.comm.channel import Channel
     from fdl.engine.runtime import Runtime
-    from fdl.loop import FederatedLoop
+    from fdl.federation.state import Federation
     from fdl.methods.base import Method
     from fdl.participants import Client, Server
 
@@ -42,7 +39,7 @@ class AttackTarget:
         seed: the run's; streams are derived from it as everywhere.
     """
 
-    def __init__(self, loop: FederatedLoop):
+    def __init__(self, loop: Federation):
         self.loop = loop
         self.server: Server = loop.server
         self.clients: list[Client] = loop.clients
@@ -51,7 +48,7 @@ class AttackTarget:
         self.seed: int = loop.recipe.seed
         self._made: dict[Any, Any] = {}
 
-    def once(self, key: Any, make: Callable[[], T]) -> T:
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
         """What several attacks need, e.g. shadow models, made when it is first asked for.
 
         Args:
@@ -72,43 +69,22 @@ class AttackTarget:
         Returns:
             None where it sends no responses, or has no specialist.
         """
-        return self.once(("answers", client.id), lambda: self._ask(client))
+        return self.cached(("answers", client.id), lambda: self._ask(client))
 
     def _ask(self, client: Client) -> Responses | None:
         if "specialist" not in client.state:
             return None
-        server = copy.copy(self.server)
-        twin = clone_client(client)
-        twin.state = copy.deepcopy(client.state)
-        client.rest(changed=False)
-        server.state = {}
-        server.begin(self.loop.round)  # and forgets, in this copy, what it said
-        with self.runtime.rehearsal():
+        server, twin = self.server.clone(), client.clone(copy.deepcopy(client.state))
+        client.offload_state(changed=False)
+        server.start_round(self.loop.round)
+        with self.runtime.dry_run():
             download = self.method.download(server, client.id)
             ((_, upload),) = Sequential()(self.method, [(twin, download)])
-        self.runtime.hold(client.architecture, None)
         try:
-            received = fresh_channel(self.loop.channel).upload(upload, client.id, self.loop.round)
+            received = self.loop.channel.fresh().upload(upload, client.id, self.loop.round)
         except RejectedMessageError:
             return None
         return parts_of(received).get(Responses)
-
-
-def clone_client(client: Client) -> Client:
-    """A client with the same data, streams and settings, but a state and a cache of its own, empty and in memory."""
-    twin = copy.copy(client)
-    twin._store, twin.state, twin.cache, twin.metrics = None, {}, {}, {}
-    twin._drawn = Counter()  # it draws what the client drew in this round
-    return twin
-
-
-def fresh_channel(channel: Channel) -> Channel:
-    """A channel like another one, over which nothing has been sent."""
-    fresh = copy.copy(channel)
-    fresh.ledger = Ledger()
-    fresh.ledger.links = channel.ledger.links
-    fresh.load_state_dict({})
-    return fresh
 
 
 @dataclass(frozen=True, eq=False)

@@ -141,7 +141,7 @@ def candidates(subject: AttackTarget) -> Candidates:
     Raises:
         UserError: nothing is held out, samples have no labels, or they come in over time.
     """
-    return subject.once("candidates", lambda: _draw(subject))
+    return subject.cached("candidates", lambda: _draw(subject))
 
 
 def _draw(subject: AttackTarget) -> Candidates:

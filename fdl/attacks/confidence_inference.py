@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fdl.attacks.base import Attack, AttackResult, MembershipScores, clone_client
+from fdl.attacks.base import Attack, AttackResult, MembershipScores
 from fdl.attacks.candidates import candidates
 from fdl.attacks.membership import protection
 from fdl.errors import UserError
@@ -92,16 +92,16 @@ class ConfidenceInference(Attack):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Which candidates are in, bool [S, n], and what the client would have sent then, float64 [S, n_proxy]."""
         stream = numpy_stream(subject.seed, f"attack/{self.name}", 0, client.id)
-        logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
-        twin, inside, sent = clone_client(client), [], []
-        twin.corrupt, twin._corrupted = None, False
+        with client.turn():
+            logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
+        inside, sent = [], []
         for number in range(self.simulations):
             inside.append(asked.halves(stream) if number % 2 == 0 else ~inside[-1])
-            twin._train = asked.share(client, inside[-1])
-            twin.arrive()
-            twin.state, twin.cache["encoder"] = client.state, space
-            sent.append(confidence.log_weights(twin, logits).double().numpy())
-        client.rest(changed=False)
+            twin = client.clone(client.state, asked.share(client, inside[-1]), honest=True)
+            twin.cache["encoder"] = space
+            with twin.turn():
+                sent.append(confidence.log_weights(twin, logits).double().numpy())
+        client.offload_state(changed=False)
         return np.stack(inside), np.stack(sent)
 
 
@@ -115,7 +115,7 @@ def confidence_of(subject: AttackTarget, label: str) -> Confidence:
     Raises:
         UserError: they do not.
     """
-    confidence = getattr(subject.method, "confidence", None)
+    confidence = subject.method.confidence
     if not isinstance(confidence, Confidence):
         raise UserError(f"{label}: not applicable: clients of this run send no confidences")
     return confidence

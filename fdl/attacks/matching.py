@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,7 +75,7 @@ class Search:
             x.clamp_(low, high)
         return x.detach(), float(objective().detach())
 
-    def _by_lbfgs(self, x: Tensor, objective, low: Tensor, high: Tensor) -> None:
+    def _by_lbfgs(self, x: Tensor, objective: Callable[[], Tensor], low: Tensor, high: Tensor) -> None:
         optimizer = torch.optim.LBFGS(
             [x],
             max_iter=self.steps,
@@ -93,7 +93,7 @@ class Search:
         optimizer.step(closure)
         x.data.nan_to_num_()
 
-    def _by_signs(self, x: Tensor, objective, low: Tensor, high: Tensor) -> None:
+    def _by_signs(self, x: Tensor, objective: Callable[[], Tensor], low: Tensor, high: Tensor) -> None:
         optimizer = torch.optim.Adam([x], lr=self.lr)
         falls = [self.steps * part // 8 for part in (3, 5, 7)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, gamma=0.1)

@@ -189,7 +189,7 @@ def protection(subject: AttackTarget, client: Client, target: str, policy: Polic
     specialist never left its client, and is covered only by noise in its own training.
     """
     events = list(events_of(client))
-    client.rest(changed=False)
+    client.offload_state(changed=False)
     if target == "student":
         events += events_of(subject.server)
     if target == "specialists":

@@ -25,6 +25,12 @@ class Roc:
         tpr: true-positive rate, likewise.
         members: how many members were scored.
         non_members: how many non-members.
+
+    Example:
+        >>> import numpy as np
+        >>> roc = Roc.of(members=np.array([0.9, 0.8, 0.3]), non_members=np.array([0.5, 0.2, 0.1]))
+        >>> print(f"{roc.auc:.3f} {roc.tpr_at(0.0):.3f}")
+        0.889 0.667
     """
 
     fpr: np.ndarray
@@ -119,6 +125,11 @@ def ceiling(fpr: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
         fpr: false-positive rates.
         epsilon: ε ≥ 0; infinite for no privacy, which allows everything.
         delta: δ.
+
+    Example:
+        >>> import numpy as np
+        >>> ceiling(np.array([0.0, 0.1]), epsilon=0.0, delta=0.0)  # no better than guessing
+        array([0. , 0.1])
     """
     fpr = np.asarray(fpr, dtype=float)
     if math.isinf(epsilon):
@@ -128,7 +139,12 @@ def ceiling(fpr: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
 
 
 def advantage_ceiling(epsilon: float, delta: float) -> float:
-    """The largest TPR − FPR of any attack, (e^ε − 1 + 2δ) / (e^ε + 1): where both bounds of `ceiling` meet."""
+    """The largest TPR − FPR of any attack, (e^ε − 1 + 2δ) / (e^ε + 1): where both bounds of `ceiling` meet.
+
+    Example:
+        >>> print(f"{advantage_ceiling(epsilon=1.0, delta=0.0):.3f}")
+        0.462
+    """
     return math.tanh(epsilon / 2) + delta * (1 - math.tanh(epsilon / 2))
 
 
@@ -187,7 +203,13 @@ def lower_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
 
 
 def upper_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
-    """Clopper–Pearson: the chance that gives as many of n or fewer with probability α."""
+    """Clopper–Pearson: the chance that gives as many of n or fewer with probability α.
+
+    Example:
+        >>> import numpy as np
+        >>> upper_bound(np.array([0]), n=100, alpha=0.05).round(3)  # about 3 / n, the rule of three
+        array([0.03])
+    """
     return 1.0 - lower_bound(n - np.rint(count), n, alpha)
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdl.attacks.base import AttackTarget, clone_client, fresh_channel
+from fdl.attacks.base import AttackTarget
 from fdl.attacks.candidates import Candidates, ConcatSamples, candidates
 from fdl.attacks.signals import near_rows, signals
+from fdl.callbacks.base import CallbackList
 from fdl.loop import FederatedLoop
 from fdl.utils.seeding import numpy_stream, stream_seed
 
 if TYPE_CHECKING:
-    from fdl.datamodules.samples import Samples
     from fdl.participants import Client, Server
 
 log = logging.getLogger("fdl")
@@ -39,7 +38,7 @@ def observe(subject: AttackTarget, neighbours: int) -> dict[str, np.ndarray]:
     """φ of the candidates in the attacked run itself; see `fdl.attacks.signals.signals`."""
     asked = candidates(subject)
     near = _near(subject, asked, neighbours)
-    return subject.once(("signals", neighbours), lambda: signals(subject, asked, near))
+    return subject.cached(("signals", neighbours), lambda: signals(subject, asked, near))
 
 
 def shadows(subject: AttackTarget, count: int, neighbours: int) -> Shadows:
@@ -56,7 +55,7 @@ def shadows(subject: AttackTarget, count: int, neighbours: int) -> Shadows:
         count: how many, even.
         neighbours: as in `observe`.
     """
-    known = subject.once(("shadows", neighbours), lambda: _Series(subject, neighbours))
+    known = subject.cached(("shadows", neighbours), lambda: _Series(subject, neighbours))
     return known.first(count)
 
 
@@ -97,7 +96,7 @@ def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, num
         number: which shadow, for its streams.
     """
     loop, seed = subject.loop, stream_seed(subject.seed, "shadow", number)
-    clients = [_client(client, asked.share(client, inside), seed) for client in subject.clients]
+    clients = [c.clone(train=asked.share(c, inside), seed=seed, honest=True) for c in subject.clients]
     rounds = loop.round
     never = rounds + 1  # nothing is evaluated or saved
     recipe = replace(
@@ -111,40 +110,31 @@ def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, num
         method=loop.method,
         server=_server(subject, clients, seed),
         clients=clients,
-        channel=fresh_channel(loop.channel),
+        channel=loop.channel.fresh(),
         executor=loop.executor,
+        callbacks=CallbackList(),
     )
     shadow.rounds = never
-    shadow.begin(0)
+    shadow.start_round(0)
     shadow.method.setup(shadow.server, clients)
     for round in range(1, rounds + 1):
         shadow.run_round(round)
-    shadow.spread.everywhere()
+    shadow.placement.replicate_states()
     return AttackTarget(shadow)
 
 
-def _client(client: Client, train: Samples, seed: int) -> Client:
-    twin = clone_client(client)
-    twin.seed, twin._train, twin.corrupt, twin._corrupted = seed, train, None, False
-    twin.arrive()
-    return twin
-
-
 def _server(subject: AttackTarget, clients: list[Client], seed: int) -> Server:
-    twin = copy.copy(subject.server)
-    twin.seed, twin.state, twin.cache, twin.metrics = seed, {}, {}, {}
+    pooled = None if subject.server.pooled is None else ConcatSamples([client.train for client in clients])
+    twin = subject.server.clone(pooled=pooled, seed=seed)
     for part, purpose in (("student", "init"), ("teacher", "teacher")):
         if getattr(twin, part) is not None:
             setattr(twin, part, subject.runtime.create(part, stream_seed(seed, purpose)))
-    if twin._pooled is not None:
-        twin._pooled = ConcatSamples([client.train for client in clients])
-        twin.arrive()
     return twin
 
 
 def _near(subject: AttackTarget, asked: Candidates, count: int) -> np.ndarray | None:
     """Proxy rows near the candidates; None where there are none, or nothing to tell what is near."""
     server = subject.server
-    if not server.proxy or (server.encoder is None and "context" in server.provides):
+    if not server.proxy or (server.encoder is None and "context" in server.model_kwargs):
         return None
-    return subject.once(("near", count), lambda: near_rows(server, asked.samples, count))
+    return subject.cached(("near", count), lambda: near_rows(server, asked.samples, count))

@@ -68,9 +68,10 @@ def signals(subject: AttackTarget, candidates: Candidates, neighbours: np.ndarra
             continue
         labels = candidates.labels[mine]
         if "specialist" in client.state:
-            logits = client.predict(client.specialist(), candidates.samples.subset(mine))
+            with client.turn():
+                logits = client.predict(client.specialist(), candidates.samples.subset(mine))
             found.setdefault("specialists", _nothing(candidates))[mine] = log_odds(logits, labels)
-        client.rest(changed=False)
+        client.offload_state(changed=False)
         answers = None if neighbours is None else subject.answers(client)
         if answers is not None:
             near = of_answers(answers, neighbours[mine], labels, len(client.proxy))

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fdl.attacks.base import clone_client, fresh_channel
 from fdl.datamodules.guarded import GuardedSamples
 from fdl.errors import RejectedMessageError
 from fdl.federation.executors import Sequential
@@ -59,12 +58,12 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
     Returns:
         None where it gets or sends no parameters of a model that the server knows, or the channel refuses them.
     """
-    server, twin, channel = _server(subject, first), clone_client(client), fresh_channel(subject.loop.channel)
+    server, channel = _server(subject, first), subject.loop.channel.fresh()
+    twin = client.clone(None if first else copy.deepcopy(client.state))
     if not first:
-        twin.state = copy.deepcopy(client.state)
-        client.rest(changed=False)
+        client.offload_state(changed=False)
         channel.load_state_dict(copy.deepcopy(subject.loop.channel.state_dict([client.id])))
-    twin.begin(server.round)
+    twin.start_round(server.round)
     watched = _watch(twin)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -74,25 +73,23 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
         received = channel.upload(upload, client.id, server.round)
     except RejectedMessageError:
         return None
-    finally:
-        subject.runtime.hold(client.architecture, None)
     sent, received = parts_of(download).get(Parameters), parts_of(received).get(Parameters)
     if sent is None or received is None:
         return None
     before, after = dict(sent.tensors.items()), dict(received.tensors.items())
-    known = [m for m in (server.student, subject.runtime.template(client.architecture)) if m is not None]
+    known = [m for m in (server.student, subject.runtime.shared_module(client.architecture)) if m is not None]
     names, module = max(((_common(m, before, after), m) for m in known), key=lambda pair: len(pair[0]))
     if not names:
         return None
     model = _filled(module, before)
-    own, config = dict(model.named_parameters()), client.local
+    own, config = dict(model.named_parameters()), client.local_training
     steps = config.steps
     if steps is None:
         steps = config.epochs * math.ceil(len(twin.train) / config.batch_size)
     args = config.optimizer.args
     rate = args.get("lr", _LR) * max(steps, 1)
     device = next(iter(own.values())).device
-    moved = {n: (-after[n] if subject.method.sends_changes else before[n] - after[n]) for n in names}
+    moved = {n: (-after[n] if subject.method.uploads_are_deltas else before[n] - after[n]) for n in names}
     plain = config.optimizer.target == "sgd" and not args.keys() - {"lr"} and config.scheduler is None
     return Update(
         model=model,
@@ -105,14 +102,13 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
 
 def _server(subject: AttackTarget, first: bool) -> Server:
     """A copy of the server, before the first round or after the last one."""
-    server = copy.copy(subject.server)
-    server.cache, server.metrics, server.state = {}, {}, {} if first else copy.deepcopy(server.state)
+    server = subject.server.clone(None if first else copy.deepcopy(subject.server.state))
     if not first:
-        server.begin(subject.loop.round + 1)
+        server.start_round(subject.loop.round + 1)
         return server
     if server.student is not None:
         server.student = subject.runtime.create("student", stream_seed(subject.seed, "init"))
-    server.begin(1)
+    server.start_round(1)
     subject.method.setup(server, subject.clients)
     return server
 
@@ -138,11 +134,16 @@ def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def _watch(client: Client) -> _TrackedSamples:
-    """Have it noted which of its samples a client trains on."""
-    guarded = isinstance(client.train, GuardedSamples)
-    watched = _TrackedSamples(client.train._samples if guarded else client.train)
-    client.train = GuardedSamples(watched, client.gate) if guarded else watched
-    return watched
+    """Record which of its samples a client trains on."""
+    tracked: list[_TrackedSamples] = []
+
+    def track(samples: Samples) -> Samples:
+        tracked.append(_TrackedSamples(samples))
+        return tracked[0]
+
+    train = client.train
+    client.train = train.wrapped(track) if isinstance(train, GuardedSamples) else track(train)
+    return tracked[0]
 
 
 class _TrackedSamples:

@@ -1,23 +1,49 @@
-"""From a recipe to codecs and keys."""
+"""From a recipe to the channel: codecs, links, keys and faults."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import Any
 
 from fdl.comm import authentication
 from fdl.comm.authentication import Authentication
+from fdl.comm.bandwidth import Bandwidth
+from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
+from fdl.comm.ledger import Ledger
 from fdl.errors import UserError
+from fdl.faults.base import Schedule
+from fdl.faults.channel import FaultyChannel
 from fdl.recipe.config import Recipe
 from fdl.registry.component import Component
 from fdl.registry.instantiate import instantiate
 
-if TYPE_CHECKING:
-    pass
+
+def make_channel(recipe: Recipe) -> Channel:
+    """Make the channel between the server and its clients, which injects faults if the recipe names some.
+
+    Args:
+        recipe: checked.
+
+    Raises:
+        UserError: a codec's stages make no chain, or the keys cannot be read.
+    """
+    settings: dict[str, Any] = {
+        "upload": _codec(recipe.channel.upload, "channel.upload"),
+        "download": _codec(recipe.channel.download, "channel.download"),
+        "ledger": Ledger(),
+        "seed": recipe.seed,
+        "limit": recipe.channel.max_message_bytes,
+        "bandwidth": Bandwidth(recipe.channel.bandwidth, recipe.channel.clients),
+        "authentication": _authentication(recipe),
+        "deadline": recipe.federation.deadline or math.inf,
+    }
+    faults = [instantiate(fault, "fault", f"faults.{i}") for i, fault in enumerate(recipe.faults)]
+    return FaultyChannel(schedule=Schedule(faults, recipe.seed), **settings) if faults else Channel(**settings)
 
 
 def _authentication(recipe: Recipe) -> Authentication | None:
-    """What makes and checks the messages' tags."""
+    """Make what signs messages and checks their tags; None for messages without."""
     path, clients = recipe.channel.keys, range(recipe.federation.clients)
     if not recipe.channel.authenticate and path is None:
         return None

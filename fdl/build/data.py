@@ -14,7 +14,7 @@ from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
 from fdl.participants import Server
 from fdl.recipe.config import Recipe
-from fdl.state.shards import to_host
+from fdl.state.shards import full_tensor_cpu
 from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ CALIBRATION = 0.1
 def _hold_out(share: np.ndarray, recipe: Recipe, client: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
     """Split a client's indices into what it trains on and what it calibrates with; at least one to train on."""
     shuffled = numpy_stream(recipe.seed, "calibration", 0, client).permutation(share)
-    part = recipe.federation.calibration
+    part = recipe.federation.calibration_fraction
     if part is None:  # what nobody looks at is better trained on
         part = CALIBRATION if method.needs_calibration else 0.0
     held_out = min(round(part * len(share)), len(share) - 1)
@@ -79,12 +79,12 @@ def _fingerprint(
 ) -> str:
     """Of the data, of who holds which, and of the frozen weights, which no checkpoint has."""
     digest = hashlib.blake2b(data.fingerprint().encode(), digest_size=16)
-    own = [runtime.template(key) for key in sorted(architectures)]
+    own = [runtime.shared_module(key) for key in sorted(architectures)]
     for module in (server.student, server.teacher, *own):
-        names = getattr(module, "frozen", ())
+        names = () if module is None else module.frozen
         tensors = module.state_dict() if names else {}
         for name in sorted(names):
-            whole = to_host(tensors[name]).contiguous()
+            whole = full_tensor_cpu(tensors[name]).contiguous()
             digest.update(name.encode() + whole.view(-1).view(torch.uint8).numpy().tobytes())
     for share in shares:
         digest.update(np.ascontiguousarray(share, dtype="<i8").tobytes() + b"/")

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fdl.adversaries.coalition import Adversaries, chosen, recruit
-from fdl.attacks.after_run import attack
-from fdl.build.channel import _authentication, _codec
+from fdl.attacks.callback import AuditCallback
+from fdl.build.channel import make_channel
 from fdl.build.data import _arriving, _fingerprint, _hold_out, _together
 from fdl.build.fit_checks import check_fits
 from fdl.build.models import _architectures, _encoder, _model, assign
 from fdl.build.privacy import executor, noise_seed, policy, trainer
 from fdl.build.privacy import watching as watching_privacy
+from fdl.callbacks.base import Callback, CallbackList
 from fdl.callbacks.profile import Profile
-from fdl.comm.bandwidth import Bandwidth
-from fdl.comm.channel import Channel
-from fdl.comm.ledger import Ledger
 from fdl.engine.distributed.devices import NO_SUCH_DEVICES
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
-from fdl.faults.base import Schedule
-from fdl.faults.channel import FaultyChannel
 from fdl.loop import FederatedLoop
 from fdl.metrics.tasks import TASKS
 from fdl.participants import Client, Server
@@ -35,8 +29,11 @@ from fdl.recipe.config import Recipe
 from fdl.recipe.cross_checks import PROXY
 from fdl.recipe.learning_rates import local_fits
 from fdl.registry.instantiate import instantiate
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 from fdl.state.client_store import CLIENTS, DiskStore
+from fdl.utils.paths import expanded
 from fdl.utils.threads import pinned
 
 if TYPE_CHECKING:
@@ -52,88 +49,44 @@ def build(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedL
     """Build everything a recipe names: data, participants, channel, method, callbacks.
 
     Args:
-        recipe: checked, as `fdl.recipe.loading.load` gives it.
+        recipe: checked, as `fdl.recipe.loading.load` returns it.
         folder: the run's folder; nothing is written yet.
-        launch: join the other processes that the recipe asks for; without it the loop is for looking at.
+        launch: start distributed processes. If False, the loop can be inspected but not run.
 
     Raises:
         UserError: when parts do not fit together, naming their keys.
     """
     with pinned(recipe.fabric.threads):
-        return _built(recipe, Path(folder), launch)
+        return _build(recipe, expanded(folder), launch)
 
 
-def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
+def _build(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
     method: Method = instantiate(recipe.method, "method", "method")
     data: FederatedDataModule = instantiate(recipe.data, "datamodule", "data")
     data.set_default_seed(recipe.seed)
     data.prepare_data()
     data.setup()
-    if method.tasks and data.task not in method.tasks:
-        raise UserError(
-            f"method: {recipe.method.target} is for {' and '.join(method.tasks)} data, and {recipe.data.target} is for "
-            f"{data.task}; methods for it: {', '.join(_methods_for(data.task))}"
-        )
-    TASKS[data.task].asked(recipe.evaluation.metrics)
-    if recipe.evaluation.probes and "student" not in method.requires:
-        raise UserError(f"evaluation.probes: method {recipe.method.target} has no student that could be asked")
-    probes = _probes(recipe, data)
-    attacks = _attacks(recipe, data)
-    if "proxy" in method.requires and len(data.proxy) == 0:
-        raise UserError(f"data.args.proxy: is empty, and method {recipe.method.target} needs a proxy set: {PROXY}")
-    if "public" in method.requires and len(data.public) == 0:
-        raise UserError(
-            f"data.args.public: the server has no labelled samples, and method {recipe.method.target} trains on some; "
-            "set it to how many to hold out"
-        )
-    if "specialists" in method.requires and not recipe.specialists:
-        raise UserError(f"specialists: missing: method {recipe.method.target} needs them with these arguments")
-    partitioner = instantiate(recipe.partition, "partitioner", "partition")
-    try:
-        shares = data.partition(partitioner, recipe.federation.clients, recipe.seed)
-        names = partitioner.names(shares, data.groups)
-    except UserError as error:
-        raise UserError(f"partition: {error}") from error
+    _check_task(recipe, method, data)
+    probes, attacks = _probes(recipe, data), _attacks(recipe, data)
+    _check_requirements(recipe, method, data)
+    shares, names = _partition(recipe, data)
 
     runtime = _runtime(recipe, launch)
     specialists = _architectures(recipe, data, runtime)
     entries = assign(recipe) if "specialists" in method.requires else None
     architectures = ["student"] * len(shares) if entries is None else [specialists[entry] for entry in entries]
-    common: dict[str, Any] = {
-        "runtime": runtime,
-        "seed": recipe.seed,
-        "local": recipe.local,
-        "distil": recipe.distil,
-        "digest": recipe.digest or recipe.distil,
-        "proxy": data.proxy,
-        "public": data.public,
-        "num_classes": data.num_classes,
-        "task": data.task,
-        "provides": data.provides,
-        "encoder": _encoder(recipe, data, runtime),
-        "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
-        "privacy": policy(recipe),
-        "noise_seed": noise_seed(recipe),
-    }
+    common = _common(recipe, data, runtime)
     incoming, test_stages = _arriving(common["arrival"], data)
-    dp_sgd, clients, fits = trainer(recipe, common["privacy"]), [], local_fits(recipe, entries)
+    dp_sgd = trainer(recipe, common["privacy"])
+    store = DiskStore(folder / CLIENTS) if recipe.federation.client_state == "disk" else None
+    clients: list[Client] = []
     trained: list[np.ndarray] = []
-    store = DiskStore(folder / CLIENTS) if recipe.federation.state == "disk" else None
-    for id, share in enumerate(shares):
+    for id, (share, fit) in enumerate(zip(shares, local_fits(recipe, entries))):
         train, calibration = _hold_out(share, recipe, id, method)
         trained.append(train)
-        clients.append(
-            Client(
-                id=id,
-                architecture=architectures[id],
-                train=incoming(train),
-                calibration=incoming(calibration),
-                dp_sgd=dp_sgd,
-                store=store,
-                name=names[id],
-                **common | {"local": fits[id]},
-            )
-        )
+        own = {"id": id, "name": names[id], "architecture": architectures[id], "local_training": fit}
+        samples = {"train": incoming(train), "calibration": incoming(calibration)}
+        clients.append(Client(dp_sgd=dp_sgd, store=store, **common | own | samples))
     server = Server(
         validation=data.validation,
         test=data.test,
@@ -144,26 +97,10 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         test_stages=test_stages,
         **common,
     )
-    settings: dict[str, Any] = {
-        "upload": _codec(recipe.channel.upload, "channel.upload"),
-        "download": _codec(recipe.channel.download, "channel.download"),
-        "ledger": Ledger(),
-        "seed": recipe.seed,
-        "limit": recipe.channel.limit,
-        "bandwidth": Bandwidth(recipe.channel.bandwidth, recipe.channel.clients),
-        "authentication": _authentication(recipe),
-        "deadline": recipe.federation.deadline or math.inf,
-    }
-    faults = [instantiate(fault, "fault", f"faults.{i}") for i, fault in enumerate(recipe.faults)]
-    channel = FaultyChannel(schedule=Schedule(faults, recipe.seed), **settings) if faults else Channel(**settings)
+    channel = make_channel(recipe)
     for probe in probes:
         probe.prepare(server)
-    # only one process writes and shows things
-    watching = recipe.callbacks if runtime.ranks.leader else ()
-    callbacks = [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(watching)]
-    if recipe.profile and runtime.ranks.leader:
-        callbacks.append(Profile())
-    callbacks += watching_privacy(recipe)
+    callbacks = _callbacks(recipe, attacks, leader=runtime.ranks.leader)
     if dp_sgd is not None:
         dp_sgd.check(clients)
     left_out = check_fits(recipe, method, clients, server)
@@ -179,12 +116,90 @@ def _built(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         executor=executor(recipe, dp_sgd),
         callbacks=callbacks,
         probes=probes,
-        after_rounds=[partial(attack, attacks=attacks)] if attacks else [],
         adversaries=_adversaries(recipe, method, clients),
         store=store,
         left_out=left_out,
         fingerprint=_fingerprint(data, shares, runtime, {client.architecture for client in clients}, server),
     )
+
+
+def _check_task(recipe: Recipe, method: Method, data: FederatedDataModule) -> None:
+    """Check that the method and the evaluation are for this kind of data.
+
+    Raises:
+        UserError: they are not.
+    """
+    if method.tasks and data.task not in method.tasks:
+        raise UserError(
+            f"method: {recipe.method.target} is for {' and '.join(method.tasks)} data, and {recipe.data.target} is for "
+            f"{data.task}; methods for it: {', '.join(_methods_for(data.task))}"
+        )
+    TASKS[data.task].select(recipe.evaluation.metrics)
+    if recipe.evaluation.evaluators and "student" not in method.requires:
+        raise UserError(f"evaluation.evaluators: method {recipe.method.target} has no student that could be asked")
+
+
+def _check_requirements(recipe: Recipe, method: Method, data: FederatedDataModule) -> None:
+    """Check that the recipe and its data have what the method requires.
+
+    Raises:
+        UserError: something is missing.
+    """
+    if "proxy" in method.requires and len(data.proxy) == 0:
+        raise UserError(f"data.args.proxy: is empty, and method {recipe.method.target} needs a proxy set: {PROXY}")
+    if "public" in method.requires and len(data.public) == 0:
+        raise UserError(
+            f"data.args.public: the server has no labelled samples, and method {recipe.method.target} trains on some; "
+            "set it to how many to hold out"
+        )
+    if "specialists" in method.requires and not recipe.specialists:
+        raise UserError(f"specialists: missing: method {recipe.method.target} needs them with these arguments")
+
+
+def _partition(recipe: Recipe, data: FederatedDataModule) -> tuple[list[np.ndarray], list[str]]:
+    """Cut the training samples into one share per client.
+
+    Returns:
+        Rows of each share, and the clients' names.
+
+    Raises:
+        UserError: the data cannot be cut like this.
+    """
+    partitioner = instantiate(recipe.partition, "partitioner", "partition")
+    try:
+        shares = data.partition(partitioner, recipe.federation.clients, recipe.seed)
+        return shares, partitioner.names(shares, data.groups)
+    except UserError as error:
+        raise UserError(f"partition: {error}") from error
+
+
+def _common(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> dict[str, Any]:
+    """Arguments that the server and all clients share."""
+    return {
+        "runtime": runtime,
+        "seed": recipe.seed,
+        "local_training": recipe.local_training,
+        "server_distil": recipe.server_distil,
+        "client_distil": recipe.client_distil or recipe.server_distil,
+        "proxy": data.proxy,
+        "public": data.public,
+        "num_classes": data.num_classes,
+        "task": data.task,
+        "model_kwargs": data.model_kwargs,
+        "encoder": _encoder(recipe, data, runtime),
+        "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
+        "privacy": policy(recipe),
+        "noise_seed": noise_seed(recipe),
+    }
+
+
+def _callbacks(recipe: Recipe, attacks: Sequence[Attack], leader: bool) -> CallbackList:
+    """The run's callbacks; of several processes only the leading one writes and shows things."""
+    callbacks: list[Callback] = [AuditCallback(attacks)] if attacks else []
+    if leader:
+        callbacks += [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(recipe.callbacks)]
+        callbacks += [Profile()] if recipe.profile else []
+    return CallbackList([*callbacks, *watching_privacy(recipe)])
 
 
 def _methods_for(task: str) -> list[str]:
@@ -216,13 +231,15 @@ def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:
         UserError: one is not for this kind of data.
     """
     probes = []
-    for i, component in enumerate(recipe.evaluation.probes):
-        probe: Evaluator = instantiate(component, "evaluator", f"evaluation.probes.{i}")
+    for i, component in enumerate(recipe.evaluation.evaluators):
+        probe: Evaluator = instantiate(component, "evaluator", f"evaluation.evaluators.{i}")
         if data.task not in probe.tasks:
             known = ", ".join(probe.tasks)
-            raise UserError(f"evaluation.probes.{i}: {probe.name} is for {known} data; these are for {data.task}")
+            raise UserError(f"evaluation.evaluators.{i}: {probe.name} is for {known} data; these are for {data.task}")
         if probe.label in {other.label for other in probes}:
-            raise UserError(f"evaluation.probes.{i}: there is a probe {probe.label!r} already; give one another label")
+            raise UserError(
+                f"evaluation.evaluators.{i}: there is a probe {probe.label!r} already; give one another label"
+            )
         probes.append(probe)
     return probes
 

@@ -49,8 +49,10 @@ def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server
     small = {
         client.id: f"it has one sample to train {client.architecture} on, and {SINGLE}"
         for client in clients
-        if client.dp_sgd is None and client.samples == 1 and 0 not in (client.local.steps, client.local.epochs)
-        if _normalises(client.runtime.template(client.architecture))
+        if client.dp_sgd is None
+        and client.samples == 1
+        and 0 not in (client.local_training.steps, client.local_training.epochs)
+        if _normalises(client.runtime.shared_module(client.architecture))
     }
     if small and recipe.federation.too_small == "refuse":
         client, reason = next(iter(small.items()))
@@ -70,20 +72,26 @@ def _fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Ser
     if "pooled" in method.requires:
         for module in (server.student, server.teacher):
             if module is not None:
-                yield "local", module, server.local, sum(client.samples for client in clients), "the server"
+                yield (
+                    "local_training",
+                    module,
+                    server.local_training,
+                    sum(client.samples for client in clients),
+                    "the server",
+                )
     else:
-        largest: dict[tuple[str, int], Client] = {}
+        largest: dict[tuple[str, Fit], Client] = {}
         for client in clients:
-            kind = client.architecture, id(client.local)
+            kind = client.architecture, client.local_training
             if kind not in largest or client.samples > largest[kind].samples:
                 largest[kind] = client
         for client in largest.values():
-            who, module = f"client {client.id}", client.runtime.template(client.architecture)
-            yield "local", module, client.local, client.samples, who
-            if recipe.digest is not None:
-                yield "digest", module, client.digest, len(server.proxy or ()), who
+            who, module = f"client {client.id}", client.runtime.shared_module(client.architecture)
+            yield "local", module, client.local_training, client.samples, who
+            if recipe.client_distil is not None:
+                yield "digest", module, client.client_distil, len(server.proxy or ()), who
     if server.student is not None and server.proxy is not None and len(server.proxy):
-        yield "distil", server.student, server.distil, len(server.proxy), "the server"
+        yield "server_distil", server.student, server.server_distil, len(server.proxy), "the server"
 
 
 def _check_optimizer(key: str, module: nn.Module, config: Fit, steps: int, who: str) -> None:
@@ -121,20 +129,20 @@ def _check_batches(clients: Sequence[Client]) -> None:
     """Refuse batches of one where a model's batch normalisation sees one value a channel in each of them."""
     tried: dict[str, bool] = {}
     for client in clients:
-        if client.local.batch_size > 1 or client.dp_sgd is not None or client.samples == 0:
+        if client.local_training.batch_size > 1 or client.dp_sgd is not None or client.samples == 0:
             continue
         if client.architecture not in tried:
             tried[client.architecture] = _takes_one(client)
         if not tried[client.architecture]:
             raise UserError(
-                f"local.batch_size: 1, and client {client.id} trains {client.architecture}: {SINGLE}; set "
-                "local.batch_size=2 or more, or take a model with group normalisation"
+                f"local_training.batch_size: 1, and client {client.id} trains {client.architecture}: {SINGLE}; set "
+                "local_training.batch_size=2 or more, or take a model with group normalisation"
             )
 
 
 def _takes_one(client: Client) -> bool:
     """Whether a model can train on a batch of one: its statistics may also be over positions of an image."""
-    module = client.runtime.template(client.architecture)
+    module = client.runtime.shared_module(client.architecture)
     if not _normalises(module):
         return True
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}

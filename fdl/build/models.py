@@ -17,7 +17,8 @@ from fdl.modules.foreign import conforming
 from fdl.recipe.config import Recipe
 from fdl.registry.component import Component
 from fdl.registry.instantiate import instantiate
-from fdl.registry.kinds import KINDS, find
+from fdl.registry.kinds import KINDS
+from fdl.registry.targets import find
 from fdl.utils.seeding import numpy_stream, stream_seed
 
 if TYPE_CHECKING:
@@ -84,27 +85,27 @@ def _factory(component: Component, key: str, data: FederatedDataModule) -> Calla
     Raises:
         UserError: when the recipe gives it another number of classes than the data have.
     """
-    provides = data.provides
+    model_kwargs = data.model_kwargs
     given = component.args.get("num_classes", data.num_classes)
     if given != data.num_classes:
         raise UserError(f"{key}.args.num_classes: {given}, but the data have {data.num_classes} classes")
     found = find(component.target, KINDS["module"])
     parameters = found.signature.parameters if found.signature is not None else {}
-    for name in KINDS["module"].supplied:
-        if name in parameters and parameters[name].required and name not in {*provides, *component.args}:
+    for name in KINDS["module"].injected:
+        if name in parameters and parameters[name].required and name not in {*model_kwargs, *component.args}:
             raise UserError(f"{key}: {component.target} is no model for {data.task} data: those have no {name}")
 
     def example() -> Any:
         return map_tensors(data.train.batch(torch.zeros(2, dtype=torch.int64))[0], torch.zeros_like)
 
-    return lambda: conforming(instantiate(component, "module", key, **provides), key, example)
+    return lambda: conforming(instantiate(component, "module", key, **model_kwargs), key, example)
 
 
 def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Encoder | None:
     """The frozen public encoder, fitted on public data where it has to be."""
     if recipe.encoder is None:
         return None
-    encoder = instantiate(recipe.encoder, "encoder", "encoder", **data.provides)
+    encoder = instantiate(recipe.encoder, "encoder", "encoder", **data.model_kwargs)
     if isinstance(encoder, Frozen):
         encoder.module = runtime.place(encoder.module)
     # of pairs, the images: they are what a public encoder knows

@@ -103,8 +103,8 @@ def trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
         clip=settings.clip,
         noise_multiplier=settings.noise_multiplier,
         turns=turns(recipe),
-        ghost=settings.ghost,
-        chunk=settings.chunk,
+        ghost=settings.ghost_clipping,
+        chunk=settings.max_physical_batch,
     )
 
 
@@ -116,15 +116,15 @@ def executor(recipe: Recipe, dp_sgd: DPSGD | None) -> Executor:
         dp_sgd: how clients train with noise, None without.
     """
     if dp_sgd is None:
-        return EXECUTORS[recipe.executor]()
-    if recipe.executor != "sequential":
+        return EXECUTORS[recipe.client_execution]()
+    if recipe.client_execution != "sequential":
         log.info("clients train one after another: gradients are clipped example by example")
     return Sequential()
 
 
 def watching(recipe: Recipe) -> list[Callback]:
     """What has to watch the run."""
-    return [StopWhenSpent()] if recipe.privacy is not None and recipe.privacy.exhausted == "run" else []
+    return [StopWhenSpent()] if recipe.privacy is not None and recipe.privacy.on_exhausted == "stop_run" else []
 
 
 def turns(recipe: Recipe) -> Counter[int]:

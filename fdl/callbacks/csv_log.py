@@ -71,7 +71,14 @@ class CsvLog(Callback):
 
 
 def flatten(record: dict[str, Any]) -> dict[str, Any]:
-    """Turn a round's record into one flat row of numbers; clients' own metrics are left to summary.json."""
+    """Turn a round's record into one flat row of numbers; clients' own metrics are left to summary.json.
+
+    Example:
+        >>> record = {"round": 1, "cohort": [0, 1], "dropped": [1], "refused": [], "metrics": {"loss": 0.5}}
+        >>> row = flatten(record | {"communication": {"upload_bytes": 70}, "seconds": {"clients": 0.1}})
+        >>> row["cohort"], row["loss"], row["communication/upload_bytes"]
+        (2, 0.5, 70)
+    """
     row = {"round": record["round"]}
     row |= {key: len(record[key]) for key in ("cohort", "dropped", "refused")}
     row |= record["metrics"]

@@ -12,8 +12,8 @@ from rich.filesize import decimal
 from fdl.build.federation import build
 from fdl.cli.listing import columns
 from fdl.engine.distributed.devices import require_gpus
-from fdl.federation.rehearsal import rehearse
 from fdl.federation.traffic_estimate import estimate_rounds
+from fdl.federation.trial_step import run_trial_steps
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
@@ -41,7 +41,7 @@ def describe(recipe: Recipe, folder: Path) -> str:
     require_gpus(recipe)
     log.info("reading the data and building the models")
     loop = build(recipe, folder, launch=False)
-    rehearse(loop)
+    run_trial_steps(loop)
     left = [f"client {client} is left out: {reason}" for client, reason in loop.left_out.items()]
     return "\n".join([*_clients(loop), *left, "", *_server(loop, folder)])
 
@@ -54,13 +54,13 @@ def _clients(loop: FederatedLoop) -> list[str]:
     header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
     rows: list[tuple[object, ...]] = [header]
     for client in loop.clients:
-        with client.gate.open():  # whoever asks has the data
+        with client.data_gate.open():  # whoever asks has the data
             histogram = _histogram(client.train, client.num_classes)
         rows.append(
             (
                 f"{client.id}  {client.name}" if client.name else client.id,
                 client.architecture,
-                f"{_parameters(loop.runtime.template(client.architecture)):,}",
+                f"{_parameters(loop.runtime.shared_module(client.architecture)):,}",
                 f"{len(client.train):,}",
                 f"{len(client.calibration):,}",
                 *(
@@ -73,15 +73,15 @@ def _clients(loop: FederatedLoop) -> list[str]:
     numbers = () if any(client.name for client in loop.clients) else (0,)
     return [
         *columns(rows, right=(*numbers, 2, 3, 4, 5, 6)),
-        *_traffic(first, later, loop.recipe.federation.participation),
+        *_traffic(first, later, loop.recipe.federation.client_fraction),
     ]
 
 
-def _traffic(first: _Sizes, later: _Sizes, participation: float) -> list[str]:
+def _traffic(first: _Sizes, later: _Sizes, client_fraction: float) -> list[str]:
     """What all clients together receive and send."""
     if not any(size for sizes in (first, later) for clients in sizes.values() for size in clients.values()):
         return ["nothing is sent"]
-    asked = "" if participation == 1 else f", of whom {participation:g} are asked"
+    asked = "" if client_fraction == 1 else f", of whom {client_fraction:g} are asked"
     if first == later:
         lines = [f"a round of all clients{asked} sends {_both(first)}"]
     else:

@@ -15,8 +15,10 @@ from fdl.recipe.config import Recipe
 from fdl.recipe.validate import keys
 from fdl.registry.component import Component
 from fdl.registry.instantiate import describe
-from fdl.registry.kinds import KINDS, Kind, PluginInfo, entries, find, short_names
-from fdl.registry.static_source import argument_docs
+from fdl.registry.kinds import KINDS, Kind
+from fdl.registry.plugins import PluginInfo, entries, problems, short_names
+from fdl.registry.static_signatures import argument_docs
+from fdl.registry.targets import find
 from fdl.utils.suggest import suggest
 
 SECTIONS = (*(kind.plural for kind in KINDS.values()), "metrics", "recipes", "keys")
@@ -36,7 +38,9 @@ def page(words: Sequence[str]) -> str:
         UserError: there is nothing of this name, with the nearest.
     """
     if not words:
-        return "\n".join(section(name, title=True) for name in SECTIONS)
+        broken = problems()
+        notes = ["not offered", *(f"  {line}" for line in broken), ""] if broken else []
+        return "\n".join([*(section(name, title=True) for name in SECTIONS), *notes])
     if len(words) > 2:
         raise UserError(f"fdl list {' '.join(words)}: expected at most a kind and a name, such as fdl list module timm")
     listed = _section_of(words[0])
@@ -133,13 +137,13 @@ def _plugin(name: str, kinds: Sequence[Kind]) -> str:
 
 def _described(kind: Kind, entry: PluginInfo) -> str:
     """One plug-in with its arguments: name, type and default, meaning."""
-    lines = [f"{entry.name}, {kind}: {entry.summary}", f"{entry.path}, {_short(entry.file)}:{entry.line}"]
+    lines = [f"{entry.name}, {kind}: {entry.summary}", f"{entry.path}, {_place(entry)}"]
     target = find(entry.name, kind)
     taken = target.signature.parameters if target.signature is not None else {}
     docs = argument_docs(target.definition) if target.definition is not None else {}
     rows = []
     for name, parameter in sorted(taken.items(), key=lambda item: not item[1].required):
-        if name not in (*kind.reserved, *kind.supplied):
+        if name not in (*kind.forbidden, *kind.injected):
             typed = "" if parameter.annotation is None else describe(parameter.annotation)
             default = "" if parameter.default is None else f"default {_default_text(parameter.default)}"
             need = "needed" if parameter.required else ""
@@ -165,7 +169,7 @@ def _metrics() -> list[tuple[str, str]]:
 
 def _plugins(name: str) -> list[tuple[str, str, str]]:
     kind = next(kind for kind in KINDS.values() if kind.plural == name)
-    return [(e.name, e.summary, f"{_short(e.file)}:{e.line}") for e in entries(kind)]
+    return [(e.name, e.summary, _place(e)) for e in entries(kind)]
 
 
 def _recipes() -> list[tuple[str, str]]:
@@ -188,6 +192,11 @@ def _default(value: object) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_default, value))}]"
     return "" if value is None or value in ("", {}) else str(value)
+
+
+def _place(entry: PluginInfo) -> str:
+    """Where a plug-in is defined, and which installed package brings it along."""
+    return f"{_short(entry.file)}:{entry.line}" + (f" ({entry.distribution})" if entry.distribution else "")
 
 
 def _short(file: Path) -> str:

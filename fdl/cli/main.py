@@ -192,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--recipe", required=True, action=action, metavar="FILE", help=f"the recipe, a YAML file{hint}"
         )
-        sub.add_argument("--output-dir", type=_path, metavar="DIR", help="exactly this folder; default <output>/<name>")
+        sub.add_argument(
+            "--output-dir", type=_path, metavar="DIR", help="exactly this folder; default <output_dir>/<name>"
+        )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; the later wins")
 
     sub = command(

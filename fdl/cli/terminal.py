@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from fdl.engine.distributed.launch_environment import is_follower
 
@@ -35,9 +35,9 @@ class _Stderr(logging.StreamHandler):
     """Looks `sys.stderr` up for every message, so that a live progress bar can put messages above itself."""
 
     @property
-    def stream(self):
+    def stream(self) -> TextIO:
         return sys.stderr
 
     @stream.setter
-    def stream(self, _):
+    def stream(self, _: TextIO) -> None:
         """A stream handler sets this once; it is always looked up instead."""

@@ -75,12 +75,23 @@ class Authentication:
 
 
 def digest(message: Any) -> bytes:
-    """Return the 32 bytes that stand for a message of any length (a buffer)."""
+    """Return the 32 bytes that stand for a message of any length (a buffer).
+
+    Example:
+        >>> len(digest(b"a message"))
+        32
+    """
     return hashlib.blake2b(message, digest_size=32).digest()
 
 
 def simulated(seed: int) -> Key:
-    """Return keys that anybody who knows the recipe's seed can derive, for simulations only."""
+    """Return keys that anybody who knows the recipe's seed can derive, for simulations only.
+
+    Example:
+        >>> key = simulated(seed=0)
+        >>> key(1) == key(1), key(1) == key(2)
+        (True, False)
+    """
     known: dict[int, bytes] = {}
 
     def key(client: int) -> bytes:

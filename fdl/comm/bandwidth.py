@@ -23,7 +23,12 @@ class Link(NamedTuple):
     latency: float = 0.0
 
     def seconds(self, nbytes: int, messages: int = 1) -> float:
-        """Return how long messages of so many bytes together take: latency + 8·bytes/rate, one after the other."""
+        """Return how long messages of so many bytes together take: latency + 8·bytes/rate, one after the other.
+
+        Example:
+            >>> round(Link(bits_per_second=10e6, latency=0.05).seconds(1_000_000), 2)
+            0.85
+        """
         return messages * self.latency + 8 * nbytes / self.bits_per_second
 
 

@@ -13,7 +13,12 @@ __all__ = ["Reader", "crc32", "text", "varint"]
 
 
 def varint(value: int) -> bytes:
-    """Encode an integer in [0, 2**64) in 7-bit groups, the lowest first: one byte below 128."""
+    """Encode an integer in [0, 2**64) in 7-bit groups, the lowest first: one byte below 128.
+
+    Example:
+        >>> varint(5).hex(), varint(300).hex()
+        ('05', 'ac02')
+    """
     if value < 128:
         return bytes((value,))
     groups = bytearray()
@@ -25,7 +30,13 @@ def varint(value: int) -> bytes:
 
 
 class Reader:
-    """Reads a received buffer from its start, and refuses to read past its end."""
+    """Reads a received buffer from its start, and refuses to read past its end.
+
+    Example:
+        >>> reader = Reader(varint(300) + text("up"))
+        >>> reader.varint(), reader.text(), reader.left
+        (300, 'up', 0)
+    """
 
     def __init__(self, data: bytes | memoryview):
         self._data, self._position, self._end = memoryview(data), 0, len(data)
@@ -89,6 +100,11 @@ class Reader:
 
 
 def text(value: str) -> bytes:
-    """Encode a string as `Reader.text` reads it."""
+    """Encode a string as `Reader.text` reads it.
+
+    Example:
+        >>> text("up").hex()
+        '027570'
+    """
     encoded = value.encode()
     return varint(len(encoded)) + encoded

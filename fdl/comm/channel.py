@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ class Channel:
     client then has its own past, so each download is encoded for one client alone.
 
     On a link with a budget what is too large is coded more cheaply, by the next of `CodecFallbacks`, then with fewer
-    rows (`narrowed`) if it has any; the ledger notes what was chosen. What does not fit at all is refused and not sent.
+    rows (`truncated`) if it has any; the ledger notes what was chosen. What does not fit at all is rejected, not sent.
 
     The parts of a bundle are packed and counted one by one, under their own kinds, and accepted together or not at all.
 
@@ -166,6 +167,15 @@ class Channel:
         self._memories, self._round = {}, -1
         self._remember(state)
 
+    def fresh(self) -> Channel:
+        """Copy the channel with its codecs, links and limits, but with an empty ledger and nothing sent over it."""
+        fresh = copy.copy(self)
+        fresh.ledger = Ledger()
+        fresh.ledger.links = self.ledger.links
+        fresh._spent, fresh._elapsed, fresh._sent, fresh._waiting = {}, {}, WeakKeyDictionary(), None
+        fresh.load_state_dict({})
+        return fresh
+
     def restore(self, client: int, state: dict[str, Any]) -> None:
         """Let one client's link remember what a state says, and nothing else; arguments as in `load_state_dict`."""
         for key in [key for key in self._memories if key[1] == client]:
@@ -261,7 +271,7 @@ class Channel:
                 break
         while size > left:
             share *= min(0.98 * left / size, 0.98)
-            chosen = message.narrowed(share) if share > 0 else None
+            chosen = message.truncated(share) if share > 0 else None
             if chosen is None:
                 what = " and ".join(part.kind for part in _parts(message))
                 raise RejectedMessageError(

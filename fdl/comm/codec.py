@@ -23,25 +23,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fdl.comm.binary import Reader, text, varint
+from fdl.comm.layout import (
+    ALONE,
+    BEYOND_LIMIT,
+    DTYPE_CODES,
+    FLOAT32,
+    MAIN,
+    MAX_ARRAYS,
+    MAX_RANK,
+    SIDE,
+    Layout,
+    Step,
+    read_layout,
+)
 from fdl.comm.stages.base import ArraySpec, ArrayStage, CodecContext, EncodedArray, EntropyStage, Stage
 from fdl.errors import RejectedMessageError, UserError
 from fdl.state.flat_arrays import FlatArrays
-from fdl.state.float_formats import BFLOAT16
 
 if TYPE_CHECKING:
     from fdl.comm.link_state import LinkState
 
-_INTEGERS = ["|b1", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8"]
-# The order is the wire format: new dtypes go to the end.
-_DTYPES = [np.dtype(d) for d in [*_INTEGERS, "<f2", "<f4", "<f8"]] + [BFLOAT16]
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_FLOAT32 = np.dtype("<f4")
-_MAX_RANK = 15
-_MAX_ARRAYS = 1 << 13  # an array without a single number takes a few bytes of a schema and hundreds in memory
 _MAX_KNOWN, _MAX_KEY = 16, 1 << 16
-_ALONE, _MAIN, _SIDE = 0, 1, 2
 _ROWS = "rows"
-_BEYOND = "decoded size is beyond the limit of {} bytes"
 
 
 class StageReport(NamedTuple):
@@ -50,36 +53,6 @@ class StageReport(NamedTuple):
     stage: str
     bytes_in: int
     bytes_out: int
-
-
-class _Step(NamedTuple):
-    """One array stage to undo: what the array was, what the stage chose, how many of the following parts are sides."""
-
-    stage: ArrayStage
-    spec: ArraySpec
-    variant: int
-    extents: tuple[int, ...]
-    sides: int
-
-
-class _Layout(NamedTuple):
-    """What a schema says.
-
-    Attributes:
-        arrays: for each array its name, the index of its main part among all parts, and the steps to undo.
-        streams: for each role its size in bytes, and index, dtype, shape and place of its parts.
-        total: bytes of the decoded arrays.
-        plain: whether there is nothing to undo, so that the parts are the arrays.
-        flags: names of the boolean arrays.
-        shapes: of all arrays, by name, where they are plain float32 numbers; None for any others.
-    """
-
-    arrays: tuple[tuple[str, int, tuple[_Step, ...]], ...]
-    streams: tuple[tuple[int, tuple[tuple[int, np.dtype, tuple[int, ...], int], ...]], ...]
-    total: int
-    plain: bool
-    flags: tuple[str, ...]
-    shapes: dict[str, tuple[int, ...]] | None
 
 
 class Codec:
@@ -123,7 +96,7 @@ class Codec:
         signature = ",".join(s.signature for s in stages)
         self.signature = (zlib.crc32(signature.encode()) & 0xFFFF).to_bytes(2, "little")
         self._schemas: dict[tuple, bytes] = {}  # of arrays that no stage touches, after signature and length
-        self._layouts: dict[bytes, _Layout] = {}
+        self._layouts: dict[bytes, Layout] = {}
 
     def __repr__(self) -> str:
         return " → ".join(map(str, self.stages)) or "raw"
@@ -178,8 +151,8 @@ class Codec:
     def _raw(self, fields: Mapping[str, np.ndarray]) -> tuple[list, int]:
         """`chunks` of a chain without stages: small models send such messages by the thousand, so calls count."""
         if isinstance(fields, FlatArrays):
-            head = self._schemas.get(fields.form) or self._head(fields.form, fields)
-            return [head, fields.whole], len(head) + fields.whole.nbytes
+            head = self._schemas.get(fields.layout) or self._head(fields.layout, fields)
+            return [head, fields.buffer], len(head) + fields.buffer.nbytes
         arrays, key, size, width, rising = [], [], 0, 16, False
         for name, array in fields.items():
             if not array.flags.c_contiguous:
@@ -211,17 +184,17 @@ class Codec:
         memory: LinkState | None,
     ) -> bytes:
         """Send arrays through the stages into streams, add up what each stage saved; return their schema."""
-        if len(arrays) > _MAX_ARRAYS:
-            raise UserError(f"a message holds at most {_MAX_ARRAYS} arrays, got {len(arrays)}")
+        if len(arrays) > MAX_ARRAYS:
+            raise UserError(f"a message holds at most {MAX_ARRAYS} arrays, got {len(arrays)}")
         schema = [varint(len(arrays))]
         rows = dict(zip(names, arrays)).get(_ROWS) if memory is not None else None
         for name, array in zip(names, arrays):
-            code = _CODES.get(array.dtype)
-            if code is None or array.ndim > _MAX_RANK:
+            code = DTYPE_CODES.get(array.dtype)
+            if code is None or array.ndim > MAX_RANK:
                 raise UserError(f"array {name!r} of dtype {array.dtype} and rank {array.ndim} cannot be sent")
             schema += (text(name), bytes((code | array.ndim << 4,)), *map(varint, array.shape))
             turn.rows = _names_rows(rows, name)
-            main, role, complete = array, _ALONE, False
+            main, role, complete = array, ALONE, False
             for index, stage in enumerate(self._array_stages):
                 spec = ArraySpec(main.dtype, main.shape)
                 touches = stage.touches(spec) and not (complete and stage.omits)
@@ -229,9 +202,9 @@ class Codec:
                 if coded is not None:
                     gain = main.nbytes - coded.main.nbytes - sum([side.nbytes for side in coded.sides])
                     if gain + stage.margin > 0:
-                        main, role, complete = coded.main, _MAIN, complete or coded.complete
+                        main, role, complete = coded.main, MAIN, complete or coded.complete
                         schema += (bytes((coded.variant,)), *map(varint, coded.extents))
-                        streams[_SIDE].extend(coded.sides)
+                        streams[SIDE].extend(coded.sides)
                         saved[index] += gain
                         continue
                 schema.append(b"\0")
@@ -260,11 +233,11 @@ class Codec:
         schema = bytes(reader.take(reader.varint()))
         layout = self._layouts.get(schema)
         if layout is None:
-            layout = _remember(self._layouts, schema, self._layout(Reader(schema), limit))
+            layout = _remember(self._layouts, schema, read_layout(Reader(schema), self._array_stages, limit))
         elif layout.total > limit:
-            raise RejectedMessageError(_BEYOND.format(limit))
+            raise RejectedMessageError(BEYOND_LIMIT.format(limit))
         if layout.shapes is not None:
-            whole = np.frombuffer(bytearray(self._read(reader, layout.total)), _FLOAT32)
+            whole = np.frombuffer(bytearray(self._read(reader, layout.total)), FLOAT32)
             reader.finish()
             return FlatArrays(whole, layout.shapes)
         parts = self._read_streams(reader, layout)
@@ -278,76 +251,14 @@ class Codec:
                 raise RejectedMessageError("a boolean that is neither 0 nor 1")
         return fields
 
-    def _layout(self, reader: Reader, limit: int) -> _Layout:
-        """Read a schema."""
-        arrays: dict[str, tuple[str, int, tuple[_Step, ...]]] = {}
-        parts: list[tuple[int, ArraySpec]] = []
-        flags = []
-        count, total = reader.varint(), 0
-        if count > _MAX_ARRAYS:
-            raise RejectedMessageError(f"{count} arrays announced, the most is {_MAX_ARRAYS}")
-        for _ in range(count):
-            name, spec = self._read_spec(reader, limit)
-            if name in arrays:
-                raise RejectedMessageError(f"two arrays of the name {name[:80]!r}")
-            total += spec.nbytes
-            if total > limit:
-                raise RejectedMessageError(_BEYOND.format(limit))
-            if spec.dtype == np.bool_:
-                flags.append(name)
-            arrays[name] = name, len(parts), tuple(self._plan(reader, spec, parts))
-        reader.finish()
-        streams = []
-        for role in (_ALONE, _MAIN, _SIDE):
-            members = [(index, spec) for index, (part_role, spec) in enumerate(parts) if part_role == role]
-            members.sort(key=_member_width)
-            placed, offset = [], 0
-            for index, spec in members:
-                placed.append((index, *spec, offset))
-                offset += spec.nbytes
-            streams.append((offset, tuple(placed)))
-        plain = not any(steps for _, _, steps in arrays.values())
-        shapes = None
-        if plain and total and all(spec.dtype == _FLOAT32 for _, spec in parts):
-            shapes = {name: parts[index][1].shape for name, index, _ in arrays.values()}
-        return _Layout(tuple(arrays.values()), tuple(streams), total, plain, tuple(flags), shapes)
-
-    @staticmethod
-    def _read_spec(reader: Reader, limit: int) -> tuple[str, ArraySpec]:
-        name, code = reader.text(), reader.byte()
-        if code & 15 >= len(_DTYPES):
-            raise RejectedMessageError(f"unknown dtype {code & 15}")
-        spec = ArraySpec(_DTYPES[code & 15], tuple(reader.varint() for _ in range(code >> 4)))
-        # An empty array takes no memory, but numpy still multiplies its other extents.
-        if ArraySpec(spec.dtype, tuple(extent for extent in spec.shape if extent)).nbytes > limit:
-            raise RejectedMessageError(_BEYOND.format(limit))
-        return name, spec
-
-    def _plan(self, reader: Reader, spec: ArraySpec, parts: list[tuple[int, ArraySpec]]) -> list[_Step]:
-        """Read the variants of one array; append the parts that its streams hold, the main part first."""
-        steps, sides = [], []
-        for stage in self._array_stages:
-            variant = reader.byte()
-            if variant:
-                if not stage.touches(spec):
-                    raise RejectedMessageError(f"{stage.name} does not apply to {spec.dtype} of rank {len(spec.shape)}")
-                extents = tuple(reader.varint() for _ in range(stage.extents))
-                main, *extra = stage.layout(spec, variant, extents)
-                if main.nbytes + sum(side.nbytes for side in extra) >= spec.nbytes + stage.margin:
-                    raise RejectedMessageError(f"{stage.name} would enlarge an array")
-                steps.append(_Step(stage, spec, variant, extents, len(extra)))
-                spec, sides = main, sides + [(_SIDE, side) for side in extra]
-        parts += [(_MAIN if steps else _ALONE, spec), *sides]
-        return steps
-
-    def _read_streams(self, reader: Reader, layout: _Layout) -> dict[int, np.ndarray]:
+    def _read_streams(self, reader: Reader, layout: Layout) -> dict[int, np.ndarray]:
         """Return the parts by index, as arrays that share one buffer for each stream."""
         parts: dict[int, np.ndarray] = {}
         for role, (size, members) in enumerate(layout.streams):
             if not members:
                 continue
             buffer = self._read(reader, size) if size else b""
-            if role == _ALONE:
+            if role == ALONE:
                 buffer = bytearray(buffer)  # these are the results: writable, aligned, no part of what was received
             for index, dtype, shape, offset in members:
                 parts[index] = np.ndarray(shape, dtype, buffer, offset)
@@ -355,7 +266,7 @@ class Codec:
 
     @staticmethod
     def _restore(
-        parts: dict[int, np.ndarray], layout: _Layout, turn: CodecContext, memory: LinkState | None
+        parts: dict[int, np.ndarray], layout: Layout, turn: CodecContext, memory: LinkState | None
     ) -> dict[str, np.ndarray]:
         """Undo the stages, with the rows before the arrays that they name rows of."""
         fields: dict[str, np.ndarray] = {name: parts[first] for name, first, _ in layout.arrays}
@@ -405,11 +316,7 @@ def _width(array: np.ndarray) -> int:
     return -array.dtype.itemsize
 
 
-def _member_width(member: tuple[int, ArraySpec]) -> int:
-    return -member[1].dtype.itemsize
-
-
-def _rows_first(array: tuple[str, int, tuple[_Step, ...]]) -> bool:
+def _rows_first(array: tuple[str, int, tuple[Step, ...]]) -> bool:
     return array[0] != _ROWS
 
 

@@ -79,7 +79,7 @@ def _narrower(stage: Stage | None) -> list[Stage]:
 def _sparser(by_phase: Mapping[int, Stage]) -> list[Stage]:
     stage = by_phase.get(Sparsify.phase)
     if isinstance(stage, TopK):
-        return [TopK(stage.share / part, stage.error_feedback) for part in (4, 16)]
+        return [TopK(stage.fraction / part, stage.error_feedback) for part in (4, 16)]
     if isinstance(stage, RandomK):
-        return [RandomK(stage.share / part, stage.error_feedback, stage.unbiased) for part in (4, 16)]
+        return [RandomK(stage.fraction / part, stage.error_feedback, stage.unbiased) for part in (4, 16)]
     return [TopK(share) for share in (0.1, 0.01)] if any(s.name == "delta" for s in by_phase.values()) else []

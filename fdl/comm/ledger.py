@@ -67,7 +67,7 @@ class Ledger:
             takes any.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.refusals: list[RejectedMessage] = []
         self.notes: list[CodecChoice] = []
         self.links: Callable[[int, str], Link] | None = None
@@ -98,7 +98,7 @@ class Ledger:
         cell[1] += messages
         self._sum(client, route, nbytes)
 
-    def refuse(self, round: int, client: int, reason: str) -> None:
+    def reject(self, round: int, client: int, reason: str) -> None:
         """Note that a client's message was not used; long reasons are cut."""
         self.refusals.append(RejectedMessage(round, client, reason[:300]))
 

@@ -149,7 +149,7 @@ class DomainIncremental(Arrival):
 
 
 class ScheduledSamples:
-    """Samples of which their owner sees those that are there.
+    """Samples that arrive in stages.
 
     Args:
         samples: all that ever arrive.
@@ -160,11 +160,11 @@ class ScheduledSamples:
     def __init__(self, samples: Samples, assigned: np.ndarray, arrival: Arrival):
         self.samples, self.assigned, self.arrival = samples, assigned, arrival
 
-    def at(self, stage: int) -> Samples:
-        """What is there in a stage; may be empty."""
+    def samples_at(self, stage: int) -> Samples:
+        """Select the samples that are visible in a stage; may be none."""
         return self.samples.subset(self.arrival.visible(self.assigned, stage))
 
 
 def samples_at(samples: Samples | ScheduledSamples | None, stage: int) -> Samples | None:
-    """What is there in a stage, of samples that arrive or of such as have always been there."""
-    return samples.at(stage) if isinstance(samples, ScheduledSamples) else samples
+    """Select what is visible in a stage of samples that arrive; others are visible from the start."""
+    return samples.samples_at(stage) if isinstance(samples, ScheduledSamples) else samples

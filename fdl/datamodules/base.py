@@ -25,7 +25,7 @@ class FederatedDataModule(LightningDataModule, ABC):
     """Base of all data of a federation; also trains with a plain ``lightning.Trainer``.
 
     A subclass writes `load`; one whose samples are no labelled images also says what its `task` is and what it
-    `provides`. Held-out sets are drawn from the training samples, in random order, by streams that depend on `seed`
+    `model_kwargs`. Held-out sets are drawn from the training samples, in random order, by streams that depend on `seed`
     alone: with one seed, every method, number of clients and partition sees the same proxy set, validation set and
     test set; another seed draws others, so that a spread over seeds is one over draws of the data, too. What is
     measured on, validation and test, is drawn in proportion to the classes, which takes chance out of their shares.
@@ -192,12 +192,12 @@ class FederatedDataModule(LightningDataModule, ABC):
             self.proxy = held_out["proxy"].unlabelled()
         else:
             self._public.set_default_seed(self.seed)
-            self.proxy = self._from_public(self._public)
-        self.finish()
+            self.proxy = self._proxy_from(self._public)
+        self.postprocess()
         self.public = self._hold_out_public()
         self._ready = True
 
-    def finish(self) -> None:
+    def postprocess(self) -> None:
         """What a subclass does to the four sets once they are there; here nothing."""
 
     @property
@@ -211,7 +211,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         return self.train.input_shape
 
     @property
-    def provides(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What the data tell the constructors of modules and encoders, by the name of the argument."""
         return {"num_classes": self.num_classes, "input_shape": tuple(self.input_shape)}
 
@@ -329,7 +329,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         self.groups = None if self.groups is None else self.groups[rows]
         return public
 
-    def _from_public(self, public: FederatedDataModule) -> Samples:
+    def _proxy_from(self, public: FederatedDataModule) -> Samples:
         """The inputs of another data set, in random order."""
         inputs = public.source(self.stratify_public).train.unlabelled()
         if inputs.input_shape != self.input_shape:

@@ -27,6 +27,12 @@ def group_names(parts: Sequence[np.ndarray], groups: np.ndarray) -> list[str]:
     Returns:
         A name a client: ``"a"``, ``"a + b"`` where it has several, ``"a (2/3)"`` where it is the second of three that
         have samples of a.
+
+    Example:
+        >>> import numpy as np
+        >>> groups = np.array(["paris", "paris", "rome", "oslo"])
+        >>> group_names([np.array([0]), np.array([1]), np.array([2, 3])], groups)
+        ['paris (1/2)', 'paris (2/2)', 'oslo + rome']
     """
     held = [np.unique(groups[part]).tolist() for part in parts]
     owners = Counter(group for own in held for group in own)

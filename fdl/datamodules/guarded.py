@@ -8,7 +8,7 @@ closed, and open only while `fdl.privacy.dp_sgd` trains. How many there are is p
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
-from fdl.modules.types import Batch
+from fdl.modules.types import Batch, Inputs
 
 _CARRIERS = (
     "fdl.privacy.",
     "fdl.participants",
     "fdl.datamodules.guarded",
     "fdl.encoders.",
-    "fdl.engine.runtime",
-    "fdl.engine.inference",
+    "fdl.engine.",
     "fdl.knowledge.transfer.extraction",
 )
 """Modules that read samples for others: it is these others that a message should name."""
@@ -86,6 +85,24 @@ class GuardedSamples(Samples):
         """Bytes of the inputs, which are public as their number is."""
         return self._samples.nbytes
 
+    @property
+    def width(self) -> int | None:
+        """Number of tokens of a batch of texts, while the gate is open."""
+        return self._read().width
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Number of tokens of each text, while the gate is open."""
+        return self._read().lengths
+
+    def stored(self, indices: Tensor) -> Inputs:
+        """Inputs as they travel to a device, while the gate is open."""
+        return self._read().stored(indices)
+
+    def normalised(self, x: Inputs) -> Inputs:
+        """Stored inputs as those of `batch`."""
+        return self._read().normalised(x)
+
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Gather one batch, while the gate is open."""
         return self._read().batch(indices, generator)
@@ -93,6 +110,14 @@ class GuardedSamples(Samples):
     def subset(self, indices: Any) -> GuardedSamples:
         """The samples at these positions, behind the same gate."""
         return GuardedSamples(self._samples.subset(indices), self._gate)
+
+    def wrapped(self, wrap: Callable[[Samples], Samples]) -> GuardedSamples:
+        """Wrap the samples behind the gate, without reading them.
+
+        Args:
+            wrap: makes samples of samples, such as a wrapper that counts reads.
+        """
+        return GuardedSamples(wrap(self._samples), self._gate)
 
     def unlabelled(self) -> GuardedSamples:
         """The same inputs without labels, behind the same gate."""

@@ -85,7 +85,7 @@ class ImageDataModule(FederatedDataModule):
         self._given = None if mean is None else (mean, std)
         self._augment = None if augment == "none" else augment
 
-    def finish(self) -> None:
+    def postprocess(self) -> None:
         """Set normalisation and augmentation."""
         mean, std = self._statistics() if self.normalize else (None, None)
         self.train = self.train.transformed(mean, std, self._augment)
@@ -93,10 +93,10 @@ class ImageDataModule(FederatedDataModule):
             setattr(self, split, getattr(self, split).transformed(mean, std))
 
     @property
-    def provides(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What the data tell a module: also the normalisation that images come with, where they have one."""
         mean, std = self.train.mean, self.train.std
-        return super().provides | ({} if mean is None else {"normalization": (list(mean), list(std))})
+        return super().model_kwargs | ({} if mean is None else {"normalization": (list(mean), list(std))})
 
     def checked(self, source: Source) -> Source:
         """The data set with floating-point images in 0 … 1, after what all data are checked for."""

@@ -84,12 +84,12 @@ class LanguageDataModule(FederatedDataModule):
         return make_tokenizer(self._spec)
 
     @property
-    def provides(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """Tokenizer and context."""
         return {"tokenizer": self.tokenizer, "context": self.context}
 
     def load(self) -> Source:
-        """Read and tokenise; a sample is a document here, and becomes windows in `finish`."""
+        """Read and tokenise; a sample is a document here, and becomes windows in `postprocess`."""
         splits = self.documents()
         samples = {
             split: encoded(
@@ -103,7 +103,7 @@ class LanguageDataModule(FederatedDataModule):
         train = self._without_public(samples["train"]) if self._proxy_groups else samples["train"]
         return Source(train, [], test=samples.get("test"), validation=samples.get("validation"), groups=train.groups)
 
-    def finish(self) -> None:
+    def postprocess(self) -> None:
         """Join the documents of each set to windows."""
         if self._proxy_groups:
             self.proxy = self._public_documents
@@ -129,7 +129,7 @@ class LanguageDataModule(FederatedDataModule):
     def _windows(self, documents: TextSamples) -> TextSamples:
         return documents.packed(self.context, self.tokenizer.eos)
 
-    def _from_public(self, public: FederatedDataModule) -> TextSamples:
+    def _proxy_from(self, public: FederatedDataModule) -> TextSamples:
         """The documents of another data set, in the order in which it has them."""
         require_same_tokenizer(self, public, self.name)
         return public.source(self.stratify_public).train.unlabelled()

@@ -139,9 +139,9 @@ class PairDataModule(ImageDataModule):
         return make_tokenizer(self._spec)
 
     @property
-    def provides(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """What images tell a module, but for their classes; tokenizer and context."""
-        images = {name: value for name, value in super().provides.items() if name != "num_classes"}
+        images = {name: value for name, value in super().model_kwargs.items() if name != "num_classes"}
         return images | {"tokenizer": self.tokenizer, "context": self.context}
 
     def pairs(self, images: ImageSamples, captions: Sequence[str], groups: np.ndarray | None = None) -> PairSamples:
@@ -157,9 +157,9 @@ class PairDataModule(ImageDataModule):
         self.truncated += cut
         return PairSamples(images, from_ids(self.tokenizer, [one[: self.context] for one in ids]), groups)
 
-    def _from_public(self, public: FederatedDataModule) -> PairSamples:
+    def _proxy_from(self, public: FederatedDataModule) -> PairSamples:
         """The pairs of another data set, in random order."""
         if not isinstance(public, PairDataModule):
             raise UserError(f"proxy: {public.name} has no images with captions, and {self.name} needs some")
         require_same_tokenizer(self, public, self.name)
-        return super()._from_public(public)
+        return super()._proxy_from(public)

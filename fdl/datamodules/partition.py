@@ -75,11 +75,20 @@ class Partitioner(ABC):
 
 
 class IID(Partitioner):
-    """Equal shares drawn at random, the same distribution everywhere."""
+    """Equal shares drawn at random, the same distribution everywhere.
+
+    Example:
+        >>> import numpy as np
+        >>> labels, rng = np.array([0, 0, 0, 1, 1, 1]), np.random.default_rng(0)
+        >>> [len(part) for part in IID().split(labels, clients=4, rng=rng)]
+        [2, 2, 1, 1]
+    """
 
     name = "iid"
 
-    def assign(self, labels, clients, rng, groups):
+    def assign(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> list[np.ndarray]:
         """Cut one permutation into shares whose sizes differ by at most one."""
         return np.array_split(rng.permutation(len(labels)), clients)
 
@@ -127,7 +136,9 @@ class Dirichlet(Partitioner):
         self.alpha, self.balance, self.max_tries = alpha, balance, max_tries
         self.min_samples, self._draw = min_samples, schemes[by]
 
-    def assign(self, labels, clients, rng, groups):
+    def assign(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> list[np.ndarray]:
         """Draw how many samples of each class every client gets, then which."""
         classes, sizes = np.unique(labels, return_counts=True)
         counts = self._draw(sizes, clients, rng)
@@ -209,7 +220,9 @@ class ClassSplit(Partitioner):
         _require_at_least_one("classes_per_client", classes_per_client)
         self.classes_per_client = classes_per_client
 
-    def assign(self, labels, clients, rng, groups):
+    def assign(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> list[np.ndarray]:
         """Choose owners for each class, least owned classes first, and share its samples among them."""
         classes, sizes = np.unique(labels, return_counts=True)
         each = self.classes_per_client
@@ -259,7 +272,9 @@ class Shards(Partitioner):
         _require_at_least_one("shards_per_client", shards_per_client)
         self.shards_per_client = shards_per_client
 
-    def assign(self, labels, clients, rng, groups):
+    def assign(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> list[np.ndarray]:
         """Sort by class, samples of one class in random order, cut, and deal the shards."""
         count = clients * self.shards_per_client
         if count > len(labels):
@@ -299,7 +314,9 @@ class QuantitySkew(Partitioner):
         _require_at_least_one("min_samples", min_samples)
         self.alpha, self.exponent, self.min_samples = alpha, exponent, min_samples
 
-    def assign(self, labels, clients, rng, groups):
+    def assign(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> list[np.ndarray]:
         """Draw the sizes, then cut one permutation."""
         spare = len(labels) - clients * self.min_samples
         if spare < 0:
@@ -324,11 +341,19 @@ class ByGroup(Partitioner):
 
     Raises:
         UserError: from `split` when the data name no groups.
+
+    Example:
+        >>> import numpy as np
+        >>> labels, groups = np.zeros(4, int), np.array(["a", "b", "a", "b"])
+        >>> ByGroup().split(labels, clients=2, rng=np.random.default_rng(0), groups=groups)
+        [array([0, 2]), array([1, 3])]
     """
 
     name = "by_group"
 
-    def assign(self, labels, clients, rng, groups):
+    def assign(
+        self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
+    ) -> list[np.ndarray]:
         """Merge or divide groups until there are as many as clients."""
         if groups is None:
             raise UserError("by_group needs data with a natural client or domain column, and these data have none")
@@ -340,7 +365,7 @@ class ByGroup(Partitioner):
         tell(self.name, parts, groups)
         return parts
 
-    def names(self, parts, groups=None):
+    def names(self, parts: Sequence[np.ndarray], groups: np.ndarray | None = None) -> list[str]:
         """The groups of each client, as `fdl.datamodules.group_names` writes them; arguments as in `Partitioner`."""
         return group_names(parts, groups)
 

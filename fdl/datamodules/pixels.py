@@ -55,6 +55,10 @@ def colour(name: str) -> tuple[int, int, int]:
 
     Raises:
         UserError: there is no such colour.
+
+    Example:
+        >>> colour("white"), colour("#ff8000")
+        ((255, 255, 255), (255, 128, 0))
     """
     try:
         return ImageColor.getrgb(name)[:3]
@@ -98,6 +102,10 @@ def white(low: float, high: float, whole: bool) -> float:
 
     Raises:
         UserError: nothing of this fits.
+
+    Example:
+        >>> white(0, 200, whole=True), white(0, 4000, whole=True), white(0.0, 0.7, whole=False)
+        (255, 4095, 1)
     """
     depths = _DEPTHS if whole else (1, 255)
     if high == low == 0 or (not whole and low >= 0 and high <= 1):
@@ -145,6 +153,12 @@ def _eight_bits(image: Image.Image, known: Range | None) -> Image.Image:
 
 
 def rescaled(values: np.ndarray, known: Range) -> np.ndarray:
-    """Values from black to white as 0 … 1, those beyond cut off."""
+    """Values from black to white as 0 … 1, those beyond cut off.
+
+    Example:
+        >>> import numpy as np
+        >>> rescaled(np.array([-5.0, 50.0, 300.0]), (0.0, 200.0))
+        array([0.  , 0.25, 1.  ])
+    """
     black, white = known
     return ((values - black) / (white - black)).clip(0, 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fdl.modules.types import Batch
+from fdl.modules.types import Batch, Inputs
 
 COPY_BELOW = 64 << 20
 """Subsets of fewer bytes get their own copy of the rows: gathers stay cheap, and the pool they came from can go."""
@@ -29,11 +29,21 @@ _CHUNK = 512
 class Samples(ABC):
     """A fixed, ordered set of examples.
 
+    A subclass writes `__len__`, `nbytes`, `batch`, `subset`, `unlabelled` and `content_hash`; all else has a default.
+
     Attributes:
         labels: classes, int64 [n]; None where unlabelled.
+        width: number of tokens that every batch of texts is padded to; None where a batch is padded to its longest
+            text, and for other inputs.
     """
 
     labels: Tensor | None
+    width: int | None = None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Number of tokens of each text, int64 [n], for batches of like lengths; None for other inputs."""
+        return None
 
     @property
     def at_once(self) -> bool:
@@ -64,6 +74,25 @@ class Samples(ABC):
             indices: which samples, int64 [B]; e.g. a slice of a permutation.
             generator: given while training: augmentation is allowed and draws from this stream only.
         """
+
+    def stored(self, indices: Tensor) -> Inputs:
+        """Return inputs in the form in which they travel to a device; `normalised` makes those of `batch` of them.
+
+        By default those of `batch`; a subclass whose inputs are smaller as they are stored, e.g. images as bytes,
+        overrides both functions.
+
+        Args:
+            indices: which samples, int64 [B].
+        """
+        return self.batch(indices)[0]
+
+    def normalised(self, x: Inputs) -> Inputs:
+        """Turn stored inputs into those of `batch`, on whichever device they are.
+
+        Args:
+            x: what `stored` returned, perhaps on another device.
+        """
+        return x
 
     @abstractmethod
     def subset(self, indices: Any) -> Samples:

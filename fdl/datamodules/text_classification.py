@@ -95,7 +95,7 @@ class TextClassification(FederatedDataModule):
         return make_tokenizer(self._spec)
 
     @property
-    def provides(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
         """Number of classes, tokenizer and context."""
         return {"num_classes": self.num_classes, "tokenizer": self.tokenizer, "context": self.context}
 
@@ -138,7 +138,7 @@ class TextClassification(FederatedDataModule):
         groups = np.array([str(record[self._group]) for record in records]) if self._group else None
         return from_ids(self.tokenizer, rows, labels, groups)
 
-    def _from_public(self, public: FederatedDataModule) -> TextSamples:
+    def _proxy_from(self, public: FederatedDataModule) -> TextSamples:
         """The texts of another data set, cut to this one's context, in random order."""
         require_same_tokenizer(self, public, self.name)
         texts = public.source(self.stratify_public).train.unlabelled().truncated(self.context)

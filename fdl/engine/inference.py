@@ -92,8 +92,8 @@ def predict(
 
 def _order(samples: Samples) -> Tensor | None:
     """The longest texts first: a batch too large for memory fails at once; None keeps the order of the samples."""
-    lengths = getattr(samples, "lengths", None)
-    if lengths is None or getattr(samples, "width", None) is not None or len(samples) == 0:
+    lengths = samples.lengths
+    if lengths is None or samples.width is not None or len(samples) == 0:
         return None
     lengths = torch.as_tensor(lengths)
     return None if bool((lengths == lengths[0]).all()) else lengths.argsort(descending=True, stable=True)
@@ -128,12 +128,11 @@ def _on_device(
             yield part if order is None else rows, convert(inputs)
         return
     convolutional = _convolutional(module)
-    stored = hasattr(samples, "stored")  # images travel as bytes and become numbers on the device
 
     def placed(part: slice) -> tuple[slice | Tensor, Any]:
         rows = rows_of(part)
-        inputs = map_tensors(samples.stored(rows) if stored else samples.batch(rows)[0], lambda t: to_device(t, device))
-        inputs = samples.normalised(inputs) if stored else inputs
+        # images travel as bytes and become numbers on the device
+        inputs = samples.normalised(map_tensors(samples.stored(rows), lambda t: to_device(t, device)))
         if convolutional:  # only the images: other strides of the weights would cut them off from their template
             inputs = map_tensors(
                 inputs, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from fdl.engine.distributed.sharding import Sharder
-    from fdl.recipe.config import Fit
+    from fdl.recipe.config import Component, Fit
 
 
 class FitOptimizers:
-    """One optimiser a module and configuration, built once and emptied for every fit.
+    """One optimiser per module and optimiser's settings, built once and emptied for every fit.
 
     A template is trained for one client after another, and building an optimiser costs as much as half a step of a
     small model.
@@ -33,11 +33,11 @@ class FitOptimizers:
 
     def __init__(self, fabric: Fabric, sharder: Sharder | None):
         self._fabric, self._sharder = fabric, sharder
-        self._known: WeakKeyDictionary[nn.Module, dict[int, tuple]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, dict[Component, tuple]] = WeakKeyDictionary()
 
     def known(self) -> list[_FabricOptimizer]:
         """Those that are used again."""
-        return [optimizer for kept in self._known.values() for _, _, optimizer, _ in kept.values()]
+        return [optimizer for kept in self._known.values() for _, optimizer, _ in kept.values()]
 
     def fresh(self, module: nn.Module, parameters: Sequence[nn.Parameter], config: Fit) -> _FabricOptimizer:
         """An optimiser that has taken no step yet.
@@ -48,8 +48,9 @@ class FitOptimizers:
             config: names the optimiser.
         """
         known = self._known.setdefault(module, {})
-        if id(config) in known:
-            _, before, optimizer, settings = known[id(config)]
+        key = config.optimizer
+        if key in known and config.scheduler is None:  # a schedule wraps the optimiser's methods, so it gets a new one
+            before, optimizer, settings = known[key]
             if len(before) == len(parameters) and all(a is b for a, b in zip(before, parameters)):
                 optimizer.state.clear()
                 for group, original in zip(optimizer.param_groups, settings):
@@ -61,8 +62,8 @@ class FitOptimizers:
         optimizer = build_optimizer(given, config.optimizer.target, config.optimizer.args, fused)
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer = self._fabric.setup_optimizers(optimizer)
-        if config.scheduler is None:  # a schedule wraps the optimiser's methods, so such a one is not used again
-            known[id(config)] = config, parameters, optimizer, settings
+        if config.scheduler is None:
+            known[key] = parameters, optimizer, settings
         return optimizer
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fdl
-from fdl.state.shards import local
+from fdl.state.shards import local_shard
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
@@ -138,7 +138,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    flat = local(tensor.detach()).cpu().contiguous().flatten()
+    flat = local_shard(tensor.detach()).cpu().contiguous().flatten()
     return memoryview((flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)).numpy())
 
 

@@ -4,8 +4,8 @@ A generator yields requests and is sent their results; helpers that yield reques
 
     def local_update(self, client, download):
         module = client.load(download.tensors, "student")
-        yield FitRequest(module, client.train, client.local)
-        return Parameters(module_state(module), samples=client.told_samples)
+        yield FitRequest(module, client.train, client.local_training)
+        return Parameters(module_state(module), samples=client.reported_samples)
 """
 
 from __future__ import annotations

@@ -1,38 +1,30 @@
-"""How participants compute: precision, templates and the one training loop, on Lightning's Fabric.
+"""How participants compute: precision, shared modules and the one training loop, on Lightning's Fabric.
 
 Clients are moved to the device, never `fabric.setup`: under a distributed strategy that would average the gradients
-of different institutions. There is one template module per architecture; a client's weights are copied into it when
-its turn comes, so that memory on the device does not grow with the number of clients.
+of different institutions. There is one module per architecture, which a client borrows
+for its turn and fills with its weights, so that memory on the device does not grow with the number of clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fdl.engine.batches import batches, gathered
-from fdl.engine.compile import Compiler
 from fdl.engine.distributed import launch_environment as clusters
-from fdl.engine.distributed.batch_split import part_of
 from fdl.engine.distributed.devices import fabric_of
 from fdl.engine.distributed.process_group import ProcessGroup, nobody_came
-from fdl.engine.inference import OutputSelector, map_tensors, predict, prefetch_to_device, to_device
-from fdl.engine.optimizers import FitOptimizers, advance, schedule_of
+from fdl.engine.inference import OutputSelector, predict
 from fdl.engine.prediction_cache import PredictionCache
-from fdl.engine.vectorized.stacked_models import SMALL, unstackable
-from fdl.engine.vectorized.step_recorder import StepTracer, TracedFit
-from fdl.errors import UserError
-from fdl.modules.objectives import Objective, Terms, training_step
-from fdl.state.weights import count_parameters, module_state, pin, trainable
+from fdl.engine.steps.selection import StepSelection
+from fdl.engine.training_loop import batch_to_device, train
+from fdl.modules.objectives import Objective, training_step
+from fdl.state.model_handle import ModelHandle, handle_of
+from fdl.state.weights import module_state, trainable
 from fdl.utils.seeding import stream_seed
 from fdl.utils.stopwatch import Stopwatch
 
@@ -42,9 +34,6 @@ if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
     from fdl.modules.types import Batch
     from fdl.recipe.config import Fit
-
-TRACE_AFTER_STEPS = 100
-"""Steps of one form after which it is recorded (`step_recorder`): what is saved is worth its cost after 1,000."""
 
 
 class Runtime:
@@ -68,8 +57,7 @@ class Runtime:
     Attributes:
         ranks: the processes of the run.
         clock: where the run's time goes.
-        compiler: of training steps.
-        optimizers: of fits.
+        steps: chooses the strategy of a fit's steps, and keeps optimisers and compiled steps.
         sharder: spreads models over ranks; None: every rank has whole ones.
     """
 
@@ -97,24 +85,16 @@ class Runtime:
         except dist.DistError as error:
             raise nobody_came(error, timeout) from error
         self.sharder = None
-        self.ranks = ProcessGroup(self.fabric, timeout, together=launch and strategy == "fsdp")
-        if self.ranks.together:
+        self.ranks = ProcessGroup(self.fabric, timeout, sharded=launch and strategy == "fsdp")
+        if self.ranks.sharded:
             from fdl.engine.distributed.sharding import Sharder
 
             self.sharder = Sharder(self.fabric, self.ranks)
-        # there Fabric's wrappers add nothing but their own time, which small models feel
-        alone = isinstance(self.fabric.strategy, SingleDeviceStrategy | DDPStrategy) and self.sharder is None
-        self._plain = alone and precision == "32-true"
-        self._shares, self.joint = strategy in ("ddp", "fsdp") and self.ranks.count > 1, False
-        self.joint = self._shares and self.ranks.together
         self.batch_size, self.compile, self.answers = batch_size, compile, PredictionCache(cache)
-        self.compiler = Compiler()
-        self.dry, self.clock = False, Stopwatch()
+        self.steps = StepSelection(self.fabric, self.ranks, self.sharder, strategy)
+        self.is_dry_run, self.clock = False, Stopwatch()
         self.factories: dict[str, Callable[[], LightningModule]] = {}
-        self._templates: dict[str, LightningModule] = {}
-        self._holders: dict[str, Any] = {}
-        self.optimizers = FitOptimizers(self.fabric, self.sharder)
-        self._recorders: WeakKeyDictionary[nn.Module, StepTracer | None] = WeakKeyDictionary()
+        self._shared: dict[str, LightningModule] = {}
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +109,7 @@ class Runtime:
         if self.sharder is not None:
             return self.sharder.place(module)
         module = self.fabric.to_device(module)
-        pin(module)
+        ModelHandle(module)
         return module
 
     def first_weights(self, architecture: str, seed: int) -> dict[str, Tensor]:
@@ -147,19 +127,45 @@ class Runtime:
         """Move a module to the device in the recipe's precision."""
         return self.fabric.to_device(self.fabric.strategy.precision.convert_module(module))
 
-    def template(self, architecture: str) -> LightningModule:
-        """The one module of this architecture that clients take turns to fill with their weights."""
-        if architecture not in self._templates:
-            self._templates[architecture] = self.create(architecture, seed=0)
-        return self._templates[architecture]
+    def shared_module(self, architecture: str) -> LightningModule:
+        """The one module of an architecture that clients take turns to borrow, to look at its structure.
 
-    def holder(self, architecture: str) -> Any:
-        """Whose weights the template holds now, None when nobody's."""
-        return self._holders.get(architecture)
+        Its weights are whoever's borrowed it last; they can be changed by `borrow` only.
 
-    def hold(self, architecture: str, owner: Any) -> None:
-        """Note whose weights the template holds."""
-        self._holders[architecture] = owner
+        Args:
+            architecture: a key of `factories`.
+        """
+        if architecture not in self._shared:
+            module = self._shared[architecture] = self.create(architecture, seed=0)
+            handle_of(module).writable = False
+        return self._shared[architecture]
+
+    @contextmanager
+    def borrow(self, architecture: str, weights: Mapping[str, Tensor] | None = None) -> Iterator[LightningModule]:
+        """Within this context an architecture's shared module belongs to the caller, who may fill and train it.
+
+        Args:
+            architecture: a key of `factories`.
+            weights: what to fill it with, names as in `module_state`; None leaves the weights of whoever had it last.
+
+        Raises:
+            RuntimeError: it is borrowed already: two borrowers would overwrite each other's weights.
+            ValueError: the weights do not fit.
+        """
+        module = self.shared_module(architecture)
+        handle = handle_of(module)
+        if handle.writable:
+            raise RuntimeError(
+                f"the module of architecture {architecture!r} is borrowed already, and there is one; leave the block "
+                "that borrowed it first, or fill that module once more"
+            )
+        handle.writable = True
+        try:
+            if weights is not None:
+                handle.load(weights)
+            yield module
+        finally:
+            handle.writable = False
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -182,132 +188,23 @@ class Runtime:
             generator: the stream that orders (and augments) the samples.
             objective: what to minimise; default the module's own `training_step`.
             round: the round, for schedules that count rounds.
-            watch: called after every step with the number of steps so far; True ends the fit. It may ask the module.
+            watch: called after every step with the number of steps so far; True ends the fit. It may predict with the
+                module.
 
         Returns:
             The mean over steps of every named loss; empty when there was nothing to do.
         """
-        if self.dry or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
+        if self.is_dry_run or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
             return {}
-        objective = objective or training_step
         parameters = trainable(module)
         if not parameters:  # a frozen teacher has nothing to learn
             return {}
-        optimizer = self.optimizers.fresh(module, parameters, config)
-        scheduler, interval = schedule_of(optimizer.optimizer, config, round)
-        take_step = optimizer.optimizer.step if self._plain else optimizer.step
-        if self.sharder is not None:
-            take_step = partial(self.sharder.step, optimizer)
-        skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
-        terms = self._terms(module, objective)
-        within = objective if self.sharder is None else self.sharder.within(objective)
-        sums: dict[str, Tensor] = {}
-        steps = 0
-        if not module.training:  # walking over all submodules costs as much as a step of a small model
-            module.train()
-        recorded = self._recorded(module, objective, parameters) if config.compile == "none" and terms is None else None
-        drawn = gathered(samples, batches(len(samples), config, generator, skip_single), generator)
-        for epoch_ended, whole, batch, weight in self._batches(drawn, config, terms):
-            step = partial(self._gradients, module, batch, weight)
-            if recorded is not None:
-                losses = recorded(partial(step, objective), batch)
-            else:
-                # the last batch of an epoch has a size of its own at every client, which is not worth compiling for
-                losses = self.compiler.run(step, module, within, config.compile if whole else "none")
-            if self.sharder is not None:
-                self.sharder.settle(module, parameters, objective, config.gradient_clip)
-            elif terms is not None:
-                self.ranks.sum_gradients(parameters)
-            if config.gradient_clip is not None and self.sharder is None:
-                self.fabric.clip_gradients(module, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
-            take_step()
-            for parameter in parameters:
-                parameter.grad = None
-            for name, value in losses.items():
-                value = value.detach()
-                sums[name] = sums[name] + value if name in sums else value.clone()
-            steps += 1
-            if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
-                advance(scheduler, config)
-            if watch is not None:
-                if watch(steps):
-                    break
-                if not module.training:  # it was asked
-                    module.train()
-        if steps == 0:
-            raise UserError(
-                f"{len(samples)} sample(s) in batches of {config.batch_size} leave no batch of two, which batch "
-                "normalisation needs; use a module with group normalisation or give each client more samples"
-            )
-        means = {name: float(value) / steps for name, value in sums.items()}
-        if terms is None:
-            return means
-        together = torch.tensor(list(means.values()), dtype=torch.float64)
-        self.ranks.sum(together)
-        return dict(zip(means, together.tolist()))
+        step = self.steps.choose(module, parameters, objective or training_step, config)
+        return train(step, samples, config, generator, round, watch)
 
-    def _batches(
-        self, drawn: Iterable[tuple[bool, Tensor, Batch]], config: Fit, terms: Terms | None
-    ) -> Iterator[tuple[bool, bool, Batch, float | None]]:
-        """Batches on the device: whether each ends an epoch, whether it is full, itself, and the share of its loss.
-
-        A GPU's are gathered and copied while it works on those before.
-        """
-        convert = self.fabric.strategy.precision.convert_input
-
-        def place(item: tuple[bool, Tensor, Batch]) -> tuple[bool, bool, Batch, float | None]:
-            (epoch_ended, indices, batch), weight = item, None
-            if terms is not None:
-                batch, weight = part_of(batch, terms, self.ranks.index, self.ranks.count)
-            return epoch_ended, len(indices) == config.batch_size, convert(self.to_device(batch)), weight
-
-        return prefetch_to_device(self.device, place, drawn)
-
-    def _gradients(
-        self, module: nn.Module, batch: Batch, weight: float | None, objective: Objective
-    ) -> Mapping[str, Tensor]:
-        """One forward and one backward pass; the losses, each times a weight where there is one."""
-        with self.fabric.autocast():
-            losses = objective(module, batch)
-        if weight is not None:
-            losses = {name: value * weight for name, value in losses.items()}
-        if self._plain:
-            losses["loss"].backward()
-        elif weight is not None and self.sharder is not None:
-            self.fabric.backward(losses["loss"] * self.ranks.count)  # it takes the mean over ranks
-        else:
-            self.fabric.backward(losses["loss"])
-        return losses
-
-    def _recorded(
-        self, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]
-    ) -> TracedFit | None:
-        """What writes a fit's steps down; None where that is not possible or not worth while."""
-        if module not in self._recorders:
-            small = count_parameters(module) <= SMALL.get(self.device.type, 0)
-            self._recorders[module] = StepTracer() if self._plain and small and unstackable(module) is None else None
-        recorder = self._recorders[module]
-        recordings = None if recorder is None else recorder.begin(module, objective, TRACE_AFTER_STEPS)
-        return None if recordings is None else TracedFit(recordings, module, objective, parameters)
-
-    def _terms(self, module: nn.Module, objective: Objective) -> Terms | None:
-        """What a loss is the mean of, where ranks may share the samples of a batch out (`fdl.terms`); None elsewhere.
-
-        Batch normalisation, and losses that compare the samples of a batch, need the whole of it: then every rank
-        trains on all, to the same result.
-        """
-        if not self.joint or any(isinstance(m, _BatchNorm) for m in module.modules()):
-            return None
-        return getattr(module.training_step if objective is training_step else objective, "terms", None)
-
-    @contextmanager
-    def jointly(self) -> Iterator[None]:
+    def all_ranks(self) -> AbstractContextManager[None]:
         """Within this context all ranks train the same models; under DDP they share the samples of every batch."""
-        self.joint = self._shares
-        try:
-            yield
-        finally:
-            self.joint = self._shares and self.ranks.together
+        return self.steps.all_ranks()
 
     # -- inference -----------------------------------------------------------------------------------------------
 
@@ -333,19 +230,16 @@ class Runtime:
 
     def to_device(self, batch: Batch) -> Batch:
         """A batch on the device; a GPU gets it without anybody waiting for the copy."""
-        if self.device.type == "cpu":
-            return batch
-        move = lambda tensor: to_device(tensor, self.device)  # noqa: E731
-        return tuple(None if part is None else map_tensors(part, move) for part in batch)
+        return batch_to_device(batch, self.device)
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def dry_run(self) -> Iterator[None]:
         """Within this context `fit` does nothing, so that messages can be made, and measured, without training."""
-        self.dry = True
+        self.is_dry_run = True
         try:
             yield
         finally:
-            self.dry = False
+            self.is_dry_run = False
 
 
 def seed_everything(seed: int, purpose: str, round: int = 0, client: int = -1) -> None:

@@ -1,1 +1,1 @@
-"""Further questions to a trained student, beyond the metrics of its own test set."""
+"""Evaluators: measurements of a student beyond the metrics of its own test set."""

@@ -1,4 +1,4 @@
-"""How far a backdoor got: test images with the trigger, and what the student takes them for."""
+"""Success rate of a backdoor attack."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from fdl.adversaries.answers import in_range
 from fdl.adversaries.data import Triggered, check_images
 from fdl.errors import UserError
-from fdl.evaluators.base import Evaluator, at_least
+from fdl.evaluators.base import Evaluator
+from fdl.utils.arguments import at_least
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class BackdoorSuccess(Evaluator):
-    """Share of test images that get the target's class once they have the trigger of adversary ``backdoor``.
+    """Fraction of test images classified as the target once they carry the trigger of the adversary ``backdoor``.
 
-    Images of the target class are left out. Metrics: ``success``, and ``untriggered``, the share of the same images
-    that get that class as they are, which is about what a student without a backdoor comes to.
+    Images of the target class are left out. Metrics: ``success``, and as a control ``untriggered``, the fraction of the
+    same images without trigger that are classified as the target.
 
     Args:
-        target: the class.
-        size: side of the trigger in pixels.
-        every: as in `Evaluator`.
-        label: as in `Evaluator`.
+        target: number of the target class.
+        size: side length of the trigger in pixels.
+        every: number of rounds between two evaluations; 0: only after the last round.
+        label: name under which the metrics are recorded; None: ``"backdoor"``.
 
     Raises:
-        UserError: from `prepare`, where the data are no images with labels, or have no such class.
+        UserError: from `prepare`, if the data are not labelled images, or have no such class.
     """
 
     name = "backdoor"
@@ -41,7 +42,7 @@ class BackdoorSuccess(Evaluator):
         self.target, self.size = target, at_least("size", size, 1)
 
     def prepare(self, server: Server) -> None:
-        """Refuse what cannot be asked."""
+        """Check that the test set consists of labelled images, and has the target class."""
         try:
             in_range("target", self.target, server.num_classes)
             check_images(server.test, self.size)
@@ -49,7 +50,7 @@ class BackdoorSuccess(Evaluator):
             raise UserError(f"{self.name}: {error}") from error
 
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
-        """Ask for the same images with and without the trigger."""
+        """Classify the test images of the other classes with and without the trigger."""
         others = server.test.subset(torch.nonzero(server.test.labels != self.target).squeeze(1))
         stamped = Triggered(others, torch.ones(len(others), dtype=torch.bool), self.target, self.size)
         found = {}

@@ -1,4 +1,4 @@
-"""What can be asked of a student beyond the metrics of its own task."""
+"""Base class of evaluators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from fdl.errors import UserError
+from fdl.utils.arguments import at_least
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -14,21 +15,22 @@ if TYPE_CHECKING:
 
 
 class Evaluator(ABC):
-    """Asks a module something after a round, with public data only.
+    """Measures a module after a round, on public data only.
 
-    What it returns is recorded as ``student/<label>/<metric>``. An evaluator draws from streams of its own, so that a
-    run goes on the same whether it is asked or not, and it leaves the module's weights as they were.
+    Metrics are recorded as ``student/<label>/<metric>``. Evaluators draw from random streams of their own and leave the
+    module's weights unchanged, so that a run gives the same result with and without them.
 
     Args:
-        every: rounds between two evaluations; 0: only after the last round.
-        label: what its metrics are recorded under, for a recipe that asks one thing in two ways; default `name`.
+        every: number of rounds between two evaluations; 0: only after the last round.
+        label: name under which the metrics are recorded, to use one evaluator twice with different arguments; None: the
+            evaluator's `name`.
 
     Attributes:
-        name: the short name in recipes and in what is recorded.
-        tasks: kinds of data whose models can be asked.
+        name: short name in recipes and records.
+        tasks: the tasks (kinds of data) whose models it can measure.
 
     Raises:
-        UserError: `every` is negative, or the label is empty or has a slash.
+        UserError: `every` is negative, or `label` is empty or contains a slash.
     """
 
     name: ClassVar[str] = ""
@@ -40,30 +42,26 @@ class Evaluator(ABC):
             raise UserError(f"label must be a word or two without a slash, got {label!r}")
 
     def prepare(self, server: Server) -> None:
-        """Before the first round: read what is needed, and refuse what cannot work; here nothing.
+        """Read what is needed before the first round, and reject data that do not suit; by default nothing.
+
+        Args:
+            server: the server, with its public data.
 
         Raises:
-            UserError: when the server's data cannot answer the question.
+            UserError: the server's data do not suit the evaluator.
         """
 
     @abstractmethod
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
-        """Ask the module.
+        """Compute the metrics of a module.
 
         Args:
-            server: holds the public data, the tokenizer, the classes and the device; `Server.predict` answers samples.
-            module: the model to ask, usually the student.
+            server: the server, with public data, tokenizer, classes and device; `Server.predict` runs the module.
+            module: the model to measure, usually the student.
 
         Returns:
-            One number a metric.
+            One number per metric.
 
         Raises:
-            UserError: when the module or the server's data cannot answer the question.
+            UserError: the module or the server's data do not suit the evaluator.
         """
-
-
-def at_least(name: str, value: int, minimum: int) -> int:
-    """Return a constructor's whole number, or raise UserError where it is below the minimum."""
-    if value < minimum:
-        raise UserError(f"{name} must be at least {minimum}, got {value}")
-    return value

@@ -1,4 +1,4 @@
-"""Classes that were learnt and classes that are known by name alone: what prompts win there and lose here."""
+"""Accuracy on classes seen in training (base) and on classes known by name only (new)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ if TYPE_CHECKING:
 
 
 class BaseNew(Evaluator):
-    """Accuracy on base classes among these, and on new classes among these (Zhou et al., CoOp and CoCoOp, 2022).
+    """Base-to-new generalisation: accuracy among the base classes, and among the new classes.
 
-    Metrics: ``base``, ``new``, their ``harmonic_mean``, and ``base_gain`` and ``new_gain``, the changes against the
-    model before its first round. A negative ``new_gain`` says how much zero-shot ability training has cost.
+    Metrics: ``base``, ``new``, their ``harmonic_mean``, and ``base_gain`` and ``new_gain``, the differences from the
+    model before the first round. A negative ``new_gain`` is the zero-shot ability lost in training.
+
+    Source: Zhou et al., "Conditional Prompt Learning for Vision-Language Models" (2022).
 
     Args:
-        new: names of the classes that no site was to learn; all others are base classes.
-        every: as in `Evaluator`.
-        label: as in `Evaluator`.
+        new: names of the classes excluded from training at every site; all others are base classes.
+        every: number of rounds between two evaluations; 0: only after the last round.
+        label: name under which the metrics are recorded; None: ``"base_new"``.
 
     Raises:
-        UserError: fewer than two names; from `prepare`, names that the data do not have, or too few others.
+        UserError: fewer than two names are given; from `prepare`, the data do not have a named class, or have fewer
+            than two base classes.
     """
 
     name = "base_new"
@@ -47,7 +50,7 @@ class BaseNew(Evaluator):
         self._start: dict[str, Tensor] = {}
 
     def prepare(self, server: Server) -> None:
-        """Find the classes, and keep the weights that the student starts from."""
+        """Look up the classes, and keep the student's initial weights."""
         for name in self.new:
             if name not in server.classes:
                 raise UserError(f"{self.name}: the data have no class {name!r}{suggest(name, server.classes)}")
@@ -56,7 +59,7 @@ class BaseNew(Evaluator):
         self._start = copy_of(server.student)
 
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
-        """Classify the test samples of either kind among the classes of this kind."""
+        """Classify the test samples of base classes among these, and those of new classes among these."""
         if self._before is None:
             now = copy_of(module)
             load_into(module, self._start)

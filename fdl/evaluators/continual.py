@@ -1,4 +1,4 @@
-"""What a model keeps, and what it loses, while private data come in stage by stage."""
+"""Continual learning: forgetting and transfer while private data arrive in stages."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 
 class Continual(Evaluator):
-    """Test accuracy stage by stage, and what follows from it, for recipes with an `arrival`.
+    """Test accuracy per stage, forgetting and transfer, for recipes with an `arrival` schedule.
 
     R[i, j] is the accuracy on the test samples of stage j after the last evaluated round of stage i. Metrics:
-    ``accuracy_<j>`` for every stage, and those of `transfer`.
+    ``accuracy_<j>`` per stage, and those of `transfer`.
 
     Args:
-        among: which classes an image of a stage may be taken for: ``"all"`` of the data, or only its ``"stage"``'s
-            own, which tells what is lost from what is merely taken for something newer.
-        every: as in `Evaluator`; what is measured needs the last round of every stage.
-        label: as in `Evaluator`.
+        among: the classes that a prediction may choose from: ``"all"`` classes of the data, or those of the sample's
+            own ``"stage"``, which separates forgetting from confusion with newer classes.
+        every: number of rounds between two evaluations; 0: only after the last round. The metrics need the last round
+            of every stage.
+        label: name under which the metrics are recorded; None: ``"continual"``.
     """
 
     name = "continual"
@@ -40,7 +41,7 @@ class Continual(Evaluator):
         self.among = among
 
     def prepare(self, server: Server) -> None:
-        """See that the test samples belong to stages."""
+        """Check that the test samples are assigned to stages."""
         if server.test_stages is None:
             raise UserError(
                 f"{self.name}: the test samples belong to no stages: the recipe needs an arrival, and test samples "
@@ -48,7 +49,7 @@ class Continual(Evaluator):
             )
 
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
-        """Measure one row of R; the others are kept in the server's state."""
+        """Measure one row of R; earlier rows are kept in the server's state."""
         logits, labels = server.predict(module, server.test), server.test.labels
         rows, chances = [], []
         for stage in range(server.arrival.stages):
@@ -65,12 +66,12 @@ class Continual(Evaluator):
 
 
 def accuracy_among(logits: Tensor, labels: Tensor, classes: Tensor) -> float:
-    """Share of samples whose class has the highest logit among some classes; NaN where there is no sample.
+    """Compute the accuracy of predictions restricted to some classes; NaN for no samples.
 
     Args:
         logits: ``[n, C]``.
-        labels: int64 ``[n]``, each one of the classes.
-        classes: int64 ``[c]``.
+        labels: int64 ``[n]``, all among `classes`.
+        classes: numbers of the classes to choose from, int64 ``[c]``.
     """
     if len(labels) == 0:
         return float("nan")
@@ -78,21 +79,22 @@ def accuracy_among(logits: Tensor, labels: Tensor, classes: Tensor) -> float:
 
 
 def transfer(matrix: np.ndarray, chance: np.ndarray) -> dict[str, float]:
-    """Sum a matrix of accuracies up.
+    """Summarise a matrix of accuracies by stage.
 
     Sources: Chaudhry et al., "Riemannian Walk for Incremental Learning" (2018), for forgetting; Lopez-Paz and Ranzato,
-    "Gradient Episodic Memory for Continual Learning" (2017), for both transfers, of which the forward one is measured
-    here against guessing rather than against an untrained model.
+    "Gradient Episodic Memory for Continual Learning" (2017), for both transfers, except that forward transfer is
+    relative to chance instead of to an untrained model.
 
     Args:
-        matrix: R, ``[s + 1, S]``: accuracy on stage j after stage i, for the stages 0 … s that have been learnt; NaN
-            where nothing was measured.
-        chance: ``[S]``, what guessing would get in each stage.
+        matrix: R, ``[s + 1, S]``: accuracy on stage j after stage i, for the stages 0 … s learnt so far; NaN if not
+            measured.
+        chance: ``[S]``, chance level of each stage.
 
     Returns:
-        ``average_accuracy`` over stages 0 … s now; and from the second stage on ``forgetting`` (best before minus
-        now, mean over earlier stages: lower is better), ``backward_transfer`` (now minus just learnt, likewise) and
-        ``forward_transfer`` (just before learnt minus chance, mean over stages 1 … s).
+        ``average_accuracy``: mean current accuracy of stages 0 … s. From the second stage on also ``forgetting``: best
+        earlier minus current accuracy, mean over earlier stages (lower is better); ``backward_transfer``: current
+        accuracy minus that right after the stage was learnt, mean over earlier stages; ``forward_transfer``: accuracy
+        right before the stage was learnt minus chance, mean over stages 1 … s.
     """
     last = len(matrix) - 1
     values = {"average_accuracy": matrix[last, : last + 1]}

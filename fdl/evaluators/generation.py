@@ -1,4 +1,4 @@
-"""How close a model's continuations come to the true ones."""
+"""Similarity of generated continuations to the true ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fdl.errors import UserError
-from fdl.evaluators.base import Evaluator, at_least
-from fdl.evaluators.continuation import continuations, text_model, until
+from fdl.evaluators.base import Evaluator
+from fdl.evaluators.continuation import continuations, cut_before, require_tokenizer
+from fdl.utils.arguments import at_least
 from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
@@ -20,18 +21,18 @@ _ROUGE = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
 
 
 class Generation(Evaluator):
-    """The model goes on from the first tokens of test windows; its words are compared with those that come there.
+    """BLEU and ROUGE of greedy continuations of test windows.
 
-    Metrics: ``bleu``, of the corpus with n-grams up to 4 (Papineni et al., 2002), and F-measures ``rouge_1``,
-    ``rouge_2`` and ``rouge_l`` (Lin, 2004), means over windows. Words are what white space separates for BLEU, and
-    letters and digits in lower case, without stemming, for ROUGE. Both texts stop where a document ends.
+    Metrics: ``bleu``, corpus BLEU with n-grams up to 4 (Papineni et al., 2002), and the F-measures ``rouge_1``,
+    ``rouge_2`` and ``rouge_l`` (Lin, 2004), averaged over windows. BLEU splits words at white space; ROUGE uses lower
+    case letters and digits, without stemming. Both texts end at the end of the document.
 
     Args:
-        samples: how many test windows are drawn, the same in every round; fewer where the test set has fewer.
-        prompt_tokens: length of the prompt.
-        new_tokens: length of the continuation.
-        every: as in `Evaluator`.
-        label: as in `Evaluator`.
+        samples: number of test windows drawn, the same ones in every round; at most as many as the test set has.
+        prompt_tokens: length of the prompt in tokens.
+        new_tokens: length of the continuation in tokens.
+        every: number of rounds between two evaluations; 0: only after the last round.
+        label: name under which the metrics are recorded; None: ``"generation"``.
     """
 
     name = "generation"
@@ -51,19 +52,19 @@ class Generation(Evaluator):
         self.new_tokens = at_least("new_tokens", new_tokens, 1)
 
     def prepare(self, server: Server) -> None:
-        """Look for windows that are long enough."""
-        text_model(server, self.new_tokens, self.name)
+        """Check that there are windows that are long enough."""
+        require_tokenizer(server, self.new_tokens, self.name)
         self._windows(server)
 
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
-        """Continue the prompts and compare."""
+        """Continue the prompts, and compare with the true continuations."""
         from torchmetrics.functional.text import bleu_score
         from torchmetrics.functional.text.rouge import rouge_score
 
-        windows, tokenizer = self._windows(server), text_model(server, self.new_tokens, self.name)
+        windows, tokenizer = self._windows(server), require_tokenizer(server, self.new_tokens, self.name)
         made = continuations(server, module, [row[: self.prompt_tokens] for row in windows], self.new_tokens)
         predicted = [tokenizer.decode(ids) for ids in made]
-        true = [tokenizer.decode(until(row[self.prompt_tokens :], tokenizer.eos)) for row in windows]
+        true = [tokenizer.decode(cut_before(row[self.prompt_tokens :], tokenizer.eos)) for row in windows]
         rouge = rouge_score(predicted, true, rouge_keys=tuple(_ROUGE))
         return {
             "bleu": float(bleu_score(predicted, [[text] for text in true])),
@@ -71,8 +72,8 @@ class Generation(Evaluator):
         }
 
     def _windows(self, server: Server) -> list[list[int]]:
-        """Token ids of the drawn windows, prompt and true continuation."""
-        length, end = self.prompt_tokens + self.new_tokens, server.provides["tokenizer"].eos
+        """Draw windows; each is a list of token ids, the prompt followed by the true continuation."""
+        length, end = self.prompt_tokens + self.new_tokens, server.model_kwargs["tokenizer"].eos
         found: list[list[int]] = []
         for i in numpy_stream(server.seed, self.name).permutation(len(server.test)).tolist():
             row = server.test.batch(torch.tensor([i]))[0][0, :length].tolist()

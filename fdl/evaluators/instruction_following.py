@@ -1,4 +1,4 @@
-"""How many instructions whose fulfilment a rule can check a model follows."""
+"""Instruction following, verified by rules."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from fdl.datamodules.records import Record, existing
 from fdl.datamodules.table_files import read_table
 from fdl.errors import UserError
-from fdl.evaluators.base import Evaluator, at_least
-from fdl.evaluators.continuation import continuations, text_model
-from fdl.evaluators.instructions import RULES, follows
+from fdl.evaluators.base import Evaluator
+from fdl.evaluators.continuation import continuations, require_tokenizer
+from fdl.evaluators.instructions import RULES, is_followed
+from fdl.utils.arguments import at_least
 from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is told to do.
+    """A prompt with verifiable instructions.
 
     Attributes:
         text: the prompt.
-        instructions: those in it, as pairs of a rule's id and its arguments.
+        instructions: its instructions as pairs of a rule's id and the rule's arguments.
     """
 
     text: str
@@ -37,23 +38,25 @@ class Prompt:
 
 
 class InstructionFollowing(Evaluator):
-    """Asks a language model to do what rules can check, as IFEval does (Zhou et al., 2023); no judge is needed.
+    """Fraction of verifiable instructions that a language model follows; no judge model is needed.
 
-    Metrics: ``prompt_strict``, the share of prompts all of whose instructions are followed; ``instruction_strict``,
-    the share of all instructions; ``prompt_loose`` and ``instruction_loose``, where a response also counts without
-    its first line, its last, both, or its asterisks; and ``strict_<type>`` for each of the instruction types.
+    Metrics: ``prompt_strict``, the fraction of prompts of which all instructions are followed; ``instruction_strict``,
+    the fraction of all instructions; ``prompt_loose`` and ``instruction_loose``, which also accept the response without
+    its first line, its last line, both, or its asterisks; and ``strict_<type>`` per type of instruction.
 
-    Answers are greedy and end with the tokenizer's end of text. Where prompt and answer are too long for the model, it
-    does not read the prompt's beginning.
+    Decoding is greedy and ends at the tokenizer's end of text. If prompt and response exceed the model's context, the
+    beginning of the prompt is cut off.
+
+    Source: IFEval (Zhou et al., 2023, arXiv:2311.07911).
 
     Args:
-        prompts: a file of prompts, JSONL or JSONL.GZ, in IFEval's form: ``prompt``, ``instruction_id_list`` and
-            ``kwargs``, one object an instruction (null values are left out).
-        limit: only so many of them, the first ones; None: all.
-        new_tokens: length of an answer at most.
-        template: what a prompt is put into, with ``{}`` for it, as the model was trained.
-        every: as in `Evaluator`.
-        label: as in `Evaluator`.
+        prompts: path of a JSONL or JSONL.GZ file in IFEval's format: ``prompt``, ``instruction_id_list`` and
+            ``kwargs``, one object per instruction (null values are ignored).
+        limit: use the first `limit` prompts only; None: all.
+        new_tokens: maximum length of a response in tokens.
+        template: prompt template that the model was trained with; ``{}`` stands for the prompt.
+        every: number of rounds between two evaluations; 0: only after the last round.
+        label: name under which the metrics are recorded; None: ``"instruction_following"``.
     """
 
     name = "instruction_following"
@@ -79,15 +82,15 @@ class InstructionFollowing(Evaluator):
     def prepare(self, server: Server) -> None:
         """Read the prompts."""
         self._read()
-        text_model(server, self.new_tokens, self.name)
+        require_tokenizer(server, self.new_tokens, self.name)
 
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
-        """Let the model answer all prompts, and check its answers."""
+        """Generate responses to all prompts, and verify them."""
         prompts = self._read()
-        tokenizer = text_model(server, self.new_tokens, self.name)
+        tokenizer = require_tokenizer(server, self.new_tokens, self.name)
         asked = [tokenizer.encode(self.template.replace("{}", prompt.text)) for prompt in prompts]
         answers = continuations(server, module, asked, self.new_tokens)
-        return check(prompts, [tokenizer.decode(ids) for ids in answers])
+        return score_responses(prompts, [tokenizer.decode(ids) for ids in answers])
 
     def _read(self) -> list[Prompt]:
         if self._prompts is None:
@@ -95,12 +98,12 @@ class InstructionFollowing(Evaluator):
         return self._prompts
 
 
-def check(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, float]:
-    """Check answers by the rules.
+def score_responses(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, float]:
+    """Verify responses by the rules.
 
     Args:
-        prompts: what was asked.
-        answers: one a prompt.
+        prompts: the prompts.
+        answers: one response per prompt.
 
     Returns:
         The metrics of `InstructionFollowing`.
@@ -110,7 +113,7 @@ def check(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, float]
         whole, single = [], []
         types: dict[str, list[bool]] = defaultdict(list)
         for prompt, answer in zip(prompts, answers, strict=True):
-            followed = [follows(rule, kwargs, answer, reading == "loose") for rule, kwargs in prompt.instructions]
+            followed = [is_followed(rule, kwargs, answer, reading == "loose") for rule, kwargs in prompt.instructions]
             whole.append(all(followed))
             single += followed
             for (rule, _), done in zip(prompt.instructions, followed, strict=True):
@@ -125,7 +128,7 @@ def check(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, float]
 
 
 def _prompt(record: Record) -> Prompt:
-    """One line of the file, its instructions known and their arguments complete."""
+    """Parse one line of the file; its instructions must be known and their arguments complete."""
     rules, arguments = record["instruction_id_list"], record["kwargs"]
     if not isinstance(rules, list) or not isinstance(arguments, list) or len(rules) != len(arguments) or not rules:
         raise UserError(f"{record.place}: instruction_id_list and kwargs must be lists of one length, at least 1")
@@ -136,7 +139,7 @@ def _prompt(record: Record) -> Prompt:
         kwargs = {key: value for key, value in given.items() if value is not None}
         try:
             inspect.signature(RULES[rule]).bind("", **kwargs)
-            follows(rule, kwargs, "x")
+            is_followed(rule, kwargs, "x")
         except (TypeError, AttributeError, UserError) as error:
             raise UserError(f"{record.place}: {rule}: {error}") from error
         instructions.append((rule, kwargs))

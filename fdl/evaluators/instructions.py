@@ -1,10 +1,10 @@
-"""Instructions whose fulfilment a rule can check, in the manner of IFEval (Zhou et al., 2023, arXiv:2311.07911).
+"""Rules that verify instructions, after IFEval (Zhou et al., 2023, arXiv:2311.07911).
 
-One function an instruction type: ``rule(response, **arguments)``. Types, their arguments and what counts as followed
-are IFEval's. Three things that the original leaves to libraries with downloaded models are rules here too, so scores
-can differ by a few instructions from published ones: sentences (`sentences`), the language
-(`fdl.evaluators.languages`), and words in capitals (`_CAPITALS`). Where a prompt asks for a sign such as ``#`` so many
-times, that sign is counted; the original counts a random letter.
+One function per instruction type: ``rule(response, **arguments)``. Types, arguments and criteria are IFEval's. Three
+parts for which the original uses libraries with downloaded models are rules here, too, so that scores may differ from
+published ones by a few instructions: sentence splitting (`sentences`), language detection
+(`fdl.evaluators.languages`), and capitalised words (`_CAPITALS`). If a prompt requires a sign such as ``#`` a number of
+times, that sign is counted, where the original counts a random letter.
 """
 
 from __future__ import annotations
@@ -20,25 +20,32 @@ from fdl.evaluators.languages import KNOWN, detect
 Rule = Callable[..., bool]
 
 RULES: dict[str, Rule] = {}
-"""Every rule by its type's id, e.g. ``"punctuation:no_comma"``."""
+"""All rules by the id of the instruction type, e.g. ``"punctuation:no_comma"``."""
 
 _WORD = re.compile(r"\w+")
 _CAPITALS = re.compile(r"\w+(?:[-.]\w+)*")
-"""Words for counting capitals: ``well-known`` and ``U.S`` are one, ``I'm`` is two."""
+"""Words for counting capitals: ``well-known`` and ``U.S`` are one word each, ``I'm`` is two."""
 
 _SENTENCE_END = re.compile(r"[.!?…。！？।]+[\"'”’)\]*_]*(?=\s|$)|[。！？]")
-"""One or more ends, any closing quotes, brackets or emphasis, and then white space: ``3.14`` and ``U.S.A`` go on."""
+"""End marks, then any closing quotes, brackets or emphasis, then white space: ``3.14`` and ``U.S.A`` do not match."""
 
 _ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:(?i:mr|mrs|ms|dr|prof|st|sr|jr|vs|approx|e\.g|i\.e|p\.s)|[A-HJ-Z])\.$")
-"""A full stop after one of these or after an initial ends no sentence, unless the text ends there."""
+"""Abbreviations and initials whose full stop does not end a sentence, except at the end of the text."""
 
 _ANSWERS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text into sentences: at an end mark followed by white space, but not after an abbreviation.
+    """Split a text into sentences at end marks followed by white space, except after abbreviations.
 
-    A rest without an end mark is a sentence too, if it has a letter or digit; a line break alone ends none.
+    A remainder without end mark is a sentence, too, if it has a letter or digit. A line break alone ends no sentence.
+
+    Args:
+        text: the text to split.
+
+    Example:
+        >>> sentences("See e.g. Dr. Who. It ends! Does it")
+        ['See e.g. Dr. Who.', 'It ends!', 'Does it']
     """
     found, start = [], 0
     for end in _SENTENCE_END.finditer(text):
@@ -52,20 +59,24 @@ def sentences(text: str) -> list[str]:
 
 
 def variants(response: str) -> list[str]:
-    """What the loose reading tries: without the first line, the last, or both, each with and without asterisks."""
+    """List the variants that loose accuracy accepts: without first line, last line or both, with and without asterisks.
+
+    Args:
+        response: the model's response.
+    """
     lines = response.split("\n")
     cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return [*cut, *(text.replace("*", "") for text in cut)]
 
 
-def follows(instruction: str, arguments: dict[str, Any], response: str, loose: bool = False) -> bool:
-    """Tell whether a response follows an instruction; an empty one follows none.
+def is_followed(instruction: str, arguments: dict[str, Any], response: str, loose: bool = False) -> bool:
+    """Return True if a response follows an instruction; an empty response follows none.
 
     Args:
-        instruction: a key of `RULES`.
-        arguments: of the rule.
-        response: the model's words.
-        loose: whether it is enough that one of its `variants` does.
+        instruction: id of the instruction type, a key of `RULES`.
+        arguments: the rule's arguments.
+        response: the model's response.
+        loose: accept the response if one of its `variants` follows the instruction.
     """
     tried = variants(response) if loose else [response]
     return any(bool(text.strip()) and RULES[instruction](text, **arguments) for text in tried)
@@ -173,7 +184,7 @@ def _number_placeholders(response: str, num_placeholders: int) -> bool:
 
 @_rule("detectable_content:postscript")
 def _postscript(response: str, postscript_marker: str) -> bool:
-    """The marker in any case, with or without spaces after its full stops."""
+    """Find the marker in any case, with or without spaces after its full stops."""
     letters = [re.escape(letter) for letter in postscript_marker if letter.isalpha()]
     final = r"\." if postscript_marker.endswith(".") else ""
     return re.search(r"\.\s?".join(letters) + final, response, re.IGNORECASE) is not None
@@ -184,7 +195,7 @@ def _postscript(response: str, postscript_marker: str) -> bool:
 
 @_rule("detectable_format:number_bullet_lists")
 def _number_bullet_lists(response: str, num_bullets: int) -> bool:
-    """Exactly so many lines that begin with one asterisk or with a hyphen."""
+    """Count lines that begin with a single asterisk or a hyphen; the number must be exact."""
     return len(re.findall(r"^\s*(?:\*[^*\n]|-)", response, re.MULTILINE)) == num_bullets
 
 
@@ -195,7 +206,7 @@ def _constrained_response(response: str) -> bool:
 
 @_rule("detectable_format:number_highlighted_sections")
 def _number_highlighted_sections(response: str, num_highlights: int) -> bool:
-    """Stretches within a line between single or double asterisks."""
+    """Count passages within a line between single or double asterisks."""
     double = re.findall(r"\*\*([^\n*]*)\*\*", response)
     single = re.findall(r"\*([^\n*]*)\*", response)
     return sum(bool(text.strip()) for text in (*double, *single)) >= num_highlights
@@ -203,13 +214,13 @@ def _number_highlighted_sections(response: str, num_highlights: int) -> bool:
 
 @_rule("detectable_format:multiple_sections")
 def _multiple_sections(response: str, section_spliter: str, num_sections: int) -> bool:
-    """Sections that begin with the word and a number."""
+    """Count sections that begin with the given word and a number."""
     return len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", response)) >= num_sections
 
 
 @_rule("detectable_format:json_format")
 def _json_format(response: str) -> bool:
-    """The whole text is JSON, with or without a Markdown fence around it."""
+    """Parse the whole text as JSON, with or without a Markdown fence around it."""
     text = response.strip()
     fenced = re.fullmatch(r"```(?:json)?(.*?)(?:```)?", text, re.DOTALL | re.IGNORECASE)
     try:
@@ -229,7 +240,7 @@ def _title(response: str) -> bool:
 
 @_rule("combination:two_responses")
 def _two_responses(response: str) -> bool:
-    """Two different responses with six asterisks between them."""
+    """Require two different responses separated by six asterisks."""
     parts = response.split("******")
     answers = {part.strip() for part in parts if part.strip()}
     return _filled(parts) == 2 and len(answers) == 2
@@ -260,5 +271,5 @@ def _no_comma(response: str) -> bool:
 
 
 def _filled(parts: list[str]) -> int | None:
-    """How many parts have text; None where one between two others has none."""
+    """Count the parts that have text; None if a part between two others is empty."""
     return None if any(not part.strip() for part in parts[1:-1]) else sum(bool(part.strip()) for part in parts)

@@ -1,8 +1,8 @@
-"""Which language a text is in, by its script and its commonest words; no model and no download.
+"""Language detection by script and most frequent words, without a model or a download.
 
-A script that one language uses decides at once. Between languages that share a script the one wins whose function words
-make up most of the text, where a word of several languages counts for a part in each, and letters with accents that a
-language does not write count against it. It was made for texts of a sentence or more.
+A script used by a single language decides at once. Among languages that share a script, the one whose function words
+are most frequent wins; a word of several languages counts fractionally for each, and accented letters that a language
+does not use count against it. Meant for texts of at least one sentence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SCRIPTS = {
     "TELUGU": ("te",),
     "THAI": ("th",),
 }
-"""Languages by the first word of their letters' Unicode names; the first one where no function word tells."""
+"""Languages by the first word of their letters' Unicode names; the first one is the default without function words."""
 
 _WORDS = {
     "ar": "في من على أن إلى التي هذا هذه عن مع ما لا كان أو ذلك هو هي الذي قد بين كل لم بعد",
@@ -75,21 +75,25 @@ _ACCENTS = {
     "pt": "áâãàçéêíóôõúü",
     "vi": "àáâãèéêìíòóôõùúýăđĩũơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ",
 }
-"""Letters beyond a to z of languages in Latin script; English and Swahili have none."""
+"""Letters beyond a–z of languages in Latin script; English and Swahili have none."""
 
 _OWNERS = Counter(word for words in _WORDS.values() for word in set(words.split()))
 _WEIGHTS = {language: {word: 1 / _OWNERS[word] for word in words.split()} for language, words in _WORDS.items()}
 
 
 def detect(text: str) -> str | None:
-    """Name the language of a text.
+    """Detect the language of a text.
 
     Args:
         text: running text.
 
     Returns:
-        Its ISO 639-1 code; None without letters of a known script. Latin letters without any known function word are
-        taken for English, Cyrillic ones for Russian, Arabic ones for Arabic, Devanagari ones for Hindi.
+        Its ISO 639-1 code; None without letters of a known script. Without any known function word, text in Latin
+        letters counts as English, in Cyrillic as Russian, in Arabic letters as Arabic, in Devanagari as Hindi.
+
+    Example:
+        >>> detect("Der Hund ist nicht so groß wie die Katze"), detect("the dog is not as big as the cat")
+        ('de', 'en')
     """
     # vowels that are marks on a letter, as in Devanagari, count as letters
     scripts = Counter(_script(letter) for letter in text if unicodedata.category(letter)[0] in "LM")
@@ -108,7 +112,7 @@ def detect(text: str) -> str | None:
 def _score(words: list[str], language: str) -> float:
     accents = _ACCENTS.get(language, "")
     foreign = sum(letter not in accents for word in words for letter in word if "\u00df" <= letter <= "\u1eff")
-    # in scripts other than Latin all candidates have as many such letters, so that they decide nothing
+    # in scripts other than Latin, this is the same for all candidates
     return sum(_WEIGHTS[language].get(word, 0.0) for word in words) - 0.5 * foreign
 
 

@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features, from few labelled samples."""
+"""Few-shot linear probe on frozen features."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 
 from fdl.datamodules.base import FederatedDataModule
 from fdl.errors import UserError
-from fdl.evaluators.base import Evaluator, at_least
-from fdl.evaluators.labelled import image_features, labelled
+from fdl.evaluators.base import Evaluator
+from fdl.evaluators.labelled import image_features, labelled_samples
+from fdl.utils.arguments import at_least
 from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
@@ -21,22 +22,23 @@ if TYPE_CHECKING:
 
 
 class LinearProbe(Evaluator):
-    """Few-shot logistic regression on the model's frozen features (as in Radford et al., 2021).
+    """Few-shot logistic regression on the model's frozen features (Radford et al., 2021).
 
-    For each seed, k samples a class are drawn to train on (the first k of one order, so that more shots contain
-    fewer), and up to as many as the largest k of the others choose C. Features are divided by the training samples'
-    root mean square length, so that one grid of C serves every model. L-BFGS, at most 1,000 iterations, no
-    augmentation. Metrics: ``accuracy_<k>_shot`` on the test set, the mean over seeds, and ``…_std``, their standard
+    For each seed, k samples per class are drawn for training (the first k of one order, so that larger k include
+    smaller ones), and up to as many other samples as the largest k select C. Features are divided by the root mean
+    square norm of the training samples, so that one grid of C suits every model. L-BFGS, at most 1,000 iterations, no
+    augmentation. Metrics: ``accuracy_<k>_shot``, test accuracy averaged over seeds, and ``…_std``, its standard
     deviation.
 
     Args:
-        shots: training samples a class.
-        seeds: how many draws, at least 3.
-        c: inverse strengths of the L2 penalty to choose from, > 0; the smallest of equally good ones is taken.
-        data: public labelled images to probe with; None draws the shots from the validation set and tests on the
-            recipe's own test set.
-        every: as in `Evaluator`.
-        label: as in `Evaluator`.
+        shots: numbers of training samples per class; None: 1, 2, 4, 8 and 16.
+        seeds: number of draws, at least 3.
+        c: inverse strengths of the L2 penalty to choose from, > 0; of equally good ones, the smallest is used. None: a
+            grid from 0.01 to 1,000.
+        data: public labelled images; None: the shots are drawn from the validation set, and the recipe's own test set
+            is used.
+        every: number of rounds between two evaluations; 0: only after the last round.
+        label: name under which the metrics are recorded; None: ``"linear_probe"``.
     """
 
     name = "linear_probe"
@@ -61,14 +63,14 @@ class LinearProbe(Evaluator):
         self.seeds, self.data = at_least("seeds", seeds, 3), data
 
     def prepare(self, server: Server) -> None:
-        """Read further data, and count the samples of each class."""
+        """Read the further data, and check that every class has enough samples."""
         self._draws(server)
 
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
-        """Fit a classifier for every seed and number of shots."""
-        pool, test, _ = labelled(server, self.data, self.name)
+        """Fit and test one classifier per seed and number of shots."""
+        pool, test, _ = labelled_samples(server, self.data, self.name)
         draws = self._draws(server)
-        # each sample is embedded once, however many seeds drew it
+        # each sample is embedded once, even if several seeds drew it
         used = np.unique(np.concatenate([rows.ravel() for draw in draws for rows in draw]))
         features = server.predict(module, pool.subset(used), image_features).numpy()
         asked = server.predict(module, test, image_features).numpy()
@@ -88,8 +90,8 @@ class LinearProbe(Evaluator):
         return metrics
 
     def _draws(self, server: Server) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each seed: rows to train on, [classes, largest k] in order of use, and rows to choose C by, [m]."""
-        pool, test, classes = labelled(server, self.data, self.name)
+        """Draw, per seed, rows for training, [classes, largest k] in order of use, and rows for selecting C, [m]."""
+        pool, test, classes = labelled_samples(server, self.data, self.name)
         if not len(test):
             raise UserError(f"{self.name} needs a test set, and it is empty")
         labels, most = pool.labels.numpy(), self.shots[-1]
@@ -110,13 +112,13 @@ class LinearProbe(Evaluator):
         return draws
 
     def _fit(self, x: np.ndarray, y: np.ndarray, others: np.ndarray, theirs: np.ndarray) -> LogisticRegression:
-        """The classifier with the C that is best on the others."""
+        """Fit one classifier per C, and return the one that is best on the samples for selection."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
         best, score = None, -1.0
         with warnings.catch_warnings():
-            # a weak penalty on separable samples has its optimum far away; what matters is how it does on the others
+            # with a weak penalty, separable samples have a distant optimum; only accuracy on the other samples matters
             warnings.simplefilter("ignore", ConvergenceWarning)
             for c in self.c:
                 probe = LogisticRegression(C=c, solver="lbfgs", max_iter=1000).fit(x, y)

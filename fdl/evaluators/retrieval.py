@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from fdl.errors import UserError
-from fdl.evaluators.base import Evaluator, at_least
+from fdl.evaluators.base import Evaluator
 from fdl.metrics.retrieval import captions, embed, match_ranks, recall
+from fdl.utils.arguments import at_least
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -15,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class Retrieval(Evaluator):
-    """Images find their captions among all captions of the test set, and captions their images.
+    """Image-to-text and text-to-image retrieval over the whole test set.
 
-    Metrics: ``image_to_text_recall_at_<k>``, ``text_to_image_recall_at_<k>``, and for each way ``…_mean_rank`` and
-    ``…_median_rank`` of the first match. Equally similar candidates come before the match.
+    Metrics: ``image_to_text_recall_at_<k>``, ``text_to_image_recall_at_<k>``, and per direction ``…_mean_rank`` and
+    ``…_median_rank`` of the first match. Candidates that are as similar as the match rank before it.
 
     Args:
-        k: where the lists are cut.
-        same_caption: whether pairs with the same caption count as one another's match.
-        every: as in `Evaluator`.
-        label: as in `Evaluator`.
+        k: numbers of candidates retrieved; None: 1, 5 and 10.
+        same_caption: ``"match"`` if pairs with identical captions match each other, else ``"no match"``.
+        every: number of rounds between two evaluations; 0: only after the last round.
+        label: name under which the metrics are recorded; None: ``"retrieval"``.
     """
 
     name = "retrieval"
@@ -42,7 +43,7 @@ class Retrieval(Evaluator):
         self.same_caption = same_caption
 
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
-        """Rank all test pairs both ways."""
+        """Rank all test pairs in both directions."""
         if not len(server.test):
             raise UserError("retrieval needs a test set of image–text pairs, and it is empty")
         images, texts = embed(server, module, server.test)

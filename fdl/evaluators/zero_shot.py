@@ -1,4 +1,4 @@
-"""Classification of images by the names of classes alone."""
+"""Zero-shot image classification by class names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from fdl.datamodules.base import FederatedDataModule
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator
-from fdl.evaluators.labelled import labelled
+from fdl.evaluators.labelled import labelled_samples
 from fdl.metrics.classification import classification
 from fdl.modules.zero_shot import templates_of, zero_shot_classifier, zero_shot_question
 from fdl.utils.suggest import suggest
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 
 class ZeroShot(Evaluator):
-    """Each test image goes to the class whose name, in sentences, has the nearest text vector (Radford et al., 2021).
+    """Zero-shot classification: the class whose prompts have the nearest text vector (Radford et al., 2021).
 
-    Metrics: ``accuracy``, ``top5`` (where there are more than five classes) and ``macro_f1``.
+    Metrics: ``accuracy``, ``macro_f1``, and ``top5`` for more than five classes.
 
     Args:
-        data: labelled images, tested on their test set; None for the recipe's own test set, if it has labels.
-        classes: only these of the classes, e.g. those that no site had; images of others are left out. None: all.
-        templates: a name among `fdl.modules.zero_shot.TEMPLATES`, or sentences with ``{}`` for the class's name.
-        every: as in `Evaluator`.
-        label: as in `Evaluator`.
+        data: labelled images, of which the test set is used; None: the recipe's own test set, which must have labels.
+        classes: the classes to choose from, e.g. those unseen in training; images of other classes are left out. None:
+            all classes.
+        templates: a key of `fdl.modules.zero_shot.TEMPLATES`, or sentences in which ``{}`` stands for the class name.
+        every: number of rounds between two evaluations; 0: only after the last round.
+        label: name under which the metrics are recorded; None: ``"zero_shot"``.
     """
 
     name = "zero_shot"
@@ -51,21 +52,21 @@ class ZeroShot(Evaluator):
         self.data, self.classes, self.templates = data, classes, templates_of(templates)
 
     def prepare(self, server: Server) -> None:
-        """Read further data, and look for the chosen classes."""
+        """Read the further data, and look up the chosen classes."""
         self._images(server)
 
     def evaluate(self, server: Server, module: LightningModule) -> dict[str, float]:
         """Classify the test images."""
         samples, labels, classes = self._images(server)
-        weights = zero_shot_classifier(module, server.provides["tokenizer"], classes, self.templates)
+        weights = zero_shot_classifier(module, server.model_kwargs["tokenizer"], classes, self.templates)
         logits = server.predict(module, samples, zero_shot_question(weights))
         names = ["accuracy", "macro_f1", *(["top5"] if len(classes) > 5 else [])]
         return classification(logits, labels, names)
 
     def _images(self, server: Server) -> tuple[Samples, torch.Tensor, list[str]]:
-        """The images to classify, their labels among the asked classes, and these classes' names."""
-        _, test, known = labelled(server, self.data, self.name)
-        if "tokenizer" not in server.provides:
+        """Select the images to classify, their labels among the chosen classes, and the names of these classes."""
+        _, test, known = labelled_samples(server, self.data, self.name)
+        if "tokenizer" not in server.model_kwargs:
             raise UserError(f"{self.name} needs a tokenizer for the classes' names, and the data have none")
         chosen = list(dict.fromkeys(known if self.classes is None else self.classes))
         for name in chosen:

@@ -45,9 +45,11 @@ class FaultyChannel(Channel):
 def without_numbers(message: Message | Bundle | None) -> Message | Bundle | None:
     """Return a message with NaN in the place of every real number in its arrays; integers stay."""
     if isinstance(message, Bundle):
-        return Bundle(tuple(without_numbers(part) for part in message.parts))
-    if message is None:
-        return None
+        return Bundle(tuple(_without_numbers(part) for part in message.parts))
+    return None if message is None else _without_numbers(message)
+
+
+def _without_numbers(message: Message) -> Message:
     fields = {
         name: narrow(np.full(array.shape, np.nan, np.float32), array.dtype) if is_float(array.dtype) else array.copy()
         for name, array in message.fields().items()

@@ -25,7 +25,7 @@ class Vanish(ByChance):
         clients: ids of those whom it may befall; None: all.
     """
 
-    name = "vanish"
+    name = "dropout"
 
     def __init__(self, chance: float, when: When = "during", away: int = 0, clients: list[int] | None = None):
         super().__init__(chance, clients)
@@ -60,7 +60,7 @@ class Straggle(ByChance):
         clients: ids of those whom it may befall; None: all.
     """
 
-    name = "straggle"
+    name = "straggler"
 
     def __init__(self, chance: float, seconds: float, clients: list[int] | None = None):
         super().__init__(chance, clients)
@@ -82,7 +82,7 @@ class NotFinite(ByChance):
         clients: ids of those whom it may befall; None: all.
     """
 
-    name = "not_finite"
+    name = "nan_upload"
 
     def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
         """Spoil the upload."""

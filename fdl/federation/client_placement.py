@@ -1,4 +1,4 @@
-"""Clients spread over the ranks of a run: who has whom, and what the ranks tell each other."""
+"""Client placement: the rank that holds each client's state, and what ranks exchange in a round."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class ClientPlacement:
-    """Which rank has which client.
+    """The assignment of clients to ranks.
 
-    A client's turn is taken where its state is, as long as no rank then works much longer than the others; the dearest
-    clients are placed first, by the seconds of their last turn, before that by samples times parameters. With the state
-    move both ends' memories of the client's link. Results do not depend on who has whom.
+    A client's turn is taken where its state is, as long as no rank then works much longer than the others; the most
+    expensive clients are placed first, by the seconds of their last turn, before that by samples times parameters. With
+    the state move both ends' memories of the client's link. Results do not depend on the assignment.
 
     Args:
         ranks: the processes.
@@ -48,21 +48,21 @@ class ClientPlacement:
 
     @property
     def alone(self) -> bool:
-        """Whether this process has all clients: it is the only one, or all do the same."""
-        return self.ranks.count == 1 or self.ranks.together
+        """True where this process has all clients: it is the only one, or all do the same."""
+        return self.ranks.count == 1 or self.ranks.sharded
 
-    def mine(self) -> list[Client]:
-        """The clients whose newest state is here."""
+    def local_clients(self) -> list[Client]:
+        """The clients whose newest state is on this rank."""
         return [client for client in self.clients if self.homes[client.id] == self.ranks.index]
 
     def place(self, cohort: Sequence[int]) -> list[int]:
-        """Settle who takes a round's turns, and move the states of those who change places.
+        """Assign a round's turns to ranks, and move the states of clients that change ranks.
 
         Args:
-            cohort: ids of all who are asked.
+            cohort: ids of the round's clients.
 
         Returns:
-            Those of them who are this rank's, in the same order.
+            The ids of this rank's clients, in the same order.
         """
         if self.alone:
             return list(cohort)
@@ -78,15 +78,15 @@ class ClientPlacement:
             self._forget(leaving)
         return [client for client in cohort if placed[client] == self.ranks.index]
 
-    def show(self, round: int, uploads: Mapping[int, Message | Bundle]) -> dict[int, Message | Bundle]:
-        """Let all ranks see what this one's clients are about to send, before anything is encoded; once a round.
+    def share_uploads(self, round: int, uploads: Mapping[int, Message | Bundle]) -> dict[int, Message | Bundle]:
+        """Exchange the uploads of all ranks before anything is encoded, once per round.
 
         Args:
             round: the current round.
-            uploads: by client.
+            uploads: this rank's, by client.
 
         Returns:
-            Those of all ranks, by client.
+            The uploads of all ranks, by client; empty where the round's were exchanged before.
         """
         if self.alone:
             return dict(uploads)
@@ -97,19 +97,19 @@ class ClientPlacement:
         every = self.ranks.gather(checkpoint.pack(packed))
         return {int(client): from_tensors(one) for data in every for client, one in checkpoint.unpack(data).items()}
 
-    def tell(
+    def exchange_results(
         self, record: dict[str, Any], turns: Mapping[int, float], uploads: Mapping[int, Message | Bundle], error: str
     ) -> tuple[list[str], list[tuple[int, Message | Bundle]]]:
-        """Hand all ranks what this one's clients did in a round.
+        """Exchange what the clients of every rank did in a round.
 
         Args:
-            record: the round's; gets the other ranks' clients and refusals, in the cohort's order.
+            record: the round's record; gets the other ranks' clients and refusals, in the cohort's order.
             turns: seconds of the turns taken here, by client.
-            uploads: what came in here and is yet to be added to the aggregate, by client.
-            error: why this rank cannot go on; empty when it can.
+            uploads: decoded here and yet to be added to the aggregate, by client.
+            error: the reason why this rank cannot continue; empty if it can.
 
         Returns:
-            What went wrong on each rank, and the uploads of all ranks in the cohort's order.
+            The error of each rank, and the uploads of all ranks in the cohort's order.
         """
         ledger, round = self.channel.ledger, record["round"]
         own = set(self._own(record["cohort"]))
@@ -146,24 +146,24 @@ class ClientPlacement:
             record[part] = dict(sorted(record[part].items(), key=lambda item: order[item[0]]))
         return errors, sorted(heard.items(), key=lambda item: order[str(item[0])])
 
-    def all_states(self) -> dict[str, Any]:
-        """Every client's state and its links' memories, on the leader; nothing on the others."""
-        own = self._states([client.id for client in self.mine()])
+    def gather_states(self) -> dict[str, Any]:
+        """Every client's state and its links' memories on the leader; an empty mapping on the other ranks."""
+        own = self._states([client.id for client in self.local_clients()])
         return own if self.alone else self._merged(self.ranks.collect(checkpoint.pack(own)))
 
-    def everywhere(self) -> None:
-        """Bring all clients' states and their links' memories to every rank, for those who look at all of them."""
+    def replicate_states(self) -> None:
+        """Copy all clients' states and their links' memories to every rank, e.g. for an audit of all clients."""
         if self.alone:
             return
-        mine = {client.id for client in self.mine()}
+        mine = {client.id for client in self.local_clients()}
         states = self._merged(self.ranks.gather(checkpoint.pack(self._states(sorted(mine)))))
         for client in self.clients:
             if client.id not in mine:
                 self._take(client.id, states)
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Put back what `all_states` gave; each rank keeps what is its own."""
-        own = {client.id for client in self.mine()}
+        """Restore what `gather_states` returned; each rank keeps the states of its own clients."""
+        own = {client.id for client in self.local_clients()}
         for client in self.clients:
             client.restore(states["clients"].get(str(client.id), {}) if client.id in own else {}, self.folder)
         links = states["channel"].items()
@@ -174,7 +174,7 @@ class ClientPlacement:
 
     def _states(self, ids: Iterable[int]) -> dict[str, Any]:
         ids = list(ids)
-        clients = {str(client): saved for client in ids if (saved := self.clients[client].saved())}
+        clients = {str(client): saved for client in ids if (saved := self.clients[client].checkpoint_state())}
         return {"clients": clients, "channel": self.channel.state_dict(ids)}
 
     def _take(self, client: int, states: Mapping[str, Any]) -> None:
@@ -184,7 +184,6 @@ class ClientPlacement:
     def _forget(self, ids: Iterable[int]) -> None:
         for client in ids:
             self.clients[client].restore({}, self.folder)
-            self.clients[client].runtime.hold(self.clients[client].architecture, None)
             self.channel.restore(client, {})
 
     @staticmethod
@@ -204,4 +203,4 @@ class ClientPlacement:
 
 
 def _size(client: Client) -> int:
-    return count_parameters(client.runtime.template(client.architecture))
+    return count_parameters(client.runtime.shared_module(client.architecture))

@@ -18,7 +18,7 @@ def draw(federation: Federation, clients: int, seed: int, round: int) -> tuple[l
     """Draw a round's cohort from a stream of its own, so that it depends on the seed and the round alone.
 
     Args:
-        federation: gives `participation`, the share of clients that is asked, and `dropout`, the chance that one who
+        federation: gives `client_fraction`, the share of clients that is asked, and `dropout`, the chance that one who
             was asked is not heard.
         clients: how many there are.
         seed: the recipe's seed.
@@ -28,16 +28,16 @@ def draw(federation: Federation, clients: int, seed: int, round: int) -> tuple[l
         Ids of those who are asked, and of those among them who drop out; both sorted.
     """
     block, place = divmod(round, _BLOCK)
-    asked, lost = _drawn(federation.participation, federation.dropout, clients, seed, block)[place]
+    asked, lost = _drawn(federation.client_fraction, federation.dropout, clients, seed, block)[place]
     return list(asked), list(lost)
 
 
 @lru_cache(maxsize=4)
 def _drawn(
-    participation: float, dropout: float, clients: int, seed: int, block: int
+    client_fraction: float, dropout: float, clients: int, seed: int, block: int
 ) -> list[tuple[list[int], list[int]]]:
     """The cohorts of some rounds: a generator takes ten times as long to make and use when that was not just done."""
-    drawn, size = [], int(participation * clients + 0.5)
+    drawn, size = [], int(client_fraction * clients + 0.5)
     for round in range(_BLOCK * block, _BLOCK * (block + 1)):
         stream = numpy_stream(seed, "cohort", round)
         asked = sorted(stream.choice(clients, size=size, replace=False).tolist())

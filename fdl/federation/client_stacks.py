@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +15,11 @@ from fdl.engine.requests import FitRequest, PredictRequest
 from fdl.engine.vectorized.fit import StackedFit, StackedPredict
 from fdl.engine.vectorized.stacked_models import StackedModels, activations
 from fdl.modules.objectives import training_step
+from fdl.state.weights import load_into
 
 if TYPE_CHECKING:
     from lightning import LightningModule
-    from torch import nn
+    from torch import Tensor, nn
 
     from fdl.engine.runtime import Runtime
     from fdl.participants import Client
@@ -45,7 +47,7 @@ class ClientStacks:
     """The stacks of all architectures, whose rows the clients of a group share out among them.
 
     Args:
-        reason_not_vectorized: decides, given a template and the runtime, whether its clients can share a pass.
+        reason_not_vectorized: decides, given a module and the runtime, whether its clients can share a pass.
         memory: bytes that the clients of a group may take; None for what `MEMORY` says.
 
     Attributes:
@@ -78,7 +80,7 @@ class ClientStacks:
                 count = len(self._group)
             count = min(count, max(self.limit(client.runtime) // cost, 1))
             if stack is None or len(stack.modules) < count:
-                stack = self._stacks[architecture] = StackedModels(client.runtime.template(architecture), count)
+                stack = self._stacks[architecture] = StackedModels(client.runtime.shared_module(architecture), count)
         if row == len(stack.modules):  # more than expected
             return None
         self._taken[architecture] = row + 1
@@ -91,11 +93,12 @@ class ClientStacks:
     def cost(self, client: Client, architecture: str) -> int | None:
         """Bytes that one more client takes: weights, gradients, two moments, a copy, and what a step keeps."""
         if architecture not in self.costs:
-            module = client.runtime.template(architecture)
+            module = client.runtime.shared_module(architecture)
             found = self._reason(module, client.runtime)
             if found is None:
                 size = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-                self.costs[architecture] = 5 * size + activations(module, client.train, client.local.batch_size)
+                kept = activations(module, client.train, client.local_training.batch_size)
+                self.costs[architecture] = 5 * size + kept
             else:
                 self.costs[architecture] = None
                 level = logging.DEBUG if found.expected else logging.INFO
@@ -110,21 +113,20 @@ class ClientStacks:
         return self._memory
 
 
-class ClientTemplates:
-    """One client's own modules, which are rows of stacks; the runtime's template where there is no row.
+class ClientModules:
+    """One client's own modules, which are rows of stacks; the runtime's shared module where there is no row.
 
     Args:
         client: whose they are.
         stacks: that the rows come from.
 
     Attributes:
-        shared: it has been given a template of the runtime's, which other clients fill, too.
+        shared: it has borrowed a module of the runtime's, which other clients fill, too.
     """
 
     def __init__(self, client: Client, stacks: ClientStacks):
         self._client, self._stacks = client, stacks
         self._rows: dict[str, tuple[StackedModels, int] | None] = {}
-        self._holders: dict[str, Any] = {}
         self.shared = False
 
     @property
@@ -132,34 +134,31 @@ class ClientTemplates:
         """Whether it has been given a row."""
         return any(row is not None for row in self._rows.values())
 
-    def template(self, architecture: str) -> LightningModule:
-        """This client's module of an architecture."""
+    @contextmanager
+    def borrow(self, architecture: str, weights: Mapping[str, Tensor] | None = None) -> Iterator[LightningModule]:
+        """Lend this client's row of an architecture's stack for a block; the runtime's shared module without a row.
+
+        Args:
+            architecture: the architecture's key.
+            weights: what to fill the module with; None leaves its weights as they are.
+        """
         if architecture not in self._rows:
             self._rows[architecture] = self._stacks.row(self._client, architecture)
         found = self._rows[architecture]
         if found is None:
             self.shared = True
-            return self._client.runtime.template(architecture)
+            with self._client.runtime.borrow(architecture, weights) as module:
+                yield module
+            return
         stack, row = found
-        return stack.modules[row]
-
-    def holder(self, architecture: str) -> Any:
-        """The participant whose weights the module holds, None when nobody's."""
-        if self._rows.get(architecture) is None:
-            return self._client.runtime.holder(architecture)
-        return self._holders.get(architecture)
-
-    def hold(self, architecture: str, owner: Any) -> None:
-        """Note whose weights the module holds."""
-        if self._rows.get(architecture) is None:
-            self._client.runtime.hold(architecture, owner)
-        else:
-            self._holders[architecture] = owner
+        if weights is not None:
+            load_into(stack.modules[row], weights)
+        yield stack.modules[row]
 
     def stacked(self, request: FitRequest | PredictRequest) -> StackedFit | StackedPredict | None:
         """A request as one about a row of a stack, which can share a pass with others'; None where it cannot."""
         client, samples = self._client, request.samples
-        found = None if self.shared or client.runtime.dry else self._find(request.module)
+        found = None if self.shared or client.runtime.is_dry_run else self._find(request.module)
         if found is None or not len(samples):
             return None
         stack, row = found

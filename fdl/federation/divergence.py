@@ -1,23 +1,24 @@
-"""Trainings that turn to NaN, and rounds in which nothing that clients sent could be used."""
+"""Checks for training that diverges, and for rounds without a single usable upload."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.methods.base import Method
-from fdl.state.shards import local
+from fdl.state.shards import local_shard
 
 if TYPE_CHECKING:
-    from fdl.federation.state import Federation
-    from fdl.participants import Client
+    from fdl.comm.ledger import Ledger
+    from fdl.engine.distributed.process_group import ProcessGroup
+    from fdl.methods.base import Method
+    from fdl.participants import Client, Server
 
 log = logging.getLogger("fdl")
 
@@ -25,37 +26,37 @@ _ADVICE = "lower the learning rate of {fit}.optimizer, set {fit}.gradient_clip, 
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number in any of the tensors is NaN or infinite; of one that is spread over ranks, this one's part."""
-    return all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
+    """True if no number is NaN or infinite; of a tensor that is sharded over ranks, in this rank's shard."""
+    return all(bool(torch.isfinite(local_shard(tensor)).all()) for tensor in tensors if tensor.is_floating_point())
 
 
-def require_finite(loop: Federation, round: int) -> None:
-    """Raise where the server's training has left its student with weights that are not finite.
+def require_finite(server: Server, round: int) -> None:
+    """Raise if the server's training has left its student with weights that are not finite.
 
     Args:
-        loop: the run, after the server's step of a round.
+        server: after its update of a round; every rank calls this.
         round: the round.
 
     Raises:
         UserError: naming round and losses.
     """
-    server, losses = loop.server, _losses(loop.server.metrics)
+    losses = _losses(server.metrics)
     if server.student is None or not losses:  # what was not trained here came in messages, which were looked at
         return
-    ranks = loop.runtime.ranks
+    ranks = server.runtime.ranks
     if ranks.any(not all_finite(server.student.parameters())):
-        fit = "local" if server.pooled is not None else "distil"
+        fit = "local_training" if server.pooled is not None else "server_distil"
         sentence = (
             f"round {round}: the student's training on the server diverged, its weights are not finite any more "
-            f"({_said(losses)}); {_ADVICE.format(fit=fit)}"
+            f"({_worst_first(losses)}); {_ADVICE.format(fit=fit)}"
         )
-        ranks.agree(UserError(sentence), [sentence] * ranks.count)
+        ranks.raise_on_any_failure(UserError(sentence), [sentence] * ranks.count)
 
 
 def require_finite_client(client: Client) -> None:
-    """Raise where a client that sends nothing has trained its model until the weights are not finite any more.
+    """Raise if a client that uploads nothing has trained its model until the weights are not finite any more.
 
-    Of those that do send something, the server refuses the message and goes on with the others.
+    Of a client that does upload, the server rejects the message and goes on with the others.
 
     Args:
         client: after its turn.
@@ -67,41 +68,77 @@ def require_finite_client(client: Client) -> None:
     if losses and not all_finite(client.state.get("specialist", {}).values()):
         raise UserError(
             f"client {client.id}, round {client.round}: training diverged, the model's weights are not finite any more "
-            f"({_said(losses)}); {_ADVICE.format(fit='local')}"
+            f"({_worst_first(losses)}); {_ADVICE.format(fit='local_training')}"
         )
 
 
-def warn_unheard(loop: Federation, record: Mapping[str, Any]) -> None:
-    """Say so in the first round in which nothing that a client sent could be used, or the first after others.
+def warn_without_uploads(
+    method: Method, history: Sequence[Mapping[str, Any]], record: Mapping[str, Any], awaited: int, ledger: Ledger
+) -> None:
+    """Warn in a round without a usable upload, unless the round before was one, too, or if no client sent anything.
 
     Args:
-        loop: the run; its history ends with the round before.
+        method: the federated algorithm.
+        history: the records of all rounds before.
         record: of the round.
+        awaited: number of rounds so far, of those run by this process, with an aggregate that awaited uploads.
+        ledger: the bytes of every message.
     """
-    if _sends(loop) and not _heard(record) and (not loop.history or _heard(loop.history[-1])):
-        log.warning("round %d: no message of any client could be used: %s", record["round"], _why([record]))
+    if not _uploads(method, awaited):
+        return
+    if not _has_upload(record):
+        if not history or _has_upload(history[-1]):
+            log.warning("round %d: no message of any client could be used: %s", record["round"], _why([record]))
+    elif awaited == 1 and not ledger.totals()["upload_bytes"]:
+        log.warning("round %d: no client sent anything: %s", record["round"], _nothing_sent(method))
 
 
-def require_heard(loop: Federation) -> None:
-    """Raise where no message of any client could be used in any round of a run that is over.
+def require_uploads(
+    method: Method, history: Sequence[Mapping[str, Any]], awaited: int, ledger: Ledger, ranks: ProcessGroup
+) -> None:
+    """Raise if no round of a finished run had a usable upload, or no client ever sent anything.
+
+    Args:
+        method: the federated algorithm.
+        history: the records of all rounds.
+        awaited: number of rounds, of those run by this process, with an aggregate that awaited uploads.
+        ledger: the bytes of every message.
+        ranks: the processes, which all raise.
 
     Raises:
-        UserError: naming the commonest reason.
+        UserError: naming the most frequent reason.
     """
-    if loop.history and _sends(loop) and not any(map(_heard, loop.history)):
+    if not history or not _uploads(method, awaited):
+        return
+    rounds, sentence = len(history), ""
+    if not any(map(_has_upload, history)):
         sentence = (
-            f"no message of any client could be used in any of {len(loop.history)} round(s), so nothing was learnt "
-            f"from them: {_why(loop.history)}"
+            f"no message of any client could be used in any of {rounds} round(s), so nothing was learnt from them: "
+            f"{_why(history)}"
         )
-        ranks = loop.runtime.ranks
-        ranks.agree(UserError(sentence), [sentence] * ranks.count)
+    elif awaited and not ledger.totals()["upload_bytes"]:
+        sentence = (
+            f"no client sent anything in any of {rounds} round(s), so nothing was learnt from them: "
+            f"{_nothing_sent(method)}"
+        )
+    if sentence:
+        ranks.raise_on_any_failure(UserError(sentence), [sentence] * ranks.count)
 
 
-def _sends(loop: Federation) -> bool:
-    return type(loop.method).aggregate is not Method.aggregate
+def _uploads(method: Method, awaited: int) -> bool:
+    """True if the method's clients upload anything; if it does not declare that, if an aggregate awaited uploads."""
+    return bool(awaited if method.sends is None else method.sends)
 
 
-def _heard(record: Mapping[str, Any]) -> bool:
+def _nothing_sent(method: Method) -> str:
+    name = type(method).__name__
+    return (
+        f"{name}.local_update returned None for every client, and {name}.aggregate waits for messages; return a "
+        "Message from the one, or let the method declare `sends = ()`"
+    )
+
+
+def _has_upload(record: Mapping[str, Any]) -> bool:
     left = {str(client) for client in record["cohort"]} - {str(client) for client in record["dropped"]}
     return bool(left - set(record["refused"]))
 
@@ -120,7 +157,7 @@ def _losses(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name.endswith("/loss")}
 
 
-def _said(losses: Mapping[str, float]) -> str:
+def _worst_first(losses: Mapping[str, float]) -> str:
     """The losses, those that are not finite first."""
     ordered = sorted(losses.items(), key=lambda item: math.isfinite(item[1]))
     return ", ".join(f"{name} is {value:.4g}" for name, value in ordered)

@@ -34,10 +34,10 @@ def evaluate(loop: Federation, record: dict[str, Any], last: bool = False) -> No
             become ``student/<probe>/<metric>``.
         last: whether this is the run's last round.
     """
-    names = TASKS[loop.server.task].asked(loop.recipe.evaluation.metrics)
-    found = _server_models(loop, record["round"], names, last) if loop.runtime.ranks.asks else {}
+    names = TASKS[loop.server.task].select(loop.recipe.evaluation.metrics)
+    found = _server_models(loop, record["round"], names, last) if loop.runtime.ranks.evaluates_server else {}
     own = _specialists(loop, names) if loop.recipe.evaluation.specialists else {}
-    for told in loop.runtime.ranks.gather(json.dumps([found, own]).encode()) if not loop.spread.alone else ():
+    for told in loop.runtime.ranks.gather(json.dumps([found, own]).encode()) if not loop.placement.alone else ():
         others, theirs = json.loads(told)
         found.update(others)
         own.update(theirs)
@@ -72,9 +72,10 @@ def _server_models(loop: Federation, round: int, names: Sequence[str], last: boo
 def _specialists(loop: Federation, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Each trained specialist's metrics on test, by client; only of those that this rank has."""
     task, test, found = TASKS[loop.server.task], loop.server.test, {}
-    for client in loop.spread.mine():
+    for client in loop.placement.local_clients():
         if "specialist" in client.state:
-            module = loop.method.client_model(loop.server, client)
-            found[str(client.id)] = task.measure(client, module, test, names)
-        client.rest(changed=False)
+            with client.turn():
+                module = loop.method.client_model(loop.server, client)
+                found[str(client.id)] = task.measure(client, module, test, names)
+        client.offload_state(changed=False)
     return found

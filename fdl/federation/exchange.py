@@ -1,123 +1,215 @@
-"""What server and clients say to each other in a round, and what of it is refused."""
+"""Downloads and uploads of one round, and rejection of messages that cannot be used."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.divergence import require_finite_client
+from fdl.knowledge.aggregation.base import Aggregate
+from fdl.messages import parts_of, require_message
 
 if TYPE_CHECKING:
-    from fdl.federation.state import Federation
-    from fdl.knowledge.aggregation.base import Aggregate
+    from fdl.adversaries.coalition import Adversaries
+    from fdl.comm.channel import Channel
+    from fdl.federation.client_placement import ClientPlacement
     from fdl.messages import Bundle, Message
+    from fdl.methods.base import Method
     from fdl.participants import Client
+    from fdl.utils.stopwatch import Stopwatch
+
+OnClientEnd = Callable[[int, dict[str, float]], None]
+"""Called with a client's id and the metrics of its turn, once its upload has arrived or was rejected."""
 
 
-def broadcast(
-    loop: Federation, cohort: Iterable[int], dropped: Collection[int], record: dict[str, Any]
-) -> Iterator[tuple[Client, Message | None]]:
-    """Carry the server's word of a round to clients.
+class RoundExchange:
+    """The messages of one round between the server and a cohort.
+
+    A message that cannot be used is rejected, counted in the ledger, and noted in the record; the round goes on.
 
     Args:
-        loop: the run.
-        cohort: ids.
-        dropped: those who are sent it and not heard again.
-        record: of the round; gets ``refused``.
-
-    Yields:
-        Clients that have a turn now, with what they received.
+        method: the federated algorithm, which declares what its clients upload.
+        record: of the round, with ``round``, ``cohort`` and ``dropped``; gets ``clients``, the metrics of each client's
+            turn, and ``refused``, why a client's message was rejected, both by client.
+        channel: carries messages as bytes, and counts them.
+        placement: which rank runs which client.
+        adversaries: the dishonest clients, who send something else than they computed.
+        clock: where the time of aggregation is counted.
     """
-    for client in cohort:
+
+    def __init__(
+        self,
+        method: Method,
+        record: dict[str, Any],
+        channel: Channel,
+        placement: ClientPlacement,
+        adversaries: Adversaries,
+        clock: Stopwatch,
+    ):
+        self.method, self.record, self.round = method, record, int(record["round"])
+        self.channel, self.placement, self.adversaries, self.clock = channel, placement, adversaries, clock
+
+    def broadcast(
+        self, cohort: Iterable[int], download: Callable[[int], Message | Bundle | None]
+    ) -> Iterator[tuple[Client, Any]]:
+        """Send every client its download; one that drops out receives it, and does not upload.
+
+        Args:
+            cohort: ids of the clients that this rank runs.
+            download: carries the server's message to a client, given its id, and returns what arrives there.
+
+        Yields:
+            Clients that take their turn now, with their downloads.
+        """
+        dropped = set(self.record["dropped"])
+        for id in cohort:
+            try:
+                message = download(id)
+            except RejectedMessageError as rejection:  # a client that missed the download does not upload
+                self._reject(id, rejection)
+                continue
+            if id not in dropped:
+                yield self.placement.clients[id], message
+
+    def collect(
+        self,
+        turns: Iterable[tuple[Client, Message | Bundle | None]],
+        aggregate: Aggregate | None,
+        on_client_end: OnClientEnd,
+    ) -> None:
+        """Carry uploads to the server as clients finish, and add them to the aggregate.
+
+        With several ranks each carries the uploads of its own clients; in the end every rank has added all of them, or
+        the sums of its own, which `reduce` adds up.
+
+        Args:
+            turns: clients that have taken their turn, with what an honest client would upload.
+            aggregate: empty; None for a method whose clients upload nothing.
+            on_client_end: called after each client.
+
+        Raises:
+            UserError: a client's turn ended in an error, here or on another rank.
+        """
+        if aggregate is not None and not isinstance(aggregate, Aggregate):
+            raise UserError(
+                f"method {type(self.method).__name__}: aggregate() returned a {type(aggregate).__name__}; derive it "
+                f"from {Aggregate.__module__}.Aggregate, or return a WeightedMean"
+            )
+        inbox = _Inbox(aggregate, self.placement, self.channel, self.clock)
+        # then nobody's upload is sent before all turns are over, on any rank, and no turn can be timed
+        held_back = self.adversaries.needs_all_uploads(self.round)
+        share_uploads = partial(self.placement.share_uploads, self.round)
+        seconds: dict[int, float] = {}
+        failure: Exception | None = None
+        start = time.perf_counter()
         try:
-            download = loop.send(client)
-        except RejectedMessageError as refusal:  # whom the server's word does not reach has nothing to answer
-            _reject(loop, client, refusal, record)
-            continue
-        if client not in dropped:
-            yield loop.clients[client], download
+            for client, upload in self.adversaries.corrupt_uploads(
+                self.round, _messages(self.method, turns), share_uploads
+            ):
+                self.record["clients"][str(client.id)] = client.metrics
+                self._receive(client, upload, inbox)
+                now = time.perf_counter()
+                start, seconds[client.id] = now, now - start
+                on_client_end(client.id, client.metrics)
+                client.offload_state()
+        except Exception as error:
+            if self.placement.alone:
+                raise
+            failure = error
+            if held_back:  # the other ranks wait for these uploads
+                share_uploads({})
+        if not self.placement.alone:
+            self._gather({} if held_back else seconds, inbox, failure)
+
+    def _receive(self, client: Client, upload: Message | Bundle | None, inbox: _Inbox) -> None:
+        """Send one upload to the server, who adds or rejects it."""
+        try:
+            if inbox.aggregate is None:
+                require_finite_client(client)
+            received = self.channel.upload(upload, client.id, self.round)
+            if inbox.aggregate is None and received is not None:
+                raise UserError(
+                    f"method {type(self.method).__name__}: client {client.id} sent a message, and aggregate() returns "
+                    "nothing that could take it in; return an Aggregate, e.g. a WeightedMean"
+                )
+            inbox.put(client.id, received)
+        except RejectedMessageError as rejection:
+            self._reject(client.id, rejection)
+
+    def _gather(self, seconds: dict[int, float], inbox: _Inbox, failure: Exception | None) -> None:
+        """Exchange uploads, records and failures among the ranks, and add what is not added yet."""
+        errors, uploads = self.placement.exchange_results(self.record, seconds, inbox.waiting, _sentence(failure))
+        ranks = self.placement.ranks
+        ranks.raise_on_any_failure(failure, errors)
+        with self.clock.part("aggregate"):
+            for client, received in uploads:
+                try:
+                    inbox.add(client, received)
+                except RejectedMessageError as rejection:
+                    self._reject(client, rejection)
+            if inbox.aggregate is not None and inbox.streams:
+                inbox.aggregate.reduce(ranks)
+
+    def _reject(self, client: int, rejection: RejectedMessageError) -> None:
+        """Count a message that was not used, and record why."""
+        self.channel.ledger.reject(self.round, client, rejection.reason)
+        self.record["refused"][str(client)] = rejection.reason
 
 
-def collect_uploads(
-    loop: Federation,
-    honest: Iterable[tuple[Client, Message | Bundle | None]],
-    aggregate: Aggregate | None,
-    record: dict[str, Any],
-) -> None:
-    """Carry uploads to the server as they are made, and add them up; what cannot be used is refused and counted.
+class _Inbox:
+    """Uploads that have reached the server: added to the aggregate, or kept until all ranks have theirs.
 
-    A link goes on from an upload only where the aggregate has taken it: after one that was refused, both ends remember
-    the one before.
+    A link goes on from an upload only once the aggregate has taken it (`Channel.confirm`): after one that was rejected,
+    both ends remember the one before.
 
-    With several ranks, each carries what its own clients say; at the end all ranks have added what anybody said.
+    Attributes:
+        streams: True if an upload is added as soon as it arrives: there is one rank, or the aggregate can `reduce`.
+        waiting: uploads that are yet to be added, by client.
+    """
 
-    Args:
-        loop: the run.
-        honest: clients that have taken their turn, with what they would send; what adversaries send is another thing.
-        aggregate: empty; None where nobody sends anything.
-        record: of the round; gets ``clients`` and ``refused``.
+    def __init__(self, aggregate: Aggregate | None, placement: ClientPlacement, channel: Channel, clock: Stopwatch):
+        self.aggregate, self.channel, self.clock = aggregate, channel, clock
+        self.streams = placement.alone or (aggregate is not None and aggregate.reduces)
+        self.waiting: dict[int, Message | Bundle] = {}
+
+    def put(self, client: int, received: Message | Bundle | None) -> None:
+        """Take one upload that has arrived; None where the client sent nothing, which is accepted as it is."""
+        if self.aggregate is None or received is None:
+            self.channel.confirm(client)
+        elif self.streams:
+            with self.clock.part("aggregate"):
+                self.add(client, received)
+        else:
+            self.waiting[client] = received
+
+    def add(self, client: int, received: Message | Bundle) -> None:
+        """Add one upload to the aggregate, and confirm it to its link."""
+        self.aggregate.add(received, client)
+        self.channel.confirm(client)
+
+
+def _messages(
+    method: Method, turns: Iterable[tuple[Client, Message | Bundle | None]]
+) -> Iterator[tuple[Client, Message | Bundle | None]]:
+    """Pass uploads on as long as they are messages of the types that the method declares.
 
     Raises:
-        UserError: a client's turn ended in an error, here or on another rank.
+        UserError: an upload is something else.
     """
-    round, streams = record["round"], loop.spread.alone or hasattr(aggregate, "reduce")
-    looks = loop.adversaries.looks(round)  # then nobody's upload is sent before all turns are over, on any rank
-    seconds: dict[int, float] = {}
-    waiting: dict[int, Message | Bundle] = {}
-    failure: Exception | None = None
-    start = time.perf_counter()
-    try:
-        for client, upload in loop.adversaries(round, honest, partial(loop.spread.show, round)):
-            record["clients"][str(client.id)] = client.metrics
-            try:
-                if aggregate is None:
-                    require_finite_client(client)
-                received = loop.channel.upload(upload, client.id, round)
-                if aggregate is not None and received is not None:
-                    if streams:
-                        with loop.seconds.part("aggregate"):
-                            aggregate.add(received, client.id)
-                    else:
-                        waiting[client.id] = received
-                if client.id not in waiting:
-                    loop.channel.confirm(client.id)
-            except RejectedMessageError as refusal:
-                _reject(loop, client.id, refusal, record)
-            now = time.perf_counter()
-            start, seconds[client.id] = now, now - start
-            loop.callbacks.on_client_end(loop, round, client.id, client.metrics)
-            client.rest()
-    except Exception as error:
-        if loop.spread.alone:
-            raise
-        failure = error
-        if looks:  # the others wait for what it has to show
-            loop.spread.show(round, {})
-    if loop.spread.alone:
-        return
-    told, heard = loop.spread.tell(record, {} if looks else seconds, waiting, _said(failure))
-    loop.runtime.ranks.agree(failure, told)
-    with loop.seconds.part("aggregate"):
-        for client, received in heard:
-            try:
-                aggregate.add(received, client)
-                loop.channel.confirm(client)
-            except RejectedMessageError as refusal:
-                _reject(loop, client, refusal, record)
-        if aggregate is not None and streams:
-            aggregate.reduce(loop.runtime.ranks)
+    for client, upload in turns:
+        source = f"method {type(method).__name__}: local_update of client {client.id}"
+        require_message(upload, source)
+        if method.sends is not None and (others := parts_of(upload).keys() - set(method.sends)):
+            declared = ", ".join(kind.__name__ for kind in method.sends) or "no message"
+            raise UserError(f"{source} returned {others.pop().__name__}, and the method's `sends` declares {declared}")
+        yield client, upload
 
 
-def _reject(loop: Federation, client: int, refusal: RejectedMessageError, record: dict[str, Any]) -> None:
-    """Count a message that was not used, and note why."""
-    loop.ledger.refuse(record["round"], client, refusal.reason)
-    record["refused"][str(client)] = refusal.reason
-
-
-def _said(failure: Exception | None) -> str:
+def _sentence(failure: Exception | None) -> str:
+    """An error in a sentence for the other ranks; empty where there is none."""
     if failure is None:
         return ""
     return str(failure) if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"

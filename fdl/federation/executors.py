@@ -13,7 +13,7 @@ from fdl.engine.requests import FitRequest
 from fdl.engine.runtime import seed_everything
 from fdl.engine.vectorized.fit import TOGETHER, NotVectorizableError, StackedFit, StackedPredict
 from fdl.engine.vectorized.stacked_models import SMALL, unstackable
-from fdl.federation.client_stacks import ClientStacks, ClientTemplates, NotVectorized
+from fdl.federation.client_stacks import ClientModules, ClientStacks, NotVectorized
 from fdl.federation.local_turns import LocalTurn, raise_for_client, run_local_update
 from fdl.state.weights import count_parameters
 from fdl.utils.seeding import GlobalStreams
@@ -60,7 +60,7 @@ class Sequential(Executor):
             yield client, upload
 
 
-class Batched(Executor):
+class Vectorized(Executor):
     """Clients of one architecture train in one pass, their weights side by side.
 
     Every client's local update runs until it yields a request; when all have come so far, requests of one kind for the
@@ -73,10 +73,10 @@ class Batched(Executor):
             A larger cohort is cut into groups, which come one after the other.
     """
 
-    name = "batched"
+    name = "vectorized"
 
     def __init__(self, memory: int | None = None):
-        self.stacks = ClientStacks(self.reason_not_batched, memory)
+        self.stacks = ClientStacks(self.reason_not_vectorized, memory)
         self._one_by_one: set[Any] = set()  # kinds of requests that could not be vectorised
         self._plain: set[type] = set()  # methods that compute at once, of which the log has told
 
@@ -85,7 +85,7 @@ class Batched(Executor):
         for group in self._groups(turns):
             yield from Sequential()(method, group) if len(group) == 1 else self._run_group(method, group)
 
-    def reason_not_batched(self, module: nn.Module, runtime: Runtime) -> NotVectorized | None:
+    def reason_not_vectorized(self, module: nn.Module, runtime: Runtime) -> NotVectorized | None:
         """The reason why clients with such a model do not train together; None if they do."""
         if runtime.sharder is not None:
             return NotVectorized("every rank has a part of each model")
@@ -110,7 +110,7 @@ class Batched(Executor):
 
     def _run_group(self, method: Method, group: Sequence[ClientDownload]) -> Iterator[ClientDownload]:
         self.stacks.begin([client for client, _ in group])
-        turns = [_StackedTurn(method, *one, ClientTemplates(one[0], self.stacks)) for one in group]
+        turns = [_StackedTurn(method, *one, ClientModules(one[0], self.stacks)) for one in group]
         with ExitStack() as cleanup:
             for turn in turns:
                 cleanup.callback(turn.cancel)
@@ -155,21 +155,21 @@ class Batched(Executor):
     def _log_plain(self, turns: Sequence[_StackedTurn]) -> None:
         """Note once that a method's clients could train together, if only it yielded its fits."""
         kind = type(turns[0].method)
-        if kind not in self._plain and any(turn.templates.any_row and not turn.is_generator for turn in turns):
+        if kind not in self._plain and any(turn.modules.any_row and not turn.is_generator for turn in turns):
             self._plain.add(kind)
             log.info("clients of %s train one after another: %s", kind.name, not_a_generator(kind))
 
 
-class Auto(Batched):
-    """As `Batched` for models that are `SMALL`, as `Sequential` for all others."""
+class Auto(Vectorized):
+    """As `Vectorized` for models that are `SMALL`, as `Sequential` for all others."""
 
     name = "auto"
 
-    def reason_not_batched(self, module: nn.Module, runtime: Runtime) -> NotVectorized | None:
+    def reason_not_vectorized(self, module: nn.Module, runtime: Runtime) -> NotVectorized | None:
         """The reason why clients with such a model do not train together; None if they do."""
         if count_parameters(module) > SMALL.get(runtime.device.type, 0):
             return NotVectorized("a model of this size gains nothing", expected=True)
-        return super().reason_not_batched(module, runtime)
+        return super().reason_not_vectorized(module, runtime)
 
 
 def not_a_generator(method: type[Method]) -> str:
@@ -184,15 +184,15 @@ class _StackedTurn(LocalTurn):
         method: whose `local_update` runs.
         client: whose turn it is.
         download: what the client was sent.
-        templates: the client's own.
+        modules: the client's own.
 
     Attributes:
         job: the request that it waits for, about its row of a stack.
     """
 
-    def __init__(self, method: Method, client: Client, download: Message | None, templates: ClientTemplates):
+    def __init__(self, method: Method, client: Client, download: Message | None, modules: ClientModules):
         super().__init__(method, client, download)
-        self.templates = templates
+        self.modules = modules
         self.job: StackedFit | StackedPredict | None = None
         self._started = self._delivered = False
         self._result: Any = None
@@ -214,7 +214,7 @@ class _StackedTurn(LocalTurn):
         Raises:
             Exception: what the local update raises; it names the client.
         """
-        with self._own_templates():
+        with self._own_modules():
             try:
                 if not self._started:
                     self._started = True
@@ -223,18 +223,18 @@ class _StackedTurn(LocalTurn):
                 else:
                     self._streams.restore()
                     self._resume()
-                while self.request is not None and (job := self.templates.stacked(self.request)) is None:
+                while self.request is not None and (job := self.modules.stacked(self.request)) is None:
                     self.run_request()
             except Exception as error:
                 raise_for_client(error, [self.client])
         if self.request is not None:
             self.job, self._streams = job, GlobalStreams.current()
-        elif self.templates.shared:  # the upload may lie in a template that others fill
+        elif self.modules.shared:  # the upload may lie in a module that others fill
             self.upload = copy.deepcopy(self.upload)
 
     def cancel(self) -> None:
         """End it wherever it is; its ``finally`` blocks run."""
-        with self._own_templates():
+        with self._own_modules():
             super().cancel()
 
     def _resume(self) -> None:
@@ -245,17 +245,16 @@ class _StackedTurn(LocalTurn):
             self.run_request()
 
     @contextmanager
-    def _own_templates(self) -> Iterator[None]:
-        before, self.client.templates = self.client.templates, self.templates
+    def _own_modules(self) -> Iterator[None]:
+        before, self.client.modules = self.client.modules, self.modules
         try:
             yield
         finally:
-            self.client.templates = before
+            self.client.modules = before
 
 
 def _prepare(client: Client) -> None:
-    """Let a turn begin with the client's own streams, and with no model that another one may have changed."""
-    client.runtime.hold(client.architecture, None)
+    """Let a turn begin with the client's own streams."""
     seed_everything(client.seed, "client", client.round, client.id)
 
 
@@ -264,4 +263,4 @@ def _kind(question: Any) -> Any:
     return question if isinstance(question, str) else getattr(question, "__qualname__", type(question).__qualname__)
 
 
-EXECUTORS: dict[str, type[Executor]] = {executor.name: executor for executor in (Sequential, Batched, Auto)}
+EXECUTORS: dict[str, type[Executor]] = {executor.name: executor for executor in (Sequential, Vectorized, Auto)}

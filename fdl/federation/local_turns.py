@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fdl.engine.requests import FitRequest, PredictRequest, Requests
@@ -35,6 +36,7 @@ class LocalTurn:
         self.request: FitRequest | PredictRequest | None = None
         self.upload: Message | None = None
         self._requests: Requests[Message | None] | None = None
+        self._client_turn = ExitStack()  # within it the client may borrow modules
 
     @property
     def is_generator(self) -> bool:
@@ -43,12 +45,19 @@ class LocalTurn:
 
     def start(self) -> None:
         """Run to the first request, or to the end."""
-        update = self.method.local_update(self.client, self.download)
+        self._client_turn.enter_context(self.client.turn())
+        try:
+            update = self.method.local_update(self.client, self.download)
+            if not isinstance(update, Generator):
+                self.upload = update
+        except BaseException:
+            self._client_turn.close()
+            raise
         if isinstance(update, Generator):
             self._requests = update
             self._advance(update.send, None)
         else:
-            self.upload = update
+            self._client_turn.close()
 
     def resume(self, result: Any) -> None:
         """Run from a request to the next one, or to the end.
@@ -73,11 +82,20 @@ class LocalTurn:
     def cancel(self) -> None:
         """End it wherever it is; its ``finally`` blocks run."""
         self.request = None
-        if self._requests is not None:
-            self._requests.close()
+        with self._client_turn:
+            if self._requests is not None:
+                self._requests.close()
 
     def _advance(self, step: Callable[[Any], Any], value: Any) -> None:
         self.request = None
+        try:
+            self.request = self._next_request(step, value)
+        finally:
+            if self.request is None:
+                self._client_turn.close()
+
+    def _next_request(self, step: Callable[[Any], Any], value: Any) -> FitRequest | PredictRequest | None:
+        """Let the generator run; None when it has returned."""
         try:
             request = step(value)
         except StopIteration as end:
@@ -87,13 +105,13 @@ class LocalTurn:
                     "`return (yield from …)`"
                 ) from None
             self.upload = end.value
-            return
+            return None
         if not isinstance(request, FitRequest | PredictRequest):
             raise UserError(
-                f"{self._name} yields {type(request).__name__}, no FitRequest or PredictRequest; client.fit(…) and "
+                f"{self._name} yields {type(request).__name__}, not a FitRequest or PredictRequest; client.fit(…) and "
                 "client.predict(…) compute at once and need no yield"
             )
-        self.request = request
+        return request
 
     @property
     def _name(self) -> str:
@@ -136,7 +154,7 @@ def raise_for_client(error: Exception, clients: Sequence[Client]) -> NoReturn:
     who += f" ({first.architecture}) in round {first.round}"
     if isinstance(error, UserError):
         raise UserError(f"{who}: {error}") from error
-    hint = "local.batch_size or evaluation.batch_size, or give it a smaller model"
+    hint = "local_training.batch_size or evaluation.batch_size, or give it a smaller model"
     if (known := out_of_memory(error, who, hint)) is not None:
         raise known from error
     if sys.version_info >= (3, 11):

@@ -1,4 +1,4 @@
-"""What a round cost, written into its record."""
+"""Costs of a round in its record: traffic, codecs chosen, privacy spent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from fdl.comm.ledger import Ledger
 
 
-def account(ledger: Ledger, record: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
-    """Add the traffic until the end of a round to its record.
+def add_costs(record: dict[str, Any], ledger: Ledger, history: Sequence[dict[str, Any]]) -> None:
+    """Add what a round cost to its record.
 
     Args:
-        ledger: where every message was counted.
-        record: of the round. Gets ``communication``: bytes and seconds on the links, were they real, since the run
-            began; and ``codings``, where a narrow link made the channel choose a cheaper coding: by direction and
-            client, the coding and the share of the rows that was sent; and ``privacy``, where that is accounted for: by
-        client, the ε it has spent since the run began, of which the largest is a metric, too.
+        record: of the round. Gets ``communication``, bytes and simulated seconds of transfer since the run began;
+            ``codings``, where a link with a budget got a cheaper codec: the codec and the share of rows sent, by
+            direction and client; and ``privacy``, where that is accounted for: the ε spent since the run began, by
+            client; the largest becomes the metric ``privacy/epsilon``.
+        ledger: counts of every message.
         history: the records of all rounds before.
     """
     round = record["round"]

@@ -64,7 +64,7 @@ def save_best(loop: Federation) -> None:
             path, before = loop.folder / BEST, loop.folder / BEFORE
             if path.exists() and not before.exists():
                 os.replace(path, before)
-            checkpoint.save_best(path, loop.round, weights, loop.method.beside_student(loop.server))
+            checkpoint.save_best(path, loop.round, weights, loop.method.student_extra_state(loop.server))
 
 
 def save(loop: Federation) -> None:
@@ -72,10 +72,10 @@ def save(loop: Federation) -> None:
     student = loop.server.student
     save_best(loop)  # first: a run killed in between does this round again and writes the same student
     with loop.seconds("checkpoint"):
-        owned = loop.spread.all_states()
+        owned = loop.placement.gather_states()
         weights = None if student is None else module_state(student)
         if loop.store is not None:
-            loop.store.settle()
+            loop.store.mark_checkpointed()
         if not loop.runtime.ranks.leader:
             return
         state = {
@@ -94,7 +94,7 @@ def save(loop: Federation) -> None:
         path = checkpoint.save(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
         (loop.folder / BEFORE).unlink(missing_ok=True)
         if loop.store is not None:
-            loop.store.hold(checkpoint.files(path.parent))
+            loop.store.retain(checkpoint.files(path.parent))
     loop.callbacks.on_checkpoint(loop, path)
 
 
@@ -123,13 +123,13 @@ def restore(loop: Federation, write: bool = True) -> None:
     if loop.server.student is not None:
         load_into(loop.server.student, state["student"])
     loop.server.state = state["server"]
-    loop.method.restored(loop.server)
+    loop.method.on_restore(loop.server)
     if loop.store is not None and loop.runtime.ranks.leader:
-        loop.store.hold(checkpoint.files(path.parent), sweep=write)
+        loop.store.retain(checkpoint.files(path.parent), sweep=write)
     if loop.runtime.ranks.leader and write:
         _restore_best(loop)
     loop.runtime.ranks.any(False)  # nobody writes before this is done
-    loop.spread.restore(state)
+    loop.placement.restore(state)
     loop.ledger.load_state_dict(state["ledger"])
     loop.callbacks.load_state_dict(state["callbacks"])
     log.info("resuming after round %d of %d from %s", loop.round, loop.rounds, path)

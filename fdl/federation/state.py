@@ -1,4 +1,4 @@
-"""A federation between two rounds: its participants, what joins them, and what has happened so far."""
+"""State of a federation between two rounds: participants, channel, placement, history."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fdl.adversaries.coalition import Adversaries
 from fdl.federation.client_placement import ClientPlacement
 from fdl.federation.client_sampling import draw
+from fdl.messages import require_message
 from fdl.state.client_store import CLIENTS
 from fdl.utils.stopwatch import Stopwatch
 
@@ -24,20 +25,20 @@ if TYPE_CHECKING:
 
 
 class Listeners(Protocol):
-    """What is told of events and has a state that checkpoints carry."""
+    """Callbacks as the federation sees them: events of a round, and a state that checkpoints carry."""
 
     def on_client_end(self, federation: Any, round: int, client: int, metrics: dict[str, float]) -> None:
-        """A client's upload has come in."""
+        """A client's upload has arrived, or was rejected."""
 
     def on_checkpoint(self, federation: Any, path: Path) -> None:
         """A checkpoint was written."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go back to what a checkpoint kept."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
 
 
 class Federation:
@@ -49,27 +50,28 @@ class Federation:
         method: the federated algorithm.
         server: the coordinator.
         clients: all institutions, by id.
-        channel: what carries messages and counts their bytes.
-        executor: how clients take turns.
-        callbacks: what is told of events.
-        fingerprint: of the data and who holds which; a resumed run must find the same.
-        probes: further questions to the student.
-        adversaries: the dishonest among the clients; None: nobody is.
-        store: where clients' states lie between their turns; None: in memory.
-        left_out: why clients take no part at all, by id.
+        channel: carries messages as bytes, and counts them.
+        executor: runs the local updates of a cohort.
+        callbacks: called at the events of a run.
+        fingerprint: hash of the data and of their partition; a resumed run must find the same.
+        probes: evaluators of the student, beside its metrics on validation and test.
+        adversaries: the dishonest clients; None: all are honest.
+        store: keeps clients' states on disk between their turns; None: in memory.
+        left_out: why clients take no part in any round, by id.
 
     Attributes:
-        runtime: how models are trained and asked.
+        runtime: trains models and predicts with them.
         ledger: the bytes of every message.
-        spread: which process holds which client.
-        rounds: how many there are to be.
-        round: the last one that is done.
-        resumed_from: the round after which this process went on, None where it began.
-        history: a record of each round.
-        seconds: where the time went.
-        stopped: why the run ends early, None while it does not.
-        audit: what attacks on the finished run found, None where there were none.
-        on_summary: given the summary as soon as the rounds are done, before attacks and callbacks, which may fail.
+        placement: which rank runs which client.
+        rounds: the number of rounds of the run.
+        round: the last round that is done.
+        resumed_from: the round after which this process went on; None if it began the run.
+        history: the record of each round.
+        seconds: wall time by part of a round.
+        awaited: number of rounds, of those run by this process, with an aggregate that awaited uploads.
+        stopped: why the run ends early; None while it does not.
+        audit: findings of attacks on the finished run, set by a callback; None without.
+        on_summary: called with the summary as soon as the rounds are done, before callbacks, which may fail.
     """
 
     def __init__(
@@ -94,22 +96,30 @@ class Federation:
         self.adversaries, self.store = adversaries or Adversaries(), store
         self.left_out = dict(left_out or {})
         self.runtime, self.ledger = server.runtime, channel.ledger
-        self.spread = ClientPlacement(self.runtime.ranks, self.clients, channel, folder / CLIENTS)
+        self.placement = ClientPlacement(self.runtime.ranks, self.clients, channel, folder / CLIENTS)
         self.rounds, self.round = recipe.federation.rounds, 0
         self.resumed_from: int | None = None
         self.history: list[dict[str, Any]] = []
         self.seconds = self.runtime.clock = channel.clock = Stopwatch()
         self.stopped: str | None = None
+        self.awaited = 0
         self.audit: Any = None
         self.on_summary: Callable[[Mapping[str, Any]], object] = lambda summary: None
 
-    def begin(self, round: int) -> None:
-        """Tell everybody which round it is."""
+    def start_round(self, round: int) -> None:
+        """Start a round at every participant."""
         for participant in (self.server, *self.clients):
-            participant.begin(round)
+            participant.start_round(round)
 
     def cohort(self, round: int) -> tuple[list[int], list[int]]:
-        """Who is asked in a round, and who of them drops out; whoever has no data yet, or none any more, sits out."""
+        """Sample the clients of a round, among those that have data in it.
+
+        Args:
+            round: its number, from 1.
+
+        Returns:
+            Ids of the cohort, and of those in it that receive the download but drop out before they upload.
+        """
         asked, dropped = draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
         if self.left_out:
             asked, dropped = ([c for c in ids if c not in self.left_out] for ids in (asked, dropped))
@@ -117,10 +127,22 @@ class Federation:
             asked, dropped = ([c for c in ids if len(self.clients[c].train)] for ids in (asked, dropped))
         return self.channel.reach(asked, dropped, round)
 
-    def send(self, client: int) -> Message | None:
-        """Carry the server's word of this round to a client."""
-        return self.channel.download(self.method.download(self.server, client), client, self.server.round)
+    def download_for(self, client: int) -> Message | None:
+        """Send a client the server's message of the current round.
+
+        Args:
+            client: its id.
+
+        Returns:
+            What arrives there; None where the method sends nothing.
+
+        Raises:
+            RejectedMessageError: what arrived cannot be used.
+        """
+        message = self.method.download(self.server, client)
+        require_message(message, f"method {type(self.method).__name__}: download for client {client}")
+        return self.channel.download(message, client, self.server.round)
 
     def stop(self, reason: str) -> None:
-        """Ask the loop to end after this round."""
+        """End the run after the current round, for a reason that the log gives."""
         self.stopped = reason

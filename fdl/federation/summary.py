@@ -1,4 +1,4 @@
-"""What a run leaves for people and for other programs to read."""
+"""Summary of a run, for people and for other programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 import fdl
 from fdl.federation.history import best_round
-from fdl.federation.privacy_spent import spent
+from fdl.federation.privacy_spent import privacy_spent
 from fdl.metrics.tasks import TASKS
 from fdl.state.weights import state_bytes
 
@@ -39,10 +39,10 @@ def summarise(loop: Federation, total_seconds: float | None = None) -> dict[str,
         ``validation_samples``, on how many it was chosen, 0 where it was not),
         ``history`` (all records), ``communication`` (with ``by_kind``; ``student_delivery_bytes``: the student after
         the last round, sent to every site once more; and ``total_bytes``: messages, set-up and that delivery),
-        ``privacy`` (as `fdl.federation.privacy_spent` says; in JSON an infinite ε is null), ``time``, ``memory``
-        (``peak_device_bytes`` is None without a CUDA device), ``participants``, ``left_out`` (why clients took no part
-        at all, by id), ``environment`` and ``audit`` (as `fdl.attacks.audit.Audit.summary` says; None where nothing was
-        attacked).
+        ``privacy`` (of `fdl.federation.privacy_spent.privacy_spent`; in JSON an infinite ε is null), ``time``,
+        ``memory`` (``peak_device_bytes`` is None without a CUDA device), ``participants``, ``left_out`` (why clients
+        took no part at all, by id), ``environment`` and ``audit`` (of `fdl.attacks.audit.Audit.summary`; None without
+        attacks).
     """
     history = loop.history
     last = history[-1] if history else {"round": 0, "metrics": {}, "communication": loop.ledger.totals()}
@@ -62,7 +62,7 @@ def summarise(loop: Federation, total_seconds: float | None = None) -> dict[str,
         | {"validation_samples": 0 if number is None else len(loop.server.validation)},
         "history": history,
         "communication": _communication(loop),
-        "privacy": spent(loop),
+        "privacy": privacy_spent(loop.server, loop.clients, loop.history),
         "time": {
             "total_s": total,
             **parts,
@@ -115,7 +115,7 @@ def _participants(loop: Federation) -> list[dict[str, Any]]:
     def entry(client: Client) -> dict[str, Any]:
         architecture = client.architecture
         if architecture not in sizes:
-            sizes[architecture] = sum(p.numel() for p in loop.runtime.template(architecture).parameters())
+            sizes[architecture] = sum(p.numel() for p in loop.runtime.shared_module(architecture).parameters())
         return {
             "id": client.id,
             **({"name": client.name} if client.name else {}),

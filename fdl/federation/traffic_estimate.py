@@ -27,7 +27,7 @@ def estimate_bytes(loop: Federation, round: int = 1) -> Sizes:
 
     Args:
         loop: freshly built; left as it was.
-        round: the round to measure; those before it are rehearsed too.
+        round: the round to measure; those before it are run dry too.
 
     Returns:
         ``{"down": {client: bytes}, "up": {client: bytes}}``.
@@ -53,11 +53,11 @@ def estimate_rounds(loop: Federation, rounds: int) -> list[Sizes]:
     ledger, server_state = loop.ledger.state_dict(), dict(server.state)
     client_states = [dict(client.state) for client in loop.clients]
     student = None if server.student is None else copy_of(server.student)
-    with loop.runtime.rehearsal():
-        loop.begin(0)
+    with loop.runtime.dry_run():
+        loop.start_round(0)
         loop.method.setup(server, loop.clients)
         for number in range(1, rounds + 1):
-            _rehearse(loop, number, learn=number < rounds)
+            _dry_round(loop, number, learn=number < rounds)
     sizes: list[Sizes] = [{d: {client.id: 0 for client in loop.clients} for d in ("down", "up")} for _ in range(rounds)]
     for row in loop.ledger.rows():
         if row.direction in ("down", "up") and 1 <= row.round <= rounds:
@@ -68,14 +68,13 @@ def estimate_rounds(loop: Federation, rounds: int) -> list[Sizes]:
         load_into(server.student, student)
     for client, state in zip(loop.clients, client_states):
         client.state = state
-        loop.runtime.hold(client.architecture, None)
-    loop.begin(0)
+    loop.start_round(0)
     return sizes
 
 
-def _rehearse(loop: Federation, round: int, learn: bool) -> None:
+def _dry_round(loop: Federation, round: int, learn: bool) -> None:
     """One round of messages; `learn` lets the server take them in, so that it can answer in the next."""
-    loop.begin(round)
+    loop.start_round(round)
     aggregate = loop.method.aggregate(loop.server) if learn else None
     told = time.monotonic()
     for place, client in enumerate(loop.clients):
@@ -87,7 +86,7 @@ def _rehearse(loop: Federation, round: int, learn: bool) -> None:
         if loop.server.arrival is not None and len(client.train) == 0:  # as in a run: without data it sits out
             continue
         try:
-            for _, upload in loop.executor(loop.method, [(client, loop.send(client.id))]):
+            for _, upload in loop.executor(loop.method, [(client, loop.download_for(client.id))]):
                 received = loop.channel.upload(upload, client.id, round)
                 if aggregate is not None and received is not None:
                     aggregate.add(received, client.id)

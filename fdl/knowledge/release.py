@@ -11,12 +11,11 @@ from torch import Tensor
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ResponseMean
-from fdl.knowledge.option import Option
 from fdl.messages import Responses
 from fdl.participants import Client, Server
 
 
-class Release(Option, ABC):
+class Release(ABC):
     """How answers to the proxy set are made private.
 
     Attributes:
@@ -40,14 +39,19 @@ class Release(Option, ABC):
         """
         name = type(self).name
         if space != self.space:
-            raise UserError(f"release: {name} is for {self.space}, and space is {space}")
+            raise UserError(f"private_release: {name} is for {self.space}, and space is {space}")
         if weighted and self.by == "server":
-            raise UserError(f"release: {name} counts all clients alike, so confidence must be left out")
+            raise UserError(f"private_release: {name} counts all clients alike, so confidence must be left out")
         # what is sent, or left unsaid, without noise; and what is made of single clients' answers before the noise
-        bare = ("features", "prototypes", "frequency", *(("weights", "personal") if self.by == "server" else ()))
+        bare = (
+            "features",
+            "prototypes",
+            "upload_policy",
+            *(("adaptive_client_weights", "personalization") if self.by == "server" else ()),
+        )
         for option in bare:
             if beside.get(option) is not None:
-                raise UserError(f"release: {name} adds noise to answers, and {option} would go out without any")
+                raise UserError(f"private_release: {name} adds noise to answers, and {option} would go out without any")
 
     @abstractmethod
     def message(self, client: Client, said: Responses, log_weights: Tensor | None) -> Responses | None:

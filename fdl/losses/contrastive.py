@@ -29,6 +29,12 @@ def logits_between(images: Tensor, texts: Tensor, scale: Tensor | float) -> Tens
 
     Returns:
         ``[n, m]``, float32 for 16-bit inputs.
+
+    Example:
+        >>> import torch
+        >>> logits_between(torch.eye(2), torch.eye(2), 10.0)
+        tensor([[10.,  0.],
+                [ 0., 10.]])
     """
     # autocast would give cosines of 8 bits, which at a scale of 100 is wrong by a fifth of a unit
     with torch.autocast(images.device.type, enabled=False):
@@ -44,6 +50,11 @@ def info_nce(logits: Tensor) -> Tensor:
 
     Args:
         logits: ``[n, n]``, own pairs on the diagonal.
+
+    Example:
+        >>> import torch
+        >>> info_nce(torch.zeros(4, 4))  # nothing is told apart: log 4
+        tensor(1.3863)
     """
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(_wide(logits), own) + F.cross_entropy(_wide(logits).T, own)) / 2
@@ -91,6 +102,13 @@ def affinities(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Image to text ``[n, m]`` and text to image ``[m, n]``, rows sum to 1.
+
+    Example:
+        >>> import torch
+        >>> to_texts, to_images = affinities(torch.zeros(2, 2))
+        >>> to_texts
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
     """
     return torch.softmax(_wide(logits), dim=1), torch.softmax(_wide(logits).T, dim=1)
 
@@ -140,7 +158,15 @@ def interactive_info_nce(
 
 
 def clamp_scale(log_scale: Tensor) -> None:
-    """Bring a learnt log-scale back to [0, log `MAX_SCALE`], in place; CLIP does so after every step."""
+    """Bring a learnt log-scale back to [0, log `MAX_SCALE`], in place; CLIP does so after every step.
+
+    Example:
+        >>> import torch
+        >>> log_scale = torch.tensor(9.0)
+        >>> clamp_scale(log_scale)
+        >>> log_scale.exp().round()
+        tensor(100.)
+    """
     with torch.no_grad():
         log_scale.clamp_(0.0, math.log(MAX_SCALE))
 

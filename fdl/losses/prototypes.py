@@ -20,6 +20,12 @@ def prototype_mse(student: Tensor, prototypes: Tensor, assignment: Tensor) -> Te
         student: h, ``[n, d]``.
         prototypes: c, ``[m, d]``.
         assignment: a, ``[n, m]``, rows sum to 1: to what share a row belongs to each prototype.
+
+    Example:
+        >>> import torch
+        >>> prototypes = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+        >>> prototype_mse(torch.tensor([[2.0, 0.0]]), prototypes, torch.tensor([[1.0, 0.0]]))  # (2² + 0²) / 2
+        tensor(2.)
     """
     distances = torch.cdist(wide(student), wide(prototypes), compute_mode="donot_use_mm_for_euclid_dist").square()
     return (assignment * distances).sum(1).mean() / student.shape[1]
@@ -36,6 +42,11 @@ def prototype_infonce(student: Tensor, prototypes: Tensor, assignment: Tensor, t
         prototypes: c, ``[m, d]``.
         assignment: a, ``[n, m]``, rows sum to 1.
         temperature: t > 0.
+
+    Example:
+        >>> import torch
+        >>> prototype_infonce(torch.tensor([[1.0, 0.0]]), torch.ones(2, 2), torch.tensor([[1.0, 0.0]]))  # log 2
+        tensor(0.6931)
     """
     similarity = F.normalize(wide(student), dim=-1) @ F.normalize(wide(prototypes), dim=-1).T
     return soft_cross_entropy(similarity / temperature, assignment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ class _SquaredDistance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, mu: float, count: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, mu: float, count: int, *tensors: Tensor) -> Tensor:
         difference = torch._foreach_sub(tensors[:count], tensors[count:])
         ctx.mu = mu
         ctx.save_for_backward(*difference)
@@ -24,7 +25,7 @@ class _SquaredDistance(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         difference = ctx.saved_tensors
         return None, None, *torch._foreach_mul(difference, gradient * ctx.mu), *[None] * len(difference)
 
@@ -41,6 +42,12 @@ def proximal(parameters: Iterable[Tensor], anchor: Iterable[Tensor], mu: float) 
 
     Raises:
         ValueError: there are none, or the two lists differ in length.
+
+    Example:
+        >>> import torch
+        >>> weights, anchor = [torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 0.0])]
+        >>> proximal(weights, anchor, mu=0.1)  # 0.1 / 2 · 25
+        tensor(1.2500)
     """
     parameters, anchor = list(parameters), list(anchor)
     if not parameters or len(parameters) != len(anchor):

@@ -32,6 +32,12 @@ def soften(probabilities: Tensor, temperature: float) -> Tensor:
     Args:
         probabilities: ``[n, C]``, rows on the simplex; a class of probability 0 keeps 0.
         temperature: T > 0; above 1 flattens, below 1 sharpens, 1 returns the input itself.
+
+    Example:
+        >>> import torch
+        >>> p = torch.tensor([[0.9, 0.1]])
+        >>> soften(p, 2.0)
+        tensor([[0.7500, 0.2500]])
     """
     if temperature == 1:
         return probabilities
@@ -48,6 +54,11 @@ def entropy_reduction(probabilities: Tensor, temperature: float = 0.1) -> Tensor
     Args:
         probabilities: mean of the clients' probabilities, ``[n, C]``.
         temperature: T > 0.
+
+    Example:
+        >>> import torch
+        >>> entropy_reduction(torch.tensor([[0.6, 0.4]]))
+        tensor([[0.8808, 0.1192]])
     """
     return torch.softmax(wide(probabilities) / temperature, dim=-1)
 
@@ -58,12 +69,23 @@ def power_sharpening(probabilities: Tensor, exponent: float) -> Tensor:
     Args:
         probabilities: mean of the clients' probabilities, ``[n, C]``.
         exponent: b > 0; 1 changes nothing, above 1 sharpens.
+
+    Example:
+        >>> import torch
+        >>> power_sharpening(torch.tensor([[0.6, 0.4]]), exponent=2)
+        tensor([[0.6923, 0.3077]])
     """
     return soften(probabilities, 1 / exponent)
 
 
 def wide(values: Tensor) -> Tensor:
-    """Return 16-bit values as float32: a sum of logarithms needs more than bfloat16's 8 bits."""
+    """Return 16-bit values as float32: a sum of logarithms needs more than bfloat16's 8 bits.
+
+    Example:
+        >>> import torch
+        >>> wide(torch.zeros(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
@@ -85,6 +107,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: ``[n, C]``.
         labels: ``[n]`` int64.
+
+    Example:
+        >>> import torch
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))  # log 2
+        tensor(0.6931)
     """
     return F.cross_entropy(wide(logits), labels)
 
@@ -105,6 +132,16 @@ def kd_loss(
 
     Returns:
         A scalar in nats, 0 where student and teacher agree.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> bool(kd_loss(logits, torch.softmax(logits, 1)).abs() < 1e-6)  # they agree
+        True
+        >>> kd_loss(logits, torch.tensor([[0.5, 0.5]]))
+        tensor(0.4338)
+        >>> kd_loss(logits, torch.tensor([[0.5, 0.5]]), temperature=2.0)
+        tensor(0.4805)
     """
     loss = _divergence(_log_softmax(student_logits, temperature), soften(teacher_probabilities, temperature))
     return loss * temperature**2 if scale else loss
@@ -123,6 +160,11 @@ def reverse_kl(
         teacher_probabilities: ``[n, C]`` at temperature 1.
         temperature: T > 0, applied to both sides.
         scale: multiply by T².
+
+    Example:
+        >>> import torch
+        >>> reverse_kl(torch.zeros(1, 2), torch.tensor([[0.9, 0.1]]))
+        tensor(0.5108)
     """
     teacher = wide(soften(teacher_probabilities, temperature))
     log_teacher = teacher.clamp_min(torch.finfo(teacher.dtype).eps).log()
@@ -144,6 +186,12 @@ def generalized_jsd(
         teacher_probabilities: ``[n, C]`` at temperature 1.
         beta: in [0, 1].
         temperature: T > 0, applied to both sides.
+
+    Example:
+        >>> import torch
+        >>> confident = torch.tensor([[50.0, 0.0]])
+        >>> generalized_jsd(confident, torch.tensor([[0.0, 1.0]]))  # opposite predictions: log 2
+        tensor(0.6931)
     """
     if beta == 0:
         return kd_loss(student_logits, teacher_probabilities, temperature, scale=False)
@@ -167,6 +215,11 @@ def soft_cross_entropy(student_logits: Tensor, teacher_probabilities: Tensor, te
         student_logits: ``[n, C]``.
         teacher_probabilities: ``[n, C]`` at temperature 1.
         temperature: T > 0, applied to both sides.
+
+    Example:
+        >>> import torch
+        >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]))  # the teacher's entropy, log 2
+        tensor(0.6931)
     """
     targets = soften(teacher_probabilities, temperature)
     return -(targets * _log_softmax(student_logits, temperature)).sum(-1).mean()
@@ -178,12 +231,23 @@ def hard_cross_entropy(student_logits: Tensor, teacher_probabilities: Tensor) ->
     Args:
         student_logits: ``[n, C]``.
         teacher_probabilities: ``[n, C]``; only which class is the largest counts.
+
+    Example:
+        >>> import torch
+        >>> hard_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.6, 0.4]]))
+        tensor(0.6931)
     """
     return cross_entropy(student_logits, teacher_probabilities.argmax(-1))
 
 
 def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Compute the squared difference of logits, mean over rows *and* classes; it is not shift-invariant."""
+    """Compute the squared difference of logits, mean over rows *and* classes; it is not shift-invariant.
+
+    Example:
+        >>> import torch
+        >>> mse_logits(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))  # (1 + 4) / 2
+        tensor(2.5000)
+    """
     return F.mse_loss(wide(student_logits), wide(teacher_logits))
 
 
@@ -191,6 +255,11 @@ def mae_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Compute the absolute difference of logits, mean over rows *and* classes: FedMD's digest loss.
 
     Source: Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", and its published code.
+
+    Example:
+        >>> import torch
+        >>> mae_logits(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))  # (1 + 2) / 2
+        tensor(1.5000)
     """
     return F.l1_loss(wide(student_logits), wide(teacher_logits))
 
@@ -209,6 +278,12 @@ def distillation(
 
     Returns:
         ``loss`` (the total, with gradient) and its unweighted parts ``cross_entropy`` and ``distillation``, detached.
+
+    Example:
+        >>> import torch
+        >>> student, labels = torch.zeros(1, 2), torch.tensor([0])
+        >>> distillation(student, student, labels, alpha=0.5, temperature=2.0)
+        {'loss': tensor(0.3466), 'cross_entropy': tensor(0.6931), 'distillation': tensor(0.)}
     """
     hard = cross_entropy(student_logits, labels)
     # From logits, not through probabilities: a tail below float32's smallest number still counts at T > 1.

@@ -4,8 +4,8 @@ A message gives the wire named arrays (`fields`) and a few numbers (`meta`), and
 The receiver trusts neither: `build` refuses what is missing or of a wrong type, `validate` what makes no sense.
 """
 
-from fdl.messages.base import Message, Meta, message_type
-from fdl.messages.bundle import Bundle, parts_of
+from fdl.messages.base import EXTENSION_CODES, Message, Meta, message_type
+from fdl.messages.bundle import Bundle, parts_of, require_message
 from fdl.messages.confidences import QuantizedLogWeights
 from fdl.messages.features import Features
 from fdl.messages.parameters import Parameters
@@ -23,9 +23,11 @@ from fdl.messages.serialization import (
     take_samples,
     to_torch,
 )
+from fdl.messages.tensors import TensorMessage
 from fdl.messages.upload_status import UploadStatus
 
 __all__ = [
+    "EXTENSION_CODES",
     "Bundle",
     "Features",
     "Form",
@@ -36,6 +38,7 @@ __all__ = [
     "QuantizedLogWeights",
     "Responses",
     "Scores",
+    "TensorMessage",
     "UploadStatus",
     "check_finite",
     "check_samples",
@@ -43,6 +46,7 @@ __all__ = [
     "parts_of",
     "pop_meta",
     "reject_leftovers",
+    "require_message",
     "samples_told",
     "smallest_int_dtype",
     "take_integers",

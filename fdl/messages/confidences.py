@@ -62,7 +62,7 @@ class QuantizedLogWeights:
             raise RejectedMessageError(f"confidence scale is not usable: lo {self.lo}, step {self.step}")
 
 
-def taken(confidence: QuantizedLogWeights | None, keep: Tensor) -> QuantizedLogWeights | None:
+def select_rows(confidence: QuantizedLogWeights | None, keep: Tensor) -> QuantizedLogWeights | None:
     """The confidences of some samples."""
     return None if confidence is None else replace(confidence, codes=confidence.codes[keep])
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import QuantizedLogWeights, check_confidence, codes_of, scale_of, take_confidence, taken
+from fdl.messages.confidences import (
+    QuantizedLogWeights,
+    check_confidence,
+    codes_of,
+    scale_of,
+    select_rows,
+    take_confidence,
+)
 from fdl.messages.serialization import (
     check_finite,
     reject_leftovers,
@@ -51,11 +58,11 @@ class Features(Message):
         """The confidence's scale."""
         return scale_of(self.confidence)
 
-    def taken(self, keep: Tensor) -> Features:
+    def select_rows(self, keep: Tensor) -> Features:
         """Only the rows at some places (int64)."""
         layers = {name: values[keep] for name, values in self.layers.items()}
         rows = keep if self.rows is None else self.rows[keep]
-        return Features(layers, rows, taken(self.confidence, keep))
+        return Features(layers, rows, select_rows(self.confidence, keep))
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Features:

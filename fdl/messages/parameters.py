@@ -26,6 +26,12 @@ class Parameters(Message):
         tensors: by name; booleans, integers and real numbers of any dtype and shape. Integers and booleans (counters
             of BatchNorm) cross every chain unchanged.
         samples: how many examples the sender trained on, 0 from the server.
+
+    Example:
+        >>> import torch
+        >>> message = Parameters({"weight": torch.zeros(2, 3)}, samples=40)
+        >>> message.fields()["weight"].shape, message.meta()
+        ((2, 3), {'samples': 40})
     """
 
     kind: ClassVar[str] = "parameters"
@@ -57,7 +63,7 @@ class Parameters(Message):
     @cached_property
     def whole(self) -> Tensor | None:
         """All tensors, in order, as one vector, where they lie side by side; see `flat_view`."""
-        return self.tensors.whole if isinstance(self.tensors, FlatTensors) else flat_view(self.tensors.values())
+        return self.tensors.buffer if isinstance(self.tensors, FlatTensors) else flat_view(self.tensors.values())
 
     @cached_property
     def layout(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

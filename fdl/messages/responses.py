@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import QuantizedLogWeights, taken
+from fdl.messages.confidences import QuantizedLogWeights, select_rows
 from fdl.messages.serialization import (
     check_finite,
     check_samples,
@@ -39,6 +39,13 @@ class Responses(Message):
         rows: int64 [n], the rows of the proxy set, or None for the whole set in order.
         confidence: the sender's log-weight of every row, or None.
         samples: how many examples the sender trained on; 0, which is not sent, where it does not tell.
+
+    Example:
+        >>> import torch
+        >>> message = Responses(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), "probabilities")
+        >>> message.validate()
+        >>> sorted(message.fields()), message.meta()
+        (['values'], {'form': 1})
     """
 
     kind: ClassVar[str] = "responses"
@@ -69,12 +76,12 @@ class Responses(Message):
             meta |= {"lo": float(self.confidence.lo), "step": float(self.confidence.step)}
         return meta
 
-    def narrowed(self, share: float) -> Responses | None:
+    def truncated(self, share: float) -> Responses | None:
         """The rows with the highest confidence, or with the clearest answer where none is sent, in their order."""
-        keep = self.clearest(share)
-        return self.taken(keep) if len(keep) else None
+        keep = self.most_confident_rows(share)
+        return self.select_rows(keep) if len(keep) else None
 
-    def clearest(self, share: float) -> Tensor:
+    def most_confident_rows(self, share: float) -> Tensor:
         """Places, rising, of the share of answers that are most sure of themselves; of embeddings, evenly spread."""
         total = len(self.values)
         count = int(share * total)
@@ -87,10 +94,10 @@ class Responses(Message):
             certainty = (values if self.form == "probabilities" else torch.softmax(values, dim=1)).amax(dim=1)
         return certainty.cpu().argsort(descending=True, stable=True)[:count].sort().values
 
-    def taken(self, keep: Tensor) -> Responses:
+    def select_rows(self, keep: Tensor) -> Responses:
         """Only the answers at some places (int64)."""
         rows = keep if self.rows is None else self.rows[keep]
-        return replace(self, values=self.values[keep], rows=rows, confidence=taken(self.confidence, keep))
+        return replace(self, values=self.values[keep], rows=rows, confidence=select_rows(self.confidence, keep))
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Responses:
@@ -99,12 +106,13 @@ class Responses(Message):
         form, samples = pop_meta(meta, "form", int), take_samples(meta)
         if not 0 <= form < len(_FORMS) or "values" not in fields:
             raise RejectedMessageError("responses without values or of an unknown form")
-        values, rows, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)
-        if rows is not None:
+        values, found, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)
+        rows = None
+        if found is not None:
             # The length is looked at before the rows are widened: eight bytes a row are then no more than the values.
-            if rows.dtype.kind not in "iu" or rows.size > values.size:
-                raise RejectedMessageError(f"{values.size} values with {rows.size} rows of {rows.dtype}")
-            rows = torch.from_numpy(rows.astype(np.int64))
+            if found.dtype.kind not in "iu" or found.size > values.size:
+                raise RejectedMessageError(f"{values.size} values with {found.size} rows of {found.dtype}")
+            rows = torch.from_numpy(found.astype(np.int64))
         confidence = None
         if codes is not None:
             confidence = QuantizedLogWeights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from fdl.errors import RejectedMessageError, UserError
 from fdl.messages.base import Meta
 from fdl.state.float_formats import BFLOAT16
+
+_Value = TypeVar("_Value", int, float, str)
 
 
 def to_numpy(name: str, tensor: Tensor) -> np.ndarray:
@@ -31,7 +34,7 @@ def to_torch(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array)
 
 
-def pop_meta(meta: Meta, key: str, kind: type) -> int | float | str:
+def pop_meta(meta: Meta, key: str, kind: type[_Value]) -> _Value:
     """Take a number or string out of what was received; refuses one that is missing or of another type."""
     value = meta.pop(key, None)
     if type(value) is not kind:

@@ -169,7 +169,7 @@ class SparseResponses(Message):
         """Whether every position has the same number of ids, and has some."""
         return self.sizes.numel() > 0 and bool((self.sizes == self.sizes[0, 0]).all()) and int(self.sizes[0, 0]) > 0
 
-    def narrowed(self, share: float) -> SparseResponses | None:
+    def truncated(self, share: float) -> SparseResponses | None:
         """The windows that weigh most, which are those the sender knows best; without weights, evenly spread ones."""
         total = len(self.sizes)
         count = int(share * total)
@@ -178,9 +178,9 @@ class SparseResponses(Message):
         else:
             known = self.weights.values().mean(1)
             keep = known.argsort(descending=True, stable=True)[:count].sort().values
-        return self.taken(keep) if count else None
+        return self.select_rows(keep) if count else None
 
-    def taken(self, keep: Tensor) -> SparseResponses:
+    def select_rows(self, keep: Tensor) -> SparseResponses:
         """Only the windows at some places, int64, rising."""
         chosen = torch.zeros(len(self.sizes), dtype=torch.bool)
         chosen[keep] = True
@@ -263,7 +263,13 @@ class SparseResponses(Message):
 
 
 def pack(values: np.ndarray, width: int) -> np.ndarray:
-    """Numbers in [0, 2**width) as bits, the lowest first, one number behind the other, uint8 [⌈n·width/8⌉]."""
+    """Numbers in [0, 2**width) as bits, the lowest first, one number behind the other, uint8 [⌈n·width/8⌉].
+
+    Example:
+        >>> import numpy as np
+        >>> pack(np.array([1, 2, 3]), width=2)
+        array([57], dtype=uint8)
+    """
     places = np.arange(width)
     parts = [
         np.packbits((values[start : start + _CHUNK, None] >> places & 1).astype(np.uint8), bitorder="little")
@@ -273,7 +279,13 @@ def pack(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, width: int, count: int) -> np.ndarray:
-    """Undo `pack`: the first `count` numbers, int64."""
+    """Undo `pack`: the first `count` numbers, int64.
+
+    Example:
+        >>> import numpy as np
+        >>> unpack(np.uint8([0b111001]), width=2, count=3)
+        array([1, 2, 3])
+    """
     values = np.empty(count, np.int64)
     powers = 1 << np.arange(width)
     for start in range(0, count, _CHUNK):

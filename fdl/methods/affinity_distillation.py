@@ -39,12 +39,13 @@ class AffinityDistillation(Method):
             ≥ 0.
         calibrate: divide each specialist's logits by a temperature fitted on its held-out private pairs.
         feedback: what clients receive from the second round on: the student's vectors of the proxy pairs, or nothing.
-        cap: equal shares of the weight of a round that one client may have at most, whatever confidence it declares,
-            ≥ 1; None for any.
-        cap_over: whether the cap holds over a round, or for each proxy pair.
+        max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence it
+            declares, ≥ 1; None for any.
+        max_client_share_over: whether the limit holds over a round, or for each proxy pair.
     """
 
     name = "affinity_distillation"
+    sends = (Responses,)
     tasks = ("image_text",)
     requires = ("student", "specialists", "proxy")
 
@@ -56,11 +57,14 @@ class AffinityDistillation(Method):
         interactive: float = 0.0,
         calibrate: bool = False,
         feedback: Literal["student", "none"] = "none",
-        cap: float | None = 2.0,
-        cap_over: Literal["round", "row"] = "round",
+        max_client_share: float | None = 2.0,
+        max_client_share_over: Literal["round", "row"] = "round",
     ):
         self.confidence, self.calibrate, self.feedback = confidence, calibrate, feedback
-        self.mimicry, self.cap = AffinityLosses(contrastive, features, interactive), Cap.of(cap, cap_over)
+        self.mimicry, self.cap = (
+            AffinityLosses(contrastive, features, interactive),
+            Cap.of(max_client_share, max_client_share_over),
+        )
         self.needs_calibration = calibrate or (confidence is not None and confidence.needs_calibration)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
@@ -83,7 +87,9 @@ class AffinityDistillation(Method):
         """The student's vectors, once it has been taught."""
         if self.feedback == "none" or "taught" not in server.state:
             return None
-        return server.say("answers", lambda: Responses(answers(server, server.student, server.proxy), "embeddings"))
+        return server.cached_download(
+            "answers", lambda: Responses(answers(server, server.student, server.proxy), "embeddings")
+        )
 
     def local_update(self, client: Client, download: Responses | None) -> Requests[Responses]:
         """Learn from what came back, train on private pairs, embed the public ones."""
@@ -91,9 +97,9 @@ class AffinityDistillation(Method):
         if download is not None:
             student = AnswerPool(len(client.proxy), weighted=False)
             student.add(download, -1)
-            AffinityLosses().learn(client, specialist, student.result(), client.digest, "digest")
-        yield FitRequest(specialist, client.train, client.local)
-        client.keep(specialist)
+            AffinityLosses().learn(client, specialist, student.result(), client.client_distil, "digest")
+        yield FitRequest(specialist, client.train, client.local_training)
+        client.save_specialist(specialist)
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
         given = answers(client, specialist, client.proxy, temperature)
         sure = None if self.confidence is None else confidences(self.confidence, client, given)
@@ -105,6 +111,6 @@ class AffinityDistillation(Method):
 
     def server_update(self, server: Server, knowledge: TeacherEmbeddings) -> dict[str, float]:
         """Bring the student's affinities closer to the clients'."""
-        self.mimicry.learn(server, server.student, knowledge, server.distil, "distil")
+        self.mimicry.learn(server, server.student, knowledge, server.server_distil, "distil")
         server.state["taught"] = True
         return {}

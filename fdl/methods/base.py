@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from fdl.engine.requests import Requests
     from fdl.knowledge.aggregation.base import Aggregate
+    from fdl.knowledge.confidence.base import Confidence
+    from fdl.knowledge.confidence.tokens import TokenConfidence
     from fdl.messages import Message
     from fdl.participants import Client, Server
 
@@ -26,17 +28,24 @@ class Method(ABC):
         name: the short name in recipes.
         tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`; empty where it is for any, as are
             methods that touch nothing but weights and a module's own loss.
+        sends: types of the messages that `local_update` may return, alone or in a bundle; ``()`` where clients send
+            nothing. Uploads of another type are an error. None, of a method that does not declare it, allows any; then
+            no adversary that changes uploads can be checked against it.
+        confidence: how clients measure what they know of each proxy sample, None where they send no such thing; it is
+            what attacks on confidences ask.
         requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
             constructor may add to it. Clients of a method without specialists have the student's architecture.
-        sends_changes: whether the parameters that clients send are differences from those that they were sent.
+        uploads_are_deltas: whether the parameters that clients send are differences from those that they were sent.
         needs_calibration: whether its clients look at private samples that are held out from training,
             `Client.calibration`; a recipe that does not say how many holds none out for a method that does not.
     """
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
-    sends_changes: ClassVar[bool] = False
+    sends: ClassVar[tuple[type[Message], ...] | None] = None
+    uploads_are_deltas: ClassVar[bool] = False
     needs_calibration: bool = False
+    confidence: Confidence | TokenConfidence | None = None
     requires: tuple[str, ...] = ("student",)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
@@ -58,11 +67,11 @@ class Method(ABC):
         """An empty aggregate for one round; None for a method whose clients send nothing."""
         return None
 
-    def beside_student(self, server: Server) -> dict[str, Any]:
+    def student_extra_state(self, server: Server) -> dict[str, Any]:
         """The part of the server's state that its student is made of beside its own weights; most have none."""
         return {}
 
-    def restored(self, server: Server) -> None:
+    def on_restore(self, server: Server) -> None:
         """Bring the student in line with the server's state, which has just been read from a file."""
 
     def server_models(self, server: Server) -> Iterable[tuple[str, LightningModule]]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fdl.engine.requests import FitRequest, Requests
-from fdl.errors import RejectedMessageError, UserError
+from fdl.errors import UserError
+from fdl.knowledge.aggregation.ensembles import MeanAndEnsemble
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.knowledge.distillation.targets import SoftLabelled
@@ -21,7 +22,7 @@ from fdl.modules.types import Batch
 from fdl.participants import Client, Server
 from fdl.robust.base import RobustRule
 from fdl.robust.parameters import RobustParameters
-from fdl.state.weights import load_into, module_state
+from fdl.state.weights import module_state
 
 
 class CFeD(FedAvg):
@@ -29,15 +30,16 @@ class CFeD(FedAvg):
 
     When a stage of the recipe's `arrival` begins, the server notes the global model's answers to the proxy set. From
     then on a round's clients are divided: learners minimise CE on their private data, as in FedAvg, and reviewers, who
-    are drawn anew in every round, λ T² KL(noted ‖ now) on the proxy set, with the recipe's `local` settings. Both count
-    in the average by their numbers of private samples. Without a division every client minimises the sum of both
-    losses, on as many proxy samples as private ones and over the classes that had arrived before this stage: learning
-    without forgetting (Li and Hoiem, 2016) with public samples in the place of the private ones, which are gone.
+    are drawn anew in every round, λ T² KL(noted ‖ now) on the proxy set, with the recipe's `local_training` settings.
+    Both count in the average by their numbers of private samples. Without a division every client minimises the sum of
+    both losses, on as many proxy samples as private ones and over the classes that had arrived before this stage:
+    learning without forgetting (Li and Hoiem, 2016) with public samples in the place of the private ones, which are
+    gone.
 
     In every round, of the first stage too, the server then distils into the average what the clients' models and the
-    global model before this round say of the proxy set, with the recipe's `distil` settings, against what one round's
-    data do to the average: T² KL(mean_k softmax(z_k / T) ‖ softmax(z / T)). The published code asks for each sample
-    one of these models in turn; the mean is what that amounts to.
+    global model before this round say of the proxy set, with the recipe's `server_distil` settings, against what one
+    round's data do to the average: T² KL(mean_k softmax(z_k / T) ‖ softmax(z / T)). The published code asks for each
+    sample one of these models in turn; the mean is what that amounts to.
 
     The published code has one proxy set for each participant, and 0.1 in the place of λ T².
 
@@ -94,7 +96,7 @@ class CFeD(FedAvg):
             server.state |= {"noted_in": server.stage, "noted": server.predict(server.student, server.proxy)}
         if self.reviewers > 0 and client not in self._reviewing(server):
             return weights
-        return server.say("both", lambda: Bundle((weights, Responses(server.state["noted"], "logits"))))
+        return server.cached_download("both", lambda: Bundle((weights, Responses(server.state["noted"], "logits"))))
 
     def local_update(self, client: Client, download: Message | Bundle) -> Requests[Parameters]:
         """Train the global model on private data, on the noted answers, or on both; return its weights."""
@@ -103,16 +105,16 @@ class CFeD(FedAvg):
         noted = parts.get(Responses)
         if noted is not None and self.reviewers > 0:
             samples = SoftLabelled(client.proxy, noted.values)
-            yield FitRequest(module, samples, client.local, self._reviewed, name="review")
+            yield FitRequest(module, samples, client.local_training, self._reviewed, name="review")
         else:
             objective = None if noted is None else self._rehearsing(client, noted.values)
-            yield FitRequest(module, client.train, client.local, objective)
-        return Parameters(module_state(module), samples=client.told_samples)
+            yield FitRequest(module, client.train, client.local_training, objective)
+        return Parameters(module_state(module), samples=client.reported_samples)
 
-    def aggregate(self, server: Server) -> ParameterMean | RobustParameters | _MeanAndAnswers:
+    def aggregate(self, server: Server) -> ParameterMean | RobustParameters | MeanAndEnsemble:
         """The mean as in FedAvg and, where the server distils, what all models say of the proxy set."""
         mean = super().aggregate(server)
-        return _MeanAndAnswers(mean, server, self.temperature) if self.server_distillation else mean
+        return MeanAndEnsemble(mean, server, self.temperature) if self.server_distillation else mean
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
         """Move the global weights as in FedAvg, then distil into them what all models said."""
@@ -121,7 +123,7 @@ class CFeD(FedAvg):
         mean, probabilities = knowledge
         log = super().server_update(server, mean)
         samples = SoftLabelled(server.proxy, probabilities)
-        server.fit(server.student, samples, server.distil, self._distilled, name="distil")
+        server.fit(server.student, samples, server.server_distil, self._distilled, name="distil")
         return log
 
     def _reviewing(self, server: Server) -> set[int]:
@@ -161,35 +163,3 @@ class CFeD(FedAvg):
         inputs, probabilities = batch
         logits = module(inputs).logits / self.temperature
         return {"loss": self.temperature**2 * kd_loss(logits, probabilities)}
-
-
-class _MeanAndAnswers:
-    """Streams over clients: each one's weights answer the proxy set, then go into the mean."""
-
-    def __init__(self, mean: ParameterMean, server: Server, temperature: float):
-        self.mean, self.server, self.temperature = mean, server, temperature
-        self.sum: Tensor | None = None
-        self.models = 0
-
-    def add(self, message: Parameters, client: int) -> None:
-        self.mean.check(message)
-        module = self.server.runtime.template("student")
-        load_into(module, message.tensors)
-        self.server.runtime.hold("student", None)
-        probabilities = self._ask(module)
-        if not torch.isfinite(probabilities).all():
-            raise RejectedMessageError("its model's answers to the proxy set are not finite")
-        self.mean.add(message, client)
-        self.sum = probabilities if self.sum is None else self.sum + probabilities
-        self.models += 1
-
-    def result(self) -> tuple[Mapping[str, Tensor], Tensor] | None:
-        """The mean of weights, and that of all models' probabilities at T, the global model's among them."""
-        if self.sum is None:
-            return None
-        probabilities = (self.sum + self._ask(self.server.student)) / (self.models + 1)
-        return self.mean.result(), probabilities.float()
-
-    def _ask(self, module: nn.Module) -> Tensor:
-        logits = self.server.predict(module, self.server.proxy)
-        return torch.softmax(logits.double() / self.temperature, dim=1)

@@ -14,15 +14,15 @@ from fdl.knowledge.aggregation.pools import (
     PoolMeans,
     Weights,
     architectures,
+    codistill,
     interpolate,
-    part_of,
     prefix_names,
     stream_of,
-    taught_by_others,
+    strip_prefix,
 )
 from fdl.knowledge.aggregation.server_optimizers import Adam, ServerOptimizer
 from fdl.knowledge.distillation.targets import ResponseObjective
-from fdl.knowledge.distillation.token_pools import require_equal_tokens, tokens_taught_by_others
+from fdl.knowledge.distillation.token_pools import codistill_tokens, require_equal_tokens
 from fdl.messages import Parameters
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -39,7 +39,7 @@ class Codistillation(Method):
     student must be the same model as the first of them. Each pool's model is averaged over the clients that train it,
     by sample counts, and the server's optimiser takes the mean displacement D_fed for its pseudo-gradient. On the
     unlabelled proxy set every model then learns from the mean probabilities of the others, of classes or of next
-    tokens, all of them as they were before any of them learnt (T² KL, the recipe's `distil` settings):
+    tokens, all of them as they were before any of them learnt (T² KL, the recipe's `server_distil` settings):
 
     - periodic: every so many rounds, starting from what the round left.
     - merged: in every round, starting from where the clients started, too. The displacement D_kd that this gives is
@@ -59,6 +59,7 @@ class Codistillation(Method):
     """
 
     name = "codistillation"
+    sends = (Parameters,)
     tasks = ("classification", "language")
     requires = ("student", "specialists", "proxy")
 
@@ -87,8 +88,8 @@ class Codistillation(Method):
         if not others:
             raise UserError("specialists: codistillation needs two different models or more, the smallest first")
         for pool in (first, *others) if server.task == "language" else ():
-            require_equal_tokens(server, server.runtime.template(pool), pool)
-        own, small = (module_state(m) for m in (server.student, server.runtime.template(first)))
+            require_equal_tokens(server, server.runtime.shared_module(pool), pool)
+        own, small = (module_state(m) for m in (server.student, server.runtime.shared_module(first)))
         if [(k, t.shape) for k, t in own.items()] != [(k, t.shape) for k, t in small.items()]:
             raise UserError("student: must be the model of the first of the specialists, with the same arguments")
         server.state["pools"] = {
@@ -99,25 +100,23 @@ class Codistillation(Method):
     def server_models(self, server: Server) -> Iterator[tuple[str, LightningModule]]:
         """Every pool's name and model, for evaluation; a model is good until the next is asked for."""
         for pool, tensors in self._weights(server).items():
-            module = server.runtime.template(pool)
-            load_into(module, tensors)
-            server.runtime.hold(pool, None)
-            yield pool, module
+            with server.runtime.borrow(pool, tensors) as module:
+                yield pool, module
 
     def download(self, server: Server, client: int) -> Parameters:
         """The models that a client trains, one message for all clients of a pool."""
         pool, weights = server.state["members"][str(client)], self._weights(server)
         held = self._trained(list(weights), pool)
-        return server.say(pool, lambda: Parameters(prefix_names({name: weights[name] for name in held})))
+        return server.cached_download(pool, lambda: Parameters(prefix_names({name: weights[name] for name in held})))
 
     def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train every model of the client's on its private data, the smallest first, and return their weights."""
         results = {}
         for pool in self._trained(architectures(client.runtime), client.architecture):
-            module = client.load(part_of(download.tensors, pool), pool)
-            yield FitRequest(module, client.train, client.local, name=stream_of(client, "fit", pool))
+            module = client.load(strip_prefix(download.tensors, pool), pool)
+            yield FitRequest(module, client.train, client.local_training, name=stream_of(client, "fit", pool))
             results[pool] = module_state(module)
-        return Parameters(prefix_names(results), samples=client.told_samples)
+        return Parameters(prefix_names(results), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> PoolAggregates:
         """One mean a pool, weighted by sample counts, or what is robust."""
@@ -136,7 +135,7 @@ class Codistillation(Method):
         for pool, mean in knowledge.items():
             # (1 − α) D_fed + α D_kd is the displacement to this point; at α = 0 and 1 it is the one end to the bit
             target = interpolate(mean, learnt[pool], self.alpha) if pool in learnt else mean
-            trained = {name for name, _ in server.runtime.template(pool).named_parameters()}
+            trained = {name for name, _ in server.runtime.shared_module(pool).named_parameters()}
             moments = server.state.setdefault("moments", {}).setdefault(pool, {})
             after[pool] = self.optimizer.step(before[pool], target, trained & before[pool].keys(), moments)
         if not self.merged and server.round % self.period == 0:
@@ -149,8 +148,8 @@ class Codistillation(Method):
     def _taught(self, server: Server, weights: Mapping[str, Weights]) -> dict[str, Weights]:
         """Every pool's weights after it has learnt from the others."""
         if server.task == "language":
-            return tokens_taught_by_others(server, weights, self.temperature)
-        return taught_by_others(server, weights, ResponseObjective("kl", self.temperature))
+            return codistill_tokens(server, weights, self.temperature)
+        return codistill(server, weights, ResponseObjective("kl", self.temperature))
 
     def _weights(self, server: Server) -> dict[str, Weights]:
         """Every pool's weights, the student's first."""

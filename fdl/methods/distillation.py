@@ -31,6 +31,7 @@ class Distillation(Method):
     """
 
     name = "distillation"
+    sends = ()
     tasks = ("classification",)
     requires = ("student", "teacher", "proxy", "pooled")
 
@@ -51,7 +52,7 @@ class Distillation(Method):
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Train the teacher, and let it answer the transfer set once."""
         if self.train_teacher:
-            server.fit(server.teacher, server.pooled, server.local, name="teacher")
+            server.fit(server.teacher, server.pooled, server.local_training, name="teacher")
         samples = server.proxy if self.transfer == "proxy" else server.pooled
         server.state["answers"] = server.predict(server.teacher, samples)
 
@@ -69,7 +70,7 @@ class Distillation(Method):
             # labels travel beside the answers, as one more column
             labels = server.pooled.labels.unsqueeze(1).to(answers.dtype)
             samples, objective = SoftLabelled(server.pooled, torch.cat([answers, labels], dim=1)), self._labelled
-        server.fit(server.student, samples, server.distil, objective, name="distil")
+        server.fit(server.student, samples, server.server_distil, objective, name="distil")
         return {}
 
     @mean_over(samples_of)

@@ -39,8 +39,8 @@ class FedLPFM(FedAvg):
         loss: how the proxy is compared with them, a name among `fdl.losses.responses.RESPONSE_LOSSES`. Losses between
             logits take the mean of logits for p.
         models: foundation models at a client, ≥ 1: its own entry of the specialists and those that follow it.
-        fine_tune: train each site's copies on its own data before they answer, with the `local` settings: once, or,
-            where data arrive in stages, once a stage from the public weights.
+        fine_tune: train each site's copies on its own data before they answer, with the `local_training` settings:
+            once, or, where data arrive in stages, once a stage from the public weights.
         optimizer: what the server does with the mean; None takes it as it is.
         robust: as in FedAvg.
     """
@@ -79,15 +79,15 @@ class FedLPFM(FedAvg):
 
     def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the proxy on private labels and on what the foundation models answer; return its weights."""
-        if self.weight == 0 or client.runtime.dry:  # a rehearsal measures messages, which no answer changes
+        if self.weight == 0 or client.runtime.is_dry_run:  # a dry run measures messages, which no answer changes
             return (yield from super().local_update(client, download))
-        with client.gate.open():  # what is read of a sample here goes into the fit with it, and nowhere else
+        with client.data_gate.open():  # what is read of a sample here goes into the fit with it, and nowhere else
             answers = self._answers(client)
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
             labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
-        yield FitRequest(proxy, labelled, client.local, self._taught)
-        return Parameters(module_state(proxy), samples=client.told_samples)
+        yield FitRequest(proxy, labelled, client.local_training, self._taught)
+        return Parameters(module_state(proxy), samples=client.reported_samples)
 
     def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, labels, answers = batch
@@ -104,32 +104,37 @@ class FedLPFM(FedAvg):
         """
         kept = client.state if self.fine_tune else client.cache
         if kept.get("answered_in") != client.stage:
-            logits = torch.stack([self._ask(client, i, module) for i, module in enumerate(self._models(client))])
+            logits = torch.stack([self._ask(client, i, name) for i, name in enumerate(self._architectures(client))])
             kept["answers"] = (logits if self.loss.form == "logits" else torch.softmax(logits, dim=2)).mean(0)
             kept["answered_in"] = client.stage
         return kept["answers"]
 
-    def _ask(self, client: Client, number: int, module: LightningModule) -> Tensor:
-        """One foundation model's logits on the private samples, which it may learn first; the template stays public."""
-        if not self.fine_tune:
-            return client.predict(module, client.train)
-        public = copy_of(module)
-        client.fit(module, client.train, client.local, name=f"fine_tune/{number}")
-        logits = client.predict(module, client.train)
-        load_into(module, public)
-        return logits
+    def _ask(self, client: Client, number: int, architecture: str) -> Tensor:
+        """One foundation model's logits on the private samples, which it may learn first; its weights stay public."""
+        with client.runtime.borrow(architecture) as module:
+            if not self.fine_tune:
+                return client.predict(module, client.train)
+            public = copy_of(module)
+            client.fit(module, client.train, client.local_training, name=f"fine_tune/{number}")
+            logits = client.predict(module, client.train)
+            load_into(module, public)
+            return logits
+
+    def _architectures(self, client: Client) -> list[str]:
+        """The architectures of the client's foundation models."""
+        known = architectures(client.runtime)
+        first = known.index(client.architecture)
+        return [known[(first + i) % len(known)] for i in range(self.models)]
 
     def _models(self, client: Client) -> list[LightningModule]:
         """The client's foundation models, as everybody has them."""
-        known = architectures(client.runtime)
-        first = known.index(client.architecture)
-        return [client.runtime.template(known[(first + i) % len(known)]) for i in range(self.models)]
+        return [client.runtime.shared_module(name) for name in self._architectures(client)]
 
     def _costs(self, client: Client, proxy: LightningModule) -> dict[str, float]:
         """What the round's training costs, what the foundation models cost once, and what an answer costs for good."""
         if "costs" not in client.cache:
             models, count = self._models(client), client.samples
-            seen = samples_seen(count, client.local)
+            seen = samples_seen(count, client.local_training)
             tuning = seen * sum(training_flops(client, module) for module in models) if self.fine_tune else 0
             client.cache["costs"] = {
                 "flops/training_a_round": float(seen * training_flops(client, proxy)),

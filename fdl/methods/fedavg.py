@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning import LightningModule
 from torch import Tensor
 
 from fdl.engine.requests import FitRequest, Requests
@@ -30,21 +31,22 @@ class FedAvg(Method):
     """
 
     name = "fedavg"
+    sends = (Parameters,)
 
     def __init__(self, optimizer: ServerOptimizer | None = None, robust: RobustRule | None = None):
         self.optimizer, self.robust = optimizer or Average(), robust
 
     def download(self, server: Server, client: int) -> Message:
         """The global weights, the same message for all clients of a round."""
-        return server.say("student", lambda: Parameters(module_state(server.student)))
+        return server.cached_download("student", lambda: Parameters(module_state(server.student)))
 
     def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the global model on private data and return its weights."""
         module = client.load(download.tensors, "student")
-        yield FitRequest(module, client.train, client.local, self.objective(module))
-        return Parameters(module_state(module), samples=client.told_samples)
+        yield FitRequest(module, client.train, client.local_training, self.objective(module))
+        return Parameters(module_state(module), samples=client.reported_samples)
 
-    def objective(self, module) -> Objective | None:
+    def objective(self, module: LightningModule) -> Objective | None:
         """What a client minimises; None for the module's own loss."""
         return None
 

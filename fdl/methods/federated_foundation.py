@@ -23,15 +23,16 @@ class FederatedFoundation(FedAvg):
     """Phases of centralised training on the server's public labelled data and of FedAvg alternate (arXiv 2305.11414).
 
     A round is one step of the phase that it belongs to: in a centralised one the server trains the student with the
-    recipe's `distil` settings on its own samples, and nothing is sent; in a federated one clients train and send what
-    the student's `tuning` makes trainable, all of it, low-rank updates or the head, with the recipe's `local` settings.
-    With a switch that never switches these are training at the server alone and FedAvg. A federated round in which
-    nobody is heard does not count towards its phase.
+    recipe's `server_distil` settings on its own samples, and nothing is sent; in a federated one clients train and send
+    what the student's `tuning` makes trainable, all of it, low-rank updates or the head, with the recipe's
+    `local_training` settings. With a switch that never switches these are training at the server alone and FedAvg. A
+    federated round in which nobody is heard does not count towards its phase.
 
     Args:
         mode: the phase to begin with: ``"pre_training"`` on public data, for a model that is new, or
             ``"fine_tuning"`` on private data, for one that is pretrained.
-        switch: when a phase ends: ``"plateau"``, ``"fixed"`` or ``"never"``; None is a plateau with its defaults.
+        switch: when a phase ends: ``"plateau"``, ``"fixed_phases"`` or ``"single_phase"``; None is a plateau with
+            its defaults.
         optimizer: what the server does with the clients' mean; None takes it as it is.
         robust: as in FedAvg.
     """
@@ -73,21 +74,21 @@ class FederatedFoundation(FedAvg):
         if federated:
             super().server_update(server, knowledge)
         else:
-            server.fit(server.student, server.public, server.distil)
+            server.fit(server.student, server.public, server.server_distil)
         return {"phase": float(federated)} | self._advance(server)
 
     def _federated(self, server: Server) -> bool:
         """Whether the round is of a federated phase; rehearsed is one, where any is to come."""
-        rehearsed = server.runtime.dry and self.switch.alternates
+        rehearsed = server.runtime.is_dry_run and self.switch.alternates
         return rehearsed or server.state["phase"]["name"] == FEDERATED
 
     def _advance(self, server: Server) -> dict[str, float]:
         """Count the round, and switch if it was the phase's last; returns what the switch has seen."""
         phase = server.state["phase"]
         name, rounds, memory = phase["name"], phase["rounds"] + 1, dict(phase["memory"])
-        if self.switch.ends(server, name, rounds, memory):
+        if self.switch.is_over(server, name, rounds, memory):
             other = CENTRALIZED if name == FEDERATED else FEDERATED
-            server.state["phase"] = {"name": other, "rounds": 0, "memory": self.switch.handover(memory)}
+            server.state["phase"] = {"name": other, "rounds": 0, "memory": self.switch.carry_over(memory)}
         else:
             server.state["phase"] = {"name": name, "rounds": rounds, "memory": memory}
         return self.switch.log(memory)

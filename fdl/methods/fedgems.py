@@ -27,9 +27,9 @@ class FedGEMS(Method):
     """The server's student learns from clients only where it is wrong and they are right (Cheng et al., 2021).
 
     The data module's `public` samples carry labels; the server and all clients have them. In a round every client
-    first learns ε CE + (1 − ε) KL(server ‖ client) on them, with the recipe's `digest` settings, then its private data,
-    and sends its logits of the public samples. The server asks its student which of them it gets right, and trains it,
-    with the `distil` settings, on
+    first learns ε CE + (1 − ε) KL(server ‖ client) on them, with the recipe's `client_distil` settings, then its
+    private data, and sends its logits of the public samples. The server asks its student which of them it gets right,
+    and trains it, with the `server_distil` settings, on
 
     - CE where it is right; its logits there are remembered;
     - ε CE + (1 − ε) KL(remembered ‖ student) where it is wrong now and was right before;
@@ -44,6 +44,7 @@ class FedGEMS(Method):
     """
 
     name = "fedgems"
+    sends = (Responses,)
     tasks = ("classification",)
     requires = ("student", "specialists", "public")
 
@@ -66,7 +67,7 @@ class FedGEMS(Method):
         """The student's logits of the public samples, None in the first round."""
         if "answers" not in server.state:
             return None
-        return server.say("all", lambda: Responses(server.state["answers"], "logits"))
+        return server.cached_download("all", lambda: Responses(server.state["answers"], "logits"))
 
     def local_update(self, client: Client, download: Responses | None) -> Requests[Responses]:
         """Learn from the server and from public labels, then from private data; answer the public samples."""
@@ -74,9 +75,9 @@ class FedGEMS(Method):
         if download is not None:
             shares = torch.full((len(labels),), 1 - self.epsilon)
             samples = SoftLabelled(client.public, labels, more=[download.values, shares])
-            yield FitRequest(specialist, samples, client.digest, _taught, name="digest")
-        yield FitRequest(specialist, client.train, client.local)
-        client.keep(specialist)
+            yield FitRequest(specialist, samples, client.client_distil, _taught, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
+        client.save_specialist(specialist)
         return Responses(client.predict(specialist, client.public), "logits")
 
     def aggregate(self, server: Server) -> RightOnes:
@@ -96,7 +97,7 @@ class FedGEMS(Method):
         shares[~right & remembered], shares[helped] = 1 - self.epsilon, 1.0
         server.state["memory"], server.state["remembered"] = memory, remembered | right
         samples = SoftLabelled(server.public, labels, more=[targets, shares])
-        server.fit(server.student, samples, server.distil, _taught, name="distil")
+        server.fit(server.student, samples, server.server_distil, _taught, name="distil")
         server.state["answers"] = server.predict(server.student, server.public)
         kinds = {"right": right, "remembered": ~right & remembered, "helped": helped}
         return {f"public/{name}": float(rows.float().mean()) for name, rows in kinds.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import RejectedMessageError, UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.losses.responses import cross_entropy, kd_loss
@@ -35,8 +36,8 @@ class FedGKT(Method):
     A client trains its specialist, a feature extractor with a small classification layer, on its private data for
     CE + w T² KL(server ‖ client), then sends what its layer `layer` gives for each private sample. The server trains
     the recipe's `teacher`, which takes these features for inputs, for CE + w T² KL(client ‖ server) with the recipe's
-    `distil` settings, and returns its logits of the client's samples. Who uses the result sends features to the server:
-    the model that is evaluated as a client's is its extractor with the server's model on top.
+    `server_distil` settings, and returns its logits of the client's samples. Who uses the result sends features to the
+    server: the model that is evaluated as a client's is its extractor with the server's model on top.
 
     Args:
         layer: dotted name of the layer of all specialists' networks whose output is sent; None is the embedding. The
@@ -46,6 +47,7 @@ class FedGKT(Method):
     """
 
     name = "fedgkt"
+    sends = (PrivateFeatures,)
     tasks = ("classification",)
     requires = ("specialists", "teacher")
 
@@ -56,9 +58,9 @@ class FedGKT(Method):
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that the server's model takes what extractors give, and keep its first weights."""
         one = server.test.subset(torch.tensor([0]))
-        shape = getattr(server.teacher, "input_shape", None)
+        shape = server.teacher.input_shape
         for key in architectures(server.runtime):
-            width = server.predict(server.runtime.template(key), one, self._features).shape[1]
+            width = server.predict(server.runtime.shared_module(key), one, self._features).shape[1]
             if shape is not None and prod(shape) != width:
                 raise UserError(
                     f"teacher: takes inputs of {list(shape)}, but {key} sends {width} features; "
@@ -77,14 +79,14 @@ class FedGKT(Method):
         samples, objective = client.train, None
         if download is not None and self.weight > 0:
             samples, objective = SoftLabelled(client.train, client.train.labels, more=[download.values]), self._taught
-        yield FitRequest(specialist, samples, client.local, objective)
-        client.keep(specialist)
+        yield FitRequest(specialist, samples, client.local_training, objective)
+        client.save_specialist(specialist)
         features, logits = (client.predict(specialist, client.train, what) for what in (self._features, "logits"))
         return PrivateFeatures(features, logits, client.train.labels)
 
     def aggregate(self, server: Server) -> _Everything:
         """All features of the round: memory grows with the number of private samples."""
-        shape = getattr(server.teacher, "input_shape", None)
+        shape = server.teacher.input_shape
         return _Everything(server.num_classes, None if shape is None else prod(shape))
 
     def server_update(self, server: Server, knowledge: Mapping[int, PrivateFeatures]) -> dict[str, float]:
@@ -93,7 +95,7 @@ class FedGKT(Method):
         features, logits, labels = (torch.cat([getattr(m, k) for m in said]) for k in ("features", "logits", "labels"))
         samples = SoftLabelled(TensorSamples(self._shaped(server.teacher, features)), labels, more=[logits])
         load_into(server.teacher, server.state["tail"])
-        server.fit(server.teacher, samples, server.distil, self._taught, name="distil")
+        server.fit(server.teacher, samples, server.server_distil, self._taught, name="distil")
         server.state["tail"] = copy_of(server.teacher)
         answers = server.predict(server.teacher, samples).split([len(m.labels) for m in said])
         fresh = {str(client): own.clone() for client, own in zip(sorted(knowledge), answers)}
@@ -120,7 +122,7 @@ class FedGKT(Method):
         return module(inputs, features=(self.layer,)).features[self.layer].flatten(1)
 
     def _shaped(self, tail: nn.Module, features: Tensor) -> Tensor:
-        return features.view(len(features), *getattr(tail, "input_shape", features.shape[1:]))
+        return features if tail.input_shape is None else features.view(len(features), *tail.input_shape)
 
 
 class _Joined(nn.Module):
@@ -134,7 +136,7 @@ class _Joined(nn.Module):
         return self.tail(self.method._shaped(self.tail, self.method._features(self.extractor, inputs)))
 
 
-class _Everything:
+class _Everything(Aggregate):
     """Keeps what every client of a round sent."""
 
     def __init__(self, num_classes: int, width: int | None):

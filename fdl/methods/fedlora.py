@@ -10,15 +10,15 @@ from torch import Tensor
 
 from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
+from fdl.knowledge.aggregation.lora_additions import additions_since, record_additions, take_in_additions
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
 from fdl.state.shards import is_sharded
 from fdl.state.weights import load_into, module_state
-
-_MERGE = "merge"
 
 
 class FedLoRA(Method):
@@ -36,6 +36,7 @@ class FedLoRA(Method):
     """
 
     name = "fedlora"
+    sends = (Parameters,)
 
     def __init__(self, aggregation: LoraAggregation | None = None):
         self.aggregation = aggregation or FedIT()
@@ -49,26 +50,28 @@ class FedLoRA(Method):
             )
         self.aggregation.check(adapted_layers(server.student), module_state(server.student))
         if self.aggregation.merges:
-            server.state["base"] = {"version": 0, "total": {}, "log": {}, "known": {}}
+            server.state["base"] = {"version": 0, "total": {}, "log": {}, "confirmed": {}}
 
     def download(self, server: Server, client: int) -> Message:
         """The updates and the head; one message for all sites that have confirmed the same additions."""
-        known = server.state["base"]["known"].get(str(client), 0) if self.aggregation.merges else 0
-        return server.say(f"since {known}", lambda: Parameters(self._global(server) | _since(server, known)))
+        known = server.state["base"]["confirmed"].get(str(client), 0) if self.aggregation.merges else 0
+        return server.cached_download(
+            f"since {known}", lambda: Parameters(self._global(server) | additions_since(server, known))
+        )
 
     def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the updates on private data and return them."""
-        template = client.runtime.template("student")
-        tensors = _take_in(client, download.tensors)
+        template = client.runtime.shared_module("student")
+        tensors = take_in_additions(client, download.tensors)
         if self.aggregation.fresh:
             tensors |= _fresh(client, adapted_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
-        yield FitRequest(module, client.train, client.local)
-        return Parameters(module_state(module), samples=client.told_samples)
+        yield FitRequest(module, client.train, client.local_training)
+        return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> _Updates:
         """Means of everything, and every site's matrices where the aggregation needs them."""
-        self.restored(server)
+        self.on_restore(server)
         return _Updates(server, self.aggregation.stacks)
 
     def server_update(self, server: Server, knowledge: _Updates) -> dict[str, float]:
@@ -89,15 +92,15 @@ class FedLoRA(Method):
                 added[layer.name] = dict(zip(("left", "right"), combined.update))
         load_into(server.student, tensors)
         if self.aggregation.merges:
-            server.state["base"] = _grown(server.state["base"], added, knowledge.heard)
-            self.restored(server)
+            server.state["base"] = record_additions(server.state["base"], added, knowledge.heard)
+            self.on_restore(server)
         return {}
 
-    def beside_student(self, server: Server) -> dict[str, Any]:
+    def student_extra_state(self, server: Server) -> dict[str, Any]:
         """What was added to the student's original weights."""
         return {"base": {"total": server.state["base"]["total"]}} if self.aggregation.merges else {}
 
-    def restored(self, server: Server) -> None:
+    def on_restore(self, server: Server) -> None:
         """Add to the student's original weights what the server's state says; these are no part of checkpoints."""
         total = server.state.get("base", {}).get("total")
         if total is None or server.cache.get("merged") is total:
@@ -117,7 +120,7 @@ class FedLoRA(Method):
         return state
 
 
-class _Updates:
+class _Updates(Aggregate):
     """One round's uploads: a running mean, and of the low-rank matrices copies, 4 · r · (in + out) bytes a site."""
 
     def __init__(self, server: Server, stacks: bool):
@@ -137,64 +140,6 @@ class _Updates:
 
     def result(self) -> _Updates | None:
         return self if self.heard else None
-
-
-def _product(part: Mapping[str, Tensor]) -> Tensor:
-    """The dense matrix, [out, in], that an addition stands for."""
-    return part["left"] @ part["right"]
-
-
-def _plus(total: Mapping[str, Tensor], added: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The sum of all additions after another one; the same operations at the server and at every site."""
-    return dict(total) | {
-        name: total[name] + _product(part) if name in total else _product(part) for name, part in added.items()
-    }
-
-
-def _grown(base: dict[str, Any], added: dict[str, dict[str, Tensor]], heard: Sequence[int]) -> dict[str, Any]:
-    """The server's record after a round: sites that were heard have confirmed all additions up to that round."""
-    known = base["known"] | {str(client): base["version"] for client in heard}
-    if not added:
-        return {**base, "known": known}
-    version, total = base["version"] + 1, _plus(base["total"], added)
-    log = base["log"] | {str(version): added}
-    # older additions are sent as their sum, which is smaller
-    dense = sum(tensor.numel() for tensor in total.values())
-    while sum(t.numel() for entry in log.values() for part in entry.values() for t in part.values()) > dense:
-        del log[min(log, key=int)]
-    return {"version": version, "total": total, "log": log, "known": known}
-
-
-def _since(server: Server, known: int) -> dict[str, Tensor]:
-    """The additions that a site has not confirmed, by ``merge/number/left or right or whole/layer``."""
-    base = server.state.get("base", {"version": 0})
-    numbers = range(known + 1, base["version"] + 1)
-    if all(str(number) in base["log"] for number in numbers):
-        return {
-            f"{_MERGE}/{number}/{side}/{layer}": tensor
-            for number in numbers
-            for layer, part in base["log"][str(number)].items()
-            for side, tensor in part.items()
-        }
-    return {f"{_MERGE}/{base['version']}/whole/{layer}": tensor for layer, tensor in base["total"].items()}
-
-
-def _take_in(client: Client, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Note in a site's state the additions that are new to it; returns all else that was sent."""
-    rest: dict[str, Tensor] = {}
-    additions: dict[int, dict[str, dict[str, Tensor]]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(f"{_MERGE}/"):
-            _, number, side, layer = name.split("/", 3)
-            additions.setdefault(int(number), {}).setdefault(layer, {})[side] = tensor
-        else:
-            rest[name] = tensor
-    for number, added in sorted(additions.items()):
-        base = client.state.get("base", {"version": 0, "total": {}})
-        if number > base["version"]:
-            whole = {layer: part["whole"] for layer, part in added.items() if "whole" in part}
-            client.state["base"] = {"version": number, "total": whole or _plus(base["total"], added)}
-    return rest
 
 
 def _fresh(client: Client, layers: Sequence[Adapted], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,21 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.engine.requests import FitRequest, Requests
-from fdl.errors import RejectedMessageError, UserError
+from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
+from fdl.knowledge.transfer.class_prototypes import ClassPrototypeMeans, NearestPrototype
 from fdl.losses.responses import cross_entropy
 from fdl.messages import Prototypes
 from fdl.methods.base import Method
 from fdl.modules.objectives import Objective
-from fdl.modules.output import Output
 from fdl.participants import Client, Server
-
-UNKNOWN = 30.0
-"""How far, in logits, a class without a prototype lies below the farthest of the others."""
 
 
 class FedProto(Method):
@@ -44,6 +40,7 @@ class FedProto(Method):
     """
 
     name = "fedproto"
+    sends = (Prototypes,)
     tasks = ("classification",)
     requires = ("specialists",)
 
@@ -59,8 +56,8 @@ class FedProto(Method):
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """See that all embeddings have one width."""
-        modules = {key: server.runtime.template(key) for key in architectures(server.runtime)}
-        widths = {key: module.embedding_dim for key, module in modules.items() if hasattr(module, "embedding_dim")}
+        modules = {key: server.runtime.shared_module(key) for key in architectures(server.runtime)}
+        widths = {key: module.embedding_dim for key, module in modules.items() if module.embedding_dim is not None}
         if len(set(widths.values())) > 1:
             said = ", ".join(f"{key} {width}" for key, width in widths.items())
             raise UserError(f"specialists: prototypes need embeddings of one width, got {said}")
@@ -71,25 +68,29 @@ class FedProto(Method):
         if common is None:
             return None
         labels = torch.nonzero(common["counts"]).squeeze(1)
-        return server.say("all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels]))
+        return server.cached_download(
+            "all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels])
+        )
 
     def local_update(self, client: Client, download: Prototypes | None) -> Requests[Prototypes]:
         """Train on private data near the common prototypes, and return those of one's own."""
         specialist = client.specialist()
-        objective = None if download is None or self.weight == 0 else self._near(client, download)
-        yield FitRequest(specialist, client.train, client.local, objective)
-        client.keep(specialist)
-        self._judge(client, specialist, download)
+        objective = None if download is None or self.weight == 0 else self._prototype_objective(client, download)
+        yield FitRequest(specialist, client.train, client.local_training, objective)
+        client.save_specialist(specialist)
+        self._log_accuracy(client, specialist, download)
         embeddings = client.predict(specialist, client.train, "embedding")
         labels, members, counts = client.train.labels.unique(return_inverse=True, return_counts=True)
         means = torch.zeros(len(labels), embeddings.shape[1], dtype=torch.float64)
         means.index_add_(0, members, embeddings.double()).div_(counts.unsqueeze(1))
         return Prototypes(means.float(), labels, counts)
 
-    def aggregate(self, server: Server) -> _ClassMeans:
+    def aggregate(self, server: Server) -> ClassPrototypeMeans:
         """Means by class."""
         known = server.state.get("prototypes")
-        return _ClassMeans(server.num_classes, None if known is None else known["values"].shape[1], self.by_samples)
+        return ClassPrototypeMeans(
+            server.num_classes, None if known is None else known["values"].shape[1], self.by_samples
+        )
 
     def server_update(self, server: Server, knowledge: dict[str, Tensor]) -> dict[str, float]:
         """Take the new prototypes; a class of which there is none keeps the last."""
@@ -106,9 +107,9 @@ class FedProto(Method):
         specialist, common = client.specialist(), server.state.get("prototypes")
         if not self.by_prototype or common is None:
             return specialist
-        return _Nearest(specialist, common["values"], common["counts"] > 0)
+        return NearestPrototype(specialist, common["values"], common["counts"] > 0)
 
-    def _near(self, client: Client, common: Prototypes) -> Objective:
+    def _prototype_objective(self, client: Client, common: Prototypes) -> Objective:
         """Cross entropy and the squared distance to the class's prototype, mean over samples and dimensions."""
         centres = torch.zeros(client.num_classes, common.values.shape[1])
         centres[common.labels], known = common.values, torch.zeros(client.num_classes)
@@ -126,9 +127,9 @@ class FedProto(Method):
 
         return loss
 
-    def _judge(self, client: Client, specialist: nn.Module, common: Prototypes | None) -> None:
+    def _log_accuracy(self, client: Client, specialist: nn.Module, common: Prototypes | None) -> None:
         """Note how often head and nearest common prototype are right on held-out samples."""
-        if common is None or len(client.calibration) == 0 or client.runtime.dry:
+        if common is None or len(client.calibration) == 0 or client.runtime.is_dry_run:
             return
         labels = client.calibration.labels
         nearest = torch.cdist(client.predict(specialist, client.calibration, "embedding"), common.values.float())
@@ -138,62 +139,3 @@ class FedProto(Method):
         }
         shares = {f"held_out/{who}": float((answer == labels).float().mean()) for who, answer in chosen.items()}
         client.metrics.update(shares)
-
-
-class _Nearest(nn.Module):
-    """Answers by the squared distance of an embedding to every class's prototype, which is a softmax over -d².
-
-    Args:
-        module: the model below.
-        centres: prototypes [C, d].
-        known: which classes have one, bool [C]; the others come last, e⁻³⁰ times as likely as the farthest of these.
-    """
-
-    def __init__(self, module: LightningModule, centres: Tensor, known: Tensor):
-        super().__init__()
-        self.module, self.centres, self.known = module, centres, known
-
-    def forward(self, inputs: Any) -> Output:
-        output = self.module(inputs)
-        embedding = output.embedding.float()
-        apart = (embedding.unsqueeze(1) - self.centres.to(embedding)).square().sum(2)
-        known = self.known.to(embedding.device)
-        farthest = apart[:, known].amax(1, keepdim=True)
-        return Output(torch.where(known, -apart, -farthest - UNKNOWN), output.embedding, {})
-
-
-class _ClassMeans:
-    """Sums prototypes of each class over clients.
-
-    Args:
-        num_classes: C.
-        width: of an embedding, None where the first upload tells.
-        by_samples: whether a prototype counts by its samples.
-    """
-
-    def __init__(self, num_classes: int, width: int | None, by_samples: bool):
-        self.num_classes, self.width, self.by_samples = num_classes, width, by_samples
-        self.sums: Tensor | None = None
-        self.counts = torch.zeros(num_classes, dtype=torch.int64)
-
-    def add(self, message: Prototypes, client: int) -> None:
-        if not isinstance(message, Prototypes):
-            raise RejectedMessageError(f"expected prototypes, got {message.kind}")
-        message.validate()
-        labels, width = message.labels, self.width or message.values.shape[1]
-        if message.values.shape[1] != width:
-            raise RejectedMessageError(f"expected prototypes [m, {width}], got {list(message.values.shape)}")
-        if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
-            raise RejectedMessageError(f"a prototype's class lies outside of 0 … {self.num_classes - 1}")
-        if len(labels.unique()) < len(labels):
-            raise RejectedMessageError("several prototypes of one class")
-        weights = message.counts if self.by_samples else torch.ones_like(message.counts)
-        if self.sums is None:
-            self.width, self.sums = width, torch.zeros(self.num_classes, width, dtype=torch.float64)
-        self.sums.index_add_(0, labels, message.values.double() * weights.unsqueeze(1))
-        self.counts.index_add_(0, labels, weights)
-
-    def result(self) -> dict[str, Tensor] | None:
-        if self.sums is None:
-            return None
-        return {"values": (self.sums / self.counts.clamp_min(1).unsqueeze(1)).float(), "counts": self.counts}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,15 +11,15 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.losses.proximal import proximal
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.objectives import Objective, training_step
+from fdl.modules.objectives import Objective, PenalizedObjective, pads
+from fdl.modules.tracing import traceable
 from fdl.robust.base import RobustRule
 
 
+@traceable
 @dataclass(eq=False)
-class ProximalObjective:
+class ProximalObjective(PenalizedObjective):
     """A module's own loss and a proximal term.
-
-    A dataclass, so that the batched executor can tell the one client's tensors from what all clients share.
 
     Attributes:
         anchor: the weights near which it is held.
@@ -32,17 +31,13 @@ class ProximalObjective:
     mu: float
     ignores_padding: bool
 
-    def __call__(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
-        """The losses of one batch."""
-        return self.held(training_step(module, batch), self.penalty(list(module.parameters()), self.anchor))
-
     def penalty(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
         """The proximal term: a sum over weights alone, so that it can be taken of parts of them."""
         return proximal(parameters, anchor, self.mu)
 
-    def held(self, parts: Mapping[str, Tensor], term: Tensor) -> dict[str, Tensor]:
+    def combined(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
         """The module's own losses with the term."""
-        return {**parts, "loss": parts["loss"] + term, "proximal": term}
+        return {**losses, "loss": losses["loss"] + penalty, "proximal": penalty}
 
 
 class FedProx(FedAvg):
@@ -65,4 +60,4 @@ class FedProx(FedAvg):
     def objective(self, module: nn.Module) -> Objective:
         """The module's own loss and the proximal term around the weights that were sent."""
         anchor = [parameter.detach().clone() for parameter in module.parameters()]
-        return ProximalObjective(anchor, self.mu, getattr(module.training_step, "ignores_padding", False))
+        return ProximalObjective(anchor, self.mu, pads(module.training_step))

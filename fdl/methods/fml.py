@@ -25,7 +25,7 @@ class FML(FedAvg):
     student's architecture, learn from the labels and from each other's answers:
     L_f = α CE + (1 − α) T² KL(p_g ‖ p_f) and L_g = β CE + (1 − β) T² KL(p_f ‖ p_g). Whoever teaches does not learn from
     it. Memes are averaged as in FedAvg; personal models never leave their site. Both are trained by one optimiser with
-    the recipe's `local` settings, whose gradient clip holds for the two together.
+    the recipe's `local_training` settings, whose gradient clip holds for the two together.
 
     Args:
         alpha: α, share of the labels in the personal model's loss, in [0, 1]; 1 is local training.
@@ -60,9 +60,9 @@ class FML(FedAvg):
         meme, personal = client.load(download.tensors, "student"), client.specialist()
         both = nn.ModuleDict({"meme": meme, "personal": personal})
         both.train()  # a fresh container says that it trains, whatever its parts did last
-        yield FitRequest(both, client.train, client.local, self.mutual)
-        client.keep(personal)
-        return Parameters(module_state(meme), samples=client.told_samples)
+        yield FitRequest(both, client.train, client.local_training, self.mutual)
+        client.save_specialist(personal)
+        return Parameters(module_state(meme), samples=client.reported_samples)
 
     def mutual(self, both: nn.ModuleDict, batch: Any) -> Mapping[str, Tensor]:
         """The sum of both losses; no gradient of the one reaches the other's model."""

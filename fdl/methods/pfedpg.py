@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
@@ -43,7 +44,8 @@ class PFedPG(Method):
     """
 
     name = "pfedpg"
-    sends_changes = True
+    sends = (Parameters,)
+    uploads_are_deltas = True
 
     def __init__(self, prompts: list[str] | None = None, width: int = 32, steps: int = 10, lr: float = 0.5):
         for key, value in (("width", width), ("steps", steps)):
@@ -77,10 +79,12 @@ class PFedPG(Method):
         """Train prompts and head on private data, keep the head, return what changed of the prompts."""
         module = client.specialist()  # at first a fresh one, whose head nobody else has
         load_into(module, {**module_state(module), **download.tensors})
-        yield FitRequest(module, client.train, client.local)
-        client.keep(module)
+        yield FitRequest(module, client.train, client.local_training)
+        client.save_specialist(module)
         after = client.state["specialist"]
-        return Parameters({k: after[k] - before.cpu() for k, before in download.tensors.items()}, client.told_samples)
+        return Parameters(
+            {k: after[k] - before.cpu() for k, before in download.tensors.items()}, client.reported_samples
+        )
 
     def aggregate(self, server: Server) -> _Changes:
         """All changes, by site."""
@@ -137,7 +141,7 @@ class PFedPG(Method):
         return {k: part.reshape(tensor.shape).to(tensor.dtype) for (k, tensor), part in zip(made.items(), rows)}
 
 
-class _Changes:
+class _Changes(Aggregate):
     """One round's uploads by site: 4 · M · D bytes each."""
 
     def __init__(self, like: Mapping[str, Tensor]):

@@ -12,11 +12,12 @@ class SingleSite(Method):
     """Every client trains its specialist on its own data and tells nobody."""
 
     name = "single_site"
+    sends = ()
     requires = ("specialists",)
 
     def local_update(self, client: Client, download: Message | None) -> Requests[Message | None]:
         """Train the specialist further."""
         specialist = client.specialist()
-        yield FitRequest(specialist, client.train, client.local)
-        client.keep(specialist)
+        yield FitRequest(specialist, client.train, client.local_training)
+        client.save_specialist(specialist)
         return None

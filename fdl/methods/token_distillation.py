@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
@@ -16,6 +16,7 @@ from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
 from fdl.knowledge.confidence.tokens import TokenConfidence
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
 from fdl.knowledge.distillation.targets import SoftLabelled
+from fdl.knowledge.distillation.token_objective import TokenObjective
 from fdl.knowledge.distillation.token_upload import (
     TokenUploadBuilder,
     drawn_message,
@@ -23,20 +24,12 @@ from fdl.knowledge.distillation.token_upload import (
     translates,
     vocabulary,
 )
-from fdl.losses.tokens import next_token_and_sparse, sparse_distillation
 from fdl.messages.sparse_responses import SparseResponses
 from fdl.methods.base import Method
-from fdl.modules.objectives import mean_over
-from fdl.modules.types import Batch
 from fdl.participants import Client, Participant, Server
-from fdl.utils.arguments import at_least, not_negative, positive
+from fdl.utils.arguments import at_least
 
 _CAPACITY = 4  # ids a token that the mixture keeps, for each that a client may send
-_LOGITS = 1 << 22  # values of a head's output that exist at a time
-
-
-def _answered_tokens(batch: Batch) -> int:
-    return int((batch[1][..., 0] >= 0).sum())
 
 
 class TokenDistillation(Method):
@@ -61,13 +54,14 @@ class TokenDistillation(Method):
         temperature: that softens both the answers and the learner's distribution; > 0.
         ground_truth: weight of the plain next-token loss on the proxy text beside the distillation's, ≥ 0.
         feedback: whether clients receive the mixture, and learn from it, from the second round on.
-        subsample: share of the proxy windows that is answered in a round, the same ones by all clients.
-        cap: equal shares of the weight of a round that one client may have at most, whatever confidence it declares,
-            ≥ 1; None for any.
-        cap_over: whether the cap holds over a round, or for each token.
+        proxy_fraction: share of the proxy windows that is answered in a round, the same ones by all clients.
+        max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence it
+            declares, ≥ 1; None for any.
+        max_client_share_over: whether the limit holds over a round, or for each token.
     """
 
     name = "token_distillation"
+    sends = (SparseResponses,)
     tasks = ("language",)
     requires: ClassVar[tuple[str, ...]] = ("student", "specialists", "proxy")
 
@@ -81,27 +75,31 @@ class TokenDistillation(Method):
         temperature: float = 1.0,
         ground_truth: float = 0.0,
         feedback: Literal["aggregate", "none"] = "aggregate",
-        subsample: float = 1.0,
-        cap: float | None = 2.0,
-        cap_over: Literal["round", "row"] = "round",
+        proxy_fraction: float = 1.0,
+        max_client_share: float | None = 2.0,
+        max_client_share_over: Literal["round", "row"] = "round",
     ):
-        for key, value in (("mass", mass), ("subsample", subsample)):
+        for key, value in (("mass", mass), ("proxy_fraction", proxy_fraction)):
             if not 0 < value <= 1:
                 raise UserError(f"{key} must be in (0, 1], got {value}")
         if not 1 <= draws <= 255:
             raise UserError(f"draws must be in 1 … 255, got {draws}")
-        self.mode, self.subsample, self.feedback, self.cap = mode, subsample, feedback, Cap.of(cap, cap_over)
-        self.temperature = positive("temperature", temperature)
-        self.ground_truth = not_negative("ground_truth", ground_truth)
+        self.mode, self.proxy_fraction, self.feedback, self.cap = (
+            mode,
+            proxy_fraction,
+            feedback,
+            Cap.of(max_client_share, max_client_share_over),
+        )
+        self.objective = TokenObjective(mode, temperature, ground_truth)
         drawn = draws if mode == "sampled" else None
-        self.answering = TokenUploadBuilder(at_least("k", k, 1), mass, drawn, self.temperature, confidence)
+        self.answering = TokenUploadBuilder(at_least("k", k, 1), mass, drawn, self.objective.temperature, confidence)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
         """Check that all models speak of the same tokens, and note who only answers in them."""
         require_language_model(server, server.student, "student")
         answering = set()
         for architecture in sorted({client.architecture for client in clients}):
-            module = server.runtime.template(architecture)
+            module = server.runtime.shared_module(architecture)
             require_language_model(server, module, f"specialist {architecture}", learns=False)
             if translates(module):
                 answering.add(architecture)
@@ -116,69 +114,38 @@ class TokenDistillation(Method):
         """The last round's mixture, one message for all clients that can learn from it."""
         if "answers" not in server.state or client in server.state["answering"]:
             return None
-        return server.say("answers", lambda: SparseResponses(**server.state["answers"]))
+        return server.cached_download("answers", lambda: SparseResponses(**server.state["answers"]))
 
     def local_update(self, client: Client, download: SparseResponses | None) -> Requests[SparseResponses]:
         """Learn from what came back, train on private text, answer the proxy text."""
         specialist = client.specialist()
-        rows = rows_of_round(client, self.subsample)
+        rows = rows_of_round(client, self.proxy_fraction)
         if download is not None:
             mixture = self._mixture(client, download.rows, weighted=False)
             mixture.add(download, -1)
             drawn = download.form == "sampled"  # the likeliest ids leave a tail, which draws do not have
-            objective = self.objective if drawn == (self.mode == "sampled") else self.likeliest
-            yield FitRequest(specialist, _answered(client, mixture.result()), client.digest, objective, name="digest")
-        yield FitRequest(specialist, client.train, client.local)
-        client.keep(specialist)
+            objective = self.objective if drawn == (self.mode == "sampled") else self.objective.of_likeliest
+            samples = _answered(client, mixture.result())
+            yield FitRequest(specialist, samples, client.client_distil, objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
+        client.save_specialist(specialist)
         return self.answering.upload(client, specialist, rows)
 
     def aggregate(self, server: Server) -> TokenMixture:
         """The mixture of the clients' answers, token by token."""
-        rows = rows_of_round(server, self.subsample)
+        rows = rows_of_round(server, self.proxy_fraction)
         weighted = self.answering.confidence is not None
         return self._mixture(server, rows, weighted)
 
     def server_update(self, server: Server, knowledge: TokenKnowledge) -> dict[str, float]:
         """Distil the student from the mixture, and keep what is to be sent back."""
-        objective = self.objective if self.ground_truth > 0 else self.response
-        server.fit(server.student, _answered(server, knowledge), server.distil, objective, name="distil")
+        objective = self.objective if self.objective.ground_truth > 0 else self.objective.of_responses
+        server.fit(server.student, _answered(server, knowledge), server.server_distil, objective, name="distil")
         if self.feedback == "aggregate":
             message = self._message(server, knowledge)
             fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
             server.state["answers"] = {name: value for name, value in fields.items() if value is not None}
         return {"coverage": float(knowledge.coverage.float().mean())}
-
-    def objective(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The named parts of a learner's loss; ``loss`` is their weighted sum.
-
-        Args:
-            module: the learner.
-            batch: tokens [B, T], ids and probabilities of the answers [B, T, C].
-        """
-        return self._parts(module, batch, self.mode)
-
-    def likeliest(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """As `objective`, of answers in another form than the mode's: the likeliest ids with a tail."""
-        return self._parts(module, batch, "tail")
-
-    def _parts(
-        self, module: nn.Module, batch: Batch, mode: Literal["tail", "sampled", "renormalised"]
-    ) -> dict[str, Tensor]:
-        tokens, ids, probabilities = batch
-        hidden, chunk = module.hidden(tokens), max(1, _LOGITS // module.vocab_size)
-        answers = (ids.long(), probabilities, mode, ids[..., 0] >= 0, self.temperature, chunk)
-        if self.ground_truth > 0:
-            following, response = next_token_and_sparse(hidden, module.head, tokens, *answers)
-            parts, loss = {"response": response, "next_token": following}, response + self.ground_truth * following
-        else:
-            loss = sparse_distillation(hidden, module.head, *answers)
-            parts = {"response": loss}
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
-
-    @mean_over(_answered_tokens)
-    def response(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """As `objective`, where there are only answers to learn from, so that the loss is one mean."""
-        return self.objective(module, batch)
 
     def _message(self, server: Server, knowledge: TokenKnowledge) -> SparseResponses:
         """The mixture as it goes down, in the form of the answers that come up, for which the mode's loss is right."""

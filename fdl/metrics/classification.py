@@ -1,9 +1,8 @@
-"""Metrics of a model's answers, and of a federation as a whole.
+"""Classification metrics.
 
-What a model answers is counted class by class: of n answers to C classes nothing larger than ``[n, C]`` or ``[C, C]``
-is ever made. (The multi-class metrics of torchmetrics, made deterministic, compare every answer with every cell of the
-confusion matrix: 9 n C² bytes, 90 GB for 10,000 answers to 1,000 classes.) Metrics of a federation are short formulas
-over numbers that a run has already recorded.
+Predictions are counted per class: for n predictions of C classes, no tensor is larger than ``[n, C]`` or ``[C, C]``.
+(The multi-class metrics of torchmetrics, in deterministic mode, compare every prediction with every cell of the
+confusion matrix, which takes 9 n C² bytes: 90 GB for 10,000 predictions of 1,000 classes.)
 """
 
 from __future__ import annotations
@@ -19,11 +18,8 @@ from torchmetrics.functional.classification import binary_calibration_error
 from fdl.errors import UserError
 from fdl.utils.suggest import suggest
 
-# --- a model's answers
-
-
 _ROWS = 1024
-"""Answers of which probabilities are held at a time."""
+"""Number of rows whose probabilities are in memory at a time."""
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,7 +40,7 @@ def _macro_f1(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _ece(logits: Tensor, labels: Tensor) -> Tensor:
-    # softmax here: torchmetrics takes logits that happen to lie in [0, 1] for probabilities
+    # softmax is taken here, because torchmetrics treats logits that happen to lie in [0, 1] as probabilities
     confidence = torch.cat([part.softmax(1).amax(1) for part in logits.split(_ROWS)])
     right = (logits.argmax(1) == labels).long()
     return binary_calibration_error(confidence, right, n_bins=15, validate_args=False)
@@ -57,40 +53,51 @@ CLASSIFICATION_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ece": _ece,
     "top5": _top5,
 }
-"""Metrics of logits ``[n, C]`` against labels ``[n]`` by name.
+"""Metrics of logits ``[n, C]`` and labels ``[n]`` by name.
 
-``accuracy`` and ``top5`` are shares of the rows; ``nll`` is in nats; ``macro_f1`` averages over the classes that occur
-among the labels or the predictions; ``ece`` is the expected calibration error over 15 equal bins.
+``accuracy`` and ``top5`` are fractions of rows; ``nll`` is in nats; ``macro_f1`` averages over the classes that occur
+among the labels or the predictions; ``ece`` is the expected calibration error with 15 bins of equal width.
 """
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Count answers by true and predicted class.
+    """Count predictions by true and predicted class.
 
     Args:
-        predicted: class of each answer, int64 [n].
+        predicted: predicted classes, int64 [n].
         labels: true classes, int64 [n].
-        classes: how many there are.
+        classes: number of classes.
 
     Returns:
-        int64 [classes, classes], true by predicted.
+        int64 [classes, classes]; rows are true classes, columns predicted ones.
+
+    Example:
+        >>> import torch
+        >>> confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), classes=2)
+        tensor([[1, 1],
+                [0, 1]])
     """
     return (labels * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
 
 
 def classification(logits: Tensor, labels: Tensor, names: Sequence[str] = ("accuracy",)) -> dict[str, float]:
-    """Measure a classifier's answers.
+    """Compute classification metrics of logits.
 
     Args:
         logits: ``[n, C]``.
         labels: ``[n]`` int64, on the same device.
-        names: which of `CLASSIFICATION_METRICS`.
+        names: the metrics to compute, keys of `CLASSIFICATION_METRICS`.
 
     Returns:
-        One number a name, in the order asked; ``nan`` for each where n is 0.
+        One number per name, in the given order; ``nan`` if n is 0.
 
     Raises:
         UserError: a name is unknown.
+
+    Example:
+        >>> import torch
+        >>> classification(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]), ["accuracy"])
+        {'accuracy': 0.5}
     """
     for name in names:
         if name not in CLASSIFICATION_METRICS:
@@ -99,6 +106,3 @@ def classification(logits: Tensor, labels: Tensor, names: Sequence[str] = ("accu
         return dict.fromkeys(names, math.nan)
     logits = logits.float()
     return {name: CLASSIFICATION_METRICS[name](logits, labels).item() for name in names}
-
-
-# --- a federation

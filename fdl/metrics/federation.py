@@ -8,28 +8,39 @@ from typing import Any
 
 
 def knowledge_transfer_efficiency(federated: float, central: float) -> float:
-    """Return the federated model's score as a share of the centralised model's, ``nan`` where the latter is 0.
+    """Compute the knowledge-transfer efficiency (KTE): the federated score as a fraction of the centralised one.
 
     Args:
-        federated: accuracy, or another score where more is better and 0 is worst.
+        federated: accuracy of the federated model, or another score for which more is better and 0 is worst.
         central: the same score of a model trained on the pooled data.
+
+    Returns:
+        ``federated / central``; ``nan`` if `central` is 0.
+
+    Example:
+        >>> knowledge_transfer_efficiency(federated=0.81, central=0.9)
+        0.9
     """
     return federated / central if central else math.nan
 
 
 def recovered_gap(single: float, federated: float, central: float) -> float:
-    """Return which share of the way from one site's score to the centralised score the federation goes.
+    """Compute the recovered gap: the fraction of the distance from single-site to centralised training covered.
 
-    0 is a single site alone, 1 the centralised model; below 0 the federation harms. It is the knowledge-transfer
-    efficiency of losses, too: a ratio of NLLs or perplexities has no such fixed points.
+    0 is a single site alone, 1 the centralised model; below 0, federation does harm. Unlike KTE it also applies to
+    losses, for which a ratio of NLLs or perplexities has no such fixed points.
 
     Args:
-        single: the score, or loss, of (the mean of) models trained at one site and never taught by others.
-        federated: the same of the federated model.
-        central: the same of a model trained on the pooled data.
+        single: score or loss of models trained at one site without any federation (mean over sites).
+        federated: score or loss of the federated model.
+        central: score or loss of a model trained on the pooled data.
 
     Returns:
-        ``(federated - single) / (central - single)``, ``nan`` where the two ends are equal.
+        ``(federated - single) / (central - single)``; ``nan`` if `central` equals `single`.
+
+    Example:
+        >>> recovered_gap(single=0.5, federated=0.875, central=1.0)
+        0.75
     """
     return (federated - single) / (central - single) if single != central else math.nan
 
@@ -37,15 +48,20 @@ def recovered_gap(single: float, federated: float, central: float) -> float:
 def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Estimate a difference from pairs, e.g. of runs with the same seed, with Student's t interval.
+    """Estimate the mean of paired differences, e.g. of runs with equal seeds, with Student's t interval.
 
     Args:
-        ours: a score a pair.
-        theirs: what it is compared with, likewise.
-        level: of confidence.
+        ours: one score per pair.
+        theirs: the score it is compared with, per pair.
+        level: confidence level of the interval, in (0, 1).
 
     Returns:
-        The mean of ``ours - theirs`` and the ends of its interval, ``nan`` where there are fewer than two pairs.
+        The mean of ``ours - theirs`` and the two ends of its interval, which are ``nan`` for fewer than two pairs.
+
+    Example:
+        >>> mean, low, high = paired_difference([0.90, 0.92, 0.94], [0.89, 0.90, 0.91])
+        >>> print(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        0.020 [-0.005, 0.045]
     """
     from scipy.stats import t
 
@@ -60,15 +76,19 @@ def paired_difference(
 
 
 def equity(gains: Sequence[float]) -> dict[str, float]:
-    """Measure how evenly the participants gain.
+    """Measure how evenly gains are distributed over participants.
 
     Args:
-        gains: each participant's gain from taking part, e.g. its accuracy after minus before.
+        gains: one gain per participant, e.g. its accuracy after the federation minus before.
 
     Returns:
-        ``variance`` of the gains (over the population, not an estimate), the ``minimum``, and ``jain``, the index
-        ``(Σ g)² / (N Σ g²)``: 1 where all gain equally, 1/N where one takes it all, ``nan`` where a gain is negative
-        or all are 0 (the index is not defined there). All are ``nan`` without participants.
+        ``variance``, the population variance of the gains; ``minimum``; and ``jain``, Jain's fairness index
+        ``(Σ g)² / (N Σ g²)``: 1 if all gain equally, 1/N if only one gains, ``nan`` if a gain is negative or all are 0
+        (where the index is undefined). All are ``nan`` if `gains` is empty.
+
+    Example:
+        >>> equity([0.0, 0.5])
+        {'variance': 0.0625, 'minimum': 0.0, 'jain': 0.5}
     """
     if not gains:
         return {"variance": math.nan, "minimum": math.nan, "jain": math.nan}
@@ -82,12 +102,36 @@ def equity(gains: Sequence[float]) -> dict[str, float]:
 
 
 def metric_by_round(records: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
-    """Pick one metric out of a run's records: round → value, of the rounds that measured it."""
+    """Collect one metric from a run's records.
+
+    Args:
+        records: entries of the run's history.
+        metric: name of the metric, e.g. ``"student/accuracy"``.
+
+    Returns:
+        Value by round, for the rounds in which it was measured.
+
+    Example:
+        >>> records = [{"round": 1, "metrics": {"student/test/accuracy": 0.8}}, {"round": 2, "metrics": {}}]
+        >>> metric_by_round(records, "student/test/accuracy")
+        {1: 0.8}
+    """
     return {record["round"]: record["metrics"][metric] for record in records if metric in record.get("metrics", {})}
 
 
 def bytes_by_round(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """Pick the bytes sent since the start out of a run's records, up and down together, without set-up costs."""
+    """Collect the cumulative bytes sent, uploads and downloads together, without set-up costs.
+
+    Args:
+        records: entries of the run's history.
+
+    Returns:
+        Bytes since the start of the run by round.
+
+    Example:
+        >>> bytes_by_round([{"round": 1, "communication": {"upload_bytes": 70, "download_bytes": 30}}])
+        {1: 100}
+    """
     return {
         record["round"]: record["communication"]["upload_bytes"] + record["communication"]["download_bytes"]
         for record in records
@@ -95,18 +139,23 @@ def bytes_by_round(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
 
 
 def rounds_to_target(history: Mapping[int, float], target: float, window: int = 3) -> int | None:
-    """Return the first round whose running mean reaches the target.
+    """Find the first round whose running mean reaches a target.
 
-    The mean is over this and the ``window - 1`` measured rounds before it, so that one lucky round does not count.
-    Round 0, before the first exchange, is left out.
+    The mean is over this round and the ``window - 1`` measured rounds before it, so that a single lucky round does not
+    count. Round 0, before the first exchange, is left out.
 
     Args:
-        history: round → score, more is better, e.g. from `metric_by_round`.
+        history: score by round, more is better, e.g. from `metric_by_round`.
         target: the score to reach.
-        window: how many measured rounds are averaged.
+        window: number of measured rounds averaged.
 
     Returns:
-        The round, or None where the run ended before ("censored").
+        The round; None if the target was not reached ("censored").
+
+    Example:
+        >>> history = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.9}
+        >>> rounds_to_target(history, 0.8), rounds_to_target(history, 0.8, window=1)
+        (4, 2)
     """
     rounds = sorted(round for round in history if round > 0)
     for end in range(window, len(rounds) + 1):

@@ -1,4 +1,4 @@
-"""How well a language model predicts held-out text."""
+"""Language-model metrics on held-out text."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ if TYPE_CHECKING:
     from fdl.metrics.predictor import Predictor
 
 _TOKENS = 2048
-"""Positions whose logits exist at once: with 50,000 tokens in the vocabulary, 400 MB of float32."""
+"""Number of positions whose logits are in memory at a time: 400 MB of float32 for a vocabulary of 50,000 tokens."""
 
 _ROWS = 512
-"""Windows read at a time to count tokens and bytes."""
+"""Number of windows read at a time to count tokens and bytes."""
 
 
 def language(predictor: Predictor, module: LightningModule, samples: Samples, names: Sequence[str]) -> dict[str, float]:
-    """Measure a language model on packed windows of text.
+    """Compute metrics of a language model on packed windows of text.
 
-    Every predicted token counts alike, however the windows fall into batches; padding does not count, and neither does
-    the first token of a window, which nothing predicts.
+    All predicted tokens have equal weight, regardless of the batches; padding and the first token of each window, which
+    is not predicted, do not count.
 
     Args:
-        predictor: whose runtime answers, and whose data have the tokenizer that ``bits_per_byte`` needs.
-        module: gives ``token_nll(tokens)``, and for ``token_accuracy`` also ``hidden(tokens)`` and ``head``.
-        samples: windows of one length, int64 [T], padded on the right with -1.
-        names: of the metrics. ``nll``: negative log-likelihood in nats a token; ``perplexity``: its exponential;
-            ``bits_per_byte``: the nll in bits over the bytes of the predicted text, so that models with different
-            tokenizers compare; ``token_accuracy``: share of the tokens that had the largest probability.
+        predictor: the participant that runs the model; for ``bits_per_byte`` its data must have a tokenizer.
+        module: the model, with a method ``token_nll(tokens)``, and for ``token_accuracy`` ``hidden(tokens)`` and
+            ``head``.
+        samples: windows of equal length, int64 [T], padded on the right with -1.
+        names: the metrics to compute. ``nll``: negative log-likelihood in nats per token; ``perplexity``: its
+            exponential; ``bits_per_byte``: the total nll in bits divided by the bytes of the predicted text, which is
+            comparable across tokenizers; ``token_accuracy``: fraction of tokens that had the largest probability.
 
     Returns:
-        One number a name, in the order asked; ``nan`` for each where nothing is predicted.
+        One number per name, in the given order; ``nan`` if no token is predicted.
     """
     tokens, size = count(predictor, samples, "bits_per_byte" in names)
     if not tokens:
@@ -58,15 +59,15 @@ def language(predictor: Predictor, module: LightningModule, samples: Samples, na
 
 
 def count(predictor: Predictor, samples: Samples, measure: bool = True) -> tuple[int, int]:
-    """Count what is predicted.
+    """Count the predicted tokens of windows, and their bytes of text.
 
     Args:
-        predictor: whose data have the tokenizer.
-        samples: as in `language`.
-        measure: whether the bytes are wanted too.
+        predictor: the participant whose data have the tokenizer.
+        samples: windows of equal length, int64 [T], padded on the right with -1.
+        measure: count bytes, too.
 
     Returns:
-        Number of predicted tokens, and bytes of the text that they stand for (0 where not wanted).
+        Number of predicted tokens, and number of bytes of the text they encode (0 unless `measure`).
     """
     tokens = size = 0
     for rows in torch.arange(len(samples)).split(_ROWS):
@@ -74,19 +75,20 @@ def count(predictor: Predictor, samples: Samples, measure: bool = True) -> tuple
         targets = targets[targets >= 0]
         tokens += len(targets)
         if measure:
-            size += predictor.provides["tokenizer"].token_bytes(targets.tolist())
+            size += predictor.model_kwargs["tokenizer"].token_bytes(targets.tolist())
     return tokens, size
 
 
 def token_scores(module: LightningModule, tokens: Tensor) -> Tensor:
-    """Score every prediction of a batch in one pass, a few thousand positions at a time.
+    """Score every next-token prediction of a batch in one forward pass, a few thousand positions at a time.
 
     Args:
         module: a language model with ``hidden(tokens)`` [B, T, D] and ``head``.
         tokens: int64 [B, T], padded on the right with -1.
 
     Returns:
-        float32 [B, T-1, 2]: the nll of token t+1 in nats, and 1 where it had the largest probability; 0 for padding.
+        float32 [B, T-1, 2]: the nll of token t+1 in nats, and 1 if it had the largest probability, else 0; both are 0
+        for padding.
     """
     targets = tokens[:, 1:]
     known = targets >= 0
@@ -106,5 +108,5 @@ def _token_nll(module: LightningModule, tokens: Tensor) -> Tensor:
 
 
 def _exp(value: float) -> float:
-    """The exponential; infinity where a float cannot hold it, as for a model that has diverged."""
+    """Compute the exponential; infinity if it overflows, as for a diverged model."""
     return math.exp(value) if not value > 700 else math.inf

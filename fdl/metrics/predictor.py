@@ -1,4 +1,4 @@
-"""Interface of whoever computes a model's predictions."""
+"""Interface through which metrics run a model."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 class Predictor(Protocol):
-    """What a metric needs of a participant.
+    """The part of a participant that metrics use.
 
     Attributes:
-        provides: what the data tell a model's constructor, e.g. their tokenizer.
+        model_kwargs: keyword arguments that the data supply to model constructors, e.g. the tokenizer.
     """
 
-    provides: Mapping[str, Any]
+    model_kwargs: Mapping[str, Any]
 
     def predict(self, module: LightningModule, samples: Samples, what: Any = "logits") -> Tensor:
-        """Predict samples without gradients.
+        """Run a model on samples without gradients.
 
         Args:
             module: the model.
-            samples: what to predict, n of them.
-            what: which output, by name or as a function of a batch.
+            samples: the n samples.
+            what: the output to return: the name of a field of `Output`, or a function of module and inputs.
 
         Returns:
             Predictions, float32 [n, …], on the CPU.

@@ -1,4 +1,4 @@
-"""How well images find their captions, and captions their images."""
+"""Image–text retrieval metrics of dual encoders."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ if TYPE_CHECKING:
     from fdl.metrics.predictor import Predictor
 
 _CELLS = 1 << 20
-"""Similarities that exist at once, 4 MB of float32: some queries with all N candidates, never all N × N."""
+"""Number of similarities in memory at a time (4 MB of float32): a block of queries with all N candidates."""
 
 _ROWS = 512
-"""Captions read at a time."""
+"""Number of captions read at a time."""
 
 _TIE = 1e-6
-"""Cosines that differ by less are equal: that is rounding of float32, which depends on a vector's place in a batch."""
+"""Cosines that differ by less count as equal: float32 rounding depends on a vector's position in the batch."""
 
 
 def image_text(
     predictor: Predictor, module: LightningModule, samples: Samples, names: Sequence[str]
 ) -> dict[str, float]:
-    """Measure a dual encoder on image–text pairs, every image against every caption of the set.
+    """Compute retrieval metrics of a dual encoder, comparing every image with every caption of the set.
 
     Args:
-        predictor: whose runtime answers.
-        module: gives unit vectors by ``encode_image(images)`` and ``encode_text(tokens)``, and a ``logit_scale``.
+        predictor: the participant that runs the model.
+        module: the dual encoder, with ``encode_image(images)`` and ``encode_text(tokens)`` that return unit vectors,
+            and a ``logit_scale``.
         samples: n pairs (images, tokens).
-        names: of the metrics: ``image_to_text_recall_at_<k>`` and ``text_to_image_recall_at_<k>``, as in `recall`;
-            ``mean_recall``, the mean of both ways at 1, 5 and 10; ``contrastive_loss``, as in `contrastive_loss`.
-            Pairs with the same caption count as one another's match.
+        names: the metrics to compute: ``image_to_text_recall_at_<k>`` and ``text_to_image_recall_at_<k>`` (see
+            `recall`); ``mean_recall``, the mean over both directions at k = 1, 5 and 10; ``contrastive_loss`` (see
+            `contrastive_loss`). Pairs with identical captions match each other.
 
     Returns:
-        One number a name, in the order asked; ``nan`` for each where there are no pairs.
+        One number per name, in the given order; ``nan`` if there are no pairs.
     """
     if not len(samples):
         return dict.fromkeys(names, math.nan)
@@ -63,13 +64,29 @@ def image_text(
 
 
 def embed(predictor: Predictor, module: LightningModule, samples: Samples) -> tuple[Tensor, Tensor]:
-    """The unit vectors of n pairs: images float32 [n, D] and texts [n, D], on the CPU."""
+    """Embed n image–text pairs.
+
+    Args:
+        predictor: the participant that runs the model.
+        module: the dual encoder.
+        samples: n pairs (images, tokens).
+
+    Returns:
+        Unit vectors of the images and of the texts, both float32 [n, D] on the CPU.
+    """
     both = predictor.predict(module, samples, _both)
     return both[:, 0], both[:, 1]
 
 
 def captions(samples: Samples) -> Tensor:
-    """Number the captions: int64 [n], equal for pairs whose captions have the same tokens."""
+    """Number the distinct captions.
+
+    Args:
+        samples: n pairs (images, tokens).
+
+    Returns:
+        int64 [n]; pairs whose captions have the same tokens have the same number.
+    """
     seen: dict[bytes, int] = {}
     numbers = []
     for rows in torch.arange(len(samples)).split(_ROWS):
@@ -79,17 +96,23 @@ def captions(samples: Samples) -> Tensor:
 
 
 def match_ranks(queries: Tensor, candidates: Tensor, groups: Tensor | None = None) -> Tensor:
-    """Find how far down each query's first match comes.
+    """Compute the rank of each query's first match.
 
-    Equal similarities are ordered against the model: a model that gives all candidates the same vector finds nothing.
+    Ties are resolved against the model: one that maps all candidates to the same vector retrieves nothing.
 
     Args:
         queries: unit vectors [n, D].
         candidates: unit vectors [n, D]; the i-th belongs to the i-th query.
-        groups: [n]; every candidate of the query's group is a match too. None: only its own.
+        groups: [n]; every candidate of the query's group is a match. None: only the query's own candidate is.
 
     Returns:
-        int64 [n]: 1 + the number of candidates that are no match and at least as similar as the best match.
+        int64 [n]: 1 + the number of non-matching candidates that are at least as similar as the best match.
+
+    Example:
+        >>> import torch
+        >>> queries = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> match_ranks(queries, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([1, 2])
     """
     groups = torch.arange(len(queries)) if groups is None else groups
     ranks = torch.empty(len(queries), dtype=torch.int64)
@@ -97,25 +120,40 @@ def match_ranks(queries: Tensor, candidates: Tensor, groups: Tensor | None = Non
         similar = queries[rows] @ candidates.T
         match = groups[rows, None] == groups
         best = similar.masked_fill(~match, -math.inf).amax(1, keepdim=True)
-        # a comparison with NaN is false: written so that a diverged model comes last, not first
+        # comparisons with NaN are false; negated like this, a diverged model ranks last, not first
         ranks[rows] = 1 + (~(match | (similar < best - _TIE))).sum(1)
     return ranks
 
 
 def recall(ranks: Tensor, k: int) -> float:
-    """Recall@k: share of the queries with a match among the first k candidates; `ranks` as from `match_ranks`."""
+    """Compute recall@k: the fraction of queries with a match among the first k candidates.
+
+    Args:
+        ranks: rank of each query's first match, int64 [n], from `match_ranks`.
+        k: number of candidates retrieved.
+
+    Example:
+        >>> import torch
+        >>> recall(torch.tensor([1, 2, 9, 1]), k=1)
+        0.5
+    """
     return float((ranks <= k).double().mean())
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
-    """Symmetric cross entropy of each pair among all n pairs of the set (Radford et al., 2021), in nats.
+    """Compute the symmetric contrastive loss of each pair among all n pairs (Radford et al., 2021), in nats.
 
-    Chance is log n. Unlike in training, it does not depend on a batch size.
+    Chance level is log n. Unlike the training loss, it does not depend on a batch size.
 
     Args:
         images: unit vectors [n, D].
         texts: unit vectors [n, D].
-        scale: what cosines are multiplied with.
+        scale: factor of the cosines (inverse temperature).
+
+    Example:
+        >>> import torch
+        >>> print(f"{contrastive_loss(torch.ones(2, 1), torch.ones(2, 1), scale=10.0):.4f}")  # chance, log 2
+        0.6931
     """
     total = 0.0
     for queries, candidates in ((images, texts), (texts, images)):
@@ -126,7 +164,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: float) -> float:
 
 
 def _parts(count: int) -> tuple[Tensor, ...]:
-    """Positions of queries that are compared at once."""
+    """Split query positions into blocks that are compared at a time."""
     return torch.arange(count).split(max(1, _CELLS // max(count, 1)))
 
 

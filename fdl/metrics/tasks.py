@@ -1,6 +1,6 @@
-"""What models of each family are asked, and which of the answers' metrics says how good they are.
+"""Tasks: the metrics that apply to each kind of data, and which of them is the score.
 
-No torch here: a recipe's metrics are checked before anything is loaded.
+This module does not import torch, so that a recipe's metrics can be checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from fdl.metrics.predictor import Predictor
 
 Measure = Callable[["Predictor", "LightningModule", "Samples", Sequence[str]], dict[str, float]]
-"""Measures a predictor's module on samples: (predictor, module, samples, names) to a number a name."""
+"""Function ``(predictor, module, samples, names)`` that returns one number per metric name."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One family of models and data.
+    """A family of models and data.
 
     Attributes:
-        name: as data modules name it.
-        metrics: all that can be measured on samples of this task.
-        default: those that are, where a recipe does not choose.
+        name: the task's name in data modules.
+        metrics: names of all metrics of this task.
+        default: names of the metrics computed unless a recipe chooses others.
         score: the metric by which rounds, runs and methods are compared.
-        higher_is_better: whether more of the score is better.
-        tie_breaker: a metric of which less is better, that decides between rounds of equal score.
-        measure: measures a module.
+        higher_is_better: True if a higher score is better.
+        tie_breaker: a metric, lower is better, that decides between rounds of equal score; None: none.
+        measure: function that computes the metrics.
     """
 
     name: str
@@ -44,11 +44,14 @@ class Task:
     tie_breaker: str | None
     measure: Measure
 
-    def asked(self, names: Sequence[str] | None) -> tuple[str, ...]:
-        """The metrics that a recipe asks for; the score is always among them.
+    def select(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        """Select the metrics to compute; the score is always among them.
+
+        Args:
+            names: names from the recipe; None: the default ones.
 
         Raises:
-            UserError: one is not of this task.
+            UserError: a name is not a metric of this task.
         """
         names = tuple(self.default if names is None else names)
         for i, name in enumerate(names):
@@ -118,4 +121,4 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
-"""Every task by its name."""
+"""All tasks by name."""

@@ -17,6 +17,7 @@ from fdl.modules.features import capture
 from fdl.modules.language_model import LanguageModel
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, make_tokenizer, own_tokenizer
+from fdl.modules.tracing import traceable
 from fdl.modules.transformers_module import Batch, masked_mean
 
 
@@ -233,6 +234,7 @@ class AlignedLanguageModel(LanguageModel):
         sums = nll.new_zeros(len(tokens), tokens.shape[1]).scatter_add(1, owners.clamp_min(0), nll)
         return sums[:, 1:]
 
+    @traceable
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of the next own token over the real ones."""
         rows, _ = self._rows(batch[0])

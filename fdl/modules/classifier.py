@@ -14,6 +14,7 @@ from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.input_adapter import InputAdapter
 from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
+from fdl.modules.tracing import traceable
 from fdl.modules.trainer_hooks import TrainerHooks
 from fdl.modules.tuning import apply_tuning, hold_frozen
 from fdl.utils.suggest import suggest
@@ -40,7 +41,7 @@ class ImageClassifier(TrainerHooks):
             low-rank updates of frozen weights (Hu et al.), ``"frozen"`` nothing.
         lora: settings of ``"lora"``, as in `apply_tuning`.
         optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default Adam at 0.001. Federated
-            rounds use the recipe's ``local`` and ``distil`` settings instead.
+            rounds use the recipe's ``local_training`` and ``server_distil`` settings instead.
         scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`; ``interval`` is
             ``"epoch"`` (default) or ``"step"``.
 
@@ -78,7 +79,7 @@ class ImageClassifier(TrainerHooks):
             raise UserError(
                 f"head: the network has no submodule {head!r}{suggest(head, dict(backbone.named_modules()))}"
             )
-        self.embedding_dim = self._rehearse()
+        self.embedding_dim = self._probe_model()
         if tuning == "frozen" and fresh_head:
             raise UserError(
                 f"tuning: frozen keeps the classification layer, but the weights have none for {num_classes} classes; "
@@ -111,6 +112,7 @@ class ImageClassifier(TrainerHooks):
             logits, embedding = self._answer(x)
         return Output(logits, embedding, seen)
 
+    @traceable
     @mean_over(samples_of)
     @ignores_padding
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
@@ -160,7 +162,7 @@ class ImageClassifier(TrainerHooks):
         embedding = seen[-1]
         return logits, embedding.mean((2, 3)) if embedding.ndim == 4 else embedding
 
-    def _rehearse(self) -> int:
+    def _probe_model(self) -> int:
         """Send one blank image through, so that a model that does not fit fails here; returns the embedding's size."""
         answer = self._try()
         if isinstance(answer, Tensor):

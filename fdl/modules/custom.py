@@ -26,7 +26,7 @@ class Dotted(ImageClassifier):
         UserError: there is no such callable, it refuses its arguments, or its network does not fit the data.
     """
 
-    name = "image_classifier"
+    name = "custom"
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from fdl.errors import UserError
 from fdl.losses.contrastive import MAX_SCALE, clamp_scale, gathered_info_nce, info_nce, logits_between, sigmoid_loss
 from fdl.modules.features import capture
 from fdl.modules.output import Output
+from fdl.modules.tracing import traceable
 from fdl.modules.trainer_hooks import TrainerHooks
 
 Pairs = tuple[Tensor, Tensor]
@@ -33,7 +34,7 @@ class DualEncoder(TrainerHooks, ABC):
         loss: ``"contrastive"`` is CLIP's, each pair among all of its batch; ``"sigmoid"`` is SigLIP's, which looks at
             every image and text by itself and learns a bias, too.
         optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default AdamW at 0.001. Federated
-            rounds use the recipe's ``local`` and ``distil`` settings instead.
+            rounds use the recipe's ``local_training`` and ``server_distil`` settings instead.
         scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`.
 
     Attributes:
@@ -97,6 +98,7 @@ class DualEncoder(TrainerHooks, ABC):
             images, texts = self._encode(inputs)
         return Output(self._logits(images, texts), torch.cat([images, texts], dim=1), seen)
 
+    @traceable
     def training_step(self, batch: tuple[Pairs, None], batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` of a batch of pairs."""
         images, texts = self._encode(batch[0])

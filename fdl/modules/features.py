@@ -6,7 +6,7 @@ nothing when no one asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -61,7 +61,7 @@ def capture(network: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, T
     names = matching(network, patterns)
     seen: dict[str, Tensor] = {}
 
-    def keeper(name: str):
+    def keeper(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = _first_tensor(output)
             if tensor is not None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fdl.errors import UserError
+from fdl.modules.base import FederatedModule, SupportsFederation
 from fdl.modules.checkpoints import brief
 from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.output import Output
+from fdl.modules.tracing import traceable
 
 
 def conforming(module: LightningModule, key: str, example: Callable[[], Any] | None) -> LightningModule:
@@ -44,21 +46,24 @@ def conforming(module: LightningModule, key: str, example: Callable[[], Any] | N
             raise UserError(f"{label} has no {name}; a model needs forward(x) and training_step(batch, batch_idx)")
     if not module.automatic_optimization:
         raise UserError(
-            f"{label} sets automatic_optimization = False; fdl optimises as local and distil say, so its training_step "
-            "must return the loss"
+            f"{label} sets automatic_optimization = False; fdl optimises as local_training and "
+            "server_distil say, so its training_step must return the loss"
         )
     answer = None if example is None else _tried(module, label, example())
     if lazy := next((name for name, parameter in module.named_parameters() if is_lazy(parameter)), None):
         raise UserError(f"{label}.forward does not use {lazy}, a lazy parameter, so its size cannot be told")
-    takes = "features" in inspect.signature(module.forward).parameters
+    takes = _takes_features(module)
     complete = answer is None or (isinstance(answer, Output) and answer.embedding is not None)
-    if takes and _needed(module.training_step) == 1 and complete:
+    if takes and _needed(module.training_step) == 1 and complete and isinstance(module, SupportsFederation):
         return module
     logits = None if answer is None else _logits(answer, label)
-    return ForeignModule(module, label, None if logits is None else logits.shape[-1])
+    adapted = ForeignModule(module, label, None if logits is None else logits.shape[-1])
+    if adapted.embedding_dim is None and example is not None:
+        adapted.embedding_dim = _tried(adapted, label, example()).embedding.shape[-1]
+    return adapted
 
 
-class ForeignModule(LightningModule):
+class ForeignModule(FederatedModule):
     """Asks a LightningModule as Lightning does, and answers as fdl's own modules do.
 
     The optimisers that the module configures are for a plain Trainer; in a federation the recipe's are used. What it
@@ -72,6 +77,10 @@ class ForeignModule(LightningModule):
     Attributes:
         head: dotted name, within the module, of the layer whose input is the embedding; None where none was found, and
             logits stand for the embedding.
+        frozen: what the module itself declares, as it is named here.
+        embedding_dim: what the module itself declares; otherwise measured on the example.
+        input_shape: what the module itself declares.
+        positions: what the module itself declares.
     """
 
     def __init__(self, module: LightningModule, label: str, outputs: int | None):
@@ -80,6 +89,11 @@ class ForeignModule(LightningModule):
         warnings.filterwarnings("ignore", message=r".*trying to `self\.log.*trainer. reference is not registered")
         self.module, self.label = module, label
         self.head = None if outputs is None else last_layer(module, outputs)
+        self._takes_features = _takes_features(module)
+        # a module that inherits from no class of ours may still declare some of it
+        self.frozen = frozenset(f"module.{name}" for name in getattr(module, "frozen", ()))
+        for name in ("embedding_dim", "input_shape", "positions"):
+            setattr(self, name, getattr(module, name, None))
         self._arguments = _needed(module.training_step)
 
     @property
@@ -99,23 +113,38 @@ class ForeignModule(LightningModule):
         """
         if not features:
             return self._answer(x, {})
+        if self._takes_features:
+            return self._answer(x, None, features)
         with capture(self.module, features) as seen:
             output = self._answer(x, seen)
         return output
 
+    def feature_network(self) -> nn.Module:
+        """Return the network whose submodules features are named after: the module's own choice, or the module."""
+        own = self.module.feature_network() if isinstance(self.module, SupportsFederation) else None
+        return self.module if own is None else own
+
+    def feature_head(self) -> str | None:
+        """Return the name of the layer that makes logits, within the feature network."""
+        return self.head if self.feature_network() is self.module else self.module.feature_head()
+
+    @traceable
     def training_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and what other numbers the module's own step returns."""
         found = self.module.training_step(*(batch, batch_idx)[: self._arguments])
         return losses_of(found, f"{self.label}.training_step")
 
-    def _answer(self, x: Any, seen: Mapping[str, Tensor]) -> Output:
+    def _answer(self, x: Any, seen: Mapping[str, Tensor] | None, features: Sequence[str] = ()) -> Output:
+        """Answer a batch, with the activations in `seen`, or where that is None with those that the module gives."""
+        named = {} if seen is not None else {"features": features}
         if self.head is None:
-            answer = self.module(x)
+            answer = self.module(x, **named)
             logits = _logits(answer, self.label)
-            return Output(logits, _embedding(answer, logits), seen)
+            return Output(logits, _embedding(answer, logits), _features(answer) if seen is None else seen)
         with capture_input(self.module.get_submodule(self.head)) as inputs:
-            answer = self.module(x)
+            answer = self.module(x, **named)
         logits = _logits(answer, self.label)
+        seen = _features(answer) if seen is None else seen
         embedding = _embedding(answer, inputs[-1] if inputs else logits)
         # of a convolution over the whole image, the mean over positions
         return Output(logits, embedding.mean((2, 3)) if embedding.ndim == 4 else embedding, seen)
@@ -166,6 +195,14 @@ def _logits(answer: Any, label: str) -> Tensor:
             f"{label}.forward returns {type(answer).__name__}, expected logits, an Output, or something with logits"
         )
     return logits
+
+
+def _features(answer: Any) -> Mapping[str, Tensor]:
+    return answer.features if isinstance(answer, Output) else {}
+
+
+def _takes_features(module: LightningModule) -> bool:
+    return "features" in inspect.signature(module.forward).parameters
 
 
 def _embedding(answer: Any, otherwise: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from fdl.modules.features import capture
 from fdl.modules.objectives import mean_over, next_tokens_of
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
+from fdl.modules.tracing import traceable
 from fdl.modules.transformers_loading import load_model
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
@@ -108,7 +109,7 @@ class LanguageModel(TransformersModule):
         self.tokenizer = self.data_tokenizer = tokenizer
         self.context, self.chunk, self.positions = context, chunk, positions
         self.vocab_size = network.config.vocab_size
-        self.embedding_dim = self._rehearse(model)
+        self.embedding_dim = self._probe_model(model)
 
     @property
     def head(self) -> nn.Module:
@@ -150,6 +151,7 @@ class LanguageModel(TransformersModule):
         """Return the negative log-likelihood of every next token, see `fdl.losses.tokens.token_nll`."""
         return token_nll(self.hidden(tokens), self.head, tokens, self.chunk)
 
+    @traceable
     @mean_over(next_tokens_of)
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of the next token over the real ones."""
@@ -294,7 +296,7 @@ class LanguageModel(TransformersModule):
         return tuple(values.unflatten(0, tokens.shape) for values in (ids, p, answered))
 
     @torch.no_grad()
-    def _rehearse(self, model: str) -> int:
+    def _probe_model(self, model: str) -> int:
         """Make sure that logits are what the head makes of the last hidden states; returns the width of these."""
         training = self.training
         self.eval()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
@@ -15,6 +16,44 @@ if TYPE_CHECKING:
 
 Objective = Callable[[nn.Module, "Batch"], Mapping[str, Tensor]]
 """What a fit minimises: (module, batch) to named losses, of which ``"loss"`` is differentiated."""
+
+
+class PenalizedObjective(ABC):
+    """A module's own loss plus a penalty on its weights alone, as a dataclass whose fields are tensors and numbers.
+
+    Written so, the penalty can be taken of parts of the weights, where no process has all of them, and clients can
+    train in one pass, each with its own tensors. An objective of any other form is a plain function, or a dataclass
+    with `__call__`.
+
+    Attributes:
+        anchor: one tensor for each of the module's parameters, in order, e.g. the weights that it is held near.
+        ignores_padding: whether the module's own loss does (`ignores_padding` below); a penalty looks at no sample.
+    """
+
+    anchor: list[Tensor]
+    ignores_padding: bool = False
+
+    def __call__(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        """Return the named losses of one batch."""
+        return self.combined(training_step(module, batch), self.penalty(list(module.parameters()), self.anchor))
+
+    @abstractmethod
+    def penalty(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+        """Return the penalty, a sum over weights.
+
+        Args:
+            parameters: the module's parameters, or parts of them.
+            anchor: the anchor's tensors, or the same parts.
+        """
+
+    def combined(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
+        """Return the module's own losses with the penalty added to ``"loss"`` and named ``"penalty"``.
+
+        Args:
+            losses: the module's own, with ``"loss"``.
+            penalty: the penalty over all weights.
+        """
+        return {**losses, "loss": losses["loss"] + penalty, "penalty": penalty}
 
 
 def training_step(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -57,6 +96,13 @@ def tensors_of(objective: Any) -> dict[str, Any]:
     }
 
 
+def is_traceable(module: nn.Module, objective: Objective) -> bool:
+    """Whether an objective is marked `traceable`; the mark of a class does not reach its subclasses."""
+    if objective is training_step:
+        return getattr(type(module).training_step, "traceable", False)
+    return "traceable" in vars(type(objective))
+
+
 PADDING = -100
 """Label of a row that counts for nothing: what torch's cross entropy ignores."""
 
@@ -64,13 +110,25 @@ PADDING = -100
 Step = TypeVar("Step", bound=Callable)
 
 
+def marked_step(module: nn.Module, objective: Objective) -> Any:
+    """Return what carries the marks of a fit: the module's training step, or the objective in its place."""
+    return module.training_step if objective is training_step else objective
+
+
+def pads(step: Any) -> bool:
+    """Tell whether a training step or an objective is marked with `ignores_padding`, or has it as an attribute."""
+    return bool(getattr(step, "ignores_padding", False))
+
+
+def terms_of(step: Any) -> Terms | None:
+    """Return what `mean_over` has noted at a training step or an objective; None where it is not marked."""
+    return getattr(step, "terms", None)
+
+
 def ignores_padding(step: Step) -> Step:
     """Mark a training step: samples with the label `PADDING` count for nothing in any loss that it returns."""
     step.ignores_padding = True
     return step
-
-
-Step = TypeVar("Step", bound=Callable)
 
 
 Terms = Callable[[tuple], int]

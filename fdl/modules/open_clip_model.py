@@ -94,7 +94,7 @@ class OpenClip(DualEncoder):
         self._take_scale(network, known)
         self.backbone, self.context = network, network.context_length
         self.adapter = adapter_for(adapt, input_shape, normalization, known_images(network), wanted=model is not None)
-        self.embedding_dim = self._rehearse(model or "the model of config", tuple(input_shape))
+        self.embedding_dim = self._probe_model(model or "the model of config", tuple(input_shape))
         self._tune(tuning, lora, known)
 
     def image_vectors(self, images: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class OpenClip(DualEncoder):
                 self.logit_bias.copy_(network.logit_bias.reshape(()))
         del network.logit_scale, network.logit_bias
 
-    def _rehearse(self, label: str, input_shape: tuple[int, int, int]) -> int:
+    def _probe_model(self, label: str, input_shape: tuple[int, int, int]) -> int:
         """Send one blank image through, so that images that do not fit fail here; returns D."""
         training = self.training
         self.eval()

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fdl.errors import UserError
-from fdl.registry.kinds import KINDS, find
+from fdl.registry.kinds import KINDS
+from fdl.registry.targets import find
 from fdl.utils.suggest import suggest
 
 

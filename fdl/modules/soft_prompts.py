@@ -81,7 +81,7 @@ class SoftPromptLM(LanguageModel):
         self.prompt = nn.Parameter(self.network.get_input_embeddings().weight[rows].detach().clone())
 
     def _states(self, tokens: Tensor) -> Tensor:
-        if not hasattr(self, "prompt"):  # the rehearsal of the base class, before there is one
+        if not hasattr(self, "prompt"):  # the trial run of the base class, before there is one
             return super()._states(tokens)
         states = self.network.base_model(inputs_embeds=self._prompted(tokens), use_cache=False).last_hidden_state
         return states[:, len(self.prompt) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
+from fdl.modules.tracing import traceable
 from fdl.modules.transformers_loading import load_model, own_head
 from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
@@ -111,7 +112,7 @@ class TextClassifier(TransformersModule):
         self.num_classes, self.tokenizer, self.context = num_classes, tokenizer, context
         self.head, self.padding = last_layer(network, num_classes), padding or 0
         self.last_token = False
-        self.embedding_dim = self._rehearse(model)
+        self.embedding_dim = self._probe_model(model)
 
     def forward(self, tokens: Tensor, features: Sequence[str] = ()) -> Output:
         """Answer a batch.
@@ -132,6 +133,7 @@ class TextClassifier(TransformersModule):
             logits, embedding = self._answer(tokens)
         return Output(logits, embedding, seen)
 
+    @traceable
     @mean_over(samples_of)
     @ignores_padding
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
@@ -159,7 +161,7 @@ class TextClassifier(TransformersModule):
         return logits, seen[-1]
 
     @torch.no_grad()
-    def _rehearse(self, model: str) -> int:
+    def _probe_model(self, model: str) -> int:
         """Send one blank text of full length through; returns the embedding's size."""
         training = self.training
         self.eval()
@@ -191,7 +193,7 @@ class MeanPooled(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, num_classes)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """Return an object with ``logits``, as transformers' classifiers do."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 

@@ -115,6 +115,11 @@ class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as they are, ids 0 to 255, and id 256 for the end of a text.
 
     The inner tokenizer does the same more slowly; it is there for the fingerprint and to be saved.
+
+    Example:
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode("Hi")
+        [72, 105]
     """
 
     def __init__(self) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning import LightningModule
-
+from fdl.modules.base import FederatedModule
 from fdl.modules.optim import build_optimizer, build_scheduler
 
 
-class TrainerHooks(LightningModule):
+class TrainerHooks(FederatedModule):
     """Builds the optimiser and schedule that a module was given for a plain Trainer.
 
     Attributes:

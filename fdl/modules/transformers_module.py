@@ -19,7 +19,7 @@ class TransformersModule(TrainerHooks):
         network: the model.
         frozen: names in the network's state that never change, as `apply_tuning` gives them.
         optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default AdamW at 0.0005. Federated
-            rounds use the recipe's ``local`` and ``distil`` settings instead.
+            rounds use the recipe's ``local_training`` and ``server_distil`` settings instead.
         scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`.
 
     Attributes:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.state.shards import whole
+from fdl.state.shards import gathered
 from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def zero_shot_classifier(
     module.eval()
     try:
         rows = []
-        with whole(module):
+        with gathered(module):
             for name in classes:
                 tokens = padded([tokenizer.encode(sentence.replace("{}", name)) for sentence in sentences])
                 vectors = F.normalize(module.encode_text(tokens.to(device)).float(), dim=1)

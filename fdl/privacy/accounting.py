@@ -80,6 +80,11 @@ def event(
 
     Raises:
         ValueError: a number is out of its range.
+
+    Example:
+        >>> step = event("gaussian", noise_multiplier=2.0, sampling_probability=0.01, count=100)
+        >>> step["noise_multiplier"], step["level"]
+        (2.0, 'example')
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
@@ -169,6 +174,13 @@ def epsilon(
 
     Returns:
         ε; infinite where nothing was noted, where anything went without noise, or where a level is not covered.
+
+    Example:
+        >>> epsilon([], delta=1e-5)  # nothing noted: no bound
+        inf
+        >>> steps = event("gaussian", noise_multiplier=1.0, sampling_probability=0.01, count=1000)
+        >>> print(f"{epsilon([steps], delta=1e-5, accountant='rdp'):.1f}")
+        2.1
     """
     _delta(delta)
     if not events or any(one["noise_multiplier"] == 0 for one in events if one["count"]):

@@ -65,7 +65,7 @@ class DPSGD:
         from fdl.privacy.gradients import check_module
 
         for client in {client.architecture: client for client in clients}.values():
-            module = client.runtime.template(client.architecture)
+            module = client.runtime.shared_module(client.architecture)
             module.train()
             check_module(module, client.architecture)
         largest = max(clients, key=lambda client: client.samples)
@@ -93,7 +93,7 @@ class DPSGD:
         `Participant.fit`; gradients are clipped here, not by `config`.
         """
         count = len(samples)
-        if client.runtime.dry or count == 0 or config.epochs == 0 or config.steps == 0 or not trainable(module):
+        if client.runtime.is_dry_run or count == 0 or config.epochs == 0 or config.steps == 0 or not trainable(module):
             return {}
         probability = min(1.0, config.batch_size / count)
         epoch = -(-count // config.batch_size)
@@ -106,7 +106,7 @@ class DPSGD:
             return {}
         # before the first look: an account that missed a step would be worse than one that counts a step too many
         spend(client, mechanism)
-        with client.gate.open():
+        with client.data_gate.open():
             self._train(client, module, samples, config, objective or training_step, name, mechanism)
         return {}
 
@@ -147,7 +147,7 @@ class DPSGD:
         known = kind in self._known
         if not known:
             check_objective(module, objective, samples, fabric, to)
-        wrapped = runtime.optimizers.fresh(module, trainable(module), config)
+        wrapped = runtime.steps.optimizers.fresh(module, trainable(module), config)
         scheduler, interval = schedule_of(wrapped.optimizer, config, max(client.round, 1))
         stream = torch.Generator(runtime.device)
         stream.manual_seed(client.secret_seed(f"{name}/noise"))

@@ -220,7 +220,7 @@ class GhostClipping:
         return _mapped(output, lambda tensor: _Scaled.apply(tensor, self) if tensor.requires_grad else tensor)
 
     def _unfit(self, reason: str) -> UserError:
-        return UserError(f"privacy.ghost: does not fit {_name(self._module)}: {reason}; set it to false")
+        return UserError(f"privacy.ghost_clipping: does not fit {_name(self._module)}: {reason}; set it to false")
 
 
 class _Scaled(torch.autograd.Function):

@@ -15,7 +15,7 @@ from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Prototypes
 from fdl.participants import Client
 from fdl.privacy.accounting import event, spend
-from fdl.privacy.release import clipped, noisy, paid
+from fdl.privacy.release import add_noise, clip_rows, spend_or_refuse
 from fdl.utils.arguments import positive
 
 
@@ -59,7 +59,7 @@ class NoisyPrototypes(PrototypeTransfer):
             spend(client, event("responses", 0.0))
         held = client.state.get("prototypes")
         if held is None or held["stage"] != client.stage:
-            if paid(client, event(self.name, self.noise_multiplier)):
+            if spend_or_refuse(client, event(self.name, self.noise_multiplier)):
                 held = {"stage": client.stage, **self._drawn(client)}
             elif held is None:
                 none = torch.zeros(0, dtype=torch.int64)
@@ -75,13 +75,13 @@ class NoisyPrototypes(PrototypeTransfer):
         clip = float(torch.linalg.vector_norm(public, dim=1).median()) if self.clip is None else self.clip
         own, labels = torch.zeros(0, public.shape[1]), torch.zeros(0, dtype=torch.int64)
         if len(client.train):
-            with client.gate.open():
+            with client.data_gate.open():
                 own, labels = torch.tensor(space.encode(client.train), dtype=torch.float32), client.train.labels
         sums, counts = class_sums(own, labels, client.num_classes, clip)
         deviation, stream = self.noise_multiplier * math.sqrt(2), client.noise("prototypes")
-        sums, counts = noisy(sums, deviation * clip, stream), noisy(counts, deviation, stream)
+        sums, counts = add_noise(sums, deviation * clip, stream), add_noise(counts, deviation, stream)
         labels = torch.nonzero(counts >= max(deviation, 1.0)).squeeze(1)
-        means = clipped(sums[labels] / counts[labels].unsqueeze(1), clip)
+        means = clip_rows(sums[labels] / counts[labels].unsqueeze(1), clip)
         return {"values": means, "labels": labels, "counts": counts[labels].round().long()}
 
 
@@ -97,5 +97,5 @@ def class_sums(points: Tensor, labels: Tensor, classes: int, clip: float) -> tup
     Returns:
         float32 [C, d] and [C].
     """
-    sums = torch.zeros(classes, points.shape[1]).index_add_(0, labels, clipped(points, clip))
+    sums = torch.zeros(classes, points.shape[1]).index_add_(0, labels, clip_rows(points, clip))
     return sums, torch.bincount(labels, minlength=classes).float()

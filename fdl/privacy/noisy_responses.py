@@ -15,7 +15,7 @@ from fdl.knowledge.release import Release
 from fdl.messages import QuantizedLogWeights, Responses
 from fdl.participants import Client, Server
 from fdl.privacy.accounting import event
-from fdl.privacy.release import PrivateAggregate, clipped, noisy, paid, released
+from fdl.privacy.release import PrivateAggregate, add_noise, clip_rows, released_only, spend_or_refuse
 from fdl.utils.arguments import not_negative, one_of, positive
 
 
@@ -28,7 +28,7 @@ class NoisyResponses(Release):
     - By the server: z · 2S√n / K on the mean over the K clients heard. A row that a client leaves out counts as zeros.
       (Were neighbours those where a client says nothing but zeros, half of it would do.)
 
-    With many rows that is much noise: a smaller `subsample`, or `noisy_votes`, needs less.
+    With many rows that is much noise: a smaller `proxy_fraction`, or `noisy_votes`, needs less.
 
     Args:
         noise_multiplier: z, noise over sensitivity; at 0 answers are only clipped, and nothing is private.
@@ -55,17 +55,17 @@ class NoisyResponses(Release):
     def message(self, client: Client, said: Responses, log_weights: Tensor | None) -> Responses | None:
         """The clipped answers, with noise where the client adds it."""
         # an answer that is not finite would be refused, which everybody sees
-        values = clipped(said.values.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0), self.clip)
+        values = clip_rows(said.values.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0), self.clip)
         sure = None if log_weights is None else log_weights.float().cpu().nan_to_num(0.0).clamp(-self.bound, self.bound)
         if self.by == "client":
-            if not paid(client, self._event):
+            if not spend_or_refuse(client, self._event):
                 return None
             parts = 1 if sure is None else 2
             deviation = self.noise_multiplier * response_sensitivity(len(values), parts)
             stream = client.noise("release")
-            values = noisy(values, self.clip * deviation, stream)
+            values = add_noise(values, self.clip * deviation, stream)
             if sure is not None:
-                sure = noisy(sure, self.bound * deviation, stream).clamp(-self.bound, self.bound)
+                sure = add_noise(sure, self.bound * deviation, stream).clamp(-self.bound, self.bound)
         confidence = None if sure is None else QuantizedLogWeights.quantize(sure)
         return Responses(values, "logits", said.rows, confidence)
 
@@ -77,16 +77,16 @@ class NoisyResponses(Release):
         def bound(responses: Responses) -> Responses:
             if responses.form != "logits":
                 raise RejectedMessageError(f"expected logits, got {responses.form}")
-            return replace(responses, values=clipped(responses.values.detach().to("cpu", torch.float64), self.clip))
+            return replace(responses, values=clip_rows(responses.values.detach().to("cpu", torch.float64), self.clip))
 
         def release(knowledge: AggregatedResponses, clients: int) -> AggregatedResponses | None:
-            if not paid(server, self._event):
+            if not spend_or_refuse(server, self._event):
                 return None
             asked = torch.arange(len(knowledge.values)) if rows is None else rows
             # the sum over clients divided by all that were heard, whoever answered the row
             means = (knowledge.values * (knowledge.coverage / clients).unsqueeze(1))[asked]
             deviation = self.noise_multiplier * self.clip * response_sensitivity(len(asked)) / clients
-            return released(knowledge, asked, noisy(means, deviation, server.noise("release")), clients)
+            return released_only(knowledge, asked, add_noise(means, deviation, server.noise("release")), clients)
 
         return PrivateAggregate(mean, bound, release)
 

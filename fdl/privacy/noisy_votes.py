@@ -13,7 +13,7 @@ from fdl.knowledge.release import Release
 from fdl.messages import Responses
 from fdl.participants import Client, Server
 from fdl.privacy.accounting import event
-from fdl.privacy.release import PrivateAggregate, noisy, paid, released
+from fdl.privacy.release import PrivateAggregate, add_noise, released_only, spend_or_refuse
 from fdl.utils.arguments import not_negative
 
 
@@ -64,11 +64,11 @@ class NoisyVotes(Release):
                 return None
             server.metrics["privacy/rows"] = float(passed.sum())
             answers = event("gnmax", self.noise / math.sqrt(2), count=int(passed.sum()), level="institution")
-            if not passed.any() or not paid(server, answers):
+            if not passed.any() or not spend_or_refuse(server, answers):
                 return None
-            elected = noisy(tally[passed], self.noise, server.noise("release")).argmax(1)
+            elected = add_noise(tally[passed], self.noise, server.noise("release")).argmax(1)
             labels = torch.nn.functional.one_hot(elected, tally.shape[1])
-            return released(knowledge, asked[passed], labels, clients)
+            return released_only(knowledge, asked[passed], labels, clients)
 
         return PrivateAggregate(mean, _ballot, release)
 
@@ -76,9 +76,11 @@ class NoisyVotes(Release):
         """Which rows are answered, bool [n]; None where the check cannot be paid."""
         if self.threshold is None:
             return torch.ones(len(tally), dtype=torch.bool)
-        if not paid(server, event("gnmax_check", self.threshold_noise, count=len(tally), level="institution")):
+        if not spend_or_refuse(
+            server, event("gnmax_check", self.threshold_noise, count=len(tally), level="institution")
+        ):
             return None
-        return noisy(tally.amax(1), self.threshold_noise, server.noise("threshold")) >= self.threshold
+        return add_noise(tally.amax(1), self.threshold_noise, server.noise("threshold")) >= self.threshold
 
 
 def _ballot(responses: Responses) -> Responses:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.messages import Responses
 from fdl.participants import Participant
@@ -33,7 +34,7 @@ from fdl.privacy.accounting import affords, spend
 log = logging.getLogger("fdl")
 
 
-class PrivateAggregate:
+class PrivateAggregate(Aggregate):
     """A mean over clients that bounds what goes in and lets nothing out but what was released.
 
     Args:
@@ -60,20 +61,27 @@ class PrivateAggregate:
         return None if knowledge is None else self._release(knowledge, self._mean.clients)
 
 
-def clipped(values: Tensor, norm: float) -> Tensor:
-    """Rows [n, d] scaled down to an L2 norm; shorter ones stay as they are, to the bit."""
+def clip_rows(values: Tensor, norm: float) -> Tensor:
+    """Rows [n, d] scaled down to an L2 norm; shorter ones stay as they are, to the bit.
+
+    Example:
+        >>> import torch
+        >>> clip_rows(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), norm=1.0)
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+    """
     lengths = torch.linalg.vector_norm(values, dim=1, keepdim=True)
     return values * (norm / lengths).clamp(max=1.0).where(lengths > norm, 1.0)
 
 
-def noisy(values: Tensor, deviation: float, stream: torch.Generator) -> Tensor:
+def add_noise(values: Tensor, deviation: float, stream: torch.Generator) -> Tensor:
     """The values with Gaussian noise; as they are where there is to be none."""
     if deviation == 0:
         return values
     return values + deviation * torch.randn(values.shape, generator=stream, dtype=values.dtype)
 
 
-def released(before: AggregatedResponses, rows: Tensor, values: Tensor, clients: int) -> AggregatedResponses:
+def released_only(before: AggregatedResponses, rows: Tensor, values: Tensor, clients: int) -> AggregatedResponses:
     """Knowledge of nothing but what was released.
 
     Args:
@@ -90,7 +98,7 @@ def released(before: AggregatedResponses, rows: Tensor, values: Tensor, clients:
     return AggregatedResponses.of(whole, before.form, coverage, coverage.double().log())
 
 
-def paid(participant: Participant, mechanism: Mapping[str, Any]) -> bool:
+def spend_or_refuse(participant: Participant, mechanism: Mapping[str, Any]) -> bool:
     """Note a mechanism in an account, unless the budget has no room for it; then it must not run.
 
     Args:

@@ -18,6 +18,8 @@ class Scheduler(Component):
 
     interval: Literal["step", "epoch", "round"] = key("epoch", "when the schedule steps")
 
+    __hash__ = Component.__hash__
+
 
 @dataclass
 class Specialist(Component):
@@ -26,22 +28,28 @@ class Specialist(Component):
     clients: list[int] | None = key(None, "ids of the clients that have it; null: those whom no entry names")
     weight: float = key(1.0, "how often it is drawn, where assignment is random", bounds=Bounds(0, open_low=True))
     lr: float | None = key(
-        None, "learning rate of its clients' training on their own data; null: local's", bounds=Bounds(0, open_low=True)
+        None,
+        "learning rate of its clients' training on their own data; null: local_training's",
+        bounds=Bounds(0, open_low=True),
     )
+
+    __hash__ = Component.__hash__
 
 
 @dataclass
 class AdversaryConfig(Component):
-    """A kind of dishonest client, and which clients are of it, by id or by share."""
+    """A kind of dishonest client, and which clients are of it, by id or as a fraction."""
 
-    clients: list[int] | None = key(None, "ids of the clients; null: as share says")
-    share: float | None = key(None, "share of all clients, drawn at random", bounds=Bounds(0, 1))
+    clients: list[int] | None = key(None, "ids of the clients; null: as fraction says")
+    fraction: float | None = key(None, "fraction of all clients, drawn at random", bounds=Bounds(0, 1))
     start: int = key(1, "the round from which they are dishonest", bounds=_COUNT)
 
+    __hash__ = Component.__hash__
 
-@dataclass
+
+@dataclass(frozen=True)
 class Fit:
-    """One training: for how long, on what batches, with which optimiser."""
+    """One training: for how long, on what batches, with which optimiser; a value, equal to any that trains alike."""
 
     epochs: int | None = key(None, "passes over the data; 1 when steps are not given either", bounds=Bounds(0))
     steps: int | None = key(None, "optimiser steps, instead of epochs", bounds=Bounds(0))
@@ -49,14 +57,17 @@ class Fit:
     optimizer: Component = key(Component("sgd", {"lr": 0.1}), "its optimiser, new for every fit", kind="optimizer")
     scheduler: Scheduler | None = key(None, "its learning-rate schedule", kind="scheduler")
     gradient_clip: float | None = key(None, "largest norm of a gradient", bounds=Bounds(0, open_low=True))
-    compile: Literal["none", "default", "reduce-overhead"] = key(
-        "none", "run steps on whole batches through torch.compile: not, in its default mode, or as CUDA graphs"
+    compile: Literal["none", "traced", "default", "reduce-overhead"] = key(
+        "traced",
+        "how steps are computed: none calls training_step for every batch; traced, too, but replays steps of small "
+        "models that are marked @traceable, as fdl's own are, once they have come often; default and reduce-overhead "
+        "(CUDA graphs) run full batches through torch.compile",
     )
 
     def __post_init__(self) -> None:
         """Settle on one epoch where nothing is said."""
         if self.epochs is None and self.steps is None:
-            self.epochs = 1
+            object.__setattr__(self, "epochs", 1)
 
 
 @dataclass
@@ -65,7 +76,9 @@ class Federation:
 
     clients: int = key(5, "number of institutions", bounds=_COUNT)
     rounds: int = key(1, "communication rounds", bounds=_COUNT)
-    participation: float = key(1.0, "share of the clients asked in a round", bounds=Bounds(0, 1, open_low=True))
+    client_fraction: float = key(
+        1.0, "fraction of the clients that take part in a round", bounds=Bounds(0, 1, open_low=True)
+    )
     dropout: float = key(0.0, "chance that a client asked does not answer", bounds=Bounds(0, 1, open_high=True))
     assignment: Literal["in_turn", "random"] = key(
         "in_turn", "how clients that no specialist names get one: entry i counted round, or drawn by weight"
@@ -73,14 +86,16 @@ class Federation:
     deadline: float | None = key(
         None, "seconds of a round after which no upload is taken; null: none", bounds=Bounds(0, open_low=True)
     )
-    state: Literal["memory", "disk"] = key("memory", "where clients' models and states lie between their turns")
-    learning_rates: Any = key({}, "by client id, learning rates of training on own data that differ from local's")
+    client_state: Literal["memory", "disk"] = key("memory", "where clients' models and states lie between their turns")
+    learning_rates: Any = key(
+        {}, "by client id, learning rates of training on own data that differ from local_training's"
+    )
     too_small: Literal["refuse", "leave_out"] = key(
         "refuse", "sites with fewer samples than their model can be trained on: refuse the run, or run without them"
     )
-    calibration: float | None = key(
+    calibration_fraction: float | None = key(
         None,
-        "share of a client's data held out to calibrate; null: a tenth where the method looks at it, else none",
+        "fraction of a client's data held out to calibrate; null: a tenth where the method looks at it, else none",
         bounds=Bounds(0, 1, open_high=True),
     )
 
@@ -99,14 +114,18 @@ class Privacy:
         None, "noise over clip; null: as much as a client's epsilon needs for all its rounds", bounds=Bounds(0)
     )
     clip: float = key(1.0, "largest norm of an example's gradient", bounds=Bounds(0, open_low=True))
-    ghost: bool = key(False, "clip without the gradients of single examples: less memory, more time for small models")
-    chunk: int | None = key(None, "examples whose gradients are held at once; null: a whole batch", bounds=_COUNT)
+    ghost_clipping: bool = key(
+        False, "clip without the gradients of single examples: less memory, more time for small models"
+    )
+    max_physical_batch: int | None = key(
+        None, "examples whose gradients are held at once; null: a whole batch", bounds=_COUNT
+    )
     noise_seed: Any = key(
         None,
         "{file: PATH} of a secret that noise is drawn from; null: $FDL_NOISE_SEED, else the seed, for simulations",
     )
-    exhausted: Literal["client", "run"] = key(
-        "client", "what ends when a client's budget is spent: its training on private data, or the run"
+    on_exhausted: Literal["stop_client", "stop_run"] = key(
+        "stop_client", "what ends when a client's budget is spent: its training on private data, or the run"
     )
 
 
@@ -116,7 +135,7 @@ class Channel:
 
     upload: list[Component] = key([], "codec stages from client to server, in order", kind="codec")
     download: list[Component] = key([], "codec stages from server to client, in order", kind="codec")
-    limit: int = key(1 << 31, "bytes beyond which a message is refused", bounds=_COUNT)
+    max_message_bytes: int = key(1 << 31, "bytes beyond which a message is refused", bounds=_COUNT)
     bandwidth: Any = key("unlimited", "the clients' links: unlimited, moderate, severe, or figures")
     clients: Any = key({}, "by client id, links that differ from bandwidth")
     authenticate: bool | None = key(
@@ -132,7 +151,7 @@ class Evaluation:
     every: int = key(1, "rounds between evaluations; the last round always is", bounds=_COUNT)
     batch_size: int = key(512, "samples a forward pass", bounds=_COUNT)
     metrics: list[str] | None = key(None, "names of metrics; null for those that suit the data")
-    probes: list[Component] = key([], "further questions to the student", kind="evaluator")
+    evaluators: list[Component] = key([], "further measurements of the student", kind="evaluator")
     attacks: list[Component] = key([], "attacks on private data, tried once after the last round", kind="attack")
     specialists: bool = key(True, "whether the clients' own models are evaluated too")
 
@@ -202,23 +221,23 @@ class Recipe:
     encoder: Component | None = key(None, "frozen public encoder that all sites share", kind="encoder")
     faults: list[Component] = key([], "what goes wrong at clients, on purpose", kind="fault")
     adversaries: list[AdversaryConfig] = key([], "clients that are dishonest", kind="adversary")
-    local: Fit = key(Fit(), "how clients train on their own data")
-    distil: Fit = key(Fit(), "how the server trains the student on public data")
-    digest: Fit | None = key(None, "how clients learn from what comes back; null: as distil")
+    local_training: Fit = key(Fit(), "how clients train on their own data")
+    server_distil: Fit = key(Fit(), "how the server trains the student on public data")
+    client_distil: Fit | None = key(None, "how clients learn from what comes back; null: as server_distil")
     privacy: Privacy | None = key(None, "differential privacy; null: none")
     channel: Channel = key(Channel(), "how messages are coded")
     evaluation: Evaluation = key(Evaluation(), "what is measured")
     inference: Inference = key(Inference(), "how models answer")
     checkpoint: Checkpoint = key(Checkpoint(), "how often the run is saved")
     fabric: Fabric = key(Fabric(), "devices and precision")
-    executor: Literal["auto", "sequential", "batched"] = key(
+    client_execution: Literal["auto", "sequential", "vectorized"] = key(
         "sequential", "how clients take their turns: one by one, together, or together where the models are small"
     )
     callbacks: list[Component] = key(
         [Component("tensorboard"), Component("csv"), Component("progress")], "what watches the run", kind="callback"
     )
     profile: bool = key(False, "record a round with torch's profiler, for TensorBoard, and write profile.txt")
-    output: str = key("runs", "folder in which the run's own folder lies")
+    output_dir: str = key("runs", "folder in which the run's own folder lies")
     compare: Compare | None = key(None, "what fdl compare runs")
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from fdl.errors import UserError
 from fdl.metrics.tasks import TASKS
 from fdl.recipe.learning_rates import rates_by_client
 from fdl.registry.instantiate import instantiate
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 from fdl.utils.suggest import suggest
 
 Problems = list[tuple[str, str]]
@@ -25,7 +27,7 @@ PROXY = "a number of training samples or a share such as 0.3, which are held out
 
 _LONGEST_NAME = 200
 """File systems take 255 bytes, and names of files that go with a run have more."""
-_FITS = {"local", "distil", "digest"}
+_FITS = ("local_training", "server_distil", "client_distil")
 
 
 def violations(tree: dict[str, Any], known: set[str]) -> Problems:
@@ -86,7 +88,7 @@ def _fits(tree: dict[str, Any], broken: set[str]) -> Problems:
     """Epochs or steps, not both."""
     return [
         (part, f"give epochs or steps, not both; to count steps, set {part}.epochs to null")
-        for part in ("local", "distil", "digest")
+        for part in _FITS
         if part not in broken and tree[part] and None not in (tree[part]["epochs"], tree[part]["steps"])
     ]
 
@@ -94,11 +96,11 @@ def _fits(tree: dict[str, Any], broken: set[str]) -> Problems:
 def _cohort(tree: dict[str, Any], broken: set[str]) -> Problems:
     if "federation" in broken:
         return []
-    clients, share = tree["federation"]["clients"], tree["federation"]["participation"]
-    if int(share * clients + 0.5) >= 1:
+    clients, fraction = tree["federation"]["clients"], tree["federation"]["client_fraction"]
+    if int(fraction * clients + 0.5) >= 1:
         return []
-    message = f"{share:g} of {clients} clients selects nobody; {1 / clients:.2g} selects one"
-    return [("federation.participation", message)]
+    message = f"{fraction:g} of {clients} clients selects nobody; {1 / clients:.2g} selects one"
+    return [("federation.client_fraction", message)]
 
 
 def _assigned(tree: dict[str, Any], broken: set[str]) -> Problems:
@@ -122,7 +124,7 @@ def _assigned(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 def _rates(tree: dict[str, Any], broken: set[str]) -> Problems:
     """Learning rates of clients that there are, for an optimiser that has one."""
-    if broken & {"specialists", "federation", "local"}:
+    if broken & {"specialists", "federation", "local_training"}:
         return []
     try:
         own = rates_by_client(tree["federation"]["learning_rates"])
@@ -133,10 +135,10 @@ def _rates(tree: dict[str, Any], broken: set[str]) -> Problems:
     given = [f"federation.learning_rates.{client}" for client in own]
     given += [f"specialists.{i}.lr" for i, entry in enumerate(tree["specialists"]) if entry["lr"] is not None]
     if given:
-        optimizer = tree["local"]["optimizer"]["target"]
+        optimizer = tree["local_training"]["optimizer"]["target"]
         taken = find(optimizer, KINDS["optimizer"]).signature
         if taken is not None and not taken.open and "lr" not in taken.parameters:
-            return [(where, f"local.optimizer is {optimizer}, which takes no lr") for where in given]
+            return [(where, f"local_training.optimizer is {optimizer}, which takes no lr") for where in given]
     return [
         (f"federation.learning_rates.{client}", f"there is no such client: the ids are 0 … {count - 1}")
         for client in own
@@ -150,8 +152,8 @@ def _dishonest(tree: dict[str, Any], broken: set[str]) -> Problems:
         return []
     count, owner, problems, drawn = tree["federation"]["clients"], {}, [], 0
     for i, entry in enumerate(tree["adversaries"]):
-        if (entry["clients"] is None) == (entry["share"] is None):
-            problems.append((f"adversaries.{i}", "give clients or share, one of the two"))
+        if (entry["clients"] is None) == (entry["fraction"] is None):
+            problems.append((f"adversaries.{i}", "give clients or fraction, one of the two"))
         for client in entry["clients"] or ():
             where = f"adversaries.{i}.clients"
             if not 0 <= client < count:
@@ -159,7 +161,7 @@ def _dishonest(tree: dict[str, Any], broken: set[str]) -> Problems:
             elif client in owner:
                 problems.append((where, f"client {client} is in adversaries.{owner[client]} already"))
             owner.setdefault(client, i)
-        drawn += int((entry["share"] or 0) * count + 0.5)
+        drawn += int((entry["fraction"] or 0) * count + 0.5)
     if len(owner) + drawn > count:
         problems.append(("adversaries", f"{len(owner) + drawn} clients are to be dishonest, and there are {count}"))
     return problems
@@ -170,29 +172,35 @@ def _outvoted(tree: dict[str, Any], broken: set[str]) -> Problems:
     if broken & {"method", "federation"}:
         return []
     clients, problems = tree["federation"]["clients"], []
-    asked = int(tree["federation"]["participation"] * clients + 0.5)
+    asked = int(tree["federation"]["client_fraction"] * clients + 0.5)
     rule, where = tree["method"]["args"].get("robust"), "method.args.robust"
     while isinstance(rule, Mapping) and rule.get("target") in short_names(KINDS["robust_rule"]):
         definition, args = find(rule["target"], KINDS["robust_rule"]).definition, rule.get("args") or {}
-        if per_liar := definition.constant("per_liar"):
-            f = args.get("f", 1)
-            least = per_liar * f + definition.constant("beside")
+        if per_attacker := definition.constant("uploads_per_attacker"):
+            attackers = args.get("num_attackers", 1)
+            least = per_attacker * attackers + definition.constant("extra_uploads")
             if asked < least:
-                needs = f"{rule['target']} with f = {f} needs {least} uploads in a round"
+                needs = f"{rule['target']} with num_attackers = {attackers} needs {least} uploads in a round"
                 problems.append((where, f"{needs}, and {asked} clients are asked"))
         rule, where = args.get("rule"), f"{where}.args.rule"
     return problems
 
 
+_UNCOMPILED = ("none", "traced")
+"""Modes of a training without `torch.compile`."""
+
+
 def _compiled(tree: dict[str, Any], broken: set[str]) -> Problems:
     """Clients that train in one pass have steps of their own."""
-    if "executor" in broken or tree["executor"] != "batched":
+    if "client_execution" in broken or tree["client_execution"] != "vectorized":
         return []
-    message = "must be none with executor: batched, which trains clients in a vectorised pass of its own"
+    message = (
+        "must be none or traced with client_execution: vectorized, which trains clients in a vectorised pass of its own"
+    )
     return [
         (f"{part}.compile", message)
-        for part in ("local", "digest")
-        if part not in broken and tree[part] and tree[part]["compile"] != "none"
+        for part in ("local_training", "client_distil")
+        if part not in broken and tree[part] and tree[part]["compile"] not in _UNCOMPILED
     ]
 
 
@@ -206,9 +214,9 @@ def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
         problems.append(("fabric.strategy", message))
     if fabric["precision"] in ("16-mixed", "transformer-engine"):
         problems.append(("fabric.precision", "must be another one with fabric.strategy: fsdp; take bf16-mixed"))
-    if "executor" not in broken and tree["executor"] == "batched":
+    if "client_execution" not in broken and tree["client_execution"] == "vectorized":
         message = "must be sequential or auto with fabric.strategy: fsdp, where all ranks train one client together"
-        problems.append(("executor", message))
+        problems.append(("client_execution", message))
     if "evaluation" not in broken and tree["evaluation"]["attacks"]:
         message = "must be empty with fabric.strategy: fsdp; attack the finished run with fdl audit"
         problems.append(("evaluation.attacks", message))
@@ -216,7 +224,8 @@ def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
     if private is not None and private["training"] == "dp_sgd":
         message = "must be none with fabric.strategy: fsdp: gradients of single examples need whole models; take auto"
         problems.append(("privacy.training", message))
-    steps = {f"{part}.compile": tree[part] and tree[part]["compile"] != "none" for part in _FITS - broken}
+    known = [part for part in _FITS if part not in broken]
+    steps = {f"{part}.compile": tree[part] and tree[part]["compile"] not in _UNCOMPILED for part in known}
     answers = {"inference.compile": "inference" not in broken and tree["inference"]["compile"]}
     message = "must be off with fabric.strategy: fsdp: weights are gathered between the parts of a pass"
     return problems + [(key, message) for key, compiled in sorted({**steps, **answers}.items()) if compiled]
@@ -263,19 +272,23 @@ def _faults(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 def _private(tree: dict[str, Any], broken: set[str]) -> Problems:
     """Clients that train with noise need to know how much, and nobody else may train on their data."""
-    privacy = tree["privacy"] if not broken & {"privacy", "local", "fabric", "method"} else None
+    privacy = tree["privacy"] if not broken & {"privacy", "local_training", "fabric", "method"} else None
     if privacy is None or privacy["training"] == "none":
         return []
     problems = []
-    if tree["local"]["compile"] != "none":
-        problems.append(("local.compile", "must be none under privacy: gradients are clipped example by example"))
+    if tree["local_training"]["compile"] not in _UNCOMPILED:
+        problems.append(
+            ("local_training.compile", "must be none or traced under privacy: gradients are clipped example by example")
+        )
     if privacy["epsilon"] is None and privacy["noise_multiplier"] is None:
         problems.append(("privacy.epsilon", "missing: give a budget, for which noise is found, or a noise_multiplier"))
     if privacy["noise_multiplier"] is None and tree.get("arrival") is not None:
         message = "missing: noise is found for a number of samples that stays, and arrival changes it"
         problems.append(("privacy.noise_multiplier", message))
-    if tree["local"]["gradient_clip"] is not None:
-        problems.append(("local.gradient_clip", "must be null under privacy: privacy.clip is for each example"))
+    if tree["local_training"]["gradient_clip"] is not None:
+        problems.append(
+            ("local_training.gradient_clip", "must be null under privacy: privacy.clip is for each example")
+        )
     if tree["fabric"]["precision"] not in ("32-true", "64-true", "bf16-mixed"):
         message = "training with noise needs 32-true, 64-true or bf16-mixed"
         problems.append(("fabric.precision", f"{message}; got {tree['fabric']['precision']}"))

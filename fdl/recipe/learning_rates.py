@@ -18,6 +18,10 @@ def rates_by_client(given: Any) -> dict[int, float]:
 
     Raises:
         UserError: it is none, or a rate is not above 0; the message begins with the key below ``federation``.
+
+    Example:
+        >>> rates_by_client({3: 0.01})
+        {3: 0.01}
     """
     if not isinstance(given, Mapping):
         raise UserError(f"learning_rates: expected a mapping of client ids to learning rates, got {given!r:.80}")
@@ -32,7 +36,7 @@ def rates_by_client(given: Any) -> dict[int, float]:
 
 
 def local_fits(recipe: Recipe, entries: Sequence[int] | None) -> list[Fit]:
-    """How each client trains on its own data: as ``local`` says, with the learning rate that is nearest to it.
+    """How each client trains on its own data: as ``local_training`` says, with the learning rate that is nearest to it.
 
     That is the client's own (``federation.learning_rates``), else that of its entry among ``specialists``, else the
     optimiser's.
@@ -42,16 +46,16 @@ def local_fits(recipe: Recipe, entries: Sequence[int] | None) -> list[Fit]:
         entries: by client, which of the specialists it has; None where clients have none.
 
     Returns:
-        By client; one object for all that train alike, since optimisers are built once for each.
+        By client.
     """
-    own, made = rates_by_client(recipe.federation.learning_rates), {None: recipe.local}
+    own, made = rates_by_client(recipe.federation.learning_rates), {None: recipe.local_training}
 
     def fit(client: int) -> Fit:
         rate = own.get(client, None if entries is None else recipe.specialists[entries[client]].lr)
         if rate not in made:
-            optimizer = recipe.local.optimizer
+            optimizer = recipe.local_training.optimizer
             optimizer = dataclasses.replace(optimizer, args={**optimizer.args, "lr": rate})
-            made[rate] = dataclasses.replace(recipe.local, optimizer=optimizer)
+            made[rate] = dataclasses.replace(recipe.local_training, optimizer=optimizer)
         return made[rate]
 
     return [fit(client) for client in range(recipe.federation.clients)]

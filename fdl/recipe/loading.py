@@ -18,10 +18,12 @@ from fdl.errors import RecipeError, UserError
 from fdl.recipe import cross_checks as rules
 from fdl.recipe.config import Fit, Recipe, Scheduler
 from fdl.recipe.overrides import Override, apply
+from fdl.recipe.renamed import explain
 from fdl.recipe.validate import check, fill
 from fdl.registry.component import Component
 from fdl.registry.instantiate import ConfigChecker, instantiate
 from fdl.registry.static_source import SourceModule
+from fdl.utils.paths import expanded
 from fdl.utils.suggest import suggest
 
 __all__ = ["Component", "Fit", "Recipe", "Scheduler", "difference", "from_mapping", "instantiate", "load"]
@@ -39,7 +41,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), variant: Mapping[str, 
         UserError: when there is no such file.
         RecipeError: with all that is wrong in it.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
         text = path.read_text(encoding="utf-8")
         config, lines = OmegaConf.load(path), _lines(text)
@@ -86,6 +88,8 @@ def from_mapping(
     Raises:
         RecipeError: with all that is wrong in it.
     """
+    if isinstance(overrides, str):
+        raise UserError(f"overrides: expected a list of key=value strings, got a string; write [{overrides!r}]")
     problems: list[str] = []
     parsed = []
     for text in overrides:
@@ -95,7 +99,7 @@ def from_mapping(
             problems.append(str(error))
     changes = _changes(variant)
     raw, found = _applied(tree, [*changes, *parsed])
-    recipe, more = _checked(raw, name)
+    checked, more = _checked(raw, name)
     found += [one for one in more if one not in found]
     # one variant of a recipe that was read whole before: the others were checked then
     for variant_name, mapping in _variants(raw) if variant is None else ():
@@ -109,11 +113,16 @@ def from_mapping(
         found += [(where, f"{k}: {message}") for k, message in dict.fromkeys(broken) if (k, message) not in found]
     if found or problems:
         raise RecipeError(source, problems + [_located(k, message, parsed, lines or {}) for k, message in found])
-    return recipe
+    return _structured(checked)
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in which two recipes, given as plain dicts, differ."""
+    """Dotted keys in which two recipes, given as plain dicts, differ.
+
+    Example:
+        >>> difference({"seed": 0, "data": {"target": "digits"}}, {"seed": 1, "data": {"target": "digits"}})
+        ['seed']
+    """
     flat_a, flat_b = _flat(a), _flat(b)
     return [k for k in dict.fromkeys([*flat_a, *flat_b]) if flat_a.get(k, _ABSENT) != flat_b.get(k, _ABSENT)]
 
@@ -157,8 +166,8 @@ def _variants(raw: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(str(name), mapping) for name, mapping in pairs if isinstance(mapping, Mapping)]
 
 
-def _checked(raw: Mapping[str, Any], name: str) -> tuple[Recipe | None, list[tuple[str, str]]]:
-    """Resolve interpolations, check everything, and build the dataclass when all is well."""
+def _checked(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Resolve interpolations and check everything; returns the complete tree, and problems by key."""
     resolved, problems = _interpolated(raw)
     for part in ("student", "teacher"):  # "${specialists.0}" means its model, not who has it
         if isinstance(raw.get(part), str) and isinstance(resolved.get(part), Mapping):
@@ -169,13 +178,16 @@ def _checked(raw: Mapping[str, Any], name: str) -> tuple[Recipe | None, list[tup
     problems += [(k, m) for k, m in checker.problems if not any(k == b or k.startswith(f"{b}.") for b in broken)]
     if "name" in tree:
         tree["name"] = tree["name"] or name
+    problems = [(k, explain(k, m, resolved)) for k, m in problems]
     problems += rules.violations(tree, {k for k, _ in problems})
-    return (None if problems else _structured(tree)), problems
+    return tree, problems
 
 
 def _interpolated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    if not _interpolates(raw):  # most recipes: their conversion to omegaconf's nodes takes longer than all checks
+        return _plain(raw), []
     config = OmegaConf.create(dict(raw))
-    problems = []
+    problems: list[tuple[str, str]] = []
     while True:
         try:
             return OmegaConf.to_container(config, resolve=True, throw_on_missing=False), problems
@@ -184,10 +196,20 @@ def _interpolated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[st
             OmegaConf.update(config, error.full_key, None)
 
 
+def _interpolates(value: Any) -> bool:
+    """Whether a string anywhere in a tree refers to another key."""
+    if isinstance(value, Mapping):
+        return any(map(_interpolates, value.values()))
+    return (
+        any(map(_interpolates, value)) if isinstance(value, list | tuple) else isinstance(value, str) and "${" in value
+    )
+
+
 def _structured(tree: Mapping[str, Any]) -> Recipe:
     """The dataclass, through omegaconf's structured config."""
     config = OmegaConf.structured(Recipe)
-    for part in ("local", "distil"):
+    for part in ("local_training", "server_distil"):
+        OmegaConf.set_readonly(config[part], False)  # omegaconf takes frozen dataclasses for finished ones
         config[part].optimizer.args = {}  # mappings merge: the default's arguments would stay
     return OmegaConf.to_object(OmegaConf.merge(config, tree))
 
@@ -223,6 +245,9 @@ def _located(where: str, message: str, overrides: Sequence[Override], lines: Map
     for override in reversed(overrides):
         # what is wrong with a component as a whole is wrong with its target
         if where == override.key or override.key == f"{where}.target" or where.startswith(f"{override.key}."):
+            return f"{where}: {message} (from the override {override.text[:_LONGEST]!r})"
+    for override in reversed(overrides):
+        if where not in lines and override.key.startswith(f"{where}."):  # it is this one that made the section
             return f"{where}: {message} (from the override {override.text[:_LONGEST]!r})"
     parent = where
     while parent and parent not in lines:

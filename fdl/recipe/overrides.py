@@ -33,6 +33,11 @@ class Override:
 
         Raises:
             UserError: when there is no key, no ``=``, or no valid YAML after it.
+
+        Example:
+            >>> override = Override.parse("optim.args.lr=0.01")
+            >>> override.parts, override.value
+            (['optim', 'args', 'lr'], 0.01)
         """
         key, equals, value = text.partition("=")
         key = key.strip()

@@ -12,7 +12,8 @@ from typing import Any
 from fdl.registry.component import Component
 from fdl.registry.instantiate import ConfigChecker, describe, show
 from fdl.registry.kinds import KINDS
-from fdl.registry.static_source import Parameter, SourceModule, parse_expression
+from fdl.registry.static_signatures import Parameter
+from fdl.registry.static_source import SourceModule, parse_expression
 from fdl.utils.suggest import suggest
 
 

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl.errors import UserError
-from fdl.registry.kinds import KINDS, Kind, ResolvedTarget, find, kind_of
-from fdl.registry.static_source import Definition, Parameter, SourceModule, ancestors, argument_docs, parse_expression
+from fdl.registry.installed import kind_of
+from fdl.registry.kinds import KINDS, Kind
+from fdl.registry.static_signatures import Parameter, argument_docs
+from fdl.registry.static_source import Definition, SourceModule, ancestors, parse_expression
+from fdl.registry.targets import ResolvedTarget, find
 from fdl.utils.imports import import_dotted
 from fdl.utils.suggest import suggest
 
@@ -109,10 +112,10 @@ class ConfigChecker:
         result, renamed = {}, (found.definition.own_constant("renamed") if found.definition else None) or {}
         for name, value in args.items():
             where = f"{key}.args.{name}"
-            if name in kind.reserved:
+            if name in kind.forbidden:
                 self.problem(where, f"{name} is given by fdl")
             elif name not in known and not found.signature.open:
-                names = [n for n in known if n not in kind.reserved]
+                names = [n for n in known if n not in kind.forbidden]
                 hint = f"; it is called {renamed[name]!r}" if name in renamed else _also_called(str(name), names)
                 hint = hint or suggest(str(name), names, few=99)
                 self.problem(where, f"{found.path} takes no {name!r}{hint}")
@@ -126,7 +129,7 @@ class ConfigChecker:
 
     def has(self, name: str, kind: Kind) -> bool:
         """Whether fdl itself will give an argument."""
-        return name in kind.supplied
+        return name in kind.injected
 
     def made(self, found: ResolvedTarget, kind: Kind, key: str, tree: dict[str, Any]) -> Any:
         """What becomes of a component whose parts were read."""
@@ -279,6 +282,8 @@ _USUAL_NAMES = {
     "text": ("text_column", "text_key", "column", "sentence"),
     "label": ("label_column", "label_key", "target_column"),
     "delimiter": ("sep", "separator"),
+    "fraction": ("share", "ratio"),
+    "proxy_fraction": ("subsample", "proxy_share"),
 }
 """What other libraries call arguments, by our name."""
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib.util
-import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -65,36 +63,6 @@ class Definition:
         return next((value for value in values if value is not None), None)
 
 
-class Parameter(NamedTuple):
-    """One argument of a constructor or function.
-
-    Attributes:
-        name: its keyword.
-        required: whether it has no default.
-        annotation: its type as written, None where there is none.
-        module: the file in which the annotation's names have their meaning.
-        default: its default as written, None where there is none or the source does not tell.
-    """
-
-    name: str
-    required: bool
-    annotation: ast.expr | None = None
-    module: SourceModule | None = None
-    default: ast.expr | None = None
-
-
-class Signature(NamedTuple):
-    """What a constructor or function takes by keyword.
-
-    Attributes:
-        parameters: the named ones, by name.
-        open: whether it also takes keywords that it does not name.
-    """
-
-    parameters: dict[str, Parameter]
-    open: bool = False
-
-
 class SourceModule:
     """One source file, or a namespace package's folders.
 
@@ -119,15 +87,17 @@ class SourceModule:
     def names(self) -> dict[str, ast.AST]:
         """Top-level names: a class, a function, an import, or the expression that is assigned."""
         found: dict[str, ast.AST] = {}
-        for name, node, sure in _bindings(self.tree.body):
-            if sure or name not in found:
+        for name, node, unconditional in _bindings(self.tree.body):
+            if unconditional or name not in found:
                 found[name] = node
         return found
 
     @cached_property
-    def stars(self) -> list[ast.ImportFrom]:
+    def star_imports(self) -> list[ast.ImportFrom]:
         """Its ``from … import *`` statements, but for those that only a type checker executes."""
-        return [n for n in _executed(self.tree.body) if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
+        return [
+            n for n in _runtime_statements(self.tree.body) if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"
+        ]
 
     @property
     def dynamic(self) -> bool:
@@ -156,7 +126,7 @@ class SourceModule:
                 found = self._bound(self.names[part], seen)
                 if found is not None:
                     return found
-            for star in self.stars:
+            for star in self.star_imports:
                 source = self._imported(star)
                 found = source.member(part, seen) if source else None
                 if found is not None:
@@ -271,44 +241,6 @@ def derives(definition: Definition, base: Definition) -> bool | None:
     return None if unknown else False
 
 
-@cache
-def signature(definition: Definition) -> Signature | None:
-    """What a class or function takes by keyword; None when the source does not tell."""
-    if not definition.is_class:
-        kinds = {_last_name(d) for d in definition.node.decorator_list}
-        bound = definition.owner is not None and "staticmethod" not in kinds
-        return _of_function(definition.node, definition.module, skip_first=bound)[0]
-    if (init := member(definition, "__init__") or member(definition, "__new__")) is not None:
-        result, forwarded = _of_function(init.node, init.module, skip_first=True)
-        return _with_inherited(result, forwarded, definition) if forwarded is not None else result
-    if any(_last_name(d) == "dataclass" for d in definition.node.decorator_list):
-        return _of_dataclass(definition)
-    for base in definition.node.bases:
-        found = definition.module.resolve(base)
-        if isinstance(found, Definition) and found.is_class:
-            if found.dotted in _WITHOUT_INIT:
-                continue
-            return signature(found)
-        if not (isinstance(base, ast.Name) and base.id == "object"):
-            return None
-    return Signature({})
-
-
-@cache
-def argument_docs(definition: Definition) -> dict[str, str]:
-    """What docstrings say of arguments by their names, of a class itself before those of its bases."""
-    nodes = [cls.node for cls in ancestors(definition) if cls is not None] if definition.is_class else [definition.node]
-    docs: dict[str, str] = {}
-    for node in nodes:
-        text = (ast.get_docstring(node) or "").partition("Args:\n")[2].partition("\n\n")[0]
-        for name, said in re.findall(r"^ {4}(\w+)[^:\n]*: (.*(?:\n {5,}.*)*)", text, re.MULTILINE):
-            docs.setdefault(name, " ".join(said.split()).replace("``", ""))
-    return docs
-
-
-_WITHOUT_INIT = {"abc.ABC", "typing.Generic", "typing.Protocol", "typing_extensions.Protocol"}
-
-
 def parse_expression(text: str) -> ast.expr:
     """The syntax tree of an annotation given as text; a constant when it is not valid Python."""
     try:
@@ -317,95 +249,43 @@ def parse_expression(text: str) -> ast.expr:
         return ast.Constant(None)
 
 
-def _of_function(node: ast.FunctionDef, module: SourceModule, skip_first: bool) -> tuple[Signature, set[str] | None]:
-    """A function's signature; and, when it hands ``**kwargs`` on to its base class, what it gives there itself."""
-    arguments = node.args
-    positional = [*arguments.posonlyargs, *arguments.args]
-    defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
-    pairs = list(zip(positional, defaults))[len(arguments.posonlyargs) or int(skip_first) :]
-    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults)
-    parameters = {a.arg: Parameter(a.arg, d is None, a.annotation, module, d) for a, d in pairs}
-    if arguments.kwarg is None:
-        return Signature(parameters), None
-    for call in (n for n in ast.walk(node) if isinstance(n, ast.Call)):
-        hands_on = any(
-            k.arg is None and isinstance(k.value, ast.Name) and k.value.id == arguments.kwarg.arg for k in call.keywords
-        )
-        if hands_on and ast.unparse(call.func) == "super().__init__" and not call.args:
-            return Signature(parameters), {k.arg for k in call.keywords if k.arg}
-    return Signature(parameters, open=True), None
-
-
-def _with_inherited(own: Signature, given: set[str], definition: Definition) -> Signature:
-    """Add the base class's parameters that reach it through ``**kwargs``."""
-    for base in definition.node.bases:
-        found = definition.module.resolve(base)
-        inherited = signature(found) if isinstance(found, Definition) else None
-        if inherited is None:
-            return Signature(own.parameters, open=True)
-        if inherited.parameters or inherited.open:
-            passed = {n: p for n, p in inherited.parameters.items() if n not in given}
-            return Signature({**passed, **own.parameters}, inherited.open)
-    return own
-
-
-def _of_dataclass(definition: Definition) -> Signature:
-    """The generated constructor of a dataclass, with the fields that it inherits."""
-    parameters: dict[str, Parameter] = {}
-    lineage = [c for c in ancestors(definition) if c is not None]
-    for cls in reversed(lineage):
-        if not any(_last_name(d) == "dataclass" for d in cls.node.decorator_list):
-            continue
-        for statement in cls.node.body:
-            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-                continue
-            if _last_name(statement.annotation) in ("ClassVar", "KW_ONLY"):
-                continue
-            required, initialised = statement.value is None, True
-            if isinstance(statement.value, ast.Call) and _last_name(statement.value) == "field":
-                options = {k.arg: k.value for k in statement.value.keywords}
-                required = not options.keys() & {"default", "default_factory"}
-                initialised = not (isinstance(options.get("init"), ast.Constant) and options["init"].value is False)
-            name = statement.target.id
-            parameters.pop(name, None) if not initialised else None
-            if initialised:
-                parameters[name] = Parameter(name, required, statement.annotation, cls.module)
-    return Signature(parameters)
-
-
-def _bindings(body: Iterable[ast.stmt], sure: bool = True) -> Iterator[tuple[str, ast.AST, bool]]:
-    """Names that statements bind; those of a second branch are not sure and never hide an earlier one."""
+def _bindings(body: Iterable[ast.stmt], unconditional: bool = True) -> Iterator[tuple[str, ast.AST, bool]]:
+    """Names that statements bind; those of a second branch are conditional and never hide an earlier one."""
     for statement in body:
         if isinstance(statement, ast.ClassDef | ast.FunctionDef):
-            yield statement.name, statement, sure
+            yield statement.name, statement, unconditional
         elif isinstance(statement, ast.Import):
             for alias in statement.names:
                 # `import a.b` binds a; `import a.b as c` binds c to a.b
                 one = alias if alias.asname else ast.alias(alias.name.partition(".")[0])
-                yield alias.asname or one.name, ast.Import([one]), sure
+                yield alias.asname or one.name, ast.Import([one]), unconditional
         elif isinstance(statement, ast.ImportFrom):
             for alias in statement.names:
-                yield alias.asname or alias.name, ast.ImportFrom(statement.module, [alias], statement.level), sure
+                yield (
+                    alias.asname or alias.name,
+                    ast.ImportFrom(statement.module, [alias], statement.level),
+                    unconditional,
+                )
         elif isinstance(statement, ast.If):
-            yield from _bindings(statement.body, sure)
+            yield from _bindings(statement.body, unconditional)
             yield from _bindings(statement.orelse, False)
         elif isinstance(statement, ast.Try):
-            yield from _bindings([*statement.body, *statement.orelse, *statement.finalbody], sure)
+            yield from _bindings([*statement.body, *statement.orelse, *statement.finalbody], unconditional)
             for handler in statement.handlers:
                 yield from _bindings(handler.body, False)
         elif isinstance(statement, ast.With):
-            yield from _bindings(statement.body, sure)
+            yield from _bindings(statement.body, unconditional)
         else:
             target, value = _assignment(statement)
             if target and value is not None:
-                yield target, value, sure
+                yield target, value, unconditional
 
 
-def _executed(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+def _runtime_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
     """Top-level statements and those in the branches of if and try, without ``if TYPE_CHECKING`` blocks."""
     for statement in body:
-        if isinstance(statement, ast.If | ast.Try) and _last_name(getattr(statement, "test", None)) != "TYPE_CHECKING":
-            yield from _executed([*statement.body, *statement.orelse])
+        if isinstance(statement, ast.If | ast.Try) and last_name(getattr(statement, "test", None)) != "TYPE_CHECKING":
+            yield from _runtime_statements([*statement.body, *statement.orelse])
         else:
             yield statement
 
@@ -419,12 +299,12 @@ def _assignment(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
     return None, None
 
 
-def _last_name(node: ast.AST | None) -> str:
+def last_name(node: ast.AST | None) -> str:
     """``"dataclass"`` for ``@dataclass``, ``@dataclasses.dataclass`` and ``@dataclass(frozen=True)``."""
     if isinstance(node, ast.Call):
-        return _last_name(node.func)
+        return last_name(node.func)
     if isinstance(node, ast.Subscript):
-        return _last_name(node.value)
+        return last_name(node.value)
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 

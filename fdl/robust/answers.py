@@ -16,7 +16,7 @@ from fdl.messages import Responses
 from fdl.participants import Server
 from fdl.robust.base import Plain, RobustRule
 from fdl.robust.parameters import own_samples
-from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, capped, log_client_weights
+from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, cap_shares, log_client_weights
 from fdl.utils.seeding import stream_seed, torch_stream
 
 log = logging.getLogger("fdl")
@@ -78,7 +78,7 @@ class RobustAnswers(ResponseMean):
         if not self._held:
             return None
         clients = sorted(self._held)
-        rule = Plain(cap=None) if self._server.runtime.dry else self._rule
+        rule = Plain(max_client_share=None) if self._server.runtime.is_dry_run else self._rule
         bounded = self.space == "probabilities"
         ballot = ClientUpdates(clients, self._server, self._votes, cache(self._reference), bounded, memory="answers")
         decision = rule.decide(ballot)
@@ -86,11 +86,11 @@ class RobustAnswers(ResponseMean):
         if not decided.any():
             log.warning(
                 "round %d: robust rule %s leaves nothing of %d clients' answers; it needs %d a row",
-                *(self._server.round, rule.name, len(clients), rule.least),
+                *(self._server.round, rule.name, len(clients), rule.min_clients),
             )
             return None
         logs = torch.stack([self._log_weights(client) for client in clients]).double()
-        log_client_weights(ballot, decision, capped(logs, None))
+        log_client_weights(ballot, decision, cap_shares(logs, None))
         values = decision.values
         if bounded:
             values = (values + 1 / self.num_classes).clamp(0, 1)
@@ -105,10 +105,10 @@ class RobustAnswers(ResponseMean):
         log_weight = (level + coverage.double().log()).where(decided, -torch.inf)
         return AggregatedResponses.of(values, self.space, coverage, log_weight)
 
-    def _votes(self, cap: float | None) -> Iterator[UpdateBlock]:
+    def _votes(self, max_client_share: float | None) -> Iterator[UpdateBlock]:
         clients = sorted(self._held)
         logs = torch.stack([self._log_weights(client) for client in clients]).double()
-        shares, answered = capped(logs, cap), torch.isfinite(logs)
+        shares, answered = cap_shares(logs, max_client_share), torch.isfinite(logs)
         height = max(BLOCK // (len(clients) * max(self.num_classes, len(clients))), 1)
         for start in range(0, self.n_rows, height):
             rows = slice(start, start + height)
@@ -138,7 +138,7 @@ class RobustAnswers(ResponseMean):
             seed_everything(server.seed, "robust/reference")
             module = server.runtime.create("student", stream_seed(server.seed, "robust/init"))
             stream = torch_stream(server.seed, "robust/reference")
-            server.runtime.fit(module, own_samples(server), server.local, stream)
+            server.runtime.fit(module, own_samples(server), server.local_training, stream)
             server.cache["robust/reference"] = server.predict(module, server.proxy)
         logits = server.cache["robust/reference"].double()
         return self._displaced(logits if self.space == "logits" else torch.softmax(logits, dim=1))

@@ -19,28 +19,28 @@ class RobustRule(ABC):
     Every client's vector is needed at once, so memory grows with the number of clients, unlike that of a mean.
 
     Args:
-        cap: largest share of a proxy sample's weight that a client can claim by its confidence, as a multiple of an
-            equal share, ≥ 1; what is cut off goes to the others in proportion. 1 ignores confidence, None trusts it:
-            then one liar can have a row for itself. The parameters of all clients count alike, whatever number of
-            samples they claim.
+        max_client_share: largest share of a proxy sample's weight that a client can claim by its confidence, as a
+            multiple of an equal share, ≥ 1; what is cut off goes to the others in proportion. 1 ignores confidence,
+            None trusts it: then one attacker can have a row for itself. The parameters of all clients count alike,
+            whatever number of samples they claim.
 
     Attributes:
-        per_liar: how many more uploads a row needs for every liar that is tolerated.
-        beside: how many it needs beside those.
+        uploads_per_attacker: how many more uploads a row needs for every attacker that is tolerated.
+        extra_uploads: how many it needs besides those.
     """
 
     name: ClassVar[str]
-    per_liar: ClassVar[int] = 0
-    beside: ClassVar[int] = 1
+    uploads_per_attacker: ClassVar[int] = 0
+    extra_uploads: ClassVar[int] = 1
 
-    def __init__(self, cap: float | None = 2.0):
-        Cap.of(cap, "row")
-        self.cap = cap
+    def __init__(self, max_client_share: float | None = 2.0):
+        Cap.of(max_client_share, "row")
+        self.max_client_share = max_client_share
 
     @property
-    def least(self) -> int:
+    def min_clients(self) -> int:
         """How many clients must say something of a row; with fewer, nothing is decided about it."""
-        return self.beside
+        return self.extra_uploads
 
     @abstractmethod
     def decide(self, ballot: ClientUpdates) -> Aggregated:
@@ -54,9 +54,9 @@ class RobustRule(ABC):
             combine: makes values [R, D] and weights [n, R] of some rows.
         """
         values, weights = [], []
-        for votes in ballot.votes(self.cap):
+        for votes in ballot.votes(self.max_client_share):
             combined, weighed = combine(votes)
-            enough = votes.counts >= self.least
+            enough = votes.counts >= self.min_clients
             values.append(torch.where(enough.unsqueeze(1), combined, 0.0))
             weights.append(torch.where(enough, weighed, 0.0))
         return Aggregated(torch.cat(values), torch.cat(weights, dim=1))
@@ -88,7 +88,7 @@ class WeighingRule(RowRule):
 
 
 class Plain(WeighingRule):
-    """No rule: the mean by shares, for a rehearsal, in which nobody has learnt anything."""
+    """No rule: the mean by shares, for a dry run, in which nobody has learnt anything."""
 
     def coefficients(self, votes: UpdateBlock) -> Tensor:
         """The shares."""

@@ -23,13 +23,23 @@ class TrimmedMean(RowRule):
 
     Args:
         beta: β, the share at each side, in [0, 0.5); it must be no less than the share of liars.
-        cap: as for every rule.
+        max_client_share: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> value, weights = TrimmedMean(beta=0.25).combine(votes)
+        >>> value  # the mean of 2 and 3
+        tensor([[2.5000]], dtype=torch.float64)
     """
 
     name = "trimmed_mean"
 
-    def __init__(self, beta: float = 0.2, cap: float | None = 2.0):
-        super().__init__(cap)
+    def __init__(self, beta: float = 0.2, max_client_share: float | None = 2.0):
+        super().__init__(max_client_share)
         if not 0 <= beta < 0.5:
             raise UserError(f"beta must be in [0, 0.5), got {beta}")
         self.beta = beta
@@ -58,13 +68,23 @@ class Median(TrimmedMean):
     decides.
 
     Args:
-        cap: as for every rule.
+        max_client_share: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> value, weights = Median().combine(votes)
+        >>> value
+        tensor([[2.5000]], dtype=torch.float64)
     """
 
     name = "median"
 
-    def __init__(self, cap: float | None = 2.0):
-        super().__init__(0.5 - _WINDOW, cap)
+    def __init__(self, max_client_share: float | None = 2.0):
+        super().__init__(0.5 - _WINDOW, max_client_share)
 
 
 def _spans(ordered: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

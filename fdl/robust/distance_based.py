@@ -26,13 +26,23 @@ class GeometricMedian(WeighingRule):
     Args:
         iterations: of Weiszfeld's algorithm at most, ≥ 1.
         tolerance: it ends when no weight moves by more; > 0.
-        cap: as for every rule.
+        max_client_share: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> value, weights = GeometricMedian().combine(votes)
+        >>> bool(1.9 < value.item() < 3.1)
+        True
     """
 
     name = "geometric_median"
 
-    def __init__(self, iterations: int = 200, tolerance: float = 1e-9, cap: float | None = 2.0):
-        super().__init__(cap)
+    def __init__(self, iterations: int = 200, tolerance: float = 1e-9, max_client_share: float | None = 2.0):
+        super().__init__(max_client_share)
         self.iterations, self.tolerance = at_least("iterations", iterations, 1), positive("tolerance", tolerance)
 
     def coefficients(self, votes: UpdateBlock) -> Tensor:
@@ -67,33 +77,36 @@ class MultiKrum(WeighingRule):
     among n ≥ 2 f + 3.
 
     Args:
-        f: number of liars that are tolerated, ≥ 0.
+        num_attackers: f, the number of attackers that are tolerated, ≥ 0.
         keep: how many vectors are kept, ≥ 1; None for n − f.
-        cap: as for every rule.
+        max_client_share: as for every rule.
     """
 
     name = "multi_krum"
-    per_liar = 2
-    beside = 3
+    uploads_per_attacker = 2
+    extra_uploads = 3
 
-    def __init__(self, f: int = 1, keep: int | None = None, cap: float | None = 2.0):
-        super().__init__(cap)
-        self.f, self.keep = at_least("f", f, 0), None if keep is None else at_least("keep", keep, 1)
+    def __init__(self, num_attackers: int = 1, keep: int | None = None, max_client_share: float | None = 2.0):
+        super().__init__(max_client_share)
+        self.num_attackers, self.keep = (
+            at_least("num_attackers", num_attackers, 0),
+            None if keep is None else at_least("keep", keep, 1),
+        )
 
     @property
-    def least(self) -> int:
+    def min_clients(self) -> int:
         """2 f + 3."""
-        return self.per_liar * self.f + self.beside
+        return self.uploads_per_attacker * self.num_attackers + self.extra_uploads
 
     def coefficients(self, votes: UpdateBlock) -> Tensor:
         """Shares of those that are kept, normalised; of equal scores the client with the smaller id comes first."""
         present, count = votes.answered.T, votes.counts.unsqueeze(1)
         others = present.unsqueeze(1) & present.unsqueeze(2) & ~torch.eye(present.shape[1], dtype=torch.bool)
         squares = votes.squares.masked_fill(~others, torch.inf).sort(dim=2).values
-        counted = torch.arange(present.shape[1]) < (count - self.f - 2).clamp_min(1).unsqueeze(2)
+        counted = torch.arange(present.shape[1]) < (count - self.num_attackers - 2).clamp_min(1).unsqueeze(2)
         scores = squares.masked_fill(~counted, 0.0).sum(2).masked_fill(~present, torch.inf)
         place = scores.argsort(dim=1, stable=True).argsort(dim=1)
-        kept = present & (place < (count - self.f if self.keep is None else self.keep))
+        kept = present & (place < (count - self.num_attackers if self.keep is None else self.keep))
         return _normalised(votes.shares.T.where(kept, 0.0)).T
 
 
@@ -101,14 +114,23 @@ class Krum(MultiKrum):
     """The one vector that lies closest to its n − f − 2 nearest neighbours (Blanchard et al., 2017).
 
     Args:
-        f: number of liars that are tolerated among n ≥ 2 f + 3.
-        cap: as for every rule; a single vector has no use for shares.
+        num_attackers: f, the number of attackers that are tolerated among n ≥ 2 f + 3.
+        max_client_share: as for every rule; a single vector has no use for shares.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> Krum(num_attackers=1).coefficients(votes).flatten()  # one that has a near neighbour gets all
+        tensor([1., 0., 0., 0.], dtype=torch.float64)
     """
 
     name = "krum"
 
-    def __init__(self, f: int = 1, cap: float | None = 2.0):
-        super().__init__(f, 1, cap)
+    def __init__(self, num_attackers: int = 1, max_client_share: float | None = 2.0):
+        super().__init__(num_attackers, 1, max_client_share)
 
 
 class Cronus(WeighingRule):
@@ -122,13 +144,13 @@ class Cronus(WeighingRule):
 
     Args:
         epsilon: ε, the share of liars that is tolerated, in (0, 0.5).
-        cap: as for every rule.
+        max_client_share: as for every rule.
     """
 
     name = "cronus"
 
-    def __init__(self, epsilon: float = 0.2, cap: float | None = 2.0):
-        super().__init__(cap)
+    def __init__(self, epsilon: float = 0.2, max_client_share: float | None = 2.0):
+        super().__init__(max_client_share)
         if not 0 < epsilon < 0.5:
             raise UserError(f"epsilon must be in (0, 0.5), got {epsilon}")
         self.epsilon = epsilon
@@ -154,13 +176,22 @@ class NormClipping(WeighingRule):
 
     Args:
         limit: the largest length, > 0; None for the median of the round's lengths, row by row.
-        cap: as for every rule.
+        max_client_share: as for every rule.
+
+    Example:
+        >>> import torch
+        >>> from fdl.robust.votes import UpdateBlock
+        >>> values = torch.tensor([1.0, 2.0, 3.0, 99.0], dtype=torch.float64).reshape(4, 1, 1)  # of four clients
+        >>> shares = torch.full((4, 1), 0.25, dtype=torch.float64)
+        >>> votes = UpdateBlock(shares, shares > 0, lambda: iter([values]))
+        >>> NormClipping(limit=2.0).coefficients(votes).flatten()
+        tensor([0.2500, 0.2500, 0.1667, 0.0051], dtype=torch.float64)
     """
 
     name = "norm_clipping"
 
-    def __init__(self, limit: float | None = None, cap: float | None = 2.0):
-        super().__init__(cap)
+    def __init__(self, limit: float | None = None, max_client_share: float | None = 2.0):
+        super().__init__(max_client_share)
         self.limit = None if limit is None else positive("limit", limit)
 
     def coefficients(self, votes: UpdateBlock) -> Tensor:

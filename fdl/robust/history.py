@@ -51,17 +51,17 @@ class ExpGuard(RobustRule):
         limit: float = 6.0,
     ):
         self.rule, self.fade = rule or GeometricMedian(), fade
-        super().__init__(self.rule.cap)
+        super().__init__(self.rule.max_client_share)
         if not 0 < fade <= 1:
             raise UserError(f"fade must be in (0, 1], got {fade}")
         self.eta, self.limit = positive("eta", eta), positive("limit", limit)
         self.tolerance = not_negative("tolerance", tolerance)
-        self.last = self.rule if one_of("result", result, ("mean", "rule")) == "rule" else Plain(self.cap)
+        self.last = self.rule if one_of("result", result, ("mean", "rule")) == "rule" else Plain(self.max_client_share)
 
     @property
-    def least(self) -> int:
+    def min_clients(self) -> int:
         """As many as the inner rule needs."""
-        return self.rule.least
+        return self.rule.min_clients
 
     def decide(self, ballot: ClientUpdates) -> Aggregated:
         """Measure distances from the inner rule's result, update the weights, decide by them."""
@@ -75,7 +75,7 @@ class ExpGuard(RobustRule):
         """Every client's distance from the inner result, averaged over decided rows by its claims on them, [n]."""
         total, weight = (torch.zeros(len(ballot.clients), dtype=torch.float64) for _ in range(2))
         row = 0
-        for votes in ballot.votes(self.cap):
+        for votes in ballot.votes(self.max_client_share):
             column, squares = 0, torch.zeros_like(votes.shares)
             rows = slice(row, row + votes.shares.shape[1])
             for x in votes.blocks():

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Parameters
 from fdl.participants import Server
 from fdl.robust.base import Plain, RobustRule
 from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, log_client_weights
-from fdl.state.weights import load_into, module_state
+from fdl.state.weights import module_state
 
 log = logging.getLogger("fdl")
 
 
-class RobustParameters:
+class RobustParameters(Aggregate):
     """What a rule makes of the clients' weights, as displacements from the global model.
 
     All clients count alike: how many samples it has is what a client says of itself. Every upload is kept, 4 bytes a
@@ -65,14 +66,14 @@ class RobustParameters:
         if not self._held:
             return None
         clients = sorted(self._held)
-        rule = Plain() if self._server.runtime.dry else self._rule
+        rule = Plain() if self._server.runtime.is_dry_run else self._rule
         memory = self._what or "parameters"
         ballot = ClientUpdates(clients, self._server, self._votes, cache(self._reference), False, memory)
         decision = rule.decide(ballot)
         if not decision.decided.any():
             reason = "none of the clients is trusted"
-            if len(clients) < rule.least:
-                reason = f"it needs {rule.least} uploads and got {len(clients)}"
+            if len(clients) < rule.min_clients:
+                reason = f"it needs {rule.min_clients} uploads and got {len(clients)}"
             log.warning("round %d: robust rule %s changes nothing: %s", self._server.round, rule.name, reason)
             return None
         log_client_weights(
@@ -86,7 +87,7 @@ class RobustParameters:
         }
         return {name: (moved | kept)[name].to(like.dtype) for name, like in self._origin.items()}
 
-    def _votes(self, cap: float | None) -> Iterator[UpdateBlock]:
+    def _votes(self, max_client_share: float | None) -> Iterator[UpdateBlock]:
         """One row; confidence does not exist here, so there is no share to cap."""
         vectors = [self._held[client][0] for client in sorted(self._held)]
         origin, count = self._vector(self._origin).double(), len(vectors)
@@ -106,12 +107,10 @@ class RobustParameters:
         whole = dict(self._origin.items())
         if self._architecture == "student":  # what is not sent, as the server has it
             whole = {**module_state(server.student), **whole}
-        module = runtime.template(self._architecture)
-        load_into(module, whole)
-        runtime.hold(self._architecture, None)
         name = f"robust/{self._what}/server" if self._what else "robust/server"
-        server.fit(module, own_samples(server), server.local, name=name)
-        return (self._vector(module_state(module)).double() - self._vector(self._origin).double()).unsqueeze(0)
+        with runtime.borrow(self._architecture, whole) as module:
+            server.fit(module, own_samples(server), server.local_training, name=name)
+            return (self._vector(module_state(module)).double() - self._vector(self._origin).double()).unsqueeze(0)
 
     def _vector(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """All floating-point numbers in one vector."""

@@ -19,12 +19,12 @@ _TINY = torch.finfo(torch.float64).tiny
 class FLTrust(RobustRule):
     """A client counts by how far it points in the direction of the server's own vector: relu(cos(g_i, g_0)).
 
-    Cao et al., "FLTrust", 2021. In the space of parameters g_0 is what the `local` settings make of the global model on
-    the server's labelled samples, and every update is scaled to its length. In the space of knowledge it is what a
-    model that knew these samples alone would answer; the cosine is taken over all rows at once, each row weighted by
-    how much the client claims to know of it against the others, so that it is judged where it wants to count: whoever
-    knows one class alone, and says so by its confidence, is judged by that class. Answers on the simplex keep their
-    length. The server's labelled samples are its `public` ones, else those for validation. A model for
+    Cao et al., "FLTrust", 2021. In the space of parameters g_0 is what the `local_training` settings make of the global
+    model on the server's labelled samples, and every update is scaled to its length. In the space of knowledge it is
+    what a model that knew these samples alone would answer; the cosine is taken over all rows at once, each row
+    weighted by how much the client claims to know of it against the others, so that it is judged where it wants to
+    count: whoever knows one class alone, and says so by its confidence, is judged by that class. Answers on the simplex
+    keep their length. The server's labelled samples are its `public` ones, else those for validation. A model for
     reference is trained on them; the student learns nothing from it, but by whom it listens to.
 
     Args:
@@ -33,13 +33,15 @@ class FLTrust(RobustRule):
         least: share of the clients' median trust below which a client is not heard, in [0, 1): its confidence might
             else make up for the trust that it lacks. 0 is the paper's. On digits, the best of those who flip signs
             was given 0.27 of the median client's weight, and no honest one less than 0.53.
-        cap: as for every rule; trust takes its place in the space of knowledge.
+        max_client_share: as for every rule; trust takes its place in the space of knowledge.
     """
 
     name = "fltrust"
 
-    def __init__(self, judge: Literal["server", "peers"] = "server", least: float = 0.4, cap: float | None = None):
-        super().__init__(cap)
+    def __init__(
+        self, judge: Literal["server", "peers"] = "server", least: float = 0.4, max_client_share: float | None = None
+    ):
+        super().__init__(max_client_share)
         if not 0 <= least < 1:
             raise UserError(f"least must be in [0, 1), got {least}")
         self.floor = least
@@ -61,7 +63,7 @@ class FLTrust(RobustRule):
         wanted = ballot.reference() if self.judge == "server" else GeometricMedian().decide(ballot).values
         inner, own, ours = (torch.zeros(len(ballot.clients), dtype=torch.float64) for _ in range(3))
         row = 0
-        for votes in ballot.votes(self.cap):
+        for votes in ballot.votes(self.max_client_share):
             column, count = 0, votes.shares.shape[1]
             for x in votes.blocks():
                 part = wanted[row : row + count, column : column + x.shape[2]]

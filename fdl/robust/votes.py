@@ -113,8 +113,8 @@ class ClientUpdates:
     def reweighted(self, factors: Tensor) -> ClientUpdates:
         """The same, each client's shares times its factor, [n]; those with 0 say nothing."""
 
-        def votes(cap: float | None) -> Iterator[UpdateBlock]:
-            for one in self.votes(cap):
+        def votes(max_client_share: float | None) -> Iterator[UpdateBlock]:
+            for one in self.votes(max_client_share):
                 shares = one.shares * factors.unsqueeze(1)
                 shares = shares / shares.sum(0).clamp_min(torch.finfo(torch.float64).tiny)
                 heard = one.answered & (factors > 0).unsqueeze(1)
@@ -145,20 +145,26 @@ def _masked(blocks: Callable[[], Iterator[Tensor]], heard: Tensor) -> Callable[[
     return lambda: (x.masked_fill(~heard.unsqueeze(2), 0.0) for x in blocks())
 
 
-def capped(log_weights: Tensor, cap: float | None) -> Tensor:
+def cap_shares(log_weights: Tensor, max_client_share: float | None) -> Tensor:
     """Shares of each row's weight, none above a multiple of an equal share.
 
     Args:
         log_weights: float64 [n, R]; -inf where a client says nothing.
-        cap: the multiple; None for no bound.
+        max_client_share: the multiple; None for no bound.
 
     Returns:
         float64 [n, R]: softmax over clients of what `shares.ceiling` leaves. Columns sum to 1, or are 0
         where nobody says anything.
+
+    Example:
+        >>> import torch
+        >>> log_weights = torch.tensor([[0.0], [0.0], [9.0]], dtype=torch.float64)
+        >>> cap_shares(log_weights, max_client_share=1.5).flatten()  # at most 1.5 of three equal shares
+        tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)
     """
     answered = torch.isfinite(log_weights)
-    if cap is not None:
-        log_weights = torch.minimum(log_weights, ceiling(log_weights, cap))
+    if max_client_share is not None:
+        log_weights = torch.minimum(log_weights, ceiling(log_weights, max_client_share))
     return torch.softmax(log_weights.masked_fill(~answered.any(0), 0.0), dim=0).masked_fill(~answered, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Attacks on the finished run in a folder."""
+"""Audit of the finished run in a folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fdl.utils.tensorboard import open_writer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fdl.attacks.audit import Audit
     from fdl.recipe.config import Recipe
-from fdl.attacks.audit import Audit
 
 AUDIT = "audit.json"
 """The report in the run's folder."""
@@ -30,7 +30,7 @@ ON_CONFIDENCES = ("confidence_inference",)
 """What is added to these where a confidence is measured on private samples, as `density` is."""
 
 
-def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Audit, Path]:
+def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Audit, Path]:
     """Rebuild a finished run from its folder, attack it, and write ``audit.json`` and figures there.
 
     Those of an earlier audit stay, as ``audit-1.json`` and so on.
@@ -46,20 +46,22 @@ def audit_run(run: Path, attacks: Sequence[str] = (), overrides: Sequence[str] =
     Raises:
         UserError: the folder holds no finished run, or an attack cannot be tried on it.
     """
+    from fdl.attacks.callback import AuditCallback
     from fdl.build.federation import build
     from fdl.federation import snapshot
     from fdl.runs import run as runs
     from fdl.state import run_folder
     from fdl.utils.locks import FolderLock, require_unlocked
+    from fdl.utils.paths import expanded
 
+    run = expanded(run)
     runs.require_finished(run)
     require_unlocked(run)
     loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)
     snapshot.restore(loop, write=False)
-    loop.begin(loop.round)
-    for attack in loop.after_rounds:
-        attack(loop)
-    result = loop.audit
+    loop.start_round(loop.round)
+    (auditor,) = (callback for callback in loop.callbacks if isinstance(callback, AuditCallback))
+    result = auditor.run(loop)
     with FolderLock(run):
         run_folder.renamed_aside(run / AUDIT)
         run_folder.renamed_aside(run / "tensorboard" / "audit")
@@ -98,8 +100,8 @@ def _on_confidences(recipe: Recipe) -> tuple[str, ...]:
     """The attacks on what clients say of their answers, where that is measured on their samples."""
     from fdl.registry.instantiate import instantiate
 
-    confidence = getattr(instantiate(recipe.method, "method", "method"), "confidence", None)
-    return ON_CONFIDENCES if getattr(confidence, "reads_samples", False) else ()
+    confidence = instantiate(recipe.method, "method", "method").confidence
+    return ON_CONFIDENCES if confidence is not None and confidence.reads_samples else ()
 
 
 def print_table(result: Audit, console: Console) -> None:

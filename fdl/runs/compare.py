@@ -12,16 +12,19 @@ from fdl.engine.distributed.launch_environment import started_by_others
 from fdl.errors import UserError
 from fdl.recipe.config import Compare, Recipe
 from fdl.recipe.loading import load
-from fdl.registry.kinds import KINDS, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
 from fdl.runs import run as runs
+from fdl.runs.result import Comparison, Run
 from fdl.state import run_folder
 from fdl.utils.console import console
+from fdl.utils.paths import expanded
 from fdl.utils.suggest import suggest
 
 log = logging.getLogger("fdl")
 
 
-class Run(NamedTuple):
+class PlannedRun(NamedTuple):
     """One variant with one seed.
 
     Attributes:
@@ -42,9 +45,9 @@ def compare(
     overrides: Sequence[str] = (),
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
-    output: Path | None = None,
+    output: str | Path | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Comparison:
     """Run everything that is not complete yet; then write and print the table.
 
     A run that fails does not keep the others from being run; the table marks it, and the same call tries it again.
@@ -54,7 +57,7 @@ def compare(
         overrides: ``key=value`` strings for all of them.
         methods: variants of the recipes, or methods; default all variants.
         seeds: default those of the recipe.
-        output: the comparison's folder; default ``<output>/<name>/compare`` of the first recipe. A run lies in
+        output: the comparison's folder; default ``<output_dir>/<name>/compare`` of the first recipe. A run lies in
             ``<variant>/seed-<k>`` in it.
         overwrite: run again what is there of a recipe that has changed since; what is complete stays.
 
@@ -62,6 +65,9 @@ def compare(
         UserError: from a recipe, or where the folder holds something else, before anything runs; or in the end, naming
             the runs that have failed.
         KeyboardInterrupt: after Ctrl-C; what was done is kept.
+
+    Returns:
+        The table and the runs.
     """
     if started_by_others():
         raise UserError(
@@ -69,14 +75,14 @@ def compare(
             "fabric.devices=N, or start every run with fdl fit"
         )
     base = load(files[0], overrides)
-    folder = output or runs.folder_of(base) / "compare"
+    folder = runs.folder_of(base) / "compare" if output is None else expanded(output)
     planned = [run for file in files for run in plan(file, overrides, methods, seeds, folder, many=len(files) > 1)]
     _require_place(folder)
     for run in planned if not overwrite else ():
         if not runs.is_complete(run.recipe, run.folder):
             _require_unchanged(run)
     results: list[dict[str, Any]] = []
-    failed: list[tuple[Run, str]] = []
+    failed: list[tuple[PlannedRun, str]] = []
     for number, run in enumerate(planned, 1):
         complete = runs.is_complete(run.recipe, run.folder)
         note = ", complete already" if complete else ""
@@ -91,7 +97,7 @@ def compare(
             failed.append((run, reason))
             continue
         results.append({"variant": run.variant, "seed": run.seed, "summary": summary})
-    _publish(results, failed, base.compare or Compare(), folder)
+    table = _publish(results, failed, base.compare or Compare(), folder)
     if failed:
         lines = [f"  - {run.variant}, seed {run.seed}: {reason}" for run, reason in failed]
         raise UserError(
@@ -103,15 +109,17 @@ def compare(
                 ]
             )
         )
+    finished = [Run(run.folder, result["summary"], run.recipe) for run, result in zip(planned, results, strict=True)]
+    return Comparison(folder, table, finished)
 
 
-def _fit(run: Run, overwrite: bool) -> dict[str, Any]:
-    """Run, or go on with, a run that is not complete."""
+def _fit(run: PlannedRun, overwrite: bool) -> dict[str, Any]:
+    """PlannedRun, or go on with, a run that is not complete."""
     resume, replace = _way(run, overwrite)
     return runs.fit(run.recipe, run.folder, resume, replace)
 
 
-def _way(run: Run, overwrite: bool = False) -> tuple[bool, bool]:
+def _way(run: PlannedRun, overwrite: bool = False) -> tuple[bool, bool]:
     """Whether a run goes on with what lies in its folder, and whether it takes its place.
 
     Raises:
@@ -164,7 +172,7 @@ def plan(
     seeds: Sequence[int] | None,
     folder: Path,
     many: bool = False,
-) -> list[Run]:
+) -> list[PlannedRun]:
     """The runs of one recipe file, all checked.
 
     Args:
@@ -200,36 +208,38 @@ def plan(
             recipe = load(file, [*overrides, f"seed={seed}"], variant=changes)
             recipe = dataclasses.replace(recipe, compare=None, name=f"{base.name}-{name}-seed-{seed}")
             place = (folder / base.name if many else folder) / name / f"seed-{seed}"
-            planned.append(Run(label, seed, recipe, place))
+            planned.append(PlannedRun(label, seed, recipe, place))
     return planned
 
 
 def _publish(
     results: Sequence[dict[str, Any]],
-    failed: Sequence[tuple[Run, str]],
+    failed: Sequence[tuple[PlannedRun, str]],
     settings: Compare,
     folder: Path,
-) -> None:
-    """Write the table as CSV and Markdown and all runs' hyperparameters for TensorBoard; print the table."""
+) -> list[dict[str, Any]]:
+    """Write the table as CSV and Markdown and all runs' hyperparameters for TensorBoard; print and return the table."""
     from fdl.runs import compare_report as report
+    from fdl.runs.comparison import References
 
     named = (settings.reference, settings.bytes_reference, settings.single_site_reference)
-    references = [_row_of(name, results) for name in named]
-    table = report.compare_table(results, *references)
+    references = References(*(_row_of(name, results) for name in named))
+    table = report.compare_table(results, references)
     reasons: dict[str, list[str]] = {}
     for run, reason in failed:
         reasons.setdefault(run.variant, []).append(f"seed {run.seed}: {' '.join(reason.split())}")
     sentences = {variant: "; ".join(why) for variant, why in reasons.items()}
     report.write_compare_csv(folder / "compare.csv", table, sentences)
-    report.write_compare_json(folder / "compare.json", results, *references)
-    report.write_compare_markdown(folder / "compare.md", table, *references, failed=sentences)
-    report.log_compare(folder, results, *references)
+    report.write_compare_json(folder / "compare.json", results, references)
+    report.write_compare_markdown(folder / "compare.md", table, references, sentences)
+    report.log_compare(folder, results, references)
     if table:
-        report.print_compare(table, console(), *references)
+        report.print_compare(table, console(), references)
     for variant, sentence in sentences.items():
         print(f"Failed: {variant}, {sentence}")
     files = "compare.md, compare.csv, compare.json"
     print(f"In {folder}: {files}; tensorboard --logdir {folder / 'tensorboard'}")
+    return table
 
 
 def _row_of(name: str, results: Sequence[dict[str, Any]]) -> str | None:

@@ -1,4 +1,4 @@
-"""What a comparison of runs leaves: tables for people, for other programs, and for TensorBoard."""
+"""Tables of a comparison of runs: for people, for other programs, and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fdl.metrics.tasks import TASKS
-from fdl.runs.comparison import COLUMNS, DIFFERENCES, TARGETS, client_gains, compare_table, measure_all
+from fdl.runs.comparison import (
+    COLUMNS,
+    DIFFERENCES,
+    NO_REFERENCES,
+    TARGETS,
+    References,
+    client_gains,
+    compare_table,
+    measure_all,
+)
 from fdl.utils.files import write_atomically
 from fdl.utils.tensorboard import Curves, log_hparams, log_outcome, log_scalars, open_writer
 
@@ -71,18 +80,18 @@ PRINTED = (
     *("student_last", "kte", "recovered_gap", "bytes_total", "bytes_all", "bytes_all_percent"),
     *("bytes_to_95_all_percent", "seconds"),
 )
-"""What fits beside each other on a screen."""
+"""Columns that fit on a screen."""
 
 SORTED_BY = (
     *("kte", "recovered_gap", "bytes_all", "bytes_to_95_all", "bytes_to_98_all"),
     *(f"{whose}_gain{part}" for whose in ("student", "specialist") for part in ("", "_min", "_variance", "_jain")),
 )
-"""By what TensorBoard's dashboard can sort runs, beside a run's own metrics. The same whatever there is: of several
-lists that were written for a run it knows the first."""
+"""Measures by which TensorBoard's dashboard can sort runs, besides a run's own metrics. Always the same list: of
+several that are written for a run, TensorBoard knows the first."""
 
 
 def write_compare_csv(path: Path, table: Sequence[Mapping[str, Any]], failed: Mapping[str, str] | None = None) -> None:
-    """Write a comparison in full precision, a row a variant; what is None is left empty.
+    """Write a comparison in full precision, one row per variant; what is None is left empty.
 
     Args:
         path: of the file.
@@ -103,29 +112,25 @@ def write_compare_csv(path: Path, table: Sequence[Mapping[str, Any]], failed: Ma
 def write_compare_json(
     path: Path,
     rows: Sequence[Mapping[str, Any]],
-    reference: str | None = None,
-    bytes_reference: str | None = None,
-    single_site: str | None = None,
+    references: References = NO_REFERENCES,
 ) -> None:
     """Write what was measured of every run, seed by seed, and what each client gains.
 
     Args:
         path: of the JSON file: ``references``, and ``runs`` with ``variant``, ``seed``, everything in
             `fdl.runs.comparison.COLUMNS`, and ``gains`` as `fdl.runs.comparison.client_gains` gives them.
-        rows: as in `compare_table`, as are the other arguments.
-        reference: likewise.
-        bytes_reference: likewise.
-        single_site: likewise.
+        rows: ``{"variant", "seed", "summary"}`` for every run.
+        references: the variants that the others are measured against.
     """
-    measured = measure_all(rows, reference, bytes_reference, single_site)
+    measured = measure_all(rows, references)
     summaries = {(row["variant"], row["seed"]): row["summary"] for row in rows}
     runs = []
     for (variant, seed), values in measured.items():
-        alone = summaries.get((single_site, seed)) if variant != single_site else None
+        alone = summaries.get((references.single_site, seed)) if variant != references.single_site else None
         gains = {} if alone is None else client_gains(summaries[variant, seed], alone)
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
         runs.append({"variant": variant, "seed": seed, **finite, "gains": gains})
-    names = {"reference": reference, "bytes_reference": bytes_reference, "single_site_reference": single_site}
+    names = dict(zip(("reference", "bytes_reference", "single_site_reference"), references))
     text = json.dumps({"references": names, "runs": runs}, indent=1, allow_nan=False)
     write_atomically(path, f"{text}\n".encode())
 
@@ -133,24 +138,26 @@ def write_compare_json(
 def write_compare_markdown(
     path: Path,
     table: Sequence[Mapping[str, Any]],
-    reference: str | None = None,
-    bytes_reference: str | None = None,
-    single_site: str | None = None,
+    references: References = NO_REFERENCES,
     failed: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a comparison for people, in parts, and what its columns mean; arguments as in `compare_table`.
+    """Write a comparison for people, in parts, with a caption that explains its columns.
 
-    What went wrong, by variant, comes last; variants of which no run went well are in no other part.
+    Args:
+        path: of the file.
+        table: from `compare_table`.
+        references: the variants that the others are measured against.
+        failed: what went wrong, by variant; comes last. A variant of which no run went well is in no other part.
     """
     parts = []
     for title, columns in PARTS.items() if table else ():
-        titles, cells = _cells(table, columns, reference, bytes_reference)
+        titles, cells = _cells(table, columns, references)
         if len(titles) == 2:  # nothing but names and seeds
             continue
         lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *cells]
         parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     if table:
-        parts.append(compare_caption(table, reference, bytes_reference, single_site))
+        parts.append(compare_caption(table, references))
     if failed:
         parts.append("## Failed\n\n" + "\n".join(f"- {name}: {why}" for name, why in failed.items()))
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())
@@ -159,40 +166,44 @@ def write_compare_markdown(
 def print_compare(
     table: Sequence[Mapping[str, Any]],
     console: Console,
-    reference: str | None = None,
-    bytes_reference: str | None = None,
-    single_site: str | None = None,
+    references: References = NO_REFERENCES,
 ) -> None:
-    """Print the most telling columns of a comparison; arguments as in `compare_table`.
+    """Print the most telling columns of a comparison.
 
     No cell is cut or broken: lines are as long as they have to be.
+
+    Args:
+        table: from `compare_table`.
+        console: where to.
+        references: the variants that the others are measured against.
     """
-    titles, cells = _cells(table, PRINTED, reference, bytes_reference)
+    titles, cells = _cells(table, PRINTED, references)
     shown = Table(box=box.SIMPLE_HEAD)
     for title in titles:
         shown.add_column(textwrap.fill(title, 11), justify="left" if title == "Variant" else "right", no_wrap=True)
     for line in cells:
         shown.add_row(*map(Text, line))
     console.print(Segments(console.render(shown, console.options.update(max_width=10_000))), end="", crop=False)
-    console.print(Text(compare_caption(table, reference, bytes_reference, single_site, PRINTED), style="dim"))
+    console.print(Text(compare_caption(table, references, PRINTED), style="dim"))
+
+
+ALL_COLUMNS = tuple(name for part in PARTS.values() for name in part)
+"""Columns of all parts of a comparison, in order."""
 
 
 def compare_caption(
     table: Sequence[Mapping[str, Any]],
-    reference: str | None = None,
-    bytes_reference: str | None = None,
-    single_site: str | None = None,
-    columns: Iterable[str] = tuple(name for part in PARTS.values() for name in part),
+    references: References = NO_REFERENCES,
+    columns: Iterable[str] = ALL_COLUMNS,
 ) -> str:
     """Say what the columns of a comparison mean.
 
     Args:
-        table: from `compare_table`, as are the next three arguments.
-        reference: likewise.
-        bytes_reference: likewise.
-        single_site: likewise.
+        table: from `compare_table`.
+        references: the variants that the others are measured against.
         columns: those that are shown.
     """
+    reference, bytes_reference, single_site = references
     score, shown = table[0]["score"], set(columns)
     metric = score.replace("_", " ") if score != "nll" else "NLL"
     higher = next(task.higher_is_better for task in TASKS.values() if task.score == score)
@@ -237,20 +248,16 @@ def compare_caption(
 def log_compare(
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
-    reference: str | None = None,
-    bytes_reference: str | None = None,
-    single_site: str | None = None,
+    references: References = NO_REFERENCES,
 ) -> None:
     """Write every run of a comparison to TensorBoard: curves by round and by bytes, outcome and hyperparameters.
 
     Args:
         folder: the comparison's folder; runs go to ``tensorboard/<variant>-seed<k>`` in it.
-        rows: as in `compare_table`, as are the other arguments. What is measured of a run is under ``compare/…``.
-        reference: likewise.
-        bytes_reference: likewise.
-        single_site: likewise.
+        rows: ``{"variant", "seed", "summary"}`` for every run. Its measures are under ``compare/…``.
+        references: the variants that the others are measured against.
     """
-    measured = measure_all(rows, reference, bytes_reference, single_site)
+    measured = measure_all(rows, references)
     for row in rows:
         summary = row["summary"]
         writer = open_writer(folder / "tensorboard" / f"{row['variant']}-seed{row['seed']}")
@@ -270,14 +277,13 @@ def log_compare(
 def _cells(
     table: Sequence[Mapping[str, Any]],
     columns: Iterable[str],
-    reference: str | None = None,
-    bytes_reference: str | None = None,
+    references: References = NO_REFERENCES,
 ) -> tuple[list[str], list[list[str]]]:
     """Titles and texts, without the columns that are empty in every row."""
     loss = not next(task.higher_is_better for task in TASKS.values() if task.score == table[0]["score"])
     shown = [name for name in columns if any(line[f"{name}_mean"] is not None for line in table)]
     shown = [name for name in shown if not (loss and name == "kte")]  # it is the recovered gap
-    titles = COLUMNS | dict(zip(DIFFERENCES, (f"Δ {reference}", f"Δ {bytes_reference}")))
+    titles = COLUMNS | dict(zip(DIFFERENCES, [f"Δ {name}" for name in references[:2]]))
     rows = [[line["variant"], str(line["seeds"]), *(_cell(name, line) for name in shown)] for line in table]
     return ["Variant", "Seeds", *(titles[name] for name in shown)], rows
 

@@ -1,4 +1,4 @@
-"""What runs of one comparison measure against each other: quality, bytes, and what each site gains.
+"""Measures of the runs of one comparison: quality, bytes, and what each site gains.
 
 Three of the variants are references, each of the same seed: a centralised one whose student counts as 1, one whose
 bytes count as 100 %, and one whose clients train alone, which is where gains and the recovered gap count from.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fdl.metrics.federation import (
     bytes_by_round,
@@ -60,14 +60,29 @@ COLUMNS = {
 """What is measured of every run, with the titles that people read."""
 
 DIFFERENCES = ("vs_reference", "vs_bytes_reference")
-"""Paired differences of the student's last round, by the argument of `compare_table` that names the other variant."""
+"""Paired differences of the student's last round, by the field of `References` that names the other variant."""
+
+
+class References(NamedTuple):
+    """The variants of a comparison that others are measured against; None: there is no such one.
+
+    Attributes:
+        reference: the variant whose student counts as 1, usually centralised.
+        bytes_reference: the variant whose bytes count as 100 %, usually FedAvg.
+        single_site: the variant whose clients train alone: where gains and the recovered gap count from.
+    """
+
+    reference: str | None = None
+    bytes_reference: str | None = None
+    single_site: str | None = None
+
+
+NO_REFERENCES = References()
 
 
 def compare_table(
     rows: Sequence[Mapping[str, Any]],
-    reference: str | None = None,
-    bytes_reference: str | None = None,
-    single_site: str | None = None,
+    references: References = NO_REFERENCES,
 ) -> list[dict[str, Any]]:
     """Summarise several variants, each over its seeds.
 
@@ -76,12 +91,10 @@ def compare_table(
 
     Args:
         rows: ``{"variant", "seed", "summary"}`` for every run.
-        reference: the variant whose student counts as 1, usually centralised.
-        bytes_reference: the variant whose bytes count as 100 %, usually FedAvg.
-        single_site: the variant whose clients train alone: where gains and the recovered gap count from.
+        references: the variants that the others are measured against.
 
     Returns:
-        A row a variant, in order of first appearance: ``variant``, ``method``, ``seeds`` (how many), ``score`` (the
+        One row per variant, in order of first appearance: ``variant``, ``method``, ``seeds`` (how many), ``score`` (the
         metric that is compared), ``validation_samples`` (on which the best round was chosen, 0 where it was not), and
         the mean and sample standard deviation of everything in `COLUMNS` as ``<name>_mean`` and ``<name>_std``. For
         each of `DIFFERENCES` ``<name>_mean``, ``_low`` and ``_high``: the mean difference to that variant over common
@@ -90,10 +103,10 @@ def compare_table(
         too. None stands for what there is not: a student in a variant that trains none, a ratio without its reference,
         a deviation of one seed.
     """
-    measured = measure_all(rows, reference, bytes_reference, single_site)
+    measured = measure_all(rows, references)
     students = {
         name: {seed: m["student_last"] for (variant, seed), m in measured.items() if variant == name}
-        for name in (reference, bytes_reference)
+        for name in references[:2]
     }
     table = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
@@ -114,7 +127,7 @@ def compare_table(
                 values = []
             line[f"{name}_mean"] = statistics.fmean(values) if values else None
             line[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        for key, other in zip(DIFFERENCES, (reference, bytes_reference)):
+        for key, other in zip(DIFFERENCES, references[:2]):
             own = {seed: m["student_last"] for seed, m in mine.items()} if variant != other else {}
             line |= _difference(key, own, students[other])
         table.append(line)
@@ -123,11 +136,13 @@ def compare_table(
 
 def measure_all(
     rows: Sequence[Mapping[str, Any]],
-    reference: str | None = None,
-    bytes_reference: str | None = None,
-    single_site: str | None = None,
+    references: References = NO_REFERENCES,
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """Measure every run against the references of its seed; arguments as in `compare_table`.
+    """Measure every run against the references of its seed.
+
+    Args:
+        rows: ``{"variant", "seed", "summary"}`` for every run.
+        references: the variants that the others are measured against.
 
     Returns:
         By variant and seed: a value for everything in `COLUMNS`, None where there is none.
@@ -135,15 +150,15 @@ def measure_all(
     summaries = {(row["variant"], row["seed"]): row["summary"] for row in rows}
 
     def one(variant: str, seed: int) -> dict[str, Any]:
-        summary, central = summaries[variant, seed], summaries.get((reference, seed))
-        alone = summaries.get((single_site, seed))
-        other = summaries.get((bytes_reference, seed))
+        summary, central = summaries[variant, seed], summaries.get((references.reference, seed))
+        alone = summaries.get((references.single_site, seed))
+        other = summaries.get((references.bytes_reference, seed))
         sent = _bytes(summary, _target_rounds(summary, central, alone))
         base = {} if other is None else _bytes(other, _target_rounds(other, central, alone))
         for name in ("bytes_total", "bytes_all", *(f"bytes_to_{t}{part}" for t in TARGETS for part in ("", "_all"))):
             whole, part = base.get(name), sent[name]
             sent[f"{name}_percent"] = 100 * part / whole if whole and part is not None else None
-        whose = None if variant == single_site else alone
+        whose = None if variant == references.single_site else alone
         return (
             _quality(summary, central, alone) | sent | _gains(summary, whose) | {"seconds": summary["time"]["total_s"]}
         )

@@ -25,20 +25,20 @@ class Inputs:
     Attributes:
         task: which of `fdl.metrics.tasks.TASKS` the data are for.
         classes: names of the classes; empty where there are none.
-        provides: what the constructors of models are given, by the argument's name.
+        model_kwargs: what the constructors of models are given, by the argument's name.
     """
 
     task: str
     classes: list[str]
-    provides: dict[str, Any]
+    model_kwargs: dict[str, Any]
 
     def example(self, rows: int = 2) -> Tensor | tuple[Tensor, Tensor]:
         """Inputs of blank samples: images ``[rows, C, H, W]``, tokens ``[rows, context]``, or both."""
         tokens = images = None
-        if "context" in self.provides:
-            tokens = torch.ones(rows, self.provides["context"], dtype=torch.int64)
-        if "input_shape" in self.provides:
-            images = torch.zeros(rows, *self.provides["input_shape"])
+        if "context" in self.model_kwargs:
+            tokens = torch.ones(rows, self.model_kwargs["context"], dtype=torch.int64)
+        if "input_shape" in self.model_kwargs:
+            images = torch.zeros(rows, *self.model_kwargs["input_shape"])
         if self.task == "image_text":
             return images, tokens
         return images if tokens is None else tokens
@@ -54,9 +54,9 @@ def keep(loop: FederatedLoop) -> None:
         UserError: the disk refuses.
     """
     server, folder = loop.server, loop.folder
-    provides = dict(server.provides)
-    tokenizer = provides.pop("tokenizer", None)
-    told = {"task": server.task, "classes": list(server.classes), "provides": provides, "tokenizer": None}
+    model_kwargs = dict(server.model_kwargs)
+    tokenizer = model_kwargs.pop("tokenizer", None)
+    told = {"task": server.task, "classes": list(server.classes), "model_kwargs": model_kwargs, "tokenizer": None}
     if tokenizer is not None:
         told["tokenizer"] = tokenizer.label if _has_name(tokenizer.label) else TOKENIZER
     try:
@@ -79,16 +79,16 @@ def read(folder: Path) -> Inputs | None:
         return None
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        provides, name = dict(told["provides"]), told["tokenizer"]
-        if "input_shape" in provides:
-            provides["input_shape"] = tuple(provides["input_shape"])
-        inputs = Inputs(told["task"], list(told["classes"]), provides)
+        model_kwargs, name = dict(told["model_kwargs"]), told["tokenizer"]
+        if "input_shape" in model_kwargs:
+            model_kwargs["input_shape"] = tuple(model_kwargs["input_shape"])
+        inputs = Inputs(told["task"], list(told["classes"]), model_kwargs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; delete it to export with the data at hand") from error
     if name is not None:
         from fdl.modules.tokenizers import make_tokenizer
 
-        provides["tokenizer"] = make_tokenizer(name if _has_name(name) else str(folder / TOKENIZER))
+        model_kwargs["tokenizer"] = make_tokenizer(name if _has_name(name) else str(folder / TOKENIZER))
     return inputs
 
 

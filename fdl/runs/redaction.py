@@ -10,7 +10,7 @@ from typing import Any
 LOCAL = "<local path>"
 """What stands in the place of a path."""
 
-_KEYS = {"path", "root", "folder", "file", "files", "output", "checkpoint", "keys", "cache", "data_dir"}
+_KEYS = {"path", "root", "folder", "file", "files", "output_dir", "checkpoint", "keys", "cache", "data_dir"}
 _PUBLIC = re.compile(r"(hub|hf-hub|hf_hub|open_clip):[\w./@:-]+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILE = re.compile(
@@ -25,6 +25,10 @@ def without_paths(value: Any, key: str = "") -> Any:
     Args:
         value: plain dicts, lists and values.
         key: under which it stands.
+
+    Example:
+        >>> without_paths({"path": "/home/ana/scans.npz", "model": "google/vit-base-patch16-224"})
+        {'path': '<local path>', 'model': 'google/vit-base-patch16-224'}
     """
     if isinstance(value, Mapping):
         return {name: without_paths(one, str(name)) for name, one in value.items()}

@@ -62,7 +62,7 @@ def fit(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: boo
         UserError: when the folder holds something else, another process has it, or there is nothing to resume.
         Interrupted: after Ctrl-C, a kind of KeyboardInterrupt; what was done is saved.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if resume and overwrite:
         raise UserError("resume goes on with the run that is there, overwrite begins it anew: give one of them")
     if is_follower():
@@ -135,13 +135,13 @@ class _Keeper(Callback):
             raise UserError(f"{error.filename or self.folder}: cannot be moved: {error.strerror}") from error
         self._replaces = run_folder.needs_recovery(self.folder)
         run_folder.mark(self.folder, "run")
-        _note(self.recipe, self.folder)
+        write_recipe(self.recipe, self.folder)
 
     def on_checkpoint(self, loop: FederatedLoop, path: Path) -> None:
         """From the first round on that is saved, the folder is this run's."""
         if self.resume:
             (self.folder / SUMMARY).unlink(missing_ok=True)
-            _note(self.recipe, self.folder)
+            write_recipe(self.recipe, self.folder)
         elif loop.round > 0 and not self.saved:
             run_folder.drop_replaced(self.folder)
             self.saved = True
@@ -150,26 +150,26 @@ class _Keeper(Callback):
         """Write what the rounds came to; done before attacks and callbacks, which may fail."""
         from fdl.runs.report import write_summary
 
-        _note(self.recipe, self.folder)
+        write_recipe(self.recipe, self.folder)
         write_summary(self.folder / SUMMARY, summary)
 
 
-def folder_of(recipe: Recipe, given: Path | None = None) -> Path:
+def folder_of(recipe: Recipe, given: str | Path | None = None) -> Path:
     """The folder of a recipe's run.
 
     Args:
-        recipe: says where, by `output` and `name`.
+        recipe: says where, by `output_dir` and `name`.
         given: the folder itself, where somebody has named one.
 
     Raises:
-        UserError: `output` names a variable that is not set.
+        UserError: the folder or `output_dir` names a variable that is not set.
     """
     if given is not None:
-        return given
+        return expanded(given)
     try:
-        return expanded(recipe.output) / recipe.name
+        return expanded(recipe.output_dir) / recipe.name
     except UserError as error:
-        raise UserError(f"output: {error}") from error
+        raise UserError(f"output_dir: {error}") from error
 
 
 def foreseen(recipe: Recipe, folder: Path) -> str:
@@ -317,7 +317,7 @@ def require_finished(folder: Path) -> None:
         raise UserError(f"{_brief(folder)}: holds no finished run (no {RECIPE} and {SUMMARY})")
 
 
-def _note(recipe: Recipe, folder: Path) -> None:
+def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Store the recipe with the run."""
     write_atomically(folder / RECIPE, recipe.to_yaml().encode())
 

@@ -10,23 +10,23 @@ from fdl.recipe.loading import difference
 
 RESUMABLE_KEYS = (
     "name",
-    "output",
+    "output_dir",
     "callbacks",
     "checkpoint",
     "compare",
-    "executor",
+    "client_execution",
     "inference",
     "profile",
-    "federation.state",
+    "federation.client_state",
     "evaluation.batch_size",
     "fabric.accelerator",
     "fabric.devices",
     "fabric.num_nodes",
     "fabric.strategy",
     "fabric.timeout",
-    "local.compile",
-    "distil.compile",
-    "digest.compile",
+    "local_training.compile",
+    "server_distil.compile",
+    "client_distil.compile",
     "data.args.batch_size",
 )
 """A run may go on with other values here: where and how it is watched and computed does not change what it computes.
@@ -34,7 +34,7 @@ RESUMABLE_KEYS = (
 `evaluation.batch_size` is how many samples a model answers at once, and `data.args.batch_size` is for a plain Trainer.
 """
 
-MEASURED = ("evaluation.metrics", "evaluation.probes", "evaluation.attacks", "evaluation.specialists")
+MEASURED = ("evaluation.metrics", "evaluation.evaluators", "evaluation.attacks", "evaluation.specialists")
 """What coming rounds are measured by: a run that has rounds to go may go on with other values here."""
 
 _PLACE = re.compile(r"data\.(?:args\.proxy\.)*args\.(\w+)(?:\.\d+)?")

@@ -74,7 +74,7 @@ def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
     Raises:
         UserError: when there is no good checkpoint.
     """
-    damaged = []
+    damaged: list[str] = []
     for path in files(folder):
         try:
             return unpack(_whole(path)), path, damaged

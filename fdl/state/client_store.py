@@ -22,11 +22,11 @@ CLIENTS = "clients"
 """The store's folder in the run's own."""
 
 FILE = "__file__"
-"""Key under which a checkpoint names a client's file in the place of its state."""
+"""Key under which a checkpoint names a client's file instead of its state."""
 
 
 class DiskStore:
-    """One safetensors file a client, a new one whenever its state has changed.
+    """One safetensors file per client, a new one whenever its state has changed.
 
     A file's name carries a digest of its bytes. Files that a kept checkpoint names stay, so a run can go back to any
     of them; all others go once a newer one is there. Several processes may share the folder, each writing the clients
@@ -40,7 +40,7 @@ class DiskStore:
         self.folder = folder
         self._names: dict[int, str] = {}
         self._fresh: set[str] = set()  # written since the last checkpoint, so named by none
-        self._held: dict[Path, set[str]] = {}
+        self._retained: dict[Path, set[str]] = {}
 
     def write(self, client: int, state: Mapping[str, Any]) -> None:
         """Keep a client's state; nothing is written where it is as it was.
@@ -80,7 +80,7 @@ class DiskStore:
         """What a checkpoint keeps of a client: the name of its file, nothing where it has none."""
         return {FILE: self._names[client]} if client in self._names else {}
 
-    def refer(self, client: int, saved: Mapping[str, Any]) -> None:
+    def set_reference(self, client: int, saved: Mapping[str, Any]) -> None:
         """Go back to what `reference` gave, or begin with the state itself, which a checkpoint may hold as well."""
         self._names.pop(client, None)
         if FILE in saved:
@@ -88,22 +88,22 @@ class DiskStore:
         else:
             self.write(client, saved)
 
-    def settle(self) -> None:
-        """A checkpoint names all that is newest now."""
+    def mark_checkpointed(self) -> None:
+        """Note that a checkpoint names all files that are the newest now."""
         self._fresh.clear()
 
-    def hold(self, checkpoints: Iterable[Path], sweep: bool = False) -> None:
+    def retain(self, checkpoints: Iterable[Path], sweep: bool = False) -> None:
         """Keep the files that these checkpoints name; those that only others named go.
 
         Args:
             checkpoints: all that are kept, the newest of which names the newest states.
             sweep: drop whatever none of them names, which a run that was killed may have left.
         """
-        before = set().union(*self._held.values())
-        self._held = {path: self._held.get(path) or _named(path) for path in checkpoints}
+        before = set().union(*self._retained.values())
+        self._retained = {path: self._retained.get(path) or _named(path) for path in checkpoints}
         if sweep and self.folder.is_dir():
             before = {file.name for file in self.folder.iterdir() if OWN.fullmatch(file.name)}
-        for name in before.difference(*self._held.values()):
+        for name in before.difference(*self._retained.values()):
             (self.folder / name).unlink(missing_ok=True)
 
 
@@ -112,7 +112,7 @@ def resolve(saved: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if FILE not in saved:
         return dict(saved)
     store = DiskStore(folder)
-    store.refer(0, saved)
+    store.set_reference(0, saved)
     return store.read(0)
 
 

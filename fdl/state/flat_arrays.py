@@ -13,15 +13,15 @@ class FlatArrays(Mapping[str, np.ndarray]):
     """Named float32 arrays that fill one buffer in order; views of it are made when somebody asks for one.
 
     Args:
-        whole: the buffer, float32 [n], contiguous.
+        buffer: the buffer, float32 [n], contiguous.
         shapes: by name, in order.
     """
 
-    def __init__(self, whole: np.ndarray, shapes: dict[str, tuple[int, ...]]):
-        self.whole, self.shapes = whole, shapes
+    def __init__(self, buffer: np.ndarray, shapes: dict[str, tuple[int, ...]]):
+        self.buffer, self.shapes = buffer, shapes
 
     @cached_property
-    def form(self) -> tuple:
+    def layout(self) -> tuple:
         """What arrays of the same names and shapes have in common."""
         return tuple(self.shapes.items())
 
@@ -30,7 +30,7 @@ class FlatArrays(Mapping[str, np.ndarray]):
         views, end = {}, 0
         for name, shape in self.shapes.items():
             start, end = end, end + math.prod(shape)
-            views[name] = self.whole[start:end].reshape(shape)
+            views[name] = self.buffer[start:end].reshape(shape)
         return views
 
     def __getitem__(self, name: str) -> np.ndarray:

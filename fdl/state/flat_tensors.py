@@ -20,16 +20,16 @@ class FlatTensors(Mapping[str, Tensor]):
     """Named tensors that fill one vector in order; views of it are made when somebody asks for one.
 
     Args:
-        whole: the vector.
+        buffer: the vector.
         shapes: by name, in order.
     """
 
-    def __init__(self, whole: Tensor, shapes: dict[str, tuple[int, ...]]):
-        self.whole, self.shapes = whole, shapes
+    def __init__(self, buffer: Tensor, shapes: dict[str, tuple[int, ...]]):
+        self.buffer, self.shapes = buffer, shapes
 
     @cached_property
     def _views(self) -> dict[str, Tensor]:
-        parts = self.whole.split([math.prod(shape) for shape in self.shapes.values()])
+        parts = self.buffer.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -42,24 +42,24 @@ class FlatTensors(Mapping[str, Tensor]):
         return len(self.shapes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatTensors:
-        return FlatTensors(self.whole.clone(), self.shapes)
+        return FlatTensors(self.buffer.clone(), self.shapes)
 
     @cached_property
-    def form(self) -> tuple:
+    def layout(self) -> tuple:
         """What tensors of the same names and shapes have in common."""
         return tuple(self.shapes.items())
 
     @cached_property
     def arrays(self) -> FlatArrays | None:
         """The same memory as numpy sees it; None where that is not float32 numbers of the host."""
-        if self.whole.device.type != "cpu" or self.whole.dtype is not torch.float32:
+        if self.buffer.device.type != "cpu" or self.buffer.dtype is not torch.float32:
             return None
-        return FlatArrays(self.whole.numpy(), self.shapes)
+        return FlatArrays(self.buffer.numpy(), self.shapes)
 
     @classmethod
     def of(cls, arrays: FlatArrays) -> FlatTensors:
         """Arrays as tensors that share their memory."""
-        return cls(torch.from_numpy(arrays.whole), arrays.shapes)
+        return cls(torch.from_numpy(arrays.buffer), arrays.shapes)
 
     def items(self) -> ItemsView[str, Tensor]:
         """Names and views, at a dict's speed."""
@@ -73,6 +73,14 @@ def flat_view(tensors: Iterable[Tensor]) -> Tensor | None:
 
     Returns:
         A view of all elements in order; None where there is no such view.
+
+    Example:
+        >>> import torch
+        >>> whole = torch.arange(6.0)
+        >>> flat_view([whole[:2], whole[2:]])
+        tensor([0., 1., 2., 3., 4., 5.])
+        >>> flat_view([whole[:2], whole[4:]]) is None
+        True
     """
     tensors = list(tensors)
     if not tensors:
@@ -92,11 +100,11 @@ def flat_view(tensors: Iterable[Tensor]) -> Tensor | None:
     return first.as_strided((size,), (1,))
 
 
-def lay_side_by_side(module: nn.Module) -> FlatTensors | None:
+def flatten_module_(module: nn.Module) -> FlatTensors | None:
     """Move a module's parameters and buffers into one vector, in the order of its state; values stay as they are.
 
     Args:
-        module: it must not be moved or converted afterwards.
+        module: in place; moving or converting it later gives its tensors memory of their own again.
 
     Returns:
         The module's state; None, and nothing is moved, where it is not all of one floating-point type, or tensors are
@@ -114,8 +122,8 @@ def lay_side_by_side(module: nn.Module) -> FlatTensors | None:
     alone = len({tensor.untyped_storage().data_ptr() for tensor in own}) == len(own)
     if len(kinds) > 1 or not own[0].is_floating_point() or not alone or not all(t.is_contiguous() for t in own):
         return None
-    whole = torch.cat([tensor.detach().reshape(-1) for tensor in own])
-    state = FlatTensors(whole, {name: tuple(named[name].shape) for name in names})
+    buffer = torch.cat([tensor.detach().reshape(-1) for tensor in own])
+    state = FlatTensors(buffer, {name: tuple(named[name].shape) for name in names})
     for name, view in state.items():
         named[name].data = view
     return state

@@ -14,7 +14,13 @@ _WIDE = {"e": np.float32, "f": np.float32, "d": np.float64}
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Tell whether a dtype holds real numbers: float16, bfloat16, float32 or float64."""
+    """Tell whether a dtype holds real numbers: float16, bfloat16, float32 or float64.
+
+    Example:
+        >>> import numpy as np
+        >>> is_float(np.dtype("float16")), is_float(np.dtype("int32"))
+        (True, False)
+    """
     return dtype == BFLOAT16 or dtype.char in _WIDE
 
 
@@ -23,6 +29,11 @@ def widen(array: np.ndarray) -> np.ndarray:
 
     Args:
         array: any shape, one of the dtypes of `is_float`. Every value is kept exactly.
+
+    Example:
+        >>> import numpy as np
+        >>> widen(np.float16([0.5])).dtype
+        dtype('float32')
     """
     if array.dtype == BFLOAT16:
         return (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -39,6 +50,11 @@ def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     Args:
         values: float32 or float64, any shape. float64 goes to bfloat16 by way of float32.
         dtype: one of the dtypes of `is_float`.
+
+    Example:
+        >>> import numpy as np
+        >>> narrow(np.float32([1.0, 1e9]), np.dtype(np.float16)).tolist()  # what is finite stays finite
+        [1.0, 65504.0]
     """
     if values.dtype == dtype:
         return values

@@ -59,8 +59,8 @@ def own_files(folder: Path) -> Iterator[Path]:
             for path in sorted((folder / place).iterdir()):
                 if pattern.fullmatch(path.name) and not (path.is_dir() and not path.is_symlink()):
                     yield path
-    for place in sorted((folder / "tensorboard").glob("audit-*")):
-        yield from (path for path in sorted(place.iterdir()) if _EVENTS.fullmatch(path.name))
+    for audit in sorted((folder / "tensorboard").glob("audit-*")):
+        yield from (path for path in sorted(audit.iterdir()) if _EVENTS.fullmatch(path.name))
     for name in read_mark(folder).get("exports", []):
         if not os.path.isabs(name) and ".." not in Path(name).parts and (folder / name).is_file():
             yield folder / name
@@ -242,6 +242,6 @@ def _is_output(path: Path) -> bool:
     """Whether this process writes its own output there, as with ``> run/log.txt`` or Slurm's ``--output``."""
     for stream in (sys.__stdout__, sys.__stderr__):
         with suppress(OSError, ValueError, AttributeError):
-            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            if stream is not None and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
                 return True
     return False

@@ -90,7 +90,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def inside(module: nn.Module, task: Callable[[], T]) -> T:
+def with_gathered_blocks(module: nn.Module, task: Callable[[], T]) -> T:
     """Run a task that may use the sharded models within a module in any way, and be differentiated afterwards.
 
     Args:
@@ -104,7 +104,7 @@ def inside(module: nn.Module, task: Callable[[], T]) -> T:
 
 
 @contextmanager
-def whole(*modules: nn.Module) -> Iterator[None]:
+def gathered(*modules: nn.Module) -> Iterator[None]:
     """Within this context sharded models may be used in any way, without being differentiated; all ranks come along."""
     roots = [root for module in modules for root in _roots(module) if not root.open]
     for root in roots:
@@ -123,18 +123,18 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(_roots(module))
 
 
-def to_host(tensor: Tensor) -> Tensor:
+def full_tensor_cpu(tensor: Tensor) -> Tensor:
     """A whole copy in host memory; of what is spread over ranks, all of them get one together."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().to("cpu", copy=True)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, in place: all of it, where it is not spread over ranks."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_for(target: Tensor, source: Tensor) -> Tensor:
+def shard_like(target: Tensor, source: Tensor) -> Tensor:
     """The rows of a whole tensor that belong to this rank's part of a target of the same shape."""
     if not isinstance(target, DTensor):
         return source

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of federations."""
+"""Small helpers that are independent of federated learning."""

@@ -1,4 +1,4 @@
-"""The terminal's width and colours."""
+"""Console output: width and colours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WIDE = 160
 
 
 def console() -> Console:
-    """Standard output for tables: as wide as the terminal, or wide enough where there is none."""
+    """Create a console on standard output, as wide as the terminal, or 160 columns when output is redirected."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else _WIDE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -12,42 +12,43 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 MAX_ROWS, MAX_COLUMNS = 100, 26
-"""Beyond either, cells get no numbers, as nobody could read them."""
+"""Largest table whose cells are numbered; in larger ones, the numbers would be too small to read."""
 
 
 MOST_CLASSES = 100
-"""Beyond this many, a confusion matrix shows no single cell any more: its largest entries are drawn instead."""
+"""Largest number of classes drawn as a confusion matrix; with more, its largest entries are drawn as bars."""
 
 MOST_BARS = 25
-"""How many of them."""
+"""Number of these bars."""
 
 MOST_COLUMNS = 400
-"""Beyond this many, columns of a heat map would be narrower than the dots that draw them."""
+"""Largest number of heat-map columns; more would be narrower than a pixel, so neighbours are merged."""
 
 MOST_LETTERS = 40
-"""Longer names are cut."""
+"""Maximum length of a label in characters; longer names are shortened in the middle."""
 
 
 def label_histogram(counts: np.ndarray, classes: Sequence[str], names: Sequence[str] = ()) -> Figure:
-    """Draw who holds how many samples of which class, as a heat-map.
+    """Draw the number of training samples per client and class as a heat map.
 
     Args:
         counts: int [clients, classes].
-        classes: a name a class.
-        names: of the clients, where they have any.
+        classes: one name per class.
+        names: one name per client; empty: clients are numbered.
 
     Returns:
-        A figure with a row a client, and each client's total beside its name or number. Beyond `MOST_COLUMNS` classes,
-        a column stands for several that follow one another.
+        A figure with one row per client, labelled with the client's total. With more than `MOST_COLUMNS` classes, one
+        column sums several consecutive classes.
     """
     named = [name or f"client {i}" for i, name in enumerate(names or [""] * len(counts))]
     rows = [f"{_short(name)}  (n = {total:,})" for name, total in zip(named, counts.sum(1).tolist())]
     together = -(-counts.shape[1] // MOST_COLUMNS)
     counts = np.add.reduceat(counts, np.arange(0, counts.shape[1], together), axis=1) if together > 1 else counts
     figure, axes = _canvas(counts.shape)
-    # small counts must differ from none at all, beside a client that holds a thousand times as much
+    # on a square-root scale, small counts still differ from zero next to a client with a thousand times as many
     _heat_map(axes, np.sqrt(counts / max(counts.max(), 1)), counts, "Blues")
     _label(axes, rows=rows, columns=[_short(name) for name in classes[::together]])
     axes.set_xlabel("class" if together == 1 else f"class (a column is {together} of {len(classes):,})")
@@ -56,11 +57,11 @@ def label_histogram(counts: np.ndarray, classes: Sequence[str], names: Sequence[
 
 
 def sizes(counts: Sequence[int], names: Sequence[str] = ()) -> Figure:
-    """Draw who holds how many samples, where samples have no classes.
+    """Draw the number of training samples per client as bars, for data without classes.
 
     Args:
-        counts: training samples of each client.
-        names: of the clients, where they have any.
+        counts: training samples per client.
+        names: one name per client; empty: clients are numbered.
     """
     figure, axes = _canvas((min(len(counts), MAX_ROWS), 10))
     axes.barh(range(len(counts)), counts, color="tab:blue")
@@ -72,7 +73,7 @@ def sizes(counts: Sequence[int], names: Sequence[str] = ()) -> Figure:
             axes.yaxis, [_short(name or str(i)) for i, name in enumerate(names)], figure.get_size_inches()[1] * 72 / 12
         )
     else:
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        cast("MaxNLocator", axes.yaxis.get_major_locator()).set_params(integer=True)
     axes.set_title("Training samples by client")
     return figure
 
@@ -81,12 +82,12 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
     """Draw a confusion matrix: colour by share of the true class, numbers by count.
 
     Args:
-        matrix: int [classes, classes], true by predicted.
-        classes: a name a class.
-        title: above the figure.
+        matrix: int [classes, classes]; rows are true classes, columns predicted ones.
+        classes: one name per class.
+        title: the figure's title.
 
     Returns:
-        The matrix; beyond `MOST_CLASSES` classes, bars of the pairs that are confused most often.
+        The matrix; with more than `MOST_CLASSES` classes, bars of the most frequent confusions.
     """
     if len(classes) > MOST_CLASSES:
         return _confusions(matrix, classes, title)
@@ -101,7 +102,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
 
 
 def _confusions(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figure:
-    """Draw the largest entries of a confusion matrix beside its diagonal, the largest first, of equals by class."""
+    """Draw the largest off-diagonal entries of a confusion matrix in decreasing order; ties are ordered by class."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     largest = np.argsort(-wrong, axis=None, kind="stable")[:MOST_BARS]
@@ -117,8 +118,8 @@ def _confusions(matrix: np.ndarray, classes: Sequence[str], title: str) -> Figur
     axes.set_ylim(max(len(pairs), 1) - 0.5, -0.5)
     names = [f"{_short(classes[true], 24)} → {_short(classes[predicted], 24)}" for true, predicted in pairs]
     _ticks(axes.yaxis, names, len(names))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("samples of the first class that were taken for the second")
+    cast("MaxNLocator", axes.xaxis.get_major_locator()).set_params(integer=True)
+    axes.set_xlabel("samples of the first class predicted as the second")
     right = int(np.trace(matrix))
     summary = f"{right:,} of {int(totals.sum()):,} right in {len(classes):,} classes; the {len(pairs)} largest errors"
     axes.set_title(f"{title}\n{summary}", parse_math=False)
@@ -131,20 +132,20 @@ def roc(
     resolved: float,
     title: str,
 ) -> Figure:
-    """Draw ROC curves on logarithmic axes, where few false positives show.
+    """Draw ROC curves on logarithmic axes, which resolve low false-positive rates.
 
     Args:
-        curves: false- and true-positive rates by what each line is called.
-        ceilings: likewise, the largest true-positive rate that may be as a function of the false-positive rate.
-        resolved: below this false-positive rate there are too few non-members to tell; it is shaded.
-        title: above the figure.
+        curves: false- and true-positive rates by the line's label.
+        ceilings: upper bounds of the true-positive rate as functions of the false-positive rate, by the line's label.
+        resolved: lowest false-positive rate that the number of non-members resolves; rates below are shaded.
+        title: the figure's title.
     """
     from matplotlib.figure import Figure
 
     floor = min([resolved, 1e-3, *(fpr[fpr > 0].min() for fpr, _ in curves.values())]) / 2
     figure = Figure(figsize=(6.4, 5.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    axes.axvspan(floor, resolved, color="0.93", lw=0, label="too few non-members to tell")
+    axes.axvspan(floor, resolved, color="0.93", lw=0, label="too few non-members to resolve")
     grid = np.geomspace(floor, 1, 400)
     for name, (fpr, tpr) in curves.items():
         axes.plot(np.maximum(fpr, floor), np.maximum(tpr, floor), drawstyle="steps-post", lw=1.5, label=name)
@@ -161,12 +162,12 @@ def roc(
 
 
 def shares(tables: Mapping[str, np.ndarray], clients: Sequence[int], classes: Sequence[str]) -> Figure:
-    """Draw several tables of who holds which share of which class beside each other.
+    """Draw several tables of class shares per client side by side.
 
     Args:
-        tables: by title, each [clients, classes] in [0, 1].
-        clients: the number of each.
-        classes: a name a class.
+        tables: shares in [0, 1] by title, each [clients, classes].
+        clients: one id per row.
+        classes: one name per class.
     """
     from matplotlib.figure import Figure
 
@@ -196,7 +197,7 @@ def _numbered(shape: tuple[int, ...]) -> bool:
 
 
 def _heat_map(axes: Axes, shades: np.ndarray, counts: np.ndarray, colours: str) -> None:
-    """Colour cells by `shades` in [0, 1]; write non-zero `counts` into them where there is room."""
+    """Colour cells by `shades` in [0, 1], and write non-zero `counts` into them if the table is small enough."""
     axes.imshow(shades, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     if not _numbered(counts.shape):
         return
@@ -207,7 +208,7 @@ def _heat_map(axes: Axes, shades: np.ndarray, counts: np.ndarray, colours: str) 
 
 def _label(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Name the ticks, thinned out so that they do not overlap."""
-    width, height = (side * 72 for side in axes.figure.get_size_inches())  # in points
+    width, height = (side * 72 for side in cast("Figure", axes.figure).get_size_inches())  # in points
     _ticks(axes.yaxis, rows, height / 12)
     columns = _ticks(axes.xaxis, columns, width / 22)
     if max(map(len, columns)) * 5 > 0.75 * width / len(columns) and max(map(len, columns)) > 3:
@@ -215,23 +216,23 @@ def _label(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
 
 
 def _ticks(axis: Axis, names: Sequence[str], room: float) -> list[str]:
-    """Name every tick, or every second, …, so that there are at most `room`; returns the names as they are drawn."""
+    """Label every tick, or every second, third, …, so that at most `room` labels are drawn; return these labels."""
     step = max(-(-len(names) // max(int(room), 1)), 1)
     drawn = list(names[::step])
-    # names are text: matplotlib would read what stands between two dollars as a formula
+    # names are plain text; matplotlib would parse anything between two dollar signs as a formula
     axis.set_ticks(range(0, len(names), step), labels=drawn, fontsize=8, parse_math=False, family=_fonts())
     return drawn
 
 
 def _short(name: str, letters: int = MOST_LETTERS) -> str:
-    """A name on one line, its middle left out where it is long: what names differ in stands at either end."""
+    """Put a name on one line and cut the middle of long ones, since names usually differ at either end."""
     name = " ".join(name.split()) or "(no name)"
     return name if len(name) <= letters else f"{name[: letters // 2]}…{name[-(letters // 2 - 1) :]}"
 
 
 @cache
 def _fonts() -> tuple[str, ...]:
-    """The usual font, then those of this machine that know further scripts."""
+    """List matplotlib's default font, then installed fonts that cover further scripts."""
     from matplotlib.font_manager import fontManager
 
     installed = {font.name for font in fontManager.ttflist}

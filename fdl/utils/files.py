@@ -1,4 +1,4 @@
-"""Files that are whole or not there. Nothing here imports torch."""
+"""Atomic writing of files, without importing torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fdl.errors import UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment either the old or the whole new one is there.
+    """Write a file atomically: at any moment, either the old content or all of the new content is on disk.
 
     Args:
-        path: the file; its folder is made when absent.
-        data: its bytes.
+        path: the file; its folder is created if missing.
+        data: the new content.
 
     Raises:
-        UserError: when the disk refuses; what was there is untouched.
+        UserError: the file cannot be written; an existing file is left untouched.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    # two processes may write the same: each by itself, so that neither takes the other's file away
+    # two processes may write the same file: each needs a temporary file of its own
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -40,6 +40,6 @@ def _replace(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too, must survive a power cut
+        os.fsync(folder)  # the new directory entry must survive a power cut, too
     finally:
         os.close(folder)

@@ -14,8 +14,11 @@ from fdl.utils.suggest import suggest
 def import_dotted(path: str) -> Any:
     """Import the object at a dotted path.
 
+    Args:
+        path: module and attribute, e.g. ``"mypackage.models.Net"``.
+
     Raises:
-        UserError: when a part of it is missing, with the nearest name.
+        UserError: a part of the path does not exist (with the nearest name), or importing a module fails.
     """
     parts = path.split(".")
     found: Any = None
@@ -39,6 +42,6 @@ def import_dotted(path: str) -> Any:
 
 
 def _near_package(name: str) -> str:
-    """A hint where a package's file lies in the folder from which fdl was started but under a similar name."""
+    """Suggest a module of the working directory with a similar name; empty if there is none."""
     here = [p.stem for p in Path().glob("*.py")] + [p.parent.name for p in Path().glob("*/__init__.py")]
     return suggest(name, here, few=0)

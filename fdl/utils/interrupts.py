@@ -1,4 +1,4 @@
-"""Signals that end a run without losing anything: Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP."""
+"""Graceful shutdown on Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 log = logging.getLogger("fdl")
 
-_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_AGAIN = (signal.SIGINT, signal.SIGTERM)  # the others come from programs, some of which say everything twice
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_STOPS_AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # if repeated; the others are sent by programs, some of them twice
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody has asked the run to end.
+    """A run ended by a signal.
 
     Args:
-        number: the signal.
-        saved: whether the run can go on from where it ended; None where that is not known.
+        number: the signal's number.
+        saved: True if the run can be resumed from where it ended; None if that is unknown.
     """
 
     def __init__(self, number: int = signal.SIGINT, saved: bool | None = None):
@@ -28,22 +28,22 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
-        """The exit code of a process that ends for it, as shells count: 130 for Ctrl-C, 138 for SIGUSR1."""
+        """The process's exit code by the convention of shells: 128 + signal, e.g. 130 for Ctrl-C."""
         return 128 + self.number
 
 
 class GracefulShutdown:
-    """Within this context the first Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP is a request, honoured at the end of the round.
+    """Context manager that defers Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP to the end of the round.
 
-    A second Ctrl-C or SIGTERM stops at once; the last checkpoint then is that of an earlier round. Signals that this
-    process was told to ignore, as `nohup` does with SIGHUP, stay ignored. Outside the main thread, where Python cannot
-    catch signals, nothing changes.
+    A second Ctrl-C or SIGTERM stops at once; the last checkpoint is then that of an earlier round. Signals that the
+    process ignores already, e.g. SIGHUP under `nohup`, stay ignored. Outside the main thread, where Python cannot
+    install signal handlers, nothing changes.
 
     Args:
-        at_once: stop at the first signal, where there are no rounds.
+        at_once: raise `Interrupted` at the first signal, for work that has no rounds.
 
     Attributes:
-        requested: the number of the signal by which somebody asked to stop; 0 where nobody did.
+        requested: number of the first signal received; 0 if none was.
     """
 
     def __init__(self, at_once: bool = False) -> None:
@@ -54,8 +54,8 @@ class GracefulShutdown:
 
     def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is threading.main_thread():
-            for number in _ASKING:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: somebody's that Python cannot see
+            for number in _HANDLED:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not installed from Python
                     self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -64,7 +64,7 @@ class GracefulShutdown:
             signal.signal(number, handler)
 
     def _request(self, number: int, _: FrameType | None) -> None:
-        if self._at_once or (number in self._seen and number in _AGAIN):
+        if self._at_once or (number in self._seen and number in _STOPS_AT_ONCE):
             raise Interrupted(number)
         self._seen.add(number)
         if self.requested:

@@ -1,4 +1,4 @@
-"""Libraries that fdl needs for some things only."""
+"""Optional libraries."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ def library(name: str, extra: str, who: str, has: str | None = None) -> ModuleTy
 
     Args:
         name: dotted name of the module.
-        extra: what to install with fdl to get it, e.g. ``"parquet"`` for ``pip install "fdl[parquet]"``.
-        who: what needs it, to begin a message with.
-        has: a name that the module must have: a folder or file of one's own may be called as the library is, and Python
-            takes it for the library.
+        extra: fdl's extra that installs it, e.g. ``"parquet"`` for ``pip install "fdl[parquet]"``.
+        who: the component that needs the library; the error message begins with it.
+        has: an attribute that the module must have, to detect a file or folder of the user's with the library's name.
 
     Raises:
-        UserError: it is not installed, or something else is in its place.
+        UserError: the library is not installed, or another module shadows it.
     """
     package = name.partition(".")[0]
     message = f'{who}: needs the library {package}; pip install "fdl[{extra}]"'
@@ -29,7 +28,7 @@ def library(name: str, extra: str, who: str, has: str | None = None) -> ModuleTy
         found = importlib.import_module(name)
     except ImportError as error:
         absent = (error.name or "").partition(".")[0] == package or sys.modules.get(package, error) is None
-        reason = "" if absent else f" ({error})"  # something that an installed library itself needs
+        reason = "" if absent else f" ({error})"  # a dependency of the installed library is missing
         raise UserError(f"{message}{reason}{_in_the_way(package)}") from error
     if has is not None and not hasattr(found, has):
         raise UserError(f"{message}{_in_the_way(package)}")
@@ -37,7 +36,7 @@ def library(name: str, extra: str, who: str, has: str | None = None) -> ModuleTy
 
 
 def _in_the_way(package: str) -> str:
-    """Where what was imported instead of a library lies, if that is in no folder of installed packages."""
+    """Describe the file or folder that shadows a library; empty if none does."""
     module = sys.modules.get(package)
     file = getattr(module, "__file__", None)
     place = Path(file) if file else next(map(Path, getattr(module, "__path__", ())), None)

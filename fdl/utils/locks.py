@@ -1,4 +1,4 @@
-"""A folder that one process at a time may write to. Nothing here imports torch."""
+"""Exclusive write access to a folder, without importing torch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pathlib import Path
 from fdl.errors import UserError
 
 LOCK = ".fdl.lock"
-"""The lock's file in the folder."""
+"""Name of the lock file in the folder."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has a folder.
+    """The process that holds a folder's lock.
 
     Attributes:
-        pid: its number.
-        host: the machine that it runs on.
-        since: local time at which it took the folder.
-        job: its Slurm job, empty where it is part of none.
-        restart: how many times Slurm had requeued the job before.
+        pid: its process id.
+        host: its machine's host name.
+        since: local time at which it took the lock.
+        job: its Slurm job id; empty outside Slurm.
+        restart: number of times that Slurm had requeued the job before.
     """
 
     pid: int
@@ -39,7 +39,7 @@ class Holder:
 
     @staticmethod
     def current() -> Holder:
-        """This process."""
+        """Describe the current process."""
         restart = os.environ.get("SLURM_RESTART_COUNT", "")
         return Holder(
             os.getpid(),
@@ -50,37 +50,38 @@ class Holder:
         )
 
     def is_gone(self, unlocked: bool | None) -> bool:
-        """Whether it has surely ended.
+        """Return True if the process has certainly ended.
 
         Args:
-            unlocked: whether the operating system has let its lock go, as it does when a process ends; None where the
-                file system knows no locks.
+            unlocked: True if the operating system has released the process's lock, as it does when a process ends;
+                None if the file system does not support locks.
         """
         now = Holder.current()
         if self.job and self.job == now.job and self.restart < now.restart:
             return True  # Slurm requeues a job once all its processes have ended
         if self.host != now.host:
-            return False  # a lock of another machine may not be seen here
+            return False  # a lock taken on another machine may be invisible here
         return not _runs(self.pid) if unlocked is None else unlocked
 
 
 class FolderLock:
-    """Within this context no other process that asks for the lock of a folder gets it.
+    """Context manager that holds the exclusive lock of a folder.
 
-    The operating system lets go of the lock when a process ends, however it ends; on file systems without locks the
-    number of the process decides. What another machine has locked stays so until it lets go or somebody deletes the
-    file. Folders that had to be made are removed at the end if nothing was put there.
+    The operating system releases the lock when the process ends, however it ends; on file systems without locks, the
+    process id decides. A lock taken on another machine holds until it is released or the lock file is deleted. Folders
+    that were created for the lock are removed at the end if they are still empty.
 
     Args:
-        folder: made when absent.
+        folder: the folder to lock; created if missing.
 
     Raises:
-        UserError: on entering: another process has the folder, or it cannot be written to.
+        UserError: on entering, if another process holds the lock or the folder cannot be written to.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._file, self._made = -1, []
+        self._file = -1
+        self._made: list[Path] = []
 
     def __enter__(self) -> FolderLock:
         absent = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
@@ -99,7 +100,7 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         path = self.folder / LOCK
         if _is(self._file, path):
-            path.unlink(missing_ok=True)  # before it is let go, so that nobody takes a file that is about to vanish
+            path.unlink(missing_ok=True)  # before the lock is released, so that no process locks a deleted file
         os.close(self._file)
         self._remove_made()
 
@@ -111,7 +112,7 @@ class FolderLock:
                 unlocked, held = _try(file), _read(file)
                 if unlocked is False or (held is not None and not held.is_gone(unlocked)):
                     raise _busy(self.folder, held)
-                if not _is(file, path):  # whoever had it has removed it meanwhile
+                if not _is(file, path):  # its previous holder has deleted it in the meantime
                     os.close(file)
                     continue
                 os.ftruncate(file, 0)
@@ -126,15 +127,18 @@ class FolderLock:
         for folder in self._made:
             try:
                 folder.rmdir()
-            except OSError:  # something was put there
+            except OSError:  # not empty
                 return
 
 
 def require_unlocked(folder: Path) -> None:
-    """Raise when another process has a folder.
+    """Require that no other process holds a folder's lock.
+
+    Args:
+        folder: the folder; it need not exist.
 
     Raises:
-        UserError: naming the process.
+        UserError: another process holds the lock; the message names it.
     """
     path = folder / LOCK
     try:
@@ -150,12 +154,12 @@ def require_unlocked(folder: Path) -> None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a folder has a lock, of whatever process."""
+    """Return True if a folder contains a lock file, held or stale."""
     return (folder / LOCK).exists()
 
 
 def _try(file: int) -> bool | None:
-    """Take the system's lock of an open file: whether that went well, None where the file system has none."""
+    """Try to lock an open file; return True on success, None if the file system does not support locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -168,7 +172,7 @@ def _try(file: int) -> bool | None:
 
 
 def _read(file: int) -> Holder | None:
-    """Who a lock's file names; None where it names nobody yet, or is damaged."""
+    """Read the holder from an open lock file; None if the file is empty or damaged."""
     try:
         return Holder(**json.loads(os.pread(file, 4096, 0)))
     except (OSError, ValueError, TypeError):
@@ -176,7 +180,7 @@ def _read(file: int) -> Holder | None:
 
 
 def _is(file: int, path: Path) -> bool:
-    """Whether an open file is still the one at a path."""
+    """Return True if an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except OSError:

@@ -1,4 +1,4 @@
-"""Paths as people write them. Nothing here imports torch."""
+"""Expansion of paths, without importing torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ``~``, ``$NAME`` and ``${NAME}`` replaced as a shell does.
+    """Expand ``~``, ``$NAME`` and ``${NAME}`` in a path as a shell does.
 
     Args:
         path: e.g. ``"~/runs"`` or ``"$SCRATCH/runs"``.
 
     Raises:
-        UserError: a variable is not set, or there is no such user.
+        UserError: a variable is not set, or the user of ``~user`` does not exist.
+
+    Example:
+        >>> expanded("~/runs") == Path.home() / "runs"
+        True
     """
 
     def value(match: re.Match[str]) -> str:
@@ -29,5 +33,5 @@ def expanded(path: str | Path) -> Path:
 
     try:
         return Path(_VARIABLE.sub(value, str(path))).expanduser()
-    except RuntimeError as error:  # of expanduser
+    except RuntimeError as error:  # raised by expanduser
         raise UserError(f"{path}: {str(error)[:1].lower()}{str(error)[1:].rstrip('.')}") from error

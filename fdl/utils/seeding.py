@@ -1,7 +1,7 @@
-"""Independent streams of randomness, each derived from what it is for.
+"""Independent random streams, each derived from its purpose, round and client.
 
-Nothing depends on the order of execution, on the number of processes, or on whether a run was resumed: the stream
-of client 3 in round 7 is the same wherever and whenever it is drawn.
+Results therefore do not depend on the order of execution, on the number of processes, or on whether a run was resumed:
+the stream of client 3 in round 7 is the same wherever and whenever it is drawn.
 """
 
 from __future__ import annotations
@@ -19,25 +19,42 @@ def stream_seed(seed: int | str, purpose: str, round: int = 0, client: int = -1)
     """Derive the 63-bit seed of one stream.
 
     Args:
-        seed: the recipe's seed, or a secret in its place.
-        purpose: what the stream is for, e.g. ``"partition"``, ``"cohort"``, ``"fit"``.
+        seed: the recipe's seed, or a secret.
+        purpose: the stream's purpose, e.g. ``"partition"``, ``"cohort"``, ``"fit"``.
         round: the round, 0 before the first.
         client: the client's id, -1 for the server.
 
     Returns:
         An integer in [0, 2**63), accepted by numpy and torch alike.
+
+    Example:
+        >>> stream_seed(0, "partition") == stream_seed(0, "partition")
+        True
+        >>> stream_seed(0, "fit", round=1, client=3) == stream_seed(0, "fit", round=2, client=3)
+        False
     """
     key = f"{seed}/{purpose}/{round}/{client}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def numpy_stream(seed: int, purpose: str, round: int = 0, client: int = -1) -> np.random.Generator:
-    """Return a numpy generator for one stream; arguments as in `stream_seed`."""
+    """Create the numpy generator of one stream, seeded by `stream_seed` with the same arguments.
+
+    Example:
+        >>> first, again = numpy_stream(0, "cohort", round=1), numpy_stream(0, "cohort", round=1)
+        >>> first.random() == again.random()
+        True
+    """
     return np.random.Generator(np.random.PCG64(stream_seed(seed, purpose, round, client)))
 
 
 def torch_stream(seed: int, purpose: str, round: int = 0, client: int = -1) -> torch.Generator:
-    """Return a CPU torch generator for one stream; arguments as in `stream_seed`."""
+    """Create the CPU torch generator of one stream, seeded by `stream_seed` with the same arguments.
+
+    Example:
+        >>> torch_stream(0, "fit", client=2).initial_seed() == stream_seed(0, "fit", client=2)
+        True
+    """
     import torch
 
     return torch.Generator().manual_seed(stream_seed(seed, purpose, round, client))

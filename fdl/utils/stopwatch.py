@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Timing of a run by phase and part."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 PARTS = ("clients", "extraction", "encode", "decode", "aggregate", "distil", "evaluate", "checkpoint")
-"""What a round consists of. ``clients`` is what their turns take beside the parts named apart: training, in the main;
-``extraction`` is models answering; ``distil`` is all that the server does with what it has learnt."""
+"""Parts of a round. ``clients`` is local training and everything else in local updates that has no part of its own;
+``extraction`` is inference; ``distil`` is the server update."""
 
 _PHASES = {"server": "distil", "audit": "evaluate"}
 
 
 class Stopwatch(dict[str, float]):
-    """Seconds by phase of the run, and of each part alone.
+    """Wall time in seconds by phase of the run, and by part.
 
-    Phases follow one upon the other; within them the clock may be handed to a part for a while (`part`).
+    Phases do not overlap. Within a phase, `part` attributes the time of a block to another part.
 
     Attributes:
-        parts: seconds by name among `PARTS`; together those of all phases.
+        parts: seconds by part (see `PARTS`); their sum is that of all phases.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,11 @@ class Stopwatch(dict[str, float]):
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the wall time of a block to a phase."""
+        """Add the wall time of a block to a phase.
+
+        Args:
+            phase: the phase's name.
+        """
         start = time.perf_counter()
         before = self._turn_to(_PHASES.get(phase, phase), start)
         try:
@@ -41,16 +45,16 @@ class Stopwatch(dict[str, float]):
             self[phase] = self.get(phase, 0.0) + now - start
 
     def part(self, part: str, within: str = "") -> AbstractContextManager[None]:
-        """Let a block count for a part, and not for the one that it interrupts.
+        """Attribute the wall time of a block to a part, instead of to the part that it interrupts.
 
         Args:
-            part: its name.
-            within: only where this part is being timed; "": anywhere within a phase.
+            part: the part's name.
+            within: do so only if this part is being timed; "": always, within a phase.
         """
         return _NOTHING if self._part is None or (within and within != self._part) else _Part(self, part)
 
     def _turn_to(self, part: str | None, now: float) -> str | None:
-        """Charge the part that was timed until now; returns it."""
+        """Add the time until `now` to the part being timed, start timing `part`, and return the former."""
         before = self._part
         if before is not None:
             self.parts[before] = self.parts.get(before, 0.0) + now - self._since
@@ -59,7 +63,7 @@ class Stopwatch(dict[str, float]):
 
 
 class _Part:
-    """What `Stopwatch.part` gives: a class, since a generator takes longer than a small message."""
+    """Context of `Stopwatch.part`; a class, because a generator would cost more than encoding a small message."""
 
     __slots__ = ("_before", "_clock", "_part")
 

@@ -7,12 +7,21 @@ from collections.abc import Iterable
 
 
 def suggest(word: str, known: Iterable[str], few: int = 15) -> str:
-    """``"; did you mean 'x'?"`` for the nearest known word, or all known words where there are few.
+    """Complete an error message with the nearest known word: ``"; did you mean 'x'?"``.
 
     Args:
-        word: what was written.
-        known: what would have been right.
-        few: up to how many words are listed when none is near.
+        word: the unknown word.
+        known: the words allowed.
+        few: if no known word is near, all of them are listed, provided that there are at most this many.
+
+    Returns:
+        The end of a message; empty if there is nothing to suggest.
+
+    Example:
+        >>> suggest("fedavgg", ["fedavg", "feddf", "fedprox"])
+        "; did you mean 'fedavg'?"
+        >>> suggest("x", ["fedavg", "feddf"])
+        '; known: fedavg, feddf'
     """
     known = sorted(known)
     lower = {k.lower(): k for k in known}

@@ -1,4 +1,4 @@
-"""What is written to TensorBoard's event files, for a run and for a comparison of runs alike."""
+"""TensorBoard event files of runs and of comparisons."""
 
 from __future__ import annotations
 
@@ -17,57 +17,60 @@ if TYPE_CHECKING:
 log = logging.getLogger("fdl")
 
 MANY_CLIENTS = 50
-"""Beyond this many, clients are shown as a distribution and no longer one curve each."""
+"""Largest number of clients with a curve each; more are shown as a distribution."""
 
 NOT_HYPERPARAMETERS = (
     "name",
-    "output",
+    "output_dir",
     "callbacks",
     "checkpoint",
     "evaluation",
     "fabric",
-    "executor",
+    "client_execution",
     "inference",
     "compare",
-    "channel.limit",
+    "channel.max_message_bytes",
 )
 
 
 def open_writer(folder: Path) -> SummaryWriter:
-    """Open a writer whose events take the place of all earlier ones in the same folder.
+    """Open a writer whose events replace all earlier ones in the same folder.
 
-    TensorBoard drops what precedes a second start mark in a folder, at and after the step that the mark names. Points
-    by bytes have other steps than points by round, so no single step but 0 is right for both: whoever goes on with a
-    run writes its earlier rounds once more. The first writer, too, must leave a mark for the second to count.
+    On a second start mark, TensorBoard drops earlier events of the folder from the step that the mark names. Curves by
+    bytes and curves by round count steps differently, so 0 is the only step that is right for both, and a resumed run
+    writes its earlier rounds again. The first writer must leave a mark, too, for the second one to take effect.
+
+    Args:
+        folder: the folder of the event files.
     """
-    from torch.utils.tensorboard import SummaryWriter  # a second of imports, spared when nobody asks for TensorBoard
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import, which runs without TensorBoard save
 
     return SummaryWriter(str(folder), purge_step=0, flush_secs=10)
 
 
 def add_figure(writer: SummaryWriter, tag: str, draw: Callable[[], Figure], step: int) -> None:
-    """Draw a figure and write it; one that cannot be drawn is left out with a warning, whatever went wrong.
+    """Draw a figure and write it; if drawing fails for any reason, log a warning and go on.
 
     Args:
-        writer: where to.
-        tag: what it is called.
-        draw: makes the figure; it is called once.
+        writer: the run's writer.
+        tag: the figure's tag.
+        draw: function that returns the figure; called once.
         step: the round.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")  # a box in its place says so
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")  # it is drawn as a box
             writer.add_figure(tag, draw(), step, close=False)
-    except Exception as error:  # a picture is never worth a run
+    except Exception as error:  # a figure must never end a run
         log.warning("the figure %s is left out: it cannot be drawn (%r)", tag, error)
 
 
 class Curves:
-    """Writes rounds as scalars, given one after another from the first.
+    """Scalars of consecutive rounds.
 
     Args:
-        writer: where to.
-        many: show clients as a distribution instead of one curve each.
+        writer: the run's writer.
+        many: write the clients' metrics as a distribution instead of one curve per client.
     """
 
     def __init__(self, writer: SummaryWriter, many: bool = False):
@@ -76,11 +79,14 @@ class Curves:
         self._kibibytes = -1
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Write one round's record.
+        """Write one round's record; rounds must be given in order, from the first.
 
-        Tags: metrics under their own names; ``clients/<id>/…``; ``communication/…`` cumulative and
-        ``communication_per_round/…``; ``seconds_per_round/…``; ``cohort/…`` in clients; and the student's metrics once
-        more as ``by_kilobytes/…``, whose step is the upload and download so far in KiB.
+        Tags: metrics under their own names; ``clients/<id>/…``; ``communication/…`` (cumulative) and
+        ``communication_per_round/…``; ``seconds_per_round/…``; ``cohort/…`` (number of clients); and the student's
+        metrics again as ``by_kilobytes/…``, whose step is the cumulative upload and download in KiB.
+
+        Args:
+            record: the round's entry of the run's history.
         """
         round = record["round"]
         self._scalars("", record["metrics"], round)
@@ -101,7 +107,7 @@ class Curves:
     def _by_kilobytes(self, record: Mapping[str, Any]) -> None:
         total = record["communication"]["upload_bytes"] + record["communication"]["download_bytes"]
         student = {key: value for key, value in record["metrics"].items() if key.startswith("student/")}
-        # two points at one step would be two values at once; this also leaves out methods that send nothing
+        # one step cannot hold two values; this also skips methods that send nothing
         if student and total > 0 and total // 1024 > self._kibibytes:
             self._kibibytes = total // 1024
             self._scalars("by_kilobytes/", student, self._kibibytes)
@@ -125,17 +131,17 @@ class Curves:
 
 
 def log_outcome(writer: SummaryWriter, summary: Mapping[str, Any]) -> list[str]:
-    """Write what a finished run came to, beside the last round's metrics, which are in its curves.
+    """Write the results of a finished run that its curves do not contain.
 
-    Tags: ``best_on_validation/…``, the student's metrics in the round that was best on validation data, and in how many
-    samples those consist; ``communication/student_delivery_bytes`` and ``communication/total_bytes``.
+    Tags: ``best_on_validation/…``, the student's metrics in the round with the best validation score, and the number of
+    validation samples; ``communication/student_delivery_bytes`` and ``communication/total_bytes``.
 
     Args:
         writer: the run's writer.
-        summary: as `fdl.federation.summary.summarise` makes it, or read from a ``summary.json``.
+        summary: result of `fdl.federation.summary.summarise`, or content of a ``summary.json``.
 
     Returns:
-        The tags.
+        The tags written.
     """
     best, sent = summary["best"], summary["communication"]
     found = {key: value for key, value in best["metrics"].items() if key.startswith("student/")}
@@ -146,7 +152,7 @@ def log_outcome(writer: SummaryWriter, summary: Mapping[str, Any]) -> list[str]:
 
 
 def log_scalars(writer: SummaryWriter, values: Mapping[str, float | None], step: int) -> list[str]:
-    """Write numbers at one step, and return the tags of those that there are."""
+    """Write numbers at one step, leaving out those that are None, and return the tags written."""
     known = {tag: value for tag, value in values.items() if value is not None}
     for tag, value in known.items():
         writer.add_scalar(tag, value, step)
@@ -154,27 +160,30 @@ def log_scalars(writer: SummaryWriter, values: Mapping[str, float | None], step:
 
 
 def log_hparams(writer: SummaryWriter, hparams: Mapping[str, str | float], metrics: Iterable[str]) -> None:
-    """Write a run's hyperparameters into the run itself.
+    """Write a run's hyperparameters into the run's own event file.
 
-    `SummaryWriter.add_hparams` would open a run of its own in a sub-folder; the same three records in the writer's file
-    make the dashboard take the metrics from this run's curves.
+    `SummaryWriter.add_hparams` would open another run in a sub-folder; with the same three records in the writer's own
+    file, the dashboard takes the metrics from this run's curves.
 
     Args:
         writer: the run's writer.
         hparams: numbers and strings by name.
-        metrics: tags of scalars of this run; the dashboard shows their last values.
+        metrics: tags of this run's scalars; the dashboard shows their last values.
     """
     from torch.utils.tensorboard.summary import hparams as records
 
     for record in records(dict(hparams), dict.fromkeys(metrics, 0.0)):
-        writer.file_writer.add_summary(record)
+        writer.file_writer.add_summary(record)  # type: ignore[attr-defined]  # declared None, set in the constructor
 
 
 def hyperparameters(recipe: Mapping[str, Any]) -> dict[str, str | float]:
-    """Flatten what may influence a run's result, e.g. ``{"method": "fedprox", "method.mu": 0.01, "seed": 0}``.
+    """Flatten the parts of a recipe that may influence the result.
 
     Args:
         recipe: the resolved recipe as plain dicts and lists.
+
+    Returns:
+        Values by dotted key, e.g. ``{"method": "fedprox", "method.mu": 0.01, "seed": 0}``.
     """
     flat: dict[str, str | float] = {}
 
@@ -201,7 +210,7 @@ def hyperparameters(recipe: Mapping[str, Any]) -> dict[str, str | float]:
 
 
 def _compact(value: Any) -> str:
-    """Write a component as one word: ``quantize(bits=8)``."""
+    """Format a component as one word, e.g. ``quantize(bits=8)``."""
     if not isinstance(value, dict) or "target" not in value:
         return str(value)
     args = ", ".join(f"{key}={_compact(inner)}" for key, inner in value.get("args", {}).items())

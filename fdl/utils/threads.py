@@ -1,8 +1,8 @@
-"""How many threads numerical libraries use: what the recipe says, on every machine.
+"""Number of threads of the numerical libraries: set by the recipe, the same on every machine.
 
-Sums that several threads share are added up in another order, and matrices are cut into other blocks, so that the last
-bits of a result depend on how many there are. Neither the number of cores nor variables such as ``OMP_NUM_THREADS`` may
-decide on that.
+With another number of threads, sums are added in another order and matrices are split into other blocks, so the last
+bits of a result depend on that number. Neither the number of cores nor variables such as ``OMP_NUM_THREADS`` may
+therefore decide on it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-# scipy and scikit-learn bring a BLAS and an OpenMP of their own, which can be told only once they are there
+# scipy and scikit-learn load a BLAS and an OpenMP of their own, which can be limited only once they are loaded
 import scipy.linalg  # noqa: F401
 import sklearn.utils  # noqa: F401
 import threadpoolctl
@@ -20,26 +20,26 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 _LOCK = threading.Lock()
 _AFTERWARDS = ExitStack()
-"""What puts the process's own numbers back."""
+"""Callbacks that restore the process's own numbers of threads."""
 
 _inside = 0
 
 
 @contextmanager
 def pinned(threads: int = 1) -> Iterator[None]:
-    """Within this context torch computes with so many CPU threads, and numpy, scipy and scikit-learn with one.
+    """Limit torch to a number of CPU threads, and numpy, scipy and scikit-learn to one, within a context.
 
-    It holds for whatever is computed within it, by plug-ins too. Libraries with threads of their own that are first
-    imported within it go by themselves. Contexts may be nested, and entered by several of Python's threads at once: the
-    process's own numbers are back when the last of them is left.
+    The limits hold for all code that runs in the context, plug-ins included, except libraries with thread pools of
+    their own that are first imported in it. Contexts may be nested and entered by several Python threads at once; the
+    process's own numbers are restored when the last one is left.
 
     Args:
-        threads: torch's, at least 1.
+        threads: number of torch's intra-op threads, at least 1.
     """
     global _inside
     before = torch.get_num_threads()
     openmp, blas = (ThreadpoolController().select(user_api=api) for api in ("openmp", "blas"))
-    with openmp.limit(limits=1):  # goes by the thread that says so, unlike all that follows
+    with openmp.limit(limits=1):  # this limit is per calling thread, unlike those below
         with _LOCK:
             _AFTERWARDS.callback(torch.set_num_threads, before)
             _take_over()
@@ -58,12 +58,12 @@ def pinned(threads: int = 1) -> Iterator[None]:
 
 
 def _take_over() -> None:
-    """Let any thread say how many OpenBLAS has: of newer versions of threadpoolctl only the first to do so may."""
+    """Let the calling thread set OpenBLAS's limit, which newer versions of threadpoolctl leave to the first caller."""
     controller = getattr(threadpoolctl, "OpenBLASController", None)
-    if hasattr(controller, "clear_controlling_thread"):
+    if controller is not None and hasattr(controller, "clear_controlling_thread"):
         controller.clear_controlling_thread(force=True)
 
 
 def single() -> threadpool_limits:
-    """Return a context within which all libraries use one thread, for those that add up in the order of arrival."""
+    """Create a context in which all libraries use one thread, for code whose sums depend on the order of arrival."""
     return threadpool_limits(1)

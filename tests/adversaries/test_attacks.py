@@ -166,7 +166,7 @@ def test_other_parts_of_a_bundle_stay_and_what_cannot_be_attacked_is_refused():
     features = Features({"layer": torch.ones(2, 2)})
     sent = parts_of(FixedClass(0).attack(scene(Bundle((answers(ONE), features)))))
     assert sent[Features] is features and sent[Responses].values[:, 0].tolist() == [1.0, 1.0]
-    with pytest.raises(UserError, match="random attacks responses, and what would be sent is parameters"):
+    with pytest.raises(UserError, match="random_class attacks responses, and what would be sent is parameters"):
         RandomClass().attack(scene(weights(1.0, 2.0, 3.0)))
     prototypes = Prototypes(torch.ones(1, 2), torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(UserError, match="prototypes"):

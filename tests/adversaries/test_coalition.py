@@ -28,7 +28,7 @@ def hostile(loop, adversary, clients=(1,), start=1):
 
 @pytest.mark.parametrize("method", [FedAvg, FederatedDistillation])
 def test_before_they_start_adversaries_change_nothing(tmp_path, method):
-    settings = {"rounds": 3, "local": 2}
+    settings = {"rounds": 3, "local_training": 2}
     honest = federation(method(), tmp_path / "honest", **settings)
     honest.run()
     for i, adversary in enumerate((LabelFlip(), SignFlip(), ALittleIsEnough())):
@@ -79,7 +79,7 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "adversary"), CASES, ids=lambda case: getattr(case, "name", ""))
 def test_a_resumed_run_equals_the_straight_one(tmp_path, method, adversary):
-    settings = {"rounds": 3, "local": 2}
+    settings = {"rounds": 3, "local_training": 2}
     straight = hostile(federation(method(), tmp_path / "straight", **settings), adversary, start=2)
     straight.run()
     crashed = hostile(federation(method(), tmp_path / "x", callbacks=[Crash(3)], **settings), adversary, start=2)
@@ -112,8 +112,8 @@ def test_what_is_seen_of_a_round():
         ]
     )
     turns = [(players[i], uploads[i] if i % 2 else None) for i in (4, 0, 2, 1, 3)]
-    pairs = [(client, uploads[client.id]) for client, _ in both.listen(1, turns)]
-    sent = list(both(1, pairs))
+    pairs = [(client, uploads[client.id]) for client, _ in both.record_downloads(1, turns)]
+    sent = list(both.corrupt_uploads(1, pairs))
     assert [client.id for client, _ in sent] == [4, 0, 2, 1, 3]
     assert [m.values.tolist() for m in seen[3].honest] == [uploads[i].values.tolist() for i in (1, 2)]
     assert (seen[3].heard, seen[3].hostile, list(seen[3].allies)) == (5, 3, [3, 4])
@@ -121,9 +121,9 @@ def test_what_is_seen_of_a_round():
     assert sent[1][1].values.tolist() == [[1.0, 0.0]]
     # as on two ranks: each holds some of the clients, and gets all uploads
     rest = {client.id: upload for client, upload in pairs[2:]}
-    part = list(both(1, pairs[:2], lambda own: {**own, **rest}))
+    part = list(both.corrupt_uploads(1, pairs[:2], lambda own: {**own, **rest}))
     assert [m.values.tolist() for _, m in part] == [m.values.tolist() for _, m in sent[:2]]
-    assert len(seen[4].honest) == 2 and both.looks(1) and not Adversaries().looks(1)
+    assert len(seen[4].honest) == 2 and both.needs_all_uploads(1) and not Adversaries().needs_all_uploads(1)
 
 
 def test_who_sees_nobody_does_not_hold_the_round():
@@ -136,11 +136,11 @@ def test_who_sees_nobody_does_not_hold_the_round():
             yield player, weights(1.0, 2.0, 3.0)
 
     adversaries = Adversaries([AdversaryGroup(SignFlip(), {1: players[1]})])
-    stream = adversaries(1, turns())
+    stream = adversaries.corrupt_uploads(1, turns())
     next(stream)
     assert asked == [0]
     assert flat(next(stream)[1]) == [-1.0, -2.0, -3.0]
-    held = Adversaries([AdversaryGroup(Sybil(), {1: players[1]})])(1, turns())
+    held = Adversaries([AdversaryGroup(Sybil(), {1: players[1]})]).corrupt_uploads(1, turns())
     next(held)
     assert asked == [0, 1, 0, 1, 2]
 
@@ -149,17 +149,25 @@ def test_sybils_on_two_ranks_send_the_same():
     players = {i: Player(i) for i in range(3)}
     uploads = {i: weights(*(1.0 * i + j for j in range(3))) for i in range(3)}
     adversaries = Adversaries([AdversaryGroup(Sybil(GaussianNoise()), {i: players[i] for i in (0, 2)})])
-    whole = [flat(m) for _, m in adversaries(1, [(players[i], uploads[i]) for i in range(3)])]
-    apart = [flat(m) for i in range(3) for _, m in adversaries(1, [(players[i], uploads[i])], lambda _: uploads)]
+    whole = [flat(m) for _, m in adversaries.corrupt_uploads(1, [(players[i], uploads[i]) for i in range(3)])]
+    apart = [
+        flat(m)
+        for i in range(3)
+        for _, m in adversaries.corrupt_uploads(1, [(players[i], uploads[i])], lambda _: uploads)
+    ]
     assert whole == apart and whole[0] == whole[2] != whole[1]
 
 
 def test_larger_shares_have_the_clients_of_smaller_ones():
-    few, some = (set(chosen([AdversaryConfig("lma", share=share)], 20, seed=3)[0]) for share in (0.2, 0.4))
+    few, some = (set(chosen([AdversaryConfig("least_likely", fraction=share)], 20, seed=3)[0]) for share in (0.2, 0.4))
     assert few < some and (len(few), len(some)) == (4, 8)
-    assert chosen([AdversaryConfig("lma", share=0.2)], 20, 4)[0] != sorted(few)
+    assert chosen([AdversaryConfig("least_likely", fraction=0.2)], 20, 4)[0] != sorted(few)
     named, drawn, more = chosen(
-        [AdversaryConfig("lma", clients=[7, 2]), AdversaryConfig("cpa", share=0.5), AdversaryConfig("hips", share=0.3)],
+        [
+            AdversaryConfig("least_likely", clients=[7, 2]),
+            AdversaryConfig("class_confusion", fraction=0.5),
+            AdversaryConfig("worst_replay", fraction=0.3),
+        ],
         10,
         seed=0,
     )
@@ -169,7 +177,7 @@ def test_larger_shares_have_the_clients_of_smaller_ones():
 
 def test_what_cannot_work_is_refused_before_the_run(tmp_path):
     client = Player()
-    with pytest.raises(UserError, match="lma attacks responses, and clients of method fedavg send parameters"):
+    with pytest.raises(UserError, match="least_likely attacks responses, and clients of method fedavg send parameters"):
         recruit(LeastLikely(), 1, [client], FedAvg())
     with pytest.raises(UserError, match=r"sign_flip attacks parameters and responses, and .* fedproto send prototypes"):
         recruit(SignFlip(), 1, [client], FedProto())
@@ -183,7 +191,7 @@ def test_what_cannot_work_is_refused_before_the_run(tmp_path):
 def test_an_upload_that_cannot_be_attacked_is_the_users_mistake(tmp_path):
     loop = federation(FedAvg(), tmp_path)
     loop.adversaries = Adversaries([AdversaryGroup(RandomClass(), {1: loop.clients[1]})])
-    with pytest.raises(UserError, match="client 1 in round 1: random attacks responses"):
+    with pytest.raises(UserError, match="client 1 in round 1: random_class attacks responses"):
         loop.run()
 
 
@@ -191,13 +199,13 @@ def test_a_run_without_adversaries_is_as_before(tmp_path):
     loop, plain = (federation(FederatedDistillation(), tmp_path / name, rounds=2) for name in "ab")
 
     class Passing:
-        def looks(self, round):
+        def needs_all_uploads(self, round):
             return False
 
-        def listen(self, round, turns):
+        def record_downloads(self, round, turns):
             return turns
 
-        def __call__(self, round, pairs, *_):
+        def corrupt_uploads(self, round, pairs, *_):
             return pairs
 
     plain.adversaries = Passing()

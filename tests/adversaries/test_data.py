@@ -18,7 +18,7 @@ RECIPE = {
     "data": {"target": "digits", "args": {"proxy": 50, "validation": 20, "test": 50}},
     "federation": {"clients": 10, "rounds": 1},
     "student": {"target": "mlp", "args": {"hidden": [4]}},
-    "local": {"steps": 2},
+    "local_training": {"steps": 2},
     "callbacks": [],
     "fabric": {"threads": 1},
 }
@@ -61,14 +61,14 @@ def test_a_trigger_is_a_white_square_over_the_normalised_image():
 
 
 def test_a_backdoor_marks_its_share_and_the_same_ones_every_time():
-    adversary = Backdoor(target=2, share=0.5, size=1)
+    adversary = Backdoor(target=2, fraction=0.5, size=1)
     marked = [adversary.corrupt(images(8), torch.Generator().manual_seed(seed)).chosen.tolist() for seed in (1, 1, 2)]
     assert marked[0] == marked[1] and sum(marked[0]) == 4
     for arguments, message in (({"target": 3}, "no class 3"), ({"size": 4}, "size: 4, but images are 3×3")):
         with pytest.raises(UserError, match=message):
             Backdoor(**arguments).prepare(Client())
-    with pytest.raises(UserError, match="share"):
-        Backdoor(share=0.0)
+    with pytest.raises(UserError, match="fraction"):
+        Backdoor(fraction=0.0)
 
 
 def test_data_are_poisoned_from_a_round_on_whatever_arrives(tmp_path):
@@ -77,16 +77,16 @@ def test_data_are_poisoned_from_a_round_on_whatever_arrives(tmp_path):
     arrival = ClassIncremental(stages=2, rounds=2, keep=True)
     pool = TensorSamples(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1]))
     client.arrival, client._train = arrival, ScheduledSamples(pool, np.array([0, 0, 1, 1]), arrival)
-    client.arrive()
+    client.update_data()
     client.cache["density"] = "of honest data"
-    client.corrupt, client.corrupt_from = lambda samples, purpose: LabelFlipped(samples), 2
+    client.data_corruption, client.corruption_start = lambda samples, purpose: LabelFlipped(samples), 2
     seen = []
     for round in (0, 1, 2, 3, 4):
-        client.begin(round)
+        client.start_round(round)
         seen.append(client.train.labels.tolist())
     assert seen == [[0, 0], [0, 0], [1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
     assert client.cache == {}
-    client.begin(0)  # as a rehearsal does
+    client.start_round(0)  # as a dry run does
     assert client.train.labels.tolist() == [0, 0]
 
 
@@ -121,18 +121,27 @@ def test_the_success_of_a_backdoor_is_counted_without_the_target_class():
 @pytest.mark.parametrize(
     ("entries", "problem"),
     [
-        ([{"target": "lma", "share": 1.5}], r"adversaries.0.share: .* in \[0, 1\]"),
-        ([{"target": "lma"}], "adversaries.0: give clients or share, one of the two"),
-        ([{"target": "lma", "share": 0.1, "clients": [1]}], "adversaries.0: give clients or share"),
-        ([{"target": "lma", "clients": [10]}], "adversaries.0.clients: there is no client 10: the ids are 0 … 9"),
+        ([{"target": "least_likely", "fraction": 1.5}], r"adversaries.0.fraction: .* in \[0, 1\]"),
+        ([{"target": "least_likely"}], "adversaries.0: give clients or fraction, one of the two"),
+        ([{"target": "least_likely", "fraction": 0.1, "clients": [1]}], "adversaries.0: give clients or fraction"),
         (
-            [{"target": "lma", "clients": [1]}, {"target": "cpa", "clients": [2, 1]}],
+            [{"target": "least_likely", "clients": [10]}],
+            "adversaries.0.clients: there is no client 10: the ids are 0 … 9",
+        ),
+        (
+            [{"target": "least_likely", "clients": [1]}, {"target": "class_confusion", "clients": [2, 1]}],
             "adversaries.1.clients: client 1 is in adversaries.0 already",
         ),
-        ([{"target": "lma", "share": 0.6}, {"target": "cpa", "share": 0.5}], "11 clients are to be dishonest, .* 10"),
-        ([{"target": "lmaa", "share": 0.1}], "unknown adversary 'lmaa'; did you mean 'lma'"),
-        ([{"target": "lma", "share": 0.1, "start": 0}], "adversaries.0.start"),
-        ([{"target": "sybil", "share": 0.2, "args": {"attack": {"target": "label_flip", "args": {"x": 1}}}}], "no 'x'"),
+        (
+            [{"target": "least_likely", "fraction": 0.6}, {"target": "class_confusion", "fraction": 0.5}],
+            "11 clients are to be dishonest, .* 10",
+        ),
+        ([{"target": "least_likly", "fraction": 0.1}], "unknown adversary 'least_likly'; did you mean 'least_likely'"),
+        ([{"target": "least_likely", "fraction": 0.1, "start": 0}], "adversaries.0.start"),
+        (
+            [{"target": "sybil", "fraction": 0.2, "args": {"attack": {"target": "label_flip", "args": {"x": 1}}}}],
+            "no 'x'",
+        ),
     ],
 )
 def test_recipes_that_make_no_sense(entries, problem):
@@ -144,14 +153,16 @@ def test_a_recipe_with_adversaries_runs(tmp_path):
     from fdl.build import build
 
     probe = {"target": "backdoor", "args": {"target": 3}}
-    entries = [{"target": "backdoor", "share": 0.2, "args": {"target": 3}}, {"target": "sign_flip", "clients": [4]}]
-    loop = build(from_mapping({**RECIPE, "adversaries": entries, "evaluation": {"probes": [probe]}}), tmp_path)
+    entries = [{"target": "backdoor", "fraction": 0.2, "args": {"target": 3}}, {"target": "sign_flip", "clients": [4]}]
+    loop = build(from_mapping({**RECIPE, "adversaries": entries, "evaluation": {"evaluators": [probe]}}), tmp_path)
     drawn, named = (sorted(coalition.clients) for coalition in loop.adversaries.coalitions)
     assert len(drawn) == 2 and named == [4] and 4 not in drawn
     metrics = loop.run()["metrics"]
     assert 0 <= metrics["student/backdoor/success"] <= 1
     poisoned = [client.id for client in loop.clients if isinstance(client.train, Triggered)]
     assert poisoned == drawn
-    wrong = from_mapping({**RECIPE, "adversaries": [{"target": "lma", "share": 0.1}]})
-    with pytest.raises(UserError, match=r"adversaries\.0: lma attacks responses, and clients of method fedavg send"):
+    wrong = from_mapping({**RECIPE, "adversaries": [{"target": "least_likely", "fraction": 0.1}]})
+    with pytest.raises(
+        UserError, match=r"adversaries\.0: least_likely attacks responses, and clients of method fedavg send"
+    ):
         build(wrong, tmp_path / "wrong")

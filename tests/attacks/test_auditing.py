@@ -8,6 +8,9 @@ from rich.console import Console
 
 from fdl.attacks.audit import audit, judge
 from fdl.attacks.base import Attack, AttackResult, AttackTarget, MembershipScores
+from fdl.attacks.callback import AuditCallback
+from fdl.build import build
+from fdl.callbacks.base import Callback
 from fdl.cli import main as cli
 from fdl.errors import UserError
 from fdl.runs import run as runs
@@ -77,6 +80,23 @@ def test_the_summary_holds_what_attacks_found(run):
     assert any(
         "non-members tell false-positive rates from" in note for note in found["attacks"]["loss_threshold"]["notes"]
     )
+
+
+def test_attacks_come_before_other_callbacks_which_see_the_findings(tmp_path):
+    seen = {}
+
+    class Late(Callback):
+        def on_fit_end(self, loop, summary):
+            seen.update(summary["audit"], saved=dict(saved[-1]))
+
+    loop, saved = build(recipe(evaluation={"attacks": ["loss_threshold"]}), tmp_path), []
+    assert isinstance(next(iter(loop.callbacks)), AuditCallback)
+    loop.callbacks.append(Late())
+    loop.on_summary = lambda summary: saved.append(dict(summary))
+    summary = loop.run()
+    assert [one["audit"] is None for one in saved] == [True, False]  # first what the rounds came to: attacks may fail
+    assert seen["saved"]["audit"] == summary["audit"] == loop.audit.summary()
+    assert set(seen["attacks"]) == {"loss_threshold"}
 
 
 def test_the_closing_table_says_what_attacks_found(run, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fdl.attacks.audit import audit
-from fdl.attacks.base import AttackTarget, clone_client
+from fdl.attacks.base import AttackTarget
 from fdl.attacks.confidence_inference import ConfidenceInference, likelihood_ratio
 from fdl.attacks.confidence_inversion import ConfidenceInversion
 from fdl.attacks.roc import Roc
@@ -28,11 +28,11 @@ def federation(folder, confidence, clients=3, **changes):
         "method": {"target": "federated_distillation", "args": {"confidence": confidence}},
         "data": {"target": "digits", "args": {"proxy": 200, "validation": 340, "test": 360}},
         "partition": {"target": "dirichlet", "args": {"alpha": 0.5}},
-        "federation": {"clients": clients, "rounds": 1, "calibration": 0.0},
+        "federation": {"clients": clients, "rounds": 1, "calibration_fraction": 0.0},
         "specialists": [{"target": "mlp", "args": {"hidden": [4]}}],
         "student": {"target": "mlp", "args": {"hidden": [4]}},
-        "local": FIT,
-        "distil": FIT,
+        "local_training": FIT,
+        "server_distil": FIT,
         "evaluation": {"every": 9, "specialists": False},
         "callbacks": [],
         "fabric": {"threads": 1, "accelerator": "cpu"},
@@ -98,10 +98,7 @@ def test_no_confidences_are_nothing_to_attack(tmp_path):
 
 def site(loop, count):
     """A client with so many of its samples, and what it would send."""
-    twin = clone_client(loop.clients[0])
-    twin._train = loop.clients[0].train.subset(np.arange(count))
-    twin.arrive()
-    return twin
+    return loop.clients[0].clone(train=loop.clients[0].train.subset(np.arange(count)))
 
 
 def inverted(loop, confidence, owner, **settings):
@@ -130,7 +127,7 @@ def test_small_clients_of_a_run_are_attacked(tmp_path):
     small = [client for client in loop.clients if 0 < client.samples <= 3]
     if not small:
         loop.clients[0]._train = loop.clients[0].train.subset(np.arange(3))
-        loop.clients[0].arrive()
+        loop.clients[0].update_data()
         small = [loop.clients[0]]
     found = ConfidenceInversion(largest=3, steps=200, starts=1).run(AttackTarget(loop))
     assert found.metrics["clients"] == len(small) and 0 <= found.metrics["found"] <= 1

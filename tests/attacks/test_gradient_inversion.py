@@ -71,7 +71,7 @@ class PromptedClassifier(ImageClassifier):
 
 def fedavg(folder, trained=False, **changes):
     """A federation whose clients each take one step on one image."""
-    plain = {"method": "fedavg", "student": TANH, "specialists": [], "channel": {}, "local": ONE_STEP}
+    plain = {"method": "fedavg", "student": TANH, "specialists": [], "channel": {}, "local_training": ONE_STEP}
     return finished(folder, trained, **(plain | changes))
 
 
@@ -209,7 +209,7 @@ def test_one_step_on_one_image_gives_it_away(subject):
 def test_rounding_and_more_images_hide_some_of_it(subject, tmp_path):
     attack = GradientInversion(["update"], matching="analytic")
     eight = fedavg(tmp_path / "8", channel={"upload": [{"target": "quantize", "args": {"bits": 8}}]})
-    many = fedavg(tmp_path / "many", local=ONE_STEP | {"batch_size": 32})
+    many = fedavg(tmp_path / "many", local_training=ONE_STEP | {"batch_size": 32})
     plain, rounded, mixed = (
         attack.run(s).metrics["update/psnr"] for s in (subject, AttackTarget(eight), AttackTarget(many))
     )
@@ -219,7 +219,7 @@ def test_rounding_and_more_images_hide_some_of_it(subject, tmp_path):
 
 
 def test_the_last_model_is_attacked_from_where_it_ended(tmp_path):
-    subject = AttackTarget(fedavg(tmp_path, trained=True, local=ONE_STEP | {"steps": 5}))
+    subject = AttackTarget(fedavg(tmp_path, trained=True, local_training=ONE_STEP | {"steps": 5}))
     turn = update(subject, subject.clients[1], first=False)
     for name, tensor in module_state(subject.server.student).items():
         assert torch.equal(turn.model.state_dict()[name], tensor)

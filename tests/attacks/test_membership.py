@@ -43,8 +43,8 @@ def listen(loop):
     "args",
     [
         {"confidence": "entropy", "calibrate": True},
-        {"restart": True, "space": "logits"},
-        {"frequency": {"target": "on_change", "args": {"threshold": 0.01}}, "subsample": 0.5},
+        {"reinitialize_clients": True, "space": "logits"},
+        {"upload_policy": {"target": "on_change", "args": {"threshold": 0.01}}, "proxy_fraction": 0.5},
     ],
     ids=["calibrated", "restarted", "on_change"],
 )
@@ -77,7 +77,7 @@ def test_an_audit_leaves_the_run_as_it_was(loop):
 def test_states_on_disk_are_read_and_not_written(tmp_path):
     found = {}
     for where in ("memory", "disk"):
-        loop = finished(tmp_path / where, federation={"clients": 2, "rounds": 1, "state": where})
+        loop = finished(tmp_path / where, federation={"clients": 2, "rounds": 1, "client_state": where})
         before = sorted((tmp_path / where / "clients").glob("*"))
         found[where] = audit(loop, [LiRA(shadows=2)]).metrics()
         assert sorted((tmp_path / where / "clients").glob("*")) == before
@@ -110,7 +110,7 @@ def test_what_is_known_by_heart_is_found(tmp_path):
         data={"target": "digits", "args": {"proxy": 20, "validation": 80, "test": 100, "limit": 400}},
         federation={"clients": 2, "rounds": 1},
         specialists=[{"target": "mlp", "args": {"hidden": [128]}}],
-        local=FIT | {"steps": 150},
+        local_training=FIT | {"steps": 150},
     )
     draw = torch.Generator().manual_seed(0)
     for part in (loop.server.test, loop.server.validation, *(c.train for c in loop.clients)):

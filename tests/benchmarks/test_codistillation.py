@@ -30,7 +30,7 @@ def folder(script, tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, size in (("usps_16", 16), ("omniglot_small1_28", 28)):
         np.savez(data / f"{name}.npz", x_train=rng.integers(0, 256, (410, size, size), dtype=np.uint8))
-    short = ["federation.rounds=2", "local.steps=2", "distil.steps=2"]
+    short = ["federation.rounds=2", "local_training.steps=2", "server_distil.steps=2"]
     options = ["--data", str(data), "--seeds", "0", "--output", str(place)]
     assert script.main(["digits", *short, *options, "--only", "merged_far", "periodic_3"]) == 0
     return place
@@ -69,15 +69,15 @@ def test_the_server_has_nothing_of_the_clients_and_the_same_amount_of_everything
 
 
 def test_unequal_work_is_refused(script, folder):
-    planned = plan(script.RECIPES["digits"], [f"output={folder}"], ["merged", "periodic_5"], [0], folder)
+    planned = plan(script.RECIPES["digits"], [f"output_dir={folder}"], ["merged", "periodic_5"], [0], folder)
     script.assert_equal_work(planned)
     assert [script.server_steps(run) for run in planned] == [200, 200]
     periodic = planned[1].recipe
-    longer = replace(periodic, distil=replace(periodic.distil, steps=51))
+    longer = replace(periodic, server_distil=replace(periodic.server_distil, steps=51))
     with pytest.raises(AssertionError, match=r"unequal server steps: .*'merged': 200, 'periodic_5': 204"):
         script.assert_equal_work([planned[0], planned[1]._replace(recipe=longer)])
-    other = replace(periodic, local=replace(periodic.local, steps=3))
-    with pytest.raises(AssertionError, match=r"periodic_5 differs from merged in \['local.steps'\]"):
+    other = replace(periodic, local_training=replace(periodic.local_training, steps=3))
+    with pytest.raises(AssertionError, match=r"periodic_5 differs from merged in \['local_training.steps'\]"):
         script.assert_equal_work([planned[0], planned[1]._replace(recipe=other)])
 
 

@@ -126,9 +126,9 @@ def test_the_front_holds_what_nobody_beats(script):
 
 def test_unequal_work_is_refused(script, tmp_path):
     (run,) = script.plan(script.RECIPE, script.QUICK, ["cfd_like"], [0], tmp_path)
-    longer = replace(run.recipe, local=replace(run.recipe.local, steps=11))
+    longer = replace(run.recipe, local_training=replace(run.recipe.local_training, steps=11))
     other = replace(run.recipe, data=replace(run.recipe.data, args={**run.recipe.data.args, "proxy": 401}))
     script.assert_equal_work([run, run])
-    for recipe, key in ((longer, "local.steps"), (other, "data.args.proxy")):
+    for recipe, key in ((longer, "local_training.steps"), (other, "data.args.proxy")):
         with pytest.raises(AssertionError, match=rf"cfd_like and cfd_like differ in \['{key}'\]"):
             script.assert_equal_work([run, run._replace(recipe=recipe)])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fdl.recipe import load
-from fdl.registry.kinds import KINDS, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,13 +70,17 @@ def test_the_target_is_reached_in_one_window_for_all(script):
 def test_a_method_of_one_round_takes_all_steps_in_it(script, tmp_path):
     planned = script.plan(script.RECIPE, script.QUICK, ["fedavg", "one_shot"], [0], tmp_path)
     average, single = map(script.at_once, planned)
-    assert (average.recipe.federation.rounds, average.recipe.local.steps) == (3, 10)
-    assert (single.recipe.federation.rounds, single.recipe.local.steps, single.recipe.distil.steps) == (1, 30, 60)
+    assert (average.recipe.federation.rounds, average.recipe.local_training.steps) == (3, 10)
+    assert (single.recipe.federation.rounds, single.recipe.local_training.steps, single.recipe.server_distil.steps) == (
+        1,
+        30,
+        60,
+    )
     script.assert_equal_work([average, single])
-    with pytest.raises(AssertionError, match="one_shot takes 10 local steps, others 30"):
+    with pytest.raises(AssertionError, match="one_shot takes 10 local_training steps, others 30"):
         script.assert_equal_work([average, planned[1]._replace(recipe=_once(planned[1].recipe))])
-    longer = replace(average.recipe, local=replace(average.recipe.local, batch_size=16))
-    with pytest.raises(AssertionError, match=r"fedavg differs in \['local.batch_size'\]"):
+    longer = replace(average.recipe, local_training=replace(average.recipe.local_training, batch_size=16))
+    with pytest.raises(AssertionError, match=r"fedavg differs in \['local_training.batch_size'\]"):
         script.assert_equal_work([average, average._replace(recipe=longer)])
 
 
@@ -137,7 +142,7 @@ def test_the_best_trial_is_the_one_that_does_best_on_validation_data(monkeypatch
     monkeypatch.setattr(
         tune, "score", lambda folder: dict(zip(("accuracy", "nll"), found[int(folder.name[-1])], strict=True))
     )
-    run = lambda n: tune.Run("ds_fl", 10, None, tmp_path / f"trial-{n}")  # noqa: E731
+    run = lambda n: tune.PlannedRun("ds_fl", 10, None, tmp_path / f"trial-{n}")  # noqa: E731
     table = tune.tabulate([(run(n), n, []) for n in found])
     assert [line["best"] for line in table] == [False, False, True, False]
     assert sum("| yes |" in line for line in tune.markdown(table, 10)) == 1

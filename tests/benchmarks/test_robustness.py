@@ -14,7 +14,8 @@ SPEC.loader.exec_module(robustness)
 
 
 def test_the_recipe_has_every_adversary_and_the_grid_every_pair(tmp_path):
-    from fdl.registry.kinds import KINDS, short_names
+    from fdl.registry.kinds import KINDS
+    from fdl.registry.plugins import short_names
 
     cells = robustness.crossed("responses", None, ["cronus"], [0.1, 0.4], [0, 3], robustness.QUICK, tmp_path)
     attacks = {cell.attack for cell in cells}
@@ -23,7 +24,7 @@ def test_the_recipe_has_every_adversary_and_the_grid_every_pair(tmp_path):
     assert len(cells) == 2 * (2 + 2 * (1 + 2 * (len(attacks) - 2)))
     assert cells[0][:3] == ("honest", 0.0, "mean") and cells[0].recipe.adversaries == []
     one = next(cell for cell in cells if cell[:4] == ("sybil", 0.4, "cronus", 3)).recipe
-    assert (one.seed, one.adversaries[0].share) == (3, 0.4) and one.method.args["robust"]["target"] == "cronus"
+    assert (one.seed, one.adversaries[0].fraction) == (3, 0.4) and one.method.args["robust"]["target"] == "cronus"
     assert len({cell.folder for cell in cells}) == len({cell.recipe.name for cell in cells}) == len(cells)
 
 
@@ -33,7 +34,7 @@ def test_in_the_space_of_parameters_nobody_attacks_answers(tmp_path):
     assert {cell.recipe.method.target for cell in cells} == {"fedavg"}
     assert {cell.recipe.method.args.get("robust") is None for cell in cells} == {True, False}
     assert {cell.attack for cell in cells} == {"honest", *few}
-    for attack in ("lma", "sybil"):  # the sybils of the recipe are of one that attacks answers
+    for attack in ("least_likely", "sybil"):  # the sybils of the recipe are of one that attacks answers
         with pytest.raises(SystemExit, match=f"no such attack: {attack}"):
             robustness.crossed("parameters", [attack], None, [0.2], [0], robustness.QUICK, tmp_path)
 
@@ -65,7 +66,7 @@ def test_who_is_wrongly_suppressed():
 def test_an_expert_has_more_than_four_equal_shares_of_a_class(tmp_path):
     from fdl.build import build
 
-    cell = robustness.crossed("responses", ["lma"], ["mean"], [0.2], [1], robustness.QUICK, tmp_path)[0]
+    cell = robustness.crossed("responses", ["least_likely"], ["mean"], [0.2], [1], robustness.QUICK, tmp_path)[0]
     found = robustness.experts([cell])[1]
     counts = [client.train.labels.bincount(minlength=10) for client in build(cell.recipe, tmp_path).clients]
     total = sum(counts)
@@ -76,7 +77,12 @@ def test_an_expert_has_more_than_four_equal_shares_of_a_class(tmp_path):
 def test_the_bar_is_the_worst_of_its_attacks():
     rows = [
         {"attack": attack, "share": 0.2, "defence": "fltrust", "loss_points": loss}
-        for attack, loss in (("lma", 0.5), ("cpa", 1.5), ("sign_flip", -0.5), ("random", 9.0))
+        for attack, loss in (
+            ("least_likely", 0.5),
+            ("class_confusion", 1.5),
+            ("sign_flip", -0.5),
+            ("random_class", 9.0),
+        )
     ]
     assert robustness.bars(rows) == {"fltrust": 1.5}
     assert robustness.bars(rows[1:]) == {}
@@ -84,7 +90,7 @@ def test_the_bar_is_the_worst_of_its_attacks():
 
 @pytest.mark.slow
 def test_the_grid_is_run_once_and_written(tmp_path, capsys):
-    arguments = ["--quick", "--attacks", "lma", "backdoor", "--defences", "median", "--seeds", "0"]
+    arguments = ["--quick", "--attacks", "least_likely", "backdoor", "--defences", "median", "--seeds", "0"]
     assert robustness.main([*arguments, "--output", str(tmp_path)]) == 0
     first = (tmp_path / "robustness.csv").read_text()
     with open(tmp_path / "robustness.csv", encoding="utf-8") as file:
@@ -95,7 +101,7 @@ def test_the_grid_is_run_once_and_written(tmp_path, capsys):
         assert float(row["loss_points"]) == pytest.approx(100 * (float(rows[0]["accuracy"]) - float(row["accuracy"])))
         assert (row["suppressed_minority"] == "") == (row["defence"] == "mean")
     assert (tmp_path / "robustness.png").stat().st_size > 1000 and list((tmp_path / "tensorboard").iterdir())
-    assert "| lma | 40 % |" in (tmp_path / "robustness.md").read_text()
+    assert "| least_likely | 40 % |" in (tmp_path / "robustness.md").read_text()
     capsys.readouterr()
     assert robustness.main([*arguments, "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("complete already") == 6

@@ -50,7 +50,7 @@ def test_compiled_steps_are_compared_where_there_are_any(benchmark, backend):
         loss=lambda module, batch: F.cross_entropy(module.backbone(batch[0])[0], batch[1]),
     )
     runtime = Runtime(accelerator="cpu")
-    runtime.compiler = Compiler(backend)
+    runtime.steps.compiler = Compiler(backend)
     row = benchmark.measure(lambda: job, runtime, 1, 1e9, "default")
     *_, speed, ratio, end = (cell.strip() for cell in row.split("|"))
     assert row.count("|") == 10 and end == ""

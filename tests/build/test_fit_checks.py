@@ -13,7 +13,7 @@ from fdl.runs import run as runs
 from fdl.runs.report import print_table
 
 NORM = {"target": "cifar_resnet", "args": {"depth": 8}}
-FLAT = {"target": "image_classifier", "args": {"backbone": f"{__name__}.flat"}}
+FLAT = {"target": "custom", "args": {"backbone": f"{__name__}.flat"}}
 
 
 def flat():
@@ -28,9 +28,9 @@ def tree(local, student=FLAT, **more):
         "name": "fits",
         "method": "fedavg",
         "data": {"target": "digits", "args": {"test": 60, "proxy": 40, "validation": 20, "limit": 320}},
-        "federation": {"clients": 2, "calibration": 0.0},
+        "federation": {"clients": 2, "calibration_fraction": 0.0},
         "student": student,
-        "local": local,
+        "local_training": local,
         "callbacks": [],
         "fabric": {"accelerator": "cpu"},
         **more,
@@ -48,13 +48,19 @@ def sgd(**args):
 @pytest.mark.parametrize(
     ("local", "message"),
     [
-        ({"steps": 20, "scheduler": one_cycle(10)}, r"local\.scheduler: one_cycle_lr ends after 10 steps, and client "),
+        (
+            {"steps": 20, "scheduler": one_cycle(10)},
+            r"ing\.scheduler: one_cycle_lr ends after 10 steps, and client ",
+        ),
         ({"epochs": 5, "scheduler": one_cycle(4, "epoch")}, r"ends after 4 steps.*takes 5 \(interval: epoch\)"),
-        (sgd(lr=-0.1), r"local\.optimizer: optimizer sgd refuses its arguments: Invalid learning rate: -0\.1"),
-        (sgd(lr=float("nan")), r"local\.optimizer: optimizer sgd: lr must be a number, got nan"),
-        (sgd(lr="fast"), r"local\.optimizer\.args\.lr: expected float or Tensor, got 'fast'"),
+        (sgd(lr=-0.1), r"local_training\.optimizer: optimizer sgd refuses its arguments: Invalid learning rate: -0\.1"),
+        (sgd(lr=float("nan")), r"local_training\.optimizer: optimizer sgd: lr must be a number, got nan"),
+        (sgd(lr="fast"), r"local_training\.optimizer\.args\.lr: expected float or Tensor, got 'fast'"),
         (sgd(lr=0.1, weight_decay=float("nan")), r"weight_decay must be a number, got nan"),
-        ({"steps": 2, "batch_size": 1}, r"local\.batch_size: 1, and client 0 trains student: batch normalisation"),
+        (
+            {"steps": 2, "batch_size": 1},
+            r"local_training\.batch_size: 1, and client 0 trains student: batch norm",
+        ),
     ],
 )
 def test_what_cannot_do_is_told_when_it_is_built(local, message, tmp_path):
@@ -87,9 +93,9 @@ def test_a_site_of_one_sample_is_told_with_the_key_by_check_and_fit(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("executor", ["sequential", "batched"])
+@pytest.mark.parametrize("executor", ["sequential", "vectorized"])
 def test_the_others_run_without_it_if_the_recipe_says_so(executor, tmp_path):
-    settings = small("leave_out").to_dict() | {"executor": executor}
+    settings = small("leave_out").to_dict() | {"client_execution": executor}
     summary = runs.fit(recipe.from_mapping(settings), tmp_path / "run")
     (left,) = summary["left_out"]
     assert [p["samples"] for p in summary["participants"] if str(p["id"]) == left] == [1]

@@ -68,7 +68,7 @@ def test_a_tenth_is_held_out_for_a_method_that_looks_at_it(tmp_path, method):
 
 def test_what_the_recipe_says_holds_for_every_method(tmp_path):
     for share, method in ((0.0, distilled(calibrate=True)), (0.5, "fedavg")):
-        loop = built(tmp_path, method, calibration=share)
+        loop = built(tmp_path, method, calibration_fraction=share)
         held = sum(len(client.calibration) for client in loop.clients)
         assert held == pytest.approx(share * COUNT, abs=6)
 
@@ -76,8 +76,8 @@ def test_what_the_recipe_says_holds_for_every_method(tmp_path):
 @pytest.mark.parametrize("share", [None, 0.2])
 @pytest.mark.parametrize("method", ["centralized", "distillation"])
 def test_centralised_training_has_what_all_clients_train_on_and_nothing_else(tmp_path, method, share):
-    central = built(tmp_path, method, calibration=share)
-    federated = built(tmp_path, "fedavg", calibration=share)
+    central = built(tmp_path, method, calibration_fraction=share)
+    federated = built(tmp_path, "fedavg", calibration_fraction=share)
     theirs = [image for client in federated.clients for image in images(client.train)]
     assert images(central.server.pooled) == sorted(theirs)
     assert len(theirs) == pytest.approx((1 - (share or 0)) * COUNT, abs=6)

@@ -19,7 +19,7 @@ class FakeRecipe:
     name: str = "tiny"
     seed: int = 4
     method: Any = None
-    local: Any = None
+    local_training: Any = None
     channel: Any = None
     student: Any = None
     teacher: Any = None
@@ -77,7 +77,7 @@ class FakeLoop:
     def __init__(self, folder: Path, clients: int = 3, rounds: int = 4, classes: int = 3):
         self.recipe = FakeRecipe(
             method=SimpleNamespace(target="fedprox", args={"mu": 0.01}),
-            local={"epochs": 2, "optimizer": {"target": "sgd", "args": {"lr": 0.1, "nesterov": True}}},
+            local_training={"epochs": 2, "optimizer": {"target": "sgd", "args": {"lr": 0.1, "nesterov": True}}},
             channel={"upload": [{"target": "quantize", "args": {"bits": 8}}, {"target": "zstd"}], "download": []},
             student={"target": "mlp", "args": {"hidden": [32, 16]}},
             evaluation=SimpleNamespace(every=1),
@@ -86,7 +86,7 @@ class FakeLoop:
         self.clients = [FakeClient(i, Labelled(torch.full((i + 2,), i % classes))) for i in range(clients)]
         self.server = FakeServer(classes)
         self.ledger = FakeLedger()
-        self.runtime = SimpleNamespace(device=torch.device("cpu"), template=lambda name: MODULES[name])
+        self.runtime = SimpleNamespace(device=torch.device("cpu"), shared_module=lambda name: MODULES[name])
         self.history: list[dict] = []
         self.audit = None
         self.seconds = Stopwatch()

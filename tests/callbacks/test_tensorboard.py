@@ -208,15 +208,15 @@ def test_bytes_that_do_not_grow_by_a_kilobyte_give_no_second_point(tmp_path):
 
 
 def test_hyperparameters_are_flat_and_leave_out_where_and_how_it_ran(tmp_path):
-    recipe = FakeLoop(tmp_path).recipe.to_dict() | {"output": "runs", "fabric": {"devices": 1}, "callbacks": []}
+    recipe = FakeLoop(tmp_path).recipe.to_dict() | {"output_dir": "runs", "fabric": {"devices": 1}, "callbacks": []}
     assert hyperparameters(recipe) == {
         "seed": 4,
         "method": "fedprox",
         "method.mu": 0.01,
-        "local.epochs": 2,
-        "local.optimizer": "sgd",
-        "local.optimizer.lr": 0.1,
-        "local.optimizer.nesterov": "True",
+        "local_training.epochs": 2,
+        "local_training.optimizer": "sgd",
+        "local_training.optimizer.lr": 0.1,
+        "local_training.optimizer.nesterov": "True",
         "channel.upload": "quantize(bits=8), zstd",
         "channel.download": "none",
         "student": "mlp",

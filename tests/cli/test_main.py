@@ -29,7 +29,7 @@ compare:
   seeds: [0, 1]
   variants:
     fedavg: {}
-    slow: {local.optimizer.args.lr: 0.01}
+    slow: {local_training.optimizer.args.lr: 0.01}
     centralized: {method: centralized}
 """
 
@@ -48,7 +48,7 @@ class Federation:
 
         class Loop:
             callbacks = CallbackList()
-            server = types.SimpleNamespace(task="classification", classes=[], provides={})
+            server = types.SimpleNamespace(task="classification", classes=[], model_kwargs={})
 
             def run(self, resume=False):
                 federation.runs.append((recipe, resume))
@@ -127,7 +127,7 @@ FIT = "fit --recipe recipes/small.yaml"
         ("fit --recipe recipes", ["recipes: there is no such recipe file"]),
         (f"{FIT} --rounds 5", ["unknown option --rounds", "set without dashes: federation.rounds=5"]),
         (f"{FIT} --rounds=5", ["set without dashes: federation.rounds=5"]),
-        (f"{FIT} --local.batch_size=5", ["set without dashes: local.batch_size=5"]),
+        (f"{FIT} --local_training.batch_size=5", ["set without dashes: local_training.batch_size=5"]),
         (f"{FIT} --resum", ["unknown option --resum; did you mean '--resume'?"]),
         (f"{FIT} federation.rounds", ["override 'federation.rounds': expected key=value"]),
         (f"{FIT} federation.rouds=1", ["federation.rouds: unknown key; did you mean 'rounds'?"]),
@@ -227,8 +227,8 @@ def test_list_says_what_a_plugin_takes(here, capsys):
     assert "one of 'file', 'paragraph', 'line', default 'file'" in rows["document"]
     assert "public proxy set" in rows["proxy"]  # of the base class
     assert fdl(capsys, "list datamodule text_files") == (code, out, "")
-    both = fdl(capsys, "list adam")[1] + fdl(capsys, "list prototypes")[1]
-    assert "adam, an optimizer" in both and "prototypes, " in both
+    both = fdl(capsys, "list adam")[1] + fdl(capsys, "list noisy_prototypes")[1]
+    assert "adam, an optimizer" in both and "noisy_prototypes, a prototype transfer" in both
 
 
 def test_list_metrics(here, capsys):
@@ -263,7 +263,7 @@ def test_list_recipes_shows_their_first_comment(here, capsys):
 
 def test_list_keys_and_singular_names(here, capsys):
     keys = fdl(capsys, "list keys")[1]
-    assert "federation.participation" in keys and "share of the clients asked in a round" in keys
+    assert "federation.client_fraction" in keys and "fraction of the clients that take part in a round" in keys
     assert fdl(capsys, "list codec") == fdl(capsys, "list codecs")
 
 
@@ -378,7 +378,7 @@ def test_more_rounds_need_resume(federation, capsys):
 def test_what_does_not_change_the_result_may_change(federation, capsys):
     fdl(capsys, FIT)
     Path("runs/small/summary.json").unlink()
-    line = f"{FIT} --resume callbacks=[csv] checkpoint.keep=5 output=runs compare=null"
+    line = f"{FIT} --resume callbacks=[csv] checkpoint.keep=5 output_dir=runs compare=null"
     assert fdl(capsys, line)[0] == 0
     assert load("runs/small/recipe.yaml").checkpoint.keep == 5
 
@@ -386,8 +386,8 @@ def test_what_does_not_change_the_result_may_change(federation, capsys):
 def test_resume_with_a_changed_recipe_names_the_keys(federation, capsys):
     fdl(capsys, FIT)
     Path("runs/small/summary.json").unlink()
-    code, _, err = fdl(capsys, f"{FIT} --resume local.batch_size=8")
-    assert code == 2 and "cannot resume" in err and "local.batch_size: 32 there, 8 here" in err
+    code, _, err = fdl(capsys, f"{FIT} --resume local_training.batch_size=8")
+    assert code == 2 and "cannot resume" in err and "local_training.batch_size: 32 there, 8 here" in err
     code, _, err = fdl(capsys, f"{FIT} --resume fabric.threads=2")  # sums are added up in another order
     assert code == 2 and "fabric.threads: 1 there, 2 here" in err
 
@@ -493,7 +493,8 @@ def test_compare_runs_every_variant_and_seed(federation, capsys):
     code, out, _ = fdl(capsys, f"{COMPARE} federation.rounds=4")
     assert code == 0
     found = [
-        (r.name, r.method.target, r.seed, r.federation.rounds, r.local.optimizer.args["lr"]) for r, _ in federation.runs
+        (r.name, r.method.target, r.seed, r.federation.rounds, r.local_training.optimizer.args["lr"])
+        for r, _ in federation.runs
     ]
     assert found == [
         ("small-fedavg-seed-0", "fedavg", 0, 4, 0.1),
@@ -534,7 +535,7 @@ def test_adding_a_variant_repeats_nothing(federation, capsys):
 
 def test_compare_takes_methods_that_are_no_variants(federation, capsys):
     fdl(capsys, f"{COMPARE} --methods fedprox,slow --seeds 5")
-    assert [(r.method.target, r.local.optimizer.args["lr"], r.seed) for r, _ in federation.runs] == [
+    assert [(r.method.target, r.local_training.optimizer.args["lr"], r.seed) for r, _ in federation.runs] == [
         ("fedprox", 0.1, 5),
         ("fedavg", 0.01, 5),
     ]
@@ -558,7 +559,7 @@ def test_compare_goes_on_after_a_run_that_fails_and_marks_it(federation, capsys)
     from fdl.errors import UserError
 
     def failing(recipe):
-        if recipe.local.optimizer.args.get("lr") == 0.01 and recipe.seed == 1:
+        if recipe.local_training.optimizer.args.get("lr") == 0.01 and recipe.seed == 1:
             return UserError("data: no samples")
         return ZeroDivisionError("a bug") if recipe.method.target == "centralized" else None
 
@@ -607,12 +608,12 @@ def test_a_comparison_is_not_written_among_other_files(federation, capsys):
 
 def test_compare_of_a_changed_recipe_is_refused(federation, capsys):
     fdl(capsys, COMPARE)
-    code, _, err = fdl(capsys, f"{COMPARE} local.batch_size=8")
-    assert code == 2 and "fedavg, seed 0" in err and "local.batch_size: 32 there, 8 here" in err
+    code, _, err = fdl(capsys, f"{COMPARE} local_training.batch_size=8")
+    assert code == 2 and "fedavg, seed 0" in err and "local_training.batch_size: 32 there, 8 here" in err
     count = len(federation.runs)
-    assert fdl(capsys, f"{COMPARE} local.batch_size=8 --overwrite")[0] == 0
-    assert fdl(capsys, f"{COMPARE} local.batch_size=8 --overwrite")[0] == 0  # all complete by now
-    assert [r.local.batch_size for r, _ in federation.runs[count:]] == [8] * 6
+    assert fdl(capsys, f"{COMPARE} local_training.batch_size=8 --overwrite")[0] == 0
+    assert fdl(capsys, f"{COMPARE} local_training.batch_size=8 --overwrite")[0] == 0  # all complete by now
+    assert [r.local_training.batch_size for r, _ in federation.runs[count:]] == [8] * 6
 
 
 # --- check

@@ -130,7 +130,9 @@ def test_rungs(stages, rungs):
         assert np.array_equal(ladder.decode(data, 1 << 20)["x"], rung.decode(data, 1 << 20)["x"])
     with pytest.raises(RejectedMessageError, match="another codec chain"):
         ladder.decode(b"\1\2\3", 1 << 20)
-    assert [s.share for s in CodecFallbacks(Codec([RandomK(0.4)])).rungs[-1].stages if s.name == "random_k"] == [0.025]
+    assert [s.fraction for s in CodecFallbacks(Codec([RandomK(0.4)])).rungs[-1].stages if s.name == "random_k"] == [
+        0.025
+    ]
 
 
 @pytest.mark.parametrize("budget", [17_000, 9_000, 5_000, 2_000, 700, 150])
@@ -168,7 +170,7 @@ def test_without_a_budget_nothing_is_chosen():
 def test_the_surest_rows_are_kept():
     message = responses(100, 10)
     for given in (message, Responses((message.values + 1e-9).log(), "logits")):
-        kept = given.narrowed(0.3)
+        kept = given.truncated(0.3)
         best = message.values.amax(dim=1)
         assert len(kept.rows) == 30
         assert best[kept.rows].min() >= best.sort(descending=True).values[29]
@@ -176,13 +178,13 @@ def test_the_surest_rows_are_kept():
         assert torch.equal(kept.values, given.values[kept.rows])
     weights = torch.linspace(0, -5, 100)
     rows = torch.arange(100) * 3
-    told = responses(100, 10, rows=rows, confidence=QuantizedLogWeights.quantize(weights), samples=7).narrowed(0.25)
+    told = responses(100, 10, rows=rows, confidence=QuantizedLogWeights.quantize(weights), samples=7).truncated(0.25)
     assert torch.equal(told.rows, rows[:25])
     assert torch.allclose(told.confidence.values(), weights[:25], atol=0.02)
     assert told.samples == 7
-    assert Responses(torch.randn(100, 4), "embeddings").narrowed(0.1).rows.tolist() == list(range(0, 100, 10))
-    assert message.narrowed(0.001) is None
-    assert Parameters({"w": torch.ones(5)}).narrowed(0.5) is None
+    assert Responses(torch.randn(100, 4), "embeddings").truncated(0.1).rows.tolist() == list(range(0, 100, 10))
+    assert message.truncated(0.001) is None
+    assert Parameters({"w": torch.ones(5)}).truncated(0.5) is None
     told.validate()
 
 
@@ -197,7 +199,7 @@ def test_features_stay_with_their_answers():
     assert torch.equal(rest.tensors["w"], torch.ones(3))
     assert sum(sent(link)) <= 900
     assert len(sent(link)) == 3
-    assert Bundle((features,)).narrowed(0.5) is None
+    assert Bundle((features,)).truncated(0.5) is None
 
 
 def test_what_does_not_fit_is_refused_by_name_and_not_sent():

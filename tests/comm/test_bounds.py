@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fdl.comm.binary import Reader, text, varint
-from fdl.comm.codec import _DTYPES, Codec
+from fdl.comm.codec import Codec
+from fdl.comm.layout import DTYPES
 from fdl.comm.link_state import LinkState
 from fdl.comm.wire import pack, unpack
 from fdl.errors import RejectedMessageError, UserError
@@ -34,7 +35,7 @@ def bodies(draw, codec):
     for index in range(draw(st.integers(0, 3))):
         shape = draw(st.lists(SIZES, max_size=3))
         name = "rows" if draw(st.booleans()) and index == 0 else str(index)
-        schema += [text(name), bytes((draw(st.integers(0, len(_DTYPES))) % 16 | len(shape) << 4,))]
+        schema += [text(name), bytes((draw(st.integers(0, len(DTYPES))) % 16 | len(shape) << 4,))]
         schema += map(varint, shape)
         for stage in codec._array_stages:
             variant = draw(st.one_of(st.just(0), st.integers(0, 4)))

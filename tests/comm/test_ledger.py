@@ -32,7 +32,7 @@ def test_by_hand():
     ledger.add(2, 1, "up", "responses", 41)
     ledger.add(2, 1, "up", "responses", 41)
     ledger.add(0, 0, "setup", "encoder", 1000)
-    ledger.refuse(2, 1, "not finite")
+    ledger.reject(2, 1, "not finite")
     assert ledger.totals() == {"upload_bytes": 122, "download_bytes": 140, "setup_bytes": 2000}
     assert ledger.by_kind() == {"setup/encoder": 2000, "down/parameters": 140, "up/responses": 122}
     assert ledger.by_client() == {
@@ -114,7 +114,7 @@ def test_stays_small_with_thousands_of_clients():
 
 def test_long_reasons_are_cut_and_directions_checked():
     ledger = Ledger()
-    ledger.refuse(1, 0, "x" * 10_000)
+    ledger.reject(1, 0, "x" * 10_000)
     assert len(ledger.refusals[0].reason) == 300
     with pytest.raises(ValueError, match="direction must be one of up, down, setup, got 'sideways'"):
         ledger.add(1, 0, "sideways", "responses", 1)

@@ -127,7 +127,7 @@ def test_a_refused_message_leaves_the_error_as_it_was():
 
 def test_chains_and_arguments_that_make_no_sense():
     for share in (0, -1, 1.5):
-        with pytest.raises(UserError, match=r"share must be in \(0, 1\]"):
+        with pytest.raises(UserError, match=r"fraction must be in \(0, 1\]"):
             TopK(share)
     with pytest.raises(UserError, match="unbiased cannot go with error_feedback"):
         RandomK(0.1, error_feedback=True, unbiased=True)

@@ -135,7 +135,7 @@ def test_reasons():
         (data, {"round": 8}, "message of round 7 in round 8"),
         (data, {"limit": 100}, "beyond the limit of 100 bytes"),
         (data, {"codec": Codec([Zstd()])}, "another codec chain"),
-        (forge(data[25:], code=9), {}, "unknown message type 9"),
+        (forge(data[25:], code=99), {}, "unknown message type 99"),
         (forge(data[25:], code=1), {}, "unexpected content 'form'"),
         (forge(data[25:], code=2, length=10), {}, "10 bytes announced"),
         (forge(data[25:], code=2, length=2**64 - 1), {}, "bytes announced"),

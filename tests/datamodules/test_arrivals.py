@@ -66,12 +66,12 @@ def federation(folder, method="fedavg", callbacks=(), **changes):
         "data": {"target": "digits", "args": {"proxy": 60, "validation": 60, "test": 200, "limit": 900}},
         "partition": {"target": "dirichlet", "args": {"alpha": 0.3}},
         "arrival": {"target": "class_incremental", "args": {"stages": 5, "rounds": 2}},
-        "federation": {"clients": 6, "rounds": 6, "calibration": 0.2},
+        "federation": {"clients": 6, "rounds": 6, "calibration_fraction": 0.2},
         "student": {"target": "mlp", "args": {"hidden": [16]}},
         "specialists": [{"target": "mlp", "args": {"hidden": [16]}}],
-        "local": {"steps": 5, "optimizer": {"target": "adam", "args": {"lr": 0.01}}},
-        "distil": {"steps": 5},
-        "evaluation": {"probes": ["continual"]},
+        "local_training": {"steps": 5, "optimizer": {"target": "adam", "args": {"lr": 0.01}}},
+        "server_distil": {"steps": 5},
+        "evaluation": {"evaluators": ["continual"]},
         "fabric": {"accelerator": "cpu", "threads": 1},
         "callbacks": [],
         **changes,
@@ -90,7 +90,7 @@ def test_clients_see_only_what_is_there_and_everything_comes_once(tmp_path):
     loop, whole = federation(tmp_path), federation(tmp_path, arrival=None, evaluation={})
     counts = np.zeros(6, dtype=int)
     for round in range(1, 11):
-        loop.begin(round)
+        loop.start_round(round)
         stage = (round - 1) // 2
         assert loop.server.stage == stage
         for client in loop.clients:
@@ -109,23 +109,23 @@ def test_some_client_has_nothing_for_a_while_and_sits_out(tmp_path):
     asked = [record["cohort"] for record in loop.history]
     assert any(len(cohort) < 6 for cohort in asked) and all(asked)
     for round, cohort in enumerate(asked, 1):
-        loop.begin(round)
+        loop.start_round(round)
         assert cohort == [client.id for client in loop.clients if len(client.train)]
 
 
 def test_the_pool_of_a_centralised_run_comes_in_stages_too(tmp_path):
     loop = federation(tmp_path, method="centralized")
-    loop.begin(3)
+    loop.start_round(3)
     assert classes_of(loop.server.pooled) == {2, 3}
 
 
 def test_what_was_made_of_earlier_data_is_forgotten_with_them(tmp_path):
     client = federation(tmp_path).clients[0]
-    client.begin(1)
+    client.start_round(1)
     client.cache["answers"] = 1
-    client.begin(2)
+    client.start_round(2)
     assert client.cache == {"answers": 1}
-    client.begin(3)
+    client.start_round(3)
     assert client.cache == {}
 
 

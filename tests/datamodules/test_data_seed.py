@@ -19,8 +19,8 @@ def tree(method="fedavg", seed=0, **data):
         "federation": {"clients": 2, "rounds": 1},
         "student": {"target": "mlp", "args": {"hidden": [8]}},
         "specialists": ["mlp"],
-        "local": {"steps": 1},
-        "distil": {"steps": 1},
+        "local_training": {"steps": 1},
+        "server_distil": {"steps": 1},
         "fabric": {"accelerator": "cpu", "threads": 1},
         "callbacks": [],
         "seed": seed,
@@ -62,7 +62,7 @@ def test_a_probes_data_follow_the_run_too(tmp_path):
     def asked(seed):
         recipe = tree(seed=seed)
         probe = {"target": "linear_probe", "args": {"shots": [1], "data": {"target": "digits", "args": {}}}}
-        recipe["evaluation"] = {"probes": [probe]}
+        recipe["evaluation"] = {"evaluators": [probe]}
         return build(from_mapping(recipe), tmp_path).probes[0].data.test.content_hash()
 
     assert asked(0) == asked(0) != asked(1)

@@ -107,9 +107,9 @@ def test_unlabelled_pairs_and_their_hash():
 def test_captioned_digits():
     data = ready(CaptionedDigits(context=40))
     assert [len(getattr(data, split)) for split in SPLITS] == [937, 400, 100, 360]
-    assert set(data.provides) == {"input_shape", "tokenizer", "context"}
-    assert data.provides["input_shape"] == (1, 8, 8)
-    mean, std = ready(CaptionedDigits(context=40, normalize=True)).provides["normalization"]
+    assert set(data.model_kwargs) == {"input_shape", "tokenizer", "context"}
+    assert data.model_kwargs["input_shape"] == (1, 8, 8)
+    mean, std = ready(CaptionedDigits(context=40, normalize=True)).model_kwargs["normalization"]
     assert (len(mean), len(std)) == (1, 1)
     for split in ("train", "test"):
         samples = getattr(data, split)
@@ -390,7 +390,7 @@ def test_what_is_wrong_with_a_shard(tmp_path, monkeypatch):
 def test_a_plain_trainer_learns_from_it():
     torch.manual_seed(0)
     data = ready(CaptionedDigits(context=32, validation=0, batch_size=64))
-    model = TinyDualEncoder(dim=32, image="mlp", text="bag", width=32, **data.provides)
+    model = TinyDualEncoder(dim=32, image="mlp", text="bag", width=32, **data.model_kwargs)
     run = Trainer(
         accelerator="cpu",
         max_epochs=12,

@@ -59,7 +59,7 @@ def test_bytes_between_marks_of_start_and_end(tmp_path):
         tmp_path / "a.jsonl", [{"text": "aé", "label": 1}, {"text": "b", "label": 0}, {"text": "c", "label": 0}]
     )
     data = ready(TextClassification(path, context=8, test=1))
-    assert data.provides == {"num_classes": 2, "tokenizer": data.tokenizer, "context": 8}
+    assert data.model_kwargs == {"num_classes": 2, "tokenizer": data.tokenizer, "context": 8}
     tokens, labels = data.train.batch(torch.arange(2))
     end = data.tokenizer.eos
     expected = {1: [end, *"aé".encode(), end], 0: [end, ord("b"), end]}

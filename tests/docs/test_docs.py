@@ -19,7 +19,8 @@ from fdl.engine.vectorized.stacked_models import SMALL
 from fdl.federation.scheduling import SLACK
 from fdl.recipe import Recipe, load
 from fdl.recipe.validate import keys
-from fdl.registry.kinds import KINDS, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
 from fdl.runs.run_keys import RESUMABLE_KEYS
 from fdl.utils.stopwatch import PARTS
 
@@ -108,7 +109,9 @@ def test_security_names_every_adversary_rule_attack_and_release():
     said = set(re.findall(r"`(\w+)`", liars.partition("They are simulations")[0]))
     assert said - {"adversaries"} == names("adversary")
     assert names("attack") <= set(spans(section(SECURITY, "Who sees what")))
-    assert {"noisy_responses", "noisy_votes", "noisy_prototypes"} <= names("option")
+    assert {"noisy_responses", "noisy_votes"} == names("private_release") and "noisy_prototypes" in names(
+        "prototype_transfer"
+    )
     confident = section(SECURITY, "Who sees what").split("**Confidence")[1]
     assert {"density", "domain_classifier", "validation", "sample_count", "entropy", "margin"} <= names("confidence")
     assert {"density", "domain_classifier", "validation", "sample_count"} <= set(re.findall(r"`(\w+)`", confident))

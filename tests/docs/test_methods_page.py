@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fdl.recipe import load
-from fdl.registry.kinds import KINDS, short_names
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/methods.md").read_text(encoding="utf-8")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lightning import LightningModule
+
 from fdl.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -18,9 +20,9 @@ SCRIPT = re.compile(r"(?:\S*python3?) (?P<script>benchmarks/\S+\.py)")
 
 SHORT = [
     "federation.rounds=1",
-    "local.steps=2",
-    "distil.steps=2",
-    "digest.steps=2",
+    "local_training.steps=2",
+    "server_distil.steps=2",
+    "client_distil.steps=2",
     "evaluation.metrics=[accuracy]",
     "callbacks=[csv]",
 ]
@@ -60,7 +62,7 @@ def test_every_command_of_fdl_runs(tmp_path, capsys, monkeypatch):
             position = arguments.index("--run") + 1
             arguments[position] = str(tmp_path / arguments[position])
         elif arguments[0] != "list":
-            arguments.append(f"output={tmp_path / 'runs'}")
+            arguments.append(f"output_dir={tmp_path / 'runs'}")
         if arguments[0] in ("fit", "compare"):
             arguments += SHORT
         if number == 0:  # one as people start it; the others in this process, which spares the imports
@@ -72,6 +74,17 @@ def test_every_command_of_fdl_runs(tmp_path, capsys, monkeypatch):
         assert code == 0, f"{line}\n{err}"
         assert out.strip(), line
     assert (tmp_path / "runs" / "quickstart" / "summary.json").is_file()
+
+
+def test_the_lines_of_python_run(tmp_path, capsys, monkeypatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    monkeypatch.chdir(ROOT)
+    changes = "".join(f', "{change}"' for change in SHORT)
+    code = code.replace('"seed=1"]', f'"seed=1"{changes}]').replace('"runs/mine"', repr(str(tmp_path / "mine")))
+    names: dict = {}
+    exec(code, names)
+    assert isinstance(names["student"], LightningModule)
+    assert capsys.readouterr().out.startswith("Run(")
 
 
 def test_every_benchmark_knows_its_options():

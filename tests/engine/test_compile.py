@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.compile import Compiler
 from fdl.engine.runtime import Runtime
+from fdl.engine.training_loop import EagerStep
 from fdl.methods.fedprox import ProximalObjective
 from fdl.modules.objectives import training_step
 from fdl.modules.small_classifiers import CNN, MLP
@@ -60,7 +61,7 @@ def trained(module, compile, objective=None, backend=None, runtime=None, sizes=(
     """Losses and weights after fits of several clients' data, one after another."""
     runtime = runtime or Runtime(accelerator="cpu")
     if backend is not None:
-        runtime.compiler = Compiler(backend)
+        runtime.steps.compiler = Compiler(backend)
     module, config, found = runtime.place(module), adam(compile, epochs=2), []
     for number, size in enumerate(sizes):
         made = None if objective is None else objective(module, number)
@@ -192,7 +193,7 @@ def test_compiled_for_a_gpu_results_are_the_same(mode, objective, caplog):
 @GPU
 @pytest.mark.parametrize("mode", ["none", "default", "reduce-overhead"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_no_step_waits_for_the_gpu(mode, optimizer):
+def test_no_step_waits_for_the_gpu(mode, optimizer, monkeypatch):
     runtime, steps = Runtime(accelerator="gpu", precision="bf16-mixed"), 12
     module, samples = runtime.place(new(MLP)), data(64)
     config = Fit(
@@ -203,7 +204,7 @@ def test_no_step_waits_for_the_gpu(mode, optimizer):
         optimizer=Component(optimizer, {"lr": 0.01}),
     )
     runtime.fit(module, samples, config, torch_stream(0, "fit"))  # compiles
-    done, gradients = 0, runtime._gradients
+    done, gradients = 0, EagerStep.gradients
 
     def watched(*arguments):
         nonlocal done
@@ -215,7 +216,7 @@ def test_no_step_waits_for_the_gpu(mode, optimizer):
             torch.cuda.set_sync_debug_mode("default")
         return losses
 
-    runtime._gradients = watched
+    monkeypatch.setattr(EagerStep, "gradients", watched)
     try:
         runtime.fit(module, samples, config, torch_stream(0, "fit"))
     finally:

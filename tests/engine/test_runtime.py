@@ -130,10 +130,10 @@ def test_predict_in_pieces_equals_predict_at_once():
     assert len(whole.predict(net, data().subset(torch.arange(0)))) == 0
 
 
-def test_a_rehearsal_trains_nothing():
+def test_a_dry_run_trains_nothing():
     runtime, net = Runtime(accelerator="cpu"), Net()
     before = net.linear.weight.detach().clone()
-    with runtime.rehearsal():
+    with runtime.dry_run():
         assert runtime.fit(net, data(), sgd(), torch_stream(0, "fit")) == {}
     assert torch.equal(before, net.linear.weight)
 
@@ -149,7 +149,7 @@ def test_every_epoch_visits_every_sample_once():
 def seen_batches(monkeypatch, config, staged=None, device="cpu"):
     """What an objective gets to see, and the state in which the fit leaves its stream."""
     if staged is not None:
-        monkeypatch.setattr("fdl.engine.runtime.prefetch_to_device", staged)
+        monkeypatch.setattr("fdl.engine.training_loop.prefetch_to_device", staged)
     runtime, generator, seen = Runtime(accelerator=device), torch_stream(0, "fit"), []
     images = torch.randn(21, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)

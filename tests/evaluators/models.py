@@ -1,14 +1,14 @@
 """The smallest models of each family that satisfy what evaluators ask of one."""
 
 import torch
-from lightning import LightningModule
 from torch import nn
 from torch.nn import functional as F
 
+from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 
 
-class Bigram(LightningModule):
+class Bigram(FederatedModule):
     """The logits of the next token depend on the last one only: a table that can be checked by hand."""
 
     def __init__(self, table):
@@ -41,7 +41,7 @@ class Bigram(LightningModule):
         return made.masked_fill((made == end).cumsum(1) > 0, -1)
 
 
-class Towers(LightningModule):
+class Towers(FederatedModule):
     """Looks vectors up: image i is a constant image of value i, and its caption begins with token i."""
 
     def __init__(self, images, texts, scale=1.0):

@@ -8,7 +8,8 @@ from fdl.evaluators.linear_probe import LinearProbe
 from fdl.evaluators.zero_shot import ZeroShot
 from fdl.metrics.tasks import TASKS
 from fdl.registry.instantiate import instantiate
-from fdl.registry.kinds import KINDS, entries
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import entries
 
 
 def test_all_are_found_by_name_and_say_what_they_are_for():

@@ -72,12 +72,12 @@ def world(labels, stages=2):
 def test_rows_are_gathered_over_the_rounds_and_the_last_of_a_stage_counts():
     asked, probe = world([0, 1, 2, 3]), Continual()
     probe.prepare(asked)
-    asked.begin(1)
+    asked.start_round(1)
     good = [[9.0, 0, 0, 0], [0, 9.0, 0, 0], [1.0, 0, 0, 0], [1.0, 0, 0, 0]]  # knows a and b, takes all else for a
     half = [[9.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 0, 9.0, 0], [0, 0, 0, 9.0]]
     assert probe.evaluate(asked, Table(half))["average_accuracy"] == 0.5
     assert probe.evaluate(asked, Table(good)) == {"accuracy_0": 1, "accuracy_1": 0, "average_accuracy": 1}
-    asked.begin(2)
+    asked.start_round(2)
     got = probe.evaluate(asked, Table(half))
     assert got == {
         "accuracy_0": 0.5,
@@ -92,10 +92,10 @@ def test_rows_are_gathered_over_the_rounds_and_the_last_of_a_stage_counts():
 
 def test_among_a_stage_s_own_classes():
     asked, probe = world([0, 1, 2, 3]), Continual(among="stage", label="own")
-    asked.begin(1)
+    asked.start_round(1)
     table = Table([[0, 1.0, 9.0, 0], [0, 1.0, 9.0, 0], [9.0, 0, 1.0, 0], [9.0, 0, 0, 1.0]])
     assert probe.evaluate(asked, table) == {"accuracy_0": 0.5, "accuracy_1": 1.0, "average_accuracy": 0.5}
-    asked.begin(2)
+    asked.start_round(2)
     assert probe.evaluate(asked, table)["forward_transfer"] == pytest.approx(1.0 - 1 / 2)
 
 

@@ -29,7 +29,7 @@ def cycle(step=1, size=257):
 
 def world(rows, tokenizer=None, width=None):
     samples = TextSamples(np.concatenate(rows).astype(np.int32), [len(row) for row in rows], width=width)
-    return server(samples, task="language", provides={"tokenizer": tokenizer or Words(), "context": 24})
+    return server(samples, task="language", model_kwargs={"tokenizer": tokenizer or Words(), "context": 24})
 
 
 def rows(*starts, length=24):
@@ -90,7 +90,7 @@ def test_a_model_without_room_and_data_without_a_tokenizer():
     narrow.student.positions = 16
     with pytest.raises(UserError, match="generation: new_tokens must be below the student's 16 positions, got 16"):
         Generation(prompt_tokens=8, new_tokens=16).prepare(narrow)
-    narrow.provides = {}
+    narrow.model_kwargs = {}
     with pytest.raises(UserError, match="generation needs data with a tokenizer"):
         Generation().prepare(narrow)
 

@@ -11,7 +11,7 @@ import torch
 
 from fdl.datamodules.text import TextSamples
 from fdl.errors import UserError
-from fdl.evaluators.instruction_following import InstructionFollowing, check
+from fdl.evaluators.instruction_following import InstructionFollowing, score_responses
 from fdl.modules.tokenizers import ByteTokenizer
 from tests.evaluators.models import Bigram
 from tests.evaluators.worlds import server
@@ -37,13 +37,13 @@ def prompts(tmp_path):
 
 def world():
     samples = TextSamples(np.arange(4, dtype=np.int32), [4])
-    return server(samples, task="language", provides={"tokenizer": ByteTokenizer(), "context": 64})
+    return server(samples, task="language", model_kwargs={"tokenizer": ByteTokenizer(), "context": 64})
 
 
 def test_scores_of_canned_answers(prompts):
     read = InstructionFollowing(prompts)._read()
     assert [len(prompt.instructions) for prompt in read] == [1, 2, 1]
-    got = check(read, ["Sure, yes:\nno", '"one two"', "*x* y"])
+    got = score_responses(read, ["Sure, yes:\nno", '"one two"', "*x* y"])
     assert got == {
         "prompt_strict": pytest.approx(1 / 3),
         "instruction_strict": pytest.approx(2 / 4),
@@ -54,7 +54,7 @@ def test_scores_of_canned_answers(prompts):
         "strict_number_words": 1.0,
         "strict_quotation": 1.0,
     }
-    half = check(read, ["fine", '"one two three"', ""])
+    half = score_responses(read, ["fine", '"one two three"', ""])
     assert (half["prompt_strict"], half["instruction_strict"]) == (pytest.approx(1 / 3), 0.5)
 
 
@@ -114,13 +114,13 @@ def test_the_541_prompts_of_ifeval():
     assert len(read) == 541
     assert sum(len(prompt.instructions) for prompt in read) == 834
     assert len({rule for prompt in read for rule, _ in prompt.instructions}) == 25
-    empty, canned = (check(read, [answer] * 541) for answer in ("", "I do not know."))
+    empty, canned = (score_responses(read, [answer] * 541) for answer in ("", "I do not know."))
     assert set(empty.values()) == {0.0}
     assert len(canned) == 4 + 25
     # what a short answer without commas, capitals or format gets right, and what it cannot
     assert canned["strict_no_comma"] == canned["strict_forbidden_words"] == 1
     assert canned["strict_json_format"] == canned["strict_title"] == canned["strict_two_responses"] == 0
     assert 0.1 < canned["instruction_strict"] < 0.3
-    repeated = check(read, [prompt.text for prompt in read])
+    repeated = score_responses(read, [prompt.text for prompt in read])
     assert repeated["prompt_strict"] <= repeated["prompt_loose"] <= 1
     assert repeated["instruction_strict"] <= repeated["instruction_loose"]

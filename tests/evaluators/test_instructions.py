@@ -3,7 +3,7 @@
 import pytest
 
 from fdl.errors import UserError
-from fdl.evaluators.instructions import RULES, follows, sentences, variants
+from fdl.evaluators.instructions import RULES, is_followed, sentences, variants
 
 CASES = [
     ("keywords:existence", {"keywords": ["Dog", "day"]}, ["Every DOG has its Day.", "dogs today"], ["A dog.", "day"]),
@@ -127,8 +127,8 @@ CASES = [
 
 @pytest.mark.parametrize("instruction, arguments, right, wrong", CASES, ids=[case[0] for case in CASES])
 def test_rule(instruction, arguments, right, wrong):
-    assert [follows(instruction, arguments, answer) for answer in right] == [True] * len(right)
-    assert [follows(instruction, arguments, answer) for answer in wrong] == [False] * len(wrong)
+    assert [is_followed(instruction, arguments, answer) for answer in right] == [True] * len(right)
+    assert [is_followed(instruction, arguments, answer) for answer in wrong] == [False] * len(wrong)
 
 
 def test_every_rule_is_among_the_cases():
@@ -138,19 +138,19 @@ def test_every_rule_is_among_the_cases():
 
 def test_an_empty_answer_follows_nothing():
     for instruction, arguments, *_ in CASES:
-        assert not follows(instruction, arguments, " \n", loose=True)
+        assert not is_followed(instruction, arguments, " \n", loose=True)
 
 
 def test_loose_reading_also_looks_without_asterisks_and_without_the_outer_lines():
     assert variants("a\n*b*\nc") == ["a\n*b*\nc", "*b*\nc", "a\n*b*", "*b*", "a\nb\nc", "b\nc", "a\nb", "b"]
     quoted = 'Sure, here it is:\n"*Well*"\nIs that, as you wished, right?'
-    assert not follows("startend:quotation", {}, quoted)
-    assert follows("startend:quotation", {}, quoted, loose=True)
-    assert follows("punctuation:no_comma", {}, quoted, loose=True)
-    assert not follows("keywords:existence", {"keywords": ["missing"]}, quoted, loose=True)
+    assert not is_followed("startend:quotation", {}, quoted)
+    assert is_followed("startend:quotation", {}, quoted, loose=True)
+    assert is_followed("punctuation:no_comma", {}, quoted, loose=True)
+    assert not is_followed("keywords:existence", {"keywords": ["missing"]}, quoted, loose=True)
     bold = "**Peace!**"
-    assert not follows("startend:end_checker", {"end_phrase": "Peace!"}, bold)
-    assert follows("startend:end_checker", {"end_phrase": "Peace!"}, bold, loose=True)
+    assert not is_followed("startend:end_checker", {"end_phrase": "Peace!"}, bold)
+    assert is_followed("startend:end_checker", {"end_phrase": "Peace!"}, bold, loose=True)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,6 @@ def test_sentences(text, expected):
 
 def test_wrong_arguments_are_named():
     with pytest.raises(UserError, match="relation must be 'at least' or 'less than', got 'exactly'"):
-        follows("length_constraints:number_words", {"num_words": 1, "relation": "exactly"}, "one")
+        is_followed("length_constraints:number_words", {"num_words": 1, "relation": "exactly"}, "one")
     with pytest.raises(UserError, match=r"language must be one of .*, got 'xx'"):
-        follows("language:response_language", {"language": "xx"}, "one")
+        is_followed("language:response_language", {"language": "xx"}, "one")

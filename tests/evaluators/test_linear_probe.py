@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from fdl.datamodules.digits import Digits
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
-from fdl.evaluators.labelled import labelled
+from fdl.evaluators.labelled import labelled_samples
 from fdl.evaluators.linear_probe import LinearProbe
 from fdl.modules.output import Output
 from fdl.modules.small_classifiers import MLP
@@ -121,7 +121,7 @@ def test_a_dual_encoder_is_probed_by_its_image_tower_on_further_data(digits):
             return torch.nn.functional.normalize(images.flatten(1), dim=1)
 
     module = Tower(torch.eye(2), torch.eye(2))
-    pairs = server(Pairs([[0], [1]]), task="image_text", provides={"input_shape": (1, 8, 8)})
+    pairs = server(Pairs([[0], [1]]), task="image_text", model_kwargs={"input_shape": (1, 8, 8)})
     with pytest.raises(UserError, match="linear_probe: the data have no labels; name labelled images in its data"):
         LinearProbe(shots=[1]).prepare(pairs)
     probe = LinearProbe(shots=[8], data=Digits(seed=1))
@@ -131,23 +131,23 @@ def test_a_dual_encoder_is_probed_by_its_image_tower_on_further_data(digits):
 
 def test_further_images_are_normalised_as_the_model_knows_them():
     data = Digits(normalize=True, mean=[0.0], std=[2.0])
-    asked = server(Pairs([[0]]), provides={"input_shape": (1, 8, 8), "normalization": ([0.5], [0.25])})
-    pool, test, _ = labelled(asked, data, "x")
+    asked = server(Pairs([[0]]), model_kwargs={"input_shape": (1, 8, 8), "normalization": ([0.5], [0.25])})
+    pool, test, _ = labelled_samples(asked, data, "x")
     plain = Digits()
     plain.setup()
     for given, raw in ((pool, plain.train), (test, plain.test)):
         x, expected = given.batch(torch.arange(5))[0], raw.batch(torch.arange(5))[0]
         torch.testing.assert_close(x, (expected - 0.5) / 0.25)
-    del asked.provides["normalization"]
-    torch.testing.assert_close(labelled(asked, data, "x")[1].batch(torch.arange(5))[0], expected)
+    del asked.model_kwargs["normalization"]
+    torch.testing.assert_close(labelled_samples(asked, data, "x")[1].batch(torch.arange(5))[0], expected)
 
 
 def test_further_data_must_have_images_of_the_model_s_size():
     probe = LinearProbe(shots=[1], data=Digits())
     with pytest.raises(UserError, match="digits has images of 1×8×8, but the model takes 3×32×32"):
-        probe.prepare(server(Pairs([[0]]), provides={"input_shape": (3, 32, 32)}))
+        probe.prepare(server(Pairs([[0]]), model_kwargs={"input_shape": (3, 32, 32)}))
     with pytest.raises(UserError, match="further data are for models of images only"):
-        probe.prepare(server(Pairs([[0]]), provides={"tokenizer": None}))
+        probe.prepare(server(Pairs([[0]]), model_kwargs={"tokenizer": None}))
 
 
 def test_too_few_samples_of_a_class_are_named():

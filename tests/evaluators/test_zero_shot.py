@@ -23,7 +23,7 @@ class Letters:
 def world(labels, classes=NAMES):
     labels = torch.tensor(labels)
     pairs = Pairs([[0]] * len(labels), labels)
-    return server(pairs, task="image_text", provides={"tokenizer": Letters()}, classes=classes, batch_size=3)
+    return server(pairs, task="image_text", model_kwargs={"tokenizer": Letters()}, classes=classes, batch_size=3)
 
 
 def towers(images):
@@ -61,7 +61,7 @@ def test_every_sentence_is_read_for_every_class():
             return super().encode(text)
 
     asked = world([1, 2])
-    asked.provides["tokenizer"] = Spy()
+    asked.model_kwargs["tokenizer"] = Spy()
     ZeroShot(templates=["{}", "my {}"], classes=["bee", "cat"]).evaluate(asked, towers(torch.eye(6)[[1, 2]]))
     assert seen == ["bee", "my bee", "cat", "my cat"]
 
@@ -74,9 +74,9 @@ def test_further_labelled_images():
     data = Digits()
     data.setup()
     asked = server(
-        Pairs([[0]]), task="image_text", provides={"tokenizer": Letters(), "input_shape": (1, 8, 8)}, batch_size=50
+        Pairs([[0]]), task="image_text", model_kwargs={"tokenizer": Letters(), "input_shape": (1, 8, 8)}, batch_size=50
     )
-    asked.provides["tokenizer"].encode = lambda text: [int(text) % 6]
+    asked.model_kwargs["tokenizer"].encode = lambda text: [int(text) % 6]
     module = Tower(torch.eye(6), torch.eye(6))
     got = ZeroShot(data=data, templates=["{}"]).evaluate(asked, module)
     pixels = data.test.batch(torch.arange(len(data.test)))[0].flatten(1)[:, :6] + 1e-3
@@ -87,7 +87,7 @@ def test_further_labelled_images():
 
 def test_what_cannot_be_asked_is_refused():
     with pytest.raises(UserError, match="zero_shot: the data have no labels; name labelled images in its data"):
-        ZeroShot().prepare(server(Pairs([[0]]), provides={"tokenizer": Letters()}))
+        ZeroShot().prepare(server(Pairs([[0]]), model_kwargs={"tokenizer": Letters()}))
     with pytest.raises(UserError, match="zero_shot: the data have no class 'bea'; did you mean 'bee'"):
         ZeroShot(classes=["ant", "bea"]).prepare(world([0, 1]))
     with pytest.raises(UserError, match="the test set has no image of the classes asked for"):

@@ -14,7 +14,7 @@ data: {target: arrays, args: {path: PATH, groups: site, validation: 6}}
 partition: by_group
 federation: {clients: 2, rounds: 1}
 student: {target: mlp, args: {hidden: [4]}}
-local: {steps: 1}
+local_training: {steps: 1}
 evaluation: {metrics: [accuracy]}
 fabric: {accelerator: cpu, threads: 1}
 callbacks: [tensorboard]

@@ -13,16 +13,16 @@ RECIPE = {
     "name": "refused",
     "method": "fedavg",
     "data": {"target": "digits", "args": {"proxy": 40, "validation": 20, "test": 40}},
-    "federation": {"clients": 2, "rounds": 3, "calibration": 0.0},
+    "federation": {"clients": 2, "rounds": 3, "calibration_fraction": 0.0},
     "student": {"target": "mlp", "args": {"hidden": [4]}},
-    "local": {"steps": 2, "batch_size": 16, "optimizer": {"target": "sgd", "args": {"lr": 0.1}}},
+    "local_training": {"steps": 2, "batch_size": 16, "optimizer": {"target": "sgd", "args": {"lr": 0.1}}},
     "evaluation": {"every": 9},
     "callbacks": [],
     "fabric": {"threads": 1, "accelerator": "cpu"},
 }
 
 
-@pytest.mark.parametrize("chain", [["delta"], [{"target": "top_k", "args": {"share": 0.1, "error_feedback": True}}]])
+@pytest.mark.parametrize("chain", [["delta"], [{"target": "top_k", "args": {"fraction": 0.1, "error_feedback": True}}]])
 def test_a_link_goes_on_from_the_upload_before_the_refused_one(tmp_path, monkeypatch, chain):
     loop = build(from_mapping({**RECIPE, "channel": {"upload": chain}}), tmp_path)
     take, refused = ParameterMean.add, []

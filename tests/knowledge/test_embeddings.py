@@ -147,11 +147,12 @@ def client(tmp_path_factory):
         fit(1, 0.01),
         calibration=blobs(30, seed=3),
     )
-    loop.begin(1)
+    loop.start_round(1)
     found = loop.clients[0]
-    found.fit(found.specialist(), found.train, found.local)
-    found.keep(found.specialist())
-    return found
+    with found.turn():
+        found.fit(found.specialist(), found.train, found.local_training)
+        found.save_specialist(found.specialist())
+        yield found
 
 
 def test_answers_are_unit_vectors_times_the_root_of_the_scale(client):

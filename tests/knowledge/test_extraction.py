@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
 from fdl.knowledge.transfer.extraction import EMBEDDING, Moments, blocks, extract, layer_names, pool
+from fdl.modules.base import FederatedModule
 from fdl.modules.small_classifiers import CNN, MLP, ViT
 
 SHAPE = {"num_classes": 3, "input_shape": (1, 8, 8)}
@@ -52,7 +52,7 @@ def test_layers_by_name_glob_and_embedding():
     with pytest.raises(UserError, match="no submodule matches 'trank'"):
         layer_names(module, ["trank"])
     with pytest.raises(UserError, match="no backbone"):
-        layer_names(nn.Linear(2, 2), ["a"])
+        layer_names(FederatedModule(), ["a"])
 
 
 def test_pooling():

@@ -115,7 +115,7 @@ def test_weights_need_a_validation_set():
     with pytest.raises(UserError, match="validation"):
         ValidationGains(server())
     with pytest.raises(UserError, match="validation"):
-        UploadOnChange(patience=1).watch(server())
+        UploadOnChange(patience=1).update_plateau(server())
 
 
 def test_rows_of_a_round():
@@ -151,18 +151,18 @@ def test_measures_of_change():
 def test_a_client_compares_with_what_was_taken_in():
     rule, owner = UploadOnChange(threshold=0.1, expiry=3), SimpleNamespace(state={}, round=1)
     logits = P.clamp_min(1e-6).log()
-    assert not rule.unchanged(owner, UploadStatus(0), logits, torch.tensor([0, 1]))
+    assert not rule.is_unchanged(owner, UploadStatus(0), logits, torch.tensor([0, 1]))
     owner.round = 2
     # of row 2 nothing was said yet
-    assert not rule.unchanged(owner, UploadStatus(1), logits, torch.tensor([1, 2]))
+    assert not rule.is_unchanged(owner, UploadStatus(1), logits, torch.tensor([1, 2]))
     owner.round = 3
-    assert rule.unchanged(owner, UploadStatus(2), logits, torch.tensor([0, 2]))
-    assert not rule.unchanged(owner, UploadStatus(2), logits.flip(1), torch.tensor([0, 2]))
+    assert rule.is_unchanged(owner, UploadStatus(2), logits, torch.tensor([0, 2]))
+    assert not rule.is_unchanged(owner, UploadStatus(2), logits.flip(1), torch.tensor([0, 2]))
     owner.round = 4
     # the upload of round 3 was lost: what was accepted in round 2 is what counts
-    assert rule.unchanged(owner, UploadStatus(2), logits, torch.tensor([1, 2]))
+    assert rule.is_unchanged(owner, UploadStatus(2), logits, torch.tensor([1, 2]))
     owner.round = 6
-    assert not rule.unchanged(owner, UploadStatus(2), logits, torch.tensor([1, 2]))
+    assert not rule.is_unchanged(owner, UploadStatus(2), logits, torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize(

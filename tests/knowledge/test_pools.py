@@ -2,7 +2,7 @@
 
 import torch
 
-from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, interpolate, part_of, prefix_names
+from fdl.knowledge.aggregation.pools import PoolAggregates, PoolMeans, interpolate, prefix_names, strip_prefix
 from fdl.messages import Parameters
 
 
@@ -11,8 +11,8 @@ def test_models_of_one_message_come_apart_again():
     one = prefix_names(weights)
     assert list(one) == ["mlp/a.weight", "mlp/b", "mlp-1/a.weight"]
     for pool, tensors in weights.items():
-        assert part_of(one, pool).keys() == tensors.keys()
-        assert all(torch.equal(part_of(one, pool)[name], tensor) for name, tensor in tensors.items())
+        assert strip_prefix(one, pool).keys() == tensors.keys()
+        assert all(torch.equal(strip_prefix(one, pool)[name], tensor) for name, tensor in tensors.items())
 
 
 def test_between_two_models_lies_a_line_and_counters_are_the_clients():
@@ -35,7 +35,7 @@ class Told:
         if self.others:
             tensor.add_(self.others.pop(0))
 
-    def largest(self, tensor):
+    def max_(self, tensor):
         self.said.append(tensor.clone())
         if self.others:
             tensor.copy_(torch.maximum(tensor, self.others.pop(0)))
@@ -61,4 +61,4 @@ def test_means_of_two_processes_are_those_of_one():
     for pool in found:
         torch.testing.assert_close(found[pool]["w"], expected[pool]["w"])
         assert found[pool]["batches"] == expected[pool]["batches"]
-    assert not hasattr(PoolAggregates, "reduce")  # rules need every upload, in every process
+    assert not PoolAggregates.reduces  # rules need every upload, in every process

@@ -164,11 +164,11 @@ def test_a_recipe_can_ask_for_it(tmp_path):
                 "target": "federated_distillation",
                 "args": {
                     "features": {
-                        "target": "features",
+                        "target": "feature_transfer",
                         "args": {
                             "layers": 3,
                             "components": 4,
-                            "select": {"target": "selection", "args": {"budget": 8, "toward": "labels"}},
+                            "select": {"target": "layer_selection", "args": {"budget": 8, "toward": "labels"}},
                         },
                     }
                 },
@@ -177,8 +177,8 @@ def test_a_recipe_can_ask_for_it(tmp_path):
             "federation": {"clients": 2, "rounds": 2},
             "specialists": ["cnn", "mlp"],
             "student": {"target": "mlp", "args": {"hidden": [16]}},
-            "local": {"steps": 2},
-            "distil": {"steps": 2},
+            "local_training": {"steps": 2},
+            "server_distil": {"steps": 2},
             "evaluation": {"specialists": False},
             "fabric": {"threads": 1},
             "callbacks": [],

@@ -87,8 +87,8 @@ def test_over_a_round_by_hand():
 
 @pytest.mark.parametrize("shares", [0.5, 0.0, -1.0, math.nan])
 def test_a_cap_below_an_equal_share_is_refused(shares):
-    with pytest.raises(UserError, match="cap must be at least 1"):
+    with pytest.raises(UserError, match="max_client_share must be at least 1"):
         Cap.of(shares)
     assert Cap.of(None) is None
-    with pytest.raises(UserError, match="cap_over must be round or row"):
+    with pytest.raises(UserError, match="max_client_share_over must be round or row"):
         Cap(2.0, "rows")

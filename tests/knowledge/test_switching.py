@@ -22,11 +22,11 @@ def phases(switch, rounds, first=CENTRALIZED):
     name, lasted, memory, trace, logged = first, 0, {}, "", []
     for _ in range(rounds):
         trace, lasted = trace + name[0], lasted + 1
-        over = switch.ends(None, name, lasted, memory)
+        over = switch.is_over(None, name, lasted, memory)
         logged.append(switch.log(memory))
         if over:
             name = FEDERATED if name == CENTRALIZED else CENTRALIZED
-            lasted, memory = 0, switch.handover(memory)
+            lasted, memory = 0, switch.carry_over(memory)
     return trace, logged
 
 

@@ -164,10 +164,10 @@ def test_draws_of_no_token_of_the_data_are_lost(client):
 
 
 def test_draws_depend_on_the_round_alone(client):
-    client.begin(3)
+    client.start_round(3)
     one, two = answered(client, table(0), draws=9), answered(client, table(0), draws=9)
     assert torch.equal(one.ids, two.ids) and torch.equal(one.values, two.values)
-    client.begin(4)
+    client.start_round(4)
     assert not torch.equal(answered(client, table(0), draws=9).values, one.values)
 
 
@@ -175,7 +175,7 @@ def test_what_is_no_language_model_is_refused(client):
     require_language_model(client, Bigram(), "student")
     with pytest.raises(UserError, match="student: Linear is no language model"):
         require_language_model(client, Linear(), "student")
-    client.provides = {"num_classes": 2}
+    client.model_kwargs = {"num_classes": 2}
     with pytest.raises(UserError, match="is for language data"):
         require_language_model(client, Bigram(), "student")
 
@@ -374,8 +374,8 @@ def test_a_mixture_as_a_message(client):
         (lambda m: Responses(torch.zeros(3, 2), "logits"), "expected sparse responses, got responses"),
         (lambda m: dataclasses.replace(m, vocab=6), "over a vocabulary of 6, expected 5"),
         (lambda m: dataclasses.replace(m, sizes=m.sizes[:, :3]), "windows of 3 positions, expected 4"),
-        (lambda m: m.taken(torch.tensor([0, 1])), None),
-        (lambda m: dataclasses.replace(m.taken(torch.tensor([0, 1])), rows=None), "all 3 windows, got 2"),
+        (lambda m: m.select_rows(torch.tensor([0, 1])), None),
+        (lambda m: dataclasses.replace(m.select_rows(torch.tensor([0, 1])), rows=None), "all 3 windows, got 2"),
         (lambda m: dataclasses.replace(m, rows=torch.tensor([0, 1, 3])), "that was not asked"),
         (lambda m: dataclasses.replace(m, rows=torch.tensor([0, 1, 1])), "answered twice"),
         (lambda m: dataclasses.replace(m, weights=None), "without weights"),

@@ -193,13 +193,13 @@ def test_log_weights_that_are_no_numbers_are_refused(bad):
 
 
 def test_narrowed_keeps_the_windows_that_weigh_most():
-    kept = example().narrowed(0.5)
+    kept = example().truncated(0.5)
     assert kept.rows.tolist() == [9] and kept.ids.tolist() == [1, 3] and kept.sizes.tolist() == [[0, 2]]
     torch.testing.assert_close(kept.weights.values(), torch.tensor([[2.0, 3.0]]))
     torch.testing.assert_close(kept.tail.exp(), torch.tensor([[1.0, 0.1]]))
     kept.validate()
-    assert example().narrowed(0.3) is None
-    even = example(weights=None, rows=None).narrowed(0.5)
+    assert example().truncated(0.3) is None
+    even = example(weights=None, rows=None).truncated(0.5)
     assert even.rows.tolist() == [0] and even.ids.tolist() == [0, 4, 7, 2]
 
 

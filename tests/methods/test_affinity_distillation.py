@@ -87,7 +87,9 @@ def test_the_students_own_contrastive_loss_is_added(tmp_path):
 
 
 def test_the_students_vectors_come_back_and_teach(tmp_path):
-    with_feedback = by_hand(AffinityDistillation(feedback="student"), tmp_path / "a", rounds=2, digest=fit(1, 0.5))
+    with_feedback = by_hand(
+        AffinityDistillation(feedback="student"), tmp_path / "a", rounds=2, client_distil=fit(1, 0.5)
+    )
     first = by_hand(AffinityDistillation(), tmp_path / "b")
     student = math.exp(first.server.student.logit_scale.item())
     scale = math.exp(RIGHT)
@@ -101,12 +103,13 @@ def test_the_students_vectors_come_back_and_teach(tmp_path):
 
 def test_of_a_download_that_the_link_cut_short_the_rest_teaches(tmp_path):
     loop = federation(AffinityDistillation(), tmp_path, **BLOBS)
-    loop.begin(1)
+    loop.start_round(1)
     client, rows = loop.clients[0], torch.arange(0, 60, 3)
     whole = answers(loop.server, loop.server.student, loop.server.proxy)
-    upload = loop.method.local_update(client, Responses(whole[rows], "embeddings", rows))
+    with client.turn():
+        upload = loop.method.local_update(client, Responses(whole[rows], "embeddings", rows))
     assert upload.values.shape == (60, 16) and 0 < client.metrics["digest/loss"] < 10
-    with pytest.raises(RejectedMessageError, match="expected embeddings"):
+    with pytest.raises(RejectedMessageError, match="expected embeddings"), client.turn():
         loop.method.local_update(client, Responses(whole.softmax(1), "probabilities"))
 
 
@@ -122,15 +125,15 @@ BLOBS = {
     "specialists": [tiny(dim=8, image="cnn", widths=[4]), tiny(dim=24, text="transformer", heads=2)],
     "private": [blobs(40, seed=1), blobs(40, seed=2), blobs(30, seed=3)],
     "proxy": blobs(60, seed=4),
-    "local": fit(5, 0.002, 16, "adam"),
-    "distil": fit(6, 0.002, 16, "adam"),
+    "local_training": fit(5, 0.002, 16, "adam"),
+    "server_distil": fit(6, 0.002, 16, "adam"),
     "test": blobs(50, seed=5),
 }
 
 
 def test_a_client_whose_model_is_the_student_teaches_nothing(tmp_path):
     # plain gradient descent: Adam would take steps of full size from the rounding of answers to 16 bits, too
-    still = {"local": fit(0, 0.1), "distil": fit(6, 0.001), "specialists": [BLOBS["student"]]}
+    still = {"local_training": fit(0, 0.1), "server_distil": fit(6, 0.001), "specialists": [BLOBS["student"]]}
     loop = federation(AffinityDistillation(), tmp_path, **BLOBS | still | {"private": BLOBS["private"][:1]})
     before = copy_of(loop.server.student)
     loop.clients[0].state["specialist"] = dict(before)
@@ -150,7 +153,7 @@ def test_identical_clients_are_one(tmp_path):
         fresh = copy_of(loop.runtime.create("specialist-0", 5))
         for client in loop.clients:
             client.state["specialist"] = dict(fresh)
-            client.local = fit(0, 0.1)
+            client.local_training = fit(0, 0.1)
         loop.run()
         return copy_of(loop.server.student)
 
@@ -204,7 +207,10 @@ def test_the_student_learns_what_no_single_client_was_shown(tmp_path):
 def test_projectors_are_learnt_kept_and_bring_the_student_closer(tmp_path):
     method = AffinityDistillation(features=1.0, interactive=0.5)
     loop = federation(
-        method, tmp_path, **BLOBS | {"distil": fit(60, 0.005, 16, "adam"), "local": fit(0, 1.0)}, rounds=2
+        method,
+        tmp_path,
+        **BLOBS | {"server_distil": fit(60, 0.005, 16, "adam"), "local_training": fit(0, 1.0)},
+        rounds=2,
     )
     loop.run()
     kept = loop.server.state["projectors"]

@@ -20,9 +20,9 @@ from tests.recipes.test_recipes import ROOT
 from tests.toy import federation, weight
 
 
-def staged(method, folder, rounds=3, local=2, **settings):
+def staged(method, folder, rounds=3, local_training=2, **settings):
     """A loop whose second stage begins in round 2, with the same data in both."""
-    loop = federation(method, folder, rounds=rounds, local=local, **settings)
+    loop = federation(method, folder, rounds=rounds, local_training=local_training, **settings)
     for participant in (loop.server, *loop.clients):
         participant.arrival = DomainIncremental(["a", "b"], rounds=1)
     return loop
@@ -35,7 +35,7 @@ def test_what_the_first_stage_left_is_noted_once_and_sent_to_all(tmp_path):
     assert all(row.kind in ("parameters", "proxy") for row in loop.ledger.rows())
     expected = weight(loop.server.student).T.clone()  # the proxy set is the unit matrix
     for round in (2, 3):
-        loop.begin(round)
+        loop.start_round(round)
         parts = parts_of(loop.method.download(loop.server, 0))
         assert parts.keys() == {Parameters, Responses}
         torch.testing.assert_close(parts[Responses].values, expected)
@@ -83,7 +83,9 @@ def test_without_weight_it_is_fedavg_and_with_it_not_before_the_second_stage(tmp
 def test_it_holds_the_weights_nearer_to_what_was(tmp_path):
     ends = {}
     for strength in (0.0, 1.0, 10.0):
-        loop = staged(CFeD(weight=strength, reviewers=0, server_distillation=False), tmp_path / str(strength), local=4)
+        loop = staged(
+            CFeD(weight=strength, reviewers=0, server_distillation=False), tmp_path / str(strength), local_training=4
+        )
         loop.set_up()
         loop.run_round(1)
         before = weight(loop.server.student).clone()
@@ -110,7 +112,7 @@ def test_a_round_s_clients_are_divided_into_learners_and_reviewers(tmp_path):
     # each takes one full-batch step from the same weights: a learner down the gradient of CE on its own sample, a
     # reviewer down that of λ T² KL(noted ‖ now) on the proxy set, λ T (now - noted) / n in its logits
     method = CFeD(weight=3.0, temperature=2.0, reviewers=0.5, server_distillation=False)
-    loop = staged(method, tmp_path, rounds=10, local=1)
+    loop = staged(method, tmp_path, rounds=10, local_training=1)
     loop.set_up()
     loop.run_round(1)
     noted = weight(loop.server.student).T.clone()
@@ -140,7 +142,7 @@ def test_the_share_of_reviewers_is_met(tmp_path, share, cohort, counts):
     server, method = staged(CFeD(), tmp_path).server, CFeD(reviewers=share)
     found, times = [], Counter()
     for round in range(1, 301):
-        server.begin(round)
+        server.start_round(round)
         server.cohort = [3 * i for i in range(cohort)]
         chosen = method._reviewing(server)
         assert chosen <= set(server.cohort) and chosen == method._reviewing(server)
@@ -158,7 +160,7 @@ def test_the_share_of_reviewers_is_met(tmp_path, share, cohort, counts):
 def test_the_server_distils_what_all_models_and_the_last_one_say(tmp_path, temperature):
     # the first round, from W = 0, in which clients' one step gives ±½: see test_one_round
     method = CFeD(temperature=temperature)
-    loop = staged(method, tmp_path, local=1, rounds=1, distil=3)
+    loop = staged(method, tmp_path, local_training=1, rounds=1, server_distil=3)
     loop.run()
     models = [torch.tensor(w) for w in ([[0.5, 0], [-0.5, 0]], [[0, -0.5], [0, 0.5]], [[0.0, 0], [0, 0]])]
     target = torch.stack([torch.softmax(w.T / temperature, 1) for w in models]).mean(0)
@@ -170,7 +172,7 @@ def test_the_server_distils_what_all_models_and_the_last_one_say(tmp_path, tempe
 
 
 def test_a_model_that_the_server_cannot_ask_is_refused_whole(tmp_path):
-    loop = staged(CFeD(), tmp_path, local=1, rounds=1)
+    loop = staged(CFeD(), tmp_path, local_training=1, rounds=1)
     good, aggregate = {"linear.weight": torch.eye(2)}, loop.method.aggregate(loop.server)
     assert aggregate.result() is None
     for tensors, samples, said in (

@@ -128,7 +128,7 @@ def test_periodic_distils_what_the_round_left(tmp_path):
 
 
 def test_without_alpha_it_is_fedadam_in_every_pool(tmp_path):
-    settings = {"rounds": 4, "local": 3}
+    settings = {"rounds": 4, "local_training": 3}
     nested = run(Codistillation(alpha=0.0), tmp_path / "a", **settings)
     adam = federation(FedAvg(Adam()), tmp_path / "b", **settings)
     adam.run()
@@ -144,7 +144,8 @@ def test_without_alpha_it_is_fedadam_in_every_pool(tmp_path):
 
 def test_at_alpha_one_nobody_listens_to_the_clients(tmp_path):
     lazy, busy = (
-        run(Codistillation(alpha=1.0), tmp_path / str(steps), rounds=3, local=steps, small=Tilted) for steps in (1, 7)
+        run(Codistillation(alpha=1.0), tmp_path / str(steps), rounds=3, local_training=steps, small=Tilted)
+        for steps in (1, 7)
     )
     assert all(torch.equal(pools(lazy)[pool], pools(busy)[pool]) for pool in FACTOR)
     assert not torch.equal(pools(lazy)["double"], torch.zeros(2, 2))
@@ -153,7 +154,7 @@ def test_at_alpha_one_nobody_listens_to_the_clients(tmp_path):
 @pytest.mark.parametrize("mode", ["merged", "periodic"])
 def test_equal_models_have_nothing_to_teach_each_other(tmp_path, mode):
     method = Codistillation(mode, alpha=1.0, **PLAIN)
-    loop = run(method, tmp_path, large=Tilted, small=Tilted, local=0)
+    loop = run(method, tmp_path, large=Tilted, small=Tilted, local_training=0)
     for found in pools(loop).values():
         torch.testing.assert_close(found, Tilted().linear.weight.detach(), atol=1e-6, rtol=0)
     assert loop.history[0]["metrics"]["distil/loss"] == pytest.approx(0, abs=1e-6)
@@ -174,7 +175,7 @@ def test_three_pools_learn_from_the_mean_of_the_others(tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"mode": "periodic", "period": 2, "sharing": "disjoint"}])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, settings):
     def make(folder):
-        return toy(Codistillation(**settings), folder, rounds=5, local=3, participation=0.5, small=Tilted)
+        return toy(Codistillation(**settings), folder, rounds=5, local_training=3, client_fraction=0.5, small=Tilted)
 
     straight = make(tmp_path / "straight")
     straight.run()
@@ -247,8 +248,8 @@ def test_the_model_of_every_pool_is_evaluated(tmp_path):
         "federation": {"clients": 4, "rounds": 1},
         "specialists": [{"target": "mlp", "args": {"hidden": [4]}}, {"target": "mlp", "args": {"hidden": [16]}}],
         "student": "${specialists.0}",
-        "local": {"steps": 2},
-        "distil": {"steps": 1},
+        "local_training": {"steps": 2},
+        "server_distil": {"steps": 1},
         "callbacks": [],
     }
     metrics = runs.fit(from_mapping(tree), tmp_path / "run")["metrics"]

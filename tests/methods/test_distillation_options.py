@@ -26,33 +26,35 @@ OPTIONS = {
     "concepts": lambda: {"prototypes": PrototypeTransfer(floor=1, count=1, by="concept", loss="mse")},
     "film": lambda: {"features": FeatureTransfer(layers=0, loss="cosine"), "adapter": "film"},
     "own space": lambda: {"prototypes": PrototypeTransfer(floor=1, space="embedding"), "adapter": "low_rank"},
-    "weights": lambda: {"weights": AdaptiveWeights()},
-    "personal": lambda: {"personal": Similarity()},
+    "weights": lambda: {"adaptive_client_weights": AdaptiveWeights()},
+    "personal": lambda: {"personalization": Similarity()},
     "curriculum": lambda: {"curriculum": Curriculum(start=0.5)},
     "steps": lambda: {"curriculum": Curriculum(start=0.5, over="steps", length=50)},
-    "cache": lambda: {"subsample": 0.5, "cache": 3, "features": FeatureTransfer(layers=0)},
-    "frequency": lambda: {"frequency": UploadOnChange(threshold=0.05, expiry=2)},
-    "patience": lambda: {"frequency": UploadOnChange(threshold=0.05, patience=1)},
+    "cache": lambda: {"proxy_fraction": 0.5, "soft_label_cache_rounds": 3, "features": FeatureTransfer(layers=0)},
+    "frequency": lambda: {"upload_policy": UploadOnChange(threshold=0.05, expiry=2)},
+    "patience": lambda: {"upload_policy": UploadOnChange(threshold=0.05, patience=1)},
     "sharpen": lambda: {"sharpen": 0.1},
     "power": lambda: {"sharpen": 2.0, "sharpening": "power"},
-    "restart": lambda: {"restart": True},
+    "restart": lambda: {"reinitialize_clients": True},
     "alpha": lambda: {"alpha": 0.5},
     "all": lambda: {
         "features": FeatureTransfer(layers=0),
         "prototypes": PrototypeTransfer(floor=1, count=1),
         "adapter": "affine",
-        "weights": AdaptiveWeights(),
-        "personal": Similarity(by="prototypes"),
+        "adaptive_client_weights": AdaptiveWeights(),
+        "personalization": Similarity(by="prototypes"),
         "curriculum": Curriculum(start=0.5),
-        "subsample": 0.5,
-        "cache": 2,
-        "frequency": UploadOnChange(threshold=0.01),
+        "proxy_fraction": 0.5,
+        "soft_label_cache_rounds": 2,
+        "upload_policy": UploadOnChange(threshold=0.01),
     },
 }
 
 
 def toy(folder, rounds=3, upload=(), **options):
-    loop = federation(FederatedDistillation(**options), folder, rounds=rounds, local=2, distil=2, upload=upload)
+    loop = federation(
+        FederatedDistillation(**options), folder, rounds=rounds, local_training=2, server_distil=2, upload=upload
+    )
     loop.server.validation = samples([E0, E1], [0, 1])
     return loop
 
@@ -93,8 +95,8 @@ def test_options_work_through_a_lossy_link_and_can_be_estimated(tmp_path, name):
     [
         {"features": FeatureTransfer(layers=0, weight=0), "prototypes": PrototypeTransfer(weight=0)},
         {"curriculum": Curriculum(start=1.0)},
-        {"subsample": 1.0, "cache": 3},
-        {"frequency": UploadOnChange(threshold=0.0)},
+        {"proxy_fraction": 1.0, "soft_label_cache_rounds": 3},
+        {"upload_policy": UploadOnChange(threshold=0.0)},
         {"alpha": 1.0, "adapter": "film"},
     ],
 )
@@ -133,8 +135,8 @@ def test_every_kind_is_counted_under_its_name(tmp_path):
 
 def test_projectors_and_adapter_are_saved_and_left_behind(tmp_path):
     loop = ran(tmp_path, features=FeatureTransfer(layers=0, loss="cosine"), adapter="film")
-    assert set(loop.server.state["learner"]) == {"adapter", "probe"}
-    assert loop.server.state["learner"]["adapter"]["scale"].shape[0] == 2
+    assert set(loop.server.state["heads"]) == {"adapter"}
+    assert loop.server.state["heads"]["adapter"]["adapter.scale"].shape[0] == 2
     assert [name for name, _ in loop.server.student.named_parameters()] == ["linear.weight"]
 
 
@@ -155,7 +157,7 @@ def test_sharpening_by_a_power_is_scarlet_s(tmp_path):
 
 
 def test_restarted_specialists_know_only_what_came_back(tmp_path):
-    loop = toy(tmp_path, rounds=2, restart=True)
+    loop = toy(tmp_path, rounds=2, reinitialize_clients=True)
     seen = []
     digest = loop.clients[0].fit
     loop.clients[0].fit = lambda module, *rest, name="fit": (
@@ -187,7 +189,7 @@ def test_specialists_begin_with_labelled_public_samples_once(tmp_path):
 
 
 def test_an_unchanged_client_sends_a_few_bytes_and_still_teaches(tmp_path):
-    loop = ran(tmp_path, rounds=3, frequency=UploadOnChange(threshold=10.0, expiry=5))
+    loop = ran(tmp_path, rounds=3, upload_policy=UploadOnChange(threshold=10.0, expiry=5))
     plain = ran(tmp_path / "plain", rounds=1)
     up = [row for row in loop.ledger.rows() if row.direction == "up"]
     assert [row.kind for row in up] == ["responses"] * 2 + ["standing"] * 4
@@ -196,13 +198,13 @@ def test_an_unchanged_client_sends_a_few_bytes_and_still_teaches(tmp_path):
 
 
 def test_held_answers_expire(tmp_path):
-    loop = ran(tmp_path, rounds=5, frequency=UploadOnChange(threshold=10.0, expiry=2))
+    loop = ran(tmp_path, rounds=5, upload_policy=UploadOnChange(threshold=10.0, expiry=2))
     sent = [row.round for row in loop.ledger.rows() if row.direction == "up" and row.kind == "responses"]
     assert sent == [1, 1, 4, 4]
 
 
 def test_a_lost_upload_is_noticed_and_made_up_for(tmp_path):
-    loop = toy(tmp_path, rounds=3, frequency=UploadOnChange(threshold=10.0))
+    loop = toy(tmp_path, rounds=3, upload_policy=UploadOnChange(threshold=10.0))
     transmit = loop.channel.transmit
 
     def damaged(data, client, round, direction):
@@ -218,8 +220,8 @@ def test_a_lost_upload_is_noticed_and_made_up_for(tmp_path):
 
 
 def test_a_claim_that_nothing_changed_needs_something_held(tmp_path):
-    loop = toy(tmp_path, frequency=UploadOnChange())
-    loop.begin(3)
+    loop = toy(tmp_path, upload_policy=UploadOnChange())
+    loop.start_round(3)
     collection = loop.method.aggregate(loop.server)
     with pytest.raises(RejectedMessageError, match="answers of round 2 are not held, but none"):
         collection.add(UploadStatus(2), 0)
@@ -228,8 +230,8 @@ def test_a_claim_that_nothing_changed_needs_something_held(tmp_path):
 
 
 def test_at_a_plateau_clients_are_not_asked(tmp_path):
-    loop = toy(tmp_path, rounds=5, frequency=UploadOnChange(threshold=1e-9, patience=1, expiry=50))
-    loop.begin(1)
+    loop = toy(tmp_path, rounds=5, upload_policy=UploadOnChange(threshold=1e-9, patience=1, expiry=50))
+    loop.start_round(1)
     loop.server.state["plateau"] = {"loss": -1.0, "rounds": 0}
     loop.run_round(1)
     before = {client.id: client.state["specialist"]["linear.weight"].clone() for client in loop.clients}
@@ -239,7 +241,7 @@ def test_at_a_plateau_clients_are_not_asked(tmp_path):
 
 
 def test_all_clients_answer_the_same_rows_and_the_cache_fills(tmp_path):
-    loop = toy(tmp_path, rounds=6, subsample=0.5, cache=6)
+    loop = toy(tmp_path, rounds=6, proxy_fraction=0.5, soft_label_cache_rounds=6)
     seen = []
     make = loop.method.aggregate
 
@@ -261,8 +263,8 @@ def test_all_clients_answer_the_same_rows_and_the_cache_fills(tmp_path):
 
 
 def test_gains_follow_the_answers_that_help(tmp_path):
-    loop = toy(tmp_path, weights=AdaptiveWeights(rate=0.5, limit=0.3))
-    loop.begin(1)
+    loop = toy(tmp_path, adaptive_client_weights=AdaptiveWeights(rate=0.5, limit=0.3))
+    loop.start_round(1)
     loop.method.setup(loop.server, loop.clients)
     collection = loop.method.aggregate(loop.server)
     right = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
@@ -272,7 +274,7 @@ def test_gains_follow_the_answers_that_help(tmp_path):
     assert torch.equal(weight(loop.server.student), before)
     gains = collection.result().gains
     assert gains[0] == pytest.approx(1, abs=1e-3) and gains[1] == pytest.approx(-1, abs=1e-3)
-    log = loop.method.weights.update(loop.server, gains)
+    log = loop.method.adaptive_client_weights.update(loop.server, gains)
     # ± ½ by rate, centred at 0, clipped at 0.3
     assert log == {"weights/0": 0.3, "weights/1": -0.3}
     mean = loop.method.aggregate(loop.server)
@@ -284,13 +286,13 @@ def test_gains_follow_the_answers_that_help(tmp_path):
 
 
 def test_a_personal_download_is_what_the_others_say(tmp_path):
-    loop = ran(tmp_path, rounds=1, personal=Similarity())
-    loop.begin(2)
+    loop = ran(tmp_path, rounds=1, personalization=Similarity())
+    loop.start_round(2)
     for me, other in ((0, 1), (1, 0)):
-        got = loop.send(me)
-        specialist = loop.clients[other].specialist()
-        loop.runtime.hold("linear", None)
-        expected = torch.softmax(loop.clients[other].predict(specialist, loop.server.proxy), 1)
+        got = loop.download_for(me)
+        with loop.clients[other].turn():
+            specialist = loop.clients[other].specialist()
+            expected = torch.softmax(loop.clients[other].predict(specialist, loop.server.proxy), 1)
         torch.testing.assert_close(got.values, expected)
 
 
@@ -301,12 +303,12 @@ def test_a_personal_download_is_what_the_others_say(tmp_path):
         ({"sharpen": 0.0}, "sharpen must be"),
         ({"sharpening": "hammer"}, "sharpening must be one of entropy_reduction, power"),
         ({"pretrain": -1}, "pretrain must be at least 0"),
-        ({"subsample": 0.0}, "subsample must be"),
-        ({"cache": 0}, "cache must be"),
+        ({"proxy_fraction": 0.0}, "proxy_fraction must be"),
+        ({"soft_label_cache_rounds": 0}, "soft_label_cache_rounds must be"),
         ({"adapter": "fylm"}, "adapter must be one of identity, linear"),
         ({"prototypes": PrototypeTransfer(floor=1, space="embedding")}, "adapter: identity"),
-        ({"personal": Similarity(by="prototypes")}, "prototypes are switched off"),
-        ({"personal": Similarity(), "feedback": "none"}, "feedback is none"),
+        ({"personalization": Similarity(by="prototypes")}, "prototypes are switched off"),
+        ({"personalization": Similarity(), "feedback": "none"}, "feedback is none"),
         ({"loss": "mse", "space": "logits", "sharpen": 0.1}, "unsharpened"),
     ],
 )

@@ -75,7 +75,9 @@ def test_the_second_step_sees_the_same_answers(tmp_path):
         for _ in range(2):
             z -= (1 - share) * (sigma(2 * z) - 1) + share * (sigma(2 * z) - sigma(t))
         margins.append(z)
-    torch.testing.assert_close(weight(run(FedLPFM(share), tmp_path, local=2).server.student), averaged(*margins))
+    torch.testing.assert_close(
+        weight(run(FedLPFM(share), tmp_path, local_training=2).server.student), averaged(*margins)
+    )
 
 
 def test_two_models_teach_by_their_mean_probability(tmp_path):
@@ -92,7 +94,7 @@ def test_losses_of_logits_take_the_mean_of_logits(tmp_path):
 
 
 def test_without_weight_it_is_fedavg(tmp_path):
-    settings = {"rounds": 3, "local": 3}
+    settings = {"rounds": 3, "local_training": 3}
     taught = run(FedLPFM(0.0, optimizer=Adam()), tmp_path / "a", **settings)
     plain = run(FedAvg(Adam()), tmp_path / "b", **settings)
     assert outcome(taught) == outcome(plain)
@@ -103,7 +105,7 @@ def test_only_the_proxy_travels_and_no_foundation_model_is_saved(tmp_path):
     assert taught.ledger.by_kind() == plain.ledger.by_kind()
     assert estimate_bytes(taught) == estimate_bytes(plain)
     assert all(client.state == {} for client in taught.clients)
-    assert torch.equal(weight(taught.runtime.template("linear")), Foundation().linear.weight)
+    assert torch.equal(weight(taught.runtime.shared_module("linear")), Foundation().linear.weight)
 
 
 def test_fine_tuning_happens_once_at_every_site_from_the_public_weights(tmp_path):
@@ -113,7 +115,7 @@ def test_fine_tuning_happens_once_at_every_site_from_the_public_weights(tmp_path
     for client, margin in zip(loop.clients, tuned):
         own = client.state["answers"][0, client.id].item()
         assert own == pytest.approx(sigma(margin), rel=1e-5)
-    assert torch.equal(weight(loop.runtime.template("linear")), Foundation().linear.weight)
+    assert torch.equal(weight(loop.runtime.shared_module("linear")), Foundation().linear.weight)
     fits = [[name for name in r["clients"]["0"] if name.startswith("fine_tune")] for r in loop.history]
     assert fits == [["fine_tune/0/loss"], []]
     margins = []
@@ -134,7 +136,7 @@ def staged(folder, rounds):
     for participant in (*loop.clients, loop.server):
         participant.arrival = arrival
     loop.clients[0]._train = ScheduledSamples(samples([E0, E1], [0, 1]), assigned, arrival)
-    loop.clients[0].arrive()
+    loop.clients[0].update_data()
     return loop
 
 
@@ -155,7 +157,7 @@ def test_fine_tuned_models_learn_and_answer_what_arrives_later(tmp_path):
 
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, fine_tune):
-    settings = {"rounds": 4, "local": 3, "participation": 0.5}
+    settings = {"rounds": 4, "local_training": 3, "client_fraction": 0.5}
     method = FedLPFM(0.5, models=2, fine_tune=fine_tune)
     straight = run(method, tmp_path / "straight", **settings)
     crashed = toy(method, tmp_path / "crashed", **settings)
@@ -168,7 +170,7 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, fine_tune):
 
 
 def test_costs_are_noted(tmp_path):
-    loop = run(FedLPFM(0.5, models=2), tmp_path, local=2)
+    loop = run(FedLPFM(0.5, models=2), tmp_path, local_training=2)
     # a 2×2 product is 8 operations; backward one more for the weights, none for the inputs
     for client, count in ((0, 1), (1, 3)):
         noted = loop.history[0]["clients"][str(client)]

@@ -59,17 +59,17 @@ def test_the_best_model_on_validation_data_is_kept(tmp_path, rows):
     labels = [0] * len(rows)
     passed = trajectory(6)
     expected = best(passed, rows, labels)
-    loop = run(FedDF(every=1), tmp_path, samples(rows, labels), distil=6)
+    loop = run(FedDF(every=1), tmp_path, samples(rows, labels), server_distil=6)
     torch.testing.assert_close(weight(loop.server.student), passed[expected])
     assert loop.history[0]["metrics"]["best_step"] == expected and loop.history[0]["metrics"]["steps"] == 6
 
 
 def test_the_average_itself_is_a_candidate(tmp_path):
     # the average calls (0, 1) the second class more firmly than any later model, so that it is best where that is right
-    loop = run(FedDF(every=1), tmp_path, samples([E1], [1]), distil=4)
+    loop = run(FedDF(every=1), tmp_path, samples([E1], [1]), server_distil=4)
     assert loop.history[0]["metrics"]["best_step"] == 0
     torch.testing.assert_close(weight(loop.server.student), MEAN)
-    last = run(FedDF(select="last"), tmp_path / "last", samples([E1], [1]), distil=4)
+    last = run(FedDF(select="last"), tmp_path / "last", samples([E1], [1]), server_distil=4)
     torch.testing.assert_close(weight(last.server.student), trajectory(4)[-1])
 
 
@@ -77,20 +77,20 @@ def test_looking_every_other_step_passes_by_the_others_but_the_last(tmp_path):
     rows, labels, passed = [[1.0, 0.6]], [0], trajectory(5)
     seen = [0, 2, 4, 5]
     expected = seen[best([passed[i] for i in seen], rows, labels)]
-    loop = run(FedDF(every=2), tmp_path, samples(rows, labels), distil=5)
+    loop = run(FedDF(every=2), tmp_path, samples(rows, labels), server_distil=5)
     torch.testing.assert_close(weight(loop.server.student), passed[expected])
 
 
 def test_a_distillation_without_gain_ends_early(tmp_path):
-    loop = run(FedDF(every=1, patience=3), tmp_path, samples([E1], [1]), distil=50)
+    loop = run(FedDF(every=1, patience=3), tmp_path, samples([E1], [1]), server_distil=50)
     assert loop.history[0]["metrics"]["steps"] == 3
     torch.testing.assert_close(weight(loop.server.student), MEAN)
 
 
 def test_looking_does_not_change_the_fit(tmp_path):
     # at the last step the model is that of a fit that nobody watched: same batches, same optimiser
-    watched = run(FedDF(every=1), tmp_path / "a", samples([E0], [0]), distil=7)
-    alone = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), distil=7)
+    watched = run(FedDF(every=1), tmp_path / "a", samples([E0], [0]), server_distil=7)
+    alone = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), server_distil=7)
     assert watched.history[0]["metrics"]["best_step"] == 7
     assert torch.equal(weight(watched.server.student), weight(alone.server.student))
 
@@ -140,7 +140,7 @@ def test_without_validation_samples_there_is_a_sentence(tmp_path, args):
 
 def test_every_architecture_keeps_its_own_best(tmp_path):
     # one group of clients, "linear", and the student, which starts at zero and which nobody trains
-    loop = run(FedDF("specialists", every=1), tmp_path, samples([E1], [1]), distil=3)
+    loop = run(FedDF("specialists", every=1), tmp_path, samples([E1], [1]), server_distil=3)
     torch.testing.assert_close(loop.server.state["groups"]["linear"]["linear.weight"], MEAN)
     expected = trajectory(3, torch.zeros(2, 2))
     torch.testing.assert_close(weight(loop.server.student), expected[-1])
@@ -161,7 +161,7 @@ TOLD = {1: [0.0, math.log(3)], 3: [math.log(7), 0.0]}
 
 
 def test_teachers_count_by_their_confidence_and_the_average_by_samples(tmp_path):
-    loop = run(FedDF(select="last", confidence=Told(TOLD), cap=None), tmp_path, samples([E0], [0]))
+    loop = run(FedDF(select="last", confidence=Told(TOLD), max_client_share=None), tmp_path, samples([E0], [0]))
     models = torch.tensor([[[0.5, 0.0], [-0.5, 0.0]], [[0.0, -0.5], [0.0, 0.5]]])
     shares = torch.tensor([[1 / 8, 3 / 4], [7 / 8, 1 / 4]])
     logits = (shares.unsqueeze(2) * models.transpose(1, 2)).sum(0)  # row i answers proxy row i
@@ -173,14 +173,14 @@ def test_teachers_count_by_their_confidence_and_the_average_by_samples(tmp_path)
 
 
 def test_equal_confidence_is_no_confidence(tmp_path):
-    equal = run(FedDF(select="last", confidence=Uniform()), tmp_path / "a", samples([E0], [0]), distil=3)
-    plain = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), distil=3)
+    equal = run(FedDF(select="last", confidence=Uniform()), tmp_path / "a", samples([E0], [0]), server_distil=3)
+    plain = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]), server_distil=3)
     torch.testing.assert_close(weight(equal.server.student), weight(plain.server.student))
 
 
 def test_no_teacher_has_more_than_the_cap(tmp_path):
     # of two clients, whose equal share is a half, one with 1.0 such shares of the round has no more than the other
-    claims = FedDF(select="last", confidence=Told({1: [30.0, 30.0], 3: [0.0, 0.0]}), cap=1.0)
+    claims = FedDF(select="last", confidence=Told({1: [30.0, 30.0], 3: [0.0, 0.0]}), max_client_share=1.0)
     capped = run(claims, tmp_path / "a", samples([E0], [0]))
     plain = run(FedDF(select="last"), tmp_path / "b", samples([E0], [0]))
     torch.testing.assert_close(weight(capped.server.student), weight(plain.server.student), atol=1e-4, rtol=0)

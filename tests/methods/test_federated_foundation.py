@@ -59,7 +59,7 @@ def test_nothing_is_sent_in_a_centralised_phase(tmp_path):
 
 
 def test_a_first_phase_that_never_ends_is_one_of_the_two_alone(tmp_path):
-    common = {"rounds": 3, "local": 2, "distil": 2}
+    common = {"rounds": 3, "local_training": 2, "server_distil": 2}
     alone = run(FederatedFoundation("pre_training", SinglePhase()), tmp_path / "a", **common)
     central = run(Centralized(), tmp_path / "b", **common)
     assert torch.equal(weight(alone.server.student), weight(central.server.student))
@@ -86,7 +86,7 @@ def test_a_plateau_of_the_validation_score_switches(tmp_path):
 )
 @pytest.mark.parametrize("crash_in", [2, 4])
 def test_a_run_resumed_within_a_phase_equals_the_straight_one(tmp_path, switch, crash_in):
-    settings = {"rounds": 6, "local": 2, "participation": 0.5, "dropout": 0.2}
+    settings = {"rounds": 6, "local_training": 2, "client_fraction": 0.5, "dropout": 0.2}
     method = FederatedFoundation(switch=switch)
     straight = run(method, tmp_path / "straight", **settings)
     crashed = toy(method, tmp_path / "crashed", callbacks=[Crash(crash_in)], **settings)
@@ -98,7 +98,7 @@ def test_a_run_resumed_within_a_phase_equals_the_straight_one(tmp_path, switch, 
     assert resumed.server.state == straight.server.state
 
 
-def test_a_rehearsal_measures_a_federated_round(tmp_path):
+def test_a_dry_run_measures_a_federated_round(tmp_path):
     method = FederatedFoundation(switch=FixedPhases(1, 1))
     loop = toy(method, tmp_path, rounds=2)
     sizes = estimate_bytes(loop)
@@ -149,10 +149,10 @@ def test_the_recipes_for_photographs_run_with_a_small_network(tmp_path, name):
         f"data={{target: arrays, args: {{{inner}, augment: crop_flip}}}}",
         f"student.args={model}",
         "federation={clients: 3, rounds: 2}",
-        "local={epochs: null, steps: 1, batch_size: 8}",
-        "distil={epochs: null, steps: 1, batch_size: 8}",
+        "local_training={epochs: null, steps: 1, batch_size: 8}",
+        "server_distil={epochs: null, steps: 1, batch_size: 8}",
         "evaluation={metrics: [accuracy]}",
-        "method.args.switch={target: fixed, args: {centralized: 1, federated: 1}}",
+        "method.args.switch={target: fixed_phases, args: {centralized: 1, federated: 1}}",
         "fabric={accelerator: cpu, threads: 1}",
         "callbacks=[]",
     ]

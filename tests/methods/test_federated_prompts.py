@@ -42,7 +42,7 @@ def run(method, folder, **settings):
 
 @pytest.mark.parametrize("optimizer", [None, Adam])
 def test_with_nothing_personal_it_is_fedavg_to_the_bit(tmp_path, both, optimizer):
-    settings = {"rounds": 3, "local": 2, "participation": 0.5, "dropout": 0.2}
+    settings = {"rounds": 3, "local_training": 2, "client_fraction": 0.5, "dropout": 0.2}
     runs = [
         run(make(optimizer=optimizer and optimizer()), tmp_path / make.name, **settings)
         for make in (FedAvg, FederatedPrompts)
@@ -53,7 +53,7 @@ def test_with_nothing_personal_it_is_fedavg_to_the_bit(tmp_path, both, optimizer
 
 def test_two_rounds_by_hand(tmp_path, both):
     """Both parts get the same gradient p - 1 = -1/2 at first; then the shared one is averaged, 1 to 3."""
-    loop = run(FederatedPrompts(personal=["pers*"]), tmp_path, rounds=2)
+    loop = run(FederatedPrompts(personal_parameters=["pers*"]), tmp_path, rounds=2)
     # client 0 sees x = (1, 0) of class 0: its margin in the second round is that of mean and own part
     a = 0.25 * 0.5 + 0.5
     b = 0.75 * 0.5 + 0.5
@@ -71,7 +71,7 @@ def test_two_rounds_by_hand(tmp_path, both):
 
 
 def test_personal_parts_never_leave_their_site(tmp_path, both):
-    loop = federation(FederatedPrompts(personal=["personal"]), tmp_path)
+    loop = federation(FederatedPrompts(personal_parameters=["personal"]), tmp_path)
     sent = []
     for name in ("upload", "download"):
         carry = getattr(loop.channel, name)
@@ -89,12 +89,12 @@ def test_personal_parts_never_leave_their_site(tmp_path, both):
 
 
 def test_what_sites_keep_survives_a_restart(tmp_path, both):
-    make = lambda: FederatedPrompts(personal=["personal"])  # noqa: E731
-    straight = run(make(), tmp_path / "straight", rounds=4, local=2)
-    crashed = federation(make(), tmp_path / "crashed", rounds=4, local=2, callbacks=[Crash(3)])
+    make = lambda: FederatedPrompts(personal_parameters=["personal"])  # noqa: E731
+    straight = run(make(), tmp_path / "straight", rounds=4, local_training=2)
+    crashed = federation(make(), tmp_path / "crashed", rounds=4, local_training=2, callbacks=[Crash(3)])
     with pytest.raises(RuntimeError, match="crash"):
         crashed.run()
-    resumed = federation(make(), tmp_path / "crashed", rounds=4, local=2)
+    resumed = federation(make(), tmp_path / "crashed", rounds=4, local_training=2)
     resumed.run(resume=True)
     kept = [
         json.dumps([client.state["specialist"]["personal"].tolist() for client in loop.clients])
@@ -106,6 +106,6 @@ def test_what_sites_keep_survives_a_restart(tmp_path, both):
 
 def test_patterns_must_fit(tmp_path, both):
     with pytest.raises(UserError, match=r"called 'prompt\*'; there are personal, linear.weight"):
-        run(FederatedPrompts(personal=["prompt*"]), tmp_path / "a")
+        run(FederatedPrompts(personal_parameters=["prompt*"]), tmp_path / "a")
     with pytest.raises(UserError, match="nothing is left to share"):
-        run(FederatedPrompts(personal=["*"]), tmp_path / "b")
+        run(FederatedPrompts(personal_parameters=["*"]), tmp_path / "b")

@@ -106,7 +106,7 @@ def test_public_samples_are_sent_once_with_their_labels(tmp_path):
 
 @pytest.mark.parametrize("crash_in", [2, 3])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, crash_in):
-    settings = {"rounds": 4, "local": 2, "distil": 2, "participation": 0.5}
+    settings = {"rounds": 4, "local_training": 2, "server_distil": 2, "client_fraction": 0.5}
     straight = toy(tmp_path / "straight", **settings)
     straight.run()
     crashed = toy(tmp_path / "crashed", callbacks=[Crash(crash_in)], **settings)

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule
 from torch import nn
 
 from fdl.build import build
@@ -17,6 +16,7 @@ from fdl.errors import RejectedMessageError, UserError
 from fdl.messages.private_features import PrivateFeatures
 from fdl.methods.fedgkt import FedGKT
 from fdl.methods.single_site import SingleSite
+from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 from fdl.recipe import from_mapping
 from tests.test_loop import Crash, outcome
@@ -53,8 +53,8 @@ def test_two_rounds_by_hand(tmp_path):
 
 
 def test_without_distillation_clients_train_alone(tmp_path):
-    split = toy(tmp_path / "a", rounds=3, args={"weight": 0.0}, local=2)
-    alone = toy(tmp_path / "b", rounds=3, method=SingleSite(), local=2)
+    split = toy(tmp_path / "a", rounds=3, args={"weight": 0.0}, local_training=2)
+    alone = toy(tmp_path / "b", rounds=3, method=SingleSite(), local_training=2)
     split.run(), alone.run()
     for one, other in zip(split.clients, alone.clients):
         assert torch.equal(one.state["specialist"]["linear.weight"], other.state["specialist"]["linear.weight"])
@@ -65,13 +65,14 @@ def test_the_models_that_are_evaluated_are_extractors_below_the_servers(tmp_path
     loop.run()
     # a client alone knows one of the two test samples, and guesses class 0 for the other; the server's model knows both
     assert loop.history[0]["metrics"]["specialists/test/accuracy"] == 1.0
-    joined = loop.method.client_model(loop.server, loop.clients[0])
-    x, _ = loop.server.test.batch(torch.arange(2))
-    torch.testing.assert_close(joined(x).logits, x.flatten(1) @ weight(loop.server.teacher).T)
+    with loop.clients[0].turn():
+        joined = loop.method.client_model(loop.server, loop.clients[0])
+        x, _ = loop.server.test.batch(torch.arange(2))
+        torch.testing.assert_close(joined(x).logits, x.flatten(1) @ weight(loop.server.teacher).T)
 
 
 def test_features_of_a_layer_keep_their_shape_for_the_server(tmp_path):
-    class Convolution(LightningModule):
+    class Convolution(FederatedModule):
         input_shape = (1, 3, 3)
 
         def __init__(self):
@@ -96,7 +97,7 @@ def test_the_ledger_says_loudly_what_leaves(tmp_path):
 
 @pytest.mark.parametrize("crash_in", [2, 3])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, crash_in):
-    settings = {"rounds": 4, "local": 2, "distil": 2, "participation": 0.5}
+    settings = {"rounds": 4, "local_training": 2, "server_distil": 2, "client_fraction": 0.5}
     straight = toy(tmp_path / "straight", **settings)
     straight.run()
     crashed = toy(tmp_path / "crashed", callbacks=[Crash(crash_in)], **settings)

@@ -138,18 +138,18 @@ def test_one_round_by_hand(tmp_path):
     apart = SCALE * (0.25 * b0 + 0.75 * b1) @ (0.25 * a0 + 0.75 * a1)
     assert (exact - apart).abs().max() > 0.02
     for aggregation, expected in ((FedIT(), apart), (FedEx(), exact), (FlexLoRA(), exact)):
-        loop = run(FedLoRA(aggregation), tmp_path / aggregation.name, local=2)
+        loop = run(FedLoRA(aggregation), tmp_path / aggregation.name, local_training=2)
         torch.testing.assert_close(effective(loop.server.student), expected)
     # with a held, both steps go into b: logits after the first are ± s² ½, so b = ± s (½ + q) as above
     held = SCALE * (0.25 * b0 + 0.75 * b1) @ torch.ones(1, 2)
-    loop = run(FedLoRA(FFA()), tmp_path / "ffa", local=2)
+    loop = run(FedLoRA(FFA()), tmp_path / "ffa", local_training=2)
     torch.testing.assert_close(effective(loop.server.student), held)
 
 
 @pytest.mark.parametrize("aggregation", [FLoRA(), FedEx()])
 def test_the_student_is_the_mean_of_what_sites_have_in_every_round(tmp_path, aggregation):
     method, sites, found = FedLoRA(aggregation), [], []
-    loop = toy(method, tmp_path, rounds=3, local=2)
+    loop = toy(method, tmp_path, rounds=3, local_training=2)
     update, learn = method.local_update, method.server_update
 
     def seen(client, download):
@@ -171,7 +171,7 @@ def test_the_student_is_the_mean_of_what_sites_have_in_every_round(tmp_path, agg
 
 
 def test_averaging_apart_is_fedavg(tmp_path):
-    settings = {"rounds": 3, "local": 2}
+    settings = {"rounds": 3, "local_training": 2}
     ours, plain = run(FedLoRA(), tmp_path / "a", **settings), run(FedAvg(), tmp_path / "b", **settings)
     assert torch.equal(effective(ours.server.student), effective(plain.server.student))
     assert [list(row) for row in ours.ledger.rows()] == [list(row) for row in plain.ledger.rows()]
@@ -183,7 +183,7 @@ def test_averaging_apart_is_fedavg(tmp_path):
 @pytest.mark.parametrize("aggregation", [FLoRA(), FedEx()])
 def test_sites_that_missed_rounds_have_the_servers_weights_when_they_train(tmp_path, aggregation):
     method = FedLoRA(aggregation)
-    loop = toy(method, tmp_path, rounds=12, local=2, dropout=0.4)
+    loop = toy(method, tmp_path, rounds=12, local_training=2, dropout=0.4)
     update, versions = method.local_update, []
 
     def checked(client, download):
@@ -193,7 +193,7 @@ def test_sites_that_missed_rounds_have_the_servers_weights_when_they_train(tmp_p
         assert own["version"] == base["version"] and own["total"].keys() == base["total"].keys()
         for layer, total in base["total"].items():
             assert torch.equal(total, own["total"][layer])
-        assert not loop.runtime.template("student").linear.base_layer.weight.any()  # nothing of it stays behind
+        assert not loop.runtime.shared_module("student").linear.base_layer.weight.any()  # nothing of it stays behind
         versions.append(own["version"] - before)
         return message
 
@@ -218,20 +218,20 @@ def test_only_what_is_missing_is_sent_and_in_the_smaller_form(tmp_path):
     loop = toy(method, tmp_path, rounds=1)
     loop.run()
     server = loop.server
-    server.begin(2)
+    server.start_round(2)
     names = set(method.download(server, 0).tensors)
     # two sites of rank 1 take 2 · 2 + 2 · 2 numbers, more than the 4 of the matrix itself
     assert names == {"merge/1/whole/linear"} and A not in names
     server.state["base"]["log"] = {"1": {"linear": {"left": torch.ones(2, 1), "right": torch.ones(1, 2)}}}
-    server.begin(3)
+    server.start_round(3)
     assert set(method.download(server, 0).tensors) == {"merge/1/left/linear", "merge/1/right/linear"}
-    server.state["base"]["known"]["1"] = 1
+    server.state["base"]["confirmed"]["1"] = 1
     assert set(method.download(server, 1).tensors) == set()
 
 
 def test_an_addition_is_taken_in_once_though_its_receipt_was_not_confirmed(tmp_path):
     method = FedLoRA(FedEx())
-    loop = toy(method, tmp_path, rounds=4, local=2)
+    loop = toy(method, tmp_path, rounds=4, local_training=2)
     update = method.local_update
 
     def spoilt(client, download):
@@ -253,7 +253,7 @@ def test_an_addition_is_taken_in_once_though_its_receipt_was_not_confirmed(tmp_p
 @pytest.mark.parametrize("aggregation", EVERY)
 @pytest.mark.parametrize("crash_in", [1, 3])
 def test_a_resumed_run_equals_the_straight_one(tmp_path, aggregation, crash_in):
-    settings = {"rounds": 4, "local": 2, "dropout": 0.3, "seed": 3}
+    settings = {"rounds": 4, "local_training": 2, "dropout": 0.3, "seed": 3}
     method = FedLoRA(aggregation())
     straight = run(method, tmp_path / "straight", **settings)
     crashed = toy(method, tmp_path / "crashed", callbacks=[Crash(crash_in)], **settings)
@@ -269,10 +269,10 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, aggregation, crash_in):
 
 @pytest.mark.parametrize("aggregation", EVERY)
 def test_clients_that_train_together_end_where_those_do_that_take_turns(tmp_path, aggregation):
-    settings = {"rounds": 4, "local": 2}
+    settings = {"rounds": 4, "local_training": 2}
     method = FedLoRA(aggregation())
     turns, together = run(method, tmp_path / "turns", **settings), toy(method, tmp_path / "together", **settings)
-    together.executor = EXECUTORS["batched"]()
+    together.executor = EXECUTORS["vectorized"]()
     together.run()
     torch.testing.assert_close(effective(together.server.student), effective(turns.server.student))
 
@@ -320,8 +320,8 @@ def test_the_recipes_for_texts_run_with_a_small_encoder(tmp_path, recipe):
         "data.args.context=32",
         "data.args.validation=8",
         "federation={clients: 2, rounds: 2}",
-        "local={steps: 2, batch_size: 8}",
-        "distil={steps: 2, batch_size: 8}",
+        "local_training={steps: 2, batch_size: 8}",
+        "server_distil={steps: 2, batch_size: 8}",
         "fabric={accelerator: cpu, threads: 1}",
         "callbacks=[]",
     ]
@@ -384,9 +384,9 @@ def test_a_vision_transformer(tmp_path, name):
             "method": {"target": "fedlora", "args": {"aggregation": name}},
             "data": {"target": "digits", "args": {"proxy": 0, "validation": 50, "test": 100, "limit": 300}},
             "partition": "iid",
-            "federation": {"clients": 2, "rounds": 2, "calibration": 0},
+            "federation": {"clients": 2, "rounds": 2, "calibration_fraction": 0},
             "student": {"target": "timm", "args": student},
-            "local": {"steps": 3, "batch_size": 16, "optimizer": {"target": "sgd", "args": {"lr": 0.5}}},
+            "local_training": {"steps": 3, "batch_size": 16, "optimizer": {"target": "sgd", "args": {"lr": 0.5}}},
             "fabric": {"accelerator": "cpu", "threads": 1},
             "callbacks": [],
         }
@@ -396,7 +396,7 @@ def test_a_vision_transformer(tmp_path, name):
 
     def seen(client, download):
         message = update(client, download)
-        layer = adapted_layers(client.runtime.template("student"))[0]
+        layer = adapted_layers(client.runtime.shared_module("student"))[0]
         total = client.state.get("base", {}).get("total", {}).get(layer.name, 0)
         delta = 2.0 * message.tensors[layer.b] @ message.tensors[layer.a]
         uploads.append((client.samples, delta.detach() + total))

@@ -81,7 +81,7 @@ def test_a_class_of_one_client_has_its_own_mean_and_adds_nothing_new(tmp_path):
 
 
 def test_without_weight_it_is_local_training(tmp_path):
-    settings = {"rounds": 3, "local": 3}
+    settings = {"rounds": 3, "local_training": 3}
     apart, alone = run(FedProto(0.0), tmp_path / "a", **settings), run(SingleSite(), tmp_path / "b", **settings)
     for one, other in zip(apart.clients, alone.clients):
         assert torch.equal(one.state["specialist"]["linear.weight"], other.state["specialist"]["linear.weight"])
@@ -90,20 +90,22 @@ def test_without_weight_it_is_local_training(tmp_path):
 def test_classes_without_a_prototype_add_nothing(tmp_path):
     loop = toy(FedProto(1.0), tmp_path)
     loop.run()
-    loop.begin(2)
+    loop.start_round(2)
     loop.clients[0].train = samples([E0, E0], [0, 1])
-    objective = loop.method._near(loop.clients[0], loop.send(0))
-    module = loop.clients[0].specialist()
-    parts = objective(module, loop.clients[0].train.batch(torch.tensor([0, 1])))
+    objective = loop.method._prototype_objective(loop.clients[0], loop.download_for(0))
+    with loop.clients[0].turn():
+        module = loop.clients[0].specialist()
+        parts = objective(module, loop.clients[0].train.batch(torch.tensor([0, 1])))
     assert parts["prototype"].item() == pytest.approx((0.5 - COMMON["clients"]) ** 2 / 2, rel=1e-5)
 
 
 def test_a_class_that_nobody_sent_keeps_its_prototype(tmp_path):
     loop = toy(FedProto(), tmp_path)
     loop.run()
-    loop.begin(2)
+    loop.start_round(2)
     aggregate = loop.method.aggregate(loop.server)
-    message = loop.method.local_update(loop.clients[0], None)
+    with loop.clients[0].turn():
+        message = loop.method.local_update(loop.clients[0], None)
     aggregate.add(replace(message, labels=torch.tensor([1])), 0)
     loop.method.server_update(loop.server, aggregate.result())
     values = loop.server.state["prototypes"]["values"]
@@ -122,8 +124,9 @@ def test_head_and_nearest_prototype_are_judged_on_held_out_samples(tmp_path):
     assert seen["held_out/head"] == pytest.approx(2 / 3)  # right, wrong, right
     assert seen["held_out/nearest_prototype"] == pytest.approx(2 / 3)  # right, right, wrong
     loop.clients[0].calibration = samples([[-0.5, 0.0], [-0.5, 0.0], [-0.5, 0.0]], [0, 0, 1])
-    loop.begin(3)
-    loop.method.local_update(loop.clients[0], loop.send(0))
+    loop.start_round(3)
+    with loop.clients[0].turn():
+        loop.method.local_update(loop.clients[0], loop.download_for(0))
     seen = loop.clients[0].metrics
     assert (seen["held_out/head"], seen["held_out/nearest_prototype"]) == pytest.approx((1 / 3, 2 / 3))
 
@@ -134,8 +137,9 @@ def test_a_client_answers_with_the_class_of_the_nearest_prototype(tmp_path):
     loop.server.test = samples([E0, [-1.0, 0.0], [-4.0, 0.0]], [0, 0, 1])
     loop.run()
     # prototypes (½, -½) and (-2, 2); W₀ = [[½, 0], [-½, 0]] embeds the test inputs at (½, -½), (-½, ½) and (-2, 2)
-    model = loop.method.client_model(loop.server, loop.clients[0])
-    logits = loop.clients[0].predict(model, loop.server.test)
+    with loop.clients[0].turn():
+        model = loop.method.client_model(loop.server, loop.clients[0])
+        logits = loop.clients[0].predict(model, loop.server.test)
     centres = torch.tensor([[0.5, -0.5], [-2.0, 2.0]])
     embedded = torch.tensor([[0.5, -0.5], [-0.5, 0.5], [-2.0, 2.0]])
     torch.testing.assert_close(logits, -torch.cdist(embedded, centres).square())
@@ -148,13 +152,14 @@ def test_a_client_answers_with_the_class_of_the_nearest_prototype(tmp_path):
 
 def test_a_class_without_a_prototype_is_the_last_guess(tmp_path):
     loop = run(FedProto(), tmp_path)  # class 0 alone has one
-    model = loop.method.client_model(loop.server, loop.clients[0])
-    logits = loop.clients[0].predict(model, samples([E0, E1], [0, 1]))
+    with loop.clients[0].turn():
+        model = loop.method.client_model(loop.server, loop.clients[0])
+        logits = loop.clients[0].predict(model, samples([E0, E1], [0, 1]))
     torch.testing.assert_close(logits[:, 0] - logits[:, 1], torch.full((2,), 30.0))
 
 
 def test_a_resumed_run_equals_the_straight_one(tmp_path):
-    settings = {"rounds": 4, "local": 3, "participation": 0.5}
+    settings = {"rounds": 4, "local_training": 3, "client_fraction": 0.5}
     straight = run(FedProto(), tmp_path / "straight", **settings)
     crashed = toy(FedProto(), tmp_path / "crashed", **settings)
     crashed.rounds = 2

@@ -41,7 +41,7 @@ def margins(share_f, share_g, temperature, steps):
 )
 def test_both_models_after_three_steps(tmp_path, alpha, beta, temperature):
     f, g = margins(alpha, beta, temperature, 3)
-    loop = run(FML(alpha, beta, temperature), tmp_path, local=3)
+    loop = run(FML(alpha, beta, temperature), tmp_path, local_training=3)
     expected = torch.tensor([[0.25 * g, -0.75 * g], [-0.25 * g, 0.75 * g]])
     torch.testing.assert_close(weight(loop.server.student), expected)
     own = [client.state["specialist"]["linear.weight"] for client in loop.clients]
@@ -50,7 +50,7 @@ def test_both_models_after_three_steps(tmp_path, alpha, beta, temperature):
 
 
 def test_the_parts_of_the_loss_are_logged(tmp_path):
-    loop = run(FML(0.75, 0.25), tmp_path, local=2)
+    loop = run(FML(0.75, 0.25), tmp_path, local_training=2)
     seen = loop.history[0]["clients"]["0"]
     # first step: both at p = ½, so CE = log 2 and KL = 0; second: margins ⅜ and ⅛
     p, q = sigma(0.75), sigma(0.25)
@@ -61,7 +61,7 @@ def test_the_parts_of_the_loss_are_logged(tmp_path):
 
 
 def test_from_labels_alone_it_is_fedavg_beside_local_training(tmp_path):
-    settings = {"rounds": 3, "local": 3}
+    settings = {"rounds": 3, "local_training": 3}
     mutual = run(FML(1.0, 1.0, optimizer=Adam()), tmp_path / "a", **settings)
     average = run(FedAvg(Adam()), tmp_path / "b", **settings)
     alone = run(SingleSite(), tmp_path / "c", **settings)
@@ -77,7 +77,7 @@ def test_only_the_meme_travels(tmp_path):
 
 
 def test_a_resumed_run_equals_the_straight_one(tmp_path):
-    settings = {"rounds": 4, "local": 3, "participation": 0.5}
+    settings = {"rounds": 4, "local_training": 3, "client_fraction": 0.5}
     straight = run(FML(optimizer=Adam()), tmp_path / "straight", **settings)
     crashed = federation(FML(optimizer=Adam()), tmp_path / "crashed", **settings)
     crashed.rounds = 2

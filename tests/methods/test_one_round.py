@@ -66,7 +66,7 @@ def test_fedprox_pulls_the_second_step_back_by_mu_times_the_first(tmp_path):
     mu = 0.2
     second = 0.5 + (1 - SIGMA) - mu * 0.5
     expected = torch.tensor([[0.25 * second, -0.75 * second], [-0.25 * second, 0.75 * second]])
-    loop = run(FedProx(mu=mu), tmp_path, local=2)
+    loop = run(FedProx(mu=mu), tmp_path, local_training=2)
     torch.testing.assert_close(student(loop), expected)
     # the mean proximal term of client 0's two steps: 0 and μ/2 (½² + ½²)
     assert loop.history[0]["clients"]["0"]["fit/proximal"] == pytest.approx(mu / 2 * 0.5 / 2, rel=1e-5)
@@ -74,8 +74,8 @@ def test_fedprox_pulls_the_second_step_back_by_mu_times_the_first(tmp_path):
 
 def test_fedprox_without_mu_is_fedavg(tmp_path):
     prox, avg = (
-        run(FedProx(mu=0.0), tmp_path / "a", local=3, rounds=3),
-        run(FedAvg(), tmp_path / "b", local=3, rounds=3),
+        run(FedProx(mu=0.0), tmp_path / "a", local_training=3, rounds=3),
+        run(FedAvg(), tmp_path / "b", local_training=3, rounds=3),
     )
     assert torch.equal(student(prox), student(avg))
     assert prox.ledger.totals() == avg.ledger.totals()
@@ -133,7 +133,7 @@ def test_feddf_distils_the_mean_logits_into_the_average(tmp_path):
 
 def test_feddf_without_distillation_is_fedavg(tmp_path):
     fused, plain = (
-        run(FedDF(select="last"), tmp_path / "a", distil=0, rounds=3),
+        run(FedDF(select="last"), tmp_path / "a", server_distil=0, rounds=3),
         run(FedAvg(), tmp_path / "b", rounds=3),
     )
     assert torch.equal(student(fused), student(plain))

@@ -44,7 +44,10 @@ def random_generator():
 
 def test_the_shared_tokens_move_as_in_fedavg_at_first(tmp_path):
     """Nothing is added to them yet: ∂P_k / ∂B is then the identity."""
-    made, plain = run(PFedPG(steps=1, lr=1.0), tmp_path / "a", local=3), run(FedAvg(), tmp_path / "b", local=3)
+    made, plain = (
+        run(PFedPG(steps=1, lr=1.0), tmp_path / "a", local_training=3),
+        run(FedAvg(), tmp_path / "b", local_training=3),
+    )
     torch.testing.assert_close(made.server.state["generator"]["base"], weight(plain.server.student))
     assert made.server.state["generator"]["out"].any()
 
@@ -97,7 +100,7 @@ def test_sites_that_disagree_get_prompts_of_their_own(tmp_path):
     """Both see x = (1, 0), and call it by different names: a mean of prompts is right for one of them at most."""
     loop = federation(PFedPG(width=16, steps=20), tmp_path, rounds=12)
     loop.clients[1]._train = samples([E0] * 3, [1] * 3)
-    loop.clients[1].arrive()
+    loop.clients[1].update_data()
     loop.run()
     for client, label in enumerate((0, 1)):
         made = loop.method.download(loop.server, client).tensors["linear.weight"]
@@ -119,7 +122,7 @@ def test_what_is_not_made_stays_at_the_site(tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_equals_the_straight_one(tmp_path):
-    settings = {"rounds": 4, "local": 2, "participation": 0.5, "dropout": 0.2}
+    settings = {"rounds": 4, "local_training": 2, "client_fraction": 0.5, "dropout": 0.2}
     straight = run(PFedPG(), tmp_path / "straight", **settings)
     crashed = federation(PFedPG(), tmp_path / "crashed", **settings)
     crashed.rounds = 2

@@ -13,10 +13,10 @@ from fdl.errors import RejectedMessageError, UserError
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
 from fdl.knowledge.confidence.tokens import BayesianMixture, TokenEntropy
+from fdl.knowledge.distillation import token_objective
 from fdl.knowledge.distillation.token_upload import TokenUploadBuilder, _comb, drawn_message
 from fdl.losses.tokens import next_token_loss, sparse_distillation, token_distillation
 from fdl.messages.sparse_responses import SparseResponses
-from fdl.methods import token_distillation as token_distillation_module
 from fdl.methods.token_distillation import TokenDistillation
 from fdl.modules.tokenizers import train_bpe
 from fdl.recipe import load
@@ -29,7 +29,7 @@ OPTIONS = {
     "entropy": lambda: {"confidence": TokenEntropy(), "k": 2},
     "sampled": lambda: {"mode": "sampled", "draws": 9, "temperature": 2.0},
     "renormalised": lambda: {"mode": "renormalised", "k": 2, "mass": 0.7},
-    "subsample": lambda: {"subsample": 0.7, "confidence": BayesianMixture(1.0, prior="samples")},
+    "proxy_fraction": lambda: {"proxy_fraction": 0.7, "confidence": BayesianMixture(1.0, prior="samples")},
     "labels": lambda: {"ground_truth": 0.5, "feedback": "none"},
 }
 
@@ -98,20 +98,25 @@ def dense_student(loop, tables):
 def test_clients_that_agree_are_one_dense_teacher(tmp_path, confidence, clients):
     tables = [table(0, 2.0)] * clients
     loop = ran(
-        tmp_path, method={"k": VOCAB, "confidence": confidence}, local=0, distil=1, tables=tables, clients=clients
+        tmp_path,
+        method={"k": VOCAB, "confidence": confidence},
+        local_training=0,
+        server_distil=1,
+        tables=tables,
+        clients=clients,
     )
     torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, tables[:1]))
 
 
 def test_without_confidence_the_teacher_is_the_mean(tmp_path):
     tables = [table(0), table(1)]
-    loop = ran(tmp_path, method={"k": VOCAB}, local=0, distil=1, tables=tables)
+    loop = ran(tmp_path, method={"k": VOCAB}, local_training=0, server_distil=1, tables=tables)
     torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, tables))
 
 
 def test_public_text_is_its_own_label(tmp_path):
     tables = [table(0)]
-    settings = {"local": 0, "distil": 1, "tables": tables, "clients": 1}
+    settings = {"local_training": 0, "server_distil": 1, "tables": tables, "clients": 1}
     without = ran(tmp_path / "a", method={"k": VOCAB}, **settings)
     both = ran(tmp_path / "b", method={"k": VOCAB, "ground_truth": 0.5}, **settings)
     student = Bigram()
@@ -125,9 +130,9 @@ def test_public_text_is_its_own_label(tmp_path):
 
 
 def test_clients_learn_from_the_mixture(tmp_path):
-    """With no training of its own, a client moves by the one step of `digest`, towards the mean of both."""
+    """With no training of its own, a client moves by the one step of `client_distil`, towards the mean of both."""
     tables = [table(0), table(1)]
-    loop = ran(tmp_path, 2, method={"k": VOCAB}, local=0, distil=1, tables=tables)
+    loop = ran(tmp_path, 2, method={"k": VOCAB}, local_training=0, server_distil=1, tables=tables)
     tokens = loop.server.proxy.batch(torch.arange(3))[0]
     mean = Bigram(torch.stack([torch.softmax(t, 1) for t in tables]).mean(0).log())
     for client, before in zip(loop.clients, tables):
@@ -139,7 +144,7 @@ def test_clients_learn_from_the_mixture(tmp_path):
 
 
 def test_both_ways_are_counted(tmp_path):
-    loop = ran(tmp_path, 2, method={"subsample": 0.7})
+    loop = ran(tmp_path, 2, method={"proxy_fraction": 0.7})
     assert loop.ledger.by_kind().keys() == {"up/sparse_responses", "down/sparse_responses", "setup/proxy"}
     silent = ran(tmp_path / "silent", 2, method={"feedback": "none"})
     assert silent.ledger.by_kind().keys() == {"up/sparse_responses", "setup/proxy"}
@@ -147,9 +152,12 @@ def test_both_ways_are_counted(tmp_path):
 
 
 def test_a_round_asks_all_clients_for_the_same_windows(tmp_path):
-    loop = ran(tmp_path, 1, method={"subsample": 0.7})
-    loop.begin(2)
-    answers = [loop.method.local_update(client, None).rows for client in loop.clients]
+    loop = ran(tmp_path, 1, method={"proxy_fraction": 0.7})
+    loop.start_round(2)
+    answers = []
+    for client in loop.clients:
+        with client.turn():
+            answers.append(loop.method.local_update(client, None).rows)
     assert torch.equal(*answers) and len(answers[0]) == 2
     assert loop.server.state["answers"]["sizes"].shape == (2, LENGTH)
 
@@ -217,15 +225,15 @@ def speaking(words, folder, **changes):
             "args": {"path": str(path), "context": 64, "group": "site", "proxy_groups": ["site2"], "test": 6},
         },
         "partition": "by_group",
-        "federation": {"clients": 2, "rounds": 1, "calibration": 0},
+        "federation": {"clients": 2, "rounds": 1, "calibration_fraction": 0},
         "specialists": [
             {"target": "causal_lm", "args": model},
             {"target": "aligned_causal_lm", "args": own},
         ],
         "student": {"target": "causal_lm", "args": model},
-        "local": fit,
-        "distil": fit,
-        "digest": {**fit, "steps": 2},
+        "local_training": fit,
+        "server_distil": fit,
+        "client_distil": {**fit, "steps": 2},
         "fabric": {"accelerator": "cpu", "threads": 1},
     }
     (folder / "recipe.yaml").write_text(json.dumps(content))
@@ -234,7 +242,7 @@ def speaking(words, folder, **changes):
 
 def test_a_specialist_with_another_tokenizer_takes_part(words, tmp_path):
     """Over two rounds, so that the mixture comes back: to the model of bytes alone."""
-    loop = speaking(words, tmp_path, **{"federation.rounds": 2, "local.steps": 50})
+    loop = speaking(words, tmp_path, **{"federation.rounds": 2, "local_training.steps": 50})
     untrained = loop.runtime.predict(loop.server.student, loop.server.test, "logits").clone()
     loop.run()
     assert all(record["refused"] == {} for record in loop.history)
@@ -242,7 +250,8 @@ def test_a_specialist_with_another_tokenizer_takes_part(words, tmp_path):
     assert of_words.architecture != bytes_only.architecture
     assert {row.client for row in loop.ledger.rows() if row.direction == "down"} == {bytes_only.id}
     # what it answers: where a word ends, the next byte, as the text itself has it
-    answers = loop.method.answering.upload(of_words, of_words.specialist(), None)
+    with of_words.turn():
+        answers = loop.method.answering.upload(of_words, of_words.specialist(), None)
     answers.validate()
     tokens = loop.server.proxy.batch(torch.arange(len(loop.server.proxy)))[0]
     answered = answers.sizes > 0
@@ -262,9 +271,10 @@ def test_its_word_is_weighed_by_the_text_that_it_foretold(words, tmp_path):
     loop.set_up()
     client = loop.clients[1]
     answering = TokenUploadBuilder(4, 1.0, None, 1.0, BayesianMixture(1.0))
-    answers = answering.upload(client, client.specialist(), torch.arange(2))
-    tokens = client.proxy.batch(torch.arange(2))[0]
-    nll = client.predict(client.specialist(), client.proxy.subset(torch.arange(2)), lambda m, x: m.token_nll(x))
+    with client.turn():
+        answers = answering.upload(client, client.specialist(), torch.arange(2))
+        tokens = client.proxy.batch(torch.arange(2))[0]
+        nll = client.predict(client.specialist(), client.proxy.subset(torch.arange(2)), lambda m, x: m.token_nll(x))
     torch.testing.assert_close(answers.weights.values()[:, 1:], -nll.cumsum(1), atol=answers.weights.step, rtol=0)
     assert len(tokens) == len(answers.sizes)
 
@@ -281,8 +291,9 @@ def test_a_student_with_a_tokenizer_of_its_own_is_refused(words, tmp_path):
 def test_answers_over_another_vocabulary_are_refused(tmp_path):
     loop = federation(TokenDistillation(), tmp_path)
     loop.set_up()
-    loop.begin(1)
-    upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
+    loop.start_round(1)
+    with loop.clients[0].turn():
+        upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
     with pytest.raises(RejectedMessageError, match="vocabulary of 7, expected 5"):
         loop.method.aggregate(loop.server).add(upload, 0)
 
@@ -290,7 +301,7 @@ def test_answers_over_another_vocabulary_are_refused(tmp_path):
 def test_a_model_may_have_more_logits_than_there_are_tokens(tmp_path):
     wide = torch.full((7, 7), 3.0)
     wide[:VOCAB, :VOCAB] = table(0)
-    loop = federation(TokenDistillation(k=VOCAB), tmp_path, tables=[wide], clients=1, local=0)
+    loop = federation(TokenDistillation(k=VOCAB), tmp_path, tables=[wide], clients=1, local_training=0)
     loop.runtime.factories["bigram"] = lambda: Bigram(vocab_size=7)
     loop.run()
     torch.testing.assert_close(loop.server.student.table.detach(), dense_student(loop, [table(0)]))
@@ -300,7 +311,7 @@ def test_a_model_may_have_more_logits_than_there_are_tokens(tmp_path):
     ("settings", "reason"),
     [
         ({"mass": 0.0}, "mass must be in"),
-        ({"subsample": 1.5}, "subsample must be in"),
+        ({"proxy_fraction": 1.5}, "proxy_fraction must be in"),
         ({"draws": 256}, "draws must be in 1 … 255"),
         ({"k": 0}, "k must be at least 1"),
         ({"temperature": 0.0}, "temperature must be"),
@@ -376,13 +387,13 @@ def test_what_a_full_mixture_does_not_name_is_lost_and_not_given_to_other_ids():
 
 def test_the_form_of_what_comes_back_is_that_of_the_mode_and_picks_the_loss(tmp_path, monkeypatch):
     modes = []
-    real = token_distillation_module.sparse_distillation
+    real = token_objective.sparse_distillation
 
     def seen(hidden, head, ids, probabilities, mode, *rest):
         modes.append(mode)
         return real(hidden, head, ids, probabilities, mode, *rest)
 
-    monkeypatch.setattr(token_distillation_module, "sparse_distillation", seen)
+    monkeypatch.setattr(token_objective, "sparse_distillation", seen)
     for mode, form in (("tail", "top"), ("sampled", "sampled"), ("renormalised", "top")):
         loop = ran(tmp_path / mode, 2, method={"mode": mode, "k": 2, "draws": 9})
         message = loop.method.download(loop.server, 0)
@@ -391,7 +402,8 @@ def test_the_form_of_what_comes_back_is_that_of_the_mode_and_picks_the_loss(tmp_
     # a list of the likeliest is never taken for draws, whoever sends it
     top = SparseResponses(**loop.server.state["answers"])
     client, sampled = loop.clients[0], TokenDistillation(mode="sampled", draws=9)
-    sampled.local_update(client, top)
+    with client.turn():
+        sampled.local_update(client, top)
     assert set(modes) == {"tail"}
 
 

@@ -24,7 +24,7 @@ def windows(texts, width=None):
 
 
 def measure(module, samples, names=EVERY, batch_size=512, tokenizer=TOKENIZER):
-    asked = server(samples, task="language", provides={"tokenizer": tokenizer}, batch_size=batch_size)
+    asked = server(samples, task="language", model_kwargs={"tokenizer": tokenizer}, batch_size=batch_size)
     return language(asked, module, samples, names)
 
 
@@ -128,6 +128,6 @@ def test_a_model_of_transformers():
     assert got["token_accuracy"] == pytest.approx(float(torch.cat(hits).double().mean()))
     assert measure(module, samples, ["nll"])["nll"] == pytest.approx(nll, rel=1e-5)
     for precision in ("bf16-mixed", "bf16-true"):
-        asked = server(samples, task="language", provides={"tokenizer": TOKENIZER}, precision=precision)
+        asked = server(samples, task="language", model_kwargs={"tokenizer": TOKENIZER}, precision=precision)
         rounded = language(asked, asked.runtime.place(module), samples, EVERY)
         assert rounded["nll"] == pytest.approx(nll, rel=0.02)

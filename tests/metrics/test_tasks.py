@@ -9,7 +9,8 @@ from fdl.errors import UserError
 from fdl.metrics.tasks import TASKS
 from fdl.modules.output import Output
 from fdl.recipe import from_mapping
-from fdl.state.weights import load_into, module_state, pin
+from fdl.state.model_handle import ModelHandle
+from fdl.state.weights import load_into, module_state
 
 
 class Pairs(Samples):
@@ -53,14 +54,14 @@ class Tied(nn.Module):
 def test_the_score_is_always_measured(task):
     assert task.score in task.metrics
     assert set(task.default) <= set(task.metrics)
-    assert task.asked(None) == task.default
+    assert task.select(None) == task.default
     other = next(name for name in task.metrics if name != task.score)
-    assert task.asked([other]) == (task.score, other)
+    assert task.select([other]) == (task.score, other)
 
 
 def test_a_metric_of_another_task_is_refused():
     with pytest.raises(UserError, match=r"evaluation\.metrics\.1: 'accuracy' is no metric of language data"):
-        TASKS["language"].asked(["nll", "accuracy"])
+        TASKS["language"].select(["nll", "accuracy"])
 
 
 def test_a_model_answers_any_question_on_inputs_of_several_parts():
@@ -74,7 +75,7 @@ def test_a_model_answers_any_question_on_inputs_of_several_parts():
 def test_neither_frozen_nor_tied_weights_are_stated_twice(pinned):
     module = Tied()
     if pinned:
-        pin(module)
+        ModelHandle(module)
     assert list(module_state(module)) == ["embedding.weight"]
     load_into(module, {"embedding.weight": torch.ones(4, 3)})
     assert module.head.weight.equal(torch.ones(4, 3))

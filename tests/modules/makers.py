@@ -20,7 +20,7 @@ FAMILIES = {
     "vit": lambda **more: ViT(dim=16, depth=1, heads=2, **GREY, **more),
     "timm": lambda **more: Timm("test_vit", **COLOUR, **more),
     "torchvision": lambda **more: Torchvision("shufflenet_v2_x0_5", **COLOUR, **more),
-    "image_classifier": lambda **more: Dotted("tests.modules.makers.logits_alone", {"width": 12}, **GREY, **more),
+    "custom": lambda **more: Dotted("tests.modules.makers.logits_alone", {"width": 12}, **GREY, **more),
 }
 
 

@@ -75,7 +75,7 @@ def test_answers_do_not_depend_on_the_rest_of_the_batch(module):
         ("vit", {"patch": 4, "dim": 8, "heads": 2, "depth": 1, "pool": "cls"}, GREY),
         ("timm", {"model": "test_vit", "kwargs": {"drop_rate": 0.1}}, COLOUR),
         ("torchvision", {"model": "squeezenet1_1"}, COLOUR),
-        ("image_classifier", {"backbone": "tests.modules.makers.Pair"}, GREY),
+        ("custom", {"backbone": "tests.modules.makers.Pair"}, GREY),
     ],
 )
 def test_a_recipe_builds_every_family_by_its_short_name(target, args, size):

@@ -39,7 +39,7 @@ def test_a_pair_is_taken_as_it_is():
         (f"{HERE}.GREY", {}, GREY, "makers.GREY is a dict, expected what builds a torch.nn.Module"),
         (f"{HERE}.not_a_network", {}, GREY, "not_a_network returns a int, expected a torch.nn.Module"),
         (f"{HERE}.logits_alone", {}, GREY, "logits_alone refuses its arguments: .*width"),
-        (f"{HERE}.Pair", {}, COLOUR, r"image_classifier \(Pair\) cannot take images of 3×32×32"),
+        (f"{HERE}.Pair", {}, COLOUR, r"custom \(Pair\) cannot take images of 3×32×32"),
         (f"{HERE}.Rows", {}, GREY, r"with logits of shape \[1, 8, 8\], expected \[1, 10\]"),
     ],
 )

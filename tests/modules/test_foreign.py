@@ -12,7 +12,7 @@ from fdl import recipe
 from fdl.build import build
 from fdl.cli.check import describe
 from fdl.errors import UserError
-from fdl.federation.rehearsal import rehearse
+from fdl.federation.trial_step import run_trial_steps
 from fdl.modules.foreign import ForeignModule, losses_of
 from fdl.modules.output import Output
 from fdl.participants import copy_of
@@ -100,8 +100,8 @@ def tree(model, method="federated_distillation", **more):
         "data": {"target": "digits", "args": {"proxy": 60, "test": 100, "limit": 300}},
         "federation": {"clients": 2, "rounds": 2},
         "student": one,
-        "local": {"steps": 3, "optimizer": {"target": "sgd", "args": {"lr": 0.1}}},
-        "distil": {"steps": 3},
+        "local_training": {"steps": 3, "optimizer": {"target": "sgd", "args": {"lr": 0.1}}},
+        "server_distil": {"steps": 3},
         "callbacks": [],
         "fabric": {"accelerator": "cpu"},
         **clients,
@@ -120,7 +120,7 @@ def test_federated_averaging_is_that_of_plain_torch(tmp_path):
     """One step of full batches from one start is the mean of the clients' own steps, weighted by samples."""
     settings = tree("Standard", "fedavg")
     settings["federation"]["rounds"] = 1
-    settings["local"] |= {"steps": 1, "batch_size": 1000}
+    settings["local_training"] |= {"steps": 1, "batch_size": 1000}
     loop = build(recipe.from_mapping(settings), tmp_path / "run")
     start = copy_of(loop.server.student)
     expected, total = {name: torch.zeros_like(value) for name, value in start.items()}, 0
@@ -139,7 +139,7 @@ def test_federated_averaging_is_that_of_plain_torch(tmp_path):
 
 def test_clients_train_together_as_one_by_one(tmp_path):
     one = runs.fit(recipe.from_mapping(tree("Standard", "fedavg")), tmp_path / "one")
-    both = runs.fit(recipe.from_mapping(tree("Standard", "fedavg", executor="batched")), tmp_path / "both")
+    both = runs.fit(recipe.from_mapping(tree("Standard", "fedavg", client_execution="vectorized")), tmp_path / "both")
     key = "student/test/accuracy"
     assert both["metrics"][key] == pytest.approx(one["metrics"][key], abs=1e-3)
 
@@ -155,9 +155,9 @@ def test_the_embedding_is_what_the_last_layer_sees_and_parts_can_be_asked_for(tm
 
 def test_check_takes_a_step_and_leaves_no_trace(tmp_path):
     loop = build(recipe.from_mapping(tree("Standard")), tmp_path / "run", launch=False)
-    models = loop.server.student, loop.runtime.template(loop.clients[0].architecture)
+    models = loop.server.student, loop.runtime.shared_module(loop.clients[0].architecture)
     before, state = [copy_of(model) for model in models], torch.random.get_rng_state()
-    rehearse(loop)
+    run_trial_steps(loop)
     assert torch.equal(torch.random.get_rng_state(), state)
     for model, weights in zip(models, before):
         assert all(torch.equal(value, weights[name]) for name, value in copy_of(model).items())

@@ -16,7 +16,7 @@ def someone(id=0, round=1, seed=0, privacy=None, dp_sgd=None, **more):
         cache={},
         metrics={},
         privacy=privacy,
-        gate=PrivateDataGate(),
+        data_gate=PrivateDataGate(),
         dp_sgd=dp_sgd,
         rng=lambda purpose: torch_stream(seed, purpose, round, id),
         noise=lambda purpose: torch_stream(seed, purpose, round, id),

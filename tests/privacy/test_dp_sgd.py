@@ -63,19 +63,21 @@ def client_of(factory=Net, n=N, steps=1, batch_size=B, optimizer=None, **setting
     runtime = Runtime(accelerator="cpu")
     runtime.factories["net"] = factory
     client = Client(
-        id=0, architecture="net", train=train, calibration=train.subset([0]), runtime=runtime, seed=3, local=local,
-        distil=local, digest=local, proxy=train.unlabelled(), num_classes=3, privacy=policy,
-        dp_sgd=DPSGD(policy, **settings),
+        id=0, architecture="net", train=train, calibration=train.subset([0]), runtime=runtime, seed=3,
+        local_training=local, server_distil=local, client_distil=local, proxy=train.unlabelled(), num_classes=3,
+        privacy=policy, dp_sgd=DPSGD(policy, **settings),
     )  # fmt: skip
-    client.begin(1)
+    client.start_round(1)
     return client, train
 
 
 def fitted(client, objective=None, samples=None):
-    module = client.specialist()
-    before = copy_of(module)
-    client.fit(module, client.train if samples is None else samples, client.local, objective)
-    after = copy_of(module)
+    with client.turn():
+        module = client.specialist()
+        before = copy_of(module)
+        client.fit(module, client.train if samples is None else samples, client.local_training, objective)
+        client.save_specialist(module)
+        after = copy_of(module)
     return module, before, {name: after[name] - before[name] for name in after}
 
 
@@ -155,7 +157,7 @@ def test_both_ways_of_clipping_agree():
 def test_an_objective_is_clipped_whole():
     # FedProx: the gradient of an example is that of its loss and of the proximal term
     client, train = client_of()
-    anchor = [torch.ones_like(parameter) for parameter in client.specialist().parameters()]
+    anchor = [torch.ones_like(parameter) for parameter in Net().parameters()]
     module, before, change = fitted(client, ProximalObjective(anchor, 0.1, False))
     reset(module, before)
     expected = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
@@ -167,7 +169,7 @@ def test_an_objective_is_clipped_whole():
             expected[name] -= 0.5 / B * gradient * min(1.0, 0.5 / norm)
     for name, value in expected.items():
         torch.testing.assert_close(change[name], value, rtol=1e-4, atol=1e-6)
-    with pytest.raises(UserError, match=r"privacy\.ghost.*looks at weights.*set it to false"):
+    with pytest.raises(UserError, match=r"privacy\.ghost_clipping.*looks at weights.*set it to false"):
         fitted(client_of(ghost=True)[0], ProximalObjective(anchor, 0.1, False))
 
 
@@ -223,33 +225,34 @@ class Shuffled(Net):
 def test_ghost_clipping_is_refused_where_rows_are_not_examples(factory):
     # rows in another order: norms would be those of other examples
     assert torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist() != list(range(8))
-    with pytest.raises(UserError, match=r"privacy\.ghost: does not fit .*set it to false"):
+    with pytest.raises(UserError, match=r"privacy\.ghost_clipping: does not fit .*set it to false"):
         fitted(client_of(factory, ghost=True)[0])
 
 
 def test_ghost_clipping_is_refused_where_examples_have_weights():
     weights = torch.tensor([1.0, 2.0, 5.0])
     weighted = lambda module, batch: {"loss": F.cross_entropy(module(batch[0]).logits, batch[1], weights)}  # noqa: E731
-    with pytest.raises(UserError, match=r"privacy\.ghost: does not fit Net: its loss is no plain mean"):
+    with pytest.raises(UserError, match=r"privacy\.ghost_clipping: does not fit Net: its loss is no plain mean"):
         fitted(client_of(ghost=True)[0], weighted)
     fitted(client_of()[0], weighted)
 
 
 def test_private_samples_are_read_by_nothing_else():
     client, _ = client_of()
-    module = client.specialist()
-    for read in (
-        lambda: client.train.labels,
-        lambda: client.predict(module, client.train),
-        lambda: client.calibration_accuracy(),
-        lambda: client.runtime.fit(module, client.train, client.local, client.rng("fit")),
-        lambda: client.train.subset([0]).batch(torch.tensor([0])),
-        lambda: client.train.augment,
-    ):
-        with pytest.raises(UserError, match="reads private samples outside of a training with noise"):
-            read()
+    with client.turn():
+        module = client.specialist()
+        for read in (
+            lambda: client.train.labels,
+            lambda: client.predict(module, client.train),
+            lambda: client.calibration_accuracy(),
+            lambda: client.runtime.fit(module, client.train, client.local_training, client.rng("fit")),
+            lambda: client.train.subset([0]).batch(torch.tensor([0])),
+            lambda: client.train.augment,
+        ):
+            with pytest.raises(UserError, match="reads private samples outside of a training with noise"):
+                read()
     assert len(client.train) == N == client.samples
-    with client.gate.open():
+    with client.data_gate.open():
         assert client.train.labels.tolist() == [i % 3 for i in range(N)]
 
 
@@ -272,9 +275,8 @@ def test_budget_ends_training_of_a_client():
     client, _ = client_of(steps=5, noise_multiplier=1.0, epsilon=8.0)
     spent, changed = [], []
     for round in (1, 2, 3):
-        client.begin(round)
+        client.start_round(round)
         change = fitted(client)[2]
-        client.keep(client.specialist())
         changed.append(any(bool(value.any()) for value in change.values()))
         spent.append((client.metrics.get("privacy/epsilon"), client.metrics.get("privacy/exhausted")))
     account = events_of(client)
@@ -293,8 +295,8 @@ def recipe(*overrides, **sections):
         "privacy": {"epsilon": 4.0, "delta": 1e-4, "accountant": "rdp"},
         "specialists": [{"target": "mlp", "args": {"hidden": [8]}}],
         "student": {"target": "mlp", "args": {"hidden": [8]}},
-        "local": {"steps": 3, "batch_size": 32},
-        "distil": {"steps": 2},
+        "local_training": {"steps": 3, "batch_size": 32},
+        "server_distil": {"steps": 2},
         "evaluation": {"metrics": ["accuracy"]},
         "fabric": {"accelerator": "cpu", "threads": 1},
         "callbacks": [],
@@ -305,7 +307,7 @@ def recipe(*overrides, **sections):
 def test_spend_is_told_everywhere(tmp_path):
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-    made = recipe(callbacks=["tensorboard"], executor="batched")
+    made = recipe(callbacks=["tensorboard"], client_execution="vectorized")
     loop = build(made, tmp_path)
     assert isinstance(loop.executor, Sequential)
     summary = loop.run()
@@ -353,7 +355,7 @@ def test_account_survives_a_restart(tmp_path):
 
 
 def test_budget_ends_the_run(tmp_path):
-    ends = "privacy.exhausted=run", "federation.rounds=9"
+    ends = "privacy.on_exhausted=stop_run", "federation.rounds=9"
     loop = build(recipe("privacy.noise_multiplier=0.6", "privacy.epsilon=5", *ends), tmp_path)
     summary = loop.run()
     assert 1 < summary["rounds"] < 9
@@ -367,7 +369,7 @@ def test_budget_ends_the_run(tmp_path):
         ({"calibrate": True}, r"fdl\.knowledge\.distillation\.client_upload"),
         ({"confidence": "validation"}, r"fdl\.knowledge\.confidence"),
         ({"confidence": "density"}, r"fdl\.knowledge\.confidence\.density"),
-        ({"prototypes": "prototypes"}, r"fdl\.knowledge\.distillation\.client_upload"),
+        ({"prototypes": "prototype_transfer"}, r"fdl\.knowledge\.distillation\.client_upload"),
     ],
 )
 def test_what_else_is_made_of_private_data_is_refused(args, reader, tmp_path):
@@ -385,7 +387,7 @@ def test_methods_that_only_train_work_as_they_are(method, tmp_path):
 def test_rules():
     for override, problem in (
         ("privacy.epsilon=null", "privacy.epsilon: missing: give a budget"),
-        ("local.gradient_clip=1.0", "local.gradient_clip: must be null under privacy"),
+        ("local_training.gradient_clip=1.0", "local_training.gradient_clip: must be null under privacy"),
         ("fabric.precision=16-mixed", "fabric.precision: training with noise needs"),
         ("method=centralized", "privacy: method centralized trains on all private data in one place"),
         ("privacy.delta=1.0", "privacy.delta: must be in"),
@@ -411,8 +413,9 @@ def test_two_fits_of_one_name_in_a_round_have_noise_and_batches_of_their_own(mon
         noise_of = optimizer._generate_noise
         with monkeypatch.context() as patch:
             patch.setattr(optimizer, "_generate_noise", watch)
-            for _ in range(fits):
-                client.fit(client.specialist(), client.train, client.local)
+            with client.turn():
+                for _ in range(fits):
+                    client.fit(client.specialist(), client.train, client.local_training)
         return torch.stack([noise.norm() for noise in seen]).view(fits, -1)
 
     import opacus.optimizers.optimizer as optimizer
@@ -421,9 +424,9 @@ def test_two_fits_of_one_name_in_a_round_have_noise_and_batches_of_their_own(mon
     first, second = drawn(client)
     assert not torch.equal(first, second)
     # a round that is run again, e.g. after a restart, draws what it drew, and the next round draws other noise
-    client.begin(1)
+    client.start_round(1)
     assert torch.equal(drawn(client), torch.stack([first, second]))
-    client.begin(2)
+    client.start_round(2)
     assert not torch.isin(drawn(client), torch.stack([first, second])).any()
     again, _ = client_of(noise_multiplier=1.0)
     assert torch.equal(drawn(again), torch.stack([first, second]))

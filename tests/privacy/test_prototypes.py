@@ -85,11 +85,11 @@ def test_the_same_data_are_paid_for_once_and_others_again():
 
 def test_samples_that_are_closed_to_all_but_noisy_training_are_opened_for_it():
     client = owner(torch.rand(30, 4), torch.arange(30) % 2, 2)
-    client.train = GuardedSamples(client.train, client.gate)
+    client.train = GuardedSamples(client.train, client.data_gate)
     with pytest.raises(UserError, match="reads private samples outside of a training with noise"):
         _ = client.train.labels
     assert len(NoisyPrototypes(0.1).message(client, None, None).values) == 2
-    assert not client.gate.is_open
+    assert not client.data_gate.is_open
 
 
 def test_the_clip_is_by_default_of_the_size_of_public_embeddings():
@@ -111,7 +111,7 @@ def test_answers_beside_noisy_prototypes_are_not_called_private(tmp_path):
 def test_a_resumed_run_equals_the_straight_one(tmp_path):
     def toy(folder):
         method = FederatedDistillation(prototypes=NoisyPrototypes(0.1))
-        return federation(method, tmp_path / folder, rounds=4, local=2)
+        return federation(method, tmp_path / folder, rounds=4, local_training=2)
 
     straight, crashed = toy("straight"), toy("crashed")
     straight.run()
@@ -125,10 +125,11 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path):
 
 def test_a_client_without_data_sends_noise_too(tmp_path):
     loop = federation(FederatedDistillation(prototypes=NoisyPrototypes(0.5)), tmp_path)
-    loop.begin(1)
+    loop.start_round(1)
     client = loop.clients[0]
     client.train = client.train.subset(torch.arange(0))
-    said = parts_of(loop.method.answering.upload(client, client.specialist(), None))[Prototypes]
+    with client.turn():
+        said = parts_of(loop.method.uploads.upload(client, client.specialist(), None))[Prototypes]
     said.validate()
     assert "noisy_prototypes" in {one["mechanism"] for one in events_of(client)}
 

@@ -19,7 +19,7 @@ from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.privacy.accounting import Policy, epsilon, events_of
 from fdl.privacy.noisy_responses import NoisyResponses, response_sensitivity
 from fdl.privacy.noisy_votes import NoisyVotes
-from fdl.privacy.release import clipped
+from fdl.privacy.release import clip_rows
 from tests.privacy.clients import someone
 from tests.test_loop import outcome
 from tests.toy import federation, weight
@@ -87,8 +87,8 @@ def test_no_replaced_client_moves_the_mean_further_than_the_formula_says():
 
 def test_rows_are_clipped_in_length_and_left_alone_within():
     values = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    assert torch.equal(clipped(values, 5.0), values)
-    torch.testing.assert_close(clipped(values, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    assert torch.equal(clip_rows(values, 5.0), values)
+    torch.testing.assert_close(clip_rows(values, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
 
 
 def test_an_answer_that_is_not_finite_shows_no_more_than_a_row_of_zeros():
@@ -253,19 +253,19 @@ def test_no_attack_tells_neighbours_apart_better_than_promised_and_the_best_come
 # ---------------------------------------------------------------- in a federation
 
 RELEASES = {
-    "client": lambda: {"release": NoisyResponses(0.5), "space": "logits"},
-    "confidence": lambda: {"release": NoisyResponses(0.5), "space": "logits", "confidence": Entropy()},
-    "personal": lambda: {"release": NoisyResponses(0.5), "space": "logits", "personal": Similarity()},
-    "server": lambda: {"release": NoisyResponses(0.5, by="server"), "space": "logits", "subsample": 0.5},
-    "votes": lambda: {"release": NoisyVotes(0.5)},
-    "checked votes": lambda: {"release": NoisyVotes(0.5, 1.0, 0.5), "cache": 2},
+    "client": lambda: {"private_release": NoisyResponses(0.5), "space": "logits"},
+    "confidence": lambda: {"private_release": NoisyResponses(0.5), "space": "logits", "confidence": Entropy()},
+    "personal": lambda: {"private_release": NoisyResponses(0.5), "space": "logits", "personalization": Similarity()},
+    "server": lambda: {"private_release": NoisyResponses(0.5, by="server"), "space": "logits", "proxy_fraction": 0.5},
+    "votes": lambda: {"private_release": NoisyVotes(0.5)},
+    "checked votes": lambda: {"private_release": NoisyVotes(0.5, 1.0, 0.5), "soft_label_cache_rounds": 2},
 }
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_a_resumed_run_equals_the_straight_one_and_pays_the_same(tmp_path, name):
     def toy(folder):
-        return federation(FederatedDistillation(**RELEASES[name]()), tmp_path / folder, rounds=4, local=2)
+        return federation(FederatedDistillation(**RELEASES[name]()), tmp_path / folder, rounds=4, local_training=2)
 
     straight = toy("straight")
     straight.run()
@@ -288,26 +288,27 @@ def test_without_noise_and_within_the_bounds_it_is_the_unprotected_method_to_the
     confidence = SampleCount() if by == "client" else None
     outcomes = []
     for release in (None, NoisyResponses(0.0, clip=1e6, bound=32.0, by=by)):
-        method = FederatedDistillation(confidence, space="logits", release=release)
-        loop = federation(method, tmp_path / str(release is None), rounds=3, local=2)
+        method = FederatedDistillation(confidence, space="logits", private_release=release)
+        loop = federation(method, tmp_path / str(release is None), rounds=3, local_training=2)
         loop.run()
-        outcomes.append((weight(loop.server.student), [weight(c.specialist()).clone() for c in loop.clients]))
+        outcomes.append((weight(loop.server.student), [c.state["specialist"]["linear.weight"] for c in loop.clients]))
     assert torch.equal(outcomes[0][0], outcomes[1][0])
     assert all(torch.equal(a, b) for a, b in zip(outcomes[0][1], outcomes[1][1]))
 
 
 def test_a_client_that_is_private_does_not_say_how_many_samples_it_has(tmp_path):
-    loop = federation(FederatedDistillation(release=NoisyResponses(1.0), space="logits"), tmp_path)
-    loop.begin(1)
-    assert loop.method.local_update(loop.clients[1], None).samples == 0
+    loop = federation(FederatedDistillation(private_release=NoisyResponses(1.0), space="logits"), tmp_path)
+    loop.start_round(1)
+    with loop.clients[1].turn():
+        assert loop.method.local_update(loop.clients[1], None).samples == 0
 
 
 REFUSED = {
     "features": ({"features": FeatureTransfer(layers=0)}, "client"),
     "prototypes": ({"prototypes": PrototypeTransfer()}, "client"),
-    "frequency": ({"frequency": UploadOnChange()}, "client"),
-    "weights": ({"weights": AdaptiveWeights()}, "server"),
-    "personal": ({"personal": Similarity()}, "server"),
+    "upload_policy": ({"upload_policy": UploadOnChange()}, "client"),
+    "adaptive_client_weights": ({"adaptive_client_weights": AdaptiveWeights()}, "server"),
+    "personalization": ({"personalization": Similarity()}, "server"),
     "confidence": ({"confidence": Entropy()}, "server"),
     "space is probabilities": ({"space": "probabilities"}, "client"),
 }
@@ -316,8 +317,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_noise_would_not_cover_is_refused(name):
     options, by = REFUSED[name]
-    with pytest.raises(UserError, match=f"release: noisy_responses .*{name}"):
-        FederatedDistillation(**{"space": "logits", "release": NoisyResponses(1.0, by=by), **options})
+    with pytest.raises(UserError, match=f"private_release: noisy_responses .*{name}"):
+        FederatedDistillation(**{"space": "logits", "private_release": NoisyResponses(1.0, by=by), **options})
 
 
 def test_settings_that_make_no_sense_are_refused():
@@ -355,7 +356,7 @@ def test_a_server_whose_budget_is_spent_releases_nothing_more(caplog):
 
 
 def test_a_run_goes_on_in_silence_once_budgets_are_spent(tmp_path):
-    method = FederatedDistillation(release=NoisyResponses(1.5), space="logits", feedback="none")
+    method = FederatedDistillation(private_release=NoisyResponses(1.5), space="logits", feedback="none")
     loop = federation(method, tmp_path, rounds=3)
     for one in (loop.server, *loop.clients):
         one.privacy = Policy(1e-5, 4.0, "rdp", "institution")

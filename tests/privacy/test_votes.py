@@ -158,14 +158,19 @@ def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(UserError, match="noise must be a number ≥ 0"):
         NoisyVotes(-1.0)
     with pytest.raises(UserError, match="noisy_votes is for probabilities, and space is logits"):
-        FederatedDistillation(space="logits", release=NoisyVotes(1.0))
+        FederatedDistillation(space="logits", private_release=NoisyVotes(1.0))
     with pytest.raises(UserError, match="counts all clients alike, so confidence must be left out"):
-        FederatedDistillation(Entropy(), release=NoisyVotes(1.0))
+        FederatedDistillation(Entropy(), private_release=NoisyVotes(1.0))
 
 
 def test_a_student_learns_from_what_was_elected_alone(tmp_path):
     """Toy: client 0 knows class 0 alone, client 1 class 1 alone; on each row they disagree or tie, noise decides."""
-    loop = federation(FederatedDistillation(release=NoisyVotes(1.0), feedback="aggregate"), tmp_path, rounds=3, local=2)
+    loop = federation(
+        FederatedDistillation(private_release=NoisyVotes(1.0), feedback="aggregate"),
+        tmp_path,
+        rounds=3,
+        local_training=2,
+    )
     loop.run()
     answers = loop.server.state["answers"]
     assert torch.equal(answers, torch.nn.functional.one_hot(answers.argmax(1), 2).float())

@@ -21,7 +21,13 @@ def loop_of(folder, variant):
         "std": [0.229, 0.224, 0.225],
     }
     changes = dict(load(RECIPE).compare.variants[variant])
-    common = ["fabric.accelerator=cpu", "callbacks=[]", "inference.cache=null", "federation.rounds=1", "local.steps=2"]
+    common = [
+        "fabric.accelerator=cpu",
+        "callbacks=[]",
+        "inference.cache=null",
+        "federation.rounds=1",
+        "local_training.steps=2",
+    ]
     plain = load(RECIPE, common, changes)
     weights = [
         f"specialists.{i}.args.checkpoint={FOLDER / 'weights'}/cifar10_resnet{entry.args['depth']}_akamaster.npz"

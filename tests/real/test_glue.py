@@ -39,7 +39,7 @@ def encoder(tmp_path_factory):
         f"data.args.tokenizer={FOLDER / 'tokenizers/bert_base_uncased_vocab.txt.gz'}",
         "data.args.context=48",
     ]
-    recipe = load(f"{RECIPES}/text_encoder.yaml", [*CPU, *data, "federation.rounds=1", "local.steps=20"])
+    recipe = load(f"{RECIPES}/text_encoder.yaml", [*CPU, *data, "federation.rounds=1", "local_training.steps=20"])
     runs.fit(recipe, folder / "run")
     return export(folder / "run", "transformers", folder / "encoder")
 
@@ -53,15 +53,15 @@ def short(recipe, encoder, name, folder, variant=None):
         f"data.args.tokenizer={encoder}",
         f"data.args.path={path}",
         "federation={clients: 3, rounds: 2}",
-        "local={steps: 4, batch_size: 16}",
-        "distil={steps: 4, batch_size: 16}",
+        "local_training={steps: 4, batch_size: 16}",
+        "server_distil={steps: 4, batch_size: 16}",
     ]
     return load(f"{RECIPES}/{recipe}.yaml", overrides, variant)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_phases_alternate(tmp_path, encoder, name):
-    switch = {"target": "fixed", "args": {"centralized": 1, "federated": 1}}
+    switch = {"target": "fixed_phases", "args": {"centralized": 1, "federated": 1}}
     recipe = short("federated_foundation_glue", encoder, name, tmp_path, {"method.args.switch": switch})
     loop = build(recipe, tmp_path / "run")
     metrics = loop.run()["metrics"]

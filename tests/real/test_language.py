@@ -16,18 +16,18 @@ MODEL = {"target": "causal_lm", "args": {"model": "llama", "config": LLAMA}}
 def shakespeare(folder, steps, rounds=1, specialists=(MODEL,), ground_truth=0.5):
     path = str(FOLDER / "tinyshakespeare_by_role.jsonl.gz")
     roles = {"text": "speeches", "group": "role", "proxy_groups": PUBLIC, "test": 0.03}
-    args = {"confidence": "bayesian_mixture", "mass": 0.95, "subsample": 0.3, "ground_truth": ground_truth}
+    args = {"confidence": "bayesian_mixture", "mass": 0.95, "proxy_fraction": 0.3, "ground_truth": ground_truth}
     loop = federation(
         folder,
         method={"target": "token_distillation", "args": args},
         data={"target": "text_table", "args": {"path": path, "context": 48, **roles}},
         partition="by_group",
-        federation={"clients": 3, "rounds": rounds, "calibration": 0},
+        federation={"clients": 3, "rounds": rounds, "calibration_fraction": 0},
         specialists=list(specialists),
         student=MODEL,
-        local=adam(steps, 8, 0.005),
-        digest=adam(steps // 4, 8, 0.005),
-        distil=adam(steps, 8, 0.005),
+        local_training=adam(steps, 8, 0.005),
+        client_distil=adam(steps // 4, 8, 0.005),
+        server_distil=adam(steps, 8, 0.005),
         evaluation={"batch_size": 256, "metrics": ["nll", "bits_per_byte"]},
     )
     loop.run()

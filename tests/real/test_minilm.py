@@ -36,8 +36,8 @@ def test_a_frozen_minilm_teaches_a_tiny_student(minilm, tmp_path):
             "args": {"model": minilm, "pretrained": True, "tuning": "head", "pooling": "mean"},
         },
         student={"target": "text_classifier", "args": {"model": "bert", "config": TINY, "pooling": "mean"}},
-        local=adam(150),
-        distil=adam(400),
+        local_training=adam(150),
+        server_distil=adam(400),
         evaluation={"batch_size": 256},
     )
     teacher, server = loop.server.teacher, loop.server

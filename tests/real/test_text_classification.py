@@ -25,7 +25,7 @@ def accuracy(folder, name, limit, steps):
         data=texts(name, limit),
         federation={"clients": 2},
         student=BERT,
-        local=adam(steps),
+        local_training=adam(steps),
         evaluation={"batch_size": 256},
     )
     loop.run()
@@ -54,9 +54,9 @@ def federated(folder, name, limit, rounds, steps):
         federation={"clients": 3, "rounds": rounds},
         specialists=[BERT, SMALLER],
         student=SMALLER,
-        local=adam(steps),
-        digest=adam(steps // 4),
-        distil=adam(steps),
+        local_training=adam(steps),
+        client_distil=adam(steps // 4),
+        server_distil=adam(steps),
         evaluation={"batch_size": 256, "metrics": ["accuracy"]},
     )
     loop.run()

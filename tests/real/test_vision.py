@@ -25,7 +25,7 @@ def test_frozen_resnets_teach_a_small_student_in_one_round(tmp_path):
         federation={"clients": 2},
         specialists=[{"target": "cifar_resnet", "args": resnet}],
         student={"target": "cnn", "args": {"channels": [16, 32]}},
-        distil=adam(150),
+        server_distil=adam(150),
         channel={"upload": [{"target": "quantize", "args": {"bits": 8}}, "deflate"]},
     )
     loop.run()
@@ -47,7 +47,7 @@ def test_a_new_head_on_a_real_backbone_tells_a_hundred_classes_apart(tmp_path):
         },
         federation={"clients": 2},
         student={"target": "layer_graph", "args": {"checkpoint": str(path), "tuning": "head"}},
-        local=adam(120),
+        local_training=adam(120),
     )
     assert loop.server.num_classes == 100 and len(loop.server.test) == 5000
     loop.run()

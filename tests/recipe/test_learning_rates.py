@@ -13,7 +13,7 @@ BASE = {
     "data": {"target": "digits", "args": {"proxy": 100, "validation": 0}},
     "specialists": [{"target": "mlp", "args": {"hidden": [8]}}],
     "federation": {"clients": 3, "rounds": 2},
-    "local": {"optimizer": {"target": "sgd", "args": {"lr": 0.1, "momentum": 0.9}}},
+    "local_training": {"optimizer": {"target": "sgd", "args": {"lr": 0.1, "momentum": 0.9}}},
     "fabric": {"accelerator": "cpu"},
     "callbacks": [],
 }
@@ -38,10 +38,12 @@ def test_the_nearest_rate_counts():
 def test_clients_that_train_alike_share_their_settings():
     made = recipe(federation={"clients": 4, "learning_rates": {1: 0.2, 2: 0.2}})
     fits = local_fits(made, None)
-    assert fits[0] is fits[3] is made.local and fits[1] is fits[2]
-    assert fits[1].optimizer.args == {"lr": 0.2, "momentum": 0.9} and made.local.optimizer.args["lr"] == 0.1
+    assert fits[0] is fits[3] is made.local_training and fits[1] is fits[2]
+    assert fits[1].optimizer.args == {"lr": 0.2, "momentum": 0.9} and made.local_training.optimizer.args["lr"] == 0.1
     assert alike_but_for_rates(fits[0], fits[1])
-    assert not alike_but_for_rates(fits[0], recipe(local={"optimizer": {"target": "sgd", "args": {"lr": 0.1}}}).local)
+    assert not alike_but_for_rates(
+        fits[0], recipe(local_training={"optimizer": {"target": "sgd", "args": {"lr": 0.1}}}).local_training
+    )
 
 
 PRETRAINED = {
@@ -51,11 +53,13 @@ PRETRAINED = {
 }
 
 
-@pytest.mark.parametrize(("method", "local"), [({}, {}), (PRETRAINED, {"epochs": 0})], ids=["alone", "pretrained"])
-def test_every_client_trains_as_if_its_rate_were_everybodys(method, local, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "local_training"), [({}, {}), (PRETRAINED, {"epochs": 0})], ids=["alone", "pretrained"]
+)
+def test_every_client_trains_as_if_its_rate_were_everybodys(method, local_training, tmp_path):
     def trained(name, **changes):
-        settings = {**BASE["local"], **changes.pop("local", {}), **local}
-        loop = build(recipe(**method, local=settings, **changes), tmp_path / name)
+        settings = {**BASE["local_training"], **changes.pop("local_training", {}), **local_training}
+        loop = build(recipe(**method, local_training=settings, **changes), tmp_path / name)
         loop.run()
         return [client.state["specialist"] for client in loop.clients]
 
@@ -67,7 +71,7 @@ def test_every_client_trains_as_if_its_rate_were_everybodys(method, local, tmp_p
     own = trained("own", federation={**federation, "learning_rates": {1: 0.02}})
     common = trained("common", federation=federation)
     slower = {"optimizer": {"target": "sgd", "args": {"lr": 0.02, "momentum": 0.9}}}
-    slow = trained("slow", federation=federation, local=slower)
+    slow = trained("slow", federation=federation, local_training=slower)
     entry = trained("entry", federation=federation, specialists=[{**BASE["specialists"][0], "lr": 0.02}])
     assert [same(a, b) for a, b in zip(own, common)] == [True, False, True]
     assert [same(a, b) for a, b in zip(own, slow)] == [False, True, False]
@@ -89,9 +93,9 @@ def test_what_is_no_rate_is_named(given):
         (
             {
                 "specialists": [{"target": "mlp", "lr": 0.1}],
-                "local": {"optimizer": {"target": f"{__name__}.Fixed", "args": {}}},
+                "local_training": {"optimizer": {"target": f"{__name__}.Fixed", "args": {}}},
             },
-            "specialists.0.lr: local.optimizer is .*Fixed, which takes no lr",
+            "specialists.0.lr: local_training.optimizer is .*Fixed, which takes no lr",
         ),
     ],
 )

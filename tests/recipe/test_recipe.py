@@ -41,10 +41,14 @@ def test_shorthand_defaults_and_types():
     assert result.method == Component("fedavg", {})
     assert result.partition == Component("dirichlet", {"alpha": 0.5})
     assert result.specialists == [Specialist("mlp", {}), Specialist("cnn", {"channels": [8]})]
-    assert result.local == result.distil == Fit(epochs=1, batch_size=32, optimizer=Component("sgd", {"lr": 0.1}))
-    assert result.digest is None and result.teacher is None and result.compare is None
+    assert (
+        result.local_training
+        == result.server_distil
+        == Fit(epochs=1, batch_size=32, optimizer=Component("sgd", {"lr": 0.1}))
+    )
+    assert result.client_distil is None and result.teacher is None and result.compare is None
     assert [c.target for c in result.callbacks] == ["tensorboard", "csv", "progress"]
-    assert result.channel.limit == 2**31
+    assert result.channel.max_message_bytes == 2**31
     assert result.name == "run"
 
 
@@ -60,16 +64,16 @@ def test_nested_components_are_written_in_full():
 
 def test_yaml_and_back(tmp_path):
     result = recipe(
-        "local.scheduler={target: step_lr, args: {step_size: 2}, interval: round}",
-        "local.optimizer.args.lr=1e-5",
+        "local_training.scheduler={target: step_lr, args: {step_size: 2}, interval: round}",
+        "local_training.optimizer.args.lr=1e-5",
         "channel.upload=[{target: quantize, args: {bits: 4}}, zstd]",
         "compare={variants: {fedprox: {method: fedprox, federation.rounds: 7}}}",
-        "digest={steps: 10}",
+        "client_distil={steps: 10}",
         "fabric.threads=2",
         "name=there-and-back",
     )
-    assert result.local.scheduler == Scheduler("step_lr", {"step_size": 2}, "round")
-    assert result.digest.epochs is None and result.digest.steps == 10
+    assert result.local_training.scheduler == Scheduler("step_lr", {"step_size": 2}, "round")
+    assert result.client_distil.epochs is None and result.client_distil.steps == 10
     path = tmp_path / "recipe.yaml"
     path.write_text(result.to_yaml())
     assert load(path) == result
@@ -88,24 +92,28 @@ def test_interpolation():
         "seed=7",
         "name=clients-${federation.clients}",
         "data={target: digits, args: {seed: '${seed}'}}",
-        distil="${local}",
+        server_distil="${local_training}",
     )
     assert result.name == "clients-5"
     assert result.data.args == {"seed": 7}
-    assert result.distil == result.local
+    assert result.server_distil == result.local_training
 
 
 def test_interpolation_follows_overrides():
-    changed = recipe("federation.clients=9", "local.batch_size=64", distil={"batch_size": "${local.batch_size}"})
-    assert changed.distil.batch_size == 64
+    changed = recipe(
+        "federation.clients=9",
+        "local_training.batch_size=64",
+        server_distil={"batch_size": "${local_training.batch_size}"},
+    )
+    assert changed.server_distil.batch_size == 64
 
 
 def test_a_named_optimizer_does_not_inherit_the_default_s_arguments():
-    assert recipe(local={"optimizer": "adam"}).local.optimizer == Component("adam", {})
-    assert recipe(local={"optimizer": {"target": "sgd"}}).local.optimizer == Component("sgd", {})
+    assert recipe(local_training={"optimizer": "adam"}).local_training.optimizer == Component("adam", {})
+    assert recipe(local_training={"optimizer": {"target": "sgd"}}).local_training.optimizer == Component("sgd", {})
     # without a target it is the default optimiser, with these arguments besides
     expected = Component("sgd", {"lr": 0.1, "momentum": 0.9})
-    assert recipe(local={"optimizer": {"args": {"momentum": 0.9}}}).local.optimizer == expected
+    assert recipe(local_training={"optimizer": {"args": {"momentum": 0.9}}}).local_training.optimizer == expected
 
 
 def test_fit_made_in_python_has_one_epoch():
@@ -114,7 +122,7 @@ def test_fit_made_in_python_has_one_epoch():
 
 
 def test_null_for_the_default_epochs_leaves_steps():
-    fit = recipe(local={"steps": 5}).local
+    fit = recipe(local_training={"steps": 5}).local_training
     assert (fit.epochs, fit.steps) == (None, 5)
 
 
@@ -160,10 +168,10 @@ def test_overrides_reach_through_shorthand_and_null():
 
 
 def test_mappings_merge_into_sections_and_replace_components():
-    result = recipe("federation={rounds: 9}", "local={optimizer: {args: {momentum: 0.5}}, batch_size: 8}")
+    result = recipe("federation={rounds: 9}", "local_training={optimizer: {args: {momentum: 0.5}}, batch_size: 8}")
     assert (result.federation.clients, result.federation.rounds) == (5, 9)
-    assert result.local.batch_size == 8
-    assert result.local.optimizer == Component("sgd", {"momentum": 0.5})
+    assert result.local_training.batch_size == 8
+    assert result.local_training.optimizer == Component("sgd", {"momentum": 0.5})
     assert recipe("partition={target: shards}").partition == Component("shards", {})
     nested = {"variants": {"long": {"federation": {"rounds": 9}, "method": {"target": "fedprox"}}}}
     assert recipe(compare=nested).compare.variants == nested["variants"]
@@ -226,28 +234,31 @@ def test_apply_changes_only_what_is_named():
         ("federation.clients=null", ["federation.clients: expected int, got null"]),
         ("federation.clients=0", ["federation.clients: must be ≥ 1, got 0"]),
         ("federation.rounds=0", ["federation.rounds: must be ≥ 1, got 0"]),
-        ("federation.participation=0", ["federation.participation: must be in (0, 1], got 0"]),
-        ("federation.participation=1.5", ["federation.participation: must be in (0, 1], got 1.5"]),
-        ("federation.participation=0.01", ["federation.participation: 0.01 of 5 clients selects nobody"]),
+        ("federation.client_fraction=0", ["federation.client_fraction: must be in (0, 1], got 0"]),
+        ("federation.client_fraction=1.5", ["federation.client_fraction: must be in (0, 1], got 1.5"]),
+        ("federation.client_fraction=0.01", ["federation.client_fraction: 0.01 of 5 clients selects nobody"]),
         ("federation.dropout=1", ["federation.dropout: must be in [0, 1), got 1"]),
-        ("federation.calibration=-0.1", ["federation.calibration: must be in [0, 1)"]),
+        ("federation.calibration_fraction=-0.1", ["federation.calibration_fraction: must be in [0, 1)"]),
         ("federation.dropout=.nan", ["federation.dropout: expected float, got nan"]),
         ("federation=3", ["federation: expected a mapping with keys such as clients, got 3 (int)"]),
         ("seed=-1", ["seed: must be ≥ 0"]),
-        ("local.batch_size=0", ["local.batch_size: must be ≥ 1"]),
-        ("local.gradient_clip=0", ["local.gradient_clip: must be > 0"]),
-        ("local={epochs: 1, steps: 1}", ["local: give epochs or steps, not both"]),
-        ("local.optimizer=sdg", ["local.optimizer: unknown optimizer 'sdg'", "did you mean 'sgd'?"]),
-        ("local.optimizer.args.lr=fast", ["local.optimizer.args.lr: expected float or Tensor, got 'fast'"]),
+        ("local_training.batch_size=0", ["local_training.batch_size: must be ≥ 1"]),
+        ("local_training.gradient_clip=0", ["local_training.gradient_clip: must be > 0"]),
+        ("local_training={epochs: 1, steps: 1}", ["local_training: give epochs or steps, not both"]),
+        ("local_training.optimizer=sdg", ["local_training.optimizer: unknown optimizer 'sdg'", "did you mean 'sgd'?"]),
         (
-            "local.optimizer.args.lrr=1",
-            ["local.optimizer.args.lrr: torch.optim.SGD takes no 'lrr'", "did you mean 'lr'?"],
+            "local_training.optimizer.args.lr=fast",
+            ["local_training.optimizer.args.lr: expected float or Tensor, got 'fast'"],
         ),
-        ("local.optimizer.args.params=[]", ["local.optimizer.args.params: params is given by fdl"]),
-        ("local.scheduler=step_lr", ["local.scheduler.args.step_size: missing", "StepLR needs it"]),
         (
-            "local.scheduler={target: step_lr, args: {step_size: 1}, interval: day}",
-            ["local.scheduler.interval: expected one of 'step', 'epoch', 'round', got 'day'"],
+            "local_training.optimizer.args.lrr=1",
+            ["local_training.optimizer.args.lrr: torch.optim.SGD takes no 'lrr'", "did you mean 'lr'?"],
+        ),
+        ("local_training.optimizer.args.params=[]", ["local_training.optimizer.args.params: params is given by fdl"]),
+        ("local_training.scheduler=step_lr", ["local_training.scheduler.args.step_size: missing", "StepLR needs it"]),
+        (
+            "local_training.scheduler={target: step_lr, args: {step_size: 1}, interval: day}",
+            ["local_training.scheduler.interval: expected one of 'step', 'epoch', 'round', got 'day'"],
         ),
         ("method=fedvg", ["method: unknown method 'fedvg'", "did you mean 'fedavg'?"]),
         ("method=3", ["method: expected a method: a name, or target and args; got 3 (int)"]),
@@ -304,7 +315,10 @@ def test_apply_changes_only_what_is_named():
         ("evaluation.specialists=yes please", ["evaluation.specialists: expected bool, got 'yes please'"]),
         ("checkpoint.every=0", ["checkpoint.every: must be ≥ 1"]),
         ("fabric.precision=fp32", ["fabric.precision: expected one of '32-true'"]),
-        ("executor=parallel", ["executor: expected one of 'auto', 'sequential', 'batched', got 'parallel'"]),
+        (
+            "client_execution=parallel",
+            ["client_execution: expected one of 'auto', 'sequential', 'vectorized', got 'parallel'"],
+        ),
         ("callbacks.0=tensorbord", ["callbacks.0: unknown callback 'tensorbord'", "did you mean 'tensorboard'?"]),
         ("name=a/b", ["name: 'a/b' names a folder"]),
         ("name=..", ["name: '..' names a folder"]),
@@ -340,14 +354,14 @@ def test_an_empty_recipe_lacks_what_must_be_given():
 def test_everything_is_reported_at_once():
     found = problems(
         "federation.cleints=4",
-        "local.batch_size=x",
+        "local_training.batch_size=x",
         "partition.args.alpha=-1",
         "method.args.x=1",
         "nonsense",
         "student=mlpp",
-        "federation.participation=0.01",
+        "federation.client_fraction=0.01",
     )
-    heads = ["override 'nonsense'", "federation.cleints", "local.batch_size", "method.args.x", "student"]
+    heads = ["override 'nonsense'", "federation.cleints", "local_training.batch_size", "method.args.x", "student"]
     # participation is not judged while its section is in doubt; alpha is, since nothing is wrong beside it
     assert [sum(p.startswith(head) for p in found) for head in heads] == [1] * 5
     assert sum(p.startswith("partition.args.alpha") for p in found) == 1
@@ -356,7 +370,7 @@ def test_everything_is_reported_at_once():
 
 def test_a_problem_names_its_override():
     assert problems("seed=x") == ["seed: expected int, got 'x' (from the override 'seed=x')"]
-    assert "(from the override 'local={batch_size: x}')" in problems("local={batch_size: x}")[0]
+    assert "(from the override 'local_training={batch_size: x}')" in problems("local_training={batch_size: x}")[0]
 
 
 def test_a_target_s_override_is_blamed_and_not_the_recipe_s_line():
@@ -533,7 +547,7 @@ def test_no_torch_is_imported_before_a_recipe_is_right(tmp_path):
         data: digits
         partition: {target: dirichlet, args: {alpha: 0.1}}
         student: mlp
-        local: {optimizer: adamw, scheduler: {target: cosine_annealing_lr, args: {T_max: 5}}}
+        local_training: {optimizer: adamw, scheduler: {target: cosine_annealing_lr, args: {T_max: 5}}}
         channel: {upload: [{target: quantize, args: {bits: 4}}, zstd]}
         """,
     )
@@ -576,7 +590,7 @@ def test_instantiate_builds_what_is_nested():
         "method",
     )
     assert type(method).__name__ == "FederatedDistillation"
-    assert [type(f).name for f in method.confidence.factors] == ["entropy", "margin"]
+    assert [type(f).name for f in method.uploads.confidence.factors] == ["entropy", "margin"]
 
 
 def test_instantiate_supplies_what_the_constructor_takes():
@@ -727,10 +741,10 @@ def test_an_override_need_not_suit_a_variant_that_is_not_run():
         "method": "single_site",
         "data": "digits",
         "specialists": ["mlp"],
-        "local": {"optimizer": {"target": "adam", "args": {"lr": 0.1}}},
-        "compare": {"variants": {"other": {"local.optimizer": {"target": "sgd", "args": {"lr": 0.1}}}}},
+        "local_training": {"optimizer": {"target": "adam", "args": {"lr": 0.1}}},
+        "compare": {"variants": {"other": {"local_training.optimizer": {"target": "sgd", "args": {"lr": 0.1}}}}},
     }
-    override = "local.optimizer.args.betas=[0.9,0.99]"  # which sgd does not know
-    assert from_mapping(tree, [override]).local.optimizer.args["betas"] == [0.9, 0.99]
+    override = "local_training.optimizer.args.betas=[0.9,0.99]"  # which sgd does not know
+    assert from_mapping(tree, [override]).local_training.optimizer.args["betas"] == [0.9, 0.99]
     with pytest.raises(RecipeError, match="betas"):
         from_mapping(tree, [override], variant=tree["compare"]["variants"]["other"])

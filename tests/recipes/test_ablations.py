@@ -16,13 +16,13 @@ WITHOUT = {
     "no_curriculum": {"method.args.curriculum"},
     "no_communication_efficiency": {
         "method.args.features.args.components",
-        "method.args.subsample",
-        "method.args.cache",
-        "method.args.frequency",
+        "method.args.proxy_fraction",
+        "method.args.soft_label_cache_rounds",
+        "method.args.upload_policy",
         "channel.upload",
         "channel.download",
     },
-    "uniform_weights": {"method.args.confidence", "method.args.weights"},
+    "uniform_weights": {"method.args.confidence", "method.args.adaptive_client_weights"},
 }
 
 

@@ -38,7 +38,13 @@ def photographs(tmp_path):
 
 def test_the_quickstart_runs_every_part_of_its_method(tmp_path):
     path = ROOT / "quickstart_dual_encoder.yaml"
-    short = ["local.steps=3", "distil.steps=3", "digest.steps=3", "federation.rounds=2", "data.args.proxy=60"]
+    short = [
+        "local_training.steps=3",
+        "server_distil.steps=3",
+        "client_distil.steps=3",
+        "federation.rounds=2",
+        "data.args.proxy=60",
+    ]
     loop = build(load(path, [*CPU, *short]), tmp_path / "run")
     assert {client.architecture for client in loop.clients} == {
         "tiny_dual_encoder",
@@ -61,12 +67,12 @@ def test_the_recipe_for_a_large_model_runs_with_small_ones(photographs, tmp_path
         f"specialists=[{TINY}]",
         "federation.clients=3",
         "federation.rounds=2",
-        "federation.calibration=0.2",
-        "local.epochs=1",
-        "local.batch_size=8",
-        "digest.steps=2",
-        "distil.epochs=1",
-        "distil.batch_size=10",
+        "federation.calibration_fraction=0.2",
+        "local_training.epochs=1",
+        "local_training.batch_size=8",
+        "client_distil.steps=2",
+        "server_distil.epochs=1",
+        "server_distil.batch_size=10",
     ]
     recipe = load(path, overrides)
     assert "a later round sends" in describe(recipe, tmp_path / "check")
@@ -109,8 +115,8 @@ partition: by_group
 federation: {{clients: 4, rounds: 2}}
 specialists: [{{target: tiny_dual_encoder, args: {{dim: 32, widths: [8, 16, 32], text: bag}}}}]
 student: {{target: tiny_dual_encoder, args: {{dim: 32, widths: [8, 16, 32], text: bag}}}}
-local: {{steps: 60, batch_size: 64, optimizer: {{target: adam, args: {{lr: 0.002}}}}}}
-distil: {{steps: 120, batch_size: 64, optimizer: {{target: adam, args: {{lr: 0.002}}}}}}
+local_training: {{steps: 60, batch_size: 64, optimizer: {{target: adam, args: {{lr: 0.002}}}}}}
+server_distil: {{steps: 120, batch_size: 64, optimizer: {{target: adam, args: {{lr: 0.002}}}}}}
 """
     )
     loop = build(load(recipe, CPU), tmp_path / "run")

@@ -19,9 +19,9 @@ SHORT = [
     "fabric.precision=32-true",
     "fabric.threads=1",
     "federation.rounds=2",
-    "local.steps=2",
-    "digest.steps=1",
-    "distil.steps=2",
+    "local_training.steps=2",
+    "client_distil.steps=1",
+    "server_distil.steps=2",
     "data.args.context=48",
 ]
 
@@ -112,6 +112,6 @@ def test_a_recipe_runs_with_stand_ins(name, tmp_path):
 
 def test_specialists_with_tokenizers_of_their_own_have_them(tmp_path):
     loop = built("gpt2_student", tmp_path)
-    models = [loop.runtime.template(client.architecture) for client in loop.clients]
+    models = [loop.runtime.shared_module(client.architecture) for client in loop.clients]
     assert [isinstance(model, AlignedLanguageModel) for model in models] == [False, True, True] * 2
     assert [model.tokenizer.matches(model.data_tokenizer) for model in models] == [True, False, False] * 2

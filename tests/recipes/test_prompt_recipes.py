@@ -46,7 +46,7 @@ def towers(tmp_path_factory):
 
 
 def test_prompts_of_digits(towers, tmp_path):
-    short = [f"student.args.checkpoint={towers}", "federation.rounds=2", "local.steps=4"]
+    short = [f"student.args.checkpoint={towers}", "federation.rounds=2", "local_training.steps=4"]
     loop = build(load(ROOT / "prompts/digits.yaml", [*CPU, *short]), tmp_path / "run")
     shared = module_state(loop.server.student)["backbone.prompt.shared"]
     summary = loop.run()
@@ -65,7 +65,7 @@ def test_a_generator_in_the_place_of_vectors(towers, tmp_path):
     path = ROOT / "prompts/digits.yaml"
     args = {k: v for k, v in load(path).student.args.items() if k != "personal"} | {"checkpoint": str(towers)}
     student = {"target": "prompt_generator", "args": args | {"width": 8, "heads": 2}}
-    short = ["federation.rounds=1", "local.steps=4"]
+    short = ["federation.rounds=1", "local_training.steps=4"]
     loop = build(load(path, [*CPU, *short], {"method": "fedavg", "student": student}), tmp_path / "run")
     loop.run()
     sent = 4 * sum(tensor.numel() for tensor in module_state(loop.server.student).values())
@@ -74,7 +74,7 @@ def test_a_generator_in_the_place_of_vectors(towers, tmp_path):
 
 
 def test_prompts_that_the_server_makes_for_each_site(towers, tmp_path):
-    short = [f"student.args.checkpoint={towers}", "federation.rounds=2", "local.steps=4"]
+    short = [f"student.args.checkpoint={towers}", "federation.rounds=2", "local_training.steps=4"]
     loop = build(load(ROOT / "prompts/digits_per_site.yaml", [*CPU, *short]), tmp_path / "run")
     loop.run()
     shared = module_state(loop.server.student)["backbone.prompt.shared"]
@@ -91,7 +91,13 @@ def test_photographs_from_towers_to_prompts(tmp_path):
     images = {"x_train": x, "y_train": y, "x_test": x[:40], "y_test": y[:40], "classes": np.array(names["classes"])}
     np.savez(tmp_path / "photos.npz", **images)
     np.savez(tmp_path / "pairs.npz", **images, captions_train=sentences, captions_test=sentences[:40])
-    short = [*CPU, "data.args.validation=20", "federation.rounds=1", "local.steps=1", "local.batch_size=8"]
+    short = [
+        *CPU,
+        "data.args.validation=20",
+        "federation.rounds=1",
+        "local_training.steps=1",
+        "local_training.batch_size=8",
+    ]
     towers = build(
         load(ROOT / "prompts/photo_towers.yaml", [*short, f"data.args.path={tmp_path / 'pairs.npz'}"]),
         tmp_path / "towers",
@@ -155,7 +161,7 @@ def test_visual_prompts_with_a_small_vit(tmp_path):
         "partition=iid",
         "federation={clients: 2, rounds: 1}",
         f"student.args={{model: test_vit, checkpoint: {tmp_path}/vit.pth, prompts: 10}}",
-        "local.batch_size=50",
+        "local_training.batch_size=50",
     ]
     loop = build(load(ROOT / "prompts/vit_b16_cifar100.yaml", overrides), tmp_path / "run")
     loop.run()

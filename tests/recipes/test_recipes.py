@@ -2,14 +2,17 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from fdl.cli.check import describe
-from fdl.recipe import load
-from fdl.registry.kinds import KINDS, find, short_names
+from fdl.recipe import Recipe, load
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import short_names
+from fdl.registry.targets import find
 from tests import stand_ins
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +56,7 @@ def test_a_recipe_builds_what_it_names(path, overrides, tmp_path):
         different = {json.dumps([component.target, component.args], sort_keys=True) for component in recipe.specialists}
         assert len(trained) == min(len(different), len(loop.clients))
         for key in trained:
-            assert type(loop.runtime.template(key)) in {
+            assert type(loop.runtime.shared_module(key)) in {
                 find(component.target, KINDS["module"]).load() for component in recipe.specialists
             }
     else:
@@ -94,9 +97,9 @@ def slow_if_like_others(path, name):
 def test_check_tells_the_bytes_of_a_round(path, overrides, tmp_path):
     # the frozen encoder would embed every client's images, which takes long and sends nothing
     cheap = []
-    if load(path).data.target in stand_ins.SHAPES:
-        cheap = ["federation.clients=3", "federation.participation=1", "partition=iid"]
-    cheap += ["encoder.args.image_size=32"] if "image_size" in (load(path).encoder or _Nothing).args else []
+    if loaded(path).data.target in stand_ins.SHAPES:
+        cheap = ["federation.clients=3", "federation.client_fraction=1", "partition=iid"]
+    cheap += ["encoder.args.image_size=32"] if "image_size" in (loaded(path).encoder or _Nothing).args else []
     recipe = load(path, [*overrides(path), *cheap])
     text = describe(recipe, tmp_path / "run")
     if recipe.method.target in SILENT:
@@ -111,6 +114,12 @@ def test_check_tells_the_bytes_of_a_round(path, overrides, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@cache
+def loaded(path: Path) -> Recipe:
+    """A recipe as it stands, read once for all tests; no test changes it."""
+    return load(path)
+
+
 class _Nothing:
     args = ()
 
@@ -120,7 +129,7 @@ def test_the_first_comment_is_the_command_and_the_name_is_unique(path):
     first, second, third, *_ = path.read_text(encoding="utf-8").splitlines()
     assert first == f"# python -m fdl fit --recipe {path.relative_to(ROOT)}"
     assert second == "#" and third.startswith("# ") and third[2].isupper()
-    assert load(path).name == "-".join(path.relative_to(ROOT / "recipes").with_suffix("").parts).replace("_", "-")
+    assert loaded(path).name == "-".join(path.relative_to(ROOT / "recipes").with_suffix("").parts).replace("_", "-")
 
 
 def test_equal_specialists_share_a_template_and_others_have_names_of_their_own(tmp_path):
@@ -133,7 +142,7 @@ def test_equal_specialists_share_a_template_and_others_have_names_of_their_own(t
 
 
 def test_every_method_has_a_recipe():
-    covered = {load(path).method.target for path in RECIPES}
+    covered = {loaded(path).method.target for path in RECIPES}
     assert covered >= set(short_names(KINDS["method"]))
 
 
@@ -143,7 +152,7 @@ PROBED = [path for path in RECIPES if "probes:" in (text := path.read_text(encod
 @pytest.mark.parametrize("path", PROBED, ids=lambda path: path.stem)
 def test_no_variant_asks_a_student_that_its_method_does_not_have(path):
     # a probe of the recipe is asked in all of its variants, and building refuses it without a student
-    for name, changes in load(path).compare.variants.items():
+    for name, changes in loaded(path).compare.variants.items():
         recipe = load(path, [], changes)
         method = find(recipe.method.target, KINDS["method"]).load()
-        assert not recipe.evaluation.probes or "student" in method.requires, name
+        assert not recipe.evaluation.evaluators or "student" in method.requires, name

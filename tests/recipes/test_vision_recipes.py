@@ -32,18 +32,18 @@ def without_weights(monkeypatch):
     monkeypatch.setattr(torchvision.models, "get_model", lambda model, weights=None, **more: make(model, **more))
 
 
-def built(component, provides):
+def built(component, model_kwargs):
     with torch.device("meta"):
-        return instantiate(component, "module", "specialists.0", **provides)
+        return instantiate(component, "module", "specialists.0", **model_kwargs)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_specialists_are_what_the_recipe_says(name, without_weights):
-    provides, expected = EXPECTED[name]
+    model_kwargs, expected = EXPECTED[name]
     recipe = load(ROOT / f"recipes/{name}.yaml")
     assert len(recipe.specialists) == len(expected)
     for component, (tuning, millions, side) in zip(recipe.specialists, expected):
-        module = built(component, provides)
+        module = built(component, model_kwargs)
         assert all(tensor.is_meta for tensor in module.state_dict().values())
         assert module.adapter.output_shape == (3, side, side)
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -55,22 +55,22 @@ def test_specialists_are_what_the_recipe_says(name, without_weights):
             assert trained == count_parameters(module) and not module.frozen
         assert (count_parameters(module) - (trained if tuning == "lora" else 0)) / 1e6 == pytest.approx(millions, 0.03)
         with torch.device("meta"):
-            output = module(torch.empty(2, *provides["input_shape"]))
-        assert output.logits.shape == (2, provides["num_classes"])
+            output = module(torch.empty(2, *model_kwargs["input_shape"]))
+        assert output.logits.shape == (2, model_kwargs["num_classes"])
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_student_is_a_vit_base_that_is_trained_as_a_whole(name, without_weights):
-    provides, _ = EXPECTED[name]
-    module = built(load(ROOT / f"recipes/{name}.yaml").student, provides)
+    model_kwargs, _ = EXPECTED[name]
+    module = built(load(ROOT / f"recipes/{name}.yaml").student, model_kwargs)
     assert count_parameters(module) / 1e6 == pytest.approx(85.8, 0.002) and not module.frozen
     assert module.adapter.output_shape == (3, 224, 224) and module.embedding_dim == 768
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_encoder_is_frozen_and_public(name, without_weights):
-    provides, _ = EXPECTED[name]
+    model_kwargs, _ = EXPECTED[name]
     with torch.device("meta"):
-        encoder = instantiate(load(ROOT / f"recipes/{name}.yaml").encoder, "encoder", "encoder", **provides)
+        encoder = instantiate(load(ROOT / f"recipes/{name}.yaml").encoder, "encoder", "encoder", **model_kwargs)
     assert not any(parameter.requires_grad for parameter in encoder.module.parameters())
     assert encoder.nbytes() > 8e6 and encoder.module.adapter is not None

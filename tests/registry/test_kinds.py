@@ -7,8 +7,12 @@ import textwrap
 import pytest
 
 from fdl.errors import UserError
-from fdl.registry.kinds import KINDS, entries, find, kind_of, short_names, snake_case
-from fdl.registry.static_source import Definition, derives, lookup, signature
+from fdl.registry.installed import kind_of
+from fdl.registry.kinds import KINDS, snake_case
+from fdl.registry.plugins import entries, short_names
+from fdl.registry.static_signatures import signature
+from fdl.registry.static_source import Definition, derives, lookup
+from fdl.registry.targets import find
 from fdl.utils.imports import import_dotted
 from fdl.utils.suggest import suggest
 
@@ -21,7 +25,7 @@ def test_what_the_source_says_is_what_python_sees(kind, entry):
     imported = import_dotted(entry.path)
     assert found.definition is not None, "resolved without import"
     assert issubclass(imported, import_dotted(KINDS[kind].base))
-    if KINDS[kind].short is None:
+    if KINDS[kind].short_name is None:
         assert imported.name == entry.name
     if entry.path.startswith("fdl."):  # torch renames the modules of its optimisers
         assert entry.file.samefile(inspect.getsourcefile(imported))
@@ -41,17 +45,17 @@ def test_what_the_source_says_is_what_python_sees(kind, entry):
 def test_every_class_with_a_short_name_is_listed():
     """The other direction: classes found by importing all of fdl's plug-in modules."""
     for kind in KINDS.values():
-        if kind.short is not None:
+        if kind.short_name is not None:
             continue
         base = import_dotted(kind.base)
         classes = set()
-        for place in kind.places:
+        for place in kind.search_paths:
             module = importlib.import_module(place)
             folder = getattr(module, "__path__", [None])[0]
             names = [f"{place}.{f.stem}" for f in sorted(map_files(folder))] if folder else [place]
             for name in names:
                 for cls in vars(importlib.import_module(name)).values():
-                    own = isinstance(cls, type) and issubclass(cls, base) and cls is not base
+                    own = isinstance(cls, type) and issubclass(cls, base)
                     if own and cls.__module__ == name and vars(cls).get("name"):
                         classes.add((cls.name, f"{name}.{cls.__qualname__}"))
         assert classes == set(short_names(kind).items())
@@ -66,7 +70,9 @@ def map_files(folder):
 def test_listing_and_finding_import_no_torch():
     code = """
         import sys
-        from fdl.registry.kinds import KINDS, entries, find
+        from fdl.registry.kinds import KINDS
+        from fdl.registry.plugins import entries
+        from fdl.registry.targets import find
         for kind in KINDS.values():
             for entry in entries(kind):
                 find(entry.name, kind)

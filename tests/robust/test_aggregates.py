@@ -35,7 +35,7 @@ class Somewhere:
     def __init__(self, dry=False):
         self.state, self.metrics, self.round, self.seed, self.cache = {}, {}, 1, 0, {}
         self.proxy, self.num_classes = TensorSamples(torch.zeros(ROWS, 1)), CLASSES
-        self.runtime = type("Runtime", (), {"dry": dry})()
+        self.runtime = type("Runtime", (), {"is_dry_run": dry})()
 
 
 def answers(seed, clients=5, limit=6.0, subsets=True):
@@ -59,14 +59,16 @@ def taken(aggregate, messages, order=None):
 @pytest.mark.parametrize("space", ["probabilities", "logits"])
 def test_without_a_rule_it_is_the_mean_of_answers(space):
     messages = answers(0)
-    ours = taken(RobustAnswers(Plain(cap=None), Somewhere(), space), messages)
+    ours = taken(RobustAnswers(Plain(max_client_share=None), Somewhere(), space), messages)
     theirs = taken(ResponseMean(ROWS, CLASSES, space, cap=None), messages)
     torch.testing.assert_close(ours.probabilities, theirs.probabilities, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.agreement, theirs.agreement, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.coverage, theirs.coverage)
 
 
-@pytest.mark.parametrize("rule", [Median(), GeometricMedian(), ExpGuard(), Krum(f=0)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule", [Median(), GeometricMedian(), ExpGuard(), Krum(num_attackers=0)], ids=lambda r: type(r).__name__
+)
 def test_the_order_of_arrival_does_not_change_a_bit(rule):
     messages = answers(1, subsets=False)
     found = [taken(RobustAnswers(rule, Somewhere()), messages, order) for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2])]
@@ -78,11 +80,11 @@ def test_the_order_of_arrival_does_not_change_a_bit(rule):
 def test_rows_that_nobody_or_too_few_answer_stay_open():
     every, first = torch.arange(ROWS), torch.arange(3)
     messages = [Responses(torch.randn(len(rows), CLASSES), "logits", rows) for rows in (every, first, first)]
-    known = taken(RobustAnswers(Krum(f=0), Somewhere()), messages)
+    known = taken(RobustAnswers(Krum(num_attackers=0), Somewhere()), messages)
     assert known.coverage.tolist() == [3, 3, 3, 0, 0, 0]
     assert torch.equal(known.values[3:], torch.full((3, CLASSES), 1 / CLASSES))
     assert torch.isinf(known.log_weight[3:]).all()
-    assert taken(RobustAnswers(Krum(f=0), Somewhere()), messages[:1]) is None
+    assert taken(RobustAnswers(Krum(num_attackers=0), Somewhere()), messages[:1]) is None
 
 
 def test_a_loud_liar_has_no_more_than_its_cap():
@@ -96,7 +98,7 @@ def test_a_loud_liar_has_no_more_than_its_cap():
         taken(aggregate, messages)
         for aggregate in (
             ResponseMean(ROWS, CLASSES, cap=None),
-            RobustAnswers(Plain(cap=2.0), Somewhere()),
+            RobustAnswers(Plain(max_client_share=2.0), Somewhere()),
             RobustAnswers(Median(), server),
         )
     )
@@ -166,7 +168,7 @@ def test_sample_counts_are_claims():
 
 
 def test_what_does_not_fit_is_refused_and_too_few_change_nothing(caplog):
-    aggregate = RobustParameters(Krum(f=1), Somewhere(), like())
+    aggregate = RobustParameters(Krum(num_attackers=1), Somewhere(), like())
     for wrong in (Responses(torch.zeros(1, 2), "logits"), Parameters({"w": torch.ones(2, 3)}, 1)):
         with pytest.raises(RejectedMessageError):
             aggregate.add(wrong, 0)
@@ -176,8 +178,8 @@ def test_what_does_not_fit_is_refused_and_too_few_change_nothing(caplog):
     assert taken(aggregate, updates(4)) is None and "it needs 5 uploads and got 4" in caplog.text
 
 
-def test_in_a_rehearsal_every_rule_is_the_mean():
-    found = taken(RobustParameters(Krum(f=1), Somewhere(dry=True), like()), updates(2))
+def test_in_a_dry_run_every_rule_is_the_mean():
+    found = taken(RobustParameters(Krum(num_attackers=1), Somewhere(dry=True), like()), updates(2))
     torch.testing.assert_close(found["w"], torch.stack([m.tensors["w"] for m in updates(2)]).mean(0))
 
 
@@ -205,7 +207,7 @@ def test_trust_in_weights_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("robust", "needs"),
     [
-        ({"target": "krum", "args": {"f": 2}}, 7),
+        ({"target": "krum", "args": {"num_attackers": 2}}, 7),
         ({"target": "expguard", "args": {"rule": {"target": "multi_krum"}}}, 5),
         ("krum", 5),
         ({"target": "median"}, 0),
@@ -214,7 +216,7 @@ def test_trust_in_weights_by_hand(tmp_path):
 def test_a_cohort_that_is_too_small_for_a_rule_is_told_before_the_run(robust, needs):
     tree = {"method": {"target": "fedavg", "args": {"robust": robust}}, "data": {"target": "digits"}, "student": "mlp"}
     for clients, problem in ((max(needs, 1), False), (needs - 1, True))[: 2 if needs else 1]:
-        tree["federation"] = {"clients": 2 * clients, "participation": 0.5}
+        tree["federation"] = {"clients": 2 * clients, "client_fraction": 0.5}
         if problem:
             with pytest.raises(UserError, match=f"needs {needs} uploads in a round"):
                 from_mapping(tree)
@@ -231,8 +233,8 @@ def test_what_would_go_around_a_rule_is_refused():
     from fdl.knowledge.distillation.personalization import Similarity
     from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 
-    with pytest.raises(UserError, match="personal would go around it"):
-        FederatedDistillation(robust=Median(), personal=Similarity())
+    with pytest.raises(UserError, match="personalization would go around it"):
+        FederatedDistillation(robust=Median(), personalization=Similarity())
     with pytest.raises(UserError, match="prototypes would go around it"):
         FederatedDistillation(robust=Median(), prototypes=PrototypeTransfer())
 
@@ -261,8 +263,8 @@ def digits(method, tmp_path, rounds, **more):
         "data": {"target": "digits", "args": {"proxy": 300, "validation": 100, "test": 360}},
         "federation": {"clients": 10, "rounds": rounds},
         "student": {"target": "mlp", "args": {"hidden": [32]}},
-        "local": {"steps": 40, "batch_size": 32, "optimizer": {"target": "adam", "args": {"lr": 0.005}}},
-        "distil": {"steps": 80, "batch_size": 64, "optimizer": {"target": "adam", "args": {"lr": 0.005}}},
+        "local_training": {"steps": 40, "batch_size": 32, "optimizer": {"target": "adam", "args": {"lr": 0.005}}},
+        "server_distil": {"steps": 80, "batch_size": 64, "optimizer": {"target": "adam", "args": {"lr": 0.005}}},
         "fabric": {"threads": 1, "accelerator": "cpu"},
         "evaluation": {"specialists": False, "every": rounds},
         "callbacks": [],
@@ -287,7 +289,7 @@ def test_weights_of_digits_survive_two_liars_of_ten(tmp_path):
 
 def test_answers_of_digits_survive_two_liars_of_ten(tmp_path):
     more = {"specialists": [{"target": "mlp", "args": {"hidden": [32]}}]}
-    confidence = {"confidence": {"target": "entropy"}, "cap": None}
+    confidence = {"confidence": {"target": "entropy"}, "max_client_share": None}
     broken = digits({"target": "federated_distillation", "args": confidence}, tmp_path / "mean", 1, **more)
     args = {**confidence, "robust": {"target": "geometric_median"}}
     held = digits({"target": "federated_distillation", "args": args}, tmp_path / "robust", 1, **more)

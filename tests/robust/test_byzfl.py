@@ -23,8 +23,8 @@ class Clipped:
         (Median(), byzfl.Median()),
         (TrimmedMean, byzfl.TrMean(f=2)),
         (GeometricMedian(), byzfl.GeometricMedian(nu=1e-9, T=2000)),
-        (Krum(f=1), byzfl.Krum(f=2)),
-        (MultiKrum(f=1, keep=7), None),
+        (Krum(num_attackers=1), byzfl.Krum(f=2)),
+        (MultiKrum(num_attackers=1, keep=7), None),
         (NormClipping(2.5), Clipped()),
     ],
     ids=lambda rule: type(rule).__name__,
@@ -34,6 +34,6 @@ def test_as_byzfl(ours, theirs, n, seed):
     ours = ours(2 / n) if ours is TrimmedMean else ours
     theirs = theirs or byzfl.MultiKrum(f=n - 7)
     if isinstance(ours, MultiKrum) and not isinstance(ours, Krum):
-        ours = MultiKrum(f=n - 8, keep=7)  # byzfl keeps n − f and counts n − f − 1
+        ours = MultiKrum(num_attackers=n - 8, keep=7)  # byzfl keeps n − f and counts n − f − 1
     expected = torch.as_tensor(theirs(x.numpy()))
     torch.testing.assert_close(decide(ours, x), expected.double(), rtol=1e-5, atol=1e-5)

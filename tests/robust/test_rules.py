@@ -11,15 +11,15 @@ from fdl.robust.coordinate_wise import Median, TrimmedMean
 from fdl.robust.distance_based import Cronus, GeometricMedian, Krum, MultiKrum, NormClipping
 from fdl.robust.history import ExpGuard
 from fdl.robust.trust import FLTrust
-from fdl.robust.votes import capped
+from fdl.robust.votes import cap_shares
 from tests.robust.votes import NoServer, ballot, decide
 
 RULES = [
     Median(),
     TrimmedMean(0.2),
     GeometricMedian(),
-    Krum(f=1),
-    MultiKrum(f=1),
+    Krum(num_attackers=1),
+    MultiKrum(num_attackers=1),
     Cronus(0.2),
     NormClipping(),
     NormClipping(0.5),
@@ -34,7 +34,9 @@ def vectors(seed, n=7, d=5):
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"), [(Median(), 2), (TrimmedMean(0.2), 2), (TrimmedMean(0.0), 201.2), (Krum(f=1), 2)], ids=ids
+    ("rule", "expected"),
+    [(Median(), 2), (TrimmedMean(0.2), 2), (TrimmedMean(0.0), 201.2), (Krum(num_attackers=1), 2)],
+    ids=ids,
 )
 def test_five_numbers_of_which_one_lies(rule, expected):
     # Krum counts 5 - 1 - 2 = 2 neighbours: 1 and 2 both have 1 + 1; of equal scores the smaller id wins
@@ -43,7 +45,9 @@ def test_five_numbers_of_which_one_lies(rule, expected):
 
 
 @pytest.mark.parametrize(
-    "rule", [Krum(f=1), MultiKrum(f=1), Median(), GeometricMedian(), ExpGuard(), Cronus(0.2)], ids=ids
+    "rule",
+    [Krum(num_attackers=1), MultiKrum(num_attackers=1), Median(), GeometricMedian(), ExpGuard(), Cronus(0.2)],
+    ids=ids,
 )
 @pytest.mark.parametrize("far", [100.0, 1e30])
 def test_four_at_zero_and_one_far_away(rule, far):
@@ -55,7 +59,7 @@ def test_four_at_zero_and_one_far_away(rule, far):
 
 def test_the_size_of_a_lie_does_not_blur_the_honest():
     honest = vectors(0, n=6)
-    for rule in (GeometricMedian(), Krum(f=1), MultiKrum(f=1, keep=3), Cronus(0.2)):
+    for rule in (GeometricMedian(), Krum(num_attackers=1), MultiKrum(num_attackers=1, keep=3), Cronus(0.2)):
         near, far = (decide(rule, torch.cat([honest, torch.full((1, 5), size)])) for size in (1e7, 1e35))
         torch.testing.assert_close(near, far, rtol=0, atol=1e-4)
         assert near.norm() < honest.norm(dim=1).max()
@@ -108,7 +112,7 @@ def test_who_does_not_answer_a_row_has_no_part_in_it(rule):
 def test_krum_decides_nothing_about_rows_of_too_few():
     x = torch.zeros(5, 2, 3)
     x[4, 1] = math.nan
-    assert Krum(f=1).decide(ballot(x)).decided.tolist() == [True, False]
+    assert Krum(num_attackers=1).decide(ballot(x)).decided.tolist() == [True, False]
 
 
 def test_a_weighted_median_is_that_of_repeated_values():
@@ -212,7 +216,7 @@ def test_capped_shares_sum_to_one_and_none_is_above_the_cap(seed, n, cap):
     g = torch.Generator().manual_seed(seed)
     logs = (torch.rand(n, 6, generator=g, dtype=torch.float64) * 2 - 1) * 32
     logs[torch.rand(n, 6, generator=g) < 0.3] = -math.inf
-    shares, count = capped(logs, cap), torch.isfinite(logs).sum(0)
+    shares, count = cap_shares(logs, cap), torch.isfinite(logs).sum(0)
     torch.testing.assert_close(shares.sum(0), (count > 0).double())
     assert (shares <= (cap / count.clamp_min(1).double()).clamp_max(1) + 1e-9).all()
     # who is not cut keeps its proportion to others who are not
@@ -224,17 +228,17 @@ def test_capped_shares_sum_to_one_and_none_is_above_the_cap(seed, n, cap):
 
 def test_a_cap_of_one_ignores_confidence_and_none_keeps_it():
     logs = torch.tensor([[30.0], [0.0], [-30.0], [-math.inf]], dtype=torch.float64)
-    torch.testing.assert_close(capped(logs, 1.0)[:3], torch.full((3, 1), 1 / 3).double())
-    torch.testing.assert_close(capped(logs, None), torch.softmax(logs, 0))
+    torch.testing.assert_close(cap_shares(logs, 1.0)[:3], torch.full((3, 1), 1 / 3).double())
+    torch.testing.assert_close(cap_shares(logs, None), torch.softmax(logs, 0))
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Median(cap=0.5), "cap must be at least 1"),
+        (lambda: Median(max_client_share=0.5), "max_client_share must be at least 1"),
         (lambda: TrimmedMean(0.5), "beta must be in"),
         (lambda: Cronus(0.0), "epsilon must be in"),
-        (lambda: Krum(f=-1), "f must be at least 0"),
+        (lambda: Krum(num_attackers=-1), "num_attackers must be at least 0"),
         (lambda: NormClipping(0.0), "limit must be a number > 0"),
         (lambda: FLTrust(judge="nobody"), "judge must be one of server, peers"),
         (lambda: ExpGuard(fade=0.0), "fade must be in"),

@@ -10,11 +10,12 @@ from rich.console import Console
 from scipy.stats import ttest_rel
 
 from fdl.runs import compare_report
+from fdl.runs.comparison import References
 from tests.callbacks.fakes import record
 from tests.callbacks.test_tensorboard import curves, hparams, read
 
 STUDENT = "student/test/accuracy"
-REFERENCES = ("centralized", "fedavg", "single_site")
+REFERENCES = References("centralized", "fedavg", "single_site")
 
 
 def text_of(show, *arguments):
@@ -80,7 +81,7 @@ ROWS = [
 
 
 def table(rows=ROWS, reference="centralized", bytes_reference="fedavg", single_site="single_site"):
-    lines = compare_report.compare_table(rows, reference, bytes_reference, single_site)
+    lines = compare_report.compare_table(rows, References(reference, bytes_reference, single_site))
     return {line["variant"]: line for line in lines}
 
 
@@ -253,7 +254,7 @@ def test_a_run_of_a_version_that_did_not_count_the_delivery_has_no_bytes_in_all(
 
 
 def test_csv_keeps_every_number(tmp_path):
-    lines = compare_report.compare_table(ROWS, *REFERENCES)
+    lines = compare_report.compare_table(ROWS, REFERENCES)
     compare_report.write_compare_csv(tmp_path / "compare.csv", lines)
     with open(tmp_path / "compare.csv", newline="") as file:
         stored = list(csv.DictReader(file))
@@ -265,7 +266,7 @@ def test_csv_keeps_every_number(tmp_path):
 
 
 def test_json_has_every_seed_and_every_client(tmp_path):
-    compare_report.write_compare_json(tmp_path / "compare.json", ROWS, *REFERENCES)
+    compare_report.write_compare_json(tmp_path / "compare.json", ROWS, REFERENCES)
     found = json.loads((tmp_path / "compare.json").read_text())
     assert list(found["references"].values()) == list(REFERENCES)
     ours = next(one for one in found["runs"] if (one["variant"], one["seed"]) == ("ours", 1))
@@ -289,8 +290,8 @@ def parts(text):
 
 
 def test_markdown_is_tables_and_a_legend(tmp_path):
-    lines = compare_report.compare_table(ROWS, *REFERENCES)
-    compare_report.write_compare_markdown(tmp_path / "compare.md", lines, *REFERENCES)
+    lines = compare_report.compare_table(ROWS, REFERENCES)
+    compare_report.write_compare_markdown(tmp_path / "compare.md", lines, REFERENCES)
     text = (tmp_path / "compare.md").read_text(encoding="utf-8")
     found = parts(text)
     assert list(found) == list(compare_report.PARTS)
@@ -320,9 +321,9 @@ def test_columns_that_say_nothing_are_left_out_of_what_people_read(tmp_path):
 
 @pytest.mark.parametrize("width", [40, 300])
 def test_printed_comparison_is_whole_on_any_screen(width):
-    lines = compare_report.compare_table([*ROWS, run("with[brackets]", 0, [0.5])], *REFERENCES)
+    lines = compare_report.compare_table([*ROWS, run("with[brackets]", 0, [0.5])], REFERENCES)
     console = Console(file=io.StringIO(), width=width)
-    compare_report.print_compare(lines, console, *REFERENCES)
+    compare_report.print_compare(lines, console, REFERENCES)
     text = console.file.getvalue()
     ours = next(line.split("  ") for line in text.splitlines() if line.strip().startswith("ours"))
     cells = [cell.strip() for cell in ours if cell.strip()]
@@ -351,7 +352,7 @@ def test_comparison_in_tensorboard_has_a_run_a_row_however_often_it_is_written(t
         for one in row["summary"]["history"]:
             one |= {key: record(1)[key] for key in ("cohort", "dropped", "refused", "seconds")}
     compare_report.log_compare(tmp_path, rows)
-    compare_report.log_compare(tmp_path, rows, None, None, "single_site")
+    compare_report.log_compare(tmp_path, rows, References(single_site="single_site"))
     folders = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
     assert folders == ["ours-seed0", "ours-seed1", "single_site-seed1"]
     events = read(tmp_path / "tensorboard" / "ours-seed1")
@@ -368,7 +369,7 @@ def test_comparison_in_tensorboard_has_a_run_a_row_however_often_it_is_written(t
 
 def test_legend_of_a_loss():
     rows = [run(name, 0, [2.0], score="nll") for name in ("centralized", "ours")]
-    lines = compare_report.compare_table(rows, "centralized")
-    legend = compare_report.compare_caption(lines, "centralized")
+    lines = compare_report.compare_table(rows, References("centralized"))
+    legend = compare_report.compare_caption(lines, References("centralized"))
     assert "NLL on test data, less is better" in legend and "KTE" not in legend
     assert not any(math.isfinite(line["kte_mean"] or math.nan) for line in lines)

@@ -135,7 +135,7 @@ def language(**student):
         "data": {"target": "python_docstrings", "args": {"packages": ["omegaconf", "tensorboard"], "context": 32}},
         "federation": {"clients": 2},
         "student": {"target": "causal_lm", "args": student},
-        "local": {"steps": 2},
+        "local_training": {"steps": 2},
         "callbacks": [],
         "evaluation": {"metrics": ["nll"]},
     }
@@ -154,7 +154,7 @@ def test_transformers_reads_model_and_tokenizer_back(tmp_path):
     tokens = tokens.clamp_min(0)
     assert torch.equal(model.eval()(input_ids=tokens).logits, student(tokens).logits)
     text = "naïve text, 3 × 4"
-    assert tokenizer(text)["input_ids"] == loop.server.provides["tokenizer"].encode(text)
+    assert tokenizer(text)["input_ids"] == loop.server.model_kwargs["tokenizer"].encode(text)
     program = torch.export.load(export(run, "torch") / "model.pt2").module()
     assert torch.allclose(program(tokens), student(tokens).logits, atol=1e-5)
 

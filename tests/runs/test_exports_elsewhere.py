@@ -39,7 +39,7 @@ def tree(data, student, steps=12, **more):
         "data": data,
         "federation": {"clients": 2, "rounds": 2},
         "student": student,
-        "local": {"steps": steps, "optimizer": {"target": "adam", "args": {"lr": 0.01}}},
+        "local_training": {"steps": steps, "optimizer": {"target": "adam", "args": {"lr": 0.01}}},
         "callbacks": [],
         "fabric": {"accelerator": "cpu"},
         **more,
@@ -115,7 +115,7 @@ def test_a_padded_and_cut_batch_gives_the_runs_answers(tmp_path, family):
     own, loop = student_of(tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "private texts.jsonl").read_text().splitlines()]
     ids = [loop.server.test.batch(torch.tensor([i]))[0][0] for i in range(len(loop.server.test))]
-    held = [loop.server.provides["tokenizer"].decode(row[row >= 0].tolist()) for row in ids]
+    held = [loop.server.model_kwargs["tokenizer"].decode(row[row >= 0].tolist()) for row in ids]
     whole = {row["text"][:38]: row["text"] for row in rows}
     asked = [whole[text] for text in held]  # of unequal lengths, some beyond the context
     assert max(map(len, asked)) > 40 > min(map(len, asked))
@@ -146,7 +146,7 @@ def test_a_language_model_reads_and_goes_on_as_it_was_trained(tmp_path):
     folder = export(tmp_path / "run", "transformers")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     own, loop = student_of(tmp_path / "run")
-    ours = loop.server.provides["tokenizer"]
+    ours = loop.server.model_kwargs["tokenizer"]
     prompts = ["good lov", "a"]
     assert tokenizer(prompts)["input_ids"] == [ours.encode(text) for text in prompts]
     ids = torch.tensor([ours.encode("lovely great")])
@@ -175,7 +175,7 @@ def test_open_clips_preprocessing_is_that_of_the_run(tmp_path):
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{export(tmp_path / 'run', 'open_clip')}")
     own, loop = student_of(tmp_path / "run")
     (images, _), _ = loop.server.test.batch(torch.arange(4))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in loop.server.provides["normalization"])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in loop.server.model_kwargs["normalization"])
     raw = [pictures.to_pil_image((image * std + mean).clamp(0, 1)) for image in images]
     with torch.no_grad():
         found = model.eval().encode_image(torch.stack([preprocess(picture) for picture in raw]), normalize=True)

@@ -59,7 +59,7 @@ def test_other_frozen_weights_are_another_run(weights, tmp_path):
 def test_a_model_that_is_all_frozen_trains_nothing(weights, tmp_path):
     loop = build(tree(weights), tmp_path / "run")
     client, student = loop.clients[0], loop.server.student.requires_grad_(False)
-    assert client.fit(student, client.train, client.local) == {}
+    assert client.fit(student, client.train, client.local_training) == {}
 
 
 def test_an_optimizer_of_the_server_moves_what_is_trained_alone(weights, tmp_path):

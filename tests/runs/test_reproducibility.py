@@ -19,7 +19,8 @@ from fdl.encoders.base import PCA
 from fdl.engine.runtime import Runtime
 from fdl.federation import snapshot
 from fdl.loop import FederatedLoop
-from fdl.registry.kinds import KINDS, entries
+from fdl.registry.kinds import KINDS
+from fdl.registry.plugins import entries
 from fdl.state import checkpoint
 from fdl.utils.threads import pinned
 from tests.rank_jobs import JOBS, outcome, recipe, run

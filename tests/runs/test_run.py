@@ -23,11 +23,11 @@ name: small
 method: {target: federated_distillation, args: {confidence: {target: density, args: {k: 3}}}}
 data: {target: digits, args: {proxy: 100, validation: 100, test: 200}}
 partition: {target: dirichlet, args: {alpha: 0.3}}
-federation: {clients: 4, rounds: 5, participation: 0.75, dropout: 0.2}
+federation: {clients: 4, rounds: 5, client_fraction: 0.75, dropout: 0.2}
 specialists: [{target: mlp, args: {hidden: [32]}}, {target: mlp, args: {hidden: [16, 16]}}]
 student: {target: mlp, args: {hidden: [32]}}
-local: {steps: 60, optimizer: {target: adam, args: {lr: 0.002}}}
-distil: {steps: 150, optimizer: {target: adam, args: {lr: 0.002}}}
+local_training: {steps: 60, optimizer: {target: adam, args: {lr: 0.002}}}
+server_distil: {steps: 150, optimizer: {target: adam, args: {lr: 0.002}}}
 channel: {upload: [{target: quantize, args: {bits: 8}}, {target: deflate}]}
 evaluation: {metrics: [accuracy, nll]}
 fabric: {accelerator: cpu, threads: 1}
@@ -39,7 +39,7 @@ compare:
     centralized: {method: centralized}
 """
 
-QUICK = ["federation.rounds=2", "local.steps=10", "distil.steps=10"]
+QUICK = ["federation.rounds=2", "local_training.steps=10", "server_distil.steps=10"]
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +219,9 @@ def test_resume_needs_a_checkpoint_of_the_same_recipe(recipe, straight, tmp_path
     code, _, err = here(capsys, *fit, tmp_path / "none", "--resume")
     assert code == 2 and "there is no checkpoint to resume from" in err
 
-    changed = ["local.steps=9", "seed=4"]
+    changed = ["local_training.steps=9", "seed=4"]
     code, _, err = here(capsys, *fit, straight[0], "--resume", *changed)
-    assert code == 2 and "local.steps: 60 there, 9 here" in err and "seed: 0 there, 4 here" in err
+    assert code == 2 and "local_training.steps: 60 there, 9 here" in err and "seed: 0 there, 4 here" in err
     code, _, err = here(capsys, *fit, straight[0], *changed)
     assert code == 2 and "holds a finished run of another recipe" in err and "--output-dir" in err
 
@@ -250,7 +250,7 @@ def test_resume_needs_a_checkpoint_of_the_same_recipe(recipe, straight, tmp_path
         (["federation.clients=5000"], ["partition", "5000"]),
         (["partition.args.alpha=0"], ["partition", "alpha", "> 0"]),
         (["partition.args.alpha=-1"], ["partition", "alpha", "> 0"]),
-        (["federation.participation=0.01"], ["federation.participation", "selects nobody"]),
+        (["federation.client_fraction=0.01"], ["federation.client_fraction", "selects nobody"]),
         (["method={target: feddf, args: {architectures: specialists}}", "specialists=[]"], ["specialists: missing"]),
         (["data.args.test=1797"], ["test"]),
         (["fabric.devices=two"], ["fabric", "two"]),

@@ -33,7 +33,7 @@ RECIPE = {
     "data": {"target": "digits", "args": {"proxy": 0, "validation": 50, "test": 100, "limit": 400}},
     "federation": {"clients": 2, "rounds": 2},
     "student": {"target": "mlp", "args": {"hidden": [8]}},
-    "local": {"steps": 5},
+    "local_training": {"steps": 5},
     "callbacks": ["csv"],
     "fabric": {"accelerator": "cpu", "threads": 1},
 }
@@ -50,7 +50,7 @@ def recipe(tmp_path, monkeypatch):
 @pytest.fixture
 def finished(recipe):
     """The folder of a finished run."""
-    fdl.fit(recipe, "run")
+    fdl.fit(recipe, output_dir="run")
     return Path("run")
 
 
@@ -103,7 +103,7 @@ def test_the_current_folder_is_refused_unless_it_is_empty(recipe, capsys, monkey
     assert code == 2 and "holds no run of fdl, but small.yaml" in err
     Path("empty").mkdir()
     monkeypatch.chdir("empty")
-    fdl.fit("../small.yaml", ".")
+    fdl.fit("../small.yaml", output_dir=".")
     assert Path("summary.json").is_file()
 
 
@@ -122,7 +122,7 @@ def test_a_loop_from_python_mixes_with_no_other_run(finished):
 
     before = files_of(finished)
     with pytest.raises(UserError, match=r"run: holds files of a run: best\.safetensors, metrics\.csv"):
-        build(fdl.load(RECIPE), "run").run()
+        build(fdl.load_recipe(RECIPE), "run").run()
     assert files_of(finished) == before
 
 
@@ -136,14 +136,14 @@ def test_a_replaced_run_comes_back_where_the_new_one_saves_no_round(finished, ca
     before = files_of(finished)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
         failing(patch, at)
-        fdl.fit("small.yaml", finished, overwrite=True, overrides=["seed=1"])
+        fdl.fit("small.yaml", output_dir=finished, overwrite=True, overrides=["seed=1"])
     after = files_of(finished)
     if at == 1:
         assert after == before
     else:  # round 1 of the new run is saved: there is something to go on with
-        assert fdl.load(finished / "recipe.yaml").seed == 1 and "summary.json" not in after
+        assert fdl.load_recipe(finished / "recipe.yaml").seed == 1 and "summary.json" not in after
         assert [name for name in after if name.startswith("export")] == ["export-torch/mine.txt"]
-        assert fdl.fit("small.yaml", finished, resume=True, overrides=["seed=1"])["seed"] == 1
+        assert fdl.fit("small.yaml", output_dir=finished, resume=True, overrides=["seed=1"]).summary["seed"] == 1
     assert not any(name.startswith(".") for name in after)
 
 
@@ -200,12 +200,12 @@ def test_the_summary_is_there_before_attacks_and_callbacks_can_fail(recipe):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "build", build)
         with pytest.raises(RuntimeError, match="no such font"):
-            fdl.fit(recipe, "run")
+            fdl.fit(recipe, output_dir="run")
         with pytest.raises(UserError, match="nonsense"):
-            fdl.fit(recipe, "other", overrides=["evaluation.attacks=[tests.runs.test_run_folder.Nonsense]"])
-    assert runs.is_complete(fdl.load(recipe), Path("run"))
-    assert fdl.fit(recipe, "run", resume=True)["rounds"] == 2
-    asked = fdl.load(recipe, ["evaluation.attacks=[loss_threshold]"])
+            fdl.fit(recipe, output_dir="other", overrides=["evaluation.attacks=[tests.runs.test_run_folder.Nonsense]"])
+    assert runs.is_complete(fdl.load_recipe(recipe), Path("run"))
+    assert fdl.fit(recipe, output_dir="run", resume=True).summary["rounds"] == 2
+    asked = fdl.load_recipe(recipe, ["evaluation.attacks=[loss_threshold]"])
     assert json.loads(Path("other/summary.json").read_text())["audit"] is None
     assert not runs.is_complete(asked, Path("other"))
 
@@ -228,7 +228,7 @@ def test_a_second_audit_keeps_the_first(finished, capsys):
         assert (finished / f"audit-{number}.json").read_bytes() == first
     assert {path.name for path in (finished / "tensorboard").glob("audit*")} == {"audit", "audit-1", "audit-2"}
     (finished / "audit.json").write_text("newest")
-    assert fdl.fit("small.yaml", finished, overwrite=True)["rounds"] == 2
+    assert fdl.fit("small.yaml", output_dir=finished, overwrite=True).summary["rounds"] == 2
     assert not list(finished.rglob("audit*"))
 
 
@@ -264,7 +264,7 @@ def test_a_folder_that_another_process_has_is_refused(recipe, capsys):
         assert code == 2 and f"run: is in use by process {process.pid} on {Holder.current().host} since " in err
     process.communicate()
     assert not Path("run").exists()  # it was made for the lock, and nothing was put there
-    fdl.fit(recipe, "run")
+    fdl.fit(recipe, output_dir="run")
     assert not Path("run", LOCK).exists()
 
 
@@ -273,7 +273,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(recipe):
     process.kill()
     process.wait()
     assert Path("run", LOCK).exists()
-    assert fdl.fit(recipe, "run")["rounds"] == 2
+    assert fdl.fit(recipe, output_dir="run").summary["rounds"] == 2
 
 
 def test_the_lock_of_another_machine_is_respected_until_somebody_deletes_it(recipe, monkeypatch):
@@ -281,7 +281,7 @@ def test_the_lock_of_another_machine_is_respected_until_somebody_deletes_it(reci
     lock = Path("run", LOCK)
     lock.write_text(json.dumps({"pid": 1, "host": "node7", "since": "2026-01-01 00:00:00", "job": "12", "restart": 0}))
     with pytest.raises(UserError, match=r"in use by process 1 on node7 since 2026.*delete run/\.fdl\.lock"):
-        fdl.fit(recipe, "run")
+        fdl.fit(recipe, output_dir="run")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     with pytest.raises(UserError, match="node7"):
         require_unlocked(Path("run"))
@@ -314,7 +314,7 @@ def test_the_best_student_is_kept_whatever_rounds_are_saved(recipe, monkeypatch)
     scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.2, 5: 0.9}
     weights = scored(monkeypatch, scores)
     rounds = ["federation.rounds=5", "checkpoint.every=4"]
-    summary = fdl.fit(recipe, "run", overrides=rounds)
+    summary = fdl.fit(recipe, output_dir="run", overrides=rounds).summary
     assert summary["best"]["round"] == 2
     best = checkpoint.load_best(Path("run") / BEST)
     assert best["round"] == 2
@@ -342,11 +342,11 @@ def test_a_killed_run_goes_on_from_the_best_student_of_its_checkpoint(recipe, mo
     with monkeypatch.context() as patch:
         failing(patch, 4)
         with pytest.raises(RuntimeError, match="crash"):
-            fdl.fit(recipe, "run", overrides=rounds)
+            fdl.fit(recipe, output_dir="run", overrides=rounds)
     assert checkpoint.round_of(Path("run", BEST)) == 3 and checkpoint.round_of(Path("run", BEFORE)) == 1
     first = weights[1]
     scores.update(better)
-    number = fdl.fit(recipe, "run", overrides=rounds, resume=True)["best"]["round"]
+    number = fdl.fit(recipe, output_dir="run", overrides=rounds, resume=True).summary["best"]["round"]
     assert number == (3 if better[3] == 0.9 else 1)
     best = checkpoint.load_best(Path("run", BEST))
     assert best["round"] == number and not Path("run", BEFORE).exists()
@@ -404,7 +404,7 @@ def test_an_ignored_signal_stays_ignored(recipe, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         callback = f"callbacks=[{{target: tests.runs.test_run_folder.Signal, args: {{number: {int(signal.SIGHUP)}}}}}]"
-        assert fdl.fit(recipe, "run", overrides=[callback])["rounds"] == 2
+        assert fdl.fit(recipe, output_dir="run", overrides=[callback]).summary["rounds"] == 2
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -413,7 +413,7 @@ def test_a_signal_before_the_first_round_leaves_the_earlier_run(finished, monkey
     before = files_of(finished)
     failing(monkeypatch, 1, KeyboardInterrupt())
     with pytest.raises(Interrupted) as caught:
-        fdl.fit("small.yaml", finished, overwrite=True)
+        fdl.fit("small.yaml", output_dir=finished, overwrite=True)
     assert caught.value.saved is False and files_of(finished) == before
 
 
@@ -434,30 +434,33 @@ def test_a_run_goes_on_with_data_that_have_moved_and_with_no_others(tmp_path, mo
     write_arrays(Path("c/x.npz"), shift=0.1)
     data = {"target": "arrays", "args": {"path": "a/x.npz", "validation": 10}}
     recipe = {**RECIPE, "data": data}
-    whole = fdl.fit(recipe, "whole")
-    fdl.fit({**recipe, "federation": {"clients": 2, "rounds": 1}}, "run")
+    whole = fdl.fit(recipe, output_dir="whole").summary
+    fdl.fit({**recipe, "federation": {"clients": 2, "rounds": 1}}, output_dir="run")
     with pytest.raises(UserError, match="the data, or who holds which of them, changed"):
-        fdl.fit(recipe, "run", overrides=["data.args.path=c/x.npz"], resume=True)
-    assert fdl.load("run/recipe.yaml").data.args["path"] == "a/x.npz"
-    moved = fdl.fit(recipe, "run", overrides=["data.args.path=b/moved.npz"], resume=True)
+        fdl.fit(recipe, output_dir="run", overrides=["data.args.path=c/x.npz"], resume=True)
+    assert fdl.load_recipe("run/recipe.yaml").data.args["path"] == "a/x.npz"
+    moved = fdl.fit(recipe, output_dir="run", overrides=["data.args.path=b/moved.npz"], resume=True).summary
     assert moved["metrics"] == whole["metrics"] and moved["rounds"] == 2
-    assert fdl.load("run/recipe.yaml").data.args["path"] == "b/moved.npz"
+    assert fdl.load_recipe("run/recipe.yaml").data.args["path"] == "b/moved.npz"
     # a complete run, too, is that of these data only where they are the same
     with pytest.raises(UserError, match="the data, or who holds which of them, changed"):
-        fdl.fit(recipe, "run", overrides=["data.args.path=c/x.npz"], resume=True)
-    assert fdl.fit(recipe, "run", overrides=["data.args.path=a/x.npz"], resume=True)["metrics"] == whole["metrics"]
+        fdl.fit(recipe, output_dir="run", overrides=["data.args.path=c/x.npz"], resume=True)
+    assert (
+        fdl.fit(recipe, output_dir="run", overrides=["data.args.path=a/x.npz"], resume=True).summary["metrics"]
+        == whole["metrics"]
+    )
 
 
 FREED = [
-    ["name=other", "output=elsewhere", "profile=true"],
+    ["name=other", "output_dir=elsewhere", "profile=true"],
     ["evaluation.batch_size=7"],
-    ["executor=batched"],
-    ["federation.state=disk"],
+    ["client_execution=vectorized"],
+    ["federation.client_state=disk"],
     ["inference.cache=answers"],
     ["data.args.batch_size=3"],
     ["checkpoint.every=2", "checkpoint.keep=1"],
     ["evaluation.metrics=[accuracy, nll, ece]"],
-    ["evaluation.probes=[{target: linear_probe, args: {shots: [2]}}]"],
+    ["evaluation.evaluators=[{target: linear_probe, args: {shots: [2]}}]"],
     ["evaluation.specialists=false"],
     ["callbacks=[csv, tests.runs.test_run_folder.Nothing]"],
 ]
@@ -472,11 +475,11 @@ def begun(tmp_path_factory):
     """A run of three rounds that was stopped after the first, and what it would have come to."""
     folder = tmp_path_factory.mktemp("begun")
     recipe = {**RECIPE, "federation": {"clients": 2, "rounds": 3}}
-    whole = fdl.fit(recipe, folder / "whole")
+    whole = fdl.fit(recipe, output_dir=folder / "whole").summary
     with pytest.MonkeyPatch.context() as patch:
         failing(patch, 2)
         with pytest.raises(RuntimeError, match="crash"):
-            fdl.fit(recipe, folder / "run")
+            fdl.fit(recipe, output_dir=folder / "run")
     return recipe, folder / "run", whole
 
 
@@ -487,7 +490,7 @@ def test_what_changes_no_result_may_change_when_a_run_goes_on(begun, tmp_path, m
     recipe, folder, whole = begun
     shutil.copytree(folder, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    found = fdl.fit(recipe, "run", overrides=overrides, resume=True)
+    found = fdl.fit(recipe, output_dir="run", overrides=overrides, resume=True).summary
     key = "student/test/accuracy"
     assert [one["metrics"][key] for one in found["history"]] == pytest.approx(
         [one["metrics"][key] for one in whole["history"]]
@@ -499,9 +502,11 @@ def test_what_changes_no_result_may_change_when_a_run_goes_on(begun, tmp_path, m
 
 def test_what_a_finished_run_is_measured_by_cannot_change(finished):
     with pytest.raises(UserError, match=r"no round to come that these could measure:\n.*evaluation\.metrics"):
-        fdl.fit("small.yaml", finished, overrides=["evaluation.metrics=[ece]"], resume=True)
+        fdl.fit("small.yaml", output_dir=finished, overrides=["evaluation.metrics=[ece]"], resume=True)
     more = ["evaluation.metrics=[accuracy, ece]", "federation.rounds=3"]
-    assert "student/test/ece" in fdl.fit("small.yaml", finished, overrides=more, resume=True)["metrics"]
+    assert (
+        "student/test/ece" in fdl.fit("small.yaml", output_dir=finished, overrides=more, resume=True).summary["metrics"]
+    )
 
 
 # --- paths
@@ -513,9 +518,9 @@ def test_home_and_variables_in_paths_are_replaced_or_refused(recipe, capsys, mon
     monkeypatch.delenv("NOWHERE", raising=False)
     assert expanded("~/a") == tmp_path / "home/a" and expanded("$SCRATCH/${SCRATCH}x").parts[-1] == "scratchx"
     assert expanded("cost $5") == Path("cost $5")
-    assert runs.folder_of(fdl.load(recipe, ["output=$SCRATCH/runs"])) == tmp_path / "scratch/runs/small"
-    code, _, err = command(capsys, "fit", "--recipe", recipe, "output=$NOWHERE/runs")
-    assert code == 2 and "output: $NOWHERE/runs: the environment variable NOWHERE is not set" in err
+    assert runs.folder_of(fdl.load_recipe(recipe, ["output_dir=$SCRATCH/runs"])) == tmp_path / "scratch/runs/small"
+    code, _, err = command(capsys, "fit", "--recipe", recipe, "output_dir=$NOWHERE/runs")
+    assert code == 2 and "output_dir: $NOWHERE/runs: the environment variable NOWHERE is not set" in err
     code, _, err = command(capsys, "fit", "--recipe", recipe, "--output-dir", "$NOWHERE/x")
     assert code == 2 and "NOWHERE is not set" in err
     assert not Path("$NOWHERE").exists()
@@ -524,7 +529,7 @@ def test_home_and_variables_in_paths_are_replaced_or_refused(recipe, capsys, mon
 @pytest.mark.parametrize("line", ["fit", "check"])
 def test_a_name_that_no_file_system_takes_is_refused(recipe, capsys, line):
     long = "x" * 300
-    for more in (["--output-dir", long], ["--output-dir", f"a/{long}/b"], ["output=" + long]):
+    for more in (["--output-dir", long], ["--output-dir", f"a/{long}/b"], ["output_dir=" + long]):
         code, _, err = command(capsys, line, "--recipe", recipe, *more)
         assert code == 2 and "Traceback" not in err and "File name too long" in err and len(err) < 1200
     for other in (["audit", "--run", long], ["export", "--run", long, "--format", "torch"], ["fit", "--recipe", long]):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fdl.state import checkpoint
 from fdl.state.client_store import FILE, DiskStore
 from tests.rank_jobs import recipe, run
 
-DISK = ("federation.state=disk",)
+DISK = ("federation.client_state=disk",)
 
 
 def state(value):
@@ -35,22 +36,25 @@ def test_nothing_of_a_client_stays_in_memory(tmp_path):
     """After a run all states lie on disk, and are read again when somebody asks."""
     loop = build(recipe("federated_distillation", 1, DISK), tmp_path)
     loop.run()
-    assert all(client._state is None and not client.cache for client in loop.clients)
+    assert all(not client.in_memory and not client.cache for client in loop.clients)
     asked = sorted({int(client) for record in loop.history for client in record["clients"]})
     assert {name.split("-")[1] for name in names(tmp_path / "clients")} == {f"{client:06d}" for client in asked}
     one = loop.clients[asked[0]]
-    assert set(one.state["specialist"]) == set(one.specialist().state_dict())
+    with one.turn():
+        assert set(one.state["specialist"]) == set(one.specialist().state_dict())
 
 
 def test_a_run_goes_on_from_either(tmp_path):
     """From disk to memory and from memory to disk, and from an earlier checkpoint whose files are still there."""
-    whole = outcome_of(tmp_path / "whole", ())
-    for first, second in ((DISK, ()), ((), DISK), (DISK, DISK)):
-        folder = tmp_path / f"{len(first)}{len(second)}"
-        run("knowledge", 1, folder, ("federation.rounds=2", "checkpoint.every=1", *first))
+    every = ("federation.rounds=2", "checkpoint.every=1")
+    whole = {where: outcome_of(tmp_path / where, (*every, *more)) for where, more in (("disk", DISK), ("memory", ()))}
+    assert json.dumps(whole["disk"]) == json.dumps(whole["memory"])
+    for first, second in (("disk", ()), ("memory", DISK), ("disk", DISK)):
+        folder = tmp_path / f"{first}-{len(second)}"
+        shutil.copytree(tmp_path / first, folder)
         newest = checkpoint.files(folder / "checkpoints")[0]
         newest.write_bytes(newest.read_bytes()[:100])  # so that the run goes back to round 1
-        assert json.dumps(outcome_of(folder, ("checkpoint.every=1", *second), True)) == json.dumps(whole)
+        assert json.dumps(outcome_of(folder, (*every, *second), True)) == json.dumps(whole["memory"])
 
 
 def outcome_of(folder, more, resume=False):
@@ -64,9 +68,9 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
 
     def save(round):
         data = {"clients": {str(c): store.reference(c) for c in (0, 1)}}
-        store.settle()
+        store.mark_checkpointed()
         path = checkpoint.save(tmp_path / "checkpoints", round, data, keep=2)
-        store.hold(checkpoint.files(path.parent))
+        store.retain(checkpoint.files(path.parent))
 
     for value in (1, 2):
         store.write(0, state(value))
@@ -82,9 +86,9 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
     assert len(names(store.folder)) == 3  # client 1, and client 0 in rounds 3 and 4
     (store.folder / "client-000009-0000000000000000.safetensors").write_bytes(b"left")
     fresh = DiskStore(store.folder)
-    fresh.hold(checkpoint.files(tmp_path / "checkpoints"), sweep=True)
+    fresh.retain(checkpoint.files(tmp_path / "checkpoints"), sweep=True)
     assert len(names(store.folder)) == 3
-    fresh.refer(0, store.reference(0))
+    fresh.set_reference(0, store.reference(0))
     assert fresh.read(0)["seen"] == 24
     assert torch.equal(fresh.read(0)["specialist"]["weight"], torch.full((3,), 24.0))
     assert fresh.read(5) == {}
@@ -93,7 +97,7 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     """Whose it was, and where it should be."""
     store = DiskStore(tmp_path)
-    store.refer(3, {FILE: "../client-000003-0123456789abcdef.safetensors"})
+    store.set_reference(3, {FILE: "../client-000003-0123456789abcdef.safetensors"})
     with pytest.raises(UserError, match=r"client-000003-0123456789abcdef.*client 3") as told:
         store.read(3)
     assert ".." not in str(told.value)

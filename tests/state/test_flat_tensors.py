@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fdl.state.flat_tensors import FlatTensors, flat_view, lay_side_by_side
-from fdl.state.weights import load_into, module_state, pin
+from fdl.state.flat_tensors import FlatTensors, flat_view, flatten_module_
+from fdl.state.model_handle import ModelHandle
+from fdl.state.weights import load_into, module_state
 
 
 def net():
@@ -18,9 +19,9 @@ def test_pieces_are_views_of_their_vector():
     assert list(pieces) == ["a", "b", "c"] and len(pieces) == 3
     assert torch.equal(pieces["a"], torch.arange(6.0).reshape(2, 3))
     assert pieces["b"] == 6 and torch.equal(pieces["c"], torch.tensor([7.0, 8.0, 9.0]))
-    pieces.whole[7] = -1
+    pieces.buffer[7] = -1
     assert dict(pieces.items())["c"][0] == -1
-    assert torch.equal(flat_view(pieces.values()), pieces.whole)
+    assert torch.equal(flat_view(pieces.values()), pieces.buffer)
 
 
 def test_as_one_sees_only_what_lies_side_by_side_in_order():
@@ -33,14 +34,14 @@ def test_as_one_sees_only_what_lies_side_by_side_in_order():
 
 def test_a_module_laid_side_by_side_answers_and_learns_as_before():
     laid, plain = net(), net()
-    state = lay_side_by_side(laid)
+    state = flatten_module_(laid)
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     for module in (laid, plain):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         module(x).square().sum().backward()
         optimizer.step()
     torch.testing.assert_close(laid(x), plain(x))
-    assert torch.equal(flat_view(laid.state_dict().values()), state.whole)
+    assert torch.equal(flat_view(laid.state_dict().values()), state.buffer)
     torch.testing.assert_close(dict(state.items()), dict(plain.state_dict()))
 
 
@@ -55,7 +56,7 @@ def tied():
 def test_what_cannot_be_one_vector_is_left_alone(make):
     module = make()
     before = {name: (value.data_ptr(), value.clone()) for name, value in module.state_dict().items()}
-    assert lay_side_by_side(module) is None
+    assert flatten_module_(module) is None
     for name, value in module.state_dict().items():
         assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])
 
@@ -66,8 +67,8 @@ def test_arrays_are_views_of_the_memory_of_pieces():
     assert {name: array.shape for name, array in arrays.items()} == pieces.shapes
     arrays["b"][...] = -1
     arrays["a"][1, 2] = 9
-    assert pieces.whole.tolist() == [0, 1, 2, 3, 4, 9, -1]
-    assert FlatTensors.of(arrays)["a"].data_ptr() == pieces.whole.data_ptr()
+    assert pieces.buffer.tolist() == [0, 1, 2, 3, 4, 9, -1]
+    assert FlatTensors.of(arrays)["a"].data_ptr() == pieces.buffer.data_ptr()
     assert all(
         FlatTensors(torch.zeros(1, dtype=dtype), {"a": (1,)}).arrays is None for dtype in (torch.half, torch.double)
     )
@@ -77,20 +78,20 @@ def test_a_copy_of_pieces_has_memory_of_its_own():
     pieces = FlatTensors(torch.arange(3.0), {"a": (3,)})
     assert pieces.arrays is not None
     copied = copy.deepcopy(pieces)
-    pieces.whole.zero_()
+    pieces.buffer.zero_()
     assert copied["a"].tolist() == copied.arrays["a"].tolist() == [0, 1, 2]
 
 
 def test_loading_in_one_piece_equals_loading_by_name():
     module, other = net(), net()
-    pin(module)
+    ModelHandle(module)
     shapes = {name: tuple(value.shape) for name, value in module_state(module).items()}
     pieces = FlatTensors(torch.randn(sum(value.numel() for value in module_state(module).values())), shapes)
     load_into(module, pieces)
     load_into(other, dict(pieces.items()))
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters()))
-    wrong = FlatTensors(pieces.whole, dict(reversed(shapes.items())))
+    wrong = FlatTensors(pieces.buffer, dict(reversed(shapes.items())))
     load_into(module, wrong)  # another order: by name, not by place
     assert torch.equal(module[0].weight, wrong["0.weight"])
     with pytest.raises(ValueError, match="missing"):
-        load_into(module, FlatTensors(pieces.whole, {"other": (len(pieces.whole),)}))
+        load_into(module, FlatTensors(pieces.buffer, {"other": (len(pieces.buffer),)}))

@@ -11,6 +11,14 @@ from fdl.runs import run as runs
 from fdl.utils.stopwatch import PARTS, Stopwatch
 from tests import rank_jobs
 
+SHORT = (
+    "profile=true",
+    "federation.rounds=2",
+    "federation.clients=2",
+    "local_training.steps=1",
+    "server_distil.steps=1",
+)
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -60,7 +68,7 @@ def test_an_error_hands_the_clock_back(clock):
 
 def test_a_profiled_run_leaves_a_trace_and_a_table(tmp_path):
     """``profile: true``: for TensorBoard, and plainly; the summary has the parts in any run."""
-    recipe = rank_jobs.recipe("federated_distillation", 1, ("profile=true", "federation.rounds=2"))
+    recipe = rank_jobs.recipe("federated_distillation", 1, SHORT)
     summary = runs.fit(recipe, tmp_path / "run")
     traces = list((tmp_path / "run/tensorboard").glob("*.pt.trace.json"))
     assert len(traces) == 1

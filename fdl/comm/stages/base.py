@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from fdl.errors import RejectedMessageError
 from fdl.state.float_formats import is_float
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Arrays of this size or less are left as they are: a scale or a second format costs more than it saves.
 HANDFUL = 8
@@ -92,17 +97,54 @@ class Stage(ABC):
 
     A concrete stage has a literal short `name` and is an `ArrayStage` or an `EntropyStage`. It holds configuration
     only, so one object serves every client and both directions; what it remembers of them lies in a `CodecContext`.
+
+    Attributes:
+        name: short name, for recipes, messages and the signature; no two stages of one chain share it.
+        phase: place in a chain. Phases rise from stage to stage and none occurs twice: 8 stages that choose (labels),
+            10 that difference (delta, cache), 12 that drop values (top_k), 20 that narrow a format (float16, quantize),
+            30 that shorten bytes without loss (deflate).
+        encoder_only: names of constructor arguments that `encode` or `compress` alone uses, such as an effort; sites
+            that differ in them read each other's bytes.
     """
 
     name: ClassVar[str]
-    #: Where in a chain it stands. Phases rise from stage to stage; the gaps leave room for stages that choose,
-    #: difference or drop values before their format is narrowed.
     phase: ClassVar[int]
+    encoder_only: ClassVar[tuple[str, ...]] = ()
+    __signature__: ClassVar[inspect.Signature]
+    _arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let `inspect` show the constructor's arguments, which `__new__` would hide, and check `encoder_only`.
+
+        Raises:
+            TypeError: `encoder_only` names an argument that the constructor does not take.
+        """
+        super().__init_subclass__(**kwargs)
+        own = [] if cls.__init__ is object.__init__ else list(inspect.signature(cls.__init__).parameters.values())[1:]
+        cls.__signature__ = inspect.Signature(own)
+        if unknown := set(cls.encoder_only) - set(cls.__signature__.parameters):
+            raise TypeError(f"{cls.__name__}.encoder_only names {unknown.pop()!r}, which its constructor does not take")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the constructor's arguments, which are part of the signature."""
+        stage = super().__new__(cls)
+        stage._arguments = {}
+        if cls.__init__ is not object.__init__:
+            with suppress(TypeError):  # a copy gets its attributes later, and wrong arguments are __init__'s to reject
+                bound = inspect.signature(cls.__init__).bind(stage, *args, **kwargs)
+                bound.apply_defaults()
+                stage._arguments = dict(list(bound.arguments.items())[1:])
+        return stage
 
     @property
     def signature(self) -> str:
-        """What a decoder must know of this stage; two chains with equal signatures read each other's bytes."""
-        return self.name
+        """What a decoder must know of this stage; two chains with equal signatures read each other's bytes.
+
+        By default the name and all constructor arguments but those in `encoder_only`, so that two sites whose settings
+        differ reject each other's messages instead of misreading them.
+        """
+        told = [f"{name}={_shown(value)}" for name, value in self._arguments.items() if name not in self.encoder_only]
+        return f"{self.name}({','.join(told)})" if told else self.name
 
     def __str__(self) -> str:
         return self.signature
@@ -118,8 +160,14 @@ class Stage(ABC):
 class ArrayStage(Stage):
     """A stage that turns one array into smaller arrays.
 
+    `encode` gives an `EncodedArray`: a main array, which a later stage may code further; sides, which are what the
+    inverse needs beside it, such as scales; and a variant, the layout that was chosen (a stage of one layout says 1).
+    `layout` tells from the variant alone which dtypes and shapes these arrays have, before any of their bytes are read,
+    so that a receiver takes no memory that a message does not account for. Where a size depends on the values, such as
+    how many were kept, it goes into `extents`, and `layout` checks it.
+
     Attributes:
-        extents: how many sizes its layouts need that only the data can tell.
+        extents: number of sizes that its layouts need and that only the data can tell.
         margin: bytes by which the result may be larger than the array; above 0 for a stage that makes an array easier
             to shorten for those behind it.
         remembers: whether it keeps something from message to message.
@@ -195,3 +243,13 @@ class EntropyStage(Stage):
         Raises:
             RefusedError: the data is damaged or holds more or fewer bytes. Memory never grows much past `size`.
         """
+
+
+def _shown(value: Any) -> str:
+    """An argument of a stage as its signature says it."""
+    if isinstance(value, Stage):
+        return value.signature
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_shown, value))}]"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:g}" if number and float(f"{value:g}") == value else repr(value)

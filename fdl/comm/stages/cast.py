@@ -31,7 +31,15 @@ class Cast(ArrayStage):
 
 
 class Float16(Cast):
-    """Send real numbers as float16: 11 significant bits, up to 65504, error at most 2**-11 of the value."""
+    """Send real numbers as float16: 11 significant bits, up to 65504, error at most 2**-11 of the value.
+
+    Example:
+        >>> import numpy as np
+        >>> from fdl.comm.stages.base import CodecContext
+        >>> encoded = Float16().encode(np.float32([1.5, 2.25]), CodecContext())
+        >>> encoded.main
+        array([1.5 , 2.25], dtype=float16)
+    """
 
     name = "float16"
     to = np.dtype("<f2")

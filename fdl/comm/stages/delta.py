@@ -35,6 +35,7 @@ class Delta(ArrayStage):
     """
 
     name = "delta"
+    encoder_only = ("tolerance",)
     phase = 10
     extents = 2
     margin = 5

@@ -41,6 +41,7 @@ class Zstd(EntropyStage):
     """
 
     name = "zstd"
+    encoder_only = ("level",)
 
     def __init__(self, level: int = 3):
         if not 1 <= level <= zstandard.MAX_COMPRESSION_LEVEL:

@@ -12,6 +12,13 @@ def encode(places: np.ndarray, count: int) -> np.ndarray:
 
     Either one bit a place, or the distances between chosen places in groups of 7 bits, the lowest first. The two are
     told apart by their length: distances are sent only where they are shorter than the bits.
+
+    Example:
+        >>> import numpy as np
+        >>> encode(np.array([3, 100]), count=1000)  # distances: 3 places before the first, 96 before the second
+        array([ 3, 96], dtype=uint8)
+        >>> encode(np.array([0, 1, 2]), count=8)  # one bit per place
+        array([7], dtype=uint8)
     """
     gaps = np.diff(places, prepend=-1) - 1
     lengths = [int((gaps >= 1 << 7 * group).sum()) for group in range(1, -(-int(count).bit_length() // 7))]
@@ -39,6 +46,11 @@ def decode(data: np.ndarray, chosen: int, count: int) -> np.ndarray:
 
     Raises:
         RefusedError: the bytes hold no such choice.
+
+    Example:
+        >>> import numpy as np
+        >>> decode(np.uint8([3, 96]), chosen=2, count=1000)
+        array([  3, 100])
     """
     if data.size == -(-count // 8):
         places = np.flatnonzero(np.unpackbits(data, bitorder="little"))
@@ -62,5 +74,10 @@ def decode(data: np.ndarray, chosen: int, count: int) -> np.ndarray:
 
 
 def fits(size: int, chosen: int, count: int) -> bool:
-    """Tell whether the choice of `chosen` places among `count` may take so many bytes."""
+    """Tell whether the choice of `chosen` places among `count` may take so many bytes.
+
+    Example:
+        >>> fits(2, chosen=2, count=1000), fits(1, chosen=2, count=1000)
+        (True, False)
+    """
     return chosen <= count and (size == -(-count // 8) or chosen <= size < -(-count // 8))

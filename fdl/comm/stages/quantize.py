@@ -40,6 +40,14 @@ class Quantize(ArrayStage):
         rounding: to the nearest code, or to one of the two neighbours at random.
         granularity: one scale a row, or one for the whole array.
         schedule: pairs of a round and the bits from then on, rising in the round; before the first, `bits` holds.
+
+    Example:
+        >>> import numpy as np
+        >>> from fdl.comm.stages.base import CodecContext
+        >>> turn = CodecContext(np.random.default_rng(0))
+        >>> encoded = Quantize(bits=8).encode(np.linspace(0, 1, 20, dtype=np.float32), turn)
+        >>> encoded.main.dtype, encoded.main.size
+        (dtype('uint8'), 20)
     """
 
     name = "quantize"
@@ -209,7 +217,13 @@ def _half_means(x: np.ndarray, above: np.ndarray, low: np.ndarray, high: np.ndar
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack codes uint8 [n] into bytes, the first code in the lowest bits."""
+    """Pack codes uint8 [n] into bytes, the first code in the lowest bits.
+
+    Example:
+        >>> import numpy as np
+        >>> pack_codes(np.uint8([1, 2, 3, 0]), bits=2)
+        array([57], dtype=uint8)
+    """
     if bits == 8:
         return codes
     group = 8 // bits
@@ -222,7 +236,13 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Undo `pack_codes`: the first `count` codes, uint8."""
+    """Undo `pack_codes`: the first `count` codes, uint8.
+
+    Example:
+        >>> import numpy as np
+        >>> unpack_codes(pack_codes(np.uint8([1, 0, 1]), bits=1), bits=1, count=3)
+        array([1, 0, 1], dtype=uint8)
+    """
     if bits == 8:
         return packed
     group = 8 // bits

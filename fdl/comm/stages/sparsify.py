@@ -32,14 +32,14 @@ class Sparsify(ArrayStage):
     margin = 1
     omits = True
 
-    def __init__(self, share: float, error_feedback: bool):
-        if not 0 < share <= 1:
-            raise UserError(f"share must be in (0, 1], got {share}")
-        self.share, self.error_feedback = share, error_feedback
+    def __init__(self, fraction: float, error_feedback: bool):
+        if not 0 < fraction <= 1:
+            raise UserError(f"fraction must be in (0, 1], got {fraction}")
+        self.fraction, self.error_feedback = fraction, error_feedback
         self.remembers = error_feedback
 
     def __str__(self) -> str:
-        return f"{self.name}/{self.share:g}"
+        return f"{self.name}/{self.fraction:g}"
 
     def follows(self, before: Sequence[Stage]) -> None:
         """What `delta` leaves holds all that was not sent before; error feedback would count it twice."""
@@ -64,7 +64,7 @@ class Sparsify(ArrayStage):
                 due = due + error
             turn.draft["due"] = due
             values = narrow(due, array.dtype)
-        return self.pick(values, max(1, math.ceil(self.share * array.size)), turn)
+        return self.pick(values, max(1, math.ceil(self.fraction * array.size)), turn)
 
     def decode(self, spec: ArraySpec, coded: EncodedArray, turn: CodecContext) -> np.ndarray:
         """Return the values at their places among zeros."""
@@ -87,16 +87,17 @@ class TopK(Sparsify):
     ‖x − C(x)‖² ≤ (1 − k/d)·‖x‖² for k values of d (Stich et al. 2018).
 
     Args:
-        share: of an array's values, in (0, 1].
+        fraction: of an array's values, in (0, 1].
         error_feedback: add what was not sent to the next message.
     """
 
     name = "top_k"
+    encoder_only = ("fraction", "error_feedback")
     extents = 2
     margin = 1
 
-    def __init__(self, share: float = 0.01, error_feedback: bool = False):
-        super().__init__(share, error_feedback)
+    def __init__(self, fraction: float = 0.01, error_feedback: bool = False):
+        super().__init__(fraction, error_feedback)
 
     def pick(self, values: np.ndarray, count: int, turn: CodecContext) -> EncodedArray:
         """The largest values in their order, and their places; all values where places would cost more."""
@@ -130,17 +131,18 @@ class RandomK(Sparsify):
     variance (d/k − 1)·x² a value.
 
     Args:
-        share: of an array's values, in (0, 1].
+        fraction: of an array's values, in (0, 1].
         error_feedback: add what was not sent to the next message.
         unbiased: multiply what is sent by d/k; not with error feedback, which sends the rest later.
     """
 
     name = "random_k"
+    encoder_only = ("fraction", "error_feedback", "unbiased")
     extents = 1
     margin = 1
 
-    def __init__(self, share: float = 0.01, error_feedback: bool = False, unbiased: bool = False):
-        super().__init__(share, error_feedback)
+    def __init__(self, fraction: float = 0.01, error_feedback: bool = False, unbiased: bool = False):
+        super().__init__(fraction, error_feedback)
         if unbiased and error_feedback:
             raise UserError("unbiased cannot go with error_feedback: what is not sent would come twice")
         self.unbiased = unbiased

@@ -1,4 +1,4 @@
-"""The processes of one run, and all that they tell each other.
+"""The processes of one run, and their collective operations.
 
 Every rank has the server and the data, and trains a part of the clients. What clients send is handed to all ranks, so
 that each of them comes to the same student by itself; what is only one client's stays with the rank that has it.
@@ -33,16 +33,16 @@ class ProcessGroup:
     Args:
         fabric: launched.
         timeout: seconds that a rank waits for the others, > 0.
-        together: whether all ranks do all the work, each with its part of every model, instead of sharing clients out.
+        sharded: all ranks do all the work, each with its part of every model, instead of sharing clients out.
 
     Attributes:
         index: this process's rank.
         count: how many there are.
     """
 
-    def __init__(self, fabric: Fabric, timeout: float, together: bool = False):
+    def __init__(self, fabric: Fabric, timeout: float, sharded: bool = False):
         self.index, self.count, self._timeout = fabric.global_rank, fabric.world_size, timeout
-        self.together = together
+        self.sharded = sharded
         self._group = None
         if self.count > 1:
             with self._peers():
@@ -50,13 +50,13 @@ class ProcessGroup:
 
     @property
     def leader(self) -> bool:
-        """Whether this is the rank that writes files and talks to people."""
+        """True on the rank that writes files and logs."""
         return self.index == 0
 
     @property
-    def asks(self) -> bool:
-        """Whether this rank asks the server's models: one does, or all where each has a part of them."""
-        return self.leader or self.together
+    def evaluates_server(self) -> bool:
+        """True on the rank that evaluates the server's models: the leader, or all ranks where models are sharded."""
+        return self.leader or self.sharded
 
     def gather(self, data: bytes) -> list[bytes]:
         """Hand bytes to all ranks.
@@ -101,11 +101,11 @@ class ProcessGroup:
             return every
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is set on any rank."""
-        return bool(self.highest(int(flag)))
+        """Return True if a flag is set on any rank."""
+        return bool(self.max_number(int(flag)))
 
-    def highest(self, number: int) -> int:
-        """The highest of the numbers that the ranks give."""
+    def max_number(self, number: int) -> int:
+        """Return the largest of the ranks' numbers."""
         if self.count == 1:
             return number
         value = torch.tensor([number])
@@ -119,14 +119,14 @@ class ProcessGroup:
             with self._peers():
                 dist.all_reduce(tensor, group=self._group)
 
-    def largest(self, tensor: Tensor) -> None:
-        """Replace a tensor in host memory by its largest values over ranks."""
+    def max_(self, tensor: Tensor) -> None:
+        """Replace a tensor in host memory by its elementwise maximum over ranks."""
         if self.count > 1 and tensor.numel():
             with self._peers():
                 dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace the gradients of a model that all ranks train by their sums, in one operation a dtype.
+        """Replace the gradients of a model that all ranks train by their sums, in one operation per dtype.
 
         Args:
             parameters: the same on all ranks; without a gradient where nothing asked for one.
@@ -145,12 +145,12 @@ class ProcessGroup:
                 parts = whole.split([p.numel() for p in some])
                 torch._foreach_copy_([p.grad for p in some], [part.view_as(p) for part, p in zip(parts, some)])
 
-    def agree(self, error: BaseException | None, told: Sequence[str]) -> None:
-        """End the run on all ranks when it failed on one.
+    def raise_on_any_failure(self, error: BaseException | None, told: Sequence[str]) -> None:
+        """End the run on all ranks if it failed on one.
 
         Args:
-            error: what happened here, None when all is well.
-            told: what every rank said of itself, by rank; empty when all is well there.
+            error: this rank's error, None if there is none.
+            told: the error text of every rank, by rank; empty if there is none.
 
         Raises:
             UserError: on the leader, with what happened.
@@ -166,17 +166,17 @@ class ProcessGroup:
             raise UserError(f"{told[rank]} (on rank {rank})")
         sys.exit(2)
 
-    def explain(self, error: BaseException) -> None:
-        """Where models are spread over ranks, say of an error in the midst of training that another rank is gone.
+    def wrap_lost_peer(self, error: BaseException) -> None:
+        """Turn an error in the midst of sharded training into one that says that another rank is gone.
 
         Args:
             error: what ended the run here.
 
         Raises:
-            UserError: that was it.
+            UserError: the error came from a collective operation; any other error is left to the caller.
         """
         lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
-        if self.together and lost:
+        if self.sharded and lost:
             self._lost(error)
 
     @contextmanager

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fdl.state.shards import local
+from fdl.state.shards import local_shard
 
 if TYPE_CHECKING:
     from fdl.engine.distributed.process_group import ProcessGroup
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 Parameters = Sequence[nn.Parameter]
 
 
-def told_apart(parameters: Parameters) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_sharded(parameters: Parameters) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Those that are spread over ranks, and the others."""
     parts = [p for p in parameters if isinstance(p, DTensor)]
     return parts, [p for p in parameters if not isinstance(p, DTensor)]
 
 
-def agree(parameters: Parameters, ranks: ProcessGroup) -> None:
+def average_replicated(parameters: Parameters, ranks: ProcessGroup) -> None:
     """Average the gradients of what every rank has whole."""
-    others = [p for p in told_apart(parameters)[1] if p.grad is not None]
+    others = [p for p in split_sharded(parameters)[1] if p.grad is not None]
     if others and ranks.count > 1:
         ranks.sum_gradients(others)
         for p in others:
@@ -42,7 +42,7 @@ def clip_all(parameters: Parameters, most: float, device: torch.device) -> None:
 
     As ``torch.nn.utils.clip_grad_norm_``, which takes parts or whole tensors, but not both.
     """
-    parts, others = ([local(p.grad) for p in some if p.grad is not None] for some in told_apart(parameters))
+    parts, others = ([local_shard(p.grad) for p in some if p.grad is not None] for some in split_sharded(parameters))
     squares = _squares(parts, device)
     dist.all_reduce(squares)
     norm = (squares + _squares(others, device)).sqrt()
@@ -63,22 +63,22 @@ def penalty(objective: Any, module: nn.Module, device: torch.device) -> Tensor:
     values = torch.zeros(2, dtype=torch.float64, device=device)
     pairs = list(zip(module.parameters(), objective.anchor, strict=True))
     for i, spread in enumerate((True, False)):
-        some = [(local(p), local(a)) for p, a in pairs if isinstance(p, DTensor) is spread]
+        some = [(local_shard(p), local_shard(a)) for p, a in pairs if isinstance(p, DTensor) is spread]
         if some:
             values[i] = objective.penalty(*map(list, zip(*some)))
     dist.all_reduce(values[:1])
     return values.sum()
 
 
-def pull(objective: Any, module: nn.Module) -> None:
+def add_penalty_gradient(objective: Any, module: nn.Module) -> None:
     """Add the gradient of an objective's penalty to those that are there; arguments as in `penalty`."""
     own = list(module.parameters())
-    leaves = [local(p).detach().requires_grad_() for p in own]
-    pulls = torch.autograd.grad(objective.penalty(leaves, [local(a) for a in objective.anchor]), leaves)
+    leaves = [local_shard(p).detach().requires_grad_() for p in own]
+    pulls = torch.autograd.grad(objective.penalty(leaves, [local_shard(a) for a in objective.anchor]), leaves)
     for p, gradient in zip(own, pulls):
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            local(p.grad).add_(gradient)
+            local_shard(p.grad).add_(gradient)
 
 
 def _squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -15,13 +15,20 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from fdl.engine.distributed.sharded_gradients import agree, clip_all, penalty, pull, told_apart
+from fdl.engine.distributed.sharded_gradients import (
+    add_penalty_gradient,
+    average_replicated,
+    clip_all,
+    penalty,
+    split_sharded,
+)
 from fdl.engine.inference import OutputSelector, predict
 from fdl.engine.prediction_cache import PredictionCache
 from fdl.errors import UserError
-from fdl.modules.objectives import Objective, training_step
-from fdl.state.shards import inside, is_sharded, shard, whole
-from fdl.state.weights import module_state, pin_parts
+from fdl.modules.objectives import Objective, PenalizedObjective, training_step
+from fdl.state.sharded_handle import ShardedModelHandle
+from fdl.state.shards import gathered, is_sharded, shard, with_gathered_blocks
+from fdl.state.weights import module_state
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -51,31 +58,31 @@ class Sharder:
         """Shard a new module, given in host memory and in the recipe's precision, the same on all ranks."""
         names = list(module_state(module))
         shard(module, self._mesh, torch.bfloat16 if self._precision == "bf16-mixed" else None)
-        pin_parts(module, names)
+        ShardedModelHandle(module, names)
         for part in module.modules():
             if isinstance(part, LightningModule):
                 part._device = self._fabric.device  # as Lightning's own `to` notes it
         return module
 
-    def within(self, objective: Objective) -> Objective:
+    def wrap_objective(self, objective: Objective) -> Objective:
         """The same objective, where it finds the weights that it needs; all ranks begin to train with it together.
 
         A `penalty` of an objective is a sum over all weights, of which nobody has them: every rank takes that of its
-        parts here, and its gradient in `settle`.
+        parts here, and its gradient in `finish_gradients`.
         """
         self._ranks.any(False)  # a rank that is gone is told in words here, and not by the devices' own collectives
-        if not hasattr(objective, "penalty"):
-            return lambda module, batch: inside(module, lambda: dict(objective(module, batch)))
+        if not isinstance(objective, PenalizedObjective):
+            return lambda module, batch: with_gathered_blocks(module, lambda: dict(objective(module, batch)))
 
         def held(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-            losses = inside(module, lambda: dict(training_step(module, batch)))
-            return objective.held(losses, penalty(objective, module, self._fabric.device))
+            losses = with_gathered_blocks(module, lambda: dict(training_step(module, batch)))
+            return objective.combined(losses, penalty(objective, module, self._fabric.device))
 
         return held
 
     def groups(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
         """Parameters for an optimiser, which cannot step with parts and whole tensors at once."""
-        parts, others = told_apart(parameters)
+        parts, others = split_sharded(parameters)
         return [{"params": some} for some in (parts, others) if some]
 
     def step(self, optimizer: _FabricOptimizer) -> None:
@@ -96,13 +103,13 @@ class Sharder:
                 f"take another optimizer, e.g. adamw, without fused ({text})"
             ) from error
 
-    def settle(
+    def finish_gradients(
         self, module: nn.Module, parameters: Sequence[nn.Parameter], objective: Objective, clip: float | None
     ) -> None:
         """Make the ranks agree on gradients, and clip them; arguments as in `sharded_gradients`."""
-        agree(parameters, self._ranks)
-        if hasattr(objective, "penalty"):
-            pull(objective, module)
+        average_replicated(parameters, self._ranks)
+        if isinstance(objective, PenalizedObjective):
+            add_penalty_gradient(objective, module)
         if clip is not None:
             clip_all(parameters, clip, self._fabric.device)
 
@@ -121,7 +128,7 @@ class Sharder:
         own = torch.arange(self._ranks.index, total, count)
         # as many for every rank, since a forward pass takes all of them
         own = torch.cat([own, torch.zeros(longest - len(own), dtype=torch.int64)])
-        with whole(module):
+        with gathered(module):
             said = predict(self._fabric, module, samples.subset(own), what, batch_size)
         answers = torch.empty(total, *said.shape[1:])
         for rank, data in enumerate(self._ranks.gather(said.contiguous().view(torch.uint8).numpy().tobytes())):

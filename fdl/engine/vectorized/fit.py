@@ -17,7 +17,7 @@ from fdl.engine.optimizers import schedule_of
 from fdl.engine.runtime import Runtime
 from fdl.engine.vectorized.stack_batches import stacked
 from fdl.engine.vectorized.step_graph import Results
-from fdl.modules.objectives import Objective, kind_of, tensors_of, training_step
+from fdl.modules.objectives import Objective, kind_of, marked_step, pads, tensors_of
 from fdl.modules.optim import build_optimizer
 from fdl.recipe.learning_rates import alike_but_for_rates
 
@@ -174,10 +174,8 @@ def fit_together(runtime: Runtime, jobs: Sequence[StackedFit]) -> list[dict[str,
     if not identity:
         stack.whole[rows] = whole
     table = torch.stack(list(sums.values())).tolist()  # the one time that the device is waited for
-    means = {
-        id(job): {name: column[i] / job.steps for name, column in zip(sums, table)} for i, job in enumerate(ordered)
-    }
-    return [means[id(job)] for job in jobs]
+    means = {job: {name: column[i] / job.steps for name, column in zip(sums, table)} for i, job in enumerate(ordered)}
+    return [means[job] for job in jobs]
 
 
 class _Loss:
@@ -192,9 +190,9 @@ class _Loss:
             own = [tensors_of(job.objective) for job in jobs]
             self.own = {key: _stack([tensors[key] for tensors in own]) for key in own[0]}
             self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
-        told = self.module.training_step if first is training_step else first
-        self.pads = getattr(told, "ignores_padding", False)
-        self.recordings = stack.recorder.begin(self.module, first, TRACE_AFTER_STEPS)
+        self.pads = pads(marked_step(self.module, first))
+        traced = jobs[0].config.compile == "traced"
+        self.recordings = stack.recorder.begin(self.module, first, TRACE_AFTER_STEPS) if traced else None
 
     def __call__(
         self, runtime: Runtime, weights: list[Tensor], gradients: list[Tensor], parts: Sequence[Batch]
@@ -255,10 +253,10 @@ def _optimizer(
     As in `Runtime.fit`, it is built once and emptied: for one parameter; a group for each client is built anew.
     """
     config = configs[0]
-    known = stack.optimizers.get(id(config))
+    known = stack.optimizers.get(config.optimizer) if config.scheduler is None else None
     alike = all(other is config or other == config for other in configs)
     if known is not None and alike:
-        _, parameter, optimizer, settings = known
+        parameter, optimizer, settings = known
         optimizer.state.clear()
         optimizer.param_groups[0].update(settings)
         parameter.data = whole
@@ -276,7 +274,7 @@ def _optimizer(
         raise NotVectorizableError(f"{config.optimizer.target} looks at whole tensors")
     if alike and config.scheduler is None:  # a schedule wraps the optimiser's methods: such a one is not used again
         settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-        stack.optimizers[id(config)] = config, parameters[0], optimizer, settings
+        stack.optimizers[config.optimizer] = parameters[0], optimizer, settings
     return parameters, optimizer
 
 

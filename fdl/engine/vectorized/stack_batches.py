@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def stacked(batches: Sequence[tuple]) -> tuple:
     short = min(sizes) < max(sizes)
     filled, labelled = _rows(sizes) if short else (None, None)
 
-    def column(parts: Sequence, labels: bool = False):
+    def column(parts: Sequence[Any], labels: bool = False) -> Any:
         if parts[0] is None:
             return None
         if isinstance(parts[0], tuple):

@@ -16,10 +16,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from fdl.engine.inference import map_tensors
 from fdl.engine.vectorized.step_recorder import StepTracer
 from fdl.state.flat_tensors import FlatTensors
-from fdl.state.weights import module_state, pin_to
+from fdl.state.model_handle import RowHandle
+from fdl.state.weights import module_state
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
+    from fdl.recipe.config import Component
 
 
 SMALL = {"cpu": 60_000, "cuda": 1_000_000}
@@ -79,7 +81,7 @@ class StackedModels:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.whole = next(iter(own.values())).new_zeros(count, -(-sum(self.sizes) // _ALIGN) * _ALIGN)
         self.grad = torch.zeros_like(self.whole)
-        self.optimizers: dict[int, tuple] = {}
+        self.optimizers: dict[Component, tuple] = {}
         self.views: dict[int, tuple] = {}
         self.recorder = StepTracer()
         public = {id(parameter): parameter for parameter in own.values() if not parameter.requires_grad}
@@ -156,7 +158,7 @@ class StackedModels:
         for name, view in state.items():
             view.copy_(parameters[name].detach())
             parameters[name].data = view
-        pin_to(module, state)
+        RowHandle(module, state)
         return module
 
 

@@ -7,21 +7,16 @@ what happened before. Only such steps are written down, and the first repetition
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fdl.engine.vectorized.step_graph import Results, Step, trace_step
-from fdl.modules.objectives import Objective, is_repeatable, kind_of, tensors_of, training_step
-
-if TYPE_CHECKING:
-    from fdl.modules.types import Batch
+from fdl.modules.objectives import Objective, is_repeatable, is_traceable, kind_of
+from fdl.modules.tracing import runs_traceable_code
 
 _WANTS = attrgetter("requires_grad")
 
@@ -42,6 +37,7 @@ class StepTracer:
         self._settings: list[Any] = []
         self._tensors: list[Tensor] = []
         self._wanted: list[bool] = []
+        self._traceable = False
 
     def begin(self, module: nn.Module, objective: Objective, uses: int) -> TracedSteps | None:
         """A fit begins.
@@ -55,10 +51,15 @@ class StepTracer:
                 in every fit, such as an objective that holds another number each round, is never worth it.
 
         Returns:
-            The steps of such objectives; None where the objective is not repeatable, or there are hooks.
+            The steps of such objectives; None where the objective or a part of the module is not marked `traceable`,
+            the objective is not repeatable, or there are hooks.
         """
         self._notice(module)
-        if any(self._hooks) or not is_repeatable(objective):
+        if (
+            not self._traceable
+            or any(self._hooks)
+            or not (is_traceable(module, objective) and is_repeatable(objective))
+        ):
             return None
         kind = kind_of(objective)
         found = next((recordings for known, recordings in self._kinds if known == kind), None)
@@ -77,6 +78,7 @@ class StepTracer:
             return
         parts = list(module.modules())
         self._kinds.clear()
+        self._traceable = all(map(runs_traceable_code, {type(part) for part in parts}))
         self._dicts = [d for p in parts for d in (p.__dict__, p._modules, p._parameters, p._buffers)]
         self._hooks = [d for p in parts for name, d in p.__dict__.items() if name.endswith("_hooks")]
         self._settings = [*chain.from_iterable(map(dict.values, self._dicts))]
@@ -131,55 +133,3 @@ class TracedSteps:
         uses, first = self._uses.get(form, (0, self.fits))
         self._uses[form] = uses + 1, first
         return uses + 1 >= self._needed and self.fits > first
-
-
-class TracedFit:
-    """The steps of one fit, each of which leaves gradients with parameters.
-
-    Args:
-        recordings: of the objective.
-        module: what is trained.
-        objective: what is minimised; its tensors are read now.
-        parameters: those of the module that are trained.
-    """
-
-    def __init__(
-        self, recordings: TracedSteps, module: nn.Module, objective: Objective, parameters: Sequence[nn.Parameter]
-    ):
-        self._recordings, self._module, self._objective = recordings, module, objective
-        self._parameters, self._held, self._spec = parameters, (), None
-        if objective is not training_step:
-            self._held, self._spec = tree_flatten(tensors_of(objective))
-
-    def __call__(self, live: Callable[[], Mapping[str, Tensor]], batch: Batch) -> Mapping[str, Tensor]:
-        """Take a step.
-
-        Args:
-            live: does so when it is not written down yet, and returns the losses.
-            batch: what it is about.
-
-        Returns:
-            The losses.
-        """
-        if not all(part is None or isinstance(part, Tensor) for part in batch):
-            return live()
-        missing = tuple(part is None for part in batch)
-
-        def step(*tensors: Tensor) -> Results:
-            rest = iter(tensors)
-            again = tuple(None if gone else next(rest) for gone in missing)
-            objective = self._objective
-            if self._held:
-                objective = dataclasses.replace(objective, **tree_unflatten(list(rest), self._spec))
-            losses = objective(self._module, again)
-            gradients = torch.autograd.grad(losses["loss"], self._parameters)
-            return {name: value.detach() for name, value in losses.items()}, list(gradients)
-
-        def taken() -> Results:
-            return dict(live()), [parameter.grad for parameter in self._parameters]
-
-        tensors = [*(part for part in batch if part is not None), *self._held]
-        losses, gradients = self._recordings.run(taken, step, tensors, missing, self._module)
-        for parameter, gradient in zip(self._parameters, gradients):
-            parameter.grad = gradient
-        return losses

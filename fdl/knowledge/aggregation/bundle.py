@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdl.errors import RejectedMessageError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.last_uploads import LastAnswers
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.distillation.personalization import ValidationGains, shifted
@@ -34,7 +35,7 @@ class RoundKnowledge:
     gains: Mapping[int, float] = field(default_factory=dict)
 
 
-class CompositeAggregate:
+class CompositeAggregate(Aggregate):
     """Takes uploads in as they arrive; an upload that does not fit is refused whole.
 
     Args:

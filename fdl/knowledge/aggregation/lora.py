@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.knowledge.option import Option
 
 Factors = tuple[Tensor, Tensor]
 """Left [out, R] and right [R, in]: the matrix left · right."""
@@ -104,7 +103,7 @@ class Combined:
     update: Factors | None = None
 
 
-class LoraAggregation(Option):
+class LoraAggregation:
     """Makes one low-rank update of several.
 
     Attributes:

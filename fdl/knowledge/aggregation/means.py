@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fdl.errors import RejectedMessageError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.messages import Parameters, Responses
@@ -64,7 +65,7 @@ class AggregatedResponses:
         return self.values if self.form == "probabilities" else torch.softmax(self.values, dim=1)
 
 
-class ResponseMean:
+class ResponseMean(Aggregate):
     """Mean over clients of their answers to the proxy set, each row weighted by softmax over clients of log-weights.
 
     A log-weight is what a client says of itself. With a cap, no client has more than so many equal shares of a round
@@ -220,7 +221,7 @@ class ResponseMean:
         return log_weights
 
 
-class ParameterMean:
+class ParameterMean(Aggregate):
     """Mean over clients of their weights and buffers, weighted by sample counts: ``Σ n_k w_k / Σ n_k`` (FedAvg).
 
     Sums are float64: 8 bytes a parameter, whatever the number of clients, and the mean of equal models is that model to
@@ -232,6 +233,8 @@ class ParameterMean:
     Attributes:
         averaged: shapes of the tensors of real numbers, by name.
     """
+
+    reduces = True
 
     def __init__(self, like: Mapping[str, Tensor]):
         self._like = {name: (tensor.shape, tensor.dtype) for name, tensor in like.items()}
@@ -289,7 +292,7 @@ class ParameterMean:
             if name not in self.averaged:
                 lowest = 0 if dtype is torch.bool else torch.iinfo(dtype).min
                 largest = self._largest.get(name, torch.full(shape, lowest, dtype=dtype)).long()
-                ranks.largest(largest)
+                ranks.max_(largest)
                 self._largest[name] = largest.to(dtype)
 
     def result(self) -> Mapping[str, Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,16 +12,15 @@ from torch import Tensor
 from fdl.datamodules.samples import Samples
 from fdl.engine.runtime import Runtime
 from fdl.errors import RejectedMessageError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.messages import Parameters
 from fdl.modules.objectives import Objective
 from fdl.participants import Participant, Server, copy_of
-from fdl.state.weights import load_into
 
 if TYPE_CHECKING:
     from fdl.engine.distributed.process_group import ProcessGroup
-    from fdl.knowledge.aggregation.base import MergeableAggregate
 
 Weights = Mapping[str, Tensor]
 
@@ -40,7 +40,7 @@ def prefix_names(weights: Mapping[str, Weights]) -> dict[str, Tensor]:
     return {f"{pool}/{name}": tensor for pool, tensors in weights.items() for name, tensor in tensors.items()}
 
 
-def part_of(tensors: Weights, pool: str) -> dict[str, Tensor]:
+def strip_prefix(tensors: Weights, pool: str) -> dict[str, Tensor]:
     """One model's weights out of `prefix_names`."""
     roof = f"{pool}/"
     return {name.removeprefix(roof): tensor for name, tensor in tensors.items() if name.startswith(roof)}
@@ -59,32 +59,30 @@ def interpolate(mean: Weights, learnt: Weights, alpha: float) -> dict[str, Tenso
     }
 
 
-def taught_by_others(server: Server, weights: Mapping[str, Weights], objective: Objective) -> dict[str, Weights]:
+def codistill(server: Server, weights: Mapping[str, Weights], objective: Objective) -> dict[str, Weights]:
     """Every pool's weights after it has learnt from the mean probabilities of the others, all as they were before.
 
     Args:
-        server: its proxy set is answered, and learnt on with its `distil` settings.
+        server: its proxy set is answered, and learnt on with its `server_distil` settings.
         weights: by pool, where teachers stand and learners start.
         objective: what a learner minimises, given the others' mean.
     """
-    answers = {}
-    for pool, tensors in weights.items():
-        module = server.runtime.template(pool)
-        load_into(module, tensors)
-        server.runtime.hold(pool, None)
-        answers[pool] = torch.softmax(server.predict(module, server.proxy), dim=1)
-    learnt = {}
-    for pool in weights:  # its template still holds its weights
-        module = server.runtime.template(pool)
-        taught = torch.stack([said for other, said in answers.items() if other != pool]).mean(0)
-        server.fit(
-            module, SoftLabelled(server.proxy, taught), server.distil, objective, stream_of(server, "distil", pool)
-        )
-        learnt[pool] = copy_of(module)
+    answers, learnt = {}, {}
+    with ExitStack() as borrowed:
+        modules = {
+            pool: borrowed.enter_context(server.runtime.borrow(pool, tensors)) for pool, tensors in weights.items()
+        }
+        for pool, module in modules.items():
+            answers[pool] = torch.softmax(server.predict(module, server.proxy), dim=1)
+        for pool, module in modules.items():
+            taught = torch.stack([said for other, said in answers.items() if other != pool]).mean(0)
+            samples = SoftLabelled(server.proxy, taught)
+            server.fit(module, samples, server.server_distil, objective, stream_of(server, "distil", pool))
+            learnt[pool] = copy_of(module)
     return learnt
 
 
-class PoolAggregates:
+class PoolAggregates(Aggregate):
     """One aggregate of weights for each pool, of clients that send one model or several.
 
     Args:
@@ -97,10 +95,10 @@ class PoolAggregates:
         self,
         like: Mapping[str, Weights],
         trained: Mapping[int, Sequence[str]],
-        mean: Callable[[str, Weights], MergeableAggregate],
+        mean: Callable[[str, Weights], Aggregate],
     ):
         self._like, self._trained, self._mean = like, trained, mean
-        self._means: dict[str, MergeableAggregate] = {}
+        self._means: dict[str, Aggregate] = {}
 
     def add(self, message: Parameters, client: int) -> None:
         """Take in one client's models.
@@ -118,7 +116,7 @@ class PoolAggregates:
         fresh = {}
         for pool in pools:  # each by itself first: a model that does not fit must leave no other behind
             fresh[pool] = self._mean(pool, self._like[pool])
-            fresh[pool].add(Parameters(part_of(message.tensors, pool), message.samples), client)
+            fresh[pool].add(Parameters(strip_prefix(message.tensors, pool), message.samples), client)
         for pool, mean in fresh.items():
             if pool in self._means:
                 self._means[pool].merge(mean)
@@ -133,6 +131,8 @@ class PoolAggregates:
 
 class PoolMeans(PoolAggregates):
     """One mean for each pool, weighted by sample counts; arguments as above."""
+
+    reduces = True
 
     def __init__(self, like: Mapping[str, Weights], trained: Mapping[int, Sequence[str]]):
         super().__init__(like, trained, lambda pool, like: ParameterMean(like))

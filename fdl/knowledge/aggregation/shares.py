@@ -43,9 +43,9 @@ class Cap:
 
     def __post_init__(self) -> None:
         if not self.shares >= 1:
-            raise UserError(f"cap must be at least 1, an equal share, or null for none; got {self.shares}")
+            raise UserError(f"max_client_share must be at least 1, an equal share, or null for none; got {self.shares}")
         if self.over not in ("round", "row"):
-            raise UserError(f"cap_over must be round or row, got {self.over!r}")
+            raise UserError(f"max_client_share_over must be round or row, got {self.over!r}")
 
     @classmethod
     def of(cls, shares: float | None, over: Literal["round", "row"] = "round") -> Cap | None:
@@ -61,6 +61,12 @@ class Cap:
         Returns:
             float64 [K, R]. Over a row those below the limit stay as they are; over a round all of a client's are lower
             by one number, so that its rows stand to each other as it said.
+
+        Example:
+            >>> import torch
+            >>> log_weights = torch.tensor([[0.0], [0.0], [9.0]], dtype=torch.float64)  # one claims e⁹ times as much
+            >>> torch.softmax(Cap(1.5, over="row").limit(log_weights), 0).flatten()
+            tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)
         """
         if len(log_weights) == 0 or log_weights.numel() == 0:
             return log_weights

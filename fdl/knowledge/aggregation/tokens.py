@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdl.errors import RejectedMessageError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.messages import Message
@@ -52,7 +53,7 @@ class TokenKnowledge:
         return SparseResponses(ids[kept].int(), p[kept].log(), sizes, vocab, tail, rows=self.rows)
 
 
-class TokenMixture:
+class TokenMixture(Aggregate):
     """Mean over clients of their distributions over the next token, weighted by softmax over clients of log-weights.
 
     With a cap, no client has more than so many equal shares, whatever it says of itself. Whom that cuts

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fdl.knowledge.confidence.base import LIMIT, ClientView
-from fdl.knowledge.option import Option
 from fdl.utils.arguments import not_negative, one_of, positive
 
 
@@ -27,7 +26,7 @@ class Certainty(NamedTuple):
     largest: Tensor
 
 
-class TokenConfidence(Option, ABC):
+class TokenConfidence(ABC):
     """Gives a client a log-weight at every position; weights are the softmax over clients of these.
 
     It is found by the client alone, from tokens up to t for the answer to token t + 1: a weight that looked at the

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 
 from fdl.engine.requests import PredictRequest, Requests
+from fdl.errors import UserError
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.calibration import fit_temperature
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
@@ -17,7 +18,7 @@ from fdl.knowledge.transfer.extraction import Extracted, extract
 from fdl.knowledge.transfer.features import FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Bundle, Message, QuantizedLogWeights, Responses, UploadStatus
-from fdl.participants import Client
+from fdl.participants import Client, Server
 
 if TYPE_CHECKING:
     from fdl.knowledge.release import Release
@@ -33,7 +34,7 @@ class UploadBuilder:
         confidence: how much each answer counts; None sends none.
         features: the activations that go with them, None for none.
         prototypes: the centroids that go with them, None for none.
-        subsample: share of the proxy set that is answered.
+        proxy_fraction: share of the proxy set that is answered.
         frequency: when there is something new to say; None for always.
         release: what makes the answers private; None for nothing.
     """
@@ -43,9 +44,36 @@ class UploadBuilder:
     confidence: Confidence | None
     features: FeatureTransfer | None
     prototypes: PrototypeTransfer | None
-    subsample: float
+    proxy_fraction: float
     frequency: UploadOnChange | None
     release: Release | None = None
+
+    def __post_init__(self) -> None:
+        """Check the share of the proxy set.
+
+        Raises:
+            UserError: it is out of (0, 1].
+        """
+        if not 0 < self.proxy_fraction <= 1:
+            raise UserError(f"proxy_fraction must be in (0, 1], got {self.proxy_fraction}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if clients look at their held-out private samples."""
+        confident = self.confidence is not None and self.confidence.needs_calibration
+        selected = None if self.features is None else self.features.select
+        return self.calibrate or confident or (selected is not None and selected.toward == "labels")
+
+    def setup_bytes(self, server: Server) -> dict[str, int]:
+        """Bytes of the proxy set, and of the public encoder where confidence or prototypes are measured in its space.
+
+        Args:
+            server: holds both.
+        """
+        costs, users = {"proxy": server.proxy.nbytes}, (self.confidence, self.prototypes)
+        if server.encoder is not None and any(user is not None and user.needs_encoder for user in users):
+            costs["encoder"] = server.encoder.nbytes()
+        return costs
 
     def upload(
         self, client: Client, specialist: LightningModule, standing: UploadStatus | None
@@ -57,19 +85,17 @@ class UploadBuilder:
             specialist: its model, trained.
             standing: which of its answers the server holds, None where nobody asks.
         """
-        names = None if self.features is None and self.prototypes is None else []
-        if names is None:
+        if self.features is None and self.prototypes is None:
             logits = yield PredictRequest(specialist, client.proxy)
             known = Extracted(logits, logits[:, :0], {})
         else:
-            layers = names if self.features is None else self.features.names(client)
-            known = extract(client, specialist, client.proxy, layers)
+            known = extract(client, specialist, client.proxy, self.features.names(client) if self.features else [])
         logits = known.logits
         if self.calibrate and len(client.calibration):
             held_out = client.predict(specialist, client.calibration)
             logits = logits / fit_temperature(held_out, client.calibration.labels)
-        rows = rows_of_round(client, self.subsample)
-        if self.frequency is not None and self.frequency.unchanged(client, standing, logits, rows):
+        rows = rows_of_round(client, self.proxy_fraction)
+        if self.frequency is not None and self.frequency.is_unchanged(client, standing, logits, rows):
             return UploadStatus(standing.round)
         chosen = slice(None) if rows is None else rows
         values = logits if self.space == "logits" else torch.softmax(logits, dim=1)

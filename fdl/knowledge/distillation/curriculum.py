@@ -12,7 +12,6 @@ from torch import Tensor
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.means import AggregatedResponses
-from fdl.knowledge.option import Option
 from fdl.modules.types import Batch
 from fdl.recipe.config import Fit
 from fdl.utils.arguments import at_least, one_of
@@ -25,7 +24,7 @@ PACINGS: dict[str, Callable[[float], float]] = {
 """How much of what is held back has come by time t in [0, 1]; root and linear as in Platanios et al., 2019."""
 
 
-class Curriculum(Option):
+class Curriculum:
     """The student first learns the proxy samples that clients agree on and know well, and the others later.
 
     Samples are ordered by the mean of two ranks: how far the clients' mean answer is from uniform (agreement), and how

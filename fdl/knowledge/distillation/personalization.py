@@ -15,7 +15,6 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.last_uploads import ExactLogWeights, LastAnswers, Parts
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.confidence.base import LIMIT
-from fdl.knowledge.option import Option
 from fdl.messages import Prototypes, Responses
 from fdl.participants import Server, copy_of
 from fdl.recipe.config import Fit
@@ -27,7 +26,7 @@ _STEP = 1e-2
 """Learning rate of the look-ahead: small, since only its direction counts."""
 
 
-class AdaptiveWeights(Option):
+class AdaptiveWeights:
     """A client counts the more, the more its answers would lower the student's validation loss at this point.
 
     The student's gradient on the server's validation set says where its answers to the proxy set should move. A client
@@ -41,7 +40,7 @@ class AdaptiveWeights(Option):
         limit: largest log-weight for or against a client, > 0.
     """
 
-    name = "adaptive"
+    name = "adaptive_client_weights"
 
     def __init__(self, rate: float = 0.5, limit: float = 2.0):
         self.rate, self.limit = positive("rate", rate), positive("limit", limit)
@@ -98,7 +97,6 @@ class ValidationGains:
         server, student = self.server, self.server.student
         size = min(len(server.validation), server.runtime.batch_size)
         step = Fit(epochs=None, steps=1, batch_size=size, optimizer=Component("sgd", {"lr": _STEP}))
-        step = server.cache.setdefault("look ahead", step)
         before, kept = server.predict(student, server.proxy), copy_of(student)
         server.runtime.fit(student, server.validation, step, server.rng("look ahead"))
         self._wanted = server.predict(student, server.proxy) - before
@@ -115,7 +113,7 @@ def shifted(responses: Responses, shift: float) -> Responses:
     return dataclasses.replace(responses, confidence=ExactLogWeights((logs + shift).clamp(-LIMIT, LIMIT)))
 
 
-class Similarity(Option):
+class Similarity:
     """Each client is sent its own mixture of the others' last answers, in which those like itself count more.
 
     The server must hold the last answers of every client for that. Each client's download is coded by itself, so the
@@ -128,10 +126,22 @@ class Similarity(Option):
             others alike. > 0.
     """
 
-    name = "similarity"
+    name = "similarity_mixture"
 
     def __init__(self, by: Literal["responses", "prototypes"] = "responses", temperature: float = 0.2):
         self.by, self.temperature = one_of("by", by, LIKENESS), positive("temperature", temperature)
+
+    def check(self, prototypes: bool) -> None:
+        """Refuse a comparison of prototypes that are not uploaded.
+
+        Args:
+            prototypes: whether clients upload prototypes.
+
+        Raises:
+            UserError: they do not, and are compared.
+        """
+        if self.by == "prototypes" and not prototypes:
+            raise UserError("personalization compares prototypes, but prototypes are switched off")
 
     def mixture(
         self,

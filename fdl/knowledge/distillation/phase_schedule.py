@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 from fdl.errors import UserError
-from fdl.knowledge.option import Option
 from fdl.metrics.tasks import TASKS
 from fdl.participants import Server
 from fdl.utils.arguments import at_least, positive
@@ -14,7 +13,7 @@ from fdl.utils.arguments import at_least, positive
 CENTRALIZED, FEDERATED = "centralized", "federated"
 
 
-class PhaseSchedule(Option):
+class PhaseSchedule(ABC):
     """Decides after every round whether the next one is of the other phase.
 
     Attributes:
@@ -24,7 +23,7 @@ class PhaseSchedule(Option):
     alternates = True
 
     @abstractmethod
-    def ends(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
+    def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
         """Whether a phase is over.
 
         Args:
@@ -32,10 +31,10 @@ class PhaseSchedule(Option):
             phase: ``"centralized"`` or ``"federated"``.
             rounds: that the phase has lasted, ≥ 1.
             memory: the switch's own between two rounds, changed in place; new with every phase, but for what
-                `handover` gives it.
+                `carry_over` gives it.
         """
 
-    def handover(self, memory: dict[str, Any]) -> dict[str, Any]:
+    def carry_over(self, memory: dict[str, Any]) -> dict[str, Any]:
         """The memory with which the next phase begins, made of the last one's."""
         return {}
 
@@ -47,10 +46,10 @@ class PhaseSchedule(Option):
 class SinglePhase(PhaseSchedule):
     """The first phase lasts to the end: training at the server alone, or federated averaging alone."""
 
-    name = "never"
+    name = "single_phase"
     alternates = False
 
-    def ends(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
+    def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
         """No."""
         return False
 
@@ -63,7 +62,7 @@ class FixedPhases(PhaseSchedule):
         federated: rounds of a phase on private data, ≥ 1.
     """
 
-    name = "fixed"
+    name = "fixed_phases"
 
     def __init__(self, centralized: int = 1, federated: int = 1):
         self.lengths = {
@@ -71,7 +70,7 @@ class FixedPhases(PhaseSchedule):
             FEDERATED: at_least("federated", federated, 1),
         }
 
-    def ends(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
+    def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
         """After so many rounds."""
         return rounds >= self.lengths[phase]
 
@@ -108,7 +107,7 @@ class PlateauPhases(PhaseSchedule):
         self.smoothing, self.min_rounds = smoothing, at_least("min_rounds", min_rounds, 1)
         self.max_rounds = None if max_rounds is None else at_least("max_rounds", max_rounds, self.min_rounds)
 
-    def ends(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
+    def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
         """Whether the phase has stopped gaining, or is as long as it may be."""
         self.note(self.score(server), memory)
         done = memory["stale"] >= self.patience and rounds >= self.min_rounds
@@ -137,7 +136,7 @@ class PlateauPhases(PhaseSchedule):
         value = task.measure(server, server.student, server.validation, (task.score,))[task.score]
         return value if task.higher_is_better else -value
 
-    def handover(self, memory: dict[str, Any]) -> dict[str, Any]:
+    def carry_over(self, memory: dict[str, Any]) -> dict[str, Any]:
         """The last score: what the next phase gains is counted from there."""
         return {"smoothed": memory["score"]}
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fdl.messages import Responses
 from fdl.participants import Participant, Server
+from fdl.utils.arguments import at_least
 from fdl.utils.seeding import torch_stream
 
 
@@ -37,7 +38,7 @@ class SoftLabelCache:
     """
 
     def __init__(self, rounds: int):
-        self.rounds = rounds
+        self.rounds = at_least("soft_label_cache_rounds", rounds, 1)
 
     def update(self, server: Server, fresh: Responses) -> tuple[Tensor | None, Tensor]:
         """Take in a round's aggregated answers and return all that count.

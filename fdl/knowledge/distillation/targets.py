@@ -13,7 +13,9 @@ from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
 from fdl.losses.responses import RESPONSE_LOSSES
 from fdl.modules.objectives import Terms, samples_of
+from fdl.modules.tracing import traceable
 from fdl.modules.types import Batch
+from fdl.utils.arguments import positive
 
 
 class SoftLabelled(Samples):
@@ -70,6 +72,7 @@ class SoftLabelled(Samples):
         return self.samples.content_hash()
 
 
+@traceable
 @dataclass(frozen=True)
 class ResponseObjective:
     """What a model minimises when it learns from answers.
@@ -79,7 +82,7 @@ class ResponseObjective:
         temperature: of the softmax over the learner's logits, > 0.
 
     Raises:
-        UserError: for an unknown loss.
+        UserError: for an unknown loss, or a temperature that is not positive.
     """
 
     loss: str
@@ -87,9 +90,10 @@ class ResponseObjective:
     terms: ClassVar[Terms] = staticmethod(samples_of)
 
     def __post_init__(self) -> None:
-        """Look the loss up."""
+        """Check the settings."""
         if self.loss not in RESPONSE_LOSSES:
             raise UserError(f"loss must be one of {', '.join(RESPONSE_LOSSES)}, got {self.loss!r}")
+        positive("temperature", self.temperature)
 
     def __call__(self, module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         """The loss of one batch of inputs and answers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from lightning import LightningModule
@@ -12,11 +13,11 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import Weights, stream_of
 from fdl.knowledge.distillation.token_upload import translates, vocabulary
 from fdl.losses.tokens import token_distillation
+from fdl.modules.base import HiddenStateModel
 from fdl.modules.objectives import Objective
 from fdl.modules.types import Batch
 from fdl.participants import Participant, Server, copy_of
-from fdl.state.shards import whole
-from fdl.state.weights import load_into
+from fdl.state.shards import gathered
 
 
 def require_equal_tokens(participant: Participant, module: LightningModule, pool: str) -> None:
@@ -25,10 +26,10 @@ def require_equal_tokens(participant: Participant, module: LightningModule, pool
     Raises:
         UserError: it is none.
     """
-    if not all(hasattr(module, name) for name in ("hidden", "head", "vocab_size")) or translates(module):
+    if not isinstance(module, HiddenStateModel) or translates(module):
         raise UserError(
             f"specialists: {pool} is no language model of the data's tokens, by which pools learn from each other; "
-            "take causal_lm"
+            "take causal_lm, or add what fdl.modules.base.HiddenStateModel declares"
         )
     if module.vocab_size < vocabulary(participant):
         raise UserError(
@@ -37,30 +38,31 @@ def require_equal_tokens(participant: Participant, module: LightningModule, pool
         )
 
 
-def tokens_taught_by_others(
-    server: Server, weights: Mapping[str, Weights], temperature: float = 1.0
-) -> dict[str, Weights]:
+def codistill_tokens(server: Server, weights: Mapping[str, Weights], temperature: float = 1.0) -> dict[str, Weights]:
     """Every pool's weights after it has learnt from the others' mean distribution over next tokens.
 
-    As `taught_by_others`: all teach as they were before any of them learnt. Distributions over a vocabulary are too
+    As `codistill`: all teach as they were before any of them learnt. Distributions over a vocabulary are too
     large to be kept for a whole proxy set, so that teachers answer the windows that a learner is about to see.
 
     Args:
-        server: its proxy windows are learnt on with its `distil` settings.
+        server: its proxy windows are learnt on with its `server_distil` settings.
         weights: by pool, where teachers stand and learners start.
         temperature: T > 0.
     """
     learnt = {}
     for pool in weights:
-        for other, tensors in weights.items():
-            load_into(server.runtime.template(other), tensors)
-            server.runtime.hold(other, None)
-        teachers = [server.runtime.template(other).eval() for other in weights if other != pool]
-        objective = mixture_objective(teachers, vocabulary(server), temperature)
-        module = server.runtime.template(pool)
-        with whole(*teachers):
-            server.fit(module, server.proxy, server.distil, objective, stream_of(server, "distil", pool))
-        learnt[pool] = copy_of(module)
+        with ExitStack() as borrowed:
+            modules = {
+                other: borrowed.enter_context(server.runtime.borrow(other, tensors))
+                for other, tensors in weights.items()
+            }
+            teachers = [module.eval() for other, module in modules.items() if other != pool]
+            objective = mixture_objective(teachers, vocabulary(server), temperature)
+            with gathered(*teachers):
+                server.fit(
+                    modules[pool], server.proxy, server.server_distil, objective, stream_of(server, "distil", pool)
+                )
+            learnt[pool] = copy_of(modules[pool])
     return learnt
 
 

@@ -15,6 +15,7 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.tokens import TokenKnowledge
 from fdl.knowledge.confidence.tokens import Certainty, TokenConfidence
 from fdl.messages.sparse_responses import FLOOR, SparseResponses, TokenLogWeights
+from fdl.modules.base import NextTokenModel
 from fdl.participants import Client, Participant
 
 _VALUES = 1 << 24  # values of answers that exist at a time before they are made sparse
@@ -183,7 +184,7 @@ def _certainty(seen: Tensor) -> Certainty:
 
 def vocabulary(participant: Participant) -> int:
     """The number of tokens that the data's tokenizer knows, so the ids that all participants speak of."""
-    return participant.provides["tokenizer"].vocab_size
+    return participant.model_kwargs["tokenizer"].vocab_size
 
 
 def translates(module: LightningModule) -> bool:
@@ -203,12 +204,14 @@ def require_language_model(participant: Participant, module: LightningModule, wh
     Raises:
         UserError: it is no language model, or one of other tokens.
     """
-    if "tokenizer" not in participant.provides:
+    if "tokenizer" not in participant.model_kwargs:
         raise UserError(f"token_distillation is for language data; these are for {participant.task}")
-    needed = ("next_log_probabilities", "token_nll", "tokenizer", "data_tokenizer", "vocab_size")
-    if not all(hasattr(module, name) for name in needed):
-        raise UserError(f"{whose}: {type(module).__name__} is no language model, which token_distillation needs")
-    tokenizer, own = participant.provides["tokenizer"], module.data_tokenizer
+    if not isinstance(module, NextTokenModel):
+        raise UserError(
+            f"{whose}: {type(module).__name__} is no language model, which token_distillation needs; take causal_lm, "
+            "or add what fdl.modules.base.NextTokenModel declares"
+        )
+    tokenizer, own = participant.model_kwargs["tokenizer"], module.data_tokenizer
     if not own.matches(tokenizer) or (not translates(module) and module.vocab_size < tokenizer.vocab_size):
         raise UserError(
             f"{whose}: its vocabulary of {module.vocab_size} tokens is not the data's, of {tokenizer.vocab_size}; "

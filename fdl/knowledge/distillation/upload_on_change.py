@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.option import Option
 from fdl.losses.responses import kd_loss
 from fdl.messages import UploadStatus
 from fdl.participants import Client, Server
@@ -22,7 +21,7 @@ MEASURES = {
 """How far answers lie from earlier ones, both probabilities [n, C]: a mean over rows."""
 
 
-class UploadOnChange(Option):
+class UploadOnChange:
     """A client uploads only when what it would say has changed enough since the server last heard it of the same.
 
     Else it says so in a few bytes, and the server goes on with the answers that it holds. With each download the server
@@ -49,7 +48,7 @@ class UploadOnChange(Option):
         self.expiry = at_least("expiry", expiry, 1)
         self.patience = None if patience is None else at_least("patience", patience, 1)
 
-    def standing(self, server: Server, held: int) -> UploadStatus:
+    def status_for(self, server: Server, held: int) -> UploadStatus:
         """What the server tells a client.
 
         Args:
@@ -60,12 +59,12 @@ class UploadOnChange(Option):
         expired = server.round - held > self.expiry
         return UploadStatus(held, wanted=self.patience is None or stale < self.patience or expired)
 
-    def idle(self, client: Client, standing: UploadStatus | None) -> bool:
+    def may_skip(self, client: Client, standing: UploadStatus | None) -> bool:
         """Whether a client need not even train: the server has its last upload and wants no other."""
         said = client.state.get("said", {"round": 0})
         return standing is not None and not standing.wanted and standing.round == said["round"] > 0
 
-    def unchanged(self, client: Client, standing: UploadStatus | None, logits: Tensor, rows: Tensor | None) -> bool:
+    def is_unchanged(self, client: Client, standing: UploadStatus | None, logits: Tensor, rows: Tensor | None) -> bool:
         """Whether what a client would say is what it has said; if not, note that it says it in this round.
 
         Args:
@@ -89,7 +88,7 @@ class UploadOnChange(Option):
         client.state["said"] = {"round": client.round, "answers": answers, "since": since, "before": said}
         return False
 
-    def watch(self, server: Server) -> dict[str, float]:
+    def update_plateau(self, server: Server) -> dict[str, float]:
         """Note whether the student's validation loss still falls; returns it for the log."""
         if self.patience is None:
             return {}

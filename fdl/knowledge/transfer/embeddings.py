@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import RejectedMessageError
+from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.knowledge.confidence.calibration import fit_temperature
@@ -98,7 +99,7 @@ class TeacherEmbeddings:
         return *total, self.answered[:, rows].any(0).to(device).float()
 
 
-class AnswerPool:
+class AnswerPool(Aggregate):
     """Collects the clients' answers of a round.
 
     They cannot be summed as they come, since their widths differ: the server holds them in 16 bits until it has learnt

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
+from fdl.modules.base import SupportsFederation
 from fdl.modules.features import matching
 from fdl.participants import Participant
 
@@ -100,11 +101,11 @@ def blocks(network: nn.Module, head: str | None = None) -> list[str]:
         prefix, here = f"{trunk}.", network.get_submodule(trunk)
 
 
-def layer_names(module: LightningModule, layers: int | Sequence[str]) -> list[str]:
+def layer_names(module: SupportsFederation, layers: int | Sequence[str]) -> list[str]:
     """Choose layers of a classifier.
 
     Args:
-        module: with a `backbone` and perhaps a `head`, as `fdl.modules.classifier.ImageClassifier` has.
+        module: its `feature_network` has the layers, its `feature_head` is no block.
         layers: the last so many `blocks`; or dotted names and globs, among which ``"embedding"`` is what the last
             layer sees.
 
@@ -115,13 +116,16 @@ def layer_names(module: LightningModule, layers: int | Sequence[str]) -> list[st
     Raises:
         UserError: a pattern matches nothing.
     """
-    network = getattr(module, "backbone", None)
+    network = module.feature_network()
     if isinstance(layers, int):
-        found = blocks(network, getattr(module, "head", None))[-layers:] if layers and network is not None else []
+        found = blocks(network, module.feature_head())[-layers:] if layers and network is not None else []
         return found or [EMBEDDING]
     patterns = [pattern for pattern in layers if pattern != EMBEDDING]
     if patterns and network is None:
-        raise UserError(f"features: {type(module).__name__} has no backbone whose layers could be named")
+        raise UserError(
+            f"features: {type(module).__name__} has no backbone whose layers could be named; let its feature_network() "
+            "return the network that has them"
+        )
     return [*(matching(network, patterns) if patterns else ()), *([EMBEDDING] if EMBEDDING in layers else ())]
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT
-from fdl.knowledge.option import Option
 from fdl.knowledge.transfer.extraction import Extracted, Moments, layer_names
 from fdl.knowledge.transfer.layer_selection import LayerSelection
 from fdl.losses.features import FEATURE_LOSSES
@@ -28,7 +27,7 @@ _SLACK = 1e-3
 """How far rounding on the way may carry a log-weight out of its range."""
 
 
-class FeatureTransfer(Option):
+class FeatureTransfer:
     """Activations of chosen layers, for every proxy sample, teach the student's own.
 
     Clients pool each layer to one vector a sample and standardise it over the proxy set. Widths and depths differ from
@@ -50,7 +49,7 @@ class FeatureTransfer(Option):
         select: of `layers`, each client sends only those that it finds to be worth their bytes; None sends all.
     """
 
-    name = "features"
+    name = "feature_transfer"
 
     def __init__(
         self,
@@ -95,7 +94,7 @@ class FeatureTransfer(Option):
 
     def names(self, client: Client) -> list[str]:
         """The layers of a client's specialist."""
-        return layer_names(client.runtime.template(client.architecture), self.layers)
+        return layer_names(client.runtime.shared_module(client.architecture), self.layers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.option import Option
 from fdl.knowledge.transfer.extraction import Extracted, Moments, extract
 from fdl.participants import Client
 from fdl.utils.arguments import at_least, one_of
@@ -18,7 +17,7 @@ _FEWEST = 4
 """Samples that the estimate without bias needs at least."""
 
 
-class LayerSelection(Option):
+class LayerSelection:
     """Each client sends, of its candidate layers, those that tell most for their bytes.
 
     What the layers tell is their alignment with a target, the linear CKA of all chosen layers side by side, which is
@@ -37,7 +36,7 @@ class LayerSelection(Option):
             which are also taken where it holds fewer than four such samples, or of one class only.
     """
 
-    name = "selection"
+    name = "layer_selection"
 
     def __init__(self, budget: int = 64, toward: Literal["answers", "labels"] = "answers"):
         self.budget, self.toward = at_least("budget", budget, 1), one_of("toward", toward, ("answers", "labels"))

@@ -13,7 +13,6 @@ from torch import Tensor
 from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.shares import CAP, Cap
 from fdl.knowledge.confidence.base import LIMIT, ClientView, public_space
-from fdl.knowledge.option import Option
 from fdl.knowledge.transfer.extraction import EMBEDDING, Extracted, Moments
 from fdl.knowledge.transfer.features import WIDEST, sketch
 from fdl.losses.prototypes import PROTOTYPE_LOSSES
@@ -23,7 +22,7 @@ from fdl.utils.arguments import at_least, not_negative, one_of, positive
 from fdl.utils.threads import single
 
 
-class PrototypeTransfer(Option):
+class PrototypeTransfer:
     """A few centroids for each class of every client's data teach the student where classes lie.
 
     In the public space (the recipe's encoder, else PCA fitted on the proxy set) centroids of all clients compare, and
@@ -43,7 +42,7 @@ class PrototypeTransfer(Option):
         floor: fewest samples that a centroid which is sent stands for.
     """
 
-    name = "prototypes"
+    name = "prototype_transfer"
 
     def __init__(
         self,

@@ -181,11 +181,11 @@ def test_without_gpus_there_is_one_message(verb, accelerator, tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ("executor=batched", "executor"),
+        ("client_execution=vectorized", "client_execution"),
         ("evaluation.attacks=[lira]", "evaluation.attacks"),
         ("privacy={noise_multiplier: 1}", "privacy.training"),
         ("fabric.precision=16-mixed", "fabric.precision"),
-        ("local.compile=default", "local.compile"),
+        ("local_training.compile=default", "local_training.compile"),
         ("inference.compile=true", "inference.compile"),
     ],
 )
@@ -257,8 +257,14 @@ def test_gpus_are_asked_for_only_where_models_are_sharded(monkeypatch):
 def test_a_recipe_on_gpus(precision, tmp_path):
     """On as many as there are, one included: the command line starts them, and an unsharded run comes to the same."""
     count = torch.cuda.device_count()
-    quick = ["federation.rounds=2", "local.steps=5", "local.epochs=null", "distil.steps=5", "distil.epochs=null"]
-    quick += [f"{part}.optimizer={shard_jobs.SGD}" for part in ("local", "distil")]
+    quick = [
+        "federation.rounds=2",
+        "local_training.steps=5",
+        "local_training.epochs=null",
+        "server_distil.steps=5",
+        "server_distil.epochs=null",
+    ]
+    quick += [f"{part}.optimizer={shard_jobs.SGD}" for part in ("local_training", "server_distil")]
     students = []
     for strategy, devices in (("fsdp", count), ("auto", 1)):
         folder = tmp_path / strategy

@@ -9,7 +9,7 @@ from fdl.build import build
 from fdl.engine.vectorized.stack_batches import stacked
 from fdl.engine.vectorized.stacked_models import StackedModels, unstackable
 from fdl.errors import UserError
-from fdl.federation.executors import Auto, Batched, Sequential
+from fdl.federation.executors import Auto, Sequential, Vectorized
 from fdl.messages import Parameters, Responses, parts_of
 from fdl.recipe import from_mapping
 
@@ -25,8 +25,12 @@ def recipe(method="fedavg", overrides=(), **changes):
         "federation": {"clients": 5, "rounds": 2},
         "student": MLP,
         "specialists": [MLP],
-        "local": {"epochs": 2, "batch_size": 16, "optimizer": {"target": "sgd", "args": {"lr": 0.1, "momentum": 0.9}}},
-        "distil": {"epochs": 1},
+        "local_training": {
+            "epochs": 2,
+            "batch_size": 16,
+            "optimizer": {"target": "sgd", "args": {"lr": 0.1, "momentum": 0.9}},
+        },
+        "server_distil": {"epochs": 1},
         "evaluation": {"specialists": False},
         "checkpoint": {"every": 100},
         "fabric": {"accelerator": "cpu", "threads": 1},
@@ -35,7 +39,7 @@ def recipe(method="fedavg", overrides=(), **changes):
     return from_mapping(tree | changes, list(overrides))
 
 
-class Spy(Batched):
+class Spy(Vectorized):
     """Notes what was done together, and everybody's upload."""
 
     def __init__(self, executor):
@@ -115,27 +119,27 @@ def together(monkeypatch):
 def test_clients_that_train_together_end_where_they_would_alone(method, fits, tmp_path, monkeypatch):
     alone = run(tmp_path, Sequential(), method=method)
     seen = together(monkeypatch)
-    assert_same(alone, run(tmp_path, Batched(), method=method))
-    assert seen.count(("StackedFit", 5)) >= 2 * fits - 1
+    assert_same(alone, run(tmp_path, Vectorized(), method=method))
+    assert seen.count(("FitRequest", 5)) >= 2 * fits - 1
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        ["local.optimizer={target: adamw, args: {lr: 0.01}}", "local.gradient_clip=0.5"],
-        ["local.epochs=null", "local.steps=7"],
-        ["local.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}"],
-        ["local.scheduler={target: step_lr, args: {step_size: 1, gamma: 0.5}, interval: round}"],
+        ["local_training.optimizer={target: adamw, args: {lr: 0.01}}", "local_training.gradient_clip=0.5"],
+        ["local_training.epochs=null", "local_training.steps=7"],
+        ["local_training.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}"],
+        ["local_training.scheduler={target: step_lr, args: {step_size: 1, gamma: 0.5}, interval: round}"],
         ["student={target: vit, args: {dim: 8, depth: 1, heads: 2}}"],
         ["student={target: cnn, args: {channels: [4], embedding: 8}}"],
-        ["federation.participation=0.6", "federation.dropout=0.3"],
+        ["federation.client_fraction=0.6", "federation.dropout=0.3"],
         ["data.args.augment=crop_flip"],
         ["federation.learning_rates={0: 0.02, 3: 0.3}"],
         [
-            "local.optimizer={target: adamw, args: {lr: 0.01}}",
+            "local_training.optimizer={target: adamw, args: {lr: 0.01}}",
             "partition={target: quantity_skew, args: {exponent: 1.0, min_samples: 4}}",
-            "local.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}",
-            "local.gradient_clip=0.5",
+            "local_training.scheduler={target: step_lr, args: {step_size: 2, gamma: 0.5}, interval: step}",
+            "local_training.gradient_clip=0.5",
             "federation.learning_rates={1: 0.001, 3: 0.02}",
         ],
     ],
@@ -144,14 +148,14 @@ def test_clients_that_train_together_end_where_they_would_alone(method, fits, tm
 def test_whatever_the_training_is(changes, tmp_path, monkeypatch):
     alone = run(tmp_path, Sequential(), overrides=changes)
     seen = together(monkeypatch)
-    assert_same(alone, run(tmp_path, Batched(), overrides=changes), 3e-5)
+    assert_same(alone, run(tmp_path, Vectorized(), overrides=changes), 3e-5)
     assert seen
 
 
 def test_proxy_answers_are_given_together(tmp_path, monkeypatch):
     seen = together(monkeypatch)
-    run(tmp_path, Batched(), method="federated_distillation", rounds=1)
-    assert ("StackedPredict", 5) in seen
+    run(tmp_path, Vectorized(), method="federated_distillation", rounds=1)
+    assert ("PredictRequest", 5) in seen
 
 
 def test_a_mixed_federation_goes_by_architecture(tmp_path, monkeypatch):
@@ -163,8 +167,8 @@ def test_a_mixed_federation_goes_by_architecture(tmp_path, monkeypatch):
     }
     alone = run(tmp_path, Sequential(), **arguments)
     seen = together(monkeypatch)
-    assert_same(alone, run(tmp_path, Batched(), **arguments))
-    assert {count for kind, count in seen if kind == "StackedFit"} == {3, 2}
+    assert_same(alone, run(tmp_path, Vectorized(), **arguments))
+    assert {count for kind, count in seen if kind == "FitRequest"} == {3, 2}
 
 
 @pytest.mark.parametrize(
@@ -172,14 +176,17 @@ def test_a_mixed_federation_goes_by_architecture(tmp_path, monkeypatch):
     [
         (["student={target: cnn, args: {channels: [4], norm: batch}}"], "running statistics"),
         (["fabric.precision=bf16-mixed"], "32-bit"),
-        (["local.scheduler={target: step_lr, args: {step_size: 1, gamma: 0.5}, interval: epoch}"], "counts epochs"),
+        (
+            ["local_training.scheduler={target: step_lr, args: {step_size: 1, gamma: 0.5}, interval: epoch}"],
+            "counts epochs",
+        ),
     ],
 )
 def test_what_cannot_be_done_together_is_done_alone_and_said_once(changes, why, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "fdl")
     alone = run(tmp_path, Sequential(), overrides=changes)
     seen = together(monkeypatch)
-    assert_same(alone, run(tmp_path, Batched(), overrides=changes), 0.0)
+    assert_same(alone, run(tmp_path, Vectorized(), overrides=changes), 0.0)
     assert not seen
     assert len([record for record in caplog.records if why in record.message]) == 1
 
@@ -188,7 +195,7 @@ def test_a_model_that_cannot_be_vectorised_is_found_out_without_harm(tmp_path, c
     caplog.set_level(logging.INFO, "fdl")
 
     def branch(loop):
-        template = loop.runtime.template("student")
+        template = loop.runtime.shared_module("student")
 
         class Branching(type(template)):
             def training_step(self, batch, batch_idx=0):
@@ -198,27 +205,27 @@ def test_a_model_that_cannot_be_vectorised_is_found_out_without_harm(tmp_path, c
         template.__class__ = Branching
 
     alone = run(tmp_path, Sequential(), prepare=branch)
-    assert_same(alone, run(tmp_path, Batched(), prepare=branch), 0.0)
+    assert_same(alone, run(tmp_path, Vectorized(), prepare=branch), 0.0)
     assert len([record for record in caplog.records if "one after another" in record.message]) == 1
 
 
 def test_groups_that_fit_into_memory_give_what_the_whole_cohort_gives(tmp_path, monkeypatch):
     method = "federated_distillation"
-    whole = run(tmp_path, Batched(), method=method)
-    cost = next(iter(whole[1].executor.stacks.costs.values()))
+    whole = run(tmp_path, Vectorized(), method=method)
+    cost = next(iter(whole[1].executor._costs.values()))
     seen = together(monkeypatch)
-    assert_same(whole, run(tmp_path, Batched(memory=2 * cost + 1), method=method))
-    assert {count for kind, count in seen if kind == "StackedFit"} == {2}
+    assert_same(whole, run(tmp_path, Vectorized(memory=2 * cost + 1), method=method))
+    assert {count for kind, count in seen if kind == "FitRequest"} == {2}
 
 
 def test_auto_trains_small_models_together_and_others_alone(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "fdl")
     seen = together(monkeypatch)
     run(tmp_path, Auto(), rounds=1)
-    assert seen == [("StackedFit", 5)]
+    assert seen == [("FitRequest", 5)]
     monkeypatch.setattr("fdl.federation.executors.SMALL", {"cpu": 10})
     run(tmp_path, Auto(), rounds=1)
-    assert seen == [("StackedFit", 5)] and not caplog.records
+    assert seen == [("FitRequest", 5)] and not caplog.records
 
 
 def test_an_error_names_its_client_and_leaves_nobody_behind(tmp_path):
@@ -232,8 +239,8 @@ def test_an_error_names_its_client_and_leaves_nobody_behind(tmp_path):
         loop.method.local_update = local_update
 
     with pytest.raises(UserError, match=r"client 3 \(student\) in round 1: no power"):
-        run(tmp_path, Batched(), prepare=spoil)
-    loop, _ = run(tmp_path, Batched())
+        run(tmp_path, Vectorized(), prepare=spoil)
+    loop, _ = run(tmp_path, Vectorized())
     with pytest.raises(UserError, match="client 3"):
         spoil(loop)
         loop.run_round(3)
@@ -243,8 +250,8 @@ def test_an_error_names_its_client_and_leaves_nobody_behind(tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     arguments = {
         "method": "federated_distillation",
-        "executor": "batched",
-        "federation": {"clients": 5, "rounds": 3, "participation": 0.6},
+        "client_execution": "vectorized",
+        "federation": {"clients": 5, "rounds": 3, "client_fraction": 0.6},
         "checkpoint": {"every": 1, "keep": 9},
     }
     straight = build(recipe(**arguments), tmp_path)
@@ -271,9 +278,9 @@ def test_torchs_own_stream_is_each_clients_own(tmp_path):
 
         loop.method.local_update = local_update
 
-    for executor in (Sequential(), Batched()):
+    for executor in (Sequential(), Vectorized()):
         run(tmp_path, executor, rounds=1, prepare=draw)
-    assert drawn[Sequential] == sorted(drawn[Batched], key=lambda row: row[0])
+    assert drawn[Sequential] == sorted(drawn[Vectorized], key=lambda row: row[0])
 
 
 def test_padding_repeats_a_row_that_counts_for_nothing():

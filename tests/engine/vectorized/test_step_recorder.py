@@ -18,6 +18,7 @@ from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
 from fdl.methods.fedprox import ProximalObjective
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.objectives import training_step
+from fdl.modules.tracing import traceable
 from fdl.recipe import Component, Fit
 from fdl.utils.seeding import torch_stream
 
@@ -73,10 +74,10 @@ def held(module, turn):
     "config", [fit_of(), fit_of("adamw"), fit_of(gradient_clip=0.05), fit_of(epochs=None, steps=7)]
 )
 def test_written_down_steps_end_where_others_do(config, objective, written, monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 3)
+    monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 3)
     found = weights_after(small(), config, objective)
     assert len(written) >= 2 and None not in written
-    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 10**9)
+    monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 10**9)
     expected = weights_after(small(), config, objective)
     assert found[0] == expected[0]
     assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1]))
@@ -108,7 +109,7 @@ def test_steps_that_learn_from_answers_are_written_down_too(loss, written, monke
     answers = torch.rand(21, 3, generator=torch.Generator().manual_seed(1)).softmax(1)
 
     def trained(uses):
-        monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", uses)
+        monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", uses)
         module, runtime, losses = small(), Runtime(accelerator="cpu"), []
         for turn in range(6):  # an equal objective, made anew
             data, objective = SoftLabelled(samples(), answers), ResponseObjective(loss, 2.0)
@@ -122,7 +123,7 @@ def test_steps_that_learn_from_answers_are_written_down_too(loss, written, monke
 
 
 def test_nothing_is_written_down_in_the_first_fit_that_has_it(written, monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 2)
+    monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 2)
     module = small()
     weights_after(module, fit_of(epochs=20), fits=1)
     assert written == []
@@ -142,6 +143,7 @@ class Scaled(ImageClassifier):
         self.temperature = 1.0
         self.register_buffer("softness", torch.ones(()), persistent=False)
 
+    @traceable
     def training_step(self, batch, batch_idx=0):
         return {"loss": F.cross_entropy(self(batch[0]).logits / self.temperature / self.softness, batch[1])}
 
@@ -164,7 +166,7 @@ def add_hook(module):
 
 @pytest.mark.parametrize("change", [set_attribute, set_buffer, replace_buffer, add_hook])
 def test_what_changes_about_a_module_is_seen(change, written, monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 2)
+    monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 2)
     config = fit_of(epochs=1, batch_size=21)
 
     def losses(changes_after):
@@ -178,12 +180,12 @@ def test_what_changes_about_a_module_is_seen(change, written, monkeypatch):
 
     found = losses(5)
     assert len(written) >= 1 and written[0] is not None
-    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 10**9)
+    monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 10**9)
     assert found == losses(5) != losses(100)
 
 
 def test_a_layer_that_is_frozen_later_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 2)
+    monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 2)
     module, runtime, config = small(), Runtime(accelerator="cpu"), fit_of(epochs=1, batch_size=21)
     for turn in range(4):
         runtime.fit(module, samples(), config, torch_stream(0, "fit", turn))
@@ -196,7 +198,7 @@ def test_a_layer_that_is_frozen_later_stays_as_it_is(monkeypatch):
 
 
 def test_functions_whose_state_nobody_knows_are_not_written_down(written, monkeypatch):
-    monkeypatch.setattr("fdl.engine.runtime.TRACE_AFTER_STEPS", 1)
+    monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 1)
     count = 0
 
     def objective(module, batch):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fdl.recipe.config import Fit
 
 
-def rehearse(loop: Federation) -> None:
+def run_trial_steps(loop: Federation) -> None:
     """Let every architecture take one step on two samples and answer them; weights and random streams stay.
 
     Args:
@@ -37,16 +37,15 @@ def rehearse(loop: Federation) -> None:
         if client.architecture in done or client.samples < 2:
             continue
         done.add(client.architecture)
-        with client.gate.open():
-            module = loop.runtime.template(client.architecture)
-            _try(loop, f"client {client.id}", module, client.train, client.local, trains=True)
+        with client.data_gate.open(), loop.runtime.borrow(client.architecture) as module:
+            _try(loop, f"client {client.id}", module, client.train, client.local_training, trains=True)
     for part, module in (("student", server.student), ("teacher", server.teacher)):
         if module is None or (part in done):
             continue
         sets = (server.pooled, server.proxy, server.public, server.validation, server.test)
         samples = next((some for some in sets if some is not None and len(some) > 1), None)
         if samples is not None:
-            _try(loop, part, module, samples, server.local if pooled else server.distil, trains=pooled)
+            _try(loop, part, module, samples, server.local_training if pooled else server.server_distil, trains=pooled)
 
 
 def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, config: Fit, trains: bool) -> None:
@@ -57,7 +56,10 @@ def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, 
     once = dataclasses.replace(config, steps=1, epochs=None, batch_size=2, scheduler=None, compile="none")
     before, training = copy_of(module), module.training
     try:
-        with torch.random.fork_rng(devices=[]), explain_out_of_memory(f"{who}: {label}.{step}", "local.batch_size"):
+        with (
+            torch.random.fork_rng(devices=[]),
+            explain_out_of_memory(f"{who}: {label}.{step}", "local_training.batch_size"),
+        ):
             loop.runtime.fit(module, some, once, torch.Generator(), None if trains else _forward)
             step = "forward"
             logits = loop.runtime.predict(module, some)

@@ -1,0 +1,182 @@
+"""The training loop: batches, a step for each, a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fdl.engine.batches import batches, gathered
+from fdl.engine.inference import map_tensors, prefetch_to_device, to_device
+from fdl.engine.optimizers import advance, schedule_of
+from fdl.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from lightning.fabric.wrappers import _FabricOptimizer
+
+    from fdl.datamodules.samples import Samples
+    from fdl.modules.objectives import Objective
+    from fdl.modules.types import Batch
+    from fdl.recipe.config import Fit
+
+
+class StepStrategy(Protocol):
+    """What the loop does with every batch; `EagerStep` describes the methods."""
+
+    fabric: Fabric
+    module: nn.Module
+    optimizer: _FabricOptimizer
+
+    def place(self, batch: Batch, full: bool) -> Any:
+        """Move a batch to the device; what it returns is for `backward`."""
+
+    def backward(self, placed: Any) -> Mapping[str, Tensor]:
+        """Do a forward and a backward pass, and return the named losses."""
+
+    def update(self) -> None:
+        """Let the optimiser step, and drop the gradients."""
+
+    def reduce_losses(self, means: dict[str, float]) -> dict[str, float]:
+        """The mean losses of all processes that share the fit."""
+
+
+def train(
+    step: StepStrategy,
+    samples: Samples,
+    config: Fit,
+    generator: torch.Generator,
+    round: int = 1,
+    watch: Callable[[int], bool] | None = None,
+) -> dict[str, float]:
+    """Train a module on samples.
+
+    Args:
+        step: what is done with a batch; it knows the module, the objective and the optimiser.
+        samples: at least one.
+        config: epochs or steps, batch size, schedule.
+        generator: the stream that orders (and augments) the samples.
+        round: the round, for schedules that count rounds.
+        watch: called after every step with the number of steps so far; True ends the fit.
+
+    Returns:
+        The mean over steps of every named loss.
+
+    Raises:
+        UserError: batch normalisation needs batches of two samples, and there is none.
+    """
+    module = step.module
+    scheduler, interval = schedule_of(step.optimizer.optimizer, config, round)
+    skip_single = len(samples) % config.batch_size == 1 and any(isinstance(m, _BatchNorm) for m in module.modules())
+    set_training(module)
+    drawn = gathered(samples, batches(len(samples), config, generator, skip_single), generator)
+    sums: dict[str, Tensor] = {}
+    steps = 0
+    # a GPU's batches are gathered and copied while it works on those before
+    for epoch_ended, batch in prefetch_to_device(
+        step.fabric.device, lambda item: (item[0], step.place(item[2], len(item[1]) == config.batch_size)), drawn
+    ):
+        losses = step.backward(batch)
+        step.update()
+        for name, value in losses.items():
+            value = value.detach()
+            sums[name] = sums[name] + value if name in sums else value.clone()
+        steps += 1
+        if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
+            advance(scheduler, config)
+        if watch is not None:
+            if watch(steps):
+                break
+            set_training(module)  # it may have predicted
+    if steps == 0:
+        raise UserError(
+            f"{len(samples)} sample(s) in batches of {config.batch_size} leave no batch of two, which batch "
+            "normalisation needs; use a module with group normalisation or give each client more samples"
+        )
+    return step.reduce_losses({name: float(value) / steps for name, value in sums.items()})
+
+
+def set_training(module: nn.Module) -> None:
+    """Put a module into training mode; walking over all its parts costs as much as a step of a small model."""
+    if not module.training:
+        module.train()
+
+
+class EagerStep:
+    """Forward, backward, clipping and optimiser step of one fit, with the objective called for every batch.
+
+    Args:
+        fabric: gives device and precision.
+        module: the module to train, in place.
+        parameters: those of its parameters that are trained.
+        objective: what to minimise.
+        optimizer: of these parameters.
+        gradient_clip: largest norm of a gradient; None: gradients are not clipped.
+        plain: Fabric's wrappers add nothing (one device, 32 bits), so they are passed by: small models feel their time.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        objective: Objective,
+        optimizer: _FabricOptimizer,
+        gradient_clip: float | None,
+        plain: bool,
+    ):
+        self.fabric = fabric
+        self.module = module
+        self.parameters = parameters
+        self.objective = objective
+        self.optimizer = optimizer
+        self.gradient_clip = gradient_clip
+        self.differentiate = Tensor.backward if plain else fabric.backward
+        self._stepped = optimizer.optimizer if plain else optimizer
+
+    def place(self, batch: Batch, full: bool) -> Any:
+        """Move a batch to the device, in the recipe's precision.
+
+        Args:
+            batch: in host memory.
+            full: it has as many samples as the recipe's batch size.
+
+        Returns:
+            What `backward` takes.
+        """
+        return self.fabric.strategy.precision.convert_input(batch_to_device(batch, self.fabric.device))
+
+    def backward(self, placed: Any) -> Mapping[str, Tensor]:
+        """Do a forward and a backward pass, which leaves gradients with the parameters; return the named losses."""
+        return self.gradients(self.objective, placed)
+
+    def gradients(self, objective: Objective, placed: Any) -> Mapping[str, Tensor]:
+        """As `backward`, with an objective that computes the step's own one, e.g. compiled."""
+        with self.fabric.autocast():
+            losses = objective(self.module, placed)
+        self.differentiate(losses["loss"])
+        return losses
+
+    def update(self) -> None:
+        """Clip the gradients, let the optimiser step, and drop the gradients."""
+        if self.gradient_clip is not None:
+            self.fabric.clip_gradients(
+                self.module, self.optimizer, max_norm=self.gradient_clip, error_if_nonfinite=False
+            )
+        self._stepped.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reduce_losses(self, means: dict[str, float]) -> dict[str, float]:
+        """The mean losses of all processes that share the fit, from those of this one."""
+        return means
+
+
+def batch_to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device; a GPU gets it without anybody waiting for the copy."""
+    if device.type == "cpu":
+        return batch
+    return tuple(None if part is None else map_tensors(part, lambda t: to_device(t, device)) for part in batch)

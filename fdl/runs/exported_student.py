@@ -1,0 +1,79 @@
+"""A run's student and the inputs that it takes, as every export format describes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fdl.runs.redaction import LOCAL, without_paths
+
+if TYPE_CHECKING:
+    from lightning import LightningModule
+
+    from fdl.recipe.config import Recipe
+    from fdl.runs.inputs import Inputs
+
+
+@dataclass
+class ExportedStudent:
+    """A run's student and what it takes.
+
+    Attributes:
+        recipe: of the run.
+        student: filled with the weights of the round.
+        inputs: the tasks, the classes, and what else the data gave the constructor.
+        round: the round.
+    """
+
+    recipe: Recipe
+    student: LightningModule
+    inputs: Inputs
+    round: int
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """Arguments that the data gave the model's constructor."""
+        return self.inputs.model_kwargs
+
+    def normalization(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel that the exported images come with; 0 and 1 without any."""
+        channels = self.model_kwargs["input_shape"][0]
+        mean, std = self.model_kwargs.get("normalization") or ([0.0] * channels, [1.0] * channels)
+        return list(map(float, mean)), list(map(float, std))
+
+    def pictures(self) -> dict[str, Any]:
+        """How a picture becomes what the network itself takes, behind the adapter where there is one."""
+        adapter = getattr(self.student, "adapter", None)
+        (mean, std), size = self.normalization(), self.model_kwargs["input_shape"]
+        if adapter is not None:
+            mean, std, size = adapter.mean, adapter.std, adapter.output_shape
+        # data without a size of their own are all of one shape: nothing is cut off
+        cut = self.recipe.data.args.get("size") is not None or size[1] == size[2]
+        interpolation = "bilinear" if adapter is None else adapter.interpolation
+        return {"input_size": size, "mean": mean, "std": std, "interpolation": interpolation, "cut": cut}
+
+    def description(self) -> dict[str, Any]:
+        """Describe the exported model's inputs and outputs, for people and programs."""
+        model_kwargs, told = self.model_kwargs, {"task": self.inputs.task}
+        if "input_shape" in model_kwargs:
+            mean, std = self.normalization()
+            told["images"] = {
+                "shape": ["batch", *model_kwargs["input_shape"]],
+                "range": "0 (black) to 1 (white), then (x - mean) / std for each channel",
+                "mean": mean,
+                "std": std,
+                "resize": "central square, then bilinear with antialiasing",
+            }
+        if "context" in model_kwargs:
+            told["texts"] = {
+                "shape": ["batch", model_kwargs["context"]],
+                "ids": f"of the tokenizer ({_public_name(model_kwargs['tokenizer'])}), padded on the right with -1",
+            }
+        if self.inputs.classes and self.inputs.task == "classification":
+            told["classes"] = self.inputs.classes
+        return told
+
+
+def _public_name(tokenizer: Any) -> str:
+    """Name a tokenizer for readers elsewhere: its own name, or its place in the export."""
+    return without_paths(tokenizer.label).replace(LOCAL, "tokenizer.json beside this file")

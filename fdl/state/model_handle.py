@@ -1,0 +1,232 @@
+"""A model with its tensors looked up once, for models that are filled and read for every client of every round.
+
+Walking over a model's submodules costs more than copying a small model. A handle keeps what the walk found: the state
+by name, as one vector where that is possible, and the list of parameters. It belongs to its model and goes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from fdl.state.flat_tensors import FlatTensors, flatten_module_
+
+_ATTRIBUTE = "_fdl_handle"
+
+
+class ModelHandle:
+    """A model's state and parameters, looked up once and again whenever somebody has replaced a tensor.
+
+    A module may be moved, converted, or given other parameters or submodules at any time: the next use of its handle
+    notices and looks everything up anew. Copies of a module have no handle.
+
+    Args:
+        module: the model; as long as it lives, `ModelHandle.of` finds this handle. Its tensors are moved into one
+            vector where they can be, which leaves their values as they are.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._attach(module)
+        self.writable = True
+        self._look_up()
+
+    def _attach(self, module: nn.Module) -> None:
+        self._module = ref(module)  # the module owns the handle: a circle would keep it on the device for longer
+        module.__dict__[_ATTRIBUTE] = self
+
+    @staticmethod
+    def of(module: nn.Module) -> ModelHandle | None:
+        """Return the handle of a module, None where it has none."""
+        handle = module.__dict__.get(_ATTRIBUTE)
+        return handle if handle is not None and handle._module() is module else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the handle out of copies and pickles of its module: their tensors are others."""
+        return type(None), ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself.
+
+        Raises:
+            ReferenceError: the model is gone.
+        """
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the model of this handle is gone")
+        return module
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Live references to the model's tensors by name; what is `frozen` in it is left out."""
+        self._refresh()
+        return self._state if isinstance(self._state, FlatTensors) else dict(self._state)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, shared ones once."""
+        self._refresh()
+        return self._parameters
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that require gradients now, shared ones once."""
+        return [p for p in self.parameters if p.requires_grad]
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the model in place, so that optimisers and references to its parameters stay valid.
+
+        Nothing is changed when anything does not fit. Values are converted to the model's floating-point type and
+        device.
+
+        Args:
+            tensors: exactly the names of `state`, with the same shapes.
+
+        Raises:
+            ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other
+                is not.
+            RuntimeError: the model is shared and nobody has borrowed it.
+        """
+        if not self.writable:
+            raise RuntimeError(
+                f"this {type(self.module).__name__} is shared by all who use its architecture, and its weights belong "
+                "to whoever borrows it; fill it by `with runtime.borrow(architecture, weights) as module:`"
+            )
+        self._copy(tensors)
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        self._refresh()
+        if (
+            isinstance(self._state, FlatTensors)
+            and isinstance(tensors, FlatTensors)
+            and self._state.layout == tensors.layout
+        ):
+            self._state.buffer.copy_(tensors.buffer.detach())
+        else:
+            copy_named(self._state, tensors, type(self.module).__name__)
+
+    def _look_up(self) -> None:
+        module = self.module
+        laid = None if getattr(module, "frozen", ()) else flatten_module_(module)
+        self._remember(named_state(module) if laid is None else laid)
+
+    def _remember(self, state: Mapping[str, Tensor]) -> None:
+        module = self.module
+        self._state, self._parameters = state, list(module.parameters())
+        # live views, so that looking costs no call per submodule
+        self._places = [
+            place.values() for part in module.modules() for place in (part._modules, part._parameters, part._buffers)
+        ]
+        self._found = list(chain.from_iterable(self._places))  # kept, so that no id can come again
+        self._ids = list(map(id, self._found))
+        self._tensors = [found for found in self._found if isinstance(found, Tensor)]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+
+    def _refresh(self) -> None:
+        """Look everything up anew where a tensor or a submodule is not the one that was found before."""
+        if (
+            list(map(id, chain.from_iterable(self._places))) != self._ids
+            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+        ):
+            self._look_up()
+
+
+class RowHandle(ModelHandle):
+    """The handle of a model whose tensors are views of a row in a matrix of several models.
+
+    Args:
+        module: the model.
+        state: its state, views of the row.
+    """
+
+    def __init__(self, module: nn.Module, state: FlatTensors):
+        self._attach(module)
+        self.writable = True
+        self._remember(state)
+
+    def _look_up(self) -> None:
+        raise RuntimeError(
+            f"this {type(self.module).__name__} is trained side by side with others, so it must stay where it is: it "
+            "was moved, converted or given other parameters; do that in a copy of it"
+        )
+
+
+def handle_of(module: nn.Module) -> ModelHandle:
+    """Return the handle of a module that was made by `Runtime.create`.
+
+    Args:
+        module: the module.
+
+    Raises:
+        ValueError: it has none.
+    """
+    handle = ModelHandle.of(module)
+    if handle is None:
+        raise ValueError(f"this {type(module).__name__} has no handle: it was not made by Runtime.create")
+    return handle
+
+
+def named_state(module: nn.Module) -> dict[str, Tensor]:
+    """Walk over a module for its parameters and persistent buffers, as live references, without what is `frozen`.
+
+    Args:
+        module: the module; of a tensor that has several names, as tied embeddings have, the first one counts.
+    """
+    frozen, seen, state = getattr(module, "frozen", ()), set(), {}
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor) or name in frozen:
+            continue
+        place = value.data_ptr(), value.shape, value.stride()
+        if value.data_ptr() and value.numel() and place in seen:
+            continue
+        seen.add(place)
+        state[name] = value
+    return state
+
+
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Return tensors in the order of a model's own, after a check that they can be copied into these.
+
+    Args:
+        own: the model's tensors by name.
+        tensors: the new values by name.
+        name: of the model's class, for the error.
+
+    Raises:
+        ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other is
+            not.
+    """
+    if own.keys() != tensors.keys():
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        said = [
+            f"{word} {', '.join(map(repr, names))}"
+            for word, names in (("missing", missing), ("unknown", extra))
+            if names
+        ]
+        raise ValueError(f"tensors do not fit {name}: {'; '.join(said)}")
+    sources = [tensors[key] for key in own]
+    for (key, target), source in zip(own.items(), sources):
+        if source.shape != target.shape:
+            raise ValueError(f"{key!r} has shape {list(source.shape)}, expected {list(target.shape)}")
+        if source.is_floating_point() != target.is_floating_point():
+            raise ValueError(f"{key!r} is {source.dtype}, expected {target.dtype}")
+    return sources
+
+
+def copy_named(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> None:
+    """Copy tensors into a model's own by name; arguments and errors as for `check_fit`.
+
+    Args:
+        own: the model's tensors by name, filled in place.
+        tensors: the new values by name.
+        name: of the model's class, for the error.
+    """
+    sources = check_fit(own, tensors := dict(tensors.items()), name)
+    if own:
+        with torch.no_grad():
+            torch._foreach_copy_(list(own.values()), sources)
