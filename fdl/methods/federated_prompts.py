@@ -66,7 +66,7 @@ class FederatedPrompts(FedAvg):
     def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train both parts on private data, keep the personal one, return the shared one."""
         if not self.personal_parameters:
-            return super().local_update(client, download)
+            return (yield from super().local_update(client, download))
         module = client.specialist()  # at first a fresh one, whose personal part nobody else has
         load_into(module, {**module_state(module), **download.tensors})
         yield FitRequest(module, client.train, client.local_training, self.objective(module))

@@ -335,7 +335,7 @@ def test_an_upload_that_does_not_fit_is_refused_whole(tmp_path, spoil, reason):
     update = loop.method.local_update
 
     def bad(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         return spoil(message) if client.id == 1 else message
 
     loop.method.local_update = bad

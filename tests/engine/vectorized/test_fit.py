@@ -120,7 +120,7 @@ def test_clients_that_train_together_end_where_they_would_alone(method, fits, tm
     alone = run(tmp_path, Sequential(), method=method)
     seen = together(monkeypatch)
     assert_same(alone, run(tmp_path, Vectorized(), method=method))
-    assert seen.count(("FitRequest", 5)) >= 2 * fits - 1
+    assert seen.count(("StackedFit", 5)) >= 2 * fits - 1
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_whatever_the_training_is(changes, tmp_path, monkeypatch):
 def test_proxy_answers_are_given_together(tmp_path, monkeypatch):
     seen = together(monkeypatch)
     run(tmp_path, Vectorized(), method="federated_distillation", rounds=1)
-    assert ("PredictRequest", 5) in seen
+    assert ("StackedPredict", 5) in seen
 
 
 def test_a_mixed_federation_goes_by_architecture(tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_a_mixed_federation_goes_by_architecture(tmp_path, monkeypatch):
     alone = run(tmp_path, Sequential(), **arguments)
     seen = together(monkeypatch)
     assert_same(alone, run(tmp_path, Vectorized(), **arguments))
-    assert {count for kind, count in seen if kind == "FitRequest"} == {3, 2}
+    assert {count for kind, count in seen if kind == "StackedFit"} == {3, 2}
 
 
 @pytest.mark.parametrize(
@@ -212,26 +212,26 @@ def test_a_model_that_cannot_be_vectorised_is_found_out_without_harm(tmp_path, c
 def test_groups_that_fit_into_memory_give_what_the_whole_cohort_gives(tmp_path, monkeypatch):
     method = "federated_distillation"
     whole = run(tmp_path, Vectorized(), method=method)
-    cost = next(iter(whole[1].executor._costs.values()))
+    cost = next(iter(whole[1].executor.stacks.costs.values()))
     seen = together(monkeypatch)
     assert_same(whole, run(tmp_path, Vectorized(memory=2 * cost + 1), method=method))
-    assert {count for kind, count in seen if kind == "FitRequest"} == {2}
+    assert {count for kind, count in seen if kind == "StackedFit"} == {2}
 
 
 def test_auto_trains_small_models_together_and_others_alone(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "fdl")
     seen = together(monkeypatch)
     run(tmp_path, Auto(), rounds=1)
-    assert seen == [("FitRequest", 5)]
+    assert seen == [("StackedFit", 5)]
     monkeypatch.setattr("fdl.federation.executors.SMALL", {"cpu": 10})
     run(tmp_path, Auto(), rounds=1)
-    assert seen == [("FitRequest", 5)] and not caplog.records
+    assert seen == [("StackedFit", 5)] and not caplog.records
 
 
 def test_an_error_names_its_client_and_leaves_nobody_behind(tmp_path):
     def spoil(loop):
         def local_update(client, download, update=loop.method.local_update):
-            message = update(client, download)
+            message = yield from update(client, download)
             if client.id == 3:
                 raise UserError("no power")
             return message
@@ -272,7 +272,7 @@ def test_torchs_own_stream_is_each_clients_own(tmp_path):
     def draw(loop):
         def local_update(client, download, update=loop.method.local_update):
             before = torch.rand(1)
-            message = update(client, download)
+            message = yield from update(client, download)
             drawn.setdefault(type(loop.executor.executor), []).append((client.id, before, torch.rand(1)))
             return message
 
