@@ -55,8 +55,8 @@ class Scaffold(Method):
         module = client.load(download.groups["weights"], "student")
         before = {n: p.clone() for n, p in _parameters(module)}
         own = client.state.get("control") or {n: torch.zeros_like(c) for n, c in common.items()}
-        corrected = Corrected([(common[n] - own[n]).to(p) for n, p in _parameters(module)])
-        yield FitRequest(module, client.train, fit, corrected)
+        correction = Corrected([(common[n] - own[n]).to(p) for n, p in _parameters(module)])
+        yield FitRequest(module, client.train, fit, correction)  # computed for several clients in one pass
         steps = fit.steps if fit.steps is not None else fit.epochs * -(-client.samples // fit.batch_size)
         scale = 1 / (max(steps, 1) * fit.optimizer.args["lr"])
         change = {n: scale * (before[n] - p).cpu() - common[n] for n, p in _parameters(module)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
-from fdl.engine.requests import FitRequest, PredictRequest
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.engine.runtime import Runtime
 from fdl.modules.objectives import Objective
 from fdl.utils.seeding import stream_seed, torch_stream
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fdl.encoders.base import Encoder
     from fdl.engine.inference import OutputSelector
     from fdl.recipe.config import Fit
+
+
+T = TypeVar("T")
 
 
 class PrivacyPolicy(Protocol):
@@ -187,6 +190,19 @@ class Participant:
         if isinstance(request, FitRequest):
             return self.fit(request.module, request.samples, request.config, request.objective, request.name)
         return self.predict(request.module, request.samples, request.what)
+
+    def run_all(self, requests: Requests[T]) -> T:
+        """Compute every request of a generator at once, and return what it returns.
+
+        Args:
+            requests: a generator that has not started, e.g. of a helper that clients call with ``yield from``.
+        """
+        try:
+            request = next(requests)
+            while True:
+                request = requests.send(self.run(request))
+        except StopIteration as end:
+            return end.value
 
     def predict(self, module: LightningModule, samples: Samples, what: OutputSelector = "logits") -> Tensor:
         """Answer samples without gradients: float32 [n, …] on the CPU. Arguments as in `Runtime.predict`."""

@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import isgeneratorfunction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fdl.engine.requests import FitRequest
@@ -170,6 +171,21 @@ class Auto(Vectorized):
         if count_parameters(module) > SMALL.get(runtime.device.type, 0):
             return NotVectorized("a model of this size gains nothing", expected=True)
         return super().reason_not_vectorized(module, runtime)
+
+
+def plain_function_note(executor: Executor, method: Method, clients: Sequence[Client]) -> str | None:
+    """A line for `fdl check` where clients could train together, if only their method yielded its fits; else None.
+
+    Args:
+        executor: runs the local updates.
+        method: whose `local_update` runs.
+        clients: those of this process.
+    """
+    if not isinstance(executor, Vectorized) or len(clients) < 2 or isgeneratorfunction(method.local_update):
+        return None
+    if all(executor.stacks.cost(client, client.architecture) is None for client in clients):
+        return None
+    return f"clients train one after another: {not_a_generator(type(method))}"
 
 
 def not_a_generator(method: type[Method]) -> str:

@@ -190,11 +190,11 @@ def test_prototypes_that_do_not_fit_are_refused(tmp_path, spoil, reason):
     loop, alone = toy(FedProto(), tmp_path / "a"), toy(FedProto(), tmp_path / "b")
     update = loop.method.local_update
 
-    def spoilt(client, download):
+    def bad(client, download):
         message = yield from update(client, download)
         return replace(message, **spoil) if client.id == 1 else message
 
-    loop.method.local_update = spoilt
+    loop.method.local_update = bad
     loop.run()
     assert reason in loop.history[0]["refused"]["1"]
     alone.cohort = lambda round: ([0], [])

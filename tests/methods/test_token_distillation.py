@@ -155,7 +155,9 @@ def test_both_ways_are_counted(tmp_path):
 def test_a_round_asks_all_clients_for_the_same_windows(tmp_path):
     loop = ran(tmp_path, 1, method={"proxy_fraction": 0.7})
     loop.start_round(2)
-    answers = [run_local_update(loop.method, client, None).rows for client in loop.clients]
+    answers = []
+    for client in loop.clients:
+        answers.append(run_local_update(loop.method, client, None).rows)
     assert torch.equal(*answers) and len(answers[0]) == 2
     assert loop.server.state["answers"]["sizes"].shape == (2, LENGTH)
 
