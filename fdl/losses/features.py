@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdl.losses.responses import wide
+from fdl.losses.responses import upcast
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
         >>> feature_mse(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 2.0]]))
         tensor(1.)
     """
-    return F.mse_loss(wide(student), wide(teacher))
+    return F.mse_loss(upcast(student), upcast(teacher))
 
 
 def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Baevski et al., "data2vec": targets are normalised, predictions are not. Mean over rows and dimensions.
     """
-    teacher = wide(teacher)
-    return F.smooth_l1_loss(wide(student), F.layer_norm(teacher, teacher.shape[-1:]))
+    teacher = upcast(teacher)
+    return F.smooth_l1_loss(upcast(student), F.layer_norm(teacher, teacher.shape[-1:]))
 
 
 def feature_normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def feature_normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
         >>> feature_normalized_mse(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 7.0]]))  # lengths do not matter
         tensor(1.)
     """
-    return F.mse_loss(F.normalize(wide(student), dim=-1), F.normalize(wide(teacher), dim=-1))
+    return F.mse_loss(F.normalize(upcast(student), dim=-1), F.normalize(upcast(teacher), dim=-1))
 
 
 def feature_cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def feature_cosine(student: Tensor, teacher: Tensor) -> Tensor:
         >>> feature_cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
         tensor(1.)
     """
-    return (1 - F.cosine_similarity(wide(student), wide(teacher), dim=-1)).mean()
+    return (1 - F.cosine_similarity(upcast(student), upcast(teacher), dim=-1)).mean()
 
 
 def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
         >>> linear_cka(rows, rows.flip(0))
         tensor(0.8276)
     """
-    x, y = (wide(side) - wide(side).mean(0) for side in (student, teacher))
+    x, y = (upcast(side) - upcast(side).mean(0) for side in (student, teacher))
     # Gram matrices of rows: a batch has fewer rows than features
     k, m = x @ x.T, y @ y.T
     scale = k.norm() * m.norm()
@@ -134,13 +134,13 @@ def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _relative_distances(rows: Tensor) -> Tensor:
     """Distances of all pairs of different rows, over their mean, [n (n - 1) / 2]."""
-    distances = F.pdist(wide(rows))
+    distances = F.pdist(upcast(rows))
     return distances / distances.mean().clamp_min(torch.finfo(distances.dtype).tiny)
 
 
 def _cosines_of_angles(rows: Tensor) -> Tensor:
     """``[n, n, n]``: entry (j, i, k) is the cosine of the angle at j between i and k."""
-    edges = wide(rows).unsqueeze(0) - wide(rows).unsqueeze(1)
+    edges = upcast(rows).unsqueeze(0) - upcast(rows).unsqueeze(1)
     edges = F.normalize(edges, dim=-1)
     return edges @ edges.transpose(1, 2)
 

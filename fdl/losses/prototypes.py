@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdl.losses.responses import soft_cross_entropy, wide
+from fdl.losses.responses import soft_cross_entropy, upcast
 
 
 def prototype_mse(student: Tensor, prototypes: Tensor, assignment: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def prototype_mse(student: Tensor, prototypes: Tensor, assignment: Tensor) -> Te
         >>> prototype_mse(torch.tensor([[2.0, 0.0]]), prototypes, torch.tensor([[1.0, 0.0]]))  # (2² + 0²) / 2
         tensor(2.)
     """
-    distances = torch.cdist(wide(student), wide(prototypes), compute_mode="donot_use_mm_for_euclid_dist").square()
+    distances = torch.cdist(upcast(student), upcast(prototypes), compute_mode="donot_use_mm_for_euclid_dist").square()
     return (assignment * distances).sum(1).mean() / student.shape[1]
 
 
@@ -48,7 +48,7 @@ def prototype_infonce(student: Tensor, prototypes: Tensor, assignment: Tensor, t
         >>> prototype_infonce(torch.tensor([[1.0, 0.0]]), torch.ones(2, 2), torch.tensor([[1.0, 0.0]]))  # log 2
         tensor(0.6931)
     """
-    similarity = F.normalize(wide(student), dim=-1) @ F.normalize(wide(prototypes), dim=-1).T
+    similarity = F.normalize(upcast(student), dim=-1) @ F.normalize(upcast(prototypes), dim=-1).T
     return soft_cross_entropy(similarity / temperature, assignment)
 
 

@@ -41,7 +41,7 @@ def soften(probabilities: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 1:
         return probabilities
-    return torch.softmax(wide(probabilities).log() / temperature, dim=-1)
+    return torch.softmax(upcast(probabilities).log() / temperature, dim=-1)
 
 
 def entropy_reduction(probabilities: Tensor, temperature: float = 0.1) -> Tensor:
@@ -60,7 +60,7 @@ def entropy_reduction(probabilities: Tensor, temperature: float = 0.1) -> Tensor
         >>> entropy_reduction(torch.tensor([[0.6, 0.4]]))
         tensor([[0.8808, 0.1192]])
     """
-    return torch.softmax(wide(probabilities) / temperature, dim=-1)
+    return torch.softmax(upcast(probabilities) / temperature, dim=-1)
 
 
 def power_sharpening(probabilities: Tensor, exponent: float) -> Tensor:
@@ -78,12 +78,12 @@ def power_sharpening(probabilities: Tensor, exponent: float) -> Tensor:
     return soften(probabilities, 1 / exponent)
 
 
-def wide(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
     """Return 16-bit values as float32: a sum of logarithms needs more than bfloat16's 8 bits.
 
     Example:
         >>> import torch
-        >>> wide(torch.zeros(2, dtype=torch.bfloat16)).dtype
+        >>> upcast(torch.zeros(2, dtype=torch.bfloat16)).dtype
         torch.float32
     """
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -91,7 +91,7 @@ def wide(values: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Return ``log softmax(z / T)``."""
-    return torch.log_softmax(wide(logits) / temperature, -1)
+    return torch.log_softmax(upcast(logits) / temperature, -1)
 
 
 def _divergence(log_q: Tensor, p: Tensor, *, log_p: bool = False) -> Tensor:
@@ -113,7 +113,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))  # log 2
         tensor(0.6931)
     """
-    return F.cross_entropy(wide(logits), labels)
+    return F.cross_entropy(upcast(logits), labels)
 
 
 def kd_loss(
@@ -166,7 +166,7 @@ def reverse_kl(
         >>> reverse_kl(torch.zeros(1, 2), torch.tensor([[0.9, 0.1]]))
         tensor(0.5108)
     """
-    teacher = wide(soften(teacher_probabilities, temperature))
+    teacher = upcast(soften(teacher_probabilities, temperature))
     log_teacher = teacher.clamp_min(torch.finfo(teacher.dtype).eps).log()
     loss = _divergence(log_teacher, _log_softmax(student_logits, temperature), log_p=True)
     return loss * temperature**2 if scale else loss
@@ -198,7 +198,7 @@ def generalized_jsd(
     if beta == 1:
         return reverse_kl(student_logits, teacher_probabilities, temperature)
     log_student = _log_softmax(student_logits, temperature)
-    teacher = wide(soften(teacher_probabilities, temperature))
+    teacher = upcast(soften(teacher_probabilities, temperature))
     # In logs: the product (1 - β) S may underflow in float32, the mixture's logarithm does not.
     log_mixture = torch.logaddexp(log_student + math.log1p(-beta), teacher.log() + math.log(beta))
     from_student = _divergence(log_mixture, log_student, log_p=True)
@@ -248,7 +248,7 @@ def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         >>> mse_logits(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))  # (1 + 4) / 2
         tensor(2.5000)
     """
-    return F.mse_loss(wide(student_logits), wide(teacher_logits))
+    return F.mse_loss(upcast(student_logits), upcast(teacher_logits))
 
 
 def mae_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ def mae_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         >>> mae_logits(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))  # (1 + 2) / 2
         tensor(1.5000)
     """
-    return F.l1_loss(wide(student_logits), wide(teacher_logits))
+    return F.l1_loss(upcast(student_logits), upcast(teacher_logits))
 
 
 def distillation(

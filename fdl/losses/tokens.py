@@ -197,19 +197,19 @@ def _sampled(logits: Tensor, ids: Tensor, p: Tensor, temperature: float) -> Tens
 
 
 def _renormalised(logits: Tensor, ids: Tensor, p: Tensor, temperature: float) -> Tensor:
-    p = _softened(p.masked_fill(ids < 0, 0), temperature)
+    p = _normalised_at(p.masked_fill(ids < 0, 0), temperature)
     log_q = torch.log_softmax(logits / temperature, -1).gather(-1, ids.clamp_min(0))
     return torch.where(p > 0, p * (p.log() - log_q), 0).sum(-1)
 
 
 def _kl(log_q: Tensor, p: Tensor, temperature: float) -> Tensor:
     """``KL(p_T ‖ q_T)`` of each row; an outcome with p = 0 adds nothing."""
-    p = _softened(p, temperature)
+    p = _normalised_at(p, temperature)
     log_q = torch.log_softmax(log_q / temperature, -1)
     return torch.where(p > 0, p * (p.log() - log_q), 0).sum(-1)
 
 
-def _softened(p: Tensor, temperature: float) -> Tensor:
+def _normalised_at(p: Tensor, temperature: float) -> Tensor:
     """Rows at a temperature that sum to 1, as those stored in a few bits do not; a row of zeros stays one."""
     p = soften(p, temperature).nan_to_num(0)
     return p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)

@@ -18,7 +18,8 @@ from fdl.modules.language_model import LanguageModel
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, make_tokenizer, own_tokenizer
 from fdl.modules.tracing import traceable
-from fdl.modules.transformers_module import Batch, masked_mean
+from fdl.modules.transformers_module import masked_mean
+from fdl.modules.types import TensorBatch
 
 
 class Alignment(NamedTuple):
@@ -182,7 +183,7 @@ class AlignedLanguageModel(LanguageModel):
             lora=lora,
             gradient_checkpointing=gradient_checkpointing,
             chunk=chunk,
-            tokenizer=_own(model, pretrained, own_tokenizer),
+            tokenizer=_resolve_own_tokenizer(model, pretrained, own_tokenizer),
             context=own_context or (1 if pretrained or checkpoint else context),
             optimizer=optimizer,
             scheduler=scheduler,
@@ -207,12 +208,12 @@ class AlignedLanguageModel(LanguageModel):
 
     def forward(self, tokens: Tensor, features: Sequence[str] = ()) -> Output:
         """Answer a batch; logits ``[B, S, V]`` are of the model's own tokens and vocabulary."""
-        rows, _ = self._rows(tokens)
+        rows, _ = self._own_rows(tokens)
         if not features:
-            states, seen = self._states(rows), {}
+            states, seen = self._hidden_states(rows), {}
         else:
             with capture(self.network, features) as seen:
-                states = self._states(rows)
+                states = self._hidden_states(rows)
         states, rows = (values.flatten(0, 1).unflatten(0, (len(tokens), -1)) for values in (states, rows))
         return Output(self.head(states), masked_mean(states, rows >= 0), seen)
 
@@ -227,18 +228,18 @@ class AlignedLanguageModel(LanguageModel):
         Returns:
             float32 ``[B, T-1]`` in nats, 0 at padding, and where no own token ends.
         """
-        rows, alignment = self._rows(tokens)
-        nll = token_nll(self._states(rows), self.head, rows, self.chunk)
+        rows, alignment = self._own_rows(tokens)
+        nll = token_nll(self._hidden_states(rows), self.head, rows, self.chunk)
         nll = torch.nn.functional.pad(nll, (1, 0)).flatten().unflatten(0, (len(tokens), -1))
         owners = torch.nn.functional.pad(alignment.owners, (0, nll.shape[1] - alignment.owners.shape[1]), value=-1)
         sums = nll.new_zeros(len(tokens), tokens.shape[1]).scatter_add(1, owners.clamp_min(0), nll)
         return sums[:, 1:]
 
     @traceable
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+    def training_step(self, batch: TensorBatch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of the next own token over the real ones."""
-        rows, _ = self._rows(batch[0])
-        return {"loss": next_token_loss(self._states(rows), self.head, rows, self.chunk)}
+        rows, _ = self._own_rows(batch[0])
+        return {"loss": next_token_loss(self._hidden_states(rows), self.head, rows, self.chunk)}
 
     @torch.no_grad()
     def next_log_probabilities(self, tokens: Tensor, temperature: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -247,14 +248,14 @@ class AlignedLanguageModel(LanguageModel):
         Answered are the positions that the aligner finds. Tokens of the data that begin none of the model's have
         probability 0, and the model's tokens that begin with none of the data's leave the sum of a row below 1.
         """
-        rows, alignment = self._rows(tokens)
-        states = self._states(rows).flatten(0, 1)
+        rows, alignment = self._own_rows(tokens)
+        states = self._hidden_states(rows).flatten(0, 1)
         starts = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * (len(states) // max(len(tokens), 1))
         places = (alignment.positions + starts).flatten()
         answered = ((alignment.positions >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
         for where in answered.split(self.chunk):
             p = torch.softmax(self.head(states[places[where]]).float() / temperature, dim=-1)
-            yield where, self._translated(p).log()
+            yield where, self._to_data_vocabulary(p).log()
 
     @torch.no_grad()
     def generate(
@@ -267,7 +268,7 @@ class AlignedLanguageModel(LanguageModel):
         rows = [torch.tensor(self.data_tokenizer.encode(text), dtype=torch.int64) for text in texts]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(tokens.device)
 
-    def _rows(self, tokens: Tensor) -> tuple[Tensor, Alignment]:
+    def _own_rows(self, tokens: Tensor) -> tuple[Tensor, Alignment]:
         """Own tokens, cut to what the model can read, ``[B · pieces, L]``, and the alignment of whole windows."""
         alignment = self.aligner.align(tokens.cpu(), self.data_tokenizer, self.tokenizer)
         alignment = Alignment(*(part.to(tokens.device) for part in alignment))
@@ -278,7 +279,7 @@ class AlignedLanguageModel(LanguageModel):
         )
         return padded.view(-1, limit), alignment
 
-    def _translated(self, p: Tensor) -> Tensor:
+    def _to_data_vocabulary(self, p: Tensor) -> Tensor:
         """Own probabilities ``[n, V]`` as those of the data's tokens."""
         p, known = p[:, : len(self.translation)], self.data_tokenizer.vocab_size
         return p.new_zeros(len(p), known + 1).index_add_(1, self.translation, p)[:, :known]
@@ -303,7 +304,7 @@ def _segment(raw: bytes, own: Tokenizer) -> tuple[list[int], list[int], bool]:
     return ids, [len(raw)] * len(ids), False
 
 
-def _own(model: str, pretrained: bool, spec: str | None) -> Tokenizer:
+def _resolve_own_tokenizer(model: str, pretrained: bool, spec: str | None) -> Tokenizer:
     """The tokenizer of a model.
 
     Raises:

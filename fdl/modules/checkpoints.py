@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.modules.state_names import fitted, misfit, weights_within
+from fdl.modules.state_names import describe_mismatch, find_state_dict, strip_wrapper_prefixes
 
 _PICKLED = {".pth", ".pt", ".bin", ".ckpt", ".tar"}
 _KNOWN = (".safetensors", ".npz", *sorted(_PICKLED))
@@ -35,9 +35,9 @@ def read_weights(path: str | Path, wanted: Collection[str] = ()) -> dict[str, Te
         path: ``.safetensors``; ``.npz`` with arrays in torch's layout under torch's names; or a file of torch
             (``.pth``, ``.pt``, ``.bin``, ``.ckpt``, ``.tar``), of which only tensors, plain containers and values
             are accepted. Weights may lie under ``state_dict``, ``model`` and other usual names, as in
-            `weights_within`. Entries that are no numbers are left out.
+            `find_state_dict`. Entries that are no numbers are left out.
         wanted: the names of the network that is to have them: prefixes of wrappers are taken off until most of them
-            are found, see `fitted`. Without it, those go that are known and before all names.
+            are found, see `strip_wrapper_prefixes`. Without it, those go that are known and before all names.
 
     Raises:
         UserError: the file is missing, of another kind, damaged, holds objects other than tensors, or numbers that are
@@ -62,12 +62,12 @@ def read_weights(path: str | Path, wanted: Collection[str] = ()) -> dict[str, Te
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, TypeError, OSError, KeyError) as error:
         raise UserError(f"checkpoint: {path} cannot be read: {error}") from error
-    weights = weights_within(found)
+    weights = find_state_dict(found)
     if not weights:
         held = f"; it has {', '.join(map(repr, list(found)[:6]))}" if isinstance(found, dict) and found else ""
         raise UserError(f"checkpoint: {path} holds no named tensors, or several sets of them{held}")
-    require_finite(weights, f"checkpoint: {path}")
-    return fitted(weights, wanted, path)
+    require_finite_weights(weights, f"checkpoint: {path}")
+    return strip_wrapper_prefixes(weights, wanted, path)
 
 
 def _numpy_scalars() -> list[Any]:
@@ -85,7 +85,7 @@ def _foreign(error: Exception) -> str:
     return f" ({name[1]}); save the weights alone, torch.save(model.state_dict(), path), where the file was made"
 
 
-def require_finite(weights: Mapping[str, Tensor | np.ndarray], where: str) -> None:
+def require_finite_weights(weights: Mapping[str, Tensor | np.ndarray], where: str) -> None:
     """Raise where weights to start from hold NaN or infinite numbers.
 
     Args:
@@ -123,7 +123,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     # a file that is no archive at all is taken for a pickle or a single array, and has no `files`
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, BadZipFile) as error:
         raise UserError(f"checkpoint: {path} cannot be read: {error}") from error
-    require_finite(arrays, f"checkpoint: {path}")
+    require_finite_weights(arrays, f"checkpoint: {path}")
     return arrays
 
 
@@ -145,19 +145,19 @@ def load_weights(network: nn.Module, head: str, weights: dict[str, Tensor], path
     weights = {**{n: v for n, v in own.items() if n.endswith("num_batches_tracked") and n not in weights}, **weights}
     layer, stem = weights.get(f"{head}.weight"), weights.get(f"{first_convolution(network)}.weight")
     if layer is None or stem is None or layer.ndim < 2 or stem.ndim != 4:
-        wrong = misfit(weights, own) or "its first or last layer has another shape"
+        wrong = describe_mismatch(weights, own) or "its first or last layer has another shape"
         raise UserError(f"checkpoint: {path} does not fit {label}: its first or last layer is missing: {wrong}")
-    set_inputs(network, stem.shape[1])
-    set_outputs(network, head, len(layer))
-    if wrong := misfit(weights, network.state_dict()):
+    set_input_channels(network, stem.shape[1])
+    set_num_outputs(network, head, len(layer))
+    if wrong := describe_mismatch(weights, network.state_dict()):
         raise UserError(f"checkpoint: {path} does not fit {label}: {wrong}")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"checkpoint: {path} does not fit {label}: {brief(error)}") from error
+        raise UserError(f"checkpoint: {path} does not fit {label}: {one_line(error)}") from error
 
 
-def brief(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error's text on one line; torch lists every name of a state dict that does not fit, and one tells enough."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
@@ -168,7 +168,7 @@ def first_convolution(network: nn.Module) -> str:
     return next(name for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
 
 
-def set_inputs(network: nn.Module, channels: int) -> None:
+def set_input_channels(network: nn.Module, channels: int) -> None:
     """Change the first convolution's input channels; one channel then counts as if it were given three times.
 
     Raises:
@@ -184,7 +184,7 @@ def set_inputs(network: nn.Module, channels: int) -> None:
     conv.weight, conv.in_channels = nn.Parameter(adapt_input_conv(channels, conv.weight.detach())), channels
 
 
-def set_outputs(network: nn.Module, head: str, count: int) -> bool:
+def set_num_outputs(network: nn.Module, head: str, count: int) -> bool:
     """Give the classification layer another number of outputs, with new weights; returns whether it had to change."""
     layer = network.get_submodule(head)
     if isinstance(layer, nn.Linear):

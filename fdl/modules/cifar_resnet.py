@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import load_weights, read_weights, set_inputs, set_outputs
+from fdl.modules.checkpoints import load_weights, read_weights, set_input_channels, set_num_outputs
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.input_adapter import adapter_for
 
@@ -108,8 +108,8 @@ class CifarResNet(ImageClassifier):
                 checkpoint,
                 f"cifar_resnet of depth {depth}",
             )
-        set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
-        fresh = set_outputs(network, "linear", num_classes)
+        set_input_channels(network, input_shape[0] if adapter is None else adapter.output_shape[0])
+        fresh = set_num_outputs(network, "linear", num_classes)
         super().__init__(
             backbone=network,
             num_classes=num_classes,

@@ -16,10 +16,9 @@ from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
 from fdl.modules.tracing import traceable
 from fdl.modules.trainer_hooks import TrainerHooks
-from fdl.modules.tuning import apply_tuning, hold_frozen
+from fdl.modules.tuning import apply_tuning, keep_frozen_in_eval
+from fdl.modules.types import TensorBatch
 from fdl.utils.suggest import suggest
-
-Batch = tuple[Tensor, Tensor | None]
 
 
 class ImageClassifier(TrainerHooks):
@@ -93,7 +92,7 @@ class ImageClassifier(TrainerHooks):
         """Switch to training, or back; what is frozen stays in evaluation mode."""
         super().train(mode)
         if mode and self.frozen:
-            hold_frozen(self.backbone)
+            keep_frozen_in_eval(self.backbone)
         return self
 
     def forward(self, x: Tensor, features: Sequence[str] = ()) -> Output:
@@ -107,50 +106,50 @@ class ImageClassifier(TrainerHooks):
             UserError: a name in `features` matches nothing.
         """
         if not features:
-            return Output(*self._answer(x), {})
+            return Output(*self._predict(x), {})
         with capture(self.backbone, features) as seen:
-            logits, embedding = self._answer(x)
+            logits, embedding = self._predict(x)
         return Output(logits, embedding, seen)
 
     @traceable
     @mean_over(samples_of)
     @ignores_padding
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+    def training_step(self, batch: TensorBatch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of a labelled batch."""
         x, labels = batch
         return {"loss": cross_entropy(self(x).logits, labels)}
 
-    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy`` of a labelled batch."""
         x, labels = batch
         logits = self(x).logits
         return {"loss": cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def test_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy`` of a labelled batch."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Batch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
+    def predict_step(self, batch: TensorBatch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
         """Answer a batch; labels, where there are any, are not looked at."""
         return self(batch if isinstance(batch, Tensor) else batch[0])
 
-    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int) -> None:
         """Log the training loss, under a Trainer."""
         self.log("train/loss", outputs["loss"], batch_size=len(batch[0]))
 
     def on_validation_batch_end(
-        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Log the validation metrics, under a Trainer; it averages them over the epoch."""
         self.log_dict({f"validation/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
 
     def on_test_batch_end(
-        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Log the test metrics, under a Trainer; it averages them over the epoch."""
         self.log_dict({f"test/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
 
-    def _answer(self, x: Tensor) -> Any:
+    def _predict(self, x: Tensor) -> Any:
         if self.adapter is not None:
             x = self.adapter(x)
         if self.head is None:
@@ -164,7 +163,7 @@ class ImageClassifier(TrainerHooks):
 
     def _probe_model(self) -> int:
         """Send one blank image through, so that a model that does not fit fails here; returns the embedding's size."""
-        answer = self._try()
+        answer = self._predict_blank()
         if isinstance(answer, Tensor):
             self._check("logits", answer, self.num_classes)
             self.head = last_layer(self.backbone, self.num_classes)
@@ -173,13 +172,13 @@ class ImageClassifier(TrainerHooks):
                     f"{self._label()} returns logits alone and no layer of it has {self.num_classes} outputs; "
                     "name its head, or return (logits, embedding)"
                 )
-            answer = self._try()
+            answer = self._predict_blank()
         logits, embedding = answer
         self._check("logits", logits, self.num_classes)
         self._check("an embedding", embedding, None)
         return embedding.shape[1]
 
-    def _try(self) -> Any:
+    def _predict_blank(self) -> Any:
         image = torch.zeros(1, *self.input_shape)
         if (weight := next(self.backbone.parameters(), None)) is not None:
             image = image.to(weight)
@@ -187,7 +186,7 @@ class ImageClassifier(TrainerHooks):
         self.backbone.eval()
         try:
             with torch.no_grad():
-                return self._answer(image)
+                return self._predict(image)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             size = "×".join(map(str, self.input_shape))
             raise UserError(f"{self._label()} cannot take images of {size} (channels×height×width): {error}") from error

@@ -15,7 +15,7 @@ from fdl.utils.suggest import suggest
 PREFIX = "open_clip:"
 """What a tokenizer's name begins with where it is that of an open_clip model."""
 
-FILE = "open_clip_tokenizer.json"
+TOKENIZER_FILE = "open_clip_tokenizer.json"
 """What `ClipTokenizer.save` writes."""
 
 
@@ -82,7 +82,7 @@ class ClipTokenizer:
         """Write its name; open_clip has the vocabulary."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(json.dumps({"model": self.model}), encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(json.dumps({"model": self.model}), encoding="utf-8")
 
 
 def model_config(model: str) -> dict:

@@ -9,7 +9,7 @@ from fdl.modules.classifier import ImageClassifier
 from fdl.utils.imports import import_dotted
 
 
-class Dotted(ImageClassifier):
+class CustomNetwork(ImageClassifier):
     """Any network of one's own, by the dotted path of a class or function that builds it.
 
     Args:

@@ -150,11 +150,11 @@ class DualEncoder(TrainerHooks, ABC):
         return logits if self.logit_bias is None else logits + self.logit_bias
 
 
-def scale_of(module: nn.Module) -> float:
+def logit_scale_of(module: nn.Module) -> float:
     """What a dual encoder multiplies cosines with, at most `MAX_SCALE`."""
     return min(math.exp(float(module.logit_scale.detach())), MAX_SCALE)
 
 
-def lengths(tokens: Tensor) -> Tensor:
+def token_counts(tokens: Tensor) -> Tensor:
     """How many tokens each text has, int64 [B]; they are padded on the right with -1."""
     return (tokens >= 0).sum(1)

@@ -18,7 +18,7 @@ from fdl.errors import UserError
 from fdl.utils.suggest import suggest
 
 
-def matching(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+def matching_submodules(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     """List the submodules that names or globs choose.
 
     Args:
@@ -48,7 +48,7 @@ def capture(network: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, T
 
     Args:
         network: called within the context by the caller.
-        patterns: as in `matching`.
+        patterns: as in `matching_submodules`.
 
     Yields:
         Name → output, filled by the forward pass. Of a submodule that is called more than once the last output is
@@ -58,7 +58,7 @@ def capture(network: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, T
     Raises:
         UserError: a pattern matches nothing, or a submodule chosen by its full name was not called.
     """
-    names = matching(network, patterns)
+    names = matching_submodules(network, patterns)
     seen: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[[nn.Module, Any, Any], None]:

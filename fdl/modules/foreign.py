@@ -14,13 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from fdl.errors import UserError
 from fdl.modules.base import FederatedModule, SupportsFederation
-from fdl.modules.checkpoints import brief
+from fdl.modules.checkpoints import one_line
 from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.output import Output
 from fdl.modules.tracing import traceable
 
 
-def conforming(module: LightningModule, key: str, example: Callable[[], Any] | None) -> LightningModule:
+def as_federated_module(module: LightningModule, key: str, example: Callable[[], Any] | None) -> LightningModule:
     """Make sure that a model can be asked and trained in a federation.
 
     Args:
@@ -49,17 +49,17 @@ def conforming(module: LightningModule, key: str, example: Callable[[], Any] | N
             f"{label} sets automatic_optimization = False; fdl optimises as local_training and "
             "server_distil say, so its training_step must return the loss"
         )
-    answer = None if example is None else _tried(module, label, example())
+    answer = None if example is None else _run_example(module, label, example())
     if lazy := next((name for name, parameter in module.named_parameters() if is_lazy(parameter)), None):
         raise UserError(f"{label}.forward does not use {lazy}, a lazy parameter, so its size cannot be told")
     takes = _takes_features(module)
     complete = answer is None or (isinstance(answer, Output) and answer.embedding is not None)
-    if takes and _needed(module.training_step) == 1 and complete and isinstance(module, SupportsFederation):
+    if takes and _required_arguments(module.training_step) == 1 and complete and isinstance(module, SupportsFederation):
         return module
     logits = None if answer is None else _logits(answer, label)
     adapted = ForeignModule(module, label, None if logits is None else logits.shape[-1])
     if adapted.embedding_dim is None and example is not None:
-        adapted.embedding_dim = _tried(adapted, label, example()).embedding.shape[-1]
+        adapted.embedding_dim = _run_example(adapted, label, example()).embedding.shape[-1]
     return adapted
 
 
@@ -94,7 +94,7 @@ class ForeignModule(FederatedModule):
         self.frozen = frozenset(f"module.{name}" for name in getattr(module, "frozen", ()))
         for name in ("embedding_dim", "input_shape", "positions"):
             setattr(self, name, getattr(module, name, None))
-        self._arguments = _needed(module.training_step)
+        self._arguments = _required_arguments(module.training_step)
 
     @property
     def backbone(self) -> nn.Module:
@@ -112,11 +112,11 @@ class ForeignModule(FederatedModule):
             UserError: what the module returns has no logits, or a name in `features` matches nothing.
         """
         if not features:
-            return self._answer(x, {})
+            return self._predict(x, {})
         if self._takes_features:
-            return self._answer(x, None, features)
+            return self._predict(x, None, features)
         with capture(self.module, features) as seen:
-            output = self._answer(x, seen)
+            output = self._predict(x, seen)
         return output
 
     def feature_network(self) -> nn.Module:
@@ -134,7 +134,7 @@ class ForeignModule(FederatedModule):
         found = self.module.training_step(*(batch, batch_idx)[: self._arguments])
         return losses_of(found, f"{self.label}.training_step")
 
-    def _answer(self, x: Any, seen: Mapping[str, Tensor] | None, features: Sequence[str] = ()) -> Output:
+    def _predict(self, x: Any, seen: Mapping[str, Tensor] | None, features: Sequence[str] = ()) -> Output:
         """Answer a batch, with the activations in `seen`, or where that is None with those that the module gives."""
         named = {} if seen is not None else {"features": features}
         if self.head is None:
@@ -170,7 +170,7 @@ def losses_of(found: Any, label: str) -> dict[str, Tensor]:
     return {**numbers, "loss": loss.reshape(())}
 
 
-def _tried(module: LightningModule, label: str, example: Any) -> Any:
+def _run_example(module: LightningModule, label: str, example: Any) -> Any:
     """The answer to an example in evaluation mode; lazy layers then have their sizes."""
     training = module.training
     module.eval()
@@ -180,7 +180,7 @@ def _tried(module: LightningModule, label: str, example: Any) -> Any:
     except Exception as error:  # it is the user's code: whatever it raises is told in one sentence
         shapes = " and ".join(str(list(x.shape)) for x in (example if isinstance(example, tuple) else (example,)))
         raise UserError(
-            f"{label}.forward cannot answer inputs of shape {shapes}: {type(error).__name__}: {brief(error)}"
+            f"{label}.forward cannot answer inputs of shape {shapes}: {type(error).__name__}: {one_line(error)}"
         ) from error
     finally:
         module.train(training)
@@ -210,7 +210,7 @@ def _embedding(answer: Any, otherwise: Tensor) -> Tensor:
     return otherwise if embedding is None else embedding
 
 
-def _needed(step: Any) -> int:
+def _required_arguments(step: Any) -> int:
     """How many of batch and batch_idx a training step must be given."""
     parameters = inspect.signature(step).parameters.values()
     fixed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -10,7 +10,7 @@ _SECONDS = 5
 
 
 @contextmanager
-def hub() -> Iterator[str]:
+def hub_or_cache() -> Iterator[str]:
     """Ask the hub, and without it its cache alone: its own clients try an unreachable hub for most of a minute.
 
     Yields:

@@ -16,8 +16,9 @@ from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
 from fdl.modules.tracing import traceable
 from fdl.modules.transformers_loading import load_model
-from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
+from fdl.modules.transformers_module import TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
+from fdl.modules.types import TensorBatch
 
 
 class LanguageModel(TransformersModule):
@@ -96,7 +97,7 @@ class LanguageModel(TransformersModule):
             hint = ", or take the module aligned_causal_lm, whose aligner goes between the two"
             require_own_tokenizer(model, tokenizer, hint)
         if gradient_checkpointing:
-            _save_memory(network)
+            _enable_gradient_checkpointing(network)
         frozen = apply_tuning(
             network,
             tuning,
@@ -125,7 +126,7 @@ class LanguageModel(TransformersModule):
         Returns:
             ``[B, T, D]``; what stands at padding means nothing.
         """
-        return self._states(tokens)
+        return self._hidden_states(tokens)
 
     def forward(self, tokens: Tensor, features: Sequence[str] = ()) -> Output:
         """Answer a batch.
@@ -153,11 +154,11 @@ class LanguageModel(TransformersModule):
 
     @traceable
     @mean_over(next_tokens_of)
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+    def training_step(self, batch: TensorBatch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of the next token over the real ones."""
         return {"loss": next_token_loss(self.hidden(batch[0]), self.head, batch[0], self.chunk)}
 
-    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, as in training."""
         return self.training_step(batch)
 
@@ -174,12 +175,12 @@ class LanguageModel(TransformersModule):
             the data's tokens given those up to there, float32 ``[n, V]``. Positions that are in no chunk are not
             answered: here, padding. What the probabilities leave of 1 is for no token of the data in particular.
         """
-        states, known = self._states(tokens).flatten(0, 1), self.tokenizer.vocab_size
+        states, known = self._hidden_states(tokens).flatten(0, 1), self.tokenizer.vocab_size
         for where in (tokens >= 0).flatten().nonzero().squeeze(1).split(self.chunk):
             # ids that only pad a model's vocabulary are left out
             yield where, torch.log_softmax(self.head(states[where])[:, :known].float() / temperature, dim=-1)
 
-    def sparse_answers(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def top_predictions(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Say what comes next at every position, by the k likeliest tokens.
 
         Args:
@@ -198,9 +199,9 @@ class LanguageModel(TransformersModule):
             return ids.masked_fill(values == -torch.inf, -1), values.exp()
 
         k = min(k, self.data_tokenizer.vocab_size)
-        return self._answers(tokens, k, 1.0, likeliest)
+        return self._predictions(tokens, k, 1.0, likeliest)
 
-    def sampled_answers(
+    def sampled_predictions(
         self, tokens: Tensor, draws: int, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Say what comes next at every position, by how often it came in so many draws.
@@ -212,7 +213,7 @@ class LanguageModel(TransformersModule):
             temperature: of the distribution that is drawn from.
 
         Returns:
-            As `sparse_answers`, with frequencies in the place of probabilities, see `sample_ids`.
+            As `top_predictions`, with frequencies in the place of probabilities, see `sample_ids`.
         """
 
         def drawn(log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +223,7 @@ class LanguageModel(TransformersModule):
             p, order = p.masked_fill(ids == log_p.shape[-1], 0).sort(dim=-1, descending=True, stable=True)
             return ids.gather(-1, order).masked_fill(p == 0, -1), p
 
-        return self._answers(tokens, draws, temperature, drawn)
+        return self._predictions(tokens, draws, temperature, drawn)
 
     @torch.no_grad()
     def generate(
@@ -250,7 +251,7 @@ class LanguageModel(TransformersModule):
         if self.positions is not None:
             if max_new_tokens >= self.positions:
                 raise UserError(f"max_new_tokens must be below the model's {self.positions} positions")
-            tokens = _last(tokens, self.positions - max_new_tokens)
+            tokens = _keep_last(tokens, self.positions - max_new_tokens)
         length = tokens.shape[1]
         shift = (tokens < 0).sum(1, keepdim=True)  # a text goes on where it ends, so here padding stands on the left
         places = torch.arange(length, device=tokens.device) - shift
@@ -261,7 +262,7 @@ class LanguageModel(TransformersModule):
             if generator is not None:
                 seeds = torch.randint(2**62, (1,), generator=generator, device=generator.device)
                 torch.manual_seed(int(seeds))
-            result = self._continued(
+            result = self._generate_after(
                 prompt,
                 (prompt >= 0).long(),
                 max_new_tokens=max_new_tokens,
@@ -275,15 +276,15 @@ class LanguageModel(TransformersModule):
             return result
         return result.masked_fill((result == eos).cumsum(1) > 0, -1)
 
-    def _continued(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+    def _generate_after(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
         """What transformers writes behind texts that are padded on the left, without the texts."""
         tokens = self.network.generate(input_ids=prompt.clamp_min(0), attention_mask=mask, **settings)
         return tokens[:, prompt.shape[1] :]
 
-    def _states(self, tokens: Tensor) -> Tensor:
+    def _hidden_states(self, tokens: Tensor) -> Tensor:
         return self.network.base_model(input_ids=tokens.clamp_min(0), use_cache=False).last_hidden_state
 
-    def _answers(
+    def _predictions(
         self, tokens: Tensor, width: int, temperature: float, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids and probabilities ``[B, T, width]`` that are chosen of all log-probabilities, and where there are any."""
@@ -301,7 +302,7 @@ class LanguageModel(TransformersModule):
         training = self.training
         self.eval()
         tokens = torch.arange(min(self.context, 4)).unsqueeze(0) % self.vocab_size
-        hidden = self._states(tokens)
+        hidden = self._hidden_states(tokens)
         logits = self.network(input_ids=tokens, use_cache=False).logits
         self.train(training)
         if not torch.allclose(self.head(hidden), logits, rtol=1e-3, atol=1e-4):
@@ -309,7 +310,7 @@ class LanguageModel(TransformersModule):
         return hidden.shape[-1]
 
 
-def _last(tokens: Tensor, room: int) -> Tensor:
+def _keep_last(tokens: Tensor, room: int) -> Tensor:
     """The last real tokens of each row, as many as there is room for, padded on the right again."""
     if tokens.shape[1] <= room:
         return tokens
@@ -321,7 +322,7 @@ def _name_of(network: nn.Module, module: nn.Module) -> str:
     return next(name for name, one in network.named_modules() if one is module)
 
 
-def _save_memory(network: nn.Module) -> None:
+def _enable_gradient_checkpointing(network: nn.Module) -> None:
     """Turn gradient checkpointing on, by the name that transformers 5 gives it or by the one before.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import load_weights, read_arrays, set_inputs, set_outputs
+from fdl.modules.checkpoints import load_weights, read_arrays, set_input_channels, set_num_outputs
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.input_adapter import adapter_for
 
@@ -137,8 +137,8 @@ class LayerGraph(ImageClassifier):
             adapt, input_shape, normalization, published, wanted=tuple(input_shape[1:]) != (height, width)
         )
         load_weights(network, network.head, weights, checkpoint, "its own graph")
-        set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
-        fresh = set_outputs(network, network.head, num_classes)
+        set_input_channels(network, input_shape[0] if adapter is None else adapter.output_shape[0])
+        fresh = set_num_outputs(network, network.head, num_classes)
         super().__init__(
             backbone=network,
             num_classes=num_classes,

@@ -35,7 +35,7 @@ class PenalizedObjective(ABC):
 
     def __call__(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         """Return the named losses of one batch."""
-        return self.combined(training_step(module, batch), self.penalty(list(module.parameters()), self.anchor))
+        return self.add_penalty(training_step(module, batch), self.penalty(list(module.parameters()), self.anchor))
 
     @abstractmethod
     def penalty(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
@@ -46,7 +46,7 @@ class PenalizedObjective(ABC):
             anchor: the anchor's tensors, or the same parts.
         """
 
-    def combined(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
+    def add_penalty(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
         """Return the module's own losses with the penalty added to ``"loss"`` and named ``"penalty"``.
 
         Args:
@@ -67,7 +67,7 @@ def kind_of(objective: Objective) -> Any:
     """What objectives that are evaluated in one pass have in common: all but the tensors they hold."""
     if not dataclasses.is_dataclass(objective):
         return objective
-    tensors = tensors_of(objective)
+    tensors = tensor_fields(objective)
     names = (field.name for field in dataclasses.fields(objective))
     return type(objective), {name: getattr(objective, name) for name in names if name not in tensors}
 
@@ -82,11 +82,11 @@ def is_repeatable(objective: Objective) -> bool:
         return True
     if not dataclasses.is_dataclass(objective):
         return False
-    held, values = tensors_of(objective), vars(objective)
+    held, values = tensor_fields(objective), vars(objective)
     return all(name in held or isinstance(value, bool | int | float | str | None) for name, value in values.items())
 
 
-def tensors_of(objective: Any) -> dict[str, Any]:
+def tensor_fields(objective: Any) -> dict[str, Any]:
     """A dataclass's fields that are tensors or lists of tensors."""
     values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
     return {
@@ -103,11 +103,11 @@ def is_traceable(module: nn.Module, objective: Objective) -> bool:
     return "traceable" in vars(type(objective))
 
 
-PADDING = -100
+IGNORED_LABEL = -100
 """Label of a row that counts for nothing: what torch's cross entropy ignores."""
 
 
-Step = TypeVar("Step", bound=Callable)
+_Step = TypeVar("_Step", bound=Callable)
 
 
 def marked_step(module: nn.Module, objective: Objective) -> Any:
@@ -115,7 +115,7 @@ def marked_step(module: nn.Module, objective: Objective) -> Any:
     return module.training_step if objective is training_step else objective
 
 
-def pads(step: Any) -> bool:
+def is_padding_safe(step: Any) -> bool:
     """Tell whether a training step or an objective is marked with `ignores_padding`, or has it as an attribute."""
     return bool(getattr(step, "ignores_padding", False))
 
@@ -125,8 +125,8 @@ def terms_of(step: Any) -> Terms | None:
     return getattr(step, "terms", None)
 
 
-def ignores_padding(step: Step) -> Step:
-    """Mark a training step: samples with the label `PADDING` count for nothing in any loss that it returns."""
+def ignores_padding(step: _Step) -> _Step:
+    """Mark a training step: samples with the label `IGNORED_LABEL` count for nothing in any loss that it returns."""
     step.ignores_padding = True
     return step
 
@@ -135,13 +135,13 @@ Terms = Callable[[tuple], int]
 """How many terms the loss of a batch is the mean of."""
 
 
-def mean_over(terms: Terms) -> Callable[[Step], Step]:
+def mean_over(terms: Terms) -> Callable[[_Step], _Step]:
     """Mark an objective or a training step: every loss it returns is a mean over so many terms of the batch alone.
 
     A loss that compares a batch's samples with each other must not be marked.
     """
 
-    def mark(step: Step) -> Step:
+    def mark(step: _Step) -> _Step:
         step.terms = terms
         return step
 

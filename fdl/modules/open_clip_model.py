@@ -11,8 +11,15 @@ from fdl.errors import UserError
 from fdl.modules.clip_tokenizer import PREFIX, ClipTokenizer, model_config
 from fdl.modules.dual_encoder import DualEncoder
 from fdl.modules.input_adapter import adapter_for
-from fdl.modules.open_clip_networks import heads, known_images, lora_layers, named, new, read
-from fdl.modules.tuning import apply_tuning, hold_frozen, merge_lora
+from fdl.modules.open_clip_networks import (
+    create_from_config,
+    create_named,
+    fill_from_file,
+    lora_layers,
+    preprocessing_of,
+    projection_names,
+)
+from fdl.modules.tuning import apply_tuning, keep_frozen_in_eval, merge_lora
 
 if TYPE_CHECKING:
     from fdl.modules.tokenizers import Tokenizer
@@ -80,20 +87,22 @@ class OpenClip(DualEncoder):
             raise UserError("pretrained is a tag of a named model's weights; give it or checkpoint, not both")
         if model is None:
             self.start, self.end = tokenizer.vocab_size, tokenizer.vocab_size + 1
-            network, self.sizes = new(config, tuple(input_shape), tokenizer.vocab_size + 2, context + 2)
+            network, self.sizes = create_from_config(config, tuple(input_shape), tokenizer.vocab_size + 2, context + 2)
         else:
             own = ClipTokenizer(model)
             if tokenizer.fingerprint != own.fingerprint:
                 raise UserError(f"{model} reads CLIP's tokens: set the data's tokenizer to {PREFIX}{model}")
             self.start, self.end = own.start, own.eos
-            network = named(model, pretrained)
+            network = create_named(model, pretrained)
             self.sizes = model_config(model)
         if checkpoint is not None:
-            read(network, checkpoint, model or "the model of config")
+            fill_from_file(network, checkpoint, model or "the model of config")
         known = pretrained is not None or checkpoint is not None
         self._take_scale(network, known)
         self.backbone, self.context = network, network.context_length
-        self.adapter = adapter_for(adapt, input_shape, normalization, known_images(network), wanted=model is not None)
+        self.adapter = adapter_for(
+            adapt, input_shape, normalization, preprocessing_of(network), wanted=model is not None
+        )
         self.embedding_dim = self._probe_model(model or "the model of config", tuple(input_shape))
         self._tune(tuning, lora, known)
 
@@ -103,7 +112,7 @@ class OpenClip(DualEncoder):
 
     def text_vectors(self, tokens: Tensor) -> Tensor:
         """Vectors [B, D] of texts [B, T], between marks of start and end."""
-        return self.backbone.encode_text(framed(tokens, self.start, self.end, self.context))
+        return self.backbone.encode_text(add_start_and_end(tokens, self.start, self.end, self.context))
 
     def open_clip_state(self) -> dict[str, Tensor]:
         """Weights under open_clip's names, with low-rank updates added to what they update."""
@@ -115,14 +124,14 @@ class OpenClip(DualEncoder):
         """Switch to training, or back; what is frozen stays in evaluation mode."""
         super().train(mode)
         if mode and self.frozen:
-            hold_frozen(self.backbone)
+            keep_frozen_in_eval(self.backbone)
         return self
 
     def _tune(self, tuning: str, lora: dict | None, known: bool) -> None:
         """Freeze what is not to be trained, and add what is trained instead."""
         if tuning == "lora":
             lora = {"targets": lora_layers(self.backbone), **(lora or {})}
-        frozen = apply_tuning(self.backbone, tuning, heads(self.backbone), lora, pretrained=known)
+        frozen = apply_tuning(self.backbone, tuning, projection_names(self.backbone), lora, pretrained=known)
         names = [f"backbone.{name}" for name in frozen]
         if tuning == "frozen":
             for name, parameter in (("logit_scale", self.logit_scale), ("logit_bias", self.logit_bias)):
@@ -154,7 +163,7 @@ class OpenClip(DualEncoder):
             self.train(training)
 
 
-def framed(tokens: Tensor, start: int, end: int, context: int) -> Tensor:
+def add_start_and_end(tokens: Tensor, start: int, end: int, context: int) -> Tensor:
     """Put texts between marks of start and end, padded with 0 to a CLIP text tower's context.
 
     Marks that are there already are not doubled. A text that is too long is cut before its end mark.

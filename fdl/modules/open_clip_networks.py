@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import brief, read_weights
+from fdl.modules.checkpoints import one_line, read_weights
 from fdl.modules.clip_tokenizer import model_config
-from fdl.modules.state_names import misfit
+from fdl.modules.state_names import describe_mismatch
 from fdl.modules.tuning import linear_layers
 from fdl.utils.suggest import suggest
 
@@ -27,7 +27,7 @@ _FAULTS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSErro
 _HEADS = ("visual.proj", "visual.attnpool.c_proj", "visual.head", "text_projection", "text.text_projection")
 
 
-def named(model: str, pretrained: str | None) -> nn.Module:
+def create_named(model: str, pretrained: str | None) -> nn.Module:
     """Build a model by its name, with the weights of a tag or with new ones.
 
     Args:
@@ -58,7 +58,7 @@ def named(model: str, pretrained: str | None) -> nn.Module:
     return network
 
 
-def new(
+def create_from_config(
     config: dict, input_shape: tuple[int, int, int], vocabulary: int, context: int
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build open_clip's CLIP of given sizes.
@@ -106,7 +106,7 @@ def new(
     return network, {"embed_dim": 64, **config, **parts}
 
 
-def read(network: nn.Module, path: str, label: str) -> None:
+def fill_from_file(network: nn.Module, path: str, label: str) -> None:
     """Fill a model from a local file; positions are resampled where the file has another number of them.
 
     Args:
@@ -135,7 +135,7 @@ def read(network: nn.Module, path: str, label: str) -> None:
 
 
 def _read_wrapped(network: nn.Module, path: str, label: str) -> None:
-    """As `read`, from a file whose names or containers open_clip does not know."""
+    """As `fill_from_file`, from a file whose names or containers open_clip does not know."""
     from open_clip.factory import load_checkpoint
 
     weights = read_weights(path, network.state_dict())
@@ -145,11 +145,11 @@ def _read_wrapped(network: nn.Module, path: str, label: str) -> None:
         try:
             load_checkpoint(network, str(unwrapped), strict=True)
         except _FAULTS as error:
-            wrong = misfit(weights, network.state_dict()) or brief(error)
+            wrong = describe_mismatch(weights, network.state_dict()) or one_line(error)
             raise UserError(f"checkpoint: {path} does not fit {label}: {wrong}") from error
 
 
-def heads(network: nn.Module) -> list[str]:
+def projection_names(network: nn.Module) -> list[str]:
     """Name the last projections of both towers."""
     known = {name for name, _ in network.named_parameters()} | {name for name, _ in network.named_modules()}
     return [name for name in _HEADS if name in known]
@@ -157,11 +157,11 @@ def heads(network: nn.Module) -> list[str]:
 
 def lora_layers(network: nn.Module) -> list[str]:
     """Name the linear layers that LoRA can be added to: not a ResNet's attention, which only takes their weights."""
-    names = heads(network)
+    names = projection_names(network)
     return [name for name in linear_layers(network) if ".attnpool." not in f".{name}" and name not in names]
 
 
-def known_images(network: nn.Module) -> dict[str, Any]:
+def preprocessing_of(network: nn.Module) -> dict[str, Any]:
     """What images a model knows."""
     settings = getattr(network.visual, "preprocess_cfg", None) or {}
     size = network.visual.image_size

@@ -14,7 +14,14 @@ from fdl.modules.classifier import ImageClassifier
 from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.dual_encoder import DualEncoder
 from fdl.modules.open_clip_model import OpenClip
-from fdl.modules.prompts import Context, PromptedTowers, embedding_of, placeholder_for, sentences_of, start_of
+from fdl.modules.prompts import (
+    ContextVectors,
+    PromptedTowers,
+    initial_context,
+    token_embedding_name,
+    unused_token_id,
+    with_placeholders,
+)
 from fdl.modules.tokenizers import make_tokenizer
 from fdl.modules.tuning import frozen_names
 from fdl.registry.instantiate import instantiate
@@ -82,7 +89,7 @@ class PromptedDualEncoder(ImageClassifier):
         for key, value, least in (("length", length, 1), ("personal", personal, 0)):
             if value < least:
                 raise UserError(f"{key} must be at least {least}, got {value}")
-        groups = groups_of(classes, new or [], num_classes)
+        groups = class_groups(classes, new or [], num_classes)
         if (model is None) == (encoder is None):
             raise UserError("give model, a name of open_clip, or encoder, another dual encoder: one of the two")
         if pretrained is None and checkpoint is None:
@@ -92,7 +99,7 @@ class PromptedDualEncoder(ImageClassifier):
         if model is not None:
             towers = OpenClip(model, pretrained, checkpoint, tuning="frozen", adapt=adapt, context=75, **data)
         else:
-            towers = _other(encoder, pretrained, checkpoint, {**data, "context": context})
+            towers = _encoder_from_checkpoint(encoder, pretrained, checkpoint, {**data, "context": context})
         room = towers.context - (2 if isinstance(towers, OpenClip) else 0)
         first = reader.encode(f"{words} ") if words else []
         names = [reader.encode(f"{name}{ending}") for name in classes]
@@ -101,10 +108,10 @@ class PromptedDualEncoder(ImageClassifier):
         if vectors + longest > room:
             raise UserError(f"{vectors} vectors and a name of {longest} tokens exceed the {room} that a text may have")
         marks = [mark for mark in (getattr(towers, "start", None), getattr(towers, "end", None)) if mark is not None]
-        placeholder = placeholder_for(names, marks)
-        start = start_of(towers.get_submodule(embedding_of(towers, placeholder)), first, length)
-        sentences = sentences_of(names, placeholder, vectors)
-        plain = sentences_of(names, placeholder, 0)
+        placeholder = unused_token_id(names, marks)
+        start = initial_context(towers.get_submodule(token_embedding_name(towers, placeholder)), first, length)
+        sentences = with_placeholders(names, placeholder, vectors)
+        plain = with_placeholders(names, placeholder, 0)
         prompt = self.make_prompt(start, personal, towers, plain)
         super().__init__(
             backbone=PromptedTowers(towers, sentences, placeholder, prompt, groups),
@@ -124,10 +131,10 @@ class PromptedDualEncoder(ImageClassifier):
             towers: the frozen model.
             names: tokens of the classes' names alone, ``[C, T]``.
         """
-        return Context(start, personal)
+        return ContextVectors(start, personal)
 
 
-def groups_of(classes: Sequence[str], new: Sequence[str], num_classes: int) -> list[list[int]]:
+def class_groups(classes: Sequence[str], new: Sequence[str], num_classes: int) -> list[list[int]]:
     """Positions of the classes that are trained, and then of the new ones, where there are any.
 
     Raises:
@@ -144,7 +151,9 @@ def groups_of(classes: Sequence[str], new: Sequence[str], num_classes: int) -> l
     return groups if groups[1] else groups[:1]
 
 
-def _other(encoder: dict, pretrained: str | None, path: str | None, data: dict[str, Any]) -> DualEncoder:
+def _encoder_from_checkpoint(
+    encoder: dict, pretrained: str | None, path: str | None, data: dict[str, Any]
+) -> DualEncoder:
     """A dual encoder that is no named one of open_clip, with the weights of a file."""
     if pretrained is not None or path is None:
         raise UserError("encoder takes its weights from checkpoint, a local file")

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from fdl.errors import UserError
 from fdl.losses.contrastive import MAX_SCALE
 from fdl.modules.dual_encoder import DualEncoder
-from fdl.modules.zero_shot import padded
+from fdl.modules.zero_shot import pad_texts
 
 _SPREAD = 0.02
 """Standard deviation of context vectors that start from no words (CoOp)."""
 
 
-class Context(nn.Module):
+class ContextVectors(nn.Module):
     """The same vectors for all classes.
 
     Args:
@@ -59,7 +59,7 @@ class PromptedTowers(nn.Module):
     ):
         super().__init__()
         self.towers, self.prompt, self.placeholder = towers.requires_grad_(False), prompt, placeholder
-        self.embedding = embedding_of(towers, placeholder)
+        self.embedding = token_embedding_name(towers, placeholder)
         self.register_buffer("sentences", sentences, persistent=False)
         for i, group in enumerate(groups):
             self.register_buffer(f"group{i}", torch.tensor(group), persistent=False)
@@ -68,7 +68,7 @@ class PromptedTowers(nn.Module):
     def text_vectors(self, group: int) -> Tensor:
         """Unit vectors ``[c, D]`` of a group's classes."""
         classes = getattr(self, f"group{group}")
-        with inserted(self.towers.get_submodule(self.embedding), self.placeholder, self.prompt(classes)):
+        with placeholders_replaced(self.towers.get_submodule(self.embedding), self.placeholder, self.prompt(classes)):
             return self.towers.encode_text(self.sentences[classes])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ _IMPOSSIBLE = -1e4
 
 
 @contextmanager
-def inserted(embedding: nn.Embedding, placeholder: int, vectors: Tensor) -> Iterator[None]:
+def placeholders_replaced(embedding: nn.Embedding, placeholder: int, vectors: Tensor) -> Iterator[None]:
     """Within this context an embedding gives these vectors, in order, where it is asked for the placeholder.
 
     Args:
@@ -112,7 +112,7 @@ def inserted(embedding: nn.Embedding, placeholder: int, vectors: Tensor) -> Iter
 
 
 @torch.no_grad()
-def embedding_of(towers: DualEncoder, token: int) -> str:
+def token_embedding_name(towers: DualEncoder, token: int) -> str:
     """Name the layer that turns a dual encoder's tokens into vectors.
 
     Raises:
@@ -138,18 +138,18 @@ def embedding_of(towers: DualEncoder, token: int) -> str:
     return asked[0]
 
 
-def placeholder_for(texts: Sequence[Sequence[int]], marks: Sequence[int]) -> int:
+def unused_token_id(texts: Sequence[Sequence[int]], marks: Sequence[int]) -> int:
     """The smallest id above 0, which pads, that neither occurs in a text nor marks its start or end."""
     taken = {0, *marks, *(token for text in texts for token in text)}
     return next(token for token in range(len(taken) + 1) if token not in taken)
 
 
-def sentences_of(names: Sequence[Sequence[int]], placeholder: int, vectors: int) -> Tensor:
+def with_placeholders(names: Sequence[Sequence[int]], placeholder: int, vectors: int) -> Tensor:
     """Every name behind as many placeholders as there are vectors, int64 ``[C, T]``, padded with -1."""
-    return padded([[placeholder] * vectors + list(name) for name in names])
+    return pad_texts([[placeholder] * vectors + list(name) for name in names])
 
 
-def start_of(embedding: nn.Embedding, words: Sequence[int], length: int) -> Tensor:
+def initial_context(embedding: nn.Embedding, words: Sequence[int], length: int) -> Tensor:
     """Where context vectors start, ``[m, D]``: at words' own vectors, or, without words, near 0.
 
     Args:

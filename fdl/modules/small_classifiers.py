@@ -13,7 +13,7 @@ from fdl.modules.classifier import ImageClassifier
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-class TrunkAndHead(nn.Module):
+class BackboneWithHead(nn.Module):
     """A trunk that gives the embedding, and a linear layer on top of it."""
 
     def __init__(self, trunk: nn.Module, width: int, num_classes: int):
@@ -57,7 +57,7 @@ class MLP(ImageClassifier):
         trunk = nn.Sequential(nn.Flatten())
         for inputs, outputs in pairwise(widths):
             trunk.extend([nn.Linear(inputs, outputs), _activation(activation)])
-        backbone = TrunkAndHead(trunk, widths[-1], num_classes)
+        backbone = BackboneWithHead(trunk, widths[-1], num_classes)
         super().__init__(
             backbone, num_classes=num_classes, input_shape=input_shape, optimizer=optimizer, scheduler=scheduler
         )
@@ -109,7 +109,7 @@ class CNN(ImageClassifier):
             trunk.append(nn.Sequential(conv, _NORMS[norm](outputs), nn.ReLU(), nn.MaxPool2d(2)))
         flat = channels[-1] * (height // shrink) * (width // shrink)
         trunk.extend([nn.Flatten(), nn.Linear(flat, embedding), nn.ReLU()])
-        backbone = TrunkAndHead(trunk, embedding, num_classes)
+        backbone = BackboneWithHead(trunk, embedding, num_classes)
         super().__init__(
             backbone, num_classes=num_classes, input_shape=input_shape, optimizer=optimizer, scheduler=scheduler
         )

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.modules.dual_encoder import DualEncoder, lengths
+from fdl.modules.dual_encoder import DualEncoder, token_counts
 from fdl.modules.small_classifiers import CNN, MLP
 
 if TYPE_CHECKING:
     from fdl.modules.tokenizers import Tokenizer
 
 
-class TinyDualEncoder(DualEncoder):
+class SmallDualEncoder(DualEncoder):
     """A small CNN or MLP for images and a bag of words or a small transformer for texts.
 
     Args:
@@ -95,7 +95,7 @@ class BagOfWordsTower(nn.Module):
         """Return [B, width] of [B, T]."""
         present = (tokens >= 0).unsqueeze(2)
         total = (self.embedding(tokens.clamp_min(0)) * present).sum(1)
-        return total / lengths(tokens).clamp_min(1).unsqueeze(1)
+        return total / token_counts(tokens).clamp_min(1).unsqueeze(1)
 
 
 class TransformerTextTower(nn.Module):

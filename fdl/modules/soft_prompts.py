@@ -80,18 +80,18 @@ class SoftPromptLM(LanguageModel):
             self.positions -= count
         self.prompt = nn.Parameter(self.network.get_input_embeddings().weight[rows].detach().clone())
 
-    def _states(self, tokens: Tensor) -> Tensor:
+    def _hidden_states(self, tokens: Tensor) -> Tensor:
         if not hasattr(self, "prompt"):  # the trial run of the base class, before there is one
-            return super()._states(tokens)
-        states = self.network.base_model(inputs_embeds=self._prompted(tokens), use_cache=False).last_hidden_state
+            return super()._hidden_states(tokens)
+        states = self.network.base_model(inputs_embeds=self._with_prompt(tokens), use_cache=False).last_hidden_state
         return states[:, len(self.prompt) :]
 
-    def _continued(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+    def _generate_after(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
         ones = mask.new_ones(len(mask), len(self.prompt))
-        embedded = self._prompted(prompt)
+        embedded = self._with_prompt(prompt)
         return self.network.generate(inputs_embeds=embedded, attention_mask=torch.cat([ones, mask], dim=1), **settings)
 
-    def _prompted(self, tokens: Tensor) -> Tensor:
+    def _with_prompt(self, tokens: Tensor) -> Tensor:
         """Vectors ``[B, n + T, D]`` of the prompt and of the tokens."""
         vectors = self.network.get_input_embeddings()(tokens.clamp_min(0))
         return torch.cat([self.prompt.to(vectors).expand(len(vectors), -1, -1), vectors], dim=1)

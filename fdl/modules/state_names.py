@@ -42,7 +42,7 @@ _WRAPPERS = ("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "
 _INNER = re.compile(r"(?<=\.)(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def weights_within(found: Any) -> dict[str, Tensor]:
+def find_state_dict(found: Any) -> dict[str, Tensor]:
     """Find the named tensors in what a training script saved.
 
     Args:
@@ -55,7 +55,7 @@ def weights_within(found: Any) -> dict[str, Tensor]:
     if not isinstance(found, Mapping):
         return {}
     for key in CONTAINERS:
-        if isinstance(found.get(key), Mapping) and (inside := weights_within(found[key])):
+        if isinstance(found.get(key), Mapping) and (inside := find_state_dict(found[key])):
             return inside
     own = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if own:
@@ -65,12 +65,14 @@ def weights_within(found: Any) -> dict[str, Tensor]:
         inside
         for name, value in found.items()
         if isinstance(name, str) and not name.startswith(("optimizer", "lr_scheduler", "callbacks", "loops"))
-        if (inside := weights_within(value))
+        if (inside := find_state_dict(value))
     ]
     return others[0] if len(others) == 1 else {}
 
 
-def fitted(weights: Mapping[str, Tensor], wanted: Collection[str], path: str | Path) -> dict[str, Tensor]:
+def strip_wrapper_prefixes(
+    weights: Mapping[str, Tensor], wanted: Collection[str], path: str | Path
+) -> dict[str, Tensor]:
     """Take off what wrappers put before a network's names; a line of the log says what that was.
 
     DistributedDataParallel, torch.compile, FSDP and Fabric put names of theirs before all others, in any order; a
@@ -101,7 +103,7 @@ def fitted(weights: Mapping[str, Tensor], wanted: Collection[str], path: str | P
                 scores[prefix] = scores.get(prefix, 0) + 1
     best = max(scores.values(), default=0)
     if best * 4 < len(wanted) or not best:  # parts of networks resemble each other
-        return _unwrapped(weights, path)
+        return _strip_known_wrappers(weights, path)
     if scores.get("", 0) == best:
         return weights
     prefixes = sorted((prefix for prefix, score in scores.items() if score == best), key=len)
@@ -111,14 +113,14 @@ def fitted(weights: Mapping[str, Tensor], wanted: Collection[str], path: str | P
             f"checkpoint: {path} has weights that fit under {' and under '.join(map(repr, prefixes))}; save those that "
             "are meant in a file of their own"
         )
-    return _without((averaged or prefixes)[0], weights, path)
+    return _strip_prefix((averaged or prefixes)[0], weights, path)
 
 
-def misfit(weights: Iterable[str], wanted: Iterable[str]) -> str:
+def describe_mismatch(weights: Iterable[str], wanted: Iterable[str]) -> str:
     """Say how a file's names differ from a network's.
 
     Args:
-        weights: the file's names, as `fitted` left them.
+        weights: the file's names, as `strip_wrapper_prefixes` left them.
         wanted: the network's.
 
     Returns:
@@ -145,7 +147,7 @@ def misfit(weights: Iterable[str], wanted: Iterable[str]) -> str:
     return f"{' and '.join(said)}; {hint}"
 
 
-def _unwrapped(weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+def _strip_known_wrappers(weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """Without the names of known wrappers, for networks whose library renames what it reads."""
     prefix, names = "", list(weights)
     while True:
@@ -155,10 +157,10 @@ def _unwrapped(weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor
         if any("." not in name.removeprefix(prefix) for name in names):
             break
         prefix += f"{first.pop()}."
-    return _without(prefix, weights, path) if prefix else weights
+    return _strip_prefix(prefix, weights, path) if prefix else weights
 
 
-def _without(prefix: str, weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+def _strip_prefix(prefix: str, weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     kept = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     rest = len(weights) - len(kept)
     beside = f"; left out {rest} names without it" if rest else ""

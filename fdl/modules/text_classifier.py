@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from fdl.errors import UserError
 from fdl.losses.responses import cross_entropy
-from fdl.modules.checkpoints import brief
+from fdl.modules.checkpoints import one_line
 from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
 from fdl.modules.tracing import traceable
-from fdl.modules.transformers_loading import load_model, own_head
-from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
+from fdl.modules.transformers_loading import head_children, load_model
+from fdl.modules.transformers_module import TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
+from fdl.modules.types import TensorBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +99,7 @@ class TextClassifier(TransformersModule):
         if pooling == "mean":
             network, heads, fresh = MeanPooled(network, num_classes), ["head"], ["head"]
         else:
-            heads = own_head(network)
+            heads = head_children(network)
         if tuning == "frozen" and fresh:
             raise UserError(f"tuning: frozen would keep a head of random weights; {model} has none, give tuning: head")
         frozen = apply_tuning(
@@ -128,26 +129,26 @@ class TextClassifier(TransformersModule):
             UserError: a name in `features` matches nothing.
         """
         if not features:
-            return Output(*self._answer(tokens), {})
+            return Output(*self._predict(tokens), {})
         with capture(self.network, features) as seen:
-            logits, embedding = self._answer(tokens)
+            logits, embedding = self._predict(tokens)
         return Output(logits, embedding, seen)
 
     @traceable
     @mean_over(samples_of)
     @ignores_padding
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+    def training_step(self, batch: TensorBatch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of a labelled batch."""
         tokens, labels = batch
         return {"loss": cross_entropy(self(tokens).logits, labels)}
 
-    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy`` of a labelled batch."""
         tokens, labels = batch
         logits = self(tokens).logits
         return {"loss": cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def _answer(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         real = tokens >= 0
         ids = tokens.masked_fill(~real, self.padding)
         if self.last_token:
@@ -166,12 +167,12 @@ class TextClassifier(TransformersModule):
         training = self.training
         self.eval()
         try:
-            logits, embedding = self._answer(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
+            logits, embedding = self._predict(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
             if embedding.ndim == 3:
                 self.last_token = True
-                logits, embedding = self._answer(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
+                logits, embedding = self._predict(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"model: {model} cannot read texts of {self.context} tokens: {brief(error)}") from error
+            raise UserError(f"model: {model} cannot read texts of {self.context} tokens: {one_line(error)}") from error
         self.train(training)
         if logits.shape != (1, self.num_classes) or embedding.ndim != 2:
             raise UserError(

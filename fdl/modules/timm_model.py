@@ -11,10 +11,10 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import brief, read_arrays, read_weights
+from fdl.modules.checkpoints import one_line, read_arrays, read_weights
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.input_adapter import adapter_for
-from fdl.modules.state_names import misfit
+from fdl.modules.state_names import describe_mismatch
 from fdl.utils.suggest import suggest
 
 
@@ -115,7 +115,7 @@ def _from_source(model: str, source: str, place: str) -> PretrainedCfg:
     try:
         config, architecture, _ = getattr(_hub, f"load_model_config_{readers[source]}")(place)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise UserError(f"timm cannot find {model}: {brief(error)}") from error
+        raise UserError(f"timm cannot find {model}: {one_line(error)}") from error
     if not timm.is_model(architecture):
         raise UserError(f"{model}: timm has no model {architecture!r}{suggest(architecture, timm.list_models())}")
     # only what decides on images and classes is looked at; timm itself reads the file again
@@ -138,7 +138,7 @@ def _create(model: str, **settings: Any) -> nn.Module:
     try:
         return timm.create_model(model, **settings)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError) as error:
-        raise UserError(f"timm cannot build {model}: {brief(error)}") from error
+        raise UserError(f"timm cannot build {model}: {one_line(error)}") from error
 
 
 def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]) -> tuple[nn.Module, bool]:
@@ -166,7 +166,9 @@ def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]
         network = _create(model, pretrained=True, num_classes=outputs, pretrained_cfg_overlay=overlay, **settings)
     except UserError as error:
         # timm renames what it knows from elsewhere; where it could not, the names tell more than torch's list of all
-        wrong = misfit(weights, (name for name in blank.state_dict() if outputs or not name.startswith(_head(blank))))
+        wrong = describe_mismatch(
+            weights, (name for name in blank.state_dict() if outputs or not name.startswith(_head(blank)))
+        )
         raise UserError(f"checkpoint: {path} does not fit timm's {model}: {wrong or error}") from error
     # The configuration would otherwise keep a second copy of all weights alive.
     network.pretrained_cfg.pop("state_dict", None)
@@ -184,7 +186,7 @@ def _from_google(model: str, path: str, num_classes: int, settings: dict[str, An
     try:
         network.load_pretrained(str(path))
     except (RuntimeError, ValueError, KeyError, AttributeError, OSError, BadZipFile) as error:
-        raise UserError(f"checkpoint: {path} does not fit timm's {model}: {brief(error)}") from error
+        raise UserError(f"checkpoint: {path} does not fit timm's {model}: {one_line(error)}") from error
     return network, bool((network.get_classifier().weight == before).all())
 
 

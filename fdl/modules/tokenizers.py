@@ -17,8 +17,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fdl.errors import UserError
-from fdl.modules.clip_tokenizer import FILE, PREFIX, ClipTokenizer
-from fdl.modules.hub import hub
+from fdl.modules.clip_tokenizer import PREFIX, TOKENIZER_FILE, ClipTokenizer
+from fdl.modules.hub import hub_or_cache
 
 END = "<|endoftext|>"
 _EOS_KEYS = ("eos_token", "sep_token")
@@ -74,12 +74,12 @@ class Tokenizer:
     def pieces(self) -> list[bytes]:
         """What each id stands for: UTF-8 bytes by id, empty for special ids and for ids that no token has."""
         decoder = json.loads(self.inner.to_str())["decoder"]
-        kinds = {part["type"] for part in _flat(decoder)}
+        kinds = {part["type"] for part in _decoder_parts(decoder)}
         special = {id for id, token in self.inner.get_added_tokens_decoder().items() if token.special}
         pieces = [b""] * self.vocab_size
         for token, id in self.inner.get_vocab(with_added_tokens=True).items():
             if id not in special:
-                pieces[id] = _piece(token, kinds)
+                pieces[id] = _token_bytes(token, kinds)
         for id, token in self.inner.get_added_tokens_decoder().items():
             if id not in special:
                 pieces[id] = token.content.encode()
@@ -238,7 +238,7 @@ def _byte_level(model: models.BPE, use_regex: bool = True) -> tokenizers.Tokeniz
 
 def _word_piece(path: Path) -> Tokenizer:
     """BERT's tokenizer of a list of word pieces; one without any capital letter is of an uncased model."""
-    words = _text(path).splitlines()
+    words = _read_text(path).splitlines()
     vocabulary = {word: id for id, word in enumerate(words)}
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
     if missing:
@@ -257,8 +257,8 @@ def _word_piece(path: Path) -> Tokenizer:
 def _from_folder(folder: Path) -> Tokenizer | ClipTokenizer:
     if (folder / "tokenizer.json").is_file():
         return _from_file(folder / "tokenizer.json")
-    if (folder / FILE).is_file():
-        return ClipTokenizer(json.loads((folder / FILE).read_text(encoding="utf-8-sig"))["model"])
+    if (folder / TOKENIZER_FILE).is_file():
+        return ClipTokenizer(json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8-sig"))["model"])
     for vocabulary in _PAIRS:
         if (folder / vocabulary).is_file():
             return _from_file(folder / vocabulary)
@@ -278,7 +278,7 @@ def _from_file(path: Path) -> Tokenizer:
             stem, end = name.removesuffix(vocabulary).removesuffix(merges), path.name[len(name) :]
             return _byte_pairs(path.with_name(stem + vocabulary + end), path.with_name(stem + merges + end))
     try:
-        inner = tokenizers.Tokenizer.from_str(_text(path))
+        inner = tokenizers.Tokenizer.from_str(_read_text(path))
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"tokenizer: {path} is no tokenizer.json of the tokenizers library: {error}") from error
     return Tokenizer(inner, _eos(inner, path.parent), str(path.parent if path.name == "tokenizer.json" else path))
@@ -288,9 +288,9 @@ def _byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
     for path in (vocabulary, merges):
         if not path.is_file():
             raise UserError(f"tokenizer: no such file: {path}; vocabulary and merges lie side by side")
-    lines = [line for line in _text(merges).splitlines() if line and not line.startswith("#version")]
+    lines = [line for line in _read_text(merges).splitlines() if line and not line.startswith("#version")]
     try:
-        ids = json.loads(_text(vocabulary))
+        ids = json.loads(_read_text(vocabulary))
         model = models.BPE(vocab=ids, merges=[tuple(line.split(" ")) for line in lines])
     except Exception as error:
         raise UserError(f"tokenizer: {vocabulary} and {merges.name} are no byte-level BPE: {error}") from error
@@ -311,7 +311,7 @@ def _eos(inner: tokenizers.Tokenizer, folder: Path) -> int | None:
 
 def _from_hub(spec: str) -> Tokenizer:
     try:
-        with hub() as why:
+        with hub_or_cache() as why:
             return _by_transformers(spec)
     except (OSError, ValueError, RuntimeError) as error:
         reason = why or str(error).strip().split("\n")[0]
@@ -332,7 +332,7 @@ def _by_transformers(spec: str) -> Tokenizer:
     return Tokenizer(inner, eos, spec)
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     content = path.read_bytes()
     try:
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
@@ -353,7 +353,7 @@ def _byte_characters() -> list[str]:
 _BYTE_OF = {character: byte for byte, character in enumerate(_byte_characters())}
 
 
-def _piece(token: str, decoders: set[str]) -> bytes:
+def _token_bytes(token: str, decoders: set[str]) -> bytes:
     """The bytes behind a token as its vocabulary writes it."""
     if "ByteLevel" in decoders and all(character in _BYTE_OF for character in token):
         return bytes(_BYTE_OF[character] for character in token)
@@ -364,8 +364,10 @@ def _piece(token: str, decoders: set[str]) -> bytes:
     return token.replace("\u2581", " ").encode()
 
 
-def _flat(part: Any) -> list[dict]:
+def _decoder_parts(part: Any) -> list[dict]:
     """A decoder, or the decoders of a sequence."""
     if part is None:
         return []
-    return [one for inner in part["decoders"] for one in _flat(inner)] if part["type"] == "Sequence" else [part]
+    return (
+        [one for inner in part["decoders"] for one in _decoder_parts(inner)] if part["type"] == "Sequence" else [part]
+    )

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import brief, load_weights, read_weights, set_inputs, set_outputs
+from fdl.modules.checkpoints import load_weights, one_line, read_weights, set_input_channels, set_num_outputs
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.features import last_layer
 from fdl.modules.input_adapter import adapter_for
@@ -66,8 +66,8 @@ class Torchvision(ImageClassifier):
             load_weights(
                 network, head, read_weights(checkpoint, network.state_dict()), checkpoint, f"torchvision's {model}"
             )
-        set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
-        fresh = set_outputs(network, head, num_classes)
+        set_input_channels(network, input_shape[0] if adapter is None else adapter.output_shape[0])
+        fresh = set_num_outputs(network, head, num_classes)
         super().__init__(
             backbone=network,
             num_classes=num_classes,
@@ -106,4 +106,4 @@ def _create(model: str, weights: str | None, num_classes: int, settings: dict[st
     try:
         return torchvision.models.get_model(model, weights=weights, **settings)
     except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"torchvision cannot build {model}: {brief(error)}") from error
+        raise UserError(f"torchvision cannot build {model}: {one_line(error)}") from error

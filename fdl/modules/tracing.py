@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-Step = TypeVar("Step", bound=Callable)
+_Step = TypeVar("_Step", bound=Callable)
 
 
-def traceable(step: Step) -> Step:
+def traceable(step: _Step) -> _Step:
     """Mark a training step, a forward, or the class of an objective: executors may replay it instead of calling it.
 
     A step that has come often, of a model marked like that, is recorded as a list of tensor operations, forward and

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import brief, read_weights
-from fdl.modules.hub import hub
+from fdl.modules.checkpoints import one_line, read_weights
+from fdl.modules.hub import hub_or_cache
 from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load_model(
         if not weights:
             return maker.from_config(settings), []
     except _FAULTS as error:
-        raise UserError(f"transformers cannot build {model}: {brief(error)}") from error
+        raise UserError(f"transformers cannot build {model}: {one_line(error)}") from error
     state = None
     try:
         if checkpoint is not None:
@@ -71,7 +71,7 @@ def load_model(
             state = read_weights(
                 checkpoint, {n for name in blank.state_dict() for n in (name, name.removeprefix(base))}
             )
-        with _quiet(), nullcontext() if state is not None or _is_path(model) else hub():
+        with _quiet(), nullcontext() if state is not None or _is_path(model) else hub_or_cache():
             network, seen = maker.from_pretrained(
                 str(Path(model).expanduser()) if state is None else None,
                 config=settings,
@@ -81,7 +81,7 @@ def load_model(
                 output_loading_info=True,
             )
     except _FAULTS as error:
-        raise UserError(f"{_source(model, checkpoint)} does not fit: {brief(error)}") from error
+        raise UserError(f"{_label(model, checkpoint)} does not fit: {one_line(error)}") from error
     names = sorted({*seen["missing_keys"], *(entry[0] for entry in seen["mismatched_keys"])})
     lost = [name for name in names if not (fresh_head and _is_head(network, name))]
     if lost:
@@ -89,13 +89,13 @@ def load_model(
         extra = sorted(seen["unexpected_keys"])
         rest = f"; unexpected: {', '.join(extra[:3])}{', …' if len(extra) > 3 else ''}" if extra else ""
         raise UserError(
-            f"{_source(model, checkpoint)} does not fit: no weights of the right shape for {few}{rest}; they are of "
+            f"{_label(model, checkpoint)} does not fit: no weights of the right shape for {few}{rest}; they are of "
             "another family or size than model and config say"
         )
     return network, names
 
 
-def own_head(network: PreTrainedModel) -> list[str]:
+def head_children(network: PreTrainedModel) -> list[str]:
     """Name the parts on top of a base model that have weights."""
     return [
         name
@@ -105,7 +105,7 @@ def own_head(network: PreTrainedModel) -> list[str]:
 
 
 def _is_head(network: PreTrainedModel, name: str) -> bool:
-    return name.split(".")[0] in own_head(network) or "pooler" in name.split(".")
+    return name.split(".")[0] in head_children(network) or "pooler" in name.split(".")
 
 
 def _config(
@@ -122,14 +122,14 @@ def _config(
         elif _is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
             raise UserError(f"model: {model} is no folder with a config.json")
         else:
-            with nullcontext(why) if _is_path(model) else hub() as why:
+            with nullcontext(why) if _is_path(model) else hub_or_cache() as why:
                 known = AutoConfig.from_pretrained(str(Path(model).expanduser()) if _is_path(model) else model)
-            base = _plain(known)
+            base = _changed_settings(known)
     except _FAULTS as error:
         raise UserError(
             f"model: {model!r} is no local folder and no family of transformers, and the Hugging Face hub does not "
-            f"give it ({why or brief(error)}); give the path of a folder with its config.json and weights, or a family "
-            f"and config{suggest(model, CONFIG_MAPPING)}"
+            f"give it ({why or one_line(error)}); give the path of a folder with its config.json and weights, or a "
+            f"family and config{suggest(model, CONFIG_MAPPING)}"
         ) from error
     names = {*known.to_dict(), *known.attribute_map}
     for key in given:
@@ -144,7 +144,7 @@ def _config(
         # Built anew, not changed: some settings follow from others when a configuration is built.
         return type(known)(**{**base, **renamed})
     except Exception as error:  # its checks raise errors of several libraries
-        raise UserError(f"config: {known.model_type} refuses its settings: {brief(error)}") from error
+        raise UserError(f"config: {known.model_type} refuses its settings: {one_line(error)}") from error
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _plain(config: PretrainedConfig) -> dict[str, Any]:
+def _changed_settings(config: PretrainedConfig) -> dict[str, Any]:
     kept = config.to_diff_dict()
     for key in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"):
         kept.pop(key, None)
@@ -174,5 +174,5 @@ def _is_path(model: str) -> bool:
     return Path(model).expanduser().is_dir() or model.startswith(("/", "./", "../", "~"))
 
 
-def _source(model: str, checkpoint: str | None) -> str:
+def _label(model: str, checkpoint: str | None) -> str:
     return f"model: {model}" if checkpoint is None else f"checkpoint: {checkpoint} for {model}"

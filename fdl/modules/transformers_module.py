@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from fdl.modules.output import Output
 from fdl.modules.trainer_hooks import TrainerHooks
-from fdl.modules.tuning import hold_frozen
-
-Batch = tuple[Tensor, Tensor | None]
+from fdl.modules.tuning import keep_frozen_in_eval
+from fdl.modules.types import TensorBatch
 
 
 class TransformersModule(TrainerHooks):
@@ -41,29 +40,29 @@ class TransformersModule(TrainerHooks):
         """Set the mode; what is frozen stays in evaluation mode."""
         super().train(mode)
         if mode and self.frozen:
-            hold_frozen(self.network)
+            keep_frozen_in_eval(self.network)
         return self
 
-    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def test_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """As ``validation_step``."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Batch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
+    def predict_step(self, batch: TensorBatch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
         """Answer a batch; labels, where there are any, are not looked at."""
         return self(batch if isinstance(batch, Tensor) else batch[0])
 
-    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int) -> None:
         """Log the training loss, under a Trainer."""
         self.log("train/loss", outputs["loss"], batch_size=len(batch[0]))
 
     def on_validation_batch_end(
-        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Log the validation metrics, under a Trainer; it averages them over the epoch."""
         self.log_dict({f"validation/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
 
     def on_test_batch_end(
-        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Log the test metrics, under a Trainer; it averages them over the epoch."""
         self.log_dict({f"test/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))

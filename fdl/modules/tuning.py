@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import require_finite
-from fdl.modules.features import matching
+from fdl.modules.checkpoints import require_finite_weights
+from fdl.modules.features import matching_submodules
 from fdl.utils.libraries import library
 from fdl.utils.suggest import suggest
 
@@ -39,8 +39,8 @@ def apply_tuning(
 ) -> frozenset[str]:
     """Freeze what is not to be trained, and add what is to be trained instead.
 
-    Call it when all weights are in place. Networks with frozen parts must be given to `hold_frozen` whenever they are
-    put into training mode.
+    Call it after all weights have been loaded. Call `keep_frozen_in_eval` on the network whenever it is put into
+    training mode.
 
     Args:
         network: changed in place.
@@ -67,7 +67,7 @@ def apply_tuning(
     if lora is not None and tuning != "lora":
         raise UserError(f"lora is for tuning: lora, not for tuning: {tuning}")
     if pretrained:  # of a file this was looked at before, of a hub it was not
-        require_finite(network.state_dict(), f"the pretrained weights of {type(network).__name__}")
+        require_finite_weights(network.state_dict(), f"the pretrained weights of {type(network).__name__}")
     if tuning == "full":
         return frozenset()
     if not pretrained:
@@ -76,18 +76,18 @@ def apply_tuning(
             "either, and random ones would differ from site to site; give pretrained or checkpoint, or tuning: full"
         )
     if tuning == "lora":
-        _add_lora(network, head_names, {**_LORA, **_known(lora or {})})
+        _add_lora(network, head_names, {**_LORA, **_check_lora_settings(lora or {})})
     else:
         network.requires_grad_(False)
     if tuning == "head" or (tuning == "lora" and train_head):
         for name in head_names:
             for parameter in _parameters_of(network, name):
                 parameter.requires_grad_(True)
-    hold_frozen(network)
+    keep_frozen_in_eval(network)
     return frozen_names(network)
 
 
-def hold_frozen(network: nn.Module) -> None:
+def keep_frozen_in_eval(network: nn.Module) -> None:
     """Put the parts of a network that are not trained into evaluation mode.
 
     That stops their dropout, and the running statistics of their batch normalisations, from which gradients are not
@@ -98,7 +98,7 @@ def hold_frozen(network: nn.Module) -> None:
         return
     for child in network.children():
         if any(True for _ in _tensors(child)):
-            hold_frozen(child)
+            keep_frozen_in_eval(child)
 
 
 def frozen_names(network: nn.Module) -> frozenset[str]:
@@ -147,7 +147,7 @@ def linear_layers(network: nn.Module) -> list[str]:
 def _add_lora(network: nn.Module, head_names: Sequence[str], settings: dict[str, Any]) -> None:
     peft = library("peft", "peft", "tuning: lora", has="inject_adapter_in_model")
     rank, alpha = settings["rank"], settings["alpha"]
-    chosen = _targets(network, head_names, settings["targets"])
+    chosen = _lora_targets(network, head_names, settings["targets"])
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -161,11 +161,11 @@ def _add_lora(network: nn.Module, head_names: Sequence[str], settings: dict[str,
     if settings["freeze_a"]:
         for name, layer in network.named_modules():
             if name.endswith(".lora_A.default"):
-                _fix(layer.weight, name, settings["init"], rank)
+                _fix_lora_a(layer.weight, name, settings["init"], rank)
 
 
 @torch.no_grad()
-def _fix(weight: nn.Parameter, name: str, init: str, rank: int) -> None:
+def _fix_lora_a(weight: nn.Parameter, name: str, init: str, rank: int) -> None:
     """Draw a matrix that is to stay from a stream of its name's own, so that it is the same at every site."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if init == "kaiming":
@@ -175,15 +175,17 @@ def _fix(weight: nn.Parameter, name: str, init: str, rank: int) -> None:
     weight.requires_grad_(False)
 
 
-def _targets(network: nn.Module, head_names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
+def _lora_targets(network: nn.Module, head_names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
     able = linear_layers(network)
     if patterns is None:
-        chosen = [name for name in able if not any(_within(name, head) or _within(head, name) for head in head_names)]
+        chosen = [
+            name for name in able if not any(_is_part_of(name, head) or _is_part_of(head, name) for head in head_names)
+        ]
         if not chosen:
             raise UserError("lora: the network has no linear layers but its head, and LoRA is for linear layers")
         return chosen
     try:
-        named = matching(network, patterns)
+        named = matching_submodules(network, patterns)
     except UserError as error:
         raise UserError(f"lora.targets: {str(error).removeprefix('features: ')}") from error
     chosen = [name for name in named if name in able]
@@ -193,7 +195,7 @@ def _targets(network: nn.Module, head_names: Sequence[str], patterns: Sequence[s
     return chosen
 
 
-def _known(lora: Mapping[str, Any]) -> Mapping[str, Any]:
+def _check_lora_settings(lora: Mapping[str, Any]) -> Mapping[str, Any]:
     """Check the settings that a recipe gives."""
     for key in lora:
         if key not in _LORA:
@@ -210,13 +212,13 @@ def _known(lora: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _parameters_of(network: nn.Module, name: str) -> list[nn.Parameter]:
     named = network.named_parameters(remove_duplicate=False)
-    found = [parameter for own, parameter in named if _within(own, name)]
+    found = [parameter for own, parameter in named if _is_part_of(own, name)]
     if not found:
         raise ValueError(f"the head {name!r} has no parameters")
     return found
 
 
-def _within(name: str, outer: str) -> bool:
+def _is_part_of(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
 
 

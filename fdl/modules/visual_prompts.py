@@ -31,19 +31,19 @@ class VisualPrompts(nn.Module):
         bound = math.sqrt(6 / (patch + network.embed_dim))
         shape = (len(network.blocks) if deep else 1, count, network.embed_dim)
         self.tokens = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-        network.blocks[0].register_forward_pre_hook(partial(self._put, layer=0, instead=0))
+        network.blocks[0].register_forward_pre_hook(partial(self._insert, layer=0, instead=0))
         for layer, block in enumerate(network.blocks[1:] if deep else (), 1):
-            block.register_forward_pre_hook(partial(self._put, layer=layer, instead=count))
-        network.blocks[-1].register_forward_hook(self._take_out)
+            block.register_forward_pre_hook(partial(self._insert, layer=layer, instead=count))
+        network.blocks[-1].register_forward_hook(self._remove)
         network.add_module("prompts", self)
 
-    def _put(self, block: nn.Module, inputs: tuple[Any, ...], layer: int, instead: int) -> tuple[Any, ...]:
+    def _insert(self, block: nn.Module, inputs: tuple[Any, ...], layer: int, instead: int) -> tuple[Any, ...]:
         """Put a layer's tokens in the place of so many that stand there."""
         x, *rest = inputs
         own = self.tokens[layer].to(x).expand(len(x), -1, -1)
         return torch.cat([x[:, : self.first], own, x[:, self.first + instead :]], dim=1), *rest
 
-    def _take_out(self, block: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> Tensor:
+    def _remove(self, block: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> Tensor:
         """Leave the tokens out again, so that the head pools over what it knows."""
         return torch.cat([x[:, : self.first], x[:, self.first + self.count :]], dim=1)
 

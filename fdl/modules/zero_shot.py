@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fdl.modules.tokenizers import Tokenizer
 
-TEMPLATES: dict[str, tuple[str, ...]] = {
+PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "photo": ("a photo of a {}.",),
     "photos": (
@@ -42,15 +42,15 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def templates_of(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """A set by its name among `TEMPLATES`, or sentences of one's own.
+    """A set by its name among `PROMPT_TEMPLATES`, or sentences of one's own.
 
     Raises:
         UserError: there is no such set, or a sentence has no place for the class.
     """
     if isinstance(templates, str):
-        if templates not in TEMPLATES:
-            raise UserError(f"templates: no set is called {templates!r}{suggest(templates, TEMPLATES)}")
-        return TEMPLATES[templates]
+        if templates not in PROMPT_TEMPLATES:
+            raise UserError(f"templates: no set is called {templates!r}{suggest(templates, PROMPT_TEMPLATES)}")
+        return PROMPT_TEMPLATES[templates]
     for template in templates:
         if template.count("{}") != 1:
             raise UserError(f"templates: {template!r} must contain {{}} once, where the class's name goes")
@@ -71,7 +71,7 @@ def zero_shot_classifier(
         module: a dual encoder, with `encode_text`.
         tokenizer: the one that the module was trained with.
         classes: C names.
-        templates: a name among `TEMPLATES`, or sentences with {} for the class.
+        templates: a name among `PROMPT_TEMPLATES`, or sentences with {} for the class.
 
     Returns:
         float32 ``[C, D]`` on the module's device; products with an image's unit vector are its cosines.
@@ -85,7 +85,7 @@ def zero_shot_classifier(
         rows = []
         with gathered(module):
             for name in classes:
-                tokens = padded([tokenizer.encode(sentence.replace("{}", name)) for sentence in sentences])
+                tokens = pad_texts([tokenizer.encode(sentence.replace("{}", name)) for sentence in sentences])
                 vectors = F.normalize(module.encode_text(tokens.to(device)).float(), dim=1)
                 rows.append(F.normalize(vectors.mean(0), dim=0))
     finally:
@@ -93,7 +93,7 @@ def zero_shot_classifier(
     return torch.stack(rows)
 
 
-def zero_shot_question(classifier: Tensor) -> Callable[[nn.Module, Tensor | tuple[Tensor, Tensor]], Tensor]:
+def zero_shot_selector(classifier: Tensor) -> Callable[[nn.Module, Tensor | tuple[Tensor, Tensor]], Tensor]:
     """What to ask a dual encoder with `Participant.predict`, so that it answers with a classifier's logits [B, C].
 
     Args:
@@ -111,7 +111,7 @@ def zero_shot_question(classifier: Tensor) -> Callable[[nn.Module, Tensor | tupl
     return question
 
 
-def padded(texts: Sequence[Sequence[int]]) -> Tensor:
+def pad_texts(texts: Sequence[Sequence[int]]) -> Tensor:
     """Token lists as one tensor int64 [B, T], padded on the right with -1; at least one column."""
     longest = max([1, *(len(text) for text in texts)])
     return torch.tensor([[*text, *[-1] * (longest - len(text))] for text in texts])

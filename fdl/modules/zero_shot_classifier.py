@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fdl.errors import UserError
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.clip_tokenizer import ClipTokenizer
-from fdl.modules.dual_encoder import scale_of
+from fdl.modules.dual_encoder import logit_scale_of
 from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.zero_shot import zero_shot_classifier
 
@@ -29,7 +29,7 @@ class ZeroShotClassifier(ImageClassifier):
         classes: names of the classes, in the order of the labels.
         pretrained: tag of open_clip's weights, e.g. ``laion2b_s34b_b79k``.
         checkpoint: local file of weights instead, as in `OpenClip`.
-        templates: a name among `fdl.modules.zero_shot.TEMPLATES`, or sentences with ``{}`` for the class's name.
+        templates: a name among `fdl.modules.zero_shot.PROMPT_TEMPLATES`, or sentences with ``{}`` for the class's name.
         adapt: bring images to what the model knows, as in `OpenClip`.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
@@ -71,9 +71,9 @@ class ZeroShotClassifier(ImageClassifier):
             context=_CONTEXT,
             normalization=normalization,
         )
-        weights = scale_of(both) * zero_shot_classifier(both, tokenizer, classes, templates)
+        weights = logit_scale_of(both) * zero_shot_classifier(both, tokenizer, classes, templates)
         super().__init__(
-            backbone=_Named(both.backbone.visual, weights),
+            backbone=_CosineClassifier(both.backbone.visual, weights),
             num_classes=num_classes,
             input_shape=input_shape,
             head="head",
@@ -87,7 +87,7 @@ _CONTEXT = 77
 """Tokens of a caption that CLIP reads; sentences about classes are shorter."""
 
 
-class _Named(nn.Module):
+class _CosineClassifier(nn.Module):
     """Compares an image's unit vector with one vector a class."""
 
     def __init__(self, visual: nn.Module, weights: Tensor):
