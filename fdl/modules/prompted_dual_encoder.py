@@ -1,4 +1,4 @@
-"""A CLIP-like model as an image classifier of which prompts alone are trained."""
+"""Image classifier from a frozen CLIP-like model with learned prompts."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ from fdl.utils.suggest import suggest
 
 
 class PromptedDualEncoder(ImageClassifier):
-    """A frozen dual encoder that compares images with learned vectors followed by classes' names.
+    """Frozen dual encoder that classifies images by learned context vectors followed by class names.
 
-    Trained by plain `fedavg` it is PromptFL (Guo et al., 2022): context vectors, a few kilobytes, are all that is sent.
-    Class names can be given that nobody trains on; they are answered all the same, behind the same vectors.
+    Trained with plain `fedavg` it is PromptFL (Guo et al., 2022): only the context vectors, a few kilobytes, are sent.
+    Classes listed in `new` are not trained, but are predicted with the same context vectors.
 
     Args:
         classes: names of the classes, in the order of the labels.
-        model: open_clip's name, e.g. ``ViT-B-16``; one that reads CLIP's tokens.
+        model: open_clip's name, e.g. ``ViT-B-16``, of a model that uses CLIP's tokenizer.
         pretrained: tag of open_clip's weights.
-        checkpoint: local file of weights instead: for `model` as in `OpenClip`, for `encoder` its state, e.g. the
-            ``best.safetensors`` of a run of fdl.
-        encoder: ``{target, args}`` of another dual encoder, e.g. ``tiny_dual_encoder``, in the place of `model`.
-        tokenizer: that `encoder` was trained with.
-        context: likewise, most tokens of a text.
-        words: whose vectors the context starts from, so that the first answers are those of a sentence that begins
-            so; empty for vectors near 0.
-        length: number of shared vectors, where there are no words.
+        checkpoint: local file of weights instead: for `model` ``.safetensors`` or of torch, for `encoder` its state,
+            e.g. the ``best.safetensors`` of a run of fdl.
+        encoder: ``{target, args}`` of another dual encoder, e.g. ``tiny_dual_encoder``, instead of `model`.
+        tokenizer: tokenizer with which `encoder` was trained.
+        context: maximum number of tokens per text with which `encoder` was trained.
+        words: words whose embeddings initialise the context, so that the initial predictions are those of prompts that
+            begin with them; empty for random values near 0.
+        length: number of shared vectors, if there are no words.
         personal: number of further vectors called ``backbone.prompt.personal``, for `federated_prompts`.
-        ending: what stands behind the class's name.
-        new: names of those classes that are not trained on.
-        adapt: bring images to what the model knows, as in `OpenClip`.
+        ending: text after the class name.
+        new: names of the classes that are not trained.
+        adapt: convert images to the size, channels and normalisation that the model expects (see `adapter_for`).
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
+        optimizer: ``{target, args}`` for a plain Trainer; default Adam at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Raises:
-        UserError: there are no weights, they do not fit, or names and classes do not.
+        UserError: no weights are given, they do not match the model, or the names do not match the classes.
     """
 
     name = "prompted_dual_encoder"
@@ -123,29 +123,34 @@ class PromptedDualEncoder(ImageClassifier):
         self.frozen = frozenset(f"backbone.{name}" for name in frozen_names(self.backbone))
 
     def make_prompt(self, start: Tensor, personal: int, towers: DualEncoder, names: Tensor) -> nn.Module:
-        """What gives the context vectors.
+        """Return the module that provides the context vectors; subclasses may override it.
 
         Args:
-            start: where the shared ones start, ``[m, D]``.
-            personal: how many belong to the site.
-            towers: the frozen model.
-            names: tokens of the classes' names alone, ``[C, T]``.
+            start: initial values of the shared vectors, ``[m, D]``.
+            personal: number of vectors that stay at the site.
+            towers: the frozen dual encoder.
+            names: tokens of the class names alone, int64 ``[C, T]``.
         """
         return ContextVectors(start, personal)
 
 
 def class_groups(classes: Sequence[str], new: Sequence[str], num_classes: int) -> list[list[int]]:
-    """Positions of the classes that are trained, and then of the new ones, where there are any.
+    """Return the numbers of the trained classes, followed by those of the new classes, if any.
+
+    Args:
+        classes: names of all classes, in the order of the labels.
+        new: names of the classes that are not trained.
+        num_classes: number of classes of the data.
 
     Raises:
-        UserError: names do not fit.
+        UserError: the names do not match the data's classes or each other.
     """
     if len(classes) != num_classes or len(set(classes)) < num_classes:
         raise UserError(f"classes must name the data's {num_classes} classes, each once; got {len(classes)} names")
     for name in new:
         if name not in classes:
             raise UserError(f"new: {name!r} is none of the classes{suggest(name, classes)}")
-    groups = [[i for i, name in enumerate(classes) if (name in new) == late] for late in (False, True)]
+    groups = [[i for i, name in enumerate(classes) if (name in new) == untrained] for untrained in (False, True)]
     if not groups[0]:
         raise UserError("new: there must be classes to train on, too")
     return groups if groups[1] else groups[:1]
@@ -154,7 +159,7 @@ def class_groups(classes: Sequence[str], new: Sequence[str], num_classes: int) -
 def _encoder_from_checkpoint(
     encoder: dict, pretrained: str | None, path: str | None, data: dict[str, Any]
 ) -> DualEncoder:
-    """A dual encoder that is no named one of open_clip, with the weights of a file."""
+    """Create a dual encoder from its configuration, with the weights of a local file."""
     if pretrained is not None or path is None:
         raise UserError("encoder takes its weights from checkpoint, a local file")
     towers = instantiate(encoder, "module", "encoder", **data)

@@ -1,4 +1,4 @@
-"""Any image classifier of torchvision."""
+"""Image classifiers of torchvision."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from fdl.utils.suggest import suggest
 
 
 class Torchvision(ImageClassifier):
-    """Any image classifier of torchvision, by its name there.
+    """Image classifier of torchvision, by name.
 
     Args:
         model: torchvision's name, e.g. ``"resnet18"``.
-        weights: name of torchvision's weights for it (``"DEFAULT"``, ``"IMAGENET1K_V1"``), downloaded or from its
-            cache. The classification layer is new where these know another number of classes.
+        weights: name of torchvision's weights of the model (``"DEFAULT"``, ``"IMAGENET1K_V1"``), downloaded or from the
+            cache. The classification layer is new if they have a different number of classes.
         checkpoint: local file of weights instead, ``.safetensors``, of torch, or ``.npz``.
         kwargs: further arguments of the model, e.g. ``{image_size: 32}`` for its vision transformers.
-        adapt: what to do with the images before the network, as in `adapter_for`; True: size, channels and
-            normalisation that torchvision publishes with the weights (for a local file, with its default ones). By
-            default only where `weights` are for another size than the data's and the model takes no other.
+        adapt: conversion of the images before the network (see `adapter_for`); True: to the size, channels and
+            normalisation that torchvision publishes with the weights (for a local file, with its default weights). By
+            default only if `weights` are for a different size than the data's and the model accepts no other size.
         num_classes: number of classes.
-        input_shape: (C, H, W) of one image. Where C is not 3, the first convolution is changed to C channels, with
-            its weights summed or repeated.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
+        input_shape: (C, H, W) of one image. If C is not 3, the first convolution is changed to C channels, and its
+            weights are summed or repeated.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
         common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
-        UserError: torchvision has no such model or weights, the file does not fit it, or images are too small.
+        UserError: the model or its weights are unknown, the file does not match the model, or images are too small.
     """
 
     name = "torchvision"
@@ -81,7 +81,7 @@ class Torchvision(ImageClassifier):
 
 
 def _published(model: str, weights: str | None) -> dict[str, Any]:
-    """What images the weights were made for; nothing is downloaded."""
+    """Return the size, channels and normalisation that the weights expect; nothing is downloaded."""
     known = torchvision.models.get_model_weights(model)
     if not len(known):
         return {}

@@ -1,4 +1,4 @@
-"""A CLIP-like model as an image classifier: names of classes in sentences are its classification layer."""
+"""Image classifier from a CLIP-like model, whose classification layer is computed from class names."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from fdl.modules.zero_shot import zero_shot_classifier
 
 
 class ZeroShotClassifier(ImageClassifier):
-    """The image tower of an open_clip model, with a classification layer made of the classes' names.
+    """Image tower of an open_clip model, with a zero-shot classification layer computed from the class names.
 
-    Each class's weights are the mean of the unit vectors of sentences about it, of length 1 again and times the model's
-    scale, as in Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021): the
-    logits of an untrained one are the scaled cosines between image and class. The text tower is not kept. Trained
-    further, it starts from there.
+    The weights of a class are the re-normalised mean of its prompts' unit vectors, times the model's logit scale, as in
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021): before training, the
+    logits are the scaled cosines between image and class. The text tower is discarded; training starts from these
+    weights.
 
     Args:
-        model: open_clip's name, e.g. ``ViT-B-32`` or ``RN50``; one that reads CLIP's tokens.
+        model: open_clip's name, e.g. ``ViT-B-32`` or ``RN50``, of a model that uses CLIP's tokenizer.
         classes: names of the classes, in the order of the labels.
         pretrained: tag of open_clip's weights, e.g. ``laion2b_s34b_b79k``.
-        checkpoint: local file of weights instead, as in `OpenClip`.
-        templates: a name among `fdl.modules.zero_shot.PROMPT_TEMPLATES`, or sentences with ``{}`` for the class's name.
-        adapt: bring images to what the model knows, as in `OpenClip`.
+        checkpoint: local file of weights instead, ``.safetensors`` or of torch.
+        templates: a key of `fdl.modules.zero_shot.PROMPT_TEMPLATES`, or sentences with ``{}`` for the class name.
+        adapt: convert images to the size, channels and normalisation that the model expects (see `adapter_for`); None:
+            True.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
         common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
-        UserError: there are no weights, the model cannot be had, or there are more or fewer names than classes.
+        UserError: no weights are given, the model cannot be loaded, or the number of names is not the number of
+            classes.
     """
 
     name = "zero_shot_classifier"
@@ -84,11 +86,11 @@ class ZeroShotClassifier(ImageClassifier):
 
 
 _CONTEXT = 77
-"""Tokens of a caption that CLIP reads; sentences about classes are shorter."""
+"""Length of CLIP's text context in tokens; prompts of class names are shorter."""
 
 
 class _CosineClassifier(nn.Module):
-    """Compares an image's unit vector with one vector a class."""
+    """Cosine classifier on an image tower, with one weight vector per class."""
 
     def __init__(self, visual: nn.Module, weights: Tensor):
         super().__init__()

@@ -40,7 +40,7 @@ def test_a_pair_is_taken_as_it_is():
         (f"{HERE}.not_a_network", {}, GREY, "not_a_network returns a int, expected a torch.nn.Module"),
         (f"{HERE}.logits_alone", {}, GREY, "logits_alone refuses its arguments: .*width"),
         (f"{HERE}.Pair", {}, COLOUR, r"custom \(Pair\) cannot take images of 3×32×32"),
-        (f"{HERE}.Rows", {}, GREY, r"with logits of shape \[1, 8, 8\], expected \[1, 10\]"),
+        (f"{HERE}.Rows", {}, GREY, r"returns logits of shape \[1, 8, 8\] for one image, expected \[1, 10\]"),
     ],
 )
 def test_bad_arguments_are_named(backbone, args, size, message):

@@ -45,7 +45,7 @@ def test_prefixes_go_in_any_order_and_are_named(prefix, caplog):
     with caplog.at_level(logging.INFO, "fdl"):
         assert same(strip_wrapper_prefixes(under(prefix), WEIGHTS, "w.pth"))
     # what torch.compile and Fabric put in the middle goes first
-    assert "took the prefix" in caplog.text and "w.pth" in caplog.text
+    assert "removed the prefix" in caplog.text and "w.pth" in caplog.text
 
 
 def test_what_compiled_parts_are_called_goes_from_the_middle():
@@ -64,7 +64,7 @@ def test_names_that_fit_stay_although_a_prefix_would_fit_too():
 def test_other_parts_of_a_module_are_left_out(caplog):
     with caplog.at_level(logging.INFO, "fdl"):
         assert same(strip_wrapper_prefixes(under("net.") | {"loss.weight": torch.ones(3)}, WEIGHTS, "w.ckpt"))
-    assert "took the prefix 'net.' off 2 names; left out 1 names without it" in caplog.text
+    assert "removed the prefix 'net.' from 2 names; dropped 1 names without it" in caplog.text
 
 
 def test_two_networks_in_one_file_are_not_guessed_between():
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_lightning_is_a_students_weights(tmp_path, caplog):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     with caplog.at_level(logging.INFO, "fdl"):
         student = Timm("test_resnet", checkpoint=str(tmp_path / "last.ckpt"), num_classes=3, input_shape=(1, 16, 16))
-    assert "took the prefix 'network.'" in caplog.text
+    assert "removed the prefix 'network.'" in caplog.text
     with torch.no_grad():
         assert torch.equal(student.eval()(batch[0]).logits, module.network.eval()(batch[0]))
 
