@@ -41,7 +41,14 @@ class Adapter(nn.Module, ABC):
 
 
 class LinearAdapter(Adapter):
-    """Separate linear map per participant: ``h = W_i f + b_i``."""
+    """Separate linear map per participant: ``h = W_i f + b_i``.
+
+    Args:
+        participants: number of participants.
+        inputs: width of the participants' features.
+        outputs: width of the student's space.
+        rank: ignored.
+    """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):
         super().__init__(participants, inputs, outputs)
@@ -55,7 +62,14 @@ class LinearAdapter(Adapter):
 
 
 class AffineAdapter(Adapter):
-    """Shared linear map, scaled and shifted per participant: ``h = s_i ⊙ (W f + b) + t_i``."""
+    """Shared linear map, scaled and shifted per participant: ``h = s_i ⊙ (W f + b) + t_i``.
+
+    Args:
+        participants: number of participants.
+        inputs: width of the participants' features.
+        outputs: width of the student's space.
+        rank: ignored.
+    """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):
         super().__init__(participants, inputs, outputs)
@@ -72,6 +86,12 @@ class FiLMAdapter(Adapter):
     """Shared network with one hidden layer, modulated per participant: ``h = V gelu(s_i ⊙ W f + t_i)``.
 
     Source: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", with the participant as condition.
+
+    Args:
+        participants: number of participants.
+        inputs: width of the participants' features.
+        outputs: width of the student's space.
+        rank: ignored.
     """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):
@@ -91,6 +111,12 @@ class LowRankAdapter(Adapter):
     """Shared linear map plus a low-rank map per participant: ``h = W f + b + B_i A_i f``.
 
     As in LoRA (Hu et al.), B_i is initialised with zeros and A_i randomly.
+
+    Args:
+        participants: number of participants.
+        inputs: width of the participants' features.
+        outputs: width of the student's space.
+        rank: rank of each participant's own map, limited to the smaller of the two widths.
     """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):

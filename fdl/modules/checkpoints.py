@@ -161,13 +161,21 @@ def load_weights(network: nn.Module, head: str, weights: dict[str, Tensor], path
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message on one line of at most 300 characters; torch's may list every name of a state dict."""
+    """Return an error's message on one line of at most 300 characters; torch's may list every name of a state dict.
+
+    Args:
+        error: exception whose message is shortened.
+    """
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def first_convolution(network: nn.Module) -> str:
-    """Return the dotted name of the first convolution, which receives the image."""
+    """Return the dotted name of the first convolution, which receives the image.
+
+    Args:
+        network: network with at least one convolution.
+    """
     return next(name for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
 
 

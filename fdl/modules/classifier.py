@@ -90,7 +90,11 @@ class ImageClassifier(TrainerHooks):
         self.frozen = frozenset(f"backbone.{name}" for name in names)
 
     def train(self, mode: bool = True) -> ImageClassifier:
-        """Switch to training or evaluation mode; frozen parts stay in evaluation mode."""
+        """Switch to training or evaluation mode; frozen parts stay in evaluation mode.
+
+        Args:
+            mode: True for training mode.
+        """
         super().train(mode)
         if mode and self.frozen:
             keep_frozen_in_eval(self.backbone)

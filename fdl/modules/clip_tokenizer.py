@@ -68,7 +68,11 @@ class ClipTokenizer:
         return [self.encode(text, special, limit) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, in lower case and with single spaces, without start and end tokens."""
+        """Return the text of ids, in lower case and with single spaces, without start and end tokens.
+
+        Args:
+            ids: token ids.
+        """
         return self._tokenizer.decode([i for i in map(int, ids) if i not in (self.start, self.eos)]).strip()
 
     @cached_property
@@ -83,7 +87,11 @@ class ClipTokenizer:
         return pieces
 
     def token_bytes(self, ids: Iterable[int]) -> int:
-        """Return the number of bytes of cleaned text that ids represent."""
+        """Return the number of bytes of cleaned text that ids represent.
+
+        Args:
+            ids: token ids.
+        """
         return sum(len(self.pieces[int(i)]) for i in ids)
 
     def matches(self, other: Any) -> bool:

@@ -159,7 +159,11 @@ class DualEncoder(TrainerHooks, ABC):
 
 
 def logit_scale_of(module: nn.Module) -> float:
-    """Return the factor by which a dual encoder multiplies cosines, at most `MAX_SCALE`."""
+    """Return the factor by which a dual encoder multiplies cosines, at most `MAX_SCALE`.
+
+    Args:
+        module: dual encoder with a parameter `logit_scale`.
+    """
     return min(math.exp(float(module.logit_scale.detach())), MAX_SCALE)
 
 

@@ -107,7 +107,11 @@ def is_repeatable(objective: Objective) -> bool:
 
 
 def tensor_fields(objective: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are tensors or lists of tensors, by name."""
+    """Return the fields of a dataclass that are tensors or lists of tensors, by name.
+
+    Args:
+        objective: a dataclass instance.
+    """
     values = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
     return {
         name: value
@@ -149,12 +153,20 @@ def marked_step(module: nn.Module, objective: Objective) -> Any:
 
 
 def is_padding_safe(step: Any) -> bool:
-    """Return True if a training step or an objective has the mark or the attribute `ignores_padding`."""
+    """Return True if a training step or an objective has the mark or the attribute `ignores_padding`.
+
+    Args:
+        step: training step or objective.
+    """
     return bool(getattr(step, "ignores_padding", False))
 
 
 def terms_of(step: Any) -> Terms | None:
-    """Return the function that `mean_over` attached to a training step or an objective; None if it is not marked."""
+    """Return the function that `mean_over` attached to a training step or an objective; None if it is not marked.
+
+    Args:
+        step: training step or objective.
+    """
     return getattr(step, "terms", None)
 
 

@@ -121,7 +121,11 @@ class OpenClip(DualEncoder):
         return {name: tensor.contiguous() for name, tensor in (state | bias).items()}
 
     def train(self, mode: bool = True) -> OpenClip:
-        """Switch to training or evaluation mode; frozen parts stay in evaluation mode."""
+        """Switch to training or evaluation mode; frozen parts stay in evaluation mode.
+
+        Args:
+            mode: True for training mode.
+        """
         super().train(mode)
         if mode and self.frozen:
             keep_frozen_in_eval(self.backbone)

@@ -150,19 +150,31 @@ def _read_wrapped(network: nn.Module, path: str, label: str) -> None:
 
 
 def projection_names(network: nn.Module) -> list[str]:
-    """List the names of the last projections of both towers."""
+    """List the names of the last projections of both towers.
+
+    Args:
+        network: network of open_clip.
+    """
     known = {name for name, _ in network.named_parameters()} | {name for name, _ in network.named_modules()}
     return [name for name in _HEADS if name in known]
 
 
 def lora_layers(network: nn.Module) -> list[str]:
-    """List the linear layers that LoRA supports: not those of a ResNet's attention, which reads their weights only."""
+    """List the linear layers that LoRA supports: not those of a ResNet's attention, which reads their weights only.
+
+    Args:
+        network: network of open_clip.
+    """
     names = projection_names(network)
     return [name for name in linear_layers(network) if ".attnpool." not in f".{name}" and name not in names]
 
 
 def preprocessing_of(network: nn.Module) -> dict[str, Any]:
-    """Return the size, channels and normalisation of the images that a model expects."""
+    """Return the size, channels and normalisation of the images that a model expects.
+
+    Args:
+        network: network of open_clip.
+    """
     settings = getattr(network.visual, "preprocess_cfg", None) or {}
     size = network.visual.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)

@@ -73,7 +73,11 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, without special tokens. Bytes that are not valid UTF-8 become U+FFFD."""
+        """Return the text of ids, without special tokens. Bytes that are not valid UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids.
+        """
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
     @cached_property
@@ -92,7 +96,11 @@ class Tokenizer:
         return pieces
 
     def token_bytes(self, ids: Iterable[int]) -> int:
-        """Return the number of bytes of text that ids represent."""
+        """Return the number of bytes of text that ids represent.
+
+        Args:
+            ids: token ids.
+        """
         return sum(len(self.pieces[int(i)]) for i in ids)
 
     @cached_property
@@ -147,7 +155,11 @@ class ByteTokenizer(Tokenizer):
         return [[256, *body, 256] for body in bodies] if special else bodies
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, see `Tokenizer.decode`."""
+        """Return the text of ids, see `Tokenizer.decode`.
+
+        Args:
+            ids: token ids.
+        """
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
 

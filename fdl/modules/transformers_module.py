@@ -37,7 +37,11 @@ class TransformersModule(TrainerHooks):
         self.train()  # transformers loads models in evaluation mode
 
     def train(self, mode: bool = True) -> TransformersModule:
-        """Switch to training or evaluation mode; frozen parts stay in evaluation mode."""
+        """Switch to training or evaluation mode; frozen parts stay in evaluation mode.
+
+        Args:
+            mode: True for training mode.
+        """
         super().train(mode)
         if mode and self.frozen:
             keep_frozen_in_eval(self.network)

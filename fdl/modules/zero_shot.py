@@ -118,6 +118,10 @@ def zero_shot_selector(classifier: Tensor) -> Callable[[nn.Module, Tensor | tupl
 
 
 def pad_texts(texts: Sequence[Sequence[int]]) -> Tensor:
-    """Return token lists as one tensor int64 [B, T], padded on the right with -1, with at least one column."""
+    """Return token lists as one tensor int64 [B, T], padded on the right with -1, with at least one column.
+
+    Args:
+        texts: token ids of each text.
+    """
     longest = max([1, *(len(text) for text in texts)])
     return torch.tensor([[*text, *[-1] * (longest - len(text))] for text in texts])
