@@ -13,7 +13,7 @@ import torch
 
 from fdl.build import build
 from fdl.engine import runtime
-from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.batch_split import rank_share
 from fdl.errors import UserError
 from fdl.state import checkpoint
 from fdl.state.shards import local_shard
@@ -87,7 +87,7 @@ def held(loop) -> dict:
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
     """The student in a checkpoint."""
-    return {name: tensor.float() for name, tensor in checkpoint.unpack(path.read_bytes())["student"].items()}
+    return {name: tensor.float() for name, tensor in checkpoint.from_bytes(path.read_bytes())["student"].items()}
 
 
 def rounded_weights(folder: Path, sharded: bool = True) -> int:
@@ -111,7 +111,7 @@ def all_jobs(place: Path) -> dict:
     found = {name: run(name, place / name) for name in QUICK}
     found["resumed"] = run("federated_distillation", place / "half", ("federation.rounds=2",), resume=True)
     parts = []
-    runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
+    runtime.rank_share = lambda *arguments: parts.append(rank_share(*arguments)) or parts[-1]
     run("federated_distillation", place / "parts", ("federation.rounds=1",))
     found["parts"] = len(parts)
     try:

@@ -8,7 +8,7 @@ import torch
 
 from fdl.callbacks.base import Callback
 from fdl.errors import UserError
-from fdl.federation.client_sampling import draw
+from fdl.federation.client_sampling import sample_cohort
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.server_optimizers import Adam
 from fdl.methods.centralized import Centralized
@@ -128,7 +128,7 @@ def test_a_cohort_is_that_of_its_own_stream():
         asked = sorted(stream.choice(9, size=5, replace=False).tolist())
         lost = [client for client, u in zip(asked, stream.random(5)) if u < 0.3]
         for _ in range(2):  # what is returned may be changed
-            drawn = draw(federation, 9, 7, round)
+            drawn = sample_cohort(federation, 9, 7, round)
             assert drawn == (asked, lost)
             drawn[0].clear()
 

@@ -26,7 +26,7 @@ OutputSelector = str | Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]
 """Told after every batch: samples done, samples in all."""
 
-AHEAD = 2
+PREFETCH_BATCHES = 2
 """Batches that are gathered and copied to a GPU while it works on another."""
 
 
@@ -152,8 +152,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def prefetch_to_device(device: torch.device, place: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
     """Map over items in order, where what is made of them lies on a device.
 
-    On a GPU one thread draws the items and places them, on a stream of its own, `AHEAD` of whoever takes the results:
-    gathering and copying overlap with the work on those before.
+    On a GPU one thread draws the items and places them on a stream of its own, `PREFETCH_BATCHES` ahead of the
+    consumer: gathering and copying overlap with the work on earlier items.
 
     Args:
         device: where results are used.
@@ -169,7 +169,7 @@ def prefetch_to_device(device: torch.device, place: Callable[[Any], T], items: I
         with torch.cuda.device(device), torch.cuda.stream(side):
             return place(item), side.record_event()
 
-    with closing(prefetch(made, items, AHEAD)) as results:
+    with closing(prefetch(made, items, PREFETCH_BATCHES)) as results:
         for result, ready in results:
             now = torch.cuda.current_stream(device)
             now.wait_event(ready)

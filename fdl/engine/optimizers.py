@@ -84,11 +84,11 @@ def schedule_of(optimizer: Optimizer, config: Fit, round: int) -> tuple[Any, str
     if config.scheduler.interval == "round":
         for _ in range(round - 1):
             optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
-            advance(scheduler, config)
+            step_schedule(scheduler, config)
     return scheduler, config.scheduler.interval
 
 
-def advance(scheduler: Any, config: Fit) -> None:
+def step_schedule(scheduler: Any, config: Fit) -> None:
     """Take one step of a schedule.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fdl.engine.distributed import launch_environment as clusters
 from fdl.engine.distributed.devices import fabric_of
-from fdl.engine.distributed.process_group import ProcessGroup, nobody_came
+from fdl.engine.distributed.process_group import ProcessGroup, missing_processes_error
 from fdl.engine.inference import OutputSelector, predict
 from fdl.engine.prediction_cache import PredictionCache
 from fdl.engine.steps.selection import StepSelection
@@ -83,14 +83,14 @@ class Runtime:
         try:
             self.fabric.launch()
         except dist.DistError as error:
-            raise nobody_came(error, timeout) from error
+            raise missing_processes_error(error, timeout) from error
         self.sharder = None
         self.ranks = ProcessGroup(self.fabric, timeout, sharded=launch and strategy == "fsdp")
         if self.ranks.sharded:
             from fdl.engine.distributed.sharding import Sharder
 
             self.sharder = Sharder(self.fabric, self.ranks)
-        self.batch_size, self.compile, self.answers = batch_size, compile, PredictionCache(cache)
+        self.batch_size, self.compile, self.prediction_cache = batch_size, compile, PredictionCache(cache)
         self.steps = StepSelection(self.fabric, self.ranks, self.sharder, strategy)
         self.is_dry_run, self.clock = False, Stopwatch()
         self.factories: dict[str, Callable[[], LightningModule]] = {}
@@ -105,7 +105,7 @@ class Runtime:
 
     def create(self, architecture: str, seed: int) -> LightningModule:
         """Build a module with weights drawn from `seed`, on the device, leaving torch's random state as it was."""
-        module = self._built(architecture, seed)
+        module = self._build(architecture, seed)
         if self.sharder is not None:
             return self.sharder.place(module)
         module = self.fabric.to_device(module)
@@ -114,9 +114,9 @@ class Runtime:
 
     def first_weights(self, architecture: str, seed: int) -> dict[str, Tensor]:
         """The weights of a module as `create` builds it, in host memory."""
-        return module_state(self._built(architecture, seed))
+        return module_state(self._build(architecture, seed))
 
-    def _built(self, architecture: str, seed: int) -> LightningModule:
+    def _build(self, architecture: str, seed: int) -> LightningModule:
         """A new module in host memory, in the recipe's precision."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -222,7 +222,7 @@ class Runtime:
         """
         # what is frozen answers once: across rounds from memory, across runs from the recipe's folder
         frozen = not trainable(module) and next(module.parameters(), None) is not None
-        cache = self.answers if frozen else None
+        cache = self.prediction_cache if frozen else None
         with self.clock.part("extraction", within="clients"):
             if self.sharder is not None:
                 return self.sharder.predict(module, samples, what, self.batch_size, cache)

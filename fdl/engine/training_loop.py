@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdl.engine.batches import batches, gathered
 from fdl.engine.inference import map_tensors, prefetch_to_device, to_device
-from fdl.engine.optimizers import advance, schedule_of
+from fdl.engine.optimizers import schedule_of, step_schedule
 from fdl.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def train(
             sums[name] = sums[name] + value if name in sums else value.clone()
         steps += 1
         if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
-            advance(scheduler, config)
+            step_schedule(scheduler, config)
         if watch is not None:
             if watch(steps):
                 break

@@ -14,7 +14,7 @@ _BLOCK = 32
 """Rounds whose cohorts are drawn at once."""
 
 
-def draw(federation: Federation, clients: int, seed: int, round: int) -> tuple[list[int], list[int]]:
+def sample_cohort(federation: Federation, clients: int, seed: int, round: int) -> tuple[list[int], list[int]]:
     """Draw a round's cohort from a stream of its own, so that it depends on the seed and the round alone.
 
     Args:
@@ -28,12 +28,12 @@ def draw(federation: Federation, clients: int, seed: int, round: int) -> tuple[l
         Ids of those who are asked, and of those among them who drop out; both sorted.
     """
     block, place = divmod(round, _BLOCK)
-    asked, lost = _drawn(federation.client_fraction, federation.dropout, clients, seed, block)[place]
+    asked, lost = _sample_block(federation.client_fraction, federation.dropout, clients, seed, block)[place]
     return list(asked), list(lost)
 
 
 @lru_cache(maxsize=4)
-def _drawn(
+def _sample_block(
     client_fraction: float, dropout: float, clients: int, seed: int, block: int
 ) -> list[tuple[list[int], list[int]]]:
     """The cohorts of some rounds: a generator takes ten times as long to make and use when that was not just done."""

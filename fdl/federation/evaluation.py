@@ -37,10 +37,11 @@ def evaluate(loop: Federation, record: dict[str, Any], last: bool = False) -> No
     names = TASKS[loop.server.task].select(loop.recipe.evaluation.metrics)
     found = _server_models(loop, record["round"], names, last) if loop.runtime.ranks.evaluates_server else {}
     own = _specialists(loop, names) if loop.recipe.evaluation.specialists else {}
-    for told in loop.runtime.ranks.gather(json.dumps([found, own]).encode()) if not loop.placement.alone else ():
-        others, theirs = json.loads(told)
-        found.update(others)
-        own.update(theirs)
+    if not loop.placement.holds_all_clients:
+        for data in loop.runtime.ranks.gather(json.dumps([found, own]).encode()):
+            of_server, of_specialists = json.loads(data)
+            found.update(of_server)
+            own.update(of_specialists)
     record["metrics"].update(found)
     values: dict[str, list[float]] = {}
     for client in sorted(own, key=int):

@@ -116,12 +116,12 @@ class RoundExchange:
                 on_client_end(client.id, client.metrics)
                 client.offload_state()
         except Exception as error:
-            if self.placement.alone:
+            if self.placement.holds_all_clients:
                 raise
             failure = error
             if held_back:  # the other ranks wait for these uploads
                 share_uploads({})
-        if not self.placement.alone:
+        if not self.placement.holds_all_clients:
             self._gather({} if held_back else seconds, inbox, failure)
 
     def _receive(self, client: Client, upload: Message | Bundle | None, inbox: _Inbox) -> None:
@@ -172,7 +172,7 @@ class _Inbox:
 
     def __init__(self, aggregate: Aggregate | None, placement: ClientPlacement, channel: Channel, clock: Stopwatch):
         self.aggregate, self.channel, self.clock = aggregate, channel, clock
-        self.streams = placement.alone or (aggregate is not None and aggregate.reduces)
+        self.streams = placement.holds_all_clients or (aggregate is not None and aggregate.reduces)
         self.waiting: dict[int, Message | Bundle] = {}
 
     def put(self, client: int, received: Message | Bundle | None) -> None:

@@ -64,7 +64,7 @@ def save_best(loop: Federation) -> None:
             path, before = loop.folder / BEST, loop.folder / BEFORE
             if path.exists() and not before.exists():
                 os.replace(path, before)
-            checkpoint.save_best(path, loop.round, weights, loop.method.student_extra_state(loop.server))
+            checkpoint.write_best(path, loop.round, weights, loop.method.student_extra_state(loop.server))
 
 
 def save(loop: Federation) -> None:
@@ -91,7 +91,7 @@ def save(loop: Federation) -> None:
             **owned,
             "callbacks": loop.callbacks.state_dict(),
         }
-        path = checkpoint.save(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
+        path = checkpoint.write(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
         (loop.folder / BEFORE).unlink(missing_ok=True)
         if loop.store is not None:
             loop.store.retain(checkpoint.files(path.parent))
@@ -108,7 +108,7 @@ def restore(loop: Federation, write: bool = True) -> None:
     Raises:
         UserError: when there is none, or when the data are not those it was written with.
     """
-    state, path, damaged = checkpoint.load(loop.folder / "checkpoints")
+    state, path, damaged = checkpoint.load_newest(loop.folder / "checkpoints")
     for sentence in damaged:
         log.warning("%s", sentence)
     if state["fingerprint"] != loop.fingerprint:

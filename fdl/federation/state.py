@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fdl.adversaries.coalition import Adversaries
 from fdl.federation.client_placement import ClientPlacement
-from fdl.federation.client_sampling import draw
+from fdl.federation.client_sampling import sample_cohort
 from fdl.messages import require_message
 from fdl.state.client_store import CLIENTS
 from fdl.utils.stopwatch import Stopwatch
@@ -120,7 +120,7 @@ class Federation:
         Returns:
             Ids of the cohort, and of those in it that receive the download but drop out before they upload.
         """
-        asked, dropped = draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
+        asked, dropped = sample_cohort(self.recipe.federation, len(self.clients), self.recipe.seed, round)
         if self.left_out:
             asked, dropped = ([c for c in ids if c not in self.left_out] for ids in (asked, dropped))
         if self.server.arrival is not None:

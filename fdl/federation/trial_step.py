@@ -38,17 +38,21 @@ def run_trial_steps(loop: Federation) -> None:
             continue
         done.add(client.architecture)
         with client.data_gate.open(), loop.runtime.borrow(client.architecture) as module:
-            _try(loop, f"client {client.id}", module, client.train, client.local_training, trains=True)
+            _run_trial(loop, f"client {client.id}", module, client.train, client.local_training, trains=True)
     for part, module in (("student", server.student), ("teacher", server.teacher)):
         if module is None or (part in done):
             continue
         sets = (server.pooled, server.proxy, server.public, server.validation, server.test)
         samples = next((some for some in sets if some is not None and len(some) > 1), None)
         if samples is not None:
-            _try(loop, part, module, samples, server.local_training if pooled else server.server_distil, trains=pooled)
+            _run_trial(
+                loop, part, module, samples, server.local_training if pooled else server.server_distil, trains=pooled
+            )
 
 
-def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, config: Fit, trains: bool) -> None:
+def _run_trial(
+    loop: Federation, who: str, module: LightningModule, samples: Samples, config: Fit, trains: bool
+) -> None:
     """One step and one answer; with `trains`, by the module's own training step, else by its forward alone."""
     own = module.label.partition(": ")[2] if isinstance(module, ForeignModule) else None
     label = own or f"{type(module).__module__}.{type(module).__qualname__}"

@@ -29,7 +29,7 @@ _ALIGNMENT = 64
 """Bytes: torch's allocator for host memory gives addresses that are multiples of it."""
 
 
-def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+def write(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write the state after a round; older checkpoints beyond `keep` go only after the new one is safe on disk.
 
     Args:
@@ -44,8 +44,8 @@ def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> P
     Raises:
         UserError: when the disk refuses; the checkpoints that were there are untouched.
     """
-    data = pack(state)
-    path = folder / f"round-{round:06d}-{digest(data)}.safetensors"
+    data = to_bytes(state)
+    path = folder / f"round-{round:06d}-{content_digest(data)}.safetensors"
     write_atomically(path, data)
     for old in files(folder)[keep:]:
         if old != path:
@@ -59,13 +59,13 @@ def load_round(folder: Path, round: int) -> dict[str, Any] | None:
     """Read the checkpoint of a round; None where there is no whole one."""
     for path in (path for path, number in checkpoints(folder).items() if number == round):
         try:
-            return unpack(_whole(path))
+            return from_bytes(_whole(path))
         except (OSError, ValueError, KeyError, SafetensorError):
             continue
     return None
 
 
-def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
     """Read the newest good checkpoint.
 
     Returns:
@@ -77,13 +77,13 @@ def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
     damaged: list[str] = []
     for path in files(folder):
         try:
-            return unpack(_whole(path)), path, damaged
+            return from_bytes(_whole(path)), path, damaged
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             damaged.append(f"{path}: damaged checkpoint passed over: {error}")
     raise UserError("\n".join([f"{folder}: there is no checkpoint to resume from", *damaged]))
 
 
-def save_best(path: Path, round: int, student: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> None:
+def write_best(path: Path, round: int, student: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> None:
     """Write the student of the best round so far, in the place of the one before.
 
     Args:
@@ -95,24 +95,24 @@ def save_best(path: Path, round: int, student: Mapping[str, torch.Tensor], besid
     Raises:
         UserError: when the disk refuses; the file that was there is untouched.
     """
-    write_atomically(path, pack({"round": round, "student": dict(student), "server": beside}))
+    write_atomically(path, to_bytes({"round": round, "student": dict(student), "server": beside}))
 
 
 def load_best(path: Path) -> dict[str, Any]:
-    """Read what `save_best` wrote: ``round``, ``student`` and ``server``.
+    """Read what `write_best` wrote: ``round``, ``student`` and ``server``.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
-        state = unpack(path.read_bytes())
+        state = from_bytes(path.read_bytes())
         return {key: state[key] for key in ("round", "student", "server")}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def round_of(path: Path) -> int | None:
-    """The round of the student that `save_best` wrote, without its weights; None where there is no whole file."""
+    """The round of the student that `write_best` wrote, without its weights; None where there is no whole file."""
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads(bytes(file.get_tensor(JSON).numpy()))["round"]
@@ -125,7 +125,7 @@ def exists(folder: Path) -> bool:
     return bool(files(folder))
 
 
-def pack(state: Mapping[str, Any]) -> bytes:
+def to_bytes(state: Mapping[str, Any]) -> bytes:
     """Turn a nested state into the bytes of a safetensors file."""
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -153,13 +153,13 @@ def pack(state: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(_unshared(tensors))
 
 
-def unpack(data: bytes) -> dict[str, Any]:
-    """Turn the bytes of `pack` into the nested state; tuples come back as lists."""
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """Turn the bytes of `to_bytes` into the nested state; tuples come back as lists."""
     return _filled(safetensors.torch.load(data))
 
 
-def unpack_file(path: Path) -> dict[str, Any]:
-    """As `unpack`, from a file, which is mapped: only what its tensors need is read."""
+def from_file(path: Path) -> dict[str, Any]:
+    """As `from_bytes`, from a file, which is mapped: only what its tensors need is read."""
     return _filled(safetensors.torch.load_file(path))
 
 
@@ -170,7 +170,7 @@ def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
     no strides, addresses or devices; so a state that stays in memory must have none of its own either.
 
     Args:
-        state: as for `save`.
+        state: as for `write`.
 
     Returns:
         The same with contiguous tensors in host memory, at addresses like those of new ones, and lists in the place of
@@ -231,7 +231,7 @@ def _whole(path: Path) -> bytes:
         ValueError: they are not those that were written.
     """
     data = path.read_bytes()
-    if digest(data) != path.stem.rsplit("-", 1)[-1]:
+    if content_digest(data) != path.stem.rsplit("-", 1)[-1]:
         raise ValueError("its bytes do not match the digest in its name")
     return data
 
@@ -241,6 +241,6 @@ def files(folder: Path) -> list[Path]:
     return list(checkpoints(folder))
 
 
-def digest(data: bytes) -> str:
+def content_digest(data: bytes) -> str:
     """Sixteen hexadecimal digits that tell these bytes from others."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()

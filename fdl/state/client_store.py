@@ -15,13 +15,13 @@ from fdl.errors import UserError
 from fdl.state import checkpoint
 from fdl.state.run_folder import CLIENT
 
-OWN = re.compile(rf"{CLIENT.pattern}|\.client-.*\.partial")
+STORE_FILES = re.compile(rf"{CLIENT.pattern}|\.client-.*\.partial")
 """Names that a store gives; of other files in its folder it knows nothing."""
 
 CLIENTS = "clients"
 """The store's folder in the run's own."""
 
-FILE = "__file__"
+STATE_FILE = "__file__"
 """Key under which a checkpoint names a client's file instead of its state."""
 
 
@@ -50,8 +50,8 @@ class DiskStore:
         """
         if not state:
             return
-        data = checkpoint.pack(state)
-        name = f"client-{client:06d}-{checkpoint.digest(data)}.safetensors"
+        data = checkpoint.to_bytes(state)
+        name = f"client-{client:06d}-{checkpoint.content_digest(data)}.safetensors"
         before = self._names.get(client)
         if name == before:
             return
@@ -72,19 +72,19 @@ class DiskStore:
         if name is None:
             return {}
         try:
-            return checkpoint.unpack_file(self.folder / name)
+            return checkpoint.from_file(self.folder / name)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{self.folder / name}: the state of client {client} cannot be read: {error}") from error
 
     def reference(self, client: int) -> dict[str, Any]:
         """What a checkpoint keeps of a client: the name of its file, nothing where it has none."""
-        return {FILE: self._names[client]} if client in self._names else {}
+        return {STATE_FILE: self._names[client]} if client in self._names else {}
 
     def set_reference(self, client: int, saved: Mapping[str, Any]) -> None:
         """Go back to what `reference` gave, or begin with the state itself, which a checkpoint may hold as well."""
         self._names.pop(client, None)
-        if FILE in saved:
-            self._names[client] = Path(str(saved[FILE])).name
+        if STATE_FILE in saved:
+            self._names[client] = Path(str(saved[STATE_FILE])).name
         else:
             self.write(client, saved)
 
@@ -102,14 +102,14 @@ class DiskStore:
         before = set().union(*self._retained.values())
         self._retained = {path: self._retained.get(path) or _named(path) for path in checkpoints}
         if sweep and self.folder.is_dir():
-            before = {file.name for file in self.folder.iterdir() if OWN.fullmatch(file.name)}
+            before = {file.name for file in self.folder.iterdir() if STORE_FILES.fullmatch(file.name)}
         for name in before.difference(*self._retained.values()):
             (self.folder / name).unlink(missing_ok=True)
 
 
 def resolve(saved: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The state that a checkpoint names or holds, for a run that keeps its clients in memory."""
-    if FILE not in saved:
+    if STATE_FILE not in saved:
         return dict(saved)
     store = DiskStore(folder)
     store.set_reference(0, saved)
@@ -123,4 +123,4 @@ def _named(path: Path) -> set[str]:
             state = json.loads(bytes(file.get_tensor(checkpoint.JSON).to(torch.uint8).numpy()))
     except (OSError, ValueError, SafetensorError):  # a damaged one is never gone back to
         return set()
-    return {str(saved[FILE]) for saved in state.get("clients", {}).values() if FILE in saved}
+    return {str(saved[STATE_FILE]) for saved in state.get("clients", {}).values() if STATE_FILE in saved}

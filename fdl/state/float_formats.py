@@ -13,12 +13,12 @@ BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 _WIDE = {"e": np.float32, "f": np.float32, "d": np.float64}
 
 
-def is_float(dtype: np.dtype) -> bool:
+def is_float_dtype(dtype: np.dtype) -> bool:
     """Tell whether a dtype holds real numbers: float16, bfloat16, float32 or float64.
 
     Example:
         >>> import numpy as np
-        >>> is_float(np.dtype("float16")), is_float(np.dtype("int32"))
+        >>> is_float_dtype(np.dtype("float16")), is_float_dtype(np.dtype("int32"))
         (True, False)
     """
     return dtype == BFLOAT16 or dtype.char in _WIDE
@@ -28,7 +28,7 @@ def widen(array: np.ndarray) -> np.ndarray:
     """Return the same numbers in a format to calculate in: float64 for float64, float32 for all others.
 
     Args:
-        array: any shape, one of the dtypes of `is_float`. Every value is kept exactly.
+        array: any shape, one of the dtypes of `is_float_dtype`. Every value is kept exactly.
 
     Example:
         >>> import numpy as np
@@ -49,7 +49,7 @@ def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
     Args:
         values: float32 or float64, any shape. float64 goes to bfloat16 by way of float32.
-        dtype: one of the dtypes of `is_float`.
+        dtype: one of the dtypes of `is_float_dtype`.
 
     Example:
         >>> import numpy as np

@@ -46,7 +46,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, rounded: torch.dtype | None = Non
     narrow = any(p.dtype.itemsize < 4 for p in module.parameters())
     reduce = torch.float32 if rounded is not None or narrow else None
     settings = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": kept}
-    found = [block for block in blocks(module) if not kept.issuperset(block.parameters())]
+    found = [block for block in sharding_units(module) if not kept.issuperset(block.parameters())]
     for block in found:
         policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=reduce, cast_forward_inputs=False)
         fully_shard(block, mp_policy=policy, **settings)
@@ -62,7 +62,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, rounded: torch.dtype | None = Non
             block.reshard()
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
+def sharding_units(module: nn.Module) -> list[nn.Module]:
     """What is gathered at a time, inner blocks before outer ones; what is left belongs to the whole model.
 
     A block that shares a parameter with the rest of the model is none.
@@ -104,7 +104,7 @@ def with_gathered_blocks(module: nn.Module, task: Callable[[], T]) -> T:
 
 
 @contextmanager
-def gathered(*modules: nn.Module) -> Iterator[None]:
+def full_parameters(*modules: nn.Module) -> Iterator[None]:
     """Within this context sharded models may be used in any way, without being differentiated; all ranks come along."""
     roots = [root for module in modules for root in _roots(module) if not root.open]
     for root in roots:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fdl.modules.objectives import Terms, samples_of
 
 
-def part_of(batch: tuple, terms: Terms, rank: int, ranks: int) -> tuple[tuple, float]:
+def rank_share(batch: tuple, terms: Terms, rank: int, ranks: int) -> tuple[tuple, float]:
     """One rank's samples of a batch, and the share of its loss in that of the whole batch.
 
     Args:

@@ -17,14 +17,14 @@ class Launch:
 
     Attributes:
         by: its name; empty where somebody has set LOCAL_RANK and WORLD_SIZE, as fdl does for processes of its own.
-        first: whether this is the process that leads.
+        is_leader: whether this is the process that leads.
         processes: how many it has started.
         local: how many of them on this machine; None where it does not say.
         nodes: on how many machines; likewise.
     """
 
     by: str
-    first: bool
+    is_leader: bool
     processes: int
     local: int | None = None
     nodes: int | None = None
@@ -81,12 +81,12 @@ def launched() -> Launch | None:
     given = os.environ
     if "TORCHELASTIC_RUN_ID" in given:
         return _KNOWN["torchrun"].read("torchrun", given)
-    if _in_a_step() and (found := _KNOWN["srun"].read("srun", {**given, **_step()})).processes > 1:
+    if _inside_step() and (found := _KNOWN["srun"].read("srun", {**given, **_step_variables()})).processes > 1:
         return found
     if "OMPI_COMM_WORLD_RANK" in given and (found := _KNOWN["mpirun"].read("mpirun", given)).processes > 1:
         return found
     if "LOCAL_RANK" in given and (count := _number(given, "WORLD_SIZE") or 1) > 1:
-        return Launch("", not _counts("LOCAL_RANK", "NODE_RANK", "RANK"), count)
+        return Launch("", not _any_set("LOCAL_RANK", "NODE_RANK", "RANK"), count)
     return None
 
 
@@ -101,14 +101,14 @@ def export_srun_variables() -> None:
 
     Without it ``srun --ntasks=4`` is refused for want of ``--ntasks-per-node``, and so is a step of a part of a job.
     """
-    if _in_a_step():
-        os.environ.update(_step())
+    if _inside_step():
+        os.environ.update(_step_variables())
 
 
 def is_follower() -> bool:
     """Whether another process leads this run, on this machine or on another one, and so talks to people."""
     found = launched()
-    return _counts("LOCAL_RANK", "NODE_RANK", "RANK") if found is None else not found.first
+    return _any_set("LOCAL_RANK", "NODE_RANK", "RANK") if found is None else not found.is_leader
 
 
 def started_by_others() -> bool:
@@ -151,14 +151,14 @@ def _shape(processes: int, local: int) -> str:
     return f"{processes} process{'es' if processes > 1 else ''}, {local} on a machine"
 
 
-def _in_a_step() -> bool:
+def _inside_step() -> bool:
     """Whether srun has started this process, and not for a shell to work in."""
     step = _number(os.environ, "SLURM_STEP_ID")
-    started = (step is not None and step < _NO_STEP) or _counts("SLURM_PROCID")
+    started = (step is not None and step < _NO_STEP) or _any_set("SLURM_PROCID")
     return started and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
-def _step() -> dict[str, str]:
+def _step_variables() -> dict[str, str]:
     """What srun says of its own tasks, under the names of the job's."""
     said = {name: os.environ[own] for name, own in _OF_STEP.items() if os.environ.get(own)}
     if even := re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
@@ -170,5 +170,5 @@ def _number(given: Mapping[str, str], name: str) -> int | None:
     return int(given[name]) if given.get(name, "").isdigit() else None
 
 
-def _counts(*names: str) -> bool:
+def _any_set(*names: str) -> bool:
     return any(os.environ.get(name, "0") not in ("", "0") for name in names)

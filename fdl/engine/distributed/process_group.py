@@ -145,25 +145,25 @@ class ProcessGroup:
                 parts = whole.split([p.numel() for p in some])
                 torch._foreach_copy_([p.grad for p in some], [part.view_as(p) for part, p in zip(parts, some)])
 
-    def raise_on_any_failure(self, error: BaseException | None, told: Sequence[str]) -> None:
+    def raise_on_any_failure(self, error: BaseException | None, messages: Sequence[str]) -> None:
         """End the run on all ranks if it failed on one.
 
         Args:
             error: this rank's error, None if there is none.
-            told: the error text of every rank, by rank; empty if there is none.
+            messages: the error text of every rank, by rank; empty if there is none.
 
         Raises:
             UserError: on the leader, with what happened.
             SystemExit: on a rank whose error the leader tells.
             BaseException: the error itself, where it is one that nobody expected.
         """
-        if not any(told):
+        if not any(messages):
             return
-        rank = next(i for i, text in enumerate(told) if text)
+        rank = next(i for i, text in enumerate(messages) if text)
         if error is not None and (self.leader or not isinstance(error, UserError)):
             raise error
         if self.leader:
-            raise UserError(f"{told[rank]} (on rank {rank})")
+            raise UserError(f"{messages[rank]} (on rank {rank})")
         sys.exit(2)
 
     def wrap_lost_peer(self, error: BaseException) -> None:
@@ -196,7 +196,7 @@ class ProcessGroup:
         ) from error
 
 
-def nobody_came(error: RuntimeError, timeout: float) -> UserError:
+def missing_processes_error(error: RuntimeError, timeout: float) -> UserError:
     """What to tell somebody whose processes did not find each other."""
     return UserError(
         f"fabric: not all processes of the run have come together within {timeout:g} s (fabric.timeout): one of them "

@@ -19,16 +19,14 @@ from fdl.state.shards import local_shard
 if TYPE_CHECKING:
     from fdl.engine.distributed.process_group import ProcessGroup
 
-Parameters = Sequence[nn.Parameter]
 
-
-def split_sharded(parameters: Parameters) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_sharded(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Those that are spread over ranks, and the others."""
     parts = [p for p in parameters if isinstance(p, DTensor)]
     return parts, [p for p in parameters if not isinstance(p, DTensor)]
 
 
-def average_replicated(parameters: Parameters, ranks: ProcessGroup) -> None:
+def average_replicated(parameters: Sequence[nn.Parameter], ranks: ProcessGroup) -> None:
     """Average the gradients of what every rank has whole."""
     others = [p for p in split_sharded(parameters)[1] if p.grad is not None]
     if others and ranks.count > 1:
@@ -37,15 +35,15 @@ def average_replicated(parameters: Parameters, ranks: ProcessGroup) -> None:
             p.grad /= ranks.count
 
 
-def clip_all(parameters: Parameters, most: float, device: torch.device) -> None:
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float, device: torch.device) -> None:
     """Scale gradients so that the norm of all together, over all ranks, is no more than `most`.
 
     As ``torch.nn.utils.clip_grad_norm_``, which takes parts or whole tensors, but not both.
     """
     parts, others = ([local_shard(p.grad) for p in some if p.grad is not None] for some in split_sharded(parameters))
-    squares = _squares(parts, device)
+    squares = _sum_of_squares(parts, device)
     dist.all_reduce(squares)
-    norm = (squares + _squares(others, device)).sqrt()
+    norm = (squares + _sum_of_squares(others, device)).sqrt()
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
     for gradient in (*parts, *others):
         gradient.mul_(factor.to(gradient.dtype))
@@ -81,7 +79,7 @@ def add_penalty_gradient(objective: Any, module: nn.Module) -> None:
             local_shard(p.grad).add_(gradient)
 
 
-def _squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+def _sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """The sum of all squares, float64 on a device."""
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:

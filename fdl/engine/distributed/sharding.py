@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fdl.engine.distributed.sharded_gradients import (
     add_penalty_gradient,
     average_replicated,
-    clip_all,
+    clip_gradients,
     penalty,
     split_sharded,
 )
@@ -27,7 +27,7 @@ from fdl.engine.prediction_cache import PredictionCache
 from fdl.errors import UserError
 from fdl.modules.objectives import Objective, PenalizedObjective, training_step
 from fdl.state.sharded_handle import ShardedModelHandle
-from fdl.state.shards import gathered, is_sharded, shard, with_gathered_blocks
+from fdl.state.shards import full_parameters, is_sharded, shard, with_gathered_blocks
 from fdl.state.weights import module_state
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Sharder:
         if isinstance(objective, PenalizedObjective):
             add_penalty_gradient(objective, module)
         if clip is not None:
-            clip_all(parameters, clip, self._fabric.device)
+            clip_gradients(parameters, clip, self._fabric.device)
 
     def predict(
         self, module: nn.Module, samples: Samples, what: OutputSelector, batch_size: int, cache: PredictionCache | None
@@ -128,7 +128,7 @@ class Sharder:
         own = torch.arange(self._ranks.index, total, count)
         # as many for every rank, since a forward pass takes all of them
         own = torch.cat([own, torch.zeros(longest - len(own), dtype=torch.int64)])
-        with gathered(module):
+        with full_parameters(module):
             said = predict(self._fabric, module, samples.subset(own), what, batch_size)
         answers = torch.empty(total, *said.shape[1:])
         for rank, data in enumerate(self._ranks.gather(said.contiguous().view(torch.uint8).numpy().tobytes())):

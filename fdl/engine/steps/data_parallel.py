@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.batch_split import rank_share
 from fdl.engine.distributed.process_group import ProcessGroup
 from fdl.engine.training_loop import EagerStep
 from fdl.modules.objectives import Objective, Terms
@@ -30,7 +30,7 @@ class DataParallelStep(EagerStep):
 
     def place(self, batch: Batch, full: bool) -> tuple[Batch, float]:
         """Move this rank's samples to the device; also return the weight of their loss in that of the batch."""
-        own, weight = part_of(batch, self._terms, self._ranks.index, self._ranks.count)
+        own, weight = rank_share(batch, self._terms, self._ranks.index, self._ranks.count)
         return super().place(own, full), weight
 
     def gradients(self, objective: Objective, placed: tuple[Batch, float]) -> Mapping[str, Tensor]:

@@ -17,9 +17,9 @@ from fdl.engine.steps.compiled import CompiledStep
 from fdl.engine.steps.data_parallel import DataParallelStep
 from fdl.engine.steps.sharded import ShardedDataParallelStep, ShardedStep
 from fdl.engine.steps.traced import TRACE_AFTER_STEPS, TracedStep
+from fdl.engine.tracing.step_recorder import StepTracer, TracedSteps
 from fdl.engine.training_loop import EagerStep, StepStrategy
 from fdl.engine.vectorized.stacked_models import SMALL, unstackable
-from fdl.engine.vectorized.step_recorder import StepTracer, TracedSteps
 from fdl.modules.objectives import Objective, Terms, marked_step, terms_of
 from fdl.state.weights import count_parameters
 

@@ -1,4 +1,4 @@
-"""Steps replayed from the operations that an earlier one recorded (`fdl.engine.vectorized.step_recorder`)."""
+"""Steps replayed from the operations that an earlier one recorded (`fdl.engine.tracing.step_recorder`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fdl.engine.tracing.step_graph import Results
+from fdl.engine.tracing.step_recorder import TracedSteps
 from fdl.engine.training_loop import EagerStep
-from fdl.engine.vectorized.step_graph import Results
-from fdl.engine.vectorized.step_recorder import TracedSteps
 from fdl.modules.objectives import tensors_of, training_step
 
 TRACE_AFTER_STEPS = 100

@@ -15,8 +15,8 @@ from fdl.engine.batches import batches, gathered
 from fdl.engine.inference import OutputSelector, map_tensors, predict
 from fdl.engine.optimizers import schedule_of
 from fdl.engine.runtime import Runtime
+from fdl.engine.tracing.step_graph import Results
 from fdl.engine.vectorized.stack_batches import stacked
-from fdl.engine.vectorized.step_graph import Results
 from fdl.modules.objectives import Objective, kind_of, marked_step, pads, tensors_of
 from fdl.modules.optim import build_optimizer
 from fdl.recipe.learning_rates import alike_but_for_rates

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from fdl.engine.inference import map_tensors
-from fdl.engine.vectorized.step_recorder import StepTracer
+from fdl.engine.tracing.step_recorder import StepTracer
 from fdl.state.flat_tensors import FlatTensors
 from fdl.state.model_handle import RowHandle
 from fdl.state.weights import module_state

@@ -14,16 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fdl.engine.vectorized.step_graph import Results, Step, trace_step
+from fdl.engine.tracing.step_graph import Results, StepFunction, trace_step
 from fdl.modules.objectives import Objective, is_repeatable, is_traceable, kind_of
 from fdl.modules.tracing import runs_traceable_code
 
 _WANTS = attrgetter("requires_grad")
 
-AT_MOST = 16
+MAX_SHAPES = 16
 """Forms of one objective that are kept."""
 
-KINDS = 8
+MAX_OBJECTIVES = 8
 """Objectives whose steps are kept; the oldest is forgotten first."""
 
 
@@ -54,7 +54,7 @@ class StepTracer:
             The steps of such objectives; None where the objective or a part of the module is not marked `traceable`,
             the objective is not repeatable, or there are hooks.
         """
-        self._notice(module)
+        self._reset_if_changed(module)
         if (
             not self._traceable
             or any(self._hooks)
@@ -65,11 +65,11 @@ class StepTracer:
         found = next((recordings for known, recordings in self._kinds if known == kind), None)
         if found is None:
             found = TracedSteps(uses)
-            self._kinds = [*self._kinds[1 - KINDS :], (kind, found)]
+            self._kinds = [*self._kinds[1 - MAX_OBJECTIVES :], (kind, found)]
         found.fits += 1
         return found
 
-    def _notice(self, module: nn.Module) -> None:
+    def _reset_if_changed(self, module: nn.Module) -> None:
         """Forget all when the module has other parts, tensors or attributes than before."""
         settings = [*chain.from_iterable(map(dict.values, self._dicts))]
         # the same objects: comparing them could mean comparing tensors
@@ -99,36 +99,36 @@ class TracedSteps:
     def __init__(self, uses: int) -> None:
         self.fits = 0
         self._needed = uses
-        self._steps: dict[Any, Step | None] = {}
+        self._steps: dict[Any, StepFunction | None] = {}
         self._uses: dict[Any, tuple[int, int]] = {}
 
     def run(
-        self, live: Callable[[], Results], step: Step, tensors: Sequence[Tensor], more: Any, module: nn.Module
+        self, eager: Callable[[], Results], step: StepFunction, tensors: Sequence[Tensor], more: Any, module: nn.Module
     ) -> Results:
         """Take a step, as it was written down if it was; and write it down if it comes often.
 
         Args:
-            live: takes the step.
+            eager: takes the step.
             step: the same, given tensors; further arguments as in `trace_step`.
             tensors: what the step is given.
             more: whatever else makes it another step than one with tensors of the same shapes.
             module: whose tensors it may read besides.
 
         Returns:
-            What `live` returns, or would, to the bit.
+            What `eager` returns, or would, to the bit.
         """
         form = more, *[(tensor.shape, tensor.dtype) for tensor in tensors]
         known = self._steps.get(form)
         if known is not None:
             return known(*tensors)
-        results = live()
-        if self._often(form):
+        results = eager()
+        if self._is_frequent(form):
             self._steps[form] = trace_step(step, tensors, results, [*module.parameters(), *module.buffers()])
         return results
 
-    def _often(self, form: Any) -> bool:
+    def _is_frequent(self, form: Any) -> bool:
         """Count a use; whether it is time to write the form down."""
-        if form in self._steps or len(self._steps) >= AT_MOST:
+        if form in self._steps or len(self._steps) >= MAX_SHAPES:
             return False
         uses, first = self._uses.get(form, (0, self.fits))
         self._uses[form] = uses + 1, first

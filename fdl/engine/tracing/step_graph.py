@@ -15,7 +15,7 @@ log = logging.getLogger("fdl")
 Results = tuple[dict[str, Tensor], list[Tensor]]
 """Named losses, and gradients."""
 
-Step = Callable[..., Results]
+StepFunction = Callable[..., Results]
 """A function of tensors alone, by position."""
 
 aten = torch.ops.aten
@@ -32,7 +32,9 @@ _SAME = {
 """Operations that change nothing where the result has the shape of what they are given."""
 
 
-def trace_step(step: Step, tensors: Sequence[Tensor], expected: Results, own: Sequence[Tensor]) -> Step | None:
+def trace_step(
+    step: StepFunction, tensors: Sequence[Tensor], expected: Results, own: Sequence[Tensor]
+) -> StepFunction | None:
     """Write a step down.
 
     Args:
