@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
+from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -70,7 +71,7 @@ class ModelHandle:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All parameters, shared ones once."""
-        self._refresh()
+        self._refresh(moved=False)  # a parameter stays the same object where its memory is replaced
         return self._parameters
 
     @property
@@ -118,20 +119,25 @@ class ModelHandle:
     def _remember(self, state: Mapping[str, Tensor]) -> None:
         module = self.module
         self._state, self._parameters = state, list(module.parameters())
-        # live views, so that looking costs no call per submodule
-        self._places = [
-            place.values() for part in module.modules() for place in (part._modules, part._parameters, part._buffers)
-        ]
-        self._found = list(chain.from_iterable(self._places))  # kept, so that no id can come again
-        self._ids = list(map(id, self._found))
-        self._tensors = [found for found in self._found if isinstance(found, Tensor)]
+        tables = [t for part in module.modules() for t in (part._modules, part._parameters, part._buffers)]
+        # live views, so that a comparison costs no call per submodule; most tables are empty, and any() is cheaper
+        self._filled, self._empty = [table.values() for table in tables if table], [t for t in tables if not t]
+        self._members = list(chain.from_iterable(self._filled))
+        self._tensors = [member for member in self._members if isinstance(member, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
-    def _refresh(self) -> None:
-        """Look everything up anew where a tensor or a submodule is not the one that was found before."""
+    def _refresh(self, moved: bool = True) -> None:
+        """Look up everything again if a tensor or a submodule has been replaced.
+
+        Args:
+            moved: also if a tensor has other memory than before, as after `nn.Module.double`.
+        """
+        members = list(chain.from_iterable(self._filled))
         if (
-            list(map(id, chain.from_iterable(self._places))) != self._ids
-            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+            len(members) != len(self._members)
+            or not all(map(is_, members, self._members))
+            or any(self._empty)
+            or (moved and list(map(Tensor.data_ptr, self._tensors)) != self._addresses)
         ):
             self._look_up()
 

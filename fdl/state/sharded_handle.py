@@ -27,7 +27,7 @@ class ShardedModelHandle(ModelHandle):
         state = module.state_dict()
         self._remember({name: state[name] for name in names})
 
-    def _refresh(self) -> None:
+    def _refresh(self, moved: bool = True) -> None:
         pass
 
     @property
