@@ -45,6 +45,34 @@ class PrivacyPolicy(Protocol):
         ...
 
 
+class PrivateTrainer(Protocol):
+    """Trains on private samples with noise."""
+
+    def fit(
+        self,
+        client: Any,
+        module: LightningModule,
+        samples: Samples,
+        config: Fit,
+        objective: Objective | None = None,
+        name: str = "fit",
+    ) -> dict[str, float]:
+        """Train a client's module on private samples.
+
+        Args:
+            client: the `fdl.participants.Client` that trains; its privacy account is charged.
+            module: trained in place.
+            samples: the client's private samples.
+            config: steps or epochs, batch size, optimiser and schedule.
+            objective: loss to minimise; None: the module's own training step.
+            name: of the training: prefix of its losses in `metrics`, and purpose of its random stream.
+
+        Returns:
+            Losses by name; empty if they would reveal more than the noise allows.
+        """
+        ...
+
+
 class Participant:
     """One who computes: owns data, a state that is checkpointed, and its own streams of randomness.
 
