@@ -299,7 +299,7 @@ class Server(Participant):
 
     Args:
         validation: labelled samples for model selection. The student never trains on them; `fltrust`, without public
-            samples, trains its reference model on them, and adaptive client weights use the gradient of the loss on them.
+            samples, trains its reference model on them, and adaptive client weights use the loss gradient on them.
         test: labelled samples for the report.
         student: the global model, None for a method that has none.
         teacher: the large model of standard distillation, None otherwise.

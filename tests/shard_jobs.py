@@ -78,7 +78,7 @@ def held(loop) -> dict:
     module = loop.server.student if loop.server.student is not None else loop.runtime.shared_module("student")
     parameters = list(module.parameters())
     sizes = {"here": sum(local_shard(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
-    known = loop.runtime.steps.optimizers.known()
+    known = loop.runtime.steps.optimizers.reusable()
     states = [t for found in known for state in found.optimizer.state.values() for t in state.values()]
     tensors = [t for t in states if getattr(t, "ndim", 0)]
     moments = {"here": sum(local_shard(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}

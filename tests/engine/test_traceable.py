@@ -164,4 +164,4 @@ def test_optimisers_are_found_by_value():
     runtime, module = Runtime(accelerator="cpu"), MLP([8], **SHAPE)
     for _ in range(3):
         runtime.fit(module, samples(), fit_of("none"), torch_stream(0, "fit"))
-    assert len(runtime.steps.optimizers.known()) == 1
+    assert len(runtime.steps.optimizers.reusable()) == 1
