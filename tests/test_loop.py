@@ -156,7 +156,7 @@ def test_a_round_in_which_nobody_is_heard_changes_nothing(tmp_path):
 def test_a_run_in_which_nobody_was_ever_heard_fails(tmp_path, caplog):
     loop = federation(FedAvg(), tmp_path / "dropped", rounds=2)
     loop.cohort = lambda round: ([0, 1], [0, 1])
-    with pytest.raises(UserError, match=r"could be used in any of 2 round.*every client that was asked dropped out"):
+    with pytest.raises(UserError, match=r"could be used in any of 2 round.*every client of the cohort dropped out"):
         loop.run()
     loop = federation(FedAvg(), tmp_path / "refused", rounds=2)
     update = loop.method.local_update

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 class ClientPlacement:
     """The assignment of clients to ranks.
 
-    A client's turn is taken where its state is, as long as no rank then works much longer than the others; the most
-    expensive clients are placed first, by the seconds of their last turn, before that by samples times parameters. With
-    the state move both ends' memories of the client's link. Results do not depend on the assignment.
+    A client runs on the rank that holds its state, unless that rank would then work much longer than the others; the
+    most expensive clients are placed first, by the seconds of their last turn, before that by samples times parameters.
+    The codec states of both ends of the client's link move with its state. Results do not depend on the assignment.
 
     Args:
         ranks: the processes.
-        clients: all of them, by id; every rank has their data.
-        channel: holds the links' memories and the ledger.
-        folder: where clients' states lie that are not in memory; all ranks see it.
+        clients: all clients, by id; every rank has their data.
+        channel: holds the links' codec states and the ledger.
+        folder: folder of client states that are not in memory, shared by all ranks.
 
     Attributes:
         homes: the rank that has each client's newest state, by id.
@@ -50,11 +50,11 @@ class ClientPlacement:
 
     @property
     def holds_all_clients(self) -> bool:
-        """True where this process has all clients: it is the only one, or all do the same."""
+        """True if this process holds all clients: it is the only one, or models are sharded."""
         return self.ranks.count == 1 or self.ranks.sharded
 
     def local_clients(self) -> list[Client]:
-        """The clients whose newest state is on this rank."""
+        """List the clients whose newest state is on this rank."""
         return [client for client in self.clients if self.homes[client.id] == self.ranks.index]
 
     def place(self, cohort: Sequence[int]) -> list[int]:
@@ -102,10 +102,10 @@ class ClientPlacement:
     def exchange_results(
         self, record: dict[str, Any], turns: Mapping[int, float], uploads: Mapping[int, Message | Bundle], error: str
     ) -> tuple[list[str], list[tuple[int, Message | Bundle]]]:
-        """Exchange what the clients of every rank did in a round.
+        """Exchange the results of every rank's clients in a round.
 
         Args:
-            record: the round's record; gets the other ranks' clients and refusals, in the cohort's order.
+            record: the round's record; the other ranks' clients and rejections are added, in the cohort's order.
             turns: seconds of the turns taken here, by client.
             uploads: decoded here and yet to be added to the aggregate, by client.
             error: the reason why this rank cannot continue; empty if it can.
@@ -149,12 +149,12 @@ class ClientPlacement:
         return errors, sorted(received.items(), key=lambda item: order[str(item[0])])
 
     def gather_states(self) -> dict[str, Any]:
-        """Every client's state and its links' memories on the leader; an empty mapping on the other ranks."""
+        """Collect every client's state and its link's codec states on the leader; empty on the other ranks."""
         own = self._states([client.id for client in self.local_clients()])
         return own if self.holds_all_clients else self._merged(self.ranks.collect(checkpoint.to_bytes(own)))
 
     def replicate_states(self) -> None:
-        """Copy all clients' states and their links' memories to every rank, e.g. for an audit of all clients."""
+        """Copy all clients' states and their links' codec states to every rank, e.g. for an audit of all clients."""
         if self.holds_all_clients:
             return
         mine = {client.id for client in self.local_clients()}
@@ -164,7 +164,11 @@ class ClientPlacement:
                 self._restore_client(client.id, states)
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Restore what `gather_states` returned; each rank keeps the states of its own clients."""
+        """Restore the result of `gather_states`; each rank keeps the states of its own clients.
+
+        Args:
+            states: the states, complete on every rank.
+        """
         own = {client.id for client in self.local_clients()}
         for client in self.clients:
             client.restore(states["clients"].get(str(client.id), {}) if client.id in own else {}, self.folder)
@@ -197,7 +201,7 @@ class ClientPlacement:
         return merged
 
     def _update_cost(self, client: int, seconds: float) -> None:
-        """From now on a client costs the seconds of its last turn; those not yet timed cost in proportion."""
+        """Set a client's cost to the seconds of its last turn; the first one also rescales all other estimates."""
         if not any(self._measured) and self.costs[client] > 0:
             rate = seconds / self.costs[client]
             self.costs = [cost * rate for cost in self.costs]

@@ -1,8 +1,8 @@
-"""Training steps written down once as plain tensor operations, and repeated without the machinery that found them.
+"""Training steps traced once as plain tensor operations, and replayed without the overhead of Python and autograd.
 
-Modules, `torch.func.vmap` and autograd work out a step's operations anew each time. For small models that takes as long
-as the operations, which are the same every time where no step depends on numbers in tensors, on random numbers, or on
-what happened before. Only such steps are written down, and the first repetition must give the same to the bit.
+Modules, `torch.func.vmap` and autograd derive a step's operations again each time. For small models that takes as long
+as the operations, which are the same every time if a step does not depend on values of tensors, on random numbers, or
+on earlier steps. Only such steps are traced, and the first replay must give the same results to the bit.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fdl.engine.tracing.step_graph import Results, StepFunction, trace_step
 from fdl.modules.objectives import Objective, is_repeatable, is_traceable, kind_of
 from fdl.modules.tracing import runs_traceable_code
 
-_WANTS = attrgetter("requires_grad")
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 MAX_SHAPES = 16
-"""Forms of one objective that are kept."""
+"""Traced steps kept per objective, which differ in the shapes of their tensors."""
 
 MAX_OBJECTIVES = 8
-"""Objectives whose steps are kept; the oldest is forgotten first."""
+"""Objectives whose traced steps are kept; the oldest is dropped first."""
 
 
 class StepTracer:
-    """The steps of one module that have been written down, for several kinds of objectives."""
+    """The traced steps of one module, for several kinds of objectives."""
 
     def __init__(self) -> None:
         self._kinds: list[tuple[Any, TracedSteps]] = []
@@ -36,23 +36,23 @@ class StepTracer:
         self._hooks: list[dict] = []
         self._settings: list[Any] = []
         self._tensors: list[Tensor] = []
-        self._wanted: list[bool] = []
+        self._require_grad: list[bool] = []
         self._traceable = False
 
     def begin(self, module: nn.Module, objective: Objective, uses: int) -> TracedSteps | None:
-        """A fit begins.
+        """Begin a fit, and return the traced steps for its objective.
 
-        What was written down is forgotten when anything about the module has been set otherwise since.
+        Traced steps are dropped if any attribute of the module has been set since the last fit.
 
         Args:
-            module: always the same, in training mode.
-            objective: what the fit minimises.
-            uses: steps of one form after which it is written down, if they came in more than one fit: what is new
-                in every fit, such as an objective that holds another number each round, is never worth it.
+            module: the same module at every call, in training mode.
+            objective: the loss that the fit minimises.
+            uses: steps with the same shapes after which one is traced, if they occurred in more than one fit: steps
+                that are new in every fit, e.g. of an objective with another constant each round, are not worth it.
 
         Returns:
-            The steps of such objectives; None where the objective or a part of the module is not marked `traceable`,
-            the objective is not repeatable, or there are hooks.
+            The traced steps of this kind of objective; None if the objective or a part of the module is not marked
+            `traceable`, the objective is not repeatable, or the module has hooks.
         """
         self._reset_if_changed(module)
         if (
@@ -62,7 +62,7 @@ class StepTracer:
         ):
             return None
         kind = kind_of(objective)
-        found = next((recordings for known, recordings in self._kinds if known == kind), None)
+        found = next((steps for other, steps in self._kinds if other == kind), None)
         if found is None:
             found = TracedSteps(uses)
             self._kinds = [*self._kinds[1 - MAX_OBJECTIVES :], (kind, found)]
@@ -70,11 +70,11 @@ class StepTracer:
         return found
 
     def _reset_if_changed(self, module: nn.Module) -> None:
-        """Forget all when the module has other parts, tensors or attributes than before."""
+        """Drop all traced steps if the module has other parts, tensors or attributes than before."""
         settings = [*chain.from_iterable(map(dict.values, self._dicts))]
-        # the same objects: comparing them could mean comparing tensors
+        # compared by identity: equality would compare the elements of tensors
         same = settings and len(settings) == len(self._settings) and all(map(is_, settings, self._settings))
-        if same and [*map(_WANTS, self._tensors)] == self._wanted:
+        if same and [*map(_REQUIRES_GRAD, self._tensors)] == self._require_grad:
             return
         parts = list(module.modules())
         self._kinds.clear()
@@ -83,17 +83,17 @@ class StepTracer:
         self._hooks = [d for p in parts for name, d in p.__dict__.items() if name.endswith("_hooks")]
         self._settings = [*chain.from_iterable(map(dict.values, self._dicts))]
         self._tensors = [value for value in self._settings if isinstance(value, Tensor)]
-        self._wanted = [*map(_WANTS, self._tensors)]
+        self._require_grad = [*map(_REQUIRES_GRAD, self._tensors)]
 
 
 class TracedSteps:
-    """The steps of one module and one kind of objective, by the form of what they are given.
+    """The traced steps of one module and one kind of objective, by the shapes and types of their tensors.
 
     Args:
-        uses: as in `StepTracer.begin`.
+        uses: steps with the same shapes after which one is traced, if they occurred in more than one fit.
 
     Attributes:
-        fits: that have begun.
+        fits: number of fits that have begun.
     """
 
     def __init__(self, uses: int) -> None:
@@ -105,29 +105,29 @@ class TracedSteps:
     def run(
         self, eager: Callable[[], Results], step: StepFunction, tensors: Sequence[Tensor], more: Any, module: nn.Module
     ) -> Results:
-        """Take a step, as it was written down if it was; and write it down if it comes often.
+        """Run a step, traced if it has been traced; and trace it if it is frequent.
 
         Args:
-            eager: takes the step.
-            step: the same, given tensors; further arguments as in `trace_step`.
-            tensors: what the step is given.
-            more: whatever else makes it another step than one with tensors of the same shapes.
-            module: whose tensors it may read besides.
+            eager: runs the step.
+            step: the same step as a function of tensors, for `trace_step`.
+            tensors: the arguments of `step`.
+            more: hashable settings that distinguish this step from others with tensors of the same shapes.
+            module: the module whose tensors the step may read besides.
 
         Returns:
-            What `eager` returns, or would, to the bit.
+            The results of `eager`, to the bit.
         """
         form = more, *[(tensor.shape, tensor.dtype) for tensor in tensors]
-        known = self._steps.get(form)
-        if known is not None:
-            return known(*tensors)
+        traced = self._steps.get(form)
+        if traced is not None:
+            return traced(*tensors)
         results = eager()
         if self._is_frequent(form):
             self._steps[form] = trace_step(step, tensors, results, [*module.parameters(), *module.buffers()])
         return results
 
     def _is_frequent(self, form: Any) -> bool:
-        """Count a use; whether it is time to write the form down."""
+        """Count a use of a form that is not traced yet; return True if it is due for tracing."""
         if form in self._steps or len(self._steps) >= MAX_SHAPES:
             return False
         uses, first = self._uses.get(form, (0, self.fits))
