@@ -101,7 +101,7 @@ def save(loop: Federation) -> None:
             **owned,
             "callbacks": loop.callbacks.state_dict(),
         }
-        path = checkpoint.write(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
+        path = checkpoint.write_round(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
         (loop.folder / BEFORE).unlink(missing_ok=True)
         if loop.store is not None:
             loop.store.retain(checkpoint.files(path.parent))

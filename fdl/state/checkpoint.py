@@ -29,7 +29,7 @@ _ALIGNMENT = 64
 """Bytes: torch's allocator for host memory returns addresses that are multiples of it."""
 
 
-def write(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+def write_round(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write the state after a round; older checkpoints are deleted only once the new one is safe on disk.
 
     Args:
@@ -135,10 +135,10 @@ def to_bytes(state: Mapping[str, Any]) -> bytes:
     """Serialise a nested state to the bytes of a safetensors file.
 
     Args:
-        state: as for `write`.
+        state: as for `write_round`.
 
     Raises:
-        TypeError: a key is not a string, or a value has another type than those of `write`.
+        TypeError: a key is not a string, or a value has another type than those of `write_round`.
     """
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -183,7 +183,7 @@ def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
     values, but no strides, addresses or devices; so a state that stays in memory must be normalised, too.
 
     Args:
-        state: as for `write`.
+        state: as for `write_round`.
 
     Returns:
         The same values as contiguous tensors in host memory, aligned as new ones are, with lists instead of tuples.

@@ -47,7 +47,7 @@ class DiskStore:
 
         Args:
             client: the client's id.
-            state: as for `fdl.state.checkpoint.write`.
+            state: as for `fdl.state.checkpoint.write_round`.
 
         Raises:
             UserError: the file cannot be written.

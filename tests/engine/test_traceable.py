@@ -46,7 +46,7 @@ class AnnealedMLP(MLP):
 @pytest.fixture(autouse=True)
 def eager_to_trace(monkeypatch):
     monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 2)
-    monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_AFTER_STEPS", 2)
+    monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_STACKED_AFTER_STEPS", 2)
 
 
 def samples(count=24):

@@ -32,7 +32,7 @@ def assert_same(left, right):
 
 
 def test_state_returns_bit_for_bit(tmp_path):
-    path = checkpoint.write(tmp_path, 3, STATE)
+    path = checkpoint.write_round(tmp_path, 3, STATE)
     state, read, damaged = checkpoint.load_newest(tmp_path)
     assert_same(state, STATE)
     assert read == path and damaged == []
@@ -48,8 +48,8 @@ def test_tied_and_overlapping_tensors_survive():
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "empty"])
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, harm):
-    checkpoint.write(tmp_path, 1, {"round": 1})
-    newest = checkpoint.write(tmp_path, 2, {"round": 2})
+    checkpoint.write_round(tmp_path, 1, {"round": 1})
+    newest = checkpoint.write_round(tmp_path, 2, {"round": 2})
     data = bytearray(newest.read_bytes())
     if harm == "flip":
         data[-1] ^= 1
@@ -62,7 +62,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, harm):
 def test_no_checkpoint_and_only_damaged_ones_are_errors(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.load_newest(tmp_path / "absent")
-    path = checkpoint.write(tmp_path, 1, {"round": 1})
+    path = checkpoint.write_round(tmp_path, 1, {"round": 1})
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="damaged"):
         checkpoint.load_newest(tmp_path)
@@ -70,19 +70,19 @@ def test_no_checkpoint_and_only_damaged_ones_are_errors(tmp_path):
 
 def test_old_checkpoints_go_and_the_newest_stay(tmp_path):
     for round in range(12):
-        checkpoint.write(tmp_path, round, {"round": round}, keep=2)
+        checkpoint.write_round(tmp_path, round, {"round": round}, keep=2)
     assert sorted(int(p.name.split("-")[1]) for p in tmp_path.iterdir()) == [10, 11]
 
 
 def test_full_disk_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch):
-    checkpoint.write(tmp_path, 1, {"round": 1})
+    checkpoint.write_round(tmp_path, 1, {"round": 1})
 
     def refuse(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(UserError, match=r"round-000002-.*: cannot be written: No space left"):
-        checkpoint.write(tmp_path, 2, {"round": 2})
+        checkpoint.write_round(tmp_path, 2, {"round": 2})
     assert len(list(tmp_path.iterdir())) == 1
     assert checkpoint.load_newest(tmp_path)[0]["round"] == 1
 

@@ -69,7 +69,7 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
     def save(round):
         data = {"clients": {str(c): store.reference(c) for c in (0, 1)}}
         store.mark_checkpointed()
-        path = checkpoint.write(tmp_path / "checkpoints", round, data, keep=2)
+        path = checkpoint.write_round(tmp_path / "checkpoints", round, data, keep=2)
         store.retain(checkpoint.files(path.parent))
 
     for value in (1, 2):

@@ -31,7 +31,7 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "
 """Optimisers that treat every weight by itself, so that it does not matter which weights share a tensor."""
 
 
-TRACE_AFTER_STEPS = 10
+TRACE_STACKED_AFTER_STEPS = 10
 """Steps of one form after which it is recorded (`step_recorder`): what is saved is worth its cost after 200."""
 
 
@@ -192,7 +192,7 @@ class _Loss:
             self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
         self.pads = pads(marked_step(self.module, first))
         traced = jobs[0].config.compile == "traced"
-        self.recordings = stack.recorder.begin(self.module, first, TRACE_AFTER_STEPS) if traced else None
+        self.recordings = stack.recorder.begin(self.module, first, TRACE_STACKED_AFTER_STEPS) if traced else None
 
     def __call__(
         self, runtime: Runtime, weights: list[Tensor], gradients: list[Tensor], parts: Sequence[Batch]

@@ -86,7 +86,7 @@ def test_written_down_steps_end_where_others_do(config, objective, written, monk
 @pytest.mark.parametrize("objective", [training_step, held], ids=["own", "held"])
 def test_stacked_steps_written_down_end_where_others_do(objective, written, monkeypatch):
     def trained(uses):
-        monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_AFTER_STEPS", uses)
+        monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_STACKED_AFTER_STEPS", uses)
         runtime, template, config = Runtime(accelerator="cpu"), small(), fit_of()
         stack, losses = StackedModels(template, 3), []
         for turn in range(6):
