@@ -62,7 +62,7 @@ def apart(name: str, folder: Path, more: tuple[str, ...]) -> dict:
     from fdl.state import checkpoint
 
     summary = runs.fit(rank_jobs.recipe(name, 2, more, folder), folder)
-    student = checkpoint.load(folder / "checkpoints")[0]["student"]
+    student = checkpoint.load_newest(folder / "checkpoints")[0]["student"]
     kept = ("communication", "participants")
     return {"student": {n: t.double().tolist() for n, t in student.items()}, **{key: summary[key] for key in kept}}
 

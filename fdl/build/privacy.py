@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fdl.callbacks.base import Callback
 from fdl.callbacks.privacy_budget import StopWhenSpent
 from fdl.errors import UserError
-from fdl.federation.client_sampling import draw
+from fdl.federation.client_sampling import sample_cohort
 from fdl.federation.executors import EXECUTORS, Executor, Sequential
 from fdl.privacy.accounting import Policy, import_accounting
 from fdl.utils.libraries import library
@@ -131,6 +131,6 @@ def turns(recipe: Recipe) -> Counter[int]:
     """In how many rounds each client is asked and does not drop out; known in advance, whatever the data are."""
     counts: Counter[int] = Counter()
     for round in range(1, recipe.federation.rounds + 1):
-        asked, dropped = draw(recipe.federation, recipe.federation.clients, recipe.seed, round)
+        asked, dropped = sample_cohort(recipe.federation, recipe.federation.clients, recipe.seed, round)
         counts.update(client for client in asked if client not in dropped)
     return counts

@@ -505,7 +505,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_it_goes_on(world, tmp_pat
         )  # every round is the best
         with pytest.raises(UserError, match=rf"{where}.*: cannot be written: No space left on device"):
             loop.run()
-    assert checkpoint.load(tmp_path / "run" / "checkpoints")[0]["round"] == 1
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints")[0]["round"] == 1
     resumed = federation(world, tmp_path / "run", Faulty, SOME)
     resumed.run(resume=True)
     assert resumed.resumed_from == 1

@@ -171,7 +171,7 @@ def test_check_takes_a_step_and_leaves_no_trace(tmp_path):
         ("Mistyped", r"client 0: .*Mistyped\.training_step fails on two samples: AttributeError"),
         ("Manual", r"specialists\.0|student: .*Manual sets automatic_optimization = False"),
         ("WithoutStep", r"WithoutStep has no training_step; a model needs forward\(x\) and"),
-        ("OtherClasses", r"client 0: .*OtherClasses\.forward answers two samples with logits of shape \[2, 7\]"),
+        ("OtherClasses", r"client 0: .*OtherClasses\.forward returns, for two samples, logits of shape \[2, 7\]"),
     ],
 )
 def test_mistakes_are_said_by_check_in_a_sentence(model, message, tmp_path):

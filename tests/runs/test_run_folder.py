@@ -176,7 +176,7 @@ def test_a_process_killed_while_it_replaces_a_run_loses_nothing(finished, monkey
     run_folder.recover(finished)
     assert files_of(finished) == before
     run_folder.move_aside(finished)
-    checkpoint.save(finished / "checkpoints", 1, {"round": 1})
+    checkpoint.write_round(finished / "checkpoints", 1, {"round": 1})
     run_folder.recover(finished)
     assert run_folder.last_round(finished) == 1 and set(files_of(finished)) < {*before, *files_of(finished)}
     assert not (finished / run_folder.REPLACED).exists()
