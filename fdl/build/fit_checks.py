@@ -1,4 +1,4 @@
-"""Whether every fit of a federation can be done: its optimiser, its schedule, and its batches; and one step of each."""
+"""Checks that every fit of a federation can run: its optimiser, its schedule, and its batches."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ SINGLE = "batch normalisation trains on two samples at least"
 
 
 def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Server) -> dict[int, str]:
-    """Build the optimiser and schedule of every fit, and look for sites too small for their models.
+    """Build the optimiser and schedule of every fit, and find sites too small for their models.
 
     Args:
-        recipe: what each fit's settings are called.
-        method: tells who trains on private data.
-        clients: all of them.
-        server: holds the student.
+        recipe: the checked recipe.
+        method: the method, which determines the participants that train on private data.
+        clients: all clients.
+        server: the server, with the student.
 
     Returns:
-        Why a client cannot train its model, by id: those whom ``federation.too_small`` is about.
+        The clients to leave out under ``federation.too_small``: by id, the reason why it cannot train its model.
 
     Raises:
-        UserError: an optimiser or schedule refuses its arguments, a schedule ends before its fit, a model cannot
+        UserError: an optimiser or schedule rejects its arguments, a schedule ends before its fit, a model cannot
             train on batches of one, or a site is too small and the recipe does not leave it out.
     """
-    sharded = server.runtime.sharder is not None  # only parts of the models are here
+    sharded = server.runtime.sharder is not None  # this process has only parts of the models
     for key, module, config, samples, who in () if sharded else _fits(recipe, method, clients, server):
         _check_optimizer(key, module, config, _steps(recipe, config, samples), who)
     if "pooled" in method.requires or server.arrival is not None:  # clients do not train; or their data change
@@ -68,7 +68,7 @@ def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server
 
 
 def _fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Server) -> _Fits:
-    """Key, module, settings, samples and participant of every kind of fit there may be."""
+    """Yield key, module, settings, number of samples and participant of every kind of fit that may occur."""
     if "pooled" in method.requires:
         for module in (server.student, server.teacher):
             if module is not None:
@@ -117,7 +117,7 @@ def _check_optimizer(key: str, module: nn.Module, config: Fit, steps: int, who: 
 
 
 def _steps(recipe: Recipe, config: Fit, samples: int) -> int:
-    """How often a fit's schedule steps, or its optimiser where there is none."""
+    """Count the steps of a fit's schedule, or of its optimiser if it has no schedule."""
     an_epoch = max(-(-samples // config.batch_size), 1)
     steps = config.steps if config.steps is not None else config.epochs * an_epoch
     if config.scheduler is None or steps == 0 or config.scheduler.interval == "step":
@@ -126,7 +126,7 @@ def _steps(recipe: Recipe, config: Fit, samples: int) -> int:
 
 
 def _check_batches(clients: Sequence[Client]) -> None:
-    """Refuse batches of one where a model's batch normalisation sees one value a channel in each of them."""
+    """Reject batches of one for models whose batch normalisation would see a single value per channel."""
     tried: dict[str, bool] = {}
     for client in clients:
         if client.local_training.batch_size > 1 or client.dp_sgd is not None or client.samples == 0:
@@ -141,7 +141,7 @@ def _check_batches(clients: Sequence[Client]) -> None:
 
 
 def _takes_one(client: Client) -> bool:
-    """Whether a model can train on a batch of one: its statistics may also be over positions of an image."""
+    """Check if a model can train on a batch of one: its statistics may also be over positions of an image."""
     module = client.runtime.shared_module(client.architecture)
     if not _normalises(module):
         return True
@@ -164,5 +164,5 @@ def _takes_one(client: Client) -> bool:
 
 
 def _normalises(module: nn.Module) -> bool:
-    """Whether a model is trained, and has batch normalisation."""
+    """Check if a model is trainable and has batch normalisation."""
     return bool(trainable(module)) and any(isinstance(part, _BatchNorm) for part in module.modules())

@@ -1,4 +1,4 @@
-"""What ``fdl check`` prints: the federation that a recipe builds, and what a round will send."""
+"""Output of ``fdl check``: a description of the federation that a recipe builds, and the bytes of a round."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ _Sizes = dict[str, dict[int, int]]
 def describe(recipe: Recipe, folder: Path) -> str:
     """Build a recipe's federation and describe it; nothing is trained or written.
 
-    Every model takes one training step on two samples, which is undone: mistakes in a model of one's own show here.
+    Every model takes one training step on two samples, which is undone: errors in user-defined models show here.
 
     Args:
         recipe: the checked recipe.
         folder: the folder that a run would use.
 
+    Returns:
+        The description, several lines of text.
+
     Raises:
-        UserError: the recipe needs GPUs, and there are none; or a model fails at its step.
+        UserError: the recipe needs GPUs, and there are none; or a model fails in its training step.
     """
     require_gpus(recipe)
     log.info("reading the data and building the models")
@@ -47,14 +50,14 @@ def describe(recipe: Recipe, folder: Path) -> str:
 
 
 def _clients(loop: FederatedLoop) -> list[str]:
-    """A row a client: model, data, and the most bytes of a round."""
+    """Describe the clients, one row per client: model, data, and the maximum bytes of a round."""
     public = "" if not loop.server.proxy else f", with {len(loop.server.proxy):,} public samples"
     log.info("counting the bytes of two rounds of %d untrained clients%s", len(loop.clients), public)
     first, later = estimate_rounds(loop, 2)
     header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
     rows: list[tuple[object, ...]] = [header]
     for client in loop.clients:
-        with client.data_gate.open():  # whoever asks has the data
+        with client.data_gate.open():  # the data are on the machine of the caller
             histogram = _histogram(client.train, client.num_classes)
         rows.append(
             (
@@ -78,10 +81,10 @@ def _clients(loop: FederatedLoop) -> list[str]:
 
 
 def _traffic(first: _Sizes, later: _Sizes, client_fraction: float) -> list[str]:
-    """What all clients together receive and send."""
+    """Describe the bytes that all clients together receive and send."""
     if not any(size for sizes in (first, later) for clients in sizes.values() for size in clients.values()):
         return ["nothing is sent"]
-    asked = "" if client_fraction == 1 else f", of whom {client_fraction:g} are asked"
+    asked = "" if client_fraction == 1 else f", of whom a fraction of {client_fraction:g} is sampled,"
     if first == later:
         lines = [f"a round of all clients{asked} sends {_both(first)}"]
     else:
@@ -94,7 +97,7 @@ def _both(sizes: _Sizes) -> str:
 
 
 def _server(loop: FederatedLoop, folder: Path) -> list[str]:
-    """The server's models and data, and where the run would lie."""
+    """Describe the server's models and data, the device, and the run's folder."""
     server = loop.server
     lines = []
     for name, module in (("student", server.student), ("teacher", server.teacher)):
