@@ -19,32 +19,32 @@ if TYPE_CHECKING:
     from fdl.recipe.config import Recipe
 
 AUDIT = "audit.json"
-"""The report in the run's folder."""
+"""Name of the report in the run's folder."""
 
 
 DEFAULT = ("loss_threshold", "lira", "rmia", "label_leakage")
-"""What a run is audited with where its recipe names no attacks."""
+"""Attacks of an audit if the recipe names none."""
 
 
 ON_CONFIDENCES = ("confidence_inference",)
-"""What is added to these where a confidence is measured on private samples, as `density` is."""
+"""Attacks added to the default ones if confidences are computed from private samples, e.g. by `density`."""
 
 
 def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Audit, Path]:
     """Rebuild a finished run from its folder, attack it, and write ``audit.json`` and figures there.
 
-    Those of an earlier audit stay, as ``audit-1.json`` and so on.
+    Reports of earlier audits are kept, as ``audit-1.json`` and so on.
 
     Args:
         run: the run's folder.
         attacks: short names or dotted paths; by default those of the recipe, or else `DEFAULT`.
-        overrides: ``key=value`` changes of `evaluation.attacks` and of what a resumed run may change.
+        overrides: ``key=value`` changes of `evaluation.attacks` and of keys that a resumed run may change.
 
     Returns:
-        What was found, and the file that says so.
+        The results, and the file to which they were written.
 
     Raises:
-        UserError: the folder holds no finished run, or an attack cannot be tried on it.
+        UserError: the folder holds no finished run, or an attack is not applicable to it.
     """
     from fdl.attacks.callback import AuditCallback
     from fdl.build.federation import build
@@ -73,7 +73,7 @@ def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[
 
 
 def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Recipe:
-    """The run's recipe with the attacks that are asked for, in one process and watched by nobody."""
+    """Load the run's recipe with the requested attacks, for one process and without callbacks."""
     from fdl.recipe.loading import load
     from fdl.registry.component import Component
     from fdl.runs.run_keys import changes, places, within
@@ -97,7 +97,7 @@ def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Rec
 
 
 def _on_confidences(recipe: Recipe) -> tuple[str, ...]:
-    """The attacks on what clients say of their answers, where that is measured on their samples."""
+    """Return the attacks on confidences, if these are computed from private samples."""
     from fdl.registry.instantiate import instantiate
 
     confidence = instantiate(recipe.method, "method", "method").confidence
@@ -105,7 +105,12 @@ def _on_confidences(recipe: Recipe) -> tuple[str, ...]:
 
 
 def print_table(result: Audit, console: Console) -> None:
-    """Print what an audit found."""
+    """Print the results of an audit.
+
+    Args:
+        result: the results.
+        console: the console to print on.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text

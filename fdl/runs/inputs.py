@@ -1,4 +1,4 @@
-"""What a run's models take, kept in its folder: an export then needs none of the data, which are private."""
+"""Description of a run's model inputs, stored in its folder, so that exports do not need the private data."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the data told the models, without any sample.
+    """Description of the inputs of a run's models, without any sample.
 
     Attributes:
-        task: which of `fdl.metrics.tasks.TASKS` the data are for.
-        classes: names of the classes; empty where there are none.
-        model_kwargs: what the constructors of models are given, by the argument's name.
+        task: the task of the data, one of `fdl.metrics.tasks.TASKS`.
+        classes: names of the classes; empty for tasks without classes.
+        model_kwargs: constructor arguments of models that depend on the data, by name.
     """
 
     task: str
@@ -33,7 +33,11 @@ class Inputs:
     model_kwargs: dict[str, Any]
 
     def example(self, rows: int = 2) -> Tensor | tuple[Tensor, Tensor]:
-        """Inputs of blank samples: images ``[rows, C, H, W]``, tokens ``[rows, context]``, or both."""
+        """Create inputs of blank samples: images ``[rows, C, H, W]``, tokens ``[rows, context]``, or both.
+
+        Args:
+            rows: number of samples.
+        """
         tokens = images = None
         if "context" in self.model_kwargs:
             tokens = torch.ones(rows, self.model_kwargs["context"], dtype=torch.int64)
@@ -45,13 +49,13 @@ class Inputs:
 
 
 def keep(loop: FederatedLoop) -> None:
-    """Write down what the run's models take; nothing where it cannot be written, as for data of one's own.
+    """Write the description of the inputs of a run's models, unless user-defined data have arguments no JSON can hold.
 
     Args:
-        loop: freshly built; its folder is there.
+        loop: the federation before its first round; its folder exists.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the file cannot be written.
     """
     server, folder = loop.server, loop.folder
     model_kwargs = dict(server.model_kwargs)
@@ -61,7 +65,7 @@ def keep(loop: FederatedLoop) -> None:
         told["tokenizer"] = tokenizer.label if _has_name(tokenizer.label) else TOKENIZER
     try:
         text = json.dumps(told, indent=1)
-    except (TypeError, ValueError):  # a data module of one's own may tell its models anything
+    except (TypeError, ValueError):  # a user-defined data module may pass any object to its models
         return
     if told["tokenizer"] == TOKENIZER:
         tokenizer.save(folder / TOKENIZER)
@@ -69,10 +73,16 @@ def keep(loop: FederatedLoop) -> None:
 
 
 def read(folder: Path) -> Inputs | None:
-    """What `keep` wrote, None where it wrote nothing.
+    """Read the file that `keep` wrote.
+
+    Args:
+        folder: the run's folder.
+
+    Returns:
+        The description; None if the file does not exist.
 
     Raises:
-        UserError: the file, or the tokenizer beside it, is damaged.
+        UserError: the file or the tokenizer is damaged.
     """
     path = folder / INPUTS
     if not path.is_file():
@@ -93,5 +103,5 @@ def read(folder: Path) -> Inputs | None:
 
 
 def _has_name(label: str) -> bool:
-    """Whether a tokenizer comes with fdl's own libraries, so that its name suffices."""
+    """Return True for a tokenizer that fdl's libraries provide by name."""
     return label == "bytes" or label.startswith("open_clip:")

@@ -88,7 +88,7 @@ def test_without_a_student_nothing_is_delivered(loop, tmp_path):
     loop.server.student = None
     sent = report.summarise(loop)["communication"]
     assert (sent["student_delivery_bytes"], sent["total_bytes"]) == (0, 4096 + 1024 + 7)
-    assert "To bring the student" not in text_of(print_table, report.summarise(loop), tmp_path)
+    assert "Delivery of the student" not in text_of(print_table, report.summarise(loop), tmp_path)
 
 
 def test_frozen_public_weights_are_not_delivered_and_tied_ones_once(loop):
@@ -144,13 +144,13 @@ def test_closing_table_says_all_that_matters(loop, tmp_path):
     assert "4.1 kB  (4,096 bytes)" in lines["Sent up by clients"]
     assert "1.0 kB  (1,024 bytes)" in lines["Sent down to clients"]
     assert "7 bytes" in lines["Sent once, before round 1 (encoder)"]
-    assert "180 bytes" in lines["To bring the student to all sites"]
-    assert "5.3 kB  (5,307 bytes)" in lines["Bytes in all"]
+    assert "180 bytes" in lines["Delivery of the student to all sites"]
+    assert "5.3 kB  (5,307 bytes)" in lines["Total bytes"]
     assert "1, of client 1  (not finite)" in lines["Messages refused"]
     assert lines["Rounds"].split()[-1] == "3"
     assert "1.9  (clients 1.0, server 0.5, evaluate 0.2)" in lines["Seconds"]
     assert f"Run folder: {tmp_path}\n" in text
-    assert f"To look at it: tensorboard --logdir {tmp_path}\n" in text
+    assert f"To view it: tensorboard --logdir {tmp_path}\n" in text
     assert "tiny (fedprox)" in text
 
 
@@ -184,4 +184,4 @@ def test_a_summary_of_an_earlier_version_can_be_read(loop, tmp_path):
     del summary["best"]["validation_samples"]
     del summary["communication"]["student_delivery_bytes"], summary["communication"]["total_bytes"]
     text = text_of(print_table, summary, tmp_path)
-    assert "(0.7000 in round 2, best on validation)" in text and "Bytes in all" not in text
+    assert "(0.7000 in round 2, best on validation)" in text and "Total bytes" not in text
