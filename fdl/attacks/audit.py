@@ -78,7 +78,7 @@ class Audit:
             add_figure(writer, f"audit/{name}", draw, self.round)
 
     def figures(self) -> dict[str, Callable[[], Figure]]:
-        """Return the functions that draw the figures by name: one ROC plot per target, and each attack's own figures."""
+        """Return the functions that draw the figures by name: one ROC plot per target, and figures of attacks."""
         targets = dict.fromkeys(curve.target for found in self.findings.values() for curve in found.curves)
         drawn = {f"roc/{target}": partial(self._roc, target) for target in targets}
         for label, found in self.findings.items():
@@ -120,7 +120,7 @@ def audit(loop: Federation, attacks: Sequence[Attack]) -> Audit:
     curves = [(label, curve) for label, found in result.findings.items() for curve in found.curves]
     for label, curve in curves:
         found = result.findings[label]
-        metrics, sentence = judge(curve, 1 - (1 - CONFIDENCE) / len(curves), loop.recipe.seed)
+        metrics, sentence = evaluate_scores(curve, 1 - (1 - CONFIDENCE) / len(curves), loop.recipe.seed)
         found.metrics.update({f"{curve.target}/{name}": value for name, value in metrics.items()})
         if sentence:
             result.violations.append(f"{label} on the {curve.target}: {sentence}")
@@ -131,7 +131,7 @@ def audit(loop: Federation, attacks: Sequence[Attack]) -> Audit:
     return result
 
 
-def judge(curve: MembershipScores, level: float, seed: int) -> tuple[dict[str, float], str]:
+def evaluate_scores(curve: MembershipScores, level: float, seed: int) -> tuple[dict[str, float], str]:
     """Compute the metrics of an attack's scores, and compare them with the ε that the run claims.
 
     Args:

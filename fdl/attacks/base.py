@@ -46,7 +46,7 @@ class AttackTarget:
         self.method: Method = loop.method
         self.runtime: Runtime = loop.runtime
         self.seed: int = loop.recipe.seed
-        self._made: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = {}
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
         """Return an object that several attacks share, e.g. shadow models, created on first use.
@@ -55,11 +55,11 @@ class AttackTarget:
             key: hashable key that identifies the object.
             make: function that creates it.
         """
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
-    def answers(self, client: Client) -> Responses | None:
+    def received_responses(self, client: Client) -> Responses | None:
         """Return the predictions on the proxy set that the server receives from a client's current model.
 
         The client's local update of the last round is repeated without training, with that round's random streams, and
@@ -72,9 +72,9 @@ class AttackTarget:
         Returns:
             The received predictions; None if the client sends no responses, or has no specialist.
         """
-        return self.cached(("answers", client.id), lambda: self._ask(client))
+        return self.cached(("responses", client.id), lambda: self._send_responses(client))
 
-    def _ask(self, client: Client) -> Responses | None:
+    def _send_responses(self, client: Client) -> Responses | None:
         if "specialist" not in client.state:
             return None
         server, twin = self.server.clone(), client.clone(copy.deepcopy(client.state))

@@ -167,8 +167,8 @@ def candidates(subject: AttackTarget) -> Candidates:
 def _draw(subject: AttackTarget) -> Candidates:
     server = subject.server
     population = ConcatSamples([part for part in (server.test, server.validation) if len(part)] or [server.test])
-    heard = {int(id) for record in subject.loop.history for id in record["clients"]}
-    clients = [client for client in subject.clients if client.id in heard and len(client.train)]
+    participated = {int(id) for record in subject.loop.history for id in record["clients"]}
+    clients = [client for client in subject.clients if client.id in participated and len(client.train)]
     if server.arrival is not None:
         raise UserError("membership inference needs data that are all there from the first, and these arrive over time")
     if not clients or len(population) == 0 or population.labels is None:

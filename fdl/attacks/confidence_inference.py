@@ -9,7 +9,7 @@ import torch
 
 from fdl.attacks.base import Attack, AttackResult, MembershipScores
 from fdl.attacks.candidates import candidates
-from fdl.attacks.membership import protection
+from fdl.attacks.membership import proven_epsilon
 from fdl.errors import UserError
 from fdl.knowledge.confidence.base import Confidence, public_space
 from fdl.privacy.accounting import Policy
@@ -67,32 +67,32 @@ class ConfidenceInference(Attack):
             UserError: there are no candidates, or no client sends confidences.
         """
         confidence = confidence_of(subject, self.label)
-        asked, findings = candidates(subject), AttackResult()
-        scores, owners = np.full(len(asked.owner), np.nan), []
+        queries, findings = candidates(subject), AttackResult()
+        scores, owners = np.full(len(queries.owner), np.nan), []
         for client in subject.clients:
-            mine = np.flatnonzero(asked.owner == client.id)
-            answers = subject.answers(client) if len(mine) else None
+            mine = np.flatnonzero(queries.owner == client.id)
+            answers = subject.received_responses(client) if len(mine) else None
             if answers is None or answers.confidence is None:
                 continue
             owners.append(client)
             rows = np.arange(len(client.proxy)) if answers.rows is None else answers.rows.numpy()
-            inside, simulated = self._simulate(subject, confidence, client, asked)
-            near = _nearest(client, asked, mine, rows, self.neighbours)
+            inside, simulated = self._simulate(subject, confidence, client, queries)
+            near = _nearest(client, queries, mine, rows, self.neighbours)
             seen = answers.confidence.values().double().numpy()
             scores[mine] = likelihood_ratio(seen, simulated[:, rows], inside[:, mine], near, answers.confidence.step)
         known = ~np.isnan(scores)
-        members, others = scores[known & asked.member], scores[known & ~asked.member]
+        members, others = scores[known & queries.member], scores[known & ~queries.member]
         if not (len(members) and len(others)):
             raise UserError(f"{self.label}: no client has sent confidences that could be attacked")
         policy = subject.server.privacy or _POLICY
-        proven = max(protection(subject, client, TARGET, policy) for client in owners)
+        proven = max(proven_epsilon(subject, client, TARGET, policy) for client in owners)
         findings.curves.append(MembershipScores(TARGET, members, others, proven, policy.delta))
         findings.arrays[f"{TARGET}/scores"] = scores
-        findings.arrays["members"], findings.arrays["owners"] = asked.member, asked.owner
+        findings.arrays["members"], findings.arrays["owners"] = queries.member, queries.owner
         return findings
 
     def _simulate(
-        self, subject: AttackTarget, confidence: Confidence, client: Client, asked: Candidates
+        self, subject: AttackTarget, confidence: Confidence, client: Client, queries: Candidates
     ) -> tuple[np.ndarray, np.ndarray]:
         """Simulate the log-weights for S random halves of the candidates.
 
@@ -104,8 +104,8 @@ class ConfidenceInference(Attack):
             logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
         inside, sent = [], []
         for number in range(self.simulations):
-            inside.append(asked.halves(stream) if number % 2 == 0 else ~inside[-1])
-            twin = client.clone(client.state, asked.share(client, inside[-1]), honest=True)
+            inside.append(queries.halves(stream) if number % 2 == 0 else ~inside[-1])
+            twin = client.clone(client.state, queries.share(client, inside[-1]), honest=True)
             twin.cache["encoder"] = space
             with twin.turn():
                 sent.append(confidence.log_weights(twin, logits).double().numpy())
@@ -154,10 +154,10 @@ def likelihood_ratio(
     return scores
 
 
-def _nearest(client: Client, asked: Candidates, mine: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+def _nearest(client: Client, queries: Candidates, mine: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     """Find the predicted proxy rows nearest to each candidate in the public space, int [n, r]."""
     from sklearn.neighbors import NearestNeighbors
 
     space = public_space(client)
-    public, own = space.encode_public(client.proxy)[rows], space.encode(asked.samples.subset(torch.from_numpy(mine)))
+    public, own = space.encode_public(client.proxy)[rows], space.encode(queries.samples.subset(torch.from_numpy(mine)))
     return NearestNeighbors(n_neighbors=min(count, len(rows))).fit(public).kneighbors(own, return_distance=False)

@@ -72,7 +72,7 @@ class ConfidenceInversion(Attack):
         found = []
         for client in subject.clients:
             if 0 < len(client.train) <= self.largest:
-                answers = subject.answers(client)
+                answers = subject.received_responses(client)
                 if answers is not None and answers.confidence is not None:
                     rows = np.arange(len(client.proxy)) if answers.rows is None else answers.rows.numpy()
                     log_weights = answers.confidence.values().double().numpy()
@@ -113,7 +113,7 @@ class ConfidenceInversion(Attack):
         points = best[1]
         measured, images = {}, _images(space, client)
         for name, others in (("", points), ("_public", public)):
-            mine, theirs, lengths = _matched(own, others)
+            mine, theirs, lengths = _match(own, others)
             measured[f"distance{name}"] = lengths / typical
             if images is not None:
                 private, decode = images
@@ -161,7 +161,7 @@ def _mean_distance(rows: Tensor, points: Tensor, k: int) -> Tensor:
     return distances.topk(min(k, len(points)), dim=1, largest=False).values.mean(1)
 
 
-def _matched(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _match(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Match private samples one to one with other points; return both rows and the distances of the pairs."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist

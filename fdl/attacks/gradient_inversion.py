@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdl.attacks.base import Attack, AttackResult
-from fdl.attacks.image_quality import Scale, alike, assigned, gallery, psnr, ssim
-from fdl.attacks.matching import MATCHINGS, Search, analytic, gradients, inferred_labels, ready
-from fdl.attacks.updates import Update, update
+from fdl.attacks.image_quality import Scale, draw_same_classes, gallery, match_by_psnr, psnr, ssim
+from fdl.attacks.matching import MATCHINGS, Search, gradients, infer_labels, set_training_mode, solve_analytically
+from fdl.attacks.updates import Update, observe_update
 from fdl.errors import UserError
 from fdl.utils.arguments import at_least, not_negative, one_of, positive
 from fdl.utils.seeding import numpy_stream, torch_stream
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from fdl.attacks.base import AttackTarget
     from fdl.participants import Client
 
-TARGETS = ("gradient", "update")
+INVERSION_TARGETS = ("gradient", "update")
 
-_MOST = 256
+_MAX_IMAGES = 256
 """Maximum number of private images with which a reconstruction is compared."""
 
 
@@ -79,7 +79,9 @@ class GradientInversion(Attack):
         label: str | None = None,
     ):
         super().__init__(label)
-        self.targets = tuple(TARGETS if targets is None else (one_of("targets", t, TARGETS) for t in targets))
+        self.targets = tuple(
+            INVERSION_TARGETS if targets is None else (one_of("targets", t, INVERSION_TARGETS) for t in targets)
+        )
         self.first = one_of("moment", moment, ("first", "last")) == "first"
         self.matching, self.batch_size = one_of("matching", matching, MATCHINGS), at_least("batch_size", batch_size, 1)
         self.search = Search(matching, at_least("steps", steps, 1), positive("lr", lr), not_negative("tv", tv))
@@ -100,7 +102,7 @@ class GradientInversion(Attack):
         findings, found = AttackResult(), {target: [] for target in self.targets}
         scale = Scale(subject.server.test)
         holders = [client for client in subject.clients if len(client.train)][: self.clients]
-        seen = [(client, update(subject, client, self.first)) for client in holders]
+        seen = [(client, observe_update(subject, client, self.first)) for client in holders]
         if not any(turn for _, turn in seen):
             raise UserError(
                 f"{self.label}: not applicable: under {subject.method.name} clients send no parameters of a model that "
@@ -108,12 +110,12 @@ class GradientInversion(Attack):
             )
         for client, turn in seen:
             if turn is not None:
-                ready(turn.model)
+                set_training_mode(turn.model)
                 for target in self.targets:
                     found[target].append(self._attack(subject, client, turn, target, scale))
         for target, attacked in found.items():
             self._record(findings, target, attacked)
-        if any(one.told for attacked in found.values() for one in attacked):
+        if any(one.labels_given for attacked in found.values() for one in attacked):
             findings.notes.append(f"{self.label}: classes were given: no gradients of a classification layer are sent")
         findings.notes += self._notes([turn for _, turn in seen if turn is not None])
         return findings
@@ -126,26 +128,26 @@ class GradientInversion(Attack):
         if target == "gradient":
             rows = torch.from_numpy(stream.permutation(len(client.train))[: self.batch_size])
         else:
-            rows = turn.rows[torch.from_numpy(stream.permutation(len(turn.rows))[:_MOST])]
+            rows = turn.rows[torch.from_numpy(stream.permutation(len(turn.rows))[:_MAX_IMAGES])]
         private, labels = client.train.batch(rows)
         seen = turn.mean_gradient
         if target == "gradient":
             seen = gradients(turn.model, seen, private.to(device), labels.to(device))
         count = min(self.batch_size, len(rows if target == "gradient" else turn.rows))
-        guessed = inferred_labels(turn.model, seen, count, subject.server.num_classes)
+        guessed = infer_labels(turn.model, seen, count, subject.server.num_classes)
         # a server knows the number of samples; without a head's gradients their classes are assumed to be known
         sought = labels[:count] if guessed is None else guessed
         images = self._reconstruct(subject, client, turn, seen, sought.to(device), scale, purpose)
         test = subject.server.test
-        others = alike(labels, test.labels, stream)
+        others = draw_same_classes(labels, test.labels, stream)
         if target == "update" and 0 < len(others) < len(labels):  # the best of more is better: equal numbers are fair
-            private = private[alike(test.labels[others], labels, stream)]
+            private = private[draw_same_classes(test.labels[others], labels, stream)]
         return _Found.of(
             client.id,
-            scale.shown(images),
-            scale.shown(private),
-            scale.shown(test.batch(others)[0]),
-            told=guessed is None,
+            scale.to_pixels(images),
+            scale.to_pixels(private),
+            scale.to_pixels(test.batch(others)[0]),
+            labels_given=guessed is None,
             labels=None if guessed is None or target != "gradient" else _agreement(guessed, labels),
         )
 
@@ -160,7 +162,7 @@ class GradientInversion(Attack):
         purpose: str,
     ) -> Tensor:
         if self.matching == "analytic":
-            solved = analytic(turn.model, seen, scale.shape)
+            solved = solve_analytically(turn.model, seen, scale.shape)
             if solved is None:
                 raise UserError(
                     f"{self.label}: matching: analytic needs a student whose first layer is linear with a bias, "
@@ -196,7 +198,7 @@ class GradientInversion(Attack):
             used = sorted({len(turn.rows) for turn in turns})
             count = f"{used[0]}" if len(used) == 1 else f"{used[0]} to {used[-1]}"
             notes.append(f"{self.label}: an update is of {turn.steps} step(s) on {count} private image(s)")
-            if not turn.plain:
+            if not turn.plain_sgd:
                 notes.append(f"{self.label}: clients train by more than plain SGD, so an update is no mean gradient")
         return notes
 
@@ -205,7 +207,7 @@ class GradientInversion(Attack):
 class _Found:
     """Reconstructions for one client: pairs of images, means of their metrics, and PSNR per pair.
 
-    `labels` is the fraction of labels inferred correctly, and `told` is True if labels were given instead.
+    `labels` is the fraction of labels inferred correctly, and `labels_given` is True if labels were given instead.
     """
 
     client: int
@@ -216,18 +218,18 @@ class _Found:
     ssim: float
     psnr_held_out: float | None
     ssim_held_out: float | None
-    told: bool
+    labels_given: bool
     labels: float | None
 
     @classmethod
     def of(cls, client: int, images: Tensor, private: Tensor, others: Tensor, **known: Any) -> _Found:
         """Pair reconstructions with private and with held-out images, and measure both."""
-        rows, matches = assigned(images, private)
+        rows, matches = match_by_psnr(images, private)
         pairs, truth = images[rows], private[matches]
         decibels = psnr(pairs, truth).diagonal()
         held_out = (None, None)
         if len(others):
-            own, theirs = assigned(images, others)
+            own, theirs = match_by_psnr(images, others)
             chance = images[own], others[theirs]
             held_out = tuple(float(measure(*chance).diagonal().mean()) for measure in (psnr, ssim))
         similar = float(ssim(pairs, truth).diagonal().mean())

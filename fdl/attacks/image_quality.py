@@ -52,7 +52,7 @@ class Scale:
         self._mean, self._std = (t.reshape(-1, 1, 1).float() for t in (mean, std))
         self.low, self.high = (-self._mean / self._std), ((1 - self._mean) / self._std)
 
-    def shown(self, images: Tensor) -> Tensor:
+    def to_pixels(self, images: Tensor) -> Tensor:
         """Convert normalised images to pixels.
 
         Args:
@@ -107,7 +107,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     return torch.stack(rows).flatten(2).mean(2)
 
 
-def assigned(images: Tensor, references: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def match_by_psnr(images: Tensor, references: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Pair images with references, each at most once, such that the sum of their PSNR is largest.
 
     Args:
@@ -122,7 +122,7 @@ def assigned(images: Tensor, references: Tensor) -> tuple[np.ndarray, np.ndarray
     return linear_sum_assignment(psnr(images, references).numpy(), maximize=True)
 
 
-def alike(labels: Tensor, pool: Tensor, stream: np.random.Generator) -> Tensor:
+def draw_same_classes(labels: Tensor, pool: Tensor, stream: np.random.Generator) -> Tensor:
     """Draw from a pool, without replacement, as many samples of each class as the labels contain.
 
     If the pool has too few samples of a class, all of them are drawn.

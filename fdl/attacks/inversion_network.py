@@ -76,7 +76,7 @@ class Inversion(nn.Module):
         self.requires_grad_(False).eval()
 
 
-def targets(ours: Tensor, theirs: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+def target_pairs(ours: Tensor, theirs: Tensor, gap: float) -> tuple[Tensor, Tensor]:
     """Construct the pairs of predictions that represent a client's private images, one pair per class.
 
     Args:
@@ -102,7 +102,7 @@ def targets(ours: Tensor, theirs: Tensor, gap: float) -> tuple[Tensor, Tensor]:
     return torch.stack(sides).exp(), torch.eye(classes, dtype=theirs.dtype)
 
 
-def public_means(ours: Tensor, images: Tensor) -> Tensor:
+def mean_public_images(ours: Tensor, images: Tensor) -> Tensor:
     """Compute the mean of the public images that the server assigns to each class.
 
     Args:

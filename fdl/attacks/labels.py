@@ -46,27 +46,29 @@ class LabelLeakage(Attack):
         Raises:
             UserError: no client sends predictions on a proxy set.
         """
-        answered = [(c, a) for c in subject.clients if len(c.train) and (a := subject.answers(c)) is not None]
+        answered = [
+            (c, a) for c in subject.clients if len(c.train) and (a := subject.received_responses(c)) is not None
+        ]
         if not answered:
             raise UserError(f"{self.label}: no client sends answers to a proxy set, so there is nothing to look at")
         classes = subject.server.num_classes
         counts = np.stack([client.train.labels.bincount(minlength=classes).numpy() for client, _ in answered])
         truth = counts / counts.sum(1, keepdims=True)
-        estimates = [histograms(answers) for _, answers in answered]
+        estimates = [estimate_histograms(answers) for _, answers in answered]
         common = set.intersection(*(set(found) for found in estimates))
         tables = {name: np.stack([e[name] for e in estimates]) for name in estimates[0] if name in common}
         tables["guess"] = np.tile(counts.sum(0) / counts.sum(), (len(counts), 1))
         findings = AttackResult(arrays={"truth": truth, **tables})
         for name, table in tables.items():
             findings.metrics[f"{name}/kl"] = float(divergence(truth, table).mean())
-            findings.metrics[f"{name}/total_variation"] = float(total_variation(truth, table).mean())
+            findings.metrics[f"{name}/total_variation"] = float(total_variation_distance(truth, table).mean())
         names, ids = subject.server.classes, [client.id for client, _ in answered]
         shown = {name: table for name, table in tables.items() if name != "guess"}
         findings.figures["histograms"] = lambda: shares({"truth": truth, **shown}, ids, names)
         return findings
 
 
-def histograms(answers: Responses) -> dict[str, np.ndarray]:
+def estimate_histograms(answers: Responses) -> dict[str, np.ndarray]:
     """Estimate the label histogram of a client from its predictions.
 
     Args:
@@ -101,7 +103,7 @@ def divergence(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
     return np.where(truth > 0, truth * np.log(np.maximum(truth, _LEAST**2) / estimate), 0.0).sum(1)
 
 
-def total_variation(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
+def total_variation_distance(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
     """Compute half of the L1 distance per row.
 
     Args:

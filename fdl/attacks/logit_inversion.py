@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fdl.attacks.base import Attack, AttackResult
-from fdl.attacks.image_quality import Scale, alike, gallery, psnr, ssim
-from fdl.attacks.inversion_network import LEAST, Inversion, public_means, targets
+from fdl.attacks.image_quality import Scale, draw_same_classes, gallery, psnr, ssim
+from fdl.attacks.inversion_network import LEAST, Inversion, mean_public_images, target_pairs
 from fdl.attacks.signals import probabilities
 from fdl.errors import UserError
 from fdl.utils.arguments import at_least, positive
@@ -88,16 +88,16 @@ class LogitInversion(Attack):
         """
         server, scale = subject.server, Scale(subject.server.test)
         holders = [c for c in subject.clients if len(c.train)][: self.clients]
-        answered = [(client, a) for client in holders if (a := subject.answers(client)) is not None]
+        answered = [(client, a) for client in holders if (a := subject.received_responses(client)) is not None]
         if not answered:
             raise UserError(f"{self.label}: not applicable: no client sends answers to a proxy set")
-        images = scale.shown(server.proxy.batch(torch.arange(len(server.proxy)))[0])
+        images = scale.to_pixels(server.proxy.batch(torch.arange(len(server.proxy)))[0])
         ours = self._server(subject, [answers for _, answers in answered])
-        means, found = public_means(ours, images), []
+        means, found = mean_public_images(ours, images), []
         for client, answers in answered:
             rows, theirs = _table(answers)
             network = self._network(subject, client, ours[rows], theirs, images[rows])
-            recovered = network(*targets(ours[rows], theirs, self.gap))
+            recovered = network(*target_pairs(ours[rows], theirs, self.gap))
             found += self._compare(subject, client, scale, recovered, means)
         if not found:
             raise UserError(f"{self.label}: no held-out sample has a class that an attacked client holds")
@@ -132,13 +132,13 @@ class LogitInversion(Attack):
         labels, found = client.train.labels, []
         for label in labels.unique().tolist():
             mine = torch.nonzero(labels == label).squeeze(1)
-            others = alike(labels[mine], test.labels, stream)
+            others = draw_same_classes(labels[mine], test.labels, stream)
             mine = mine[torch.from_numpy(stream.permutation(len(mine))[: len(others)])]
             if len(others):
                 private, held_out = (
-                    scale.shown(s.batch(rows)[0]) for s, rows in ((client.train, mine), (test, others))
+                    scale.to_pixels(s.batch(rows)[0]) for s, rows in ((client.train, mine), (test, others))
                 )
-                found.append(compare(client.id, label, recovered[label], means[label], private, held_out))
+                found.append(compare_class(client.id, label, recovered[label], means[label], private, held_out))
         return found
 
     def _findings(self, found: list[_Found]) -> AttackResult:
@@ -187,7 +187,7 @@ class _Found:
     scores: dict[str, tuple[float, float, float]]
 
 
-def compare(client: int, label: int, image: Tensor, mean: Tensor, private: Tensor, held_out: Tensor) -> _Found:
+def compare_class(client: int, label: int, image: Tensor, mean: Tensor, private: Tensor, held_out: Tensor) -> _Found:
     """Measure a reconstruction and its baselines.
 
     Args:

@@ -106,7 +106,7 @@ class Search:
                 x.clamp_(low, high)
 
 
-def ready(model: nn.Module) -> nn.Module:
+def set_training_mode(model: nn.Module) -> nn.Module:
     """Put a model into training mode, except for dropout, whose draws an attacker does not know.
 
     Args:
@@ -146,7 +146,7 @@ def gradients(
     return dict(zip(names, found))
 
 
-def analytic(model: nn.Module, target: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
+def solve_analytically(model: nn.Module, target: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
     """Solve for the image of a batch of one, from the gradients of a first layer that is linear with a bias.
 
     ∂L/∂W_i = ∂L/∂b_i · x holds for every output i; x is the least-squares solution over all outputs, exact for a batch
@@ -171,7 +171,7 @@ def analytic(model: nn.Module, target: Mapping[str, Tensor], shape: tuple[int, .
     return None
 
 
-def inferred_labels(model: nn.Module, target: Mapping[str, Tensor], count: int, classes: int) -> Tensor | None:
+def infer_labels(model: nn.Module, target: Mapping[str, Tensor], count: int, classes: int) -> Tensor | None:
     """Infer the labels of a batch from the gradients of the classification layer.
 
     For cross entropy, the bias's gradient is the mean of p − onehot: for one image it is negative at the label only

@@ -10,8 +10,8 @@ import numpy as np
 from fdl.attacks import scores
 from fdl.attacks.base import Attack, AttackResult, MembershipScores
 from fdl.attacks.candidates import candidates
-from fdl.attacks.shadows import observe, shadows
-from fdl.attacks.signals import TARGETS
+from fdl.attacks.shadows import observe_signals, run_shadow_federations
+from fdl.attacks.signals import MEMBERSHIP_TARGETS
 from fdl.errors import UserError
 from fdl.privacy.accounting import Policy, epsilon, events_of
 from fdl.utils.arguments import at_least, one_of, positive
@@ -52,7 +52,9 @@ class MembershipInference(Attack):
         label: str | None = None,
     ):
         super().__init__(label)
-        self.targets = tuple(TARGETS if targets is None else (one_of("targets", name, TARGETS) for name in targets))
+        self.targets = tuple(
+            MEMBERSHIP_TARGETS if targets is None else (one_of("targets", name, MEMBERSHIP_TARGETS) for name in targets)
+        )
         self.neighbours = at_least("neighbours", neighbours, 1)
 
     @abstractmethod
@@ -78,22 +80,22 @@ class MembershipInference(Attack):
         Raises:
             UserError: there are no candidates, or the run has none of the targets.
         """
-        asked, findings = candidates(subject), AttackResult()
-        observed = observe(subject, self.neighbours)
+        queries, findings = candidates(subject), AttackResult()
+        observed = observe_signals(subject, self.neighbours)
         for target in (name for name in self.targets if name in observed):
-            groups = np.zeros_like(asked.owner) if target == "student" else asked.owner
+            groups = np.zeros_like(queries.owner) if target == "student" else queries.owner
             values = self.score(subject, target, observed[target], groups)
             known = ~np.isnan(values)
-            owners = [client for client in subject.clients if client.id in set(asked.owner[known].tolist())]
+            owners = [client for client in subject.clients if client.id in set(queries.owner[known].tolist())]
             policy = subject.server.privacy or _POLICY
-            proven = max((protection(subject, client, target, policy) for client in owners), default=np.inf)
-            members, others = values[known & asked.member], values[known & ~asked.member]
+            proven = max((proven_epsilon(subject, client, target, policy) for client in owners), default=np.inf)
+            members, others = values[known & queries.member], values[known & ~queries.member]
             if len(members) and len(others):
                 findings.curves.append(MembershipScores(target, members, others, proven, policy.delta))
                 findings.arrays[f"{target}/scores"] = values
         if not findings.curves:
             raise UserError(f"{self.label}: the run has no {' and no '.join(self.targets)} that could be attacked")
-        findings.arrays["members"], findings.arrays["owners"] = asked.member, asked.owner
+        findings.arrays["members"], findings.arrays["owners"] = queries.member, queries.owner
         return findings
 
 
@@ -154,7 +156,7 @@ class ShadowInference(MembershipInference):
             phi: log-odds of each candidate's true class, [n].
             groups: number of the model that each candidate belongs to, int [n].
         """
-        known = shadows(subject, self.shadows, self.neighbours)
+        known = run_shadow_federations(subject, self.shadows, self.neighbours)
         return self.compare(phi, known.signals[target], known.inside, groups)
 
     @abstractmethod
@@ -240,7 +242,7 @@ class RMIA(ShadowInference):
         return scores.rmia(phi, others, inside, groups, self.online, self.gamma, self.a)
 
 
-def protection(subject: AttackTarget, client: Client, target: str, policy: Policy) -> float:
+def proven_epsilon(subject: AttackTarget, client: Client, target: str, policy: Policy) -> float:
     """Compute ε(δ) of one example of a client with respect to a target, from the run's privacy accounts.
 
     Messages of a client are covered by all events of its account, and the student also by the server's events. A

@@ -121,13 +121,15 @@ def balanced_accuracy(members: np.ndarray, non_members: np.ndarray, stream: np.r
     if min(len(members), len(non_members)) < 2:
         return math.nan
     (a, b), (c, d) = (_halves(_finite(scores), stream) for scores in (members, non_members))
-    return (_chosen(a, c, b, d) + _chosen(b, d, a, c)) / 2
+    return (_accuracy_at_best_threshold(a, c, b, d) + _accuracy_at_best_threshold(b, d, a, c)) / 2
 
 
-def _chosen(members: np.ndarray, non_members: np.ndarray, others: np.ndarray, strangers: np.ndarray) -> float:
+def _accuracy_at_best_threshold(
+    members: np.ndarray, non_members: np.ndarray, others: np.ndarray, strangers: np.ndarray
+) -> float:
     levels = np.unique(np.r_[members, non_members])
     thresholds = np.r_[levels[0], (levels[1:] + levels[:-1]) / 2, np.inf]
-    gain = _above(members, thresholds) - _above(non_members, thresholds)
+    gain = _fraction_above(members, thresholds) - _fraction_above(non_members, thresholds)
     threshold = thresholds[gain.argmax()]
     return float((others >= threshold).mean() + (strangers < threshold).mean()) / 2
 
@@ -194,13 +196,22 @@ def epsilon_lower(
     (a, b), (c, d) = (_halves(_finite(scores), stream) for scores in (members, non_members))
     levels = np.unique(np.r_[a, c])
     thresholds = levels[np.linspace(0, len(levels) - 1, min(len(levels), _THRESHOLDS)).astype(int)]
-    shown = _shown(_above(a, thresholds), _above(c, thresholds), len(a), len(c), delta, level)
+    shown = _epsilon_bounds(
+        _fraction_above(a, thresholds), _fraction_above(c, thresholds), len(a), len(c), delta, level
+    )
     which, where = np.unravel_index(shown.argmax(), shown.shape)
     threshold = thresholds[[where]]
-    return max(0.0, float(_shown(_above(b, threshold), _above(d, threshold), len(b), len(d), delta, level)[which, 0]))
+    return max(
+        0.0,
+        float(
+            _epsilon_bounds(_fraction_above(b, threshold), _fraction_above(d, threshold), len(b), len(d), delta, level)[
+                which, 0
+            ]
+        ),
+    )
 
 
-def _shown(tpr: np.ndarray, fpr: np.ndarray, n: int, m: int, delta: float, level: float) -> np.ndarray:
+def _epsilon_bounds(tpr: np.ndarray, fpr: np.ndarray, n: int, m: int, delta: float, level: float) -> np.ndarray:
     """Compute lower bounds of ε from each of the four inequalities at each threshold, [4, T]."""
     alpha = (1 - level) / 2
     pairs = ((tpr, n, fpr, m), (fpr, m, tpr, n), (1 - fpr, m, 1 - tpr, n), (1 - tpr, n, 1 - fpr, m))
@@ -244,7 +255,7 @@ def upper_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
     return 1.0 - lower_bound(n - np.rint(count), n, alpha)
 
 
-def _above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def _fraction_above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """Compute the fraction of scores at or above each threshold."""
     return 1.0 - np.searchsorted(np.sort(scores), thresholds, side="left") / len(scores)
 

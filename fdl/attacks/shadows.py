@@ -10,7 +10,7 @@ import numpy as np
 
 from fdl.attacks.base import AttackTarget
 from fdl.attacks.candidates import Candidates, ConcatSamples, candidates
-from fdl.attacks.signals import near_rows, signals
+from fdl.attacks.signals import nearest_proxy_rows, signals
 from fdl.callbacks.base import CallbackList
 from fdl.loop import FederatedLoop
 from fdl.utils.seeding import numpy_stream, stream_seed
@@ -34,19 +34,19 @@ class Shadows:
     inside: np.ndarray
 
 
-def observe(subject: AttackTarget, neighbours: int) -> dict[str, np.ndarray]:
+def observe_signals(subject: AttackTarget, neighbours: int) -> dict[str, np.ndarray]:
     """Compute φ of the candidates in the attacked run itself; see `fdl.attacks.signals.signals`.
 
     Args:
         subject: the attacked run.
         neighbours: number of proxy samples that approximate a candidate.
     """
-    asked = candidates(subject)
-    near = _near(subject, asked, neighbours)
-    return subject.cached(("signals", neighbours), lambda: signals(subject, asked, near))
+    queries = candidates(subject)
+    near = _near(subject, queries, neighbours)
+    return subject.cached(("signals", neighbours), lambda: signals(subject, queries, near))
 
 
-def shadows(subject: AttackTarget, count: int, neighbours: int) -> Shadows:
+def run_shadow_federations(subject: AttackTarget, count: int, neighbours: int) -> Shadows:
     """Run shadow federations, and compute the signals of the candidates in each of them.
 
     A shadow runs the same rounds with the same method, clients, codecs and cohorts: participation is no secret. Its
@@ -60,43 +60,43 @@ def shadows(subject: AttackTarget, count: int, neighbours: int) -> Shadows:
         count: number of shadow federations, even.
         neighbours: number of proxy samples that approximate a candidate.
     """
-    known = subject.cached(("shadows", neighbours), lambda: _Series(subject, neighbours))
+    known = subject.cached(("shadows", neighbours), lambda: _ShadowSequence(subject, neighbours))
     return known.first(count)
 
 
-class _Series:
+class _ShadowSequence:
     """Sequence of shadow federations, extended on demand."""
 
     def __init__(self, subject: AttackTarget, neighbours: int):
-        self.subject, self.asked = subject, candidates(subject)
-        self.near = _near(subject, self.asked, neighbours)
+        self.subject, self.queries = subject, candidates(subject)
+        self.near = _near(subject, self.queries, neighbours)
         self.found: list[dict[str, np.ndarray]] = []
         self.inside: list[np.ndarray] = []
 
     def first(self, count: int) -> Shadows:
         while len(self.found) < count:
             number = len(self.found)
-            half = self.asked.halves(numpy_stream(self.subject.seed, "shadow/half", number // 2))
+            half = self.queries.halves(numpy_stream(self.subject.seed, "shadow/half", number // 2))
             self.inside.append(half if number % 2 == 0 else ~half)
             clock = self.subject.runtime.clock
             try:
-                shadow = run_shadow(self.subject, self.asked, self.inside[-1], number)
-                self.found.append(signals(shadow, self.asked, self.near))
+                shadow = run_shadow_federation(self.subject, self.queries, self.inside[-1], number)
+                self.found.append(signals(shadow, self.queries, self.near))
             finally:
                 self.subject.runtime.clock = clock  # a loop replaces it by its own
             log.info("shadow federation %d of %d", number + 1, count)
-        missing = np.full(len(self.asked.owner), np.nan)
+        missing = np.full(len(self.queries.owner), np.nan)
         names = {name for found in self.found[:count] for name in found}
         together = {name: np.stack([f.get(name, missing) for f in self.found[:count]]) for name in sorted(names)}
         return Shadows(together, np.stack(self.inside[:count]))
 
 
-def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, number: int) -> AttackTarget:
+def run_shadow_federation(subject: AttackTarget, queries: Candidates, inside: np.ndarray, number: int) -> AttackTarget:
     """Run one shadow federation.
 
     Args:
         subject: the attacked run.
-        asked: the candidates.
+        queries: the candidates.
         inside: mask of the candidates to train on, bool [n].
         number: number of the shadow, from which its random streams are derived.
 
@@ -104,7 +104,7 @@ def run_shadow(subject: AttackTarget, asked: Candidates, inside: np.ndarray, num
         The shadow after its last round.
     """
     loop, seed = subject.loop, stream_seed(subject.seed, "shadow", number)
-    clients = [c.clone(train=asked.share(c, inside), seed=seed, honest=True) for c in subject.clients]
+    clients = [c.clone(train=queries.share(c, inside), seed=seed, honest=True) for c in subject.clients]
     rounds = loop.round
     never = rounds + 1  # no round is evaluated or saved
     recipe = replace(
@@ -140,9 +140,9 @@ def _server(subject: AttackTarget, clients: list[Client], seed: int) -> Server:
     return twin
 
 
-def _near(subject: AttackTarget, asked: Candidates, count: int) -> np.ndarray | None:
+def _near(subject: AttackTarget, queries: Candidates, count: int) -> np.ndarray | None:
     """Find the proxy rows near the candidates; None without a proxy set or a space to measure distances in."""
     server = subject.server
     if not server.proxy or (server.encoder is None and "context" in server.model_kwargs):
         return None
-    return subject.cached(("near", count), lambda: near_rows(server, asked.samples, count))
+    return subject.cached(("near", count), lambda: nearest_proxy_rows(server, queries.samples, count))

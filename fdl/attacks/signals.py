@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fdl.messages import Responses
     from fdl.participants import Server
 
-TARGETS = ("student", "specialists", "responses")
+MEMBERSHIP_TARGETS = ("student", "specialists", "responses")
 """Objects with a φ: the global model, each client's own model, and each client's predictions on the proxy set.
 
 Confidences are sent, too, and attacked by `fdl.attacks.confidence_inference`.
@@ -70,16 +70,16 @@ def signals(subject: AttackTarget, candidates: Candidates, neighbours: np.ndarra
         if "specialist" in client.state:
             with client.turn():
                 logits = client.predict(client.specialist(), candidates.samples.subset(mine))
-            found.setdefault("specialists", _nothing(candidates))[mine] = log_odds(logits, labels)
+            found.setdefault("specialists", _all_nan(candidates))[mine] = log_odds(logits, labels)
         client.offload_state(changed=False)
-        answers = None if neighbours is None else subject.answers(client)
+        answers = None if neighbours is None else subject.received_responses(client)
         if answers is not None:
-            near = of_answers(answers, neighbours[mine], labels, len(client.proxy))
-            found.setdefault("responses", _nothing(candidates))[mine] = near
+            near = response_signals(answers, neighbours[mine], labels, len(client.proxy))
+            found.setdefault("responses", _all_nan(candidates))[mine] = near
     return found
 
 
-def of_answers(answers: Responses, neighbours: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+def response_signals(answers: Responses, neighbours: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     """Compute φ of the mean prediction on the proxy rows near each sample.
 
     Args:
@@ -117,7 +117,7 @@ def probabilities(answers: Responses) -> np.ndarray:
     return (values / values.sum(1, keepdim=True).clamp_min(_LEAST)).numpy()
 
 
-def near_rows(server: Server, samples: Samples, count: int) -> np.ndarray:
+def nearest_proxy_rows(server: Server, samples: Samples, count: int) -> np.ndarray:
     """Find the proxy samples nearest to each sample, in the public encoder's space, or else in that of the inputs.
 
     Args:
@@ -135,5 +135,5 @@ def near_rows(server: Server, samples: Samples, count: int) -> np.ndarray:
     return search.kneighbors(encoder.encode(samples), return_distance=False)
 
 
-def _nothing(candidates: Candidates) -> np.ndarray:
+def _all_nan(candidates: Candidates) -> np.ndarray:
     return np.full(len(candidates.owner), np.nan)

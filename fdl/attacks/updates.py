@@ -36,17 +36,17 @@ class Update:
             one step of plain SGD this is the gradient, up to the codecs' rounding.
         rows: rows of the client's training samples that were trained on, int64.
         steps: number of optimiser steps.
-        plain: True if the optimiser was SGD without momentum and decay, at a constant learning rate and without noise.
+        plain_sgd: True if the optimiser was SGD without momentum and decay, at a constant rate and without noise.
     """
 
     model: nn.Module
     mean_gradient: dict[str, Tensor]
     rows: Tensor
     steps: int
-    plain: bool
+    plain_sgd: bool
 
 
-def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
+def observe_update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
     """Repeat a client's local update in a copy, with the run's training, random streams and codecs.
 
     Args:
@@ -65,7 +65,7 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
         client.offload_state(changed=False)
         channel.load_state_dict(copy.deepcopy(subject.loop.channel.state_dict([client.id])))
     twin.start_round(server.round)
-    watched = _watch(twin)
+    watched = _record_rows(twin)
     try:
         with torch.random.fork_rng(devices=[]):
             message = subject.method.download(server, client.id)
@@ -79,10 +79,10 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
         return None
     before, after = dict(sent.tensors.items()), dict(received.tensors.items())
     known = [m for m in (server.student, subject.runtime.shared_module(client.architecture)) if m is not None]
-    names, module = max(((_common(m, before, after), m) for m in known), key=lambda pair: len(pair[0]))
+    names, module = max(((_exchanged_names(m, before, after), m) for m in known), key=lambda pair: len(pair[0]))
     if not names:
         return None
-    model = _filled(module, before)
+    model = _with_tensors(module, before)
     own, config = dict(model.named_parameters()), client.local_training
     steps = config.steps
     if steps is None:
@@ -97,7 +97,7 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
         mean_gradient={name: (change.float() / rate).to(device) for name, change in moved.items()},
         rows=watched.rows(),
         steps=steps,
-        plain=plain and client.dp_sgd is None and config.gradient_clip is None,
+        plain_sgd=plain and client.dp_sgd is None and config.gradient_clip is None,
     )
 
 
@@ -114,7 +114,7 @@ def _server(subject: AttackTarget, first: bool) -> Server:
     return server
 
 
-def _common(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+def _exchanged_names(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     """Return the names of a model's trained tensors that are sent both ways."""
     trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
     return [
@@ -125,7 +125,7 @@ def _common(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tenso
 
 
 @torch.no_grad()
-def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Copy a model in float32, and load the downloaded tensors into it."""
     model = copy.deepcopy(module).float()
     for name, own in model.state_dict().items():
@@ -134,7 +134,7 @@ def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def _watch(client: Client) -> _TrackedSamples:
+def _record_rows(client: Client) -> _TrackedSamples:
     """Record the rows of the samples that a client trains on."""
     tracked: list[_TrackedSamples] = []
 

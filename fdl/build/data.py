@@ -38,13 +38,13 @@ def _hold_out(share: np.ndarray, recipe: Recipe, client: int, method: Method) ->
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
-def _together(rows: Sequence[np.ndarray], data: FederatedDataModule) -> np.ndarray | None:
+def _pooled_rows(rows: Sequence[np.ndarray], data: FederatedDataModule) -> np.ndarray | None:
     """Return the rows that the clients train on, pooled: a centralised run gets the same samples; None for all rows."""
     union = np.sort(np.concatenate(rows))
     return None if len(union) == len(data.train) else union
 
 
-def _arriving(
+def _apply_arrivals(
     arrival: Arrival | None, data: FederatedDataModule
 ) -> tuple[Callable[[np.ndarray | None], Samples | ScheduledSamples], np.ndarray | None]:
     """Apply the arrival schedule, if the recipe has one.

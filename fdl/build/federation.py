@@ -12,11 +12,10 @@ import numpy as np
 from fdl.adversaries.coalition import Adversaries, chosen, recruit
 from fdl.attacks.callback import AuditCallback
 from fdl.build.channel import make_channel
-from fdl.build.data import _arriving, _fingerprint, _hold_out, _together
+from fdl.build.data import _apply_arrivals, _fingerprint, _hold_out, _pooled_rows
 from fdl.build.fit_checks import check_fits
-from fdl.build.models import _architectures, _encoder, _model, assign
-from fdl.build.privacy import executor, noise_seed, policy, trainer
-from fdl.build.privacy import watching as watching_privacy
+from fdl.build.models import _architectures, _encoder, _model, assign_specialists
+from fdl.build.privacy import make_dp_trainer, make_executor, make_policy, privacy_callbacks, read_noise_seed
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.callbacks.profile import Profile
 from fdl.engine.distributed.devices import NO_SUCH_DEVICES
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fdl")
 
 
-def build(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedLoop:
+def build_federation(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedLoop:
     """Build a federation from a recipe: data, participants, channel, method, callbacks.
 
     Args:
@@ -73,11 +72,11 @@ def _build(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
 
     runtime = _runtime(recipe, launch)
     specialists = _architectures(recipe, data, runtime)
-    entries = assign(recipe) if "specialists" in method.requires else None
+    entries = assign_specialists(recipe) if "specialists" in method.requires else None
     architectures = ["student"] * len(shares) if entries is None else [specialists[entry] for entry in entries]
     common = _common(recipe, data, runtime)
-    incoming, test_stages = _arriving(common["arrival"], data)
-    dp_sgd = trainer(recipe, common["privacy"])
+    incoming, test_stages = _apply_arrivals(common["arrival"], data)
+    dp_sgd = make_dp_trainer(recipe, common["privacy"])
     store = DiskStore(folder / CLIENTS) if recipe.federation.client_state == "disk" else None
     clients: list[Client] = []
     trained: list[np.ndarray] = []
@@ -92,7 +91,7 @@ def _build(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         test=data.test,
         student=_model("student", "init", method, recipe, runtime),
         teacher=_model("teacher", "teacher", method, recipe, runtime),
-        pooled=incoming(_together(trained, data)) if "pooled" in method.requires else None,
+        pooled=incoming(_pooled_rows(trained, data)) if "pooled" in method.requires else None,
         classes=data.classes,
         test_stages=test_stages,
         **common,
@@ -113,7 +112,7 @@ def _build(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         server=server,
         clients=clients,
         channel=channel,
-        executor=executor(recipe, dp_sgd),
+        executor=make_executor(recipe, dp_sgd),
         callbacks=callbacks,
         probes=probes,
         adversaries=_adversaries(recipe, method, clients),
@@ -188,8 +187,8 @@ def _common(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> dict
         "model_kwargs": data.model_kwargs,
         "encoder": _encoder(recipe, data, runtime),
         "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
-        "privacy": policy(recipe),
-        "noise_seed": noise_seed(recipe),
+        "privacy": make_policy(recipe),
+        "noise_seed": read_noise_seed(recipe),
     }
 
 
@@ -199,7 +198,7 @@ def _callbacks(recipe: Recipe, attacks: Sequence[Attack], leader: bool) -> Callb
     if leader:
         callbacks += [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(recipe.callbacks)]
         callbacks += [Profile()] if recipe.profile else []
-    return CallbackList([*callbacks, *watching_privacy(recipe)])
+    return CallbackList([*callbacks, *privacy_callbacks(recipe)])
 
 
 def _methods_for(task: str) -> list[str]:

@@ -52,7 +52,7 @@ def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server
         if client.dp_sgd is None
         and client.samples == 1
         and 0 not in (client.local_training.steps, client.local_training.epochs)
-        if _normalises(client.runtime.shared_module(client.architecture))
+        if _has_batch_norm(client.runtime.shared_module(client.architecture))
     }
     if small and recipe.federation.too_small == "refuse":
         client, reason = next(iter(small.items()))
@@ -132,7 +132,7 @@ def _check_batches(clients: Sequence[Client]) -> None:
         if client.local_training.batch_size > 1 or client.dp_sgd is not None or client.samples == 0:
             continue
         if client.architecture not in tried:
-            tried[client.architecture] = _takes_one(client)
+            tried[client.architecture] = _accepts_batch_of_one(client)
         if not tried[client.architecture]:
             raise UserError(
                 f"local_training.batch_size: 1, and client {client.id} trains {client.architecture}: {SINGLE}; set "
@@ -140,10 +140,10 @@ def _check_batches(clients: Sequence[Client]) -> None:
             )
 
 
-def _takes_one(client: Client) -> bool:
+def _accepts_batch_of_one(client: Client) -> bool:
     """Check if a model can train on a batch of one: its statistics may also be over positions of an image."""
     module = client.runtime.shared_module(client.architecture)
-    if not _normalises(module):
+    if not _has_batch_norm(module):
         return True
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     inputs = client.train.batch(torch.arange(1))[0]
@@ -163,6 +163,6 @@ def _takes_one(client: Client) -> bool:
     return True
 
 
-def _normalises(module: nn.Module) -> bool:
+def _has_batch_norm(module: nn.Module) -> bool:
     """Check if a model is trainable and has batch normalisation."""
     return bool(trainable(module)) and any(isinstance(part, _BatchNorm) for part in module.modules())

@@ -48,7 +48,7 @@ def _architectures(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) 
     return keys
 
 
-def assign(recipe: Recipe) -> list[int]:
+def assign_specialists(recipe: Recipe) -> list[int]:
     """Assign one of the recipe's specialists to each client.
 
     Clients that an entry of ``specialists`` names get that entry. The others get the entries that name no clients, in

@@ -34,7 +34,7 @@ _LEAST = 32
 log = logging.getLogger("fdl")
 
 
-def policy(recipe: Recipe) -> Policy | None:
+def make_policy(recipe: Recipe) -> Policy | None:
     """Construct the privacy policy that every participant's account is compared with.
 
     Args:
@@ -54,7 +54,7 @@ def policy(recipe: Recipe) -> Policy | None:
     return Policy(settings.delta, settings.epsilon, settings.accountant, level)
 
 
-def noise_seed(recipe: Recipe) -> str | None:
+def read_noise_seed(recipe: Recipe) -> str | None:
     """Read the secret from which noise is drawn.
 
     It is the content of the file that `privacy.noise_seed` names, or else of the environment variable
@@ -98,7 +98,7 @@ def _long_enough(secret: str, where: str) -> str:
     return secret
 
 
-def trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
+def make_dp_trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
     """Construct the clients' DP-SGD trainer.
 
     Args:
@@ -121,13 +121,13 @@ def trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
         policy=policy,
         clip=settings.clip,
         noise_multiplier=settings.noise_multiplier,
-        turns=turns(recipe),
+        turns=planned_rounds(recipe),
         ghost=settings.ghost_clipping,
         chunk=settings.max_physical_batch,
     )
 
 
-def executor(recipe: Recipe, dp_sgd: DPSGD | None) -> Executor:
+def make_executor(recipe: Recipe, dp_sgd: DPSGD | None) -> Executor:
     """Construct the executor of client updates; under DP-SGD always the sequential one.
 
     Args:
@@ -141,7 +141,7 @@ def executor(recipe: Recipe, dp_sgd: DPSGD | None) -> Executor:
     return Sequential()
 
 
-def watching(recipe: Recipe) -> list[Callback]:
+def privacy_callbacks(recipe: Recipe) -> list[Callback]:
     """Return the callbacks that the privacy section requires.
 
     Args:
@@ -150,7 +150,7 @@ def watching(recipe: Recipe) -> list[Callback]:
     return [StopWhenSpent()] if recipe.privacy is not None and recipe.privacy.on_exhausted == "stop_run" else []
 
 
-def turns(recipe: Recipe) -> Counter[int]:
+def planned_rounds(recipe: Recipe) -> Counter[int]:
     """Count the rounds in which each client is sampled and does not drop out, which do not depend on the data.
 
     Args:

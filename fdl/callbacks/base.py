@@ -127,7 +127,7 @@ HOOKS: dict[str, list[str]] = {
 """Every hook and the names of its parameters."""
 
 
-def _each(hook: str) -> Callable[..., None]:
+def _for_each_callback(hook: str) -> Callable[..., None]:
     """Return a hook that calls this hook of every callback in order."""
     nothing = getattr(Callback, hook)
 
@@ -170,11 +170,11 @@ class CallbackList(Callback):
     def __len__(self) -> int:
         return len(self.callbacks)
 
-    on_fit_start = _each("on_fit_start")
-    on_round_start = _each("on_round_start")
-    on_client_end = _each("on_client_end")
-    on_round_end = _each("on_round_end")
-    on_checkpoint = _each("on_checkpoint")
+    on_fit_start = _for_each_callback("on_fit_start")
+    on_round_start = _for_each_callback("on_round_start")
+    on_client_end = _for_each_callback("on_client_end")
+    on_round_end = _for_each_callback("on_round_end")
+    on_checkpoint = _for_each_callback("on_checkpoint")
 
     def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
         """Call every callback after the last round, then raise the first error.
@@ -191,7 +191,7 @@ class CallbackList(Callback):
                 if first is None:
                     first = error
                 else:
-                    _note(first, f'callback "{_name(callback)}" failed as well, in on_fit_end: {error!r}')
+                    _add_note(first, f'callback "{_name(callback)}" failed as well, in on_fit_end: {error!r}')
         if first is not None:
             raise first
 
@@ -206,7 +206,7 @@ class CallbackList(Callback):
             try:
                 callback.on_exception(loop, error)
             except Exception as second:
-                _note(error, f'callback "{_name(callback)}" failed as well, in on_exception: {second!r}')
+                _add_note(error, f'callback "{_name(callback)}" failed as well, in on_exception: {second!r}')
 
     def call(self, callback: Callback, hook: str, *arguments: Any) -> None:
         """Call one hook of one callback; an optional callback that fails is not called again.
@@ -219,7 +219,7 @@ class CallbackList(Callback):
         if any(callback is failed for failed in self._failed):
             return
         try:
-            with _named(callback, hook):
+            with _annotate_errors(callback, hook):
                 getattr(callback, hook)(*arguments)
         except UserError:
             raise
@@ -244,7 +244,7 @@ class CallbackList(Callback):
         """
         for key, callback in self._keys().items():
             if key in state:
-                with _named(callback, "load_state_dict"):
+                with _annotate_errors(callback, "load_state_dict"):
                     callback.load_state_dict(state[key])
 
     def _keys(self) -> dict[str, Callback]:
@@ -262,16 +262,16 @@ def _name(callback: Callback) -> str:
 
 
 @contextmanager
-def _named(callback: Callback, hook: str) -> Iterator[None]:
+def _annotate_errors(callback: Callback, hook: str) -> Iterator[None]:
     """Add the callback's name to its exceptions."""
     try:
         yield
     except BaseException as error:
-        _note(error, f'in {hook} of callback "{_name(callback)}"')
+        _add_note(error, f'in {hook} of callback "{_name(callback)}"')
         raise
 
 
-def _note(error: BaseException, text: str) -> None:
+def _add_note(error: BaseException, text: str) -> None:
     if hasattr(error, "add_note"):
         error.add_note(text)
     else:  # Python 3.10 has no add_note; traceback printers that support notes read this attribute

@@ -15,7 +15,7 @@ from fdl.utils.files import write_atomically
 if TYPE_CHECKING:
     from fdl.federation.state import Federation
 
-FILE = "metrics.csv"
+METRICS_FILE = "metrics.csv"
 
 
 class CsvLog(Callback):
@@ -38,11 +38,11 @@ class CsvLog(Callback):
         self.columns, self.rows = [], []
         for record in loop.history:
             self._take(record)
-        self._rewrite(loop.folder / FILE)
+        self._rewrite(loop.folder / METRICS_FILE)
 
     def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """Add the round's row."""
-        path = loop.folder / FILE
+        path = loop.folder / METRICS_FILE
         if self._take(record):
             self._rewrite(path)
         else:

@@ -15,7 +15,7 @@ from fdl.utils.files import write_atomically
 if TYPE_CHECKING:
     from fdl.federation.state import Federation
 
-FILE = "profile.txt"
+PROFILE_FILE = "profile.txt"
 
 
 class Profile(Callback):
@@ -71,8 +71,8 @@ class Profile(Callback):
     def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
         """Write profile.txt."""
         self._stop()
-        text = f"{times(summary['time']['parts'])}\n\nOperations of the recorded rounds\n{self._table}\n"
-        write_atomically(Path(loop.folder) / FILE, text.encode())
+        text = f"{format_times(summary['time']['parts'])}\n\nOperations of the recorded rounds\n{self._table}\n"
+        write_atomically(Path(loop.folder) / PROFILE_FILE, text.encode())
 
     def on_exception(self, loop: Federation, error: BaseException) -> None:
         """Stop the profiler; its recording is discarded."""
@@ -84,7 +84,7 @@ class Profile(Callback):
             self._profiler = None
 
 
-def times(parts: dict[str, float]) -> str:
+def format_times(parts: dict[str, float]) -> str:
     """Format the time of all rounds by part as a plain table, with seconds and percentages.
 
     Args:

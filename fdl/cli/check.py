@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.filesize import decimal
 
-from fdl.build.federation import build
-from fdl.cli.listing import columns
+from fdl.build.federation import build_federation
+from fdl.cli.listing import align_columns
 from fdl.engine.distributed.devices import require_gpus
 from fdl.federation.traffic_estimate import estimate_rounds
 from fdl.federation.trial_step import run_trial_steps
@@ -26,7 +26,7 @@ _MOST_CLASSES = 20
 _Sizes = dict[str, dict[int, int]]
 
 
-def describe(recipe: Recipe, folder: Path) -> str:
+def describe_federation(recipe: Recipe, folder: Path) -> str:
     """Build a recipe's federation and describe it; nothing is trained or written.
 
     Every model takes one training step on two samples, which is undone: errors in user-defined models show here.
@@ -43,7 +43,7 @@ def describe(recipe: Recipe, folder: Path) -> str:
     """
     require_gpus(recipe)
     log.info("reading the data and building the models")
-    loop = build(recipe, folder, launch=False)
+    loop = build_federation(recipe, folder, launch=False)
     run_trial_steps(loop)
     left = [f"client {client} is left out: {reason}" for client, reason in loop.left_out.items()]
     return "\n".join([*_clients(loop), *left, "", *_server(loop, folder)])
@@ -75,7 +75,7 @@ def _clients(loop: FederatedLoop) -> list[str]:
         )
     numbers = () if any(client.name for client in loop.clients) else (0,)
     return [
-        *columns(rows, right=(*numbers, 2, 3, 4, 5, 6)),
+        *align_columns(rows, right=(*numbers, 2, 3, 4, 5, 6)),
         *_traffic(first, later, loop.recipe.federation.client_fraction),
     ]
 
@@ -86,13 +86,16 @@ def _traffic(first: _Sizes, later: _Sizes, client_fraction: float) -> list[str]:
         return ["nothing is sent"]
     asked = "" if client_fraction == 1 else f", of whom a fraction of {client_fraction:g} is sampled,"
     if first == later:
-        lines = [f"a round of all clients{asked} sends {_both(first)}"]
+        lines = [f"a round of all clients{asked} sends {_down_and_up(first)}"]
     else:
-        lines = [f"the first round of all clients{asked} sends {_both(first)}", f"a later round sends {_both(later)}"]
+        lines = [
+            f"the first round of all clients{asked} sends {_down_and_up(first)}",
+            f"a later round sends {_down_and_up(later)}",
+        ]
     return [*lines, "(untrained models' messages: training changes what is entropy-coded or sent only on change)"]
 
 
-def _both(sizes: _Sizes) -> str:
+def _down_and_up(sizes: _Sizes) -> str:
     return " and ".join(f"{decimal(sum(sizes[direction].values()))} {direction}" for direction in ("down", "up"))
 
 
@@ -113,7 +116,7 @@ def _server(loop: FederatedLoop, folder: Path) -> list[str]:
         parts = ", ".join(f"{kind} {decimal(nbytes)}" for kind, nbytes in costs.items())
         lines.append(("before round 1", f"every client is sent {parts}"))
     lines += [("device", str(loop.runtime.device)), ("folder", str(folder))]
-    return columns(lines)
+    return align_columns(lines)
 
 
 def _parameters(module: torch.nn.Module) -> int:

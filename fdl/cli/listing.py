@@ -63,11 +63,11 @@ def section(name: str, title: bool = False) -> str:
     if not rows:
         rows = [("none",)]
     width = _width()
-    lines = fitted(rows, width - 2 if title and width else width)
+    lines = format_rows(rows, width - 2 if title and width else width)
     return f"{name}\n" + "\n".join(f"  {line}".rstrip() for line in lines) + "\n" if title else "\n".join(lines)
 
 
-def fitted(rows: Sequence[Sequence[object]], width: int | None) -> list[str]:
+def format_rows(rows: Sequence[Sequence[object]], width: int | None) -> list[str]:
     """Format rows as aligned columns if these fit, or else as the first column with all others as wrapped text.
 
     Args:
@@ -77,7 +77,7 @@ def fitted(rows: Sequence[Sequence[object]], width: int | None) -> list[str]:
     Returns:
         The lines.
     """
-    lines = columns(rows)
+    lines = align_columns(rows)
     if width is None or max(map(len, lines)) <= width:
         return lines
     first = min(max(len(str(row[0])) for row in rows), max(width - _LEAST_TEXT, 8)) + 2
@@ -93,7 +93,7 @@ def fitted(rows: Sequence[Sequence[object]], width: int | None) -> list[str]:
     return lines
 
 
-def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
+def align_columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
     """Format rows as aligned columns.
 
     Args:
@@ -134,14 +134,14 @@ def _plugin(name: str, kinds: Sequence[Kind]) -> str:
     """Describe all plug-ins with a name: summary, definition and arguments."""
     found = [(kind, entry) for kind in kinds for entry in entries(kind) if entry.name == name]
     if found:
-        return "\n\n".join(_described(kind, entry) for kind, entry in found)
+        return "\n\n".join(_describe_plugin(kind, entry) for kind, entry in found)
     if len(kinds) == 1:
         raise UserError(f"there is no {kinds[0].label} {name!r}{suggest(name, short_names(kinds[0]), few=99)}")
     near = suggest(name, {*SECTIONS, *(n for kind in kinds for n in short_names(kind))}, few=0)
     raise UserError(f"fdl list: nothing is called {name!r}{near or '; ' + _known(name)}")
 
 
-def _described(kind: Kind, entry: PluginInfo) -> str:
+def _describe_plugin(kind: Kind, entry: PluginInfo) -> str:
     """Describe one plug-in with its arguments: name, type and default, meaning."""
     lines = [f"{entry.name}, {kind}: {entry.summary}", f"{entry.path}, {_place(entry)}"]
     target = find(entry.name, kind)
@@ -156,7 +156,7 @@ def _described(kind: Kind, entry: PluginInfo) -> str:
             rows.append((name, ", ".join(filter(None, (typed, need, default))), docs.get(name, "")))
     if not rows:
         return "\n".join([*lines, "", "takes no args"])
-    return "\n".join([*lines, "", "args", *(f"  {line}".rstrip() for line in fitted(rows, (_width() or 122) - 2))])
+    return "\n".join([*lines, "", "args", *(f"  {line}".rstrip() for line in format_rows(rows, (_width() or 122) - 2))])
 
 
 def _default_text(default: ast.expr) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fdl import __version__
-from fdl.cli.terminal import log_to_stderr, write_anything
+from fdl.cli.terminal import log_to_stderr, replace_unencodable
 from fdl.engine.distributed.launch_environment import is_follower
 from fdl.errors import MissingPathError, UserError
 from fdl.utils.console import console
@@ -22,7 +22,7 @@ FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
 AUDIT_FAILED = 3
 """Exit code of a run that finished, but whose audit violates its claimed privacy bounds."""
 
-_OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_SYSTEM_ERRORS = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of the operating system that are not the program's fault: a sentence is as informative as a traceback."""
 
 
@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
         The exit code.
     """
     options = None
-    write_anything()
+    replace_unencodable()
     try:
         if not argv:
             _parser().print_help()
@@ -47,10 +47,10 @@ def run(argv: list[str]) -> int:
             return _run(options, overrides, argv)
     except UserError as error:
         where = " in another process of the run" if is_follower() else ""
-        print(f"error{where}: {error}{_beside_recipe(error, options)}", file=sys.stderr)
+        print(f"error{where}: {error}{_missing_path_hint(error, options)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE or not error.filename:
+        if error.errno not in _SYSTEM_ERRORS or not error.filename:
             raise
         print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
         return 2
@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace, overrides: list[str], argv: Sequence[str])
     return COMMANDS[options.command](options, overrides, argv)
 
 
-def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+def fit_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Run a federation: ``fdl fit``.
 
     Args:
@@ -79,7 +79,7 @@ def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
     loaded = recipe.load(options.recipe, overrides)
     folder = runs.folder_of(loaded, options.output_dir)
     try:
-        summary = runs.fit(loaded, folder, options.resume, options.overwrite)
+        summary = runs.run_recipe(loaded, folder, options.resume, options.overwrite)
     except Interrupted as stop:
         if not stop.saved:
             raise
@@ -93,13 +93,13 @@ def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
         return stop.code
     if is_follower():
         return 0
-    from fdl.runs.report import print_table
+    from fdl.runs.report import print_summary
 
-    print_table(summary, console(), folder)
+    print_summary(summary, console(), folder)
     return 0 if (summary.get("audit") or {}).get("passed", True) else AUDIT_FAILED
 
 
-def check(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+def check_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Build a recipe's federation and print its description: ``fdl check``; nothing is trained or written.
 
     Args:
@@ -117,15 +117,15 @@ def check(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]
     folder = runs.folder_of(loaded, options.output_dir)
     runs.require_usable(folder)
     print(loaded.to_yaml())
-    from fdl.cli.check import describe
+    from fdl.cli.check import describe_federation
 
-    print(describe(loaded, folder))
-    if note := runs.foreseen(loaded, folder):
+    print(describe_federation(loaded, folder))
+    if note := runs.rejection_reason(loaded, folder):
         print(f"fdl fit would stop: {note}")
     return 0
 
 
-def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+def compare_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Run several variants over several seeds and tabulate them: ``fdl compare``.
 
     Args:
@@ -136,10 +136,10 @@ def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[st
     Returns:
         The exit code.
     """
-    from fdl.runs.compare import compare as run_all
+    from fdl.runs.compare import run_comparison
 
     try:
-        run_all(options.recipe, overrides, options.methods, options.seeds, options.output_dir, options.overwrite)
+        run_comparison(options.recipe, overrides, options.methods, options.seeds, options.output_dir, options.overwrite)
     except KeyboardInterrupt as stop:
         command = [word for word in argv if word != "--overwrite"]
         print(f"interrupted. To go on, give the same command:\n  {_program()} {shlex.join(command)}", file=sys.stderr)
@@ -147,7 +147,7 @@ def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[st
     return 0
 
 
-def export(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+def export_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Write a run's student in the format of another library: ``fdl export``.
 
     Args:
@@ -158,13 +158,13 @@ def export(options: argparse.Namespace, overrides: list[str], argv: Sequence[str
     Returns:
         The exit code.
     """
-    from fdl.runs.export import export as write
+    from fdl.runs.export import export
 
-    print(f"written to {write(options.run, options.format, options.output_dir, options.which)}")
+    print(f"written to {export(options.run, options.format, options.output_dir, options.which)}")
     return 0
 
 
-def audit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+def audit_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Attack a finished run: ``fdl audit``.
 
     Args:
@@ -175,15 +175,15 @@ def audit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]
     Returns:
         The exit code; `AUDIT_FAILED` if an attack finds more than the run's privacy accounting allows.
     """
-    from fdl.runs.audit import audit_run, print_table
+    from fdl.runs.audit import audit_run, print_audit
 
     result, path = audit_run(options.run, options.attacks or (), overrides)
-    print_table(result, console())
+    print_audit(result, console())
     print(f"written to {path}")
     return 0 if result.passed else AUDIT_FAILED
 
 
-def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+def list_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     """Print the possible contents of recipes: ``fdl list``.
 
     Args:
@@ -201,12 +201,12 @@ def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], Sequence[str]], int]] = {
-    "fit": fit,
-    "check": check,
-    "compare": compare,
-    "export": export,
-    "audit": audit,
-    "list": show_list,
+    "fit": fit_command,
+    "check": check_command,
+    "compare": compare_command,
+    "export": export_command,
+    "audit": audit_command,
+    "list": list_command,
 }
 
 
@@ -365,7 +365,7 @@ def _explain_option(option: str, others: list[str]) -> str:
     return f"unknown option {option}{suggest(f'--{name}', options, few=0)}"
 
 
-def _beside_recipe(error: UserError, options: argparse.Namespace | None) -> str:
+def _missing_path_hint(error: UserError, options: argparse.Namespace | None) -> str:
     """Return a hint for a missing relative path, which users may expect to be relative to the recipe."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, MissingPathError):

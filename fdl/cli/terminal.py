@@ -9,7 +9,7 @@ from typing import TextIO
 from fdl.engine.distributed.launch_environment import is_follower
 
 
-def write_anything() -> None:
+def replace_unencodable() -> None:
     """Make standard output and error replace characters that their encoding lacks, e.g. μ in Windows' cp1252."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -47,7 +47,7 @@ def fit(
     Args:
         recipe: a YAML file, its contents as a mapping, or a `Recipe` from `load_recipe`.
         overrides: ``key=value`` strings that change the recipe; of several values for one key the last one wins.
-        output_dir: the run's folder; default ``<output>/<name>`` of the recipe.
+        output_dir: the run's folder; default ``<output_dir>/<name>`` of the recipe.
         resume: continue from the last checkpoint; a complete run is not repeated.
         overwrite: replace a run in the folder.
 
@@ -68,7 +68,7 @@ def fit(
     elif overrides:
         recipe = from_mapping(recipe.to_dict(), overrides)
     folder = runs.folder_of(recipe, output_dir)
-    summary = runs.fit(recipe, folder, resume, overwrite)
+    summary = runs.run_recipe(recipe, folder, resume, overwrite)
     # read from the file that the leading process wrote: a new run equals one read later, with None for infinities
     return Run(folder, summary if is_follower() else None, recipe)
 
@@ -86,7 +86,7 @@ def compare(
     Args:
         recipes: one recipe file, or several.
         overrides: ``key=value`` strings for all of them.
-        output_dir: the comparison's folder; default ``<output>/<name>/compare`` of the first recipe.
+        output_dir: the comparison's folder; default ``<output_dir>/<name>/compare`` of the first recipe.
         methods: variants of the recipes, or names of methods; default all variants.
         seeds: the seeds; default those of the recipes.
         overwrite: replace complete runs of a recipe that has changed since.
@@ -99,7 +99,7 @@ def compare(
         UserError: the folder holds other files, or, after all runs, some of them have failed.
         KeyboardInterrupt: after Ctrl-C; finished runs are kept.
     """
-    from fdl.runs.compare import compare as run_all
+    from fdl.runs.compare import run_comparison
 
     files = [recipes] if isinstance(recipes, str | Path) else list(recipes)
     if not files:
@@ -107,4 +107,4 @@ def compare(
     for name, given in (("methods", methods), ("overrides", overrides)):
         if isinstance(given, str):
             raise UserError(f"{name}: expected a list of strings, got a string; write [{given!r}]")
-    return run_all(files, overrides, methods, seeds, output_dir, overwrite)
+    return run_comparison(files, overrides, methods, seeds, output_dir, overwrite)

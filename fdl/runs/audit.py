@@ -22,11 +22,11 @@ AUDIT = "audit.json"
 """Name of the report in the run's folder."""
 
 
-DEFAULT = ("loss_threshold", "lira", "rmia", "label_leakage")
+DEFAULT_ATTACKS = ("loss_threshold", "lira", "rmia", "label_leakage")
 """Attacks of an audit if the recipe names none."""
 
 
-ON_CONFIDENCES = ("confidence_inference",)
+CONFIDENCE_ATTACKS = ("confidence_inference",)
 """Attacks added to the default ones if confidences are computed from private samples, e.g. by `density`."""
 
 
@@ -37,7 +37,7 @@ def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[
 
     Args:
         run: the run's folder.
-        attacks: short names or dotted paths; by default those of the recipe, or else `DEFAULT`.
+        attacks: short names or dotted paths; by default those of the recipe, or else `DEFAULT_ATTACKS`.
         overrides: ``key=value`` changes of `evaluation.attacks` and of keys that a resumed run may change.
 
     Returns:
@@ -47,7 +47,7 @@ def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[
         UserError: the folder holds no finished run, or an attack is not applicable to it.
     """
     from fdl.attacks.callback import AuditCallback
-    from fdl.build.federation import build
+    from fdl.build.federation import build_federation
     from fdl.federation import snapshot
     from fdl.runs import run as runs
     from fdl.state import run_folder
@@ -57,7 +57,7 @@ def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[
     run = expanded(run)
     runs.require_finished(run)
     require_unlocked(run)
-    loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)
+    loop = build_federation(_recipe(run / runs.RECIPE, attacks, overrides), run)
     snapshot.restore(loop, write=False)
     loop.start_round(loop.round)
     (auditor,) = (callback for callback in loop.callbacks if isinstance(callback, AuditCallback))
@@ -76,18 +76,18 @@ def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Rec
     """Load the run's recipe with the requested attacks, for one process and without callbacks."""
     from fdl.recipe.loading import load
     from fdl.registry.component import Component
-    from fdl.runs.run_keys import changes, places, within
+    from fdl.runs.run_keys import changes, is_within, location_keys
 
     recipe = load(path, [*overrides, *([f"evaluation.attacks=[{','.join(attacks)}]"] if attacks else [])])
     before, now = load(path).to_dict(), recipe.to_dict()
     allowed = ["evaluation.attacks", "evaluation.batch_size", "fabric.threads"]
-    changed = [key for key in changes(before, now) if not within(key, allowed)]
-    if other := [key for key in changed if key not in places(before, now, changed)]:
+    changed = [key for key in changes(before, now) if not is_within(key, allowed)]
+    if other := [key for key in changed if key not in location_keys(before, now, changed)]:
         raise UserError(
             f"{other[0]}: an audit looks at the run as it was; only evaluation.attacks can be given, and where "
             "the data lie now"
         )
-    chosen = recipe.evaluation.attacks or [Component(name) for name in (*DEFAULT, *_on_confidences(recipe))]
+    chosen = recipe.evaluation.attacks or [Component(name) for name in (*DEFAULT_ATTACKS, *_confidence_attacks(recipe))]
     return replace(
         recipe,
         evaluation=replace(recipe.evaluation, attacks=chosen),
@@ -96,15 +96,15 @@ def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Rec
     )
 
 
-def _on_confidences(recipe: Recipe) -> tuple[str, ...]:
+def _confidence_attacks(recipe: Recipe) -> tuple[str, ...]:
     """Return the attacks on confidences, if these are computed from private samples."""
     from fdl.registry.instantiate import instantiate
 
     confidence = instantiate(recipe.method, "method", "method").confidence
-    return ON_CONFIDENCES if confidence is not None and confidence.reads_samples else ()
+    return CONFIDENCE_ATTACKS if confidence is not None and confidence.reads_samples else ()
 
 
-def print_table(result: Audit, console: Console) -> None:
+def print_audit(result: Audit, console: Console) -> None:
     """Print the results of an audit.
 
     Args:

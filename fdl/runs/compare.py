@@ -40,7 +40,7 @@ class PlannedRun(NamedTuple):
     folder: Path
 
 
-def compare(
+def run_comparison(
     files: Sequence[str | Path],
     overrides: Sequence[str] = (),
     methods: Sequence[str] | None = None,
@@ -115,11 +115,11 @@ def compare(
 
 def _fit(run: PlannedRun, overwrite: bool) -> dict[str, Any]:
     """Start or resume a run that is not complete, and return its summary."""
-    resume, replace = _way(run, overwrite)
-    return runs.fit(run.recipe, run.folder, resume, replace)
+    resume, replace = _start_mode(run, overwrite)
+    return runs.run_recipe(run.recipe, run.folder, resume, replace)
 
 
-def _way(run: PlannedRun, overwrite: bool = False) -> tuple[bool, bool]:
+def _start_mode(run: PlannedRun, overwrite: bool = False) -> tuple[bool, bool]:
     """Decide how to start a run.
 
     Returns:
@@ -147,7 +147,7 @@ def _require_unchanged(run: Run) -> None:
         UserError: it holds one.
     """
     try:
-        _way(run)
+        _start_mode(run)
     except UserError as error:
         raise UserError(f"{run.variant}, seed {run.seed}: {error}") from error
 

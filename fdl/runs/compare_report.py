@@ -22,7 +22,7 @@ from fdl.runs.comparison import (
     COLUMNS,
     DIFFERENCES,
     NO_REFERENCES,
-    TARGETS,
+    SCORE_TARGETS,
     References,
     client_gains,
     compare_table,
@@ -61,14 +61,14 @@ BYTES = (
 )
 TO_TARGET = tuple(
     f"{name}_{target}{part}"
-    for target in TARGETS
+    for target in SCORE_TARGETS
     for name, part in (
         *(("rounds_to", ""), ("bytes_to", ""), ("bytes_to", "_percent"), ("bytes_to", "_all")),
         ("bytes_to", "_all_percent"),
     )
 )
 GAINS = tuple(name for name in COLUMNS if "_gain" in name)
-PARTS = {
+REPORT_SECTIONS = {
     "Quality": QUALITY,
     "Bytes, all rounds": BYTES,
     "Bytes to an equal target": TO_TARGET,
@@ -152,7 +152,7 @@ def write_compare_markdown(
             section.
     """
     parts = []
-    for title, columns in PARTS.items() if table else ():
+    for title, columns in REPORT_SECTIONS.items() if table else ():
         titles, cells = _cells(table, columns, references)
         if len(titles) == 2:  # only names and seeds
             continue
@@ -189,7 +189,7 @@ def print_compare(
     console.print(Text(compare_caption(table, references, PRINTED), style="dim"))
 
 
-ALL_COLUMNS = tuple(name for part in PARTS.values() for name in part)
+ALL_COLUMNS = tuple(name for part in REPORT_SECTIONS.values() for name in part)
 """Columns of all sections of a comparison, in order."""
 
 
@@ -291,7 +291,7 @@ def _cells(
 
 
 def _cell(name: str, line: Mapping[str, Any]) -> str:
-    mean, target = line[f"{name}_mean"], next((t for t in TARGETS if f"_to_{t}" in name), None)
+    mean, target = line[f"{name}_mean"], next((t for t in SCORE_TARGETS if f"_to_{t}" in name), None)
     if mean is None:
         missed = target is not None and "percent" not in name and line[f"reached_{target}"] < line["seeds"]
         trained = line["student_last_mean"] is not None

@@ -21,7 +21,7 @@ from fdl.metrics.federation import (
     rounds_to_target,
 )
 
-TARGETS = (95, 98)
+SCORE_TARGETS = (95, 98)
 """Fractions of the centralised score, in %, at which bytes are compared."""
 
 COLUMNS = {
@@ -41,7 +41,7 @@ COLUMNS = {
     "bytes_all_percent": "Together, %",
     **{
         f"{name}_{target}{part}": f"{title}, {target} %{suffix}"
-        for target in TARGETS
+        for target in SCORE_TARGETS
         for name, title, part, suffix in (
             ("rounds_to", "Round", "", ""),
             ("bytes_to", "Messages", "", ""),
@@ -98,9 +98,9 @@ def compare_table(
         (the compared metric), ``validation_samples`` (on which the best round was chosen, 0 if it was not), and the
         mean and sample standard deviation of everything in `COLUMNS` as ``<name>_mean`` and ``<name>_std``. For each of
         `DIFFERENCES` ``<name>_mean``, ``_low`` and ``_high``: the mean difference to that variant over common seeds
-        with its 95 % interval; and for each of `TARGETS` ``reached_<target>``, the number of seeds that reach it. Means
-        up to a target are None unless all seeds reach it. Ratios are computed seed by seed, over the seeds that the
-        reference has too. Undefined values are None: a student in a variant that trains none, a ratio without its
+        with its 95 % interval; and for each of `SCORE_TARGETS` ``reached_<target>``, the number of seeds that reach it.
+        Means up to a target are None unless all seeds reach it. Ratios are computed seed by seed, over the seeds that
+        the reference has too. Undefined values are None: a student in a variant that trains none, a ratio without its
         reference, a deviation of one seed.
     """
     measured = measure_all(rows, references)
@@ -119,7 +119,7 @@ def compare_table(
             "score": summary["score"]["metric"],
             "validation_samples": summary["best"].get("validation_samples", 0),
         }
-        for target in TARGETS:
+        for target in SCORE_TARGETS:
             line[f"reached_{target}"] = sum(m[f"rounds_to_{target}"] is not None for m in mine.values())
         for name in COLUMNS:
             values = [m[name] for m in mine.values() if m[name] is not None and math.isfinite(m[name])]
@@ -155,7 +155,11 @@ def measure_all(
         other = summaries.get((references.bytes_reference, seed))
         sent = _bytes(summary, _target_rounds(summary, central, alone))
         base = {} if other is None else _bytes(other, _target_rounds(other, central, alone))
-        for name in ("bytes_total", "bytes_all", *(f"bytes_to_{t}{part}" for t in TARGETS for part in ("", "_all"))):
+        for name in (
+            "bytes_total",
+            "bytes_all",
+            *(f"bytes_to_{t}{part}" for t in SCORE_TARGETS for part in ("", "_all")),
+        ):
             whole, part = base.get(name), sent[name]
             sent[f"{name}_percent"] = 100 * part / whole if whole and part is not None else None
         whose = None if variant == references.single_site else alone
@@ -270,10 +274,12 @@ def _target_rounds(
     score, higher = summary["score"]["metric"], summary["score"]["higher_is_better"]
     goal, zero = _last(central, f"student/test/{score}"), _last(alone, f"specialists/test/{score}")
     if goal is None or (zero is None and not higher):
-        return dict.fromkeys(TARGETS)
+        return dict.fromkeys(SCORE_TARGETS)
     found = metric_by_round(summary.get("history", ()), f"student/test/{score}")
     history = {round: value if higher else -value for round, value in found.items() if _finite(value) is not None}
-    levels = {target: target / 100 * goal if higher else -(zero + target / 100 * (goal - zero)) for target in TARGETS}
+    levels = {
+        target: target / 100 * goal if higher else -(zero + target / 100 * (goal - zero)) for target in SCORE_TARGETS
+    }
     return {target: rounds_to_target(history, level, window=1) for target, level in levels.items()}
 
 

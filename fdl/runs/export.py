@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule
 
 
-FORMATS: dict[str, Callable[[LightningModule, ExportedStudent, Path], str]] = {
+WRITERS: dict[str, Callable[[LightningModule, ExportedStudent, Path], str]] = {
     "timm": save_timm,
     "transformers": save_transformers,
     "open_clip": save_open_clip,
@@ -39,7 +39,7 @@ def export(run: str | Path, format: str, output: str | Path | None = None, which
 
     Args:
         run: the run's folder.
-        format: a name among `FORMATS`.
+        format: a name among `WRITERS`.
         output: a new or empty folder; default ``export-<format>`` in the run's folder.
         which: ``"best"``: the best round on validation data (the last one without validation data), as the run's
             report names it; ``"last"``: the last round.
@@ -51,8 +51,8 @@ def export(run: str | Path, format: str, output: str | Path | None = None, which
         UserError: the run is not finished, its folder no longer has the student of that round, the format does not
             support the student, or the output folder is not empty.
     """
-    if format not in FORMATS:
-        raise UserError(f"format: {format!r} is none of {', '.join(FORMATS)}{suggest(format, FORMATS)}")
+    if format not in WRITERS:
+        raise UserError(f"format: {format!r} is none of {', '.join(WRITERS)}{suggest(format, WRITERS)}")
     run = expanded(run)
     output = run / f"export-{format}" if output is None else expanded(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -68,7 +68,7 @@ def export(run: str | Path, format: str, output: str | Path | None = None, which
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
-        usage = FORMATS[format](student, subject, folder)
+        usage = WRITERS[format](student, subject, folder)
         card = model_card(subject.recipe, summary, subject.round, usage, subject.description())
         write_atomically(folder / "README.md", card.encode())
         try:

@@ -78,10 +78,10 @@ def save_onnx(student: LightningModule, subject: ExportedStudent, folder: Path) 
         model = onnx.load(path)
         for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
             del node.metadata_props[:]  # they contain local paths of the exporting machine
-        told = {
+        metadata = {
             key: value if isinstance(value, str) else json.dumps(value) for key, value in subject.description().items()
         }
-        onnx.helper.set_model_props(model, told)
+        onnx.helper.set_model_props(model, metadata)
         onnx.save(model, path)
         lines.append(f'{name} = onnxruntime.InferenceSession("FOLDER/{name}.onnx")  # takes {_shape(example)}')
     lines.append("# the same as in inputs.json: session.get_modelmeta().custom_metadata_map")

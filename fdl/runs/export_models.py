@@ -38,17 +38,17 @@ def save_timm(student: LightningModule, subject: ExportedStudent, folder: Path) 
 
     if type(student) is not Timm:  # nor one with prompts, which timm does not support
         raise UserError(f"{type(student).__name__} is no model of timm; --format torch takes any student")
-    network, pictures = merge_lora(student.backbone), subject.pictures()
+    network, preprocessing = merge_lora(student.backbone), subject.preprocessing()
     if not subject.recipe.student.args.get("pretrained"):
         # origin and licence of the architecture's published weights do not apply to weights trained from scratch
         network.pretrained_cfg = {key: network.pretrained_cfg[key] for key in _OWN if key in network.pretrained_cfg}
     data_config = {
-        "input_size": tuple(pictures["input_size"]),
-        "mean": tuple(pictures["mean"]),
-        "std": tuple(pictures["std"]),
-        "interpolation": pictures["interpolation"],
+        "input_size": tuple(preprocessing["input_size"]),
+        "mean": tuple(preprocessing["mean"]),
+        "std": tuple(preprocessing["std"]),
+        "interpolation": preprocessing["interpolation"],
         "crop_pct": 1.0,
-        "crop_mode": "center" if pictures["cut"] else "squash",
+        "crop_mode": "center" if preprocessing["cut"] else "squash",
     }
     labels = {"label_names": subject.inputs.classes}
     save_for_hf(network, str(folder), model_config=labels, safe_serialization=True, data_config=data_config)
@@ -136,16 +136,16 @@ def save_open_clip(student: LightningModule, subject: ExportedStudent, folder: P
     """
     if not hasattr(student, "open_clip_state"):
         raise UserError(f"{type(student).__name__} is no model of open_clip; --format torch takes any student")
-    pictures, tokenizer = subject.pictures(), subject.model_kwargs["tokenizer"]
-    if pictures["input_size"][0] != 3:
+    preprocessing, tokenizer = subject.preprocessing(), subject.model_kwargs["tokenizer"]
+    if preprocessing["input_size"][0] != 3:
         raise UserError("open_clip builds models for colour images only; --format torch takes any student")
     sizes = {**student.sizes, "quick_gelu": bool(student.sizes.get("quick_gelu"))}
     preprocess = {
-        "size": list(pictures["input_size"][1:]),
-        "mean": pictures["mean"],
-        "std": pictures["std"],
-        "interpolation": pictures["interpolation"],
-        "resize_mode": "shortest" if pictures["cut"] else "squash",
+        "size": list(preprocessing["input_size"][1:]),
+        "mean": preprocessing["mean"],
+        "std": preprocessing["std"],
+        "interpolation": preprocessing["interpolation"],
+        "resize_mode": "shortest" if preprocessing["cut"] else "squash",
     }
     write_atomically(folder / "open_clip_config.json", _json({"model_cfg": sizes, "preprocess_cfg": preprocess}))
     save_file(student.open_clip_state(), folder / "open_clip_model.safetensors")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule
 
     from fdl.recipe.config import Recipe
-    from fdl.runs.inputs import Inputs
+    from fdl.runs.inputs import InputSpec
 
 
 @dataclass
@@ -27,7 +27,7 @@ class ExportedStudent:
 
     recipe: Recipe
     student: LightningModule
-    inputs: Inputs
+    inputs: InputSpec
     round: int
 
     @property
@@ -41,7 +41,7 @@ class ExportedStudent:
         mean, std = self.model_kwargs.get("normalization") or ([0.0] * channels, [1.0] * channels)
         return list(map(float, mean)), list(map(float, std))
 
-    def pictures(self) -> dict[str, Any]:
+    def preprocessing(self) -> dict[str, Any]:
         """Describe the preprocessing of images for the network itself, after the adapter if the student has one."""
         adapter = getattr(self.student, "adapter", None)
         (mean, std), size = self.normalization(), self.model_kwargs["input_shape"]
@@ -54,10 +54,10 @@ class ExportedStudent:
 
     def description(self) -> dict[str, Any]:
         """Describe the exported model's inputs and outputs, for the model card and inputs.json."""
-        model_kwargs, told = self.model_kwargs, {"task": self.inputs.task}
+        model_kwargs, described = self.model_kwargs, {"task": self.inputs.task}
         if "input_shape" in model_kwargs:
             mean, std = self.normalization()
-            told["images"] = {
+            described["images"] = {
                 "shape": ["batch", *model_kwargs["input_shape"]],
                 "range": "0 (black) to 1 (white), then (x - mean) / std for each channel",
                 "mean": mean,
@@ -65,13 +65,13 @@ class ExportedStudent:
                 "resize": "central square, then bilinear with antialiasing",
             }
         if "context" in model_kwargs:
-            told["texts"] = {
+            described["texts"] = {
                 "shape": ["batch", model_kwargs["context"]],
                 "ids": f"of the tokenizer ({_public_name(model_kwargs['tokenizer'])}), padded on the right with -1",
             }
         if self.inputs.classes and self.inputs.task == "classification":
-            told["classes"] = self.inputs.classes
-        return told
+            described["classes"] = self.inputs.classes
+        return described
 
 
 def _public_name(tokenizer: Any) -> str:

@@ -64,9 +64,9 @@ def save_for_generation(tokenizer: Tokenizer, positions: int, folder: Path) -> N
 
 def _write(inner: tokenizers.Tokenizer, tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
     inner.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
     # fdl's models get no token types, not even for pairs of texts
-    told["model_input_names"] = ["input_ids", "attention_mask"]
+    content["model_input_names"] = ["input_ids", "attention_mask"]
     if tokenizer.eos is not None:
-        told["eos_token"] = inner.id_to_token(tokenizer.eos)
-    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        content["eos_token"] = inner.id_to_token(tokenizer.eos)
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputSpec:
     """Description of the inputs of a run's models, without any sample.
 
     Attributes:
@@ -48,7 +48,7 @@ class Inputs:
         return images if tokens is None else tokens
 
 
-def keep(loop: FederatedLoop) -> None:
+def write_input_spec(loop: FederatedLoop) -> None:
     """Write the description of the inputs of a run's models, unless user-defined data have arguments no JSON can hold.
 
     Args:
@@ -60,20 +60,20 @@ def keep(loop: FederatedLoop) -> None:
     server, folder = loop.server, loop.folder
     model_kwargs = dict(server.model_kwargs)
     tokenizer = model_kwargs.pop("tokenizer", None)
-    told = {"task": server.task, "classes": list(server.classes), "model_kwargs": model_kwargs, "tokenizer": None}
+    content = {"task": server.task, "classes": list(server.classes), "model_kwargs": model_kwargs, "tokenizer": None}
     if tokenizer is not None:
-        told["tokenizer"] = tokenizer.label if _has_name(tokenizer.label) else TOKENIZER
+        content["tokenizer"] = tokenizer.label if _has_name(tokenizer.label) else TOKENIZER
     try:
-        text = json.dumps(told, indent=1)
+        text = json.dumps(content, indent=1)
     except (TypeError, ValueError):  # a user-defined data module may pass any object to its models
         return
-    if told["tokenizer"] == TOKENIZER:
+    if content["tokenizer"] == TOKENIZER:
         tokenizer.save(folder / TOKENIZER)
     write_atomically(folder / INPUTS, f"{text}\n".encode())
 
 
-def read(folder: Path) -> Inputs | None:
-    """Read the file that `keep` wrote.
+def read_input_spec(folder: Path) -> InputSpec | None:
+    """Read the file that `write_input_spec` wrote.
 
     Args:
         folder: the run's folder.
@@ -88,11 +88,11 @@ def read(folder: Path) -> Inputs | None:
     if not path.is_file():
         return None
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        model_kwargs, name = dict(told["model_kwargs"]), told["tokenizer"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model_kwargs, name = dict(content["model_kwargs"]), content["tokenizer"]
         if "input_shape" in model_kwargs:
             model_kwargs["input_shape"] = tuple(model_kwargs["input_shape"])
-        inputs = Inputs(told["task"], list(told["classes"]), model_kwargs)
+        inputs = InputSpec(content["task"], list(content["classes"]), model_kwargs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; delete it to export with the data at hand") from error
     if name is not None:

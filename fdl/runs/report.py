@@ -41,7 +41,7 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n").encode())
 
 
-def print_table(summary: Mapping[str, Any], console: Console, folder: Path) -> None:
+def print_summary(summary: Mapping[str, Any], console: Console, folder: Path) -> None:
     """Print the summary of a run.
 
     Args:
@@ -53,7 +53,7 @@ def print_table(summary: Mapping[str, Any], console: Console, folder: Path) -> N
     table = Table(box=box.SIMPLE_HEAD, show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _outcome(summary) + _cost(summary) + _attacked(summary):
+    for name, value in _score_rows(summary) + _cost_rows(summary) + _audit_rows(summary):
         table.add_row(Text(name), Text(value))
     console.print(table)
     # not in the table: text to copy must not be wrapped
@@ -64,7 +64,7 @@ def print_table(summary: Mapping[str, Any], console: Console, folder: Path) -> N
         console.print(Text.assemble((f"  {name}: ", "bold"), value), soft_wrap=True)
 
 
-def _outcome(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _score_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Format the scores of the models as pairs of title and value."""
     metrics, best = summary["metrics"], summary["best"]
     rows = []
@@ -93,7 +93,7 @@ def _title(metric: str) -> str:
     return _TITLES.get(metric, metric.replace("_", " "))
 
 
-def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _cost_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Format bytes, privacy, rounds and seconds as pairs of title and value."""
     sent, time = summary["communication"], summary["time"]
     setup = [
@@ -128,7 +128,7 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _attacked(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Format the results of attacks as pairs of title and value."""
     audit = summary.get("audit")
     if audit is None:

@@ -18,7 +18,7 @@ from fdl.engine.distributed.launch_environment import is_follower, started_by_ot
 from fdl.errors import UserError
 from fdl.recipe.config import Recipe
 from fdl.recipe.validate import fill
-from fdl.runs.run_keys import MEASURED, RESUMABLE_KEYS, changes, places, told, within
+from fdl.runs.run_keys import EVALUATION_KEYS, RESUMABLE_KEYS, changes, format_differences, is_within, location_keys
 from fdl.state import run_folder
 from fdl.state.run_folder import CHECKPOINTS, RECIPE, SUMMARY
 from fdl.utils.files import write_atomically
@@ -36,16 +36,16 @@ __all__ = [
     "SUMMARY",
     "changes",
     "check_can_run",
-    "fit",
     "has_checkpoint",
     "is_complete",
+    "run_recipe",
 ]
 
 
 _NO_RECIPE = "holds checkpoints of a run without its recipe"
 
 
-def fit(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Run a recipe in a folder, or resume the run in it.
 
     Args:
@@ -86,25 +86,25 @@ def fit(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: boo
 
 def _run(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
     """Build the federation and run it; with several processes, only the leading one writes."""
-    from fdl.build.federation import build
+    from fdl.build.federation import build_federation
     from fdl.engine.distributed.launcher import processes
     from fdl.runs import inputs
 
     with processes(recipe, folder, resume):
-        loop = build(recipe, folder)
+        loop = build_federation(recipe, folder)
         if is_follower():
             return loop.run(resume=resume)
-        keeper = _Keeper(recipe, folder, resume)
-        loop.callbacks.callbacks.insert(0, keeper)  # first, so that failing callbacks cannot prevent its writes
-        loop.on_summary = keeper.write
-        with keeper.in_place():
-            inputs.keep(loop)
+        writer = _RunWriter(recipe, folder, resume)
+        loop.callbacks.callbacks.insert(0, writer)  # first, so that failing callbacks cannot prevent its writes
+        loop.on_summary = writer.write
+        with writer.own_folder():
+            inputs.write_input_spec(loop)
             summary = loop.run(resume=resume)
-            keeper.write(summary)  # again: callbacks may have extended it
+            writer.write(summary)  # again: callbacks may have extended it
     return summary
 
 
-class _Keeper(Callback):
+class _RunWriter(Callback):
     """Writes the recipe and the summary of a run, and keeps an earlier run until this one has saved a round."""
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool):
@@ -113,7 +113,7 @@ class _Keeper(Callback):
         self._replaces = False
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def own_folder(self) -> Iterator[None]:
         """Use the folder for this run within the context; an earlier run is restored if this one saves no round."""
         try:
             if not self.resume:
@@ -172,8 +172,8 @@ def folder_of(recipe: Recipe, given: str | Path | None = None) -> Path:
         raise UserError(f"output_dir: {error}") from error
 
 
-def foreseen(recipe: Recipe, folder: Path) -> str:
-    """Return the error message with which `fit` would reject a recipe in a folder now; empty if it would run.
+def rejection_reason(recipe: Recipe, folder: Path) -> str:
+    """Return the error message with which `run_recipe` would reject a recipe in a folder now; empty if it would run.
 
     Args:
         recipe: the checked recipe.
@@ -216,29 +216,29 @@ def check_can_run(recipe: Recipe, folder: Path, resume: bool = False, overwrite:
 
 
 def _refuse_to_resume(recipe: Recipe, folder: Path) -> None:
-    now, stored = recipe.to_dict(), _stored(folder) if run_folder.is_run(folder) else None
+    now, stored = recipe.to_dict(), _stored_recipe(folder) if run_folder.is_run(folder) else None
     if stored is None or not (has_checkpoint(folder) or is_complete(recipe, folder)):
         raise UserError(f"{folder}: there is no checkpoint to resume from; start the run without --resume")
     changed = changes(stored, now)
-    allowed = [*places(stored, now, changed), *_grown(stored, recipe, changed)]
-    measured = [key for key in changed if within(key, MEASURED)]
+    allowed = [*location_keys(stored, now, changed), *_increased_rounds(stored, recipe, changed)]
+    measured = [key for key in changed if is_within(key, EVALUATION_KEYS)]
     if blocking := [key for key in changed if key not in allowed and key not in measured]:
         raise UserError(
             f"{folder}: cannot resume, the recipe has changed since the run began:\n"
-            f"{told(stored, now, blocking)}\n"
-            "Undo this, or start a new run with another --output-dir. "
-            f"What may change: more federation.rounds, where the data lie, {', '.join((*RESUMABLE_KEYS, *MEASURED))}"
+            f"{format_differences(stored, now, blocking)}\n"
+            "Undo this, or start a new run with another --output-dir. What may change: more federation.rounds, "
+            f"where the data lie, {', '.join((*RESUMABLE_KEYS, *EVALUATION_KEYS))}"
         )
-    if measured and (folder / SUMMARY).exists() and not _grown(stored, recipe, changed):
+    if measured and (folder / SUMMARY).exists() and not _increased_rounds(stored, recipe, changed):
         raise UserError(
             f"{folder}: holds a finished run, and there is no round to come that these could measure:\n"
-            f"{told(stored, now, measured)}\n"
+            f"{format_differences(stored, now, measured)}\n"
             "Ask for more federation.rounds too, or undo this; for attacks, use fdl audit"
         )
 
 
 def _refuse_to_replace(recipe: Recipe, folder: Path) -> None:
-    now, stored = recipe.to_dict(), _stored(folder)
+    now, stored = recipe.to_dict(), _stored_recipe(folder)
     finished, saved = (folder / SUMMARY).exists(), run_folder.last_round(folder)
     replace = "take its place with --overwrite"
     if stored is None:
@@ -247,10 +247,12 @@ def _refuse_to_replace(recipe: Recipe, folder: Path) -> None:
         return
     changed = changes(stored, now)
     if changed and (finished or saved):
-        hint = "; --resume goes on with it to more rounds" if changed == _grown(stored, recipe, changed) else ""
+        hint = (
+            "; --resume goes on with it to more rounds" if changed == _increased_rounds(stored, recipe, changed) else ""
+        )
         raise UserError(
             f"{folder}: holds a{' finished' if finished else 'n unfinished'} run of another recipe, which differs in:\n"
-            f"{told(stored, now, changed)}\n"
+            f"{format_differences(stored, now, changed)}\n"
             f"Choose another folder with --output-dir, or another name with name=…, or {replace}{hint}"
         )
     if finished and not changed:
@@ -297,7 +299,7 @@ def is_complete(recipe: Recipe, folder: Path) -> bool:
     """
     if not (run_folder.is_run(folder) and (folder / SUMMARY).is_file()):
         return False
-    stored = _stored(folder)
+    stored = _stored_recipe(folder)
     if stored is None or changes(stored, recipe.to_dict()):
         return False
     return not recipe.evaluation.attacks or read_summary(folder).get("audit") is not None
@@ -350,7 +352,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     write_atomically(folder / RECIPE, recipe.to_yaml().encode())
 
 
-def _stored(folder: Path) -> dict[str, Any] | None:
+def _stored_recipe(folder: Path) -> dict[str, Any] | None:
     """Read the recipe of the run in a folder; None without one."""
     path = folder / RECIPE
     try:
@@ -364,7 +366,7 @@ def _stored(folder: Path) -> dict[str, Any] | None:
     return fill(stored, Recipe)  # keys that were added after the run have their defaults
 
 
-def _grown(stored: Mapping[str, Any], recipe: Recipe, changed: list[str]) -> list[str]:
+def _increased_rounds(stored: Mapping[str, Any], recipe: Recipe, changed: list[str]) -> list[str]:
     """Return the key of the number of rounds if it was increased."""
     federation = stored.get("federation")
     rounds = federation.get("rounds") if isinstance(federation, Mapping) else None

@@ -34,7 +34,7 @@ RESUMABLE_KEYS = (
 `evaluation.batch_size` is the batch size of inference only, and `data.args.batch_size` applies to a plain Trainer.
 """
 
-MEASURED = ("evaluation.metrics", "evaluation.evaluators", "evaluation.attacks", "evaluation.specialists")
+EVALUATION_KEYS = ("evaluation.metrics", "evaluation.evaluators", "evaluation.attacks", "evaluation.specialists")
 """Keys of the evaluation of future rounds, which a resumed run may change if it has rounds left."""
 
 _PLACE = re.compile(r"data\.(?:args\.proxy\.)*args\.(\w+)(?:\.\d+)?")
@@ -48,10 +48,10 @@ def changes(stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
         stored: the recipe of a run.
         recipe: the new recipe.
     """
-    return [key for key in difference(stored, recipe) if not within(key, RESUMABLE_KEYS)]
+    return [key for key in difference(stored, recipe) if not is_within(key, RESUMABLE_KEYS)]
 
 
-def within(key: str, sections: Iterable[str]) -> bool:
+def is_within(key: str, sections: Iterable[str]) -> bool:
     """Check if a dotted key is one of some sections, or lies below one of them.
 
     Args:
@@ -61,7 +61,7 @@ def within(key: str, sections: Iterable[str]) -> bool:
     return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
-def is_place(key: str, before: Any, after: Any) -> bool:
+def is_location(key: str, before: Any, after: Any) -> bool:
     """Check if a key only gives the location of data, so that only the data themselves show if they are the same.
 
     Args:
@@ -75,7 +75,7 @@ def is_place(key: str, before: Any, after: Any) -> bool:
     return match[1] in _PLACES or "/" in before or "/" in after
 
 
-def at(tree: Any, key: str) -> Any:
+def value_at(tree: Any, key: str) -> Any:
     """Return the value at a dotted key of a recipe.
 
     Args:
@@ -93,7 +93,7 @@ def at(tree: Any, key: str) -> Any:
     return tree
 
 
-def places(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+def location_keys(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     """Select the changed keys that only give the location of data.
 
     Args:
@@ -104,14 +104,14 @@ def places(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: Iterable[
     found = []
     for key in keys:
         try:
-            if is_place(key, at(stored, key), at(recipe, key)):
+            if is_location(key, value_at(stored, key), value_at(recipe, key)):
                 found.append(key)
         except KeyError:
             continue
     return found
 
 
-def told(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: list[str], most: int = 10) -> str:
+def format_differences(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: list[str], most: int = 10) -> str:
     """Format the differences between a stored recipe and a new one, one line per key.
 
     Args:
@@ -126,7 +126,7 @@ def told(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: list[str], 
 
 def _shown(tree: Any, key: str) -> str:
     try:
-        value = at(tree, key)
+        value = value_at(tree, key)
     except KeyError:
         return "absent"
     return "null" if value is None else repr(value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdl.build.federation import build
+from fdl.build.federation import build_federation
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
 from fdl.federation.snapshot import BEST
@@ -16,7 +16,7 @@ from fdl.recipe.loading import load
 from fdl.registry.instantiate import instantiate
 from fdl.runs import run as runs
 from fdl.runs.exported_student import ExportedStudent
-from fdl.runs.inputs import Inputs, read
+from fdl.runs.inputs import InputSpec, read_input_spec
 from fdl.state import checkpoint
 from fdl.state.weights import load_into
 from fdl.utils.seeding import stream_seed
@@ -39,24 +39,24 @@ def trained_student(run: Path, summary: Mapping[str, Any], which: str) -> Export
     """
     if which not in ("best", "last"):
         raise UserError(f"which: {which!r} is none of best, last")
-    recipe, inputs = load(run / runs.RECIPE), read(run)
+    recipe, inputs = load(run / runs.RECIPE), read_input_spec(run)
     if inputs is None:  # a run of an earlier version, or of data with arguments that cannot be stored
-        loop = build(recipe, run, launch=False)
+        loop = build_federation(recipe, run, launch=False)
         server, method = loop.server, loop.method
-        inputs = Inputs(server.task, list(server.classes), dict(server.model_kwargs))
+        inputs = InputSpec(server.task, list(server.classes), dict(server.model_kwargs))
     else:
         method = instantiate(recipe.method, "method", "method")
         server = _server(recipe, method, inputs)
     if server.student is None:
         raise UserError(f"{run}: method {recipe.method.target} has no student")
-    state = _saved(run, summary, which)
+    state = _load_state(run, summary, which)
     load_into(server.student, state["student"])
     server.state = state["server"]
     method.on_restore(server)
     return ExportedStudent(recipe, server.student, inputs, state["round"])
 
 
-def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
+def _server(recipe: Recipe, method: Method, inputs: InputSpec) -> Server:
     """Create a server with a student and without data."""
     runtime = Runtime(accelerator="cpu", precision=recipe.fabric.precision, launch=False)
     student = None
@@ -82,7 +82,7 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
     )
 
 
-def _saved(run: Path, summary: Mapping[str, Any], which: str) -> Mapping[str, Any]:
+def _load_state(run: Path, summary: Mapping[str, Any], which: str) -> Mapping[str, Any]:
     """Load the ``round``, the ``student``, and the part of the ``server``'s state that belongs to it.
 
     Raises:

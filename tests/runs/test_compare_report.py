@@ -294,7 +294,7 @@ def test_markdown_is_tables_and_a_legend(tmp_path):
     compare_report.write_compare_markdown(tmp_path / "compare.md", lines, REFERENCES)
     text = (tmp_path / "compare.md").read_text(encoding="utf-8")
     found = parts(text)
-    assert list(found) == list(compare_report.PARTS)
+    assert list(found) == list(compare_report.REPORT_SECTIONS)
     quality = found["Quality"]["ours"]
     assert quality["Seeds"] == "2" and quality["Student, last round"] == "0.8350 ± 0.0636"
     assert quality["Δ fedavg"] == "+0.0500 [-0.2041, +0.3041]" and quality["Δ centralized"].startswith("-0.0150 [")
