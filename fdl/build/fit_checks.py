@@ -87,9 +87,9 @@ def _fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Ser
                 largest[kind] = client
         for client in largest.values():
             who, module = f"client {client.id}", client.runtime.shared_module(client.architecture)
-            yield "local", module, client.local_training, client.samples, who
+            yield "local_training", module, client.local_training, client.samples, who
             if recipe.client_distil is not None:
-                yield "digest", module, client.client_distil, len(server.proxy or ()), who
+                yield "client_distil", module, client.client_distil, len(server.proxy or ()), who
     if server.student is not None and server.proxy is not None and len(server.proxy):
         yield "server_distil", server.student, server.server_distil, len(server.proxy), "the server"
 

@@ -38,7 +38,7 @@ CHECKPOINT = "round-000001-0123456789abcdef.safetensors"
 
 
 class Federation:
-    """Stands in for `fdl.build.federation.build_federation`: counts what is run and leaves the files that a loop leaves."""
+    """Stands in for `build_federation`: counts what is run and leaves the files that a loop leaves."""
 
     def __init__(self):
         self.runs, self.error, self.failing = [], None, None
