@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
@@ -90,14 +91,14 @@ class AffinityDistillation(Method):
             "answers", lambda: Responses(answers(server, server.student, server.proxy), "embeddings")
         )
 
-    def local_update(self, client: Client, download: Responses | None) -> Responses:
+    def local_update(self, client: Client, download: Responses | None) -> Requests[Responses]:
         """Learn from what came back, train on private pairs, embed the public ones."""
         specialist = client.specialist()
         if download is not None:
             student = AnswerPool(len(client.proxy), weighted=False)
             student.add(download, -1)
             AffinityLosses().learn(client, specialist, student.result(), client.client_distil, "digest")
-        client.fit(specialist, client.train, client.local_training)
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
         given = answers(client, specialist, client.proxy, temperature)

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
@@ -76,16 +77,16 @@ class FedLPFM(FedAvg):
         if self.models > len(known):
             raise UserError(f"models: {self.models} at a client, but specialists has {len(known)} different ones")
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the proxy on private labels and on what the foundation models answer; return its weights."""
         if self.weight == 0 or client.runtime.is_dry_run:  # a dry run measures messages, which no answer changes
-            return super().local_update(client, download)
+            return (yield from super().local_update(client, download))
         with client.data_gate.open():  # what is read of a sample here goes into the fit with it, and nowhere else
             answers = self._answers(client)
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
             labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
-        client.fit(proxy, labelled, client.local_training, self._taught)
+        yield FitRequest(proxy, labelled, client.local_training, self._taught)
         return Parameters(module_state(proxy), samples=client.reported_samples)
 
     def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:

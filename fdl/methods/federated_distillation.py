@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
@@ -106,7 +107,7 @@ class FederatedDistillation(Method):
         shared = features, prototypes, proxy_fraction, self.upload_policy, private_release
         self.uploads = UploadBuilder(space, calibrate, confidence, *shared)
         self.distillation = DistillationConfig(loss, temperature, alpha, features, prototypes, adapter)
-        self.adaptive_client_weights, self.robust = adaptive_client_weights, robust
+        self.adaptive_client_weights, self.robust, self.confidence = adaptive_client_weights, robust, confidence
         self.needs_calibration = self.uploads.needs_calibration
         others = {"features": features, "prototypes": prototypes, "personalization": personalization}
         if private_release is not None:
@@ -128,25 +129,25 @@ class FederatedDistillation(Method):
         """Soft labels of the proxy set, one message for all clients unless they are personalised."""
         return self.feedback.download(server, client)
 
-    def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
+    def local_update(self, client: Client, download: Message | Bundle | None) -> Requests[Message | Bundle | None]:
         """Learn from the downloaded soft labels, train on private data, predict the proxy set."""
         received = parts_of(download)
         labels, status = received.get(Responses), received.get(UploadStatus)
         if self.upload_policy is not None and self.upload_policy.may_skip(client, status):
             return UploadStatus(status.round)
-        specialist = self.initialization.specialist(client, labels is not None)
+        specialist = yield from self.initialization.specialist(client, labels is not None)
         if labels is not None:
             samples = SoftLabelled(client.proxy, labels.values, labels.rows)
-            client.fit(specialist, samples, client.client_distil, self.objective, name="digest")
-        client.fit(specialist, client.train, client.local_training)
+            yield FitRequest(specialist, samples, client.client_distil, self.objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
-        return self.uploads.upload(client, specialist, status)
+        return (yield from self.uploads.upload(client, specialist, status))
 
     def aggregate(self, server: Server) -> CompositeAggregate:
         """Means over clients, weighted row by row."""
-        confidence, adaptive, release = self.uploads.confidence, self.adaptive_client_weights, self.uploads.release
+        adaptive, release = self.adaptive_client_weights, self.uploads.release
         # a client without a confidence that all must send would have log-weight 0, more than most honest ones
-        weighted = None if adaptive is not None and confidence is None else confidence is not None
+        weighted = None if adaptive is not None and self.confidence is None else self.confidence is not None
         mean, rows = self.labels.mean(server, weighted), rows_of_round(server, self.uploads.proxy_fraction)
         mean = mean if self.robust is None else RobustAnswers(self.robust, server, self.labels.space, weighted)
         return CompositeAggregate(
