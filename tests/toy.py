@@ -60,14 +60,14 @@ def federation(
     seed=0,
     callbacks=(),
     upload=(),
-    module=Linear,
+    module=None,
     private=(((E0,), (0,)), ((E1, E1, E1), (1, 1, 1))),
     **federation,
 ):
     """A loop over the two toy clients, or as many as have private samples, each with inputs and labels."""
     runtime = Runtime(accelerator="cpu")
     for name in ("student", "teacher", "linear"):
-        runtime.factories[name] = module
+        runtime.factories[name] = module or Linear
     proxy = samples([E0, E1])
     common = {
         "runtime": runtime,
