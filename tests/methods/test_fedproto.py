@@ -92,7 +92,7 @@ def test_classes_without_a_prototype_add_nothing(tmp_path):
     loop.run()
     loop.start_round(2)
     loop.clients[0].train = samples([E0, E0], [0, 1])
-    objective = loop.method._near(loop.clients[0], loop.download_for(0))
+    objective = loop.method._prototype_objective(loop.clients[0], loop.download_for(0))
     with loop.clients[0].turn():
         module = loop.clients[0].specialist()
         parts = objective(module, loop.clients[0].train.batch(torch.tensor([0, 1])))
