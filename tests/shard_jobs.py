@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fdl.build import build
-from fdl.engine import runtime
 from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.state import checkpoint
 from fdl.state.shards import local_shard
@@ -112,7 +112,7 @@ def all_jobs(place: Path) -> dict:
     found = {name: run(name, place / name) for name in QUICK}
     found["resumed"] = run("federated_distillation", place / "half", ("federation.rounds=2",), resume=True)
     parts = []
-    runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
+    data_parallel.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
     run("federated_distillation", place / "parts", ("federation.rounds=1",))
     found["parts"] = len(parts)
     try:

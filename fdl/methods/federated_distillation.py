@@ -46,7 +46,7 @@ class FederatedDistillation(Method):
         pretrain: epochs of every new specialist and the student on public labelled samples, sent to all, as in FedMD.
         reinitialize_clients: reinitialise a specialist before it learns from its download, as in CFD.
         features: activations that are uploaded, too.
-        prototypes: class means of private samples that are uploaded, too.
+        prototypes: centroids of private samples that are uploaded, too.
         adapter: maps each client's features, and prototypes of its embedding, to the student's space.
         adaptive_client_weights: weights of clients that follow the phase of training.
         personalization: each client downloads its own mixture of the others' predictions.
@@ -106,7 +106,7 @@ class FederatedDistillation(Method):
         shared = features, prototypes, proxy_fraction, self.upload_policy, private_release
         self.uploads = UploadBuilder(space, calibrate, confidence, *shared)
         self.distillation = DistillationConfig(loss, temperature, alpha, features, prototypes, adapter)
-        self.adaptive_client_weights, self.robust = adaptive_client_weights, robust
+        self.adaptive_client_weights, self.robust, self.confidence = adaptive_client_weights, robust, confidence
         self.needs_calibration = self.uploads.needs_calibration
         others = {"features": features, "prototypes": prototypes, "personalization": personalization}
         if private_release is not None:
@@ -143,9 +143,9 @@ class FederatedDistillation(Method):
 
     def aggregate(self, server: Server) -> CompositeAggregate:
         """Return empty means over clients, weighted per row."""
-        confidence, adaptive, release = self.uploads.confidence, self.adaptive_client_weights, self.uploads.release
+        adaptive, release = self.adaptive_client_weights, self.uploads.release
         # a client without a confidence that all must send would have log-weight 0, more than most honest ones
-        weighted = None if adaptive is not None and confidence is None else confidence is not None
+        weighted = None if adaptive is not None and self.confidence is None else self.confidence is not None
         mean, rows = self.labels.mean(server, weighted), rows_of_round(server, self.uploads.proxy_fraction)
         mean = mean if self.robust is None else RobustAnswers(self.robust, server, self.labels.space, weighted)
         return CompositeAggregate(

@@ -77,7 +77,7 @@ def test_an_audit_leaves_the_run_as_it_was(loop):
 def test_states_on_disk_are_read_and_not_written(tmp_path):
     found = {}
     for where in ("memory", "disk"):
-        loop = finished(tmp_path / where, federation={"clients": 2, "rounds": 1, "state": where})
+        loop = finished(tmp_path / where, federation={"clients": 2, "rounds": 1, "client_state": where})
         before = sorted((tmp_path / where / "clients").glob("*"))
         found[where] = audit(loop, [LiRA(shadows=2)]).metrics()
         assert sorted((tmp_path / where / "clients").glob("*")) == before

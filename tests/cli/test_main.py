@@ -227,8 +227,8 @@ def test_list_says_what_a_plugin_takes(here, capsys):
     assert "one of 'file', 'paragraph', 'line', default 'file'" in rows["document"]
     assert "public proxy set" in rows["proxy"]  # of the base class
     assert fdl(capsys, "list datamodule text_files") == (code, out, "")
-    both = fdl(capsys, "list adam")[1] + fdl(capsys, "list prototypes")[1]
-    assert "adam, an optimizer" in both and "prototypes, " in both
+    both = fdl(capsys, "list adam")[1] + fdl(capsys, "list noisy_prototypes")[1]
+    assert "adam, an optimizer" in both and "noisy_prototypes, a prototype transfer" in both
 
 
 def test_list_metrics(here, capsys):

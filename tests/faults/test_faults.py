@@ -183,6 +183,9 @@ def finish(loop, resume=False):
     try:
         loop.run(resume=resume)
     except UserError as error:
+        if "no client sent anything" in str(error):  # a spared run of which every upload was to be lost
+            assert not loop.ledger.totals()["upload_bytes"]
+            return
         assert "no message of any client" in str(error)
         left = [set(map(str, r["cohort"])) - set(map(str, r["dropped"])) - r["refused"].keys() for r in loop.history]
         assert len(left) == ROUNDS and not any(left)
@@ -573,7 +576,7 @@ def test_mistakes_in_faults_are_named():
         {"target": "late_join", "args": {"clients": [0], "round": 0}},
         {"target": "dropout", "args": {"chance": 0.5, "when": "later"}},
         {"target": "dropout", "args": {"chance": 0.5, "away": -1}},
-        {"target": "vanishes"},
+        {"target": "dropouts"},
     ]
     with pytest.raises(RecipeError) as caught:
         from_mapping({**RECIPE, "faults": faults, "federation": {"clients": 3, "deadline": 0}})
@@ -586,7 +589,7 @@ def test_mistakes_in_faults_are_named():
         "faults.3.args.when",
         "faults.4.args.away: away must be at least 0",
         "faults.5",
-        "'vanish'",
+        "'dropout'",
     ):
         assert part in text
     with pytest.raises(RecipeError, match=r"faults\.0\.args\.clients: there is no client 3: the ids are 0 … 2"):

@@ -110,7 +110,20 @@ class Stage(ABC):
     name: ClassVar[str]
     phase: ClassVar[int]
     encoder_only: ClassVar[tuple[str, ...]] = ()
+    __signature__: ClassVar[inspect.Signature]
     _arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let `inspect` show the constructor's arguments, which `__new__` would hide, and check `encoder_only`.
+
+        Raises:
+            TypeError: `encoder_only` names an argument that the constructor does not take.
+        """
+        super().__init_subclass__(**kwargs)
+        own = [] if cls.__init__ is object.__init__ else list(inspect.signature(cls.__init__).parameters.values())[1:]
+        cls.__signature__ = inspect.Signature(own)
+        if unknown := set(cls.encoder_only) - set(cls.__signature__.parameters):
+            raise TypeError(f"{cls.__name__}.encoder_only names {unknown.pop()!r}, which its constructor does not take")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note the constructor's arguments, which are part of the signature."""
