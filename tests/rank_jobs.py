@@ -60,6 +60,7 @@ JOBS = {
     "fedavg": ("digits/fedavg.yaml", [*DIGITS, CLIENTS]),
     "fedadam": ("digits/fedadam.yaml", [*DIGITS, CLIENTS]),
     "fedprox": ("digits/fedprox.yaml", [*DIGITS, CLIENTS]),
+    "scaffold": ("digits/scaffold.yaml", [*DIGITS, "federation.clients=4", "federation.client_fraction=0.75"]),
     "batch_norm": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, "student={target: tests.rank_jobs.Normed, args: {}}"]),
     "batched": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=4", "client_execution=vectorized"]),
     "one_client": (
