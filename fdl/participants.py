@@ -11,7 +11,7 @@ import torch
 
 from fdl.datamodules.arrivals import samples_at
 from fdl.datamodules.guarded import GuardedSamples, PrivateDataGate, is_guarded
-from fdl.engine.participant import Participant, PrivacyPolicy, PrivateTrainer
+from fdl.engine.participant import ModuleSource, Participant, PrivacyPolicy, PrivateTrainer
 from fdl.modules.objectives import Objective
 from fdl.state import checkpoint
 from fdl.state.offloaded_state import OffloadedState
@@ -71,6 +71,8 @@ class Client(Participant):
             corrupted samples; None for an honest client.
         corruption_start: the round from which `data_corruption` is applied.
         data_gate: open while private samples may be read, under `dp_sgd`.
+        modules: lends the client its modules: the runtime, whose modules all clients share, or a stack of models while
+            an executor trains several clients at once.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Client(Participant):
         self._storage = OffloadedState(store, participant["id"])
         self._modules: _BorrowedModules | None = None
         super().__init__(**participant)
+        self.modules: ModuleSource = self.runtime
         self.dp_sgd, self.data_gate, self.name = dp_sgd, PrivateDataGate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
         self.data_corruption: Callable[[Samples, str], Samples] | None = None
@@ -283,7 +286,7 @@ class Client(Participant):
                 "use it within `with client.turn():`"
             )
         if architecture not in turn.modules:
-            turn.modules[architecture] = turn.stack.enter_context(self.runtime.borrow(architecture))
+            turn.modules[architecture] = turn.stack.enter_context(self.modules.borrow(architecture))
         return turn.modules[architecture]
 
     def calibration_accuracy(self) -> float:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule
     from torch import nn
 
+    from fdl.engine.requests import Requests
     from fdl.knowledge.aggregation.base import Aggregate
     from fdl.knowledge.confidence.base import Confidence
     from fdl.knowledge.confidence.tokens import TokenConfidence
@@ -59,7 +60,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def local_update(self, client: Client, download: Message | None) -> Message | None:
+    def local_update(self, client: Client, download: Message | None) -> Message | Requests[Message | None] | None:
         """One client's work in a round, and what it sends to the server."""
 
     def aggregate(self, server: Server) -> Aggregate | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.ensembles import MeanAndEnsemble
 from fdl.knowledge.aggregation.means import ParameterMean
@@ -97,17 +98,17 @@ class CFeD(FedAvg):
             return weights
         return server.cached_download("both", lambda: Bundle((weights, Responses(server.state["noted"], "logits"))))
 
-    def local_update(self, client: Client, download: Message | Bundle) -> Parameters:
+    def local_update(self, client: Client, download: Message | Bundle) -> Requests[Parameters]:
         """Train the global model on private data, on the noted answers, or on both; return its weights."""
         parts = parts_of(download)
         module = client.load(parts[Parameters].tensors, "student")
         noted = parts.get(Responses)
         if noted is not None and self.reviewers > 0:
             samples = SoftLabelled(client.proxy, noted.values)
-            client.fit(module, samples, client.local_training, self._reviewed, name="review")
+            yield FitRequest(module, samples, client.local_training, self._reviewed, name="review")
         else:
             objective = None if noted is None else self._rehearsing(client, noted.values)
-            client.fit(module, client.train, client.local_training, objective)
+            yield FitRequest(module, client.train, client.local_training, objective)
         return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters | MeanAndEnsemble:

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
@@ -76,16 +77,16 @@ class FedLPFM(FedAvg):
         if self.models > len(known):
             raise UserError(f"models: {self.models} at a client, but specialists has {len(known)} different ones")
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the proxy on private labels and on what the foundation models answer; return its weights."""
         if self.weight == 0 or client.runtime.is_dry_run:  # a dry run measures messages, which no answer changes
-            return super().local_update(client, download)
+            return (yield from super().local_update(client, download))
         with client.data_gate.open():  # what is read of a sample here goes into the fit with it, and nowhere else
-            answers = self._answers(client)
+            answers = yield from self._answers(client)
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
             labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
-        client.fit(proxy, labelled, client.local_training, self._taught)
+        yield FitRequest(proxy, labelled, client.local_training, self._taught)
         return Parameters(module_state(proxy), samples=client.reported_samples)
 
     def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
@@ -95,7 +96,7 @@ class FedLPFM(FedAvg):
         parts = {"cross_entropy": hard.detach(), "distillation": soft.detach()}
         return {**parts, "loss": (1 - self.weight) * hard + self.weight * soft}
 
-    def _answers(self, client: Client) -> Tensor:
+    def _answers(self, client: Client) -> Requests[Tensor]:
         """The foundation models' mean answer to every private sample, [n, C].
 
         What public models say is found again after a restart; what fine-tuned ones say is saved, in the place of their
@@ -103,19 +104,22 @@ class FedLPFM(FedAvg):
         """
         kept = client.state if self.fine_tune else client.cache
         if kept.get("answered_in") != client.stage:
-            logits = torch.stack([self._ask(client, i, name) for i, name in enumerate(self._architectures(client))])
+            answers = []
+            for number, architecture in enumerate(self._architectures(client)):
+                answers.append((yield from self._predict(client, number, architecture)))
+            logits = torch.stack(answers)
             kept["answers"] = (logits if self.loss.form == "logits" else torch.softmax(logits, dim=2)).mean(0)
             kept["answered_in"] = client.stage
         return kept["answers"]
 
-    def _ask(self, client: Client, number: int, architecture: str) -> Tensor:
+    def _predict(self, client: Client, number: int, architecture: str) -> Requests[Tensor]:
         """One foundation model's logits on the private samples, which it may learn first; its weights stay public."""
-        with client.runtime.borrow(architecture) as module:
+        with client.modules.borrow(architecture) as module:
             if not self.fine_tune:
-                return client.predict(module, client.train)
+                return (yield PredictRequest(module, client.train))
             public = copy_of(module)
-            client.fit(module, client.train, client.local_training, name=f"fine_tune/{number}")
-            logits = client.predict(module, client.train)
+            yield FitRequest(module, client.train, client.local_training, name=f"fine_tune/{number}")
+            logits = yield PredictRequest(module, client.train)
             load_into(module, public)
             return logits
 

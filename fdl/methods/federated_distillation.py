@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
@@ -128,19 +129,19 @@ class FederatedDistillation(Method):
         """Soft labels of the proxy set, one message for all clients unless they are personalised."""
         return self.feedback.download(server, client)
 
-    def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
+    def local_update(self, client: Client, download: Message | Bundle | None) -> Requests[Message | Bundle | None]:
         """Learn from the downloaded soft labels, train on private data, predict the proxy set."""
         received = parts_of(download)
         labels, status = received.get(Responses), received.get(UploadStatus)
         if self.upload_policy is not None and self.upload_policy.may_skip(client, status):
             return UploadStatus(status.round)
-        specialist = self.initialization.specialist(client, labels is not None)
+        specialist = yield from self.initialization.specialist(client, labels is not None)
         if labels is not None:
             samples = SoftLabelled(client.proxy, labels.values, labels.rows)
-            client.fit(specialist, samples, client.client_distil, self.objective, name="digest")
-        client.fit(specialist, client.train, client.local_training)
+            yield FitRequest(specialist, samples, client.client_distil, self.objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
-        return self.uploads.upload(client, specialist, status)
+        return (yield from self.uploads.upload(client, specialist, status))
 
     def aggregate(self, server: Server) -> CompositeAggregate:
         """Means over clients, weighted row by row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from fdl.engine.requests import Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
@@ -59,9 +60,9 @@ class FederatedFoundation(FedAvg):
         """The global weights in a federated phase, nothing in a centralised one."""
         return super().download(server, client) if self._federated(server) else None
 
-    def local_update(self, client: Client, download: Parameters | None) -> Parameters | None:
+    def local_update(self, client: Client, download: Parameters | None) -> Requests[Parameters | None]:
         """Train the global model on private data; without one there is nothing to do."""
-        return None if download is None else super().local_update(client, download)
+        return None if download is None else (yield from super().local_update(client, download))
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters | None:
         """A mean weighted by sample counts, or what is robust, in a federated phase."""

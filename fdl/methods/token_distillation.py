@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
@@ -115,7 +116,7 @@ class TokenDistillation(Method):
             return None
         return server.cached_download("answers", lambda: SparseResponses(**server.state["answers"]))
 
-    def local_update(self, client: Client, download: SparseResponses | None) -> SparseResponses:
+    def local_update(self, client: Client, download: SparseResponses | None) -> Requests[SparseResponses]:
         """Learn from what came back, train on private text, answer the proxy text."""
         specialist = client.specialist()
         rows = rows_of_round(client, self.proxy_fraction)
@@ -124,8 +125,9 @@ class TokenDistillation(Method):
             mixture.add(download, -1)
             drawn = download.form == "sampled"  # the likeliest ids leave a tail, which draws do not have
             objective = self.objective if drawn == (self.mode == "sampled") else self.objective.of_likeliest
-            client.fit(specialist, _answered(client, mixture.result()), client.client_distil, objective, name="digest")
-        client.fit(specialist, client.train, client.local_training)
+            samples = _answered(client, mixture.result())
+            yield FitRequest(specialist, samples, client.client_distil, objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         return self.answering.upload(client, specialist, rows)
 
