@@ -31,6 +31,7 @@ POOLS = ["method={target: codistillation}", f"specialists=[{SMALLER}, {LLAMA}]",
 JOBS = {
     "fedavg": ("fedavg", []),
     "fedprox": ("fedprox", ["method.args.mu=5", "local_training.gradient_clip=0.3"]),
+    "scaffold": ("scaffold", []),
     "batch_norm": ("batch_norm", []),
     "clipped": ("fedavg", ["local_training.gradient_clip=0.05"]),
     "adam": ("fedavg", ["local_training.optimizer={target: adamw, args: {lr: 0.01}}"]),
@@ -53,7 +54,7 @@ JOBS = {
 """By name: a job of `rank_jobs`, and what is other here. Adam's rounding is as large as its smallest gradients."""
 
 LONGER = ("disk", "fed_lpfm", "distillation", "affinity_distillation", "token_distillation", "federated_prompts")
-LONGER += ("pfedpg", "colluding", "pools", "fml", "knowledge", "tied")
+LONGER += ("pfedpg", "colluding", "pools", "fml", "knowledge", "tied", "scaffold")
 """Jobs of the slow tier."""
 
 QUICK = tuple(name for name in JOBS if name not in LONGER)

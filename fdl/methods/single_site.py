@@ -1,4 +1,4 @@
-"""The floor: every institution alone."""
+"""Local training without communication, the lower bound of federated methods."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fdl.participants import Client
 
 
 class SingleSite(Method):
-    """Every client trains its specialist on its own data and tells nobody."""
+    """Lower bound: each client trains its specialist on its own data, without communication."""
 
     name = "single_site"
     sends = ()
     requires = ("specialists",)
 
     def local_update(self, client: Client, download: Message | None) -> Requests[Message | None]:
-        """Train the specialist further."""
+        """Continue to train the specialist, and return None: nothing is sent."""
         specialist = client.specialist()
         yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)

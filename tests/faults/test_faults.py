@@ -553,7 +553,7 @@ def test_faults_in_a_recipe_and_a_proxy_set_that_changed(tmp_path, monkeypatch):
     from fdl.runs import run as runs
 
     recipe = from_mapping({**RECIPE, "faults": FAULTS})
-    summary = runs.fit(recipe, tmp_path)
+    summary = runs.run_recipe(recipe, tmp_path)
     assert [record["cohort"] for record in summary["history"]] == [[0, 1], [0, 1, 2]]
     assert [list(record["refused"]) for record in summary["history"]] == [["1"], ["1"]]
     assert json.loads((tmp_path / "summary.json").read_text())["rounds"] == 2
@@ -566,7 +566,7 @@ def test_faults_in_a_recipe_and_a_proxy_set_that_changed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Digits, "setup", changed)
     with pytest.raises(UserError, match="the data, or who holds which of them, changed since this checkpoint"):
-        runs.fit(from_mapping({**RECIPE, "faults": FAULTS}, ["federation.rounds=3"]), tmp_path, resume=True)
+        runs.run_recipe(from_mapping({**RECIPE, "faults": FAULTS}, ["federation.rounds=3"]), tmp_path, resume=True)
 
 
 def test_mistakes_in_faults_are_named():

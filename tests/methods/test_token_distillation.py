@@ -159,7 +159,7 @@ def test_a_round_asks_all_clients_for_the_same_windows(tmp_path):
     for client in loop.clients:
         answers.append(run_local_update(loop.method, client, None).rows)
     assert torch.equal(*answers) and len(answers[0]) == 2
-    assert loop.server.state["answers"]["sizes"].shape == (2, LENGTH)
+    assert loop.server.state["mixture"]["sizes"].shape == (2, LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_specialist_with_another_tokenizer_takes_part(words, tmp_path):
     assert {row.client for row in loop.ledger.rows() if row.direction == "down"} == {bytes_only.id}
     # what it answers: where a word ends, the next byte, as the text itself has it
     with of_words.turn():
-        answers = loop.method.answering.upload(of_words, of_words.specialist(), None)
+        answers = loop.method.uploads.upload(of_words, of_words.specialist(), None)
     answers.validate()
     tokens = loop.server.proxy.batch(torch.arange(len(loop.server.proxy)))[0]
     answered = answers.sizes > 0
@@ -399,7 +399,7 @@ def test_the_form_of_what_comes_back_is_that_of_the_mode_and_picks_the_loss(tmp_
         assert message.form == form and set(modes) == {mode}
         modes.clear()
     # a list of the likeliest is never taken for draws, whoever sends it
-    top = SparseResponses(**loop.server.state["answers"])
+    top = SparseResponses(**loop.server.state["mixture"])
     client, sampled = loop.clients[0], TokenDistillation(mode="sampled", draws=9)
     run_local_update(sampled, client, top)
     assert set(modes) == {"tail"}

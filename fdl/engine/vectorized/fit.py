@@ -17,7 +17,7 @@ from fdl.engine.optimizers import schedule_of
 from fdl.engine.runtime import Runtime
 from fdl.engine.tracing.step_graph import Results
 from fdl.engine.vectorized.stack_batches import stacked
-from fdl.modules.objectives import Objective, kind_of, marked_step, pads, tensors_of
+from fdl.modules.objectives import Objective, is_padding_safe, kind_of, marked_step, tensor_fields
 from fdl.modules.optim import build_optimizer
 from fdl.recipe.learning_rates import alike_but_for_rates
 
@@ -187,10 +187,10 @@ class _Loss:
         first = jobs[0].objective
         self.objective, self.own = first, None
         if dataclasses.is_dataclass(first):
-            own = [tensors_of(job.objective) for job in jobs]
+            own = [tensor_fields(job.objective) for job in jobs]
             self.own = {key: _stack([tensors[key] for tensors in own]) for key in own[0]}
             self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
-        self.pads = pads(marked_step(self.module, first))
+        self.pads = is_padding_safe(marked_step(self.module, first))
         traced = jobs[0].config.compile == "traced"
         self.recordings = stack.recorder.begin(self.module, first, TRACE_STACKED_AFTER_STEPS) if traced else None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fdl.modules.objectives import PADDING
+from fdl.modules.objectives import IGNORED_LABEL
 
 
 def stacked(batches: Sequence[tuple]) -> tuple:
@@ -19,7 +19,7 @@ def stacked(batches: Sequence[tuple]) -> tuple:
     Args:
         batches: batches of the same structure. Texts may differ in width. Inputs [b, …] may differ in b if the second
             element of each batch is labels [b]: shorter ones are padded with copies of their first row, labelled
-            `PADDING`.
+            `IGNORED_LABEL`.
 
     Raises:
         RuntimeError: shapes of tensors differ in any other way.
@@ -39,7 +39,7 @@ def stacked(batches: Sequence[tuple]) -> tuple:
         if not short:
             return torch.stack(parts)
         # padded labels are ignored by the loss
-        whole = torch.cat([*parts, parts[0].new_full((1,), PADDING)] if labels else list(parts))
+        whole = torch.cat([*parts, parts[0].new_full((1,), IGNORED_LABEL)] if labels else list(parts))
         rows = (labelled if labels else filled).to(whole.device)
         return whole.index_select(0, rows).unflatten(0, (len(sizes), -1))
 

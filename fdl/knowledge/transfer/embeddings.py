@@ -22,7 +22,7 @@ from fdl.knowledge.confidence.base import LIMIT
 from fdl.knowledge.confidence.calibration import fit_temperature
 from fdl.losses.contrastive import MAX_SCALE
 from fdl.messages import Responses
-from fdl.modules.dual_encoder import scale_of
+from fdl.modules.dual_encoder import logit_scale_of
 from fdl.participants import Client, Participant
 
 BLOCK = 256
@@ -48,7 +48,7 @@ def scaled(embedding: Tensor, module: LightningModule, temperature: float = 1.0)
         module: the dual encoder that they come from.
         temperature: what its logits are divided by, > 0.
     """
-    return embedding * math.sqrt(min(scale_of(module) / temperature, MAX_SCALE))
+    return embedding * math.sqrt(min(logit_scale_of(module) / temperature, MAX_SCALE))
 
 
 def temperature_of(client: Client, module: LightningModule) -> float:

@@ -25,7 +25,7 @@ from tests.shared_runs import made_once
 pytestmark = pytest.mark.timeout(600)  # two processes with all jobs one after the other, on whatever cores are free
 ROOT = Path(__file__).parents[3]
 SUMMED = ("fedavg", "fedadam", "fedprox", "batch_norm", "batched", "one_client", "fml", "fed_lpfm")
-SUMMED += ("codistillation", "federated_prompts", "colluding")
+SUMMED += ("codistillation", "federated_prompts", "colluding", "scaffold")
 EXACT = tuple(name for name in rank_jobs.JOBS if name not in SUMMED)
 SLOW = {"marks": pytest.mark.slow}
 
