@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -64,6 +64,21 @@ class PrivateTrainer(Protocol):
         ...
 
 
+class ModuleSource(Protocol):
+    """Modules that a client can borrow and fill with weights; `Runtime` has those that all clients share."""
+
+    def borrow(
+        self, architecture: str, weights: Mapping[str, Tensor] | None = None
+    ) -> AbstractContextManager[LightningModule]:
+        """Lend an architecture's module for a block.
+
+        Args:
+            architecture: the architecture's key.
+            weights: what to fill it with; None leaves its weights as they are.
+        """
+        ...
+
+
 class _Turn:
     """The shared modules that a client has borrowed for one turn.
 
@@ -99,6 +114,8 @@ class Client(Participant):
             ``"calibration"``; None: nothing.
         corruption_start: the round from which it does.
         data_gate: whether private samples may be read, under `dp_sgd`.
+        modules: the modules that it borrows: the runtime's, which all clients share, or its own while an executor
+            trains several clients side by side.
     """
 
     def __init__(
@@ -115,6 +132,7 @@ class Client(Participant):
         self._storage = OffloadedState(store, participant["id"])
         self._modules: _Turn | None = None
         super().__init__(**participant)
+        self.modules: ModuleSource = self.runtime
         self.dp_sgd, self.data_gate, self.name = dp_sgd, PrivateDataGate(), name
         self.architecture, self._train, self._calibration = architecture, train, calibration
         self.data_corruption: Callable[[Samples, str], Samples] | None = None
@@ -304,7 +322,7 @@ class Client(Participant):
                 "use it within `with client.turn():`"
             )
         if architecture not in turn.borrowed:
-            turn.borrowed[architecture] = turn.stack.enter_context(self.runtime.borrow(architecture))
+            turn.borrowed[architecture] = turn.stack.enter_context(self.modules.borrow(architecture))
         return turn.borrowed[architecture]
 
     def calibration_accuracy(self) -> float:

@@ -19,7 +19,7 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import prefix_names
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.small_classifiers import MLP
-from fdl.modules.small_dual_encoder import TinyDualEncoder
+from fdl.modules.small_dual_encoder import SmallDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.modules.tuning import apply_tuning
 from fdl.recipe import load
@@ -158,7 +158,7 @@ def towers(folder: Path) -> Path:
     """A file, beside the run's folder, with a dual encoder that everybody has."""
     encoder = load(RECIPES / "prompts/digits.yaml").student.args["encoder"]["args"]
     torch.manual_seed(7)
-    module = TinyDualEncoder(**encoder, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=64)
+    module = SmallDualEncoder(**encoder, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=64)
     path = folder.with_name(f"{folder.name}-{os.environ.get('LOCAL_RANK', 0)}.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in module_state(module).items()}, path)
     return path

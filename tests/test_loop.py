@@ -162,7 +162,7 @@ def test_a_run_in_which_nobody_was_ever_heard_fails(tmp_path, caplog):
     update = loop.method.local_update
 
     def spoil(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         return type(message)({"linear.weight": torch.full((2, 2), float("nan"))}, samples=message.samples)
 
     loop.method.local_update = spoil
@@ -215,7 +215,7 @@ def test_an_unusable_upload_is_refused_and_the_round_goes_on(tmp_path, harm):
         return data[: len(data) // 2] if harm == "vanish" and client == 1 and direction == "up" else data
 
     def spoil(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         if client.id == 1 and harm in ("nan", "shape"):
             bad = torch.full((2, 2), float("nan")) if harm == "nan" else torch.zeros(3, 2)
             return type(message)({"linear.weight": bad}, samples=message.samples)

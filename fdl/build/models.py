@@ -13,7 +13,7 @@ from fdl.engine.inference import map_tensors
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
 from fdl.knowledge.confidence.pairs import ImagesOfPairs
-from fdl.modules.foreign import conforming
+from fdl.modules.foreign import as_federated_module
 from fdl.recipe.config import Recipe
 from fdl.registry.component import Component
 from fdl.registry.instantiate import instantiate
@@ -98,7 +98,7 @@ def _factory(component: Component, key: str, data: FederatedDataModule) -> Calla
     def example() -> Any:
         return map_tensors(data.train.batch(torch.zeros(2, dtype=torch.int64))[0], torch.zeros_like)
 
-    return lambda: conforming(instantiate(component, "module", key, **model_kwargs), key, example)
+    return lambda: as_federated_module(instantiate(component, "module", key, **model_kwargs), key, example)
 
 
 def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Encoder | None:

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from fdl.build.federation import build
 from fdl.cli.listing import columns
 from fdl.engine.distributed.devices import require_gpus
+from fdl.federation.executors import plain_function_note
 from fdl.federation.traffic_estimate import estimate_rounds
 from fdl.federation.trial_step import run_trial_steps
 
@@ -43,7 +44,8 @@ def describe(recipe: Recipe, folder: Path) -> str:
     loop = build(recipe, folder, launch=False)
     run_trial_steps(loop)
     left = [f"client {client} is left out: {reason}" for client, reason in loop.left_out.items()]
-    return "\n".join([*_clients(loop), *left, "", *_server(loop, folder)])
+    note = plain_function_note(loop.executor, loop.method, loop.clients)
+    return "\n".join([*_clients(loop), *left, *([] if note is None else [note]), "", *_server(loop, folder)])
 
 
 def _clients(loop: FederatedLoop) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.engine.runtime import Runtime
 from fdl.modules.objectives import Objective
 from fdl.utils.seeding import stream_seed, torch_stream
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from fdl.encoders.base import Encoder
     from fdl.engine.inference import OutputSelector
     from fdl.recipe.config import Fit
+
+
+T = TypeVar("T")
 
 
 class PrivacyPolicy(Protocol):
@@ -165,8 +169,40 @@ class Participant:
             Losses by name, each the mean over the training.
         """
         losses = self.runtime.fit(module, samples, config, self.rng(name), objective, max(self.round, 1), watch)
-        self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
+        self.log_losses(name, losses)
         return losses
+
+    def log_losses(self, name: str, losses: Mapping[str, float]) -> None:
+        """Add the losses of a training to `metrics`.
+
+        Args:
+            name: name of the training.
+            losses: means over steps, by name.
+        """
+        self.metrics.update({f"{name}/{key}": value for key, value in losses.items()})
+
+    def run(self, request: FitRequest | PredictRequest) -> Any:
+        """Compute a request at once: what `fit` or `predict` returns.
+
+        Args:
+            request: what a local update has yielded.
+        """
+        if isinstance(request, FitRequest):
+            return self.fit(request.module, request.samples, request.config, request.objective, request.name)
+        return self.predict(request.module, request.samples, request.what)
+
+    def run_all(self, requests: Requests[T]) -> T:
+        """Compute every request of a generator at once, and return what it returns.
+
+        Args:
+            requests: a generator that has not started, e.g. of a helper that clients call with ``yield from``.
+        """
+        try:
+            request = next(requests)
+            while True:
+                request = requests.send(self.run(request))
+        except StopIteration as end:
+            return end.value
 
     def predict(self, module: LightningModule, samples: Samples, what: OutputSelector = "logits") -> Tensor:
         """Answer samples without gradients: float32 [n, …] on the CPU. Arguments as in `Runtime.predict`."""

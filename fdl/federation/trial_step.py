@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fdl.errors import UserError, explain_out_of_memory
-from fdl.modules.checkpoints import brief
+from fdl.modules.checkpoints import one_line
 from fdl.modules.foreign import ForeignModule
 from fdl.participants import copy_of
 from fdl.state.weights import load_into
@@ -67,7 +67,7 @@ def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, 
         raise UserError(f"{who}: {error}") from error
     except Exception as error:  # it may be the user's code: whatever it raises is told in one sentence
         raise UserError(
-            f"{who}: {label}.{step} fails on two samples: {type(error).__name__}: {brief(error)}"
+            f"{who}: {label}.{step} fails on two samples: {type(error).__name__}: {one_line(error)}"
         ) from error
     finally:
         load_into(module, before)

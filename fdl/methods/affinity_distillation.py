@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.pairs import confidences
 from fdl.knowledge.distillation.affinity import AffinityLosses
-from fdl.knowledge.transfer.embeddings import AnswerPool, TeacherEmbeddings, answers, temperature_of
+from fdl.knowledge.transfer.embeddings import AnswerPool, TeacherEmbeddings, answers, scaled, temperature_of
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -91,17 +92,18 @@ class AffinityDistillation(Method):
             "answers", lambda: Responses(answers(server, server.student, server.proxy), "embeddings")
         )
 
-    def local_update(self, client: Client, download: Responses | None) -> Responses:
+    def local_update(self, client: Client, download: Responses | None) -> Requests[Responses]:
         """Learn from the download, train on private pairs, embed the public ones."""
         specialist = client.specialist()
         if download is not None:
             student = AnswerPool(len(client.proxy), weighted=False)
             student.add(download, -1)
-            AffinityLosses().learn(client, specialist, student.result(), client.client_distil, "digest")
-        client.fit(specialist, client.train, client.local_training)
+            yield from AffinityLosses().learn(client, specialist, student.result(), client.client_distil, "digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
-        vectors = answers(client, specialist, client.proxy, temperature)
+        embedding = yield PredictRequest(specialist, client.proxy, "embedding")
+        vectors = scaled(embedding, specialist, temperature)
         confidence = None if self.confidence is None else confidences(self.confidence, client, vectors)
         return Responses(vectors, "embeddings", None, confidence)
 
@@ -111,6 +113,6 @@ class AffinityDistillation(Method):
 
     def server_update(self, server: Server, knowledge: TeacherEmbeddings) -> dict[str, float]:
         """Train the student towards the clients' affinities."""
-        self.mimicry.learn(server, server.student, knowledge, server.server_distil, "distil")
+        server.run_all(self.mimicry.learn(server, server.student, knowledge, server.server_distil, "distil"))
         server.state["student_trained"] = True
         return {}

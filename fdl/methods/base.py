@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule
     from torch import nn
 
+    from fdl.engine.requests import Requests
     from fdl.knowledge.aggregation.base import Aggregate
     from fdl.knowledge.confidence.base import Confidence
     from fdl.knowledge.confidence.tokens import TokenConfidence
@@ -81,7 +82,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def local_update(self, client: Client, download: Message | None) -> Message | None:
+    def local_update(self, client: Client, download: Message | None) -> Message | Requests[Message | None] | None:
         """Do one client's work of a round, and return its upload.
 
         Args:
@@ -89,7 +90,8 @@ class Method(ABC):
             download: message received from the server; None if there was none.
 
         Returns:
-            The upload, or None if nothing is sent.
+            The upload, or None if nothing is sent. A generator that yields requests (`fdl.engine.requests`) and returns
+            the upload lets executors compute the requests of several clients in one pass.
         """
 
     def aggregate(self, server: Server) -> Aggregate | None:

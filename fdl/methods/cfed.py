@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.ensembles import MeanAndEnsemble
 from fdl.knowledge.aggregation.means import ParameterMean
@@ -99,17 +100,17 @@ class CFeD(FedAvg):
             "both", lambda: Bundle((weights, Responses(server.state["previous_logits"], "logits")))
         )
 
-    def local_update(self, client: Client, download: Message | Bundle) -> Parameters:
+    def local_update(self, client: Client, download: Message | Bundle) -> Requests[Parameters]:
         """Train the global model on private data, on the previous predictions, or on both; return its weights."""
         parts = parts_of(download)
         module = client.load(parts[Parameters].tensors, "student")
         previous = parts.get(Responses)
         if previous is not None and self.reviewers > 0:
             samples = SoftLabelled(client.proxy, previous.values)
-            client.fit(module, samples, client.local_training, self._review_loss, name="review")
+            yield FitRequest(module, samples, client.local_training, self._review_loss, name="review")
         else:
             objective = None if previous is None else self._rehearsal_objective(client, previous.values)
-            client.fit(module, client.train, client.local_training, objective)
+            yield FitRequest(module, client.train, client.local_training, objective)
         return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters | MeanAndEnsemble:

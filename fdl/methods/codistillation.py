@@ -7,6 +7,7 @@ from typing import Literal
 
 from lightning import LightningModule
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import (
     PoolAggregates,
@@ -108,12 +109,12 @@ class Codistillation(Method):
         pools = self._trained_pools(list(weights), pool)
         return server.cached_download(pool, lambda: Parameters(prefix_names({name: weights[name] for name in pools})))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the client's models on its private data, the smallest first, and return their weights."""
         results = {}
         for pool in self._trained_pools(architectures(client.runtime), client.architecture):
             module = client.load(strip_prefix(download.tensors, pool), pool)
-            client.fit(module, client.train, client.local_training, name=stream_of(client, "fit", pool))
+            yield FitRequest(module, client.train, client.local_training, name=stream_of(client, "fit", pool))
             results[pool] = module_state(module)
         return Parameters(prefix_names(results), samples=client.reported_samples)
 

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
@@ -76,51 +77,52 @@ class FedLPFM(FedAvg):
         if self.models > len(known):
             raise UserError(f"models: {self.models} at a client, but specialists has {len(known)} different ones")
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the proxy on private labels and on the foundation models' predictions; return its weights."""
         if self.weight == 0 or client.runtime.is_dry_run:  # a dry run measures messages, which predictions leave alone
-            return super().local_update(client, download)
+            return (yield from super().local_update(client, download))
         with client.data_gate.open():  # predictions of a sample are used in the fit with that sample, and nowhere else
-            answers = self._teacher_predictions(client)
+            predictions = yield from self._teacher_predictions(client)
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
-            labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
-        client.fit(proxy, labelled, client.local_training, self._loss)
+            labelled = SoftLabelled(client.train, client.train.labels, more=[predictions])
+        yield FitRequest(proxy, labelled, client.local_training, self._loss)
         return Parameters(module_state(proxy), samples=client.reported_samples)
 
     def _loss(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
-        inputs, labels, answers = batch
+        inputs, labels, targets = batch
         logits = proxy(inputs).logits
-        hard, soft = cross_entropy(logits, labels), self.loss(logits, answers, self.temperature)
+        hard, soft = cross_entropy(logits, labels), self.loss(logits, targets, self.temperature)
         parts = {"cross_entropy": hard.detach(), "distillation": soft.detach()}
         return {**parts, "loss": (1 - self.weight) * hard + self.weight * soft}
 
-    def _teacher_predictions(self, client: Client) -> Tensor:
-        """Return the foundation models' mean prediction of each private sample, [n, C].
+    def _teacher_predictions(self, client: Client) -> Requests[Tensor]:
+        """The foundation models' mean answer to every private sample, [n, C].
 
         Predictions of public models are computed again after a restart; those of fine-tuned ones are saved, instead of
         their weights. Either holds for the samples of one stage.
         """
         kept = client.state if self.fine_tune else client.cache
         if kept.get("predictions_stage") != client.stage:
-            logits = torch.stack(
-                [self._teacher_logits(client, i, name) for i, name in enumerate(self._architectures(client))]
-            )
+            predictions = []
+            for number, architecture in enumerate(self._architectures(client)):
+                predictions.append((yield from self._teacher_logits(client, number, architecture)))
+            logits = torch.stack(predictions)
             kept["predictions"] = (logits if self.loss.form == "logits" else torch.softmax(logits, dim=2)).mean(0)
             kept["predictions_stage"] = client.stage
         return kept["predictions"]
 
-    def _teacher_logits(self, client: Client, number: int, architecture: str) -> Tensor:
+    def _teacher_logits(self, client: Client, number: int, architecture: str) -> Requests[Tensor]:
         """Return one foundation model's logits of the private samples, fine-tuned on them first if configured.
 
         The shared module has its public weights again afterwards.
         """
-        with client.runtime.borrow(architecture) as module:
+        with client.modules.borrow(architecture) as module:
             if not self.fine_tune:
-                return client.predict(module, client.train)
+                return (yield PredictRequest(module, client.train))
             public = copy_of(module)
-            client.fit(module, client.train, client.local_training, name=f"fine_tune/{number}")
-            logits = client.predict(module, client.train)
+            yield FitRequest(module, client.train, client.local_training, name=f"fine_tune/{number}")
+            logits = yield PredictRequest(module, client.train)
             load_into(module, public)
             return logits
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lightning import LightningModule
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import Average, ServerOptimizer
 from fdl.messages import Message, Parameters
@@ -39,10 +40,10 @@ class FedAvg(Method):
         """Return the global weights, the same message for all clients of a round."""
         return server.cached_download("student", lambda: Parameters(module_state(server.student)))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the global model on private data and return its weights."""
         module = client.load(download.tensors, "student")
-        client.fit(module, client.train, client.local_training, self.objective(module))
+        yield FitRequest(module, client.train, client.local_training, self.objective(module))
         return Parameters(module_state(module), samples=client.reported_samples)
 
     def objective(self, module: LightningModule) -> Objective | None:

@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.ensembles import GroupEnsemble
 from fdl.knowledge.aggregation.shares import Cap
@@ -114,14 +115,14 @@ class FedDF(Method):
         group = self._group(server, client)
         return server.cached_download(group, lambda: Parameters(self._weights(server, group)))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters | Bundle:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters | Bundle]:
         """Train the group's model on private data; return its weights and, if configured, its confidences."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
-        client.fit(module, client.train, client.local_training)
+        yield FitRequest(module, client.train, client.local_training)
         weights = Parameters(module_state(module), samples=client.reported_samples)
         if self.weighting is None:
             return weights
-        scores = self.weighting.log_weights(client, client.predict(module, client.proxy))
+        scores = self.weighting.log_weights(client, (yield PredictRequest(module, client.proxy)))
         return Bundle((weights, Scores(QuantizedLogWeights.quantize(scores))))
 
     def aggregate(self, server: Server) -> GroupEnsemble:

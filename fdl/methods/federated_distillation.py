@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
@@ -56,8 +57,7 @@ class FederatedDistillation(Method):
         upload_policy: upload only on change; None uploads in each round.
         private_release: noise that makes the predictions private.
         robust: rule instead of the mean, against Byzantine clients; it has a limit of its own for a client's weight.
-        max_client_share: largest weight of a client in equal shares, ≥ 1: of K clients none moves a row of
-            probabilities by more than √2 share / K on average, whatever confidence it uploads; None: no limit.
+        max_client_share: largest share of 1 of K clients, ≥ 1, which moves rows by ≤ √2 share / K on average; None: any.
         max_client_share_over: apply the limit per round, or per row, which is safer if sites have the same classes.
     """
 
@@ -128,18 +128,18 @@ class FederatedDistillation(Method):
         """Return soft labels of the proxy set, one message for all clients unless they are personalised."""
         return self.feedback.download(server, client)
 
-    def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
+    def local_update(self, client: Client, download: Message | Bundle | None) -> Requests[Message | Bundle | None]:
         """Learn from the downloaded soft labels, train on private data, predict the proxy set."""
         labels, status = (parts_of(download).get(kind) for kind in (Responses, UploadStatus))
         if self.upload_policy is not None and self.upload_policy.may_skip(client, status):
             return UploadStatus(status.round)
-        specialist = self.initialization.specialist(client, labels is not None)
+        specialist = yield from self.initialization.specialist(client, labels is not None)
         if labels is not None:
             samples = SoftLabelled(client.proxy, labels.values, labels.rows)
-            client.fit(specialist, samples, client.client_distil, self.objective, name="digest")
-        client.fit(specialist, client.train, client.local_training)
+            yield FitRequest(specialist, samples, client.client_distil, self.objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
-        return self.uploads.upload(client, specialist, status)
+        return (yield from self.uploads.upload(client, specialist, status))
 
     def aggregate(self, server: Server) -> CompositeAggregate:
         """Return empty means over clients, weighted per row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from fdl.engine.requests import Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
@@ -59,9 +60,9 @@ class FederatedFoundation(FedAvg):
         """Return the global weights in a federated phase, None in a centralised one."""
         return super().download(server, client) if self._is_federated(server) else None
 
-    def local_update(self, client: Client, download: Parameters | None) -> Parameters | None:
+    def local_update(self, client: Client, download: Parameters | None) -> Requests[Parameters | None]:
         """Train the global model on private data; return None in a centralised phase."""
-        return None if download is None else super().local_update(client, download)
+        return None if download is None else (yield from super().local_update(client, download))
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters | None:
         """Return FedAvg's aggregate in a federated phase, None in a centralised one."""

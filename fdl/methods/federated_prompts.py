@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
@@ -62,13 +63,13 @@ class FederatedPrompts(FedAvg):
         """Return the shared part of the global weights, the same message for all clients of a round."""
         return server.cached_download("student", lambda: Parameters(self._shared(module_state(server.student))))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train both parts on private data, keep the personal one, return the shared one."""
         if not self.personal_parameters:
-            return super().local_update(client, download)
+            return (yield from super().local_update(client, download))
         module = client.specialist()  # new in the first turn, with a personal part that differs from client to client
         load_into(module, {**module_state(module), **download.tensors})
-        client.fit(module, client.train, client.local_training, self.objective(module))
+        yield FitRequest(module, client.train, client.local_training, self.objective(module))
         client.save_specialist(module)
         return Parameters(self._shared(module_state(module)), samples=client.reported_samples)
 

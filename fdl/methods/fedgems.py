@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.aggregation.pools import labelled_bytes
@@ -68,14 +69,14 @@ class FedGEMS(Method):
             return None
         return server.cached_download("all", lambda: Responses(server.state["predictions"], "logits"))
 
-    def local_update(self, client: Client, download: Responses | None) -> Responses:
+    def local_update(self, client: Client, download: Responses | None) -> Requests[Responses]:
         """Learn from the server and from public labels, then from private data; predict the public samples."""
         specialist, labels = client.specialist(), client.public.labels
         if download is not None:
             shares = torch.full((len(labels),), 1 - self.epsilon)
             samples = SoftLabelled(client.public, labels, more=[download.values, shares])
-            client.fit(specialist, samples, client.client_distil, _selective_loss, name="digest")
-        client.fit(specialist, client.train, client.local_training)
+            yield FitRequest(specialist, samples, client.client_distil, _selective_loss, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         return Responses(client.predict(specialist, client.public), "logits")
 

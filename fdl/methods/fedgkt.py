@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from fdl.datamodules.samples import TensorSamples
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.pools import architectures
@@ -72,13 +73,13 @@ class FedGKT(Method):
         logits = server.state.get("predictions", {}).get(str(client))
         return None if logits is None else Responses(logits, "logits")
 
-    def local_update(self, client: Client, download: Responses | None) -> PrivateFeatures:
+    def local_update(self, client: Client, download: Responses | None) -> Requests[PrivateFeatures]:
         """Train on labels and the server's logits; upload features, logits and labels."""
         specialist = client.specialist()
         samples, objective = client.train, None
         if download is not None and self.weight > 0:
             samples, objective = SoftLabelled(client.train, client.train.labels, more=[download.values]), self._loss
-        client.fit(specialist, samples, client.local_training, objective)
+        yield FitRequest(specialist, samples, client.local_training, objective)
         client.save_specialist(specialist)
         features, logits = (client.predict(specialist, client.train, what) for what in (self._features, "logits"))
         return PrivateFeatures(features, logits, client.train.labels)

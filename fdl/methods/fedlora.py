@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
@@ -58,14 +59,14 @@ class FedLoRA(Method):
             f"since {confirmed}", lambda: Parameters(self._global(server) | additions_since(server, confirmed))
         )
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the updates on private data and return them."""
         template = client.runtime.shared_module("student")
         tensors = take_in_additions(client, download.tensors)
         if self.aggregation.fresh:
             tensors |= _initial_factors(client, adapted_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
-        client.fit(module, client.train, client.local_training)
+        yield FitRequest(module, client.train, client.local_training)
         return Parameters(module_state(module), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> _LoraUpdates:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.transfer.class_prototypes import ClassPrototypeMeans, NearestPrototype
@@ -71,11 +72,11 @@ class FedProto(Method):
             "all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels])
         )
 
-    def local_update(self, client: Client, download: Prototypes | None) -> Prototypes:
+    def local_update(self, client: Client, download: Prototypes | None) -> Requests[Prototypes]:
         """Train on private data near the common prototypes, and return the client's own prototypes."""
         specialist = client.specialist()
         objective = None if download is None or self.weight == 0 else self._prototype_objective(client, download)
-        client.fit(specialist, client.train, client.local_training, objective)
+        yield FitRequest(specialist, client.train, client.local_training, objective)
         client.save_specialist(specialist)
         self._log_accuracy(client, specialist, download)
         embeddings = client.predict(specialist, client.train, "embedding")

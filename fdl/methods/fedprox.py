@@ -11,7 +11,7 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.losses.proximal import proximal
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.objectives import Objective, PenalizedObjective, pads
+from fdl.modules.objectives import Objective, PenalizedObjective, is_padding_safe
 from fdl.modules.tracing import traceable
 from fdl.robust.base import RobustRule
 
@@ -40,7 +40,7 @@ class ProximalObjective(PenalizedObjective):
         """
         return proximal(parameters, anchor, self.mu)
 
-    def combined(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
+    def add_penalty(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
         """Return the module's own losses with the proximal term added to ``"loss"``.
 
         Args:
@@ -70,4 +70,4 @@ class FedProx(FedAvg):
     def objective(self, module: nn.Module) -> Objective:
         """Return the module's own loss plus the proximal term around the downloaded weights."""
         anchor = [parameter.detach().clone() for parameter in module.parameters()]
-        return ProximalObjective(anchor, self.mu, pads(module.training_step))
+        return ProximalObjective(anchor, self.mu, is_padding_safe(module.training_step))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.losses.responses import distillation
@@ -54,12 +55,12 @@ class FML(FedAvg):
             raise UserError(f"temperature must be > 0, got {temperature}")
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the personal model and the meme on the same batches; return the meme's weights."""
         meme, personal = client.load(download.tensors, "student"), client.specialist()
         both = nn.ModuleDict({"meme": meme, "personal": personal})
         both.train()  # a new container is in training mode, whatever mode its parts are in
-        client.fit(both, client.train, client.local_training, self.mutual)
+        yield FitRequest(both, client.train, client.local_training, self.mutual)
         client.save_specialist(personal)
         return Parameters(module_state(meme), samples=client.reported_samples)
 

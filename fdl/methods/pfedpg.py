@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.means import ParameterMean
@@ -74,11 +75,11 @@ class PFedPG(Method):
         with torch.no_grad():
             return Parameters(self._split(server, self._generator(server)(client)))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train prompts and head on private data, keep the head, return the change of the prompts."""
         module = client.specialist()  # new in the first turn, with a head that differs from client to client
         load_into(module, {**module_state(module), **download.tensors})
-        client.fit(module, client.train, client.local_training)
+        yield FitRequest(module, client.train, client.local_training)
         client.save_specialist(module)
         after = client.state["specialist"]
         return Parameters(

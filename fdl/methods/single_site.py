@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.messages import Message
 from fdl.methods.base import Method
 from fdl.participants import Client
@@ -14,9 +15,9 @@ class SingleSite(Method):
     sends = ()
     requires = ("specialists",)
 
-    def local_update(self, client: Client, download: Message | None) -> Message | None:
+    def local_update(self, client: Client, download: Message | None) -> Requests[Message | None]:
         """Continue to train the specialist, and return None: nothing is sent."""
         specialist = client.specialist()
-        client.fit(specialist, client.train, client.local_training)
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         return None

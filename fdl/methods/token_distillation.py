@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
@@ -116,7 +117,7 @@ class TokenDistillation(Method):
             return None
         return server.cached_download("mixture", lambda: SparseResponses(**server.state["mixture"]))
 
-    def local_update(self, client: Client, download: SparseResponses | None) -> SparseResponses:
+    def local_update(self, client: Client, download: SparseResponses | None) -> Requests[SparseResponses]:
         """Learn from the download, train on private text, predict the proxy text."""
         specialist = client.specialist()
         rows = rows_of_round(client, self.proxy_fraction)
@@ -126,8 +127,8 @@ class TokenDistillation(Method):
             drawn = download.form == "sampled"  # the likeliest ids leave a tail, which draws do not have
             objective = self.objective if drawn == (self.mode == "sampled") else self.objective.of_likeliest
             samples = _labelled_windows(client, mixture.result())
-            client.fit(specialist, samples, client.client_distil, objective, name="digest")
-        client.fit(specialist, client.train, client.local_training)
+            yield FitRequest(specialist, samples, client.client_distil, objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         return self.uploads.upload(client, specialist, rows)
 

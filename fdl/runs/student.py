@@ -10,7 +10,7 @@ from fdl.build.federation import build
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
 from fdl.federation.snapshot import BEST
-from fdl.modules.foreign import conforming
+from fdl.modules.foreign import as_federated_module
 from fdl.participants import Server
 from fdl.recipe.loading import load
 from fdl.registry.instantiate import instantiate
@@ -61,7 +61,7 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
     runtime = Runtime(accelerator="cpu", precision=recipe.fabric.precision, launch=False)
     student = None
     if "student" in method.requires:
-        runtime.factories["student"] = lambda: conforming(
+        runtime.factories["student"] = lambda: as_federated_module(
             instantiate(recipe.student, "module", "student", **inputs.model_kwargs), "student", inputs.example
         )
         student = runtime.create("student", stream_seed(recipe.seed, "init"))

@@ -15,7 +15,7 @@ from fdl.attacks.updates import update
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
 from fdl.modules.classifier import ImageClassifier
-from fdl.modules.small_classifiers import MLP, TrunkAndHead
+from fdl.modules.small_classifiers import MLP, BackboneWithHead
 from fdl.state.weights import module_state
 from fdl.utils.seeding import stream_seed
 from tests.attacks.runs import finished
@@ -32,7 +32,7 @@ class LowRank(ImageClassifier):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             trunk = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), 96), nn.Tanh())
-            backbone = TrunkAndHead(trunk, 96, num_classes)
+            backbone = BackboneWithHead(trunk, 96, num_classes)
             super().__init__(
                 backbone,
                 num_classes=num_classes,

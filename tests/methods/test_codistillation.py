@@ -211,7 +211,7 @@ def test_an_upload_with_one_bad_model_is_refused_whole(tmp_path, spoil, reason):
     update = loop.method.local_update
 
     def bad(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         return dataclasses.replace(message, tensors=spoil(dict(message.tensors))) if client.id == 1 else message
 
     loop.method.local_update = bad

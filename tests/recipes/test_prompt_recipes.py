@@ -28,13 +28,13 @@ def payloads(loop):
 def towers(tmp_path_factory):
     """A dual encoder that has learnt what captions say of digits for a moment."""
     from fdl.datamodules.captioned_digits import CaptionedDigits
-    from fdl.modules.small_dual_encoder import TinyDualEncoder
+    from fdl.modules.small_dual_encoder import SmallDualEncoder
 
     torch.manual_seed(0)
     data = CaptionedDigits()
     data.setup()
     student = load(ROOT / "prompts/digits.yaml").student.args["encoder"]["args"]
-    module = TinyDualEncoder(**student, input_shape=(1, 8, 8), tokenizer=data.tokenizer, context=64)
+    module = SmallDualEncoder(**student, input_shape=(1, 8, 8), tokenizer=data.tokenizer, context=64)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.002)
     for rows in (torch.randint(len(data.train), (64,)) for _ in range(120)):
         optimizer.zero_grad()

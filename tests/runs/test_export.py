@@ -188,9 +188,9 @@ def test_open_clip_reads_its_own_model_back(tmp_path):
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{export(run, 'open_clip')}")
     student, loop = student_of(run)
     (images, tokens), _ = loop.server.test.batch(torch.arange(4))
-    from fdl.modules.open_clip_model import framed
+    from fdl.modules.open_clip_model import add_start_and_end
 
-    texts = framed(tokens, student.start, student.end, student.context)
+    texts = add_start_and_end(tokens, student.start, student.end, student.context)
     model.eval()
     assert torch.allclose(model.encode_image(images, normalize=True), student.encode_image(images), atol=1e-6)
     assert torch.allclose(model.encode_text(texts, normalize=True), student.encode_text(tokens), atol=1e-6)

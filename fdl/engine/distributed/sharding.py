@@ -76,7 +76,7 @@ class Sharder:
 
         def held(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
             losses = with_gathered_blocks(module, lambda: dict(training_step(module, batch)))
-            return objective.combined(losses, penalty(objective, module, self._fabric.device))
+            return objective.add_penalty(losses, penalty(objective, module, self._fabric.device))
 
         return held
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fdl.engine.training_loop import EagerStep
 from fdl.engine.vectorized.step_graph import Results
 from fdl.engine.vectorized.step_recorder import TracedSteps
-from fdl.modules.objectives import tensors_of, training_step
+from fdl.modules.objectives import tensor_fields, training_step
 
 TRACE_AFTER_STEPS = 100
 """Steps of one form after which it is traced: what is saved is worth its cost after 1,000."""
@@ -31,7 +31,7 @@ class TracedStep(EagerStep):
         super().__init__(*eager)
         self._traces, self._constants, self._spec = traces, [], None
         if self.objective is not training_step:
-            self._constants, self._spec = tree_flatten(tensors_of(self.objective))
+            self._constants, self._spec = tree_flatten(tensor_fields(self.objective))
 
     def backward(self, placed: Any) -> Mapping[str, Tensor]:
         """As `EagerStep.backward`, to the bit."""

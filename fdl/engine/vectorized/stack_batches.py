@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fdl.modules.objectives import PADDING
+from fdl.modules.objectives import IGNORED_LABEL
 
 
 def stacked(batches: Sequence[tuple]) -> tuple:
@@ -18,7 +18,7 @@ def stacked(batches: Sequence[tuple]) -> tuple:
 
     Args:
         batches: of one form. Texts may differ in width. Inputs [b, …] may differ in b where the second element of each
-            is labels [b]: shorter ones are filled up with copies of their first row, labelled `PADDING`.
+            is labels [b]: shorter ones are filled up with copies of their first row, labelled `IGNORED_LABEL`.
 
     Raises:
         RuntimeError: for tensors whose shapes differ in any other way.
@@ -38,7 +38,7 @@ def stacked(batches: Sequence[tuple]) -> tuple:
         if not short:
             return torch.stack(parts)
         # labels that fill up count for nothing
-        whole = torch.cat([*parts, parts[0].new_full((1,), PADDING)] if labels else list(parts))
+        whole = torch.cat([*parts, parts[0].new_full((1,), IGNORED_LABEL)] if labels else list(parts))
         rows = (labelled if labels else filled).to(whole.device)
         return whole.index_select(0, rows).unflatten(0, (len(sizes), -1))
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from lightning import LightningModule
 
+from fdl.engine.requests import PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.calibration import fit_temperature
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
 from fdl.knowledge.distillation.upload_on_change import UploadOnChange
-from fdl.knowledge.transfer.extraction import extract
+from fdl.knowledge.transfer.extraction import Extracted, extract
 from fdl.knowledge.transfer.features import FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Bundle, Message, QuantizedLogWeights, Responses, UploadStatus
@@ -76,7 +77,7 @@ class UploadBuilder:
 
     def upload(
         self, client: Client, specialist: LightningModule, standing: UploadStatus | None
-    ) -> Message | Bundle | None:
+    ) -> Requests[Message | Bundle | None]:
         """Answer the proxy set, or say that nothing has changed, or nothing where privacy allows no more.
 
         Args:
@@ -84,8 +85,11 @@ class UploadBuilder:
             specialist: its model, trained.
             standing: which of its answers the server holds, None where nobody asks.
         """
-        names = None if self.features is None and self.prototypes is None else []
-        known = extract(client, specialist, client.proxy, self.features.names(client) if self.features else names)
+        if self.features is None and self.prototypes is None:
+            logits = yield PredictRequest(specialist, client.proxy)
+            known = Extracted(logits, logits[:, :0], {})
+        else:
+            known = extract(client, specialist, client.proxy, self.features.names(client) if self.features else [])
         logits = known.logits
         if self.calibrate and len(client.calibration):
             held_out = client.predict(specialist, client.calibration)

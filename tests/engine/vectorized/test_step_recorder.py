@@ -11,7 +11,7 @@ import fdl.engine.vectorized.step_graph
 import fdl.engine.vectorized.step_recorder
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.runtime import Runtime
-from fdl.engine.vectorized.fit import FitRequest, fit_together
+from fdl.engine.vectorized.fit import StackedFit, fit_together
 from fdl.engine.vectorized.stacked_models import StackedModels
 from fdl.engine.vectorized.step_graph import trace_step
 from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
@@ -92,7 +92,7 @@ def test_stacked_steps_written_down_end_where_others_do(objective, written, monk
         for turn in range(6):
             wanted = training_step if objective is training_step else held(template, turn)
             jobs = [
-                FitRequest(stack, row, samples(19 + row, row), config, torch_stream(row, "fit", turn), wanted, 1)
+                StackedFit(stack, row, samples(19 + row, row), config, torch_stream(row, "fit", turn), wanted, 1)
                 for row in range(3)
             ]
             losses.append(fit_together(runtime, jobs))
