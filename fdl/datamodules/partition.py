@@ -6,14 +6,14 @@ handed in, so the same stream gives the same split. Numpy only, so that a recipe
 
 from __future__ import annotations
 
-import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from fdl.datamodules.group_names import group_names, tell
+from fdl.datamodules.group_names import group_names, log_groups
+from fdl.datamodules.shares import divide_groups, merge_groups, split_by_shares, split_evenly
 from fdl.errors import UserError
 
 
@@ -158,7 +158,7 @@ class Dirichlet(Partitioner):
         best = 0
         for _ in range(self.max_tries):
             shares = rng.dirichlet(np.full(clients, self.alpha), len(sizes))
-            counts = self._balanced(shares, sizes, rng) if self.balance else _cut(shares, sizes[:, None])
+            counts = self._balanced(shares, sizes, rng) if self.balance else split_by_shares(shares, sizes[:, None])
             smallest = int(counts.sum(0).min())
             if smallest >= least:
                 return counts
@@ -179,21 +179,21 @@ class Dirichlet(Partitioner):
             share = shares[c] * wanting
             # a very small alpha may have put all of the class on clients that are full
             share = share / share.sum() if share.sum() > 0 else wanting / wanting.sum()
-            counts[c] = _cut(share[None], sizes[c])
+            counts[c] = split_by_shares(share[None], sizes[c])
         return counts
 
     def _by_client(self, sizes: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
         """Counts [C, K] whose columns follow each client's own mixture as far as the classes last."""
         left = sizes.copy()
         counts = np.zeros((len(sizes), clients), dtype=np.int64)
-        for client, wanted in enumerate(_even(int(sizes.sum()), clients)):
+        for client, wanted in enumerate(split_evenly(int(sizes.sum()), clients)):
             mixture = rng.dirichlet(np.full(len(sizes), self.alpha))
             while wanted > 0:
                 # what an exhausted class cannot give is taken from the others, in the same proportions
                 open_mixture = mixture * (left > 0)
                 if not open_mixture.sum() > 0:
                     open_mixture = left.astype(float)
-                drawn = np.minimum(_cut((open_mixture / open_mixture.sum())[None], wanted)[0], left)
+                drawn = np.minimum(split_by_shares((open_mixture / open_mixture.sum())[None], wanted)[0], left)
                 counts[:, client] += drawn
                 left -= drawn
                 wanted -= int(drawn.sum())
@@ -329,7 +329,7 @@ class QuantitySkew(Partitioner):
         else:
             weights = np.arange(1, clients + 1, dtype=float) ** -self.exponent
             shares = rng.permutation(weights / weights.sum())
-        sizes = self.min_samples + _cut(shares[None], spare)[0]
+        sizes = self.min_samples + split_by_shares(shares[None], spare)[0]
         return np.split(rng.permutation(len(labels)), np.cumsum(sizes)[:-1])
 
 
@@ -361,55 +361,13 @@ class ByGroup(Partitioner):
         members = [rng.permutation(np.flatnonzero(codes == g)) for g in range(codes.max() + 1)]
         if len(members) == clients:
             return members
-        parts = _merged(members, clients) if len(members) > clients else _divided(members, clients)
-        tell(self.name, parts, groups)
+        parts = merge_groups(members, clients) if len(members) > clients else divide_groups(members, clients)
+        log_groups(self.name, parts, groups)
         return parts
 
     def names(self, parts: Sequence[np.ndarray], groups: np.ndarray | None = None) -> list[str]:
         """The groups of each client, as `fdl.datamodules.group_names` writes them; arguments as in `Partitioner`."""
         return group_names(parts, groups)
-
-
-def _merged(members: list[np.ndarray], clients: int) -> list[np.ndarray]:
-    """Put each group, the largest first, to the client that holds least."""
-    heap = [(0, client) for client in range(clients)]
-    hands: list[list[np.ndarray]] = [[] for _ in range(clients)]
-    for group in sorted(members, key=len, reverse=True):
-        size, client = heapq.heappop(heap)
-        hands[client].append(group)
-        heapq.heappush(heap, (size + len(group), client))
-    return [np.concatenate(hand) for hand in hands]
-
-
-def _divided(members: list[np.ndarray], clients: int) -> list[np.ndarray]:
-    """Give each further client to the group that has most samples a client, and share every group equally."""
-    heap = [(-len(group), g, 1) for g, group in enumerate(members)]
-    heapq.heapify(heap)
-    for _ in range(clients - len(members)):
-        _, g, count = heapq.heappop(heap)
-        heapq.heappush(heap, (-len(members[g]) / (count + 1), g, count + 1))
-    counts = {g: count for _, g, count in heap}
-    return [part for g, group in enumerate(members) for part in np.array_split(group, counts[g])]
-
-
-def _cut(shares: np.ndarray, total: np.ndarray | int) -> np.ndarray:
-    """Whole counts by shares, each row summing to its total: cumulated shares are rounded, so nothing gets lost.
-
-    Args:
-        shares: rows that sum to one, [R, K].
-        total: what to share out, [R, 1] or one number.
-
-    Returns:
-        int64 [R, K].
-    """
-    edges = np.rint(np.cumsum(shares, axis=1) * total).astype(np.int64)
-    edges[:, -1:] = total
-    return np.diff(edges, axis=1, prepend=0)
-
-
-def _even(total: int, parts: int) -> list[int]:
-    """Whole numbers that sum to `total` and differ by at most one."""
-    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def _require_positive(key: str, value: float) -> None:
