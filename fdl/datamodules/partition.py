@@ -1,7 +1,7 @@
-"""Who holds which sample: every way of dealing one pool of labelled samples out to clients.
+"""Partitioners: assignments of a pool of labelled samples to clients.
 
-Every partitioner gives a disjoint cover: no sample twice, none lost. All randomness comes from the generator that is
-handed in, so the same stream gives the same split. Numpy only, so that a recipe is checked without importing torch.
+Every partitioner returns a disjoint cover: no sample twice, none lost. All randomness comes from the generator passed
+in, so the same stream gives the same split. Numpy only, so that a recipe is checked without importing torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fdl.errors import UserError
 
 
 class Partitioner(ABC):
-    """Deals samples out to clients; a subclass writes `assign`.
+    """Base of partitioners of samples to clients; a subclass implements `assign`.
 
     Attributes:
-        needs_labels: whether it looks at the samples' classes.
+        needs_labels: whether the partition depends on the samples' classes.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Partitioner(ABC):
     def split(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        """Deal every sample to exactly one client.
+        """Assign every sample to exactly one client.
 
         Args:
             labels: class of each sample, int [n].
             clients: number of clients.
-            rng: the stream that decides.
+            rng: random stream of the partition.
             groups: natural client or domain of each sample, [n] of any type; None where the data have none.
 
         Returns:
-            One sorted array of int64 indices a client; disjoint, none empty, together 0 … n-1.
+            One sorted array of int64 indices per client; disjoint, none empty, their union 0 … n-1.
 
         Raises:
             UserError: when there are more clients than samples, or the settings leave a client without any.
@@ -59,11 +59,11 @@ class Partitioner(ABC):
         return parts
 
     def names(self, parts: Sequence[np.ndarray], groups: np.ndarray | None = None) -> list[str]:
-        """What people call each client; empty where it is only a number, as here.
+        """Return the display name of each client; by default empty: clients have only numbers.
 
         Args:
-            parts: what `split` gave.
-            groups: as in `split`.
+            parts: indices of each client's samples, as returned by `split`.
+            groups: natural client or domain of each sample, [n] of any type; None where the data have none.
         """
         return [""] * len(parts)
 
@@ -71,7 +71,14 @@ class Partitioner(ABC):
     def assign(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
     ) -> list[np.ndarray]:
-        """Give each client its indices, in any order; arguments as in `split`, already checked."""
+        """Return the indices of each client's samples, in any order; called by `split` with checked arguments.
+
+        Args:
+            labels: class of each sample, int [n].
+            clients: number of clients, at most n.
+            rng: random stream of the partition.
+            groups: natural client or domain of each sample, [n] of any type; None where the data have none.
+        """
 
 
 class IID(Partitioner):
@@ -103,14 +110,14 @@ class Dirichlet(Partitioner):
 
     Args:
         alpha: concentration, > 0; 100 is nearly uniform, 0.1 strong skew.
-        by: which of the two.
-        min_samples: fewest samples of a client for ``by="class"``; default 10, or a tenth of an equal share where that
-            is less, and at least 1.
+        by: scheme, ``"class"`` or ``"client"``.
+        min_samples: minimum number of samples per client for ``by="class"``; default 10, or a tenth of an equal share
+            where that is less, and at least 1.
         balance: for ``by="class"``: give nothing more to a client that already holds an equal share (FedDF).
-        max_tries: how many draws before giving up.
+        max_tries: maximum number of draws.
 
     Raises:
-        UserError: for values out of range; from `split` when no draw gave everybody enough.
+        UserError: for values out of range; from `split` when no draw gave every client `min_samples`.
     """
 
     name = "dirichlet"
@@ -139,7 +146,7 @@ class Dirichlet(Partitioner):
     def assign(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
     ) -> list[np.ndarray]:
-        """Draw how many samples of each class every client gets, then which."""
+        """Draw the number of samples per class and client, then the samples."""
         classes, sizes = np.unique(labels, return_counts=True)
         counts = self._draw(sizes, clients, rng)
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
@@ -150,7 +157,7 @@ class Dirichlet(Partitioner):
         return [np.concatenate(part) for part in parts]
 
     def _by_class(self, sizes: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
-        """Counts [C, K] whose rows are drawn from Dir(α·1_K)."""
+        """Draw counts [C, K] whose rows follow Dir(α·1_K)."""
         total = int(sizes.sum())
         least = self.min_samples if self.min_samples is not None else max(1, min(10, total // (10 * clients)))
         if least * clients > total:
@@ -171,7 +178,7 @@ class Dirichlet(Partitioner):
 
     @staticmethod
     def _balanced(shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Counts [C, K], class by class in random order, none of a class to clients that hold an equal share."""
+        """Draw counts [C, K], class by class in random order; clients with an equal share get no more."""
         counts = np.zeros(shares.shape, dtype=np.int64)
         equal = sizes.sum() / shares.shape[1]
         for c in rng.permutation(len(sizes)):
@@ -183,7 +190,7 @@ class Dirichlet(Partitioner):
         return counts
 
     def _by_client(self, sizes: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
-        """Counts [C, K] whose columns follow each client's own mixture as far as the classes last."""
+        """Draw counts [C, K] whose columns follow each client's own mixture until classes are exhausted."""
         left = sizes.copy()
         counts = np.zeros((len(sizes), clients), dtype=np.int64)
         for client, wanted in enumerate(split_evenly(int(sizes.sum()), clients)):
@@ -203,11 +210,11 @@ class Dirichlet(Partitioner):
 class ClassSplit(Partitioner):
     """Label skew: each client holds a fixed number of classes.
 
-    Classes are dealt so that each has the same number of owners, give or take one, and is shared equally among them
+    Classes are assigned so that the numbers of their owners differ by at most one; owners share a class equally
     (#C = k in Li et al. 2022, NIID-Bench).
 
     Args:
-        classes_per_client: how many classes a client holds, ≥ 1.
+        classes_per_client: number of classes per client, ≥ 1.
 
     Raises:
         UserError: for values out of range; from `split` when clients cannot cover all classes.
@@ -256,10 +263,10 @@ class ClassSplit(Partitioner):
 class Shards(Partitioner):
     """Label skew: samples sorted by class are cut into shards, and each client gets a few at random.
 
-    The split of McMahan et al. 2017 with two shards a client.
+    The split of McMahan et al. 2017 for two shards per client.
 
     Args:
-        shards_per_client: how many, ≥ 1.
+        shards_per_client: number of shards per client, ≥ 1.
 
     Raises:
         UserError: for values out of range; from `split` when there are more shards than samples.
@@ -275,7 +282,7 @@ class Shards(Partitioner):
     def assign(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
     ) -> list[np.ndarray]:
-        """Sort by class, samples of one class in random order, cut, and deal the shards."""
+        """Sort by class, with samples of one class in random order, cut into shards, and assign these at random."""
         count = clients * self.shards_per_client
         if count > len(labels):
             raise UserError(
@@ -291,13 +298,13 @@ class Shards(Partitioner):
 class QuantitySkew(Partitioner):
     """Size skew: the same distribution everywhere, but some clients hold much more than others.
 
-    Everybody first gets `min_samples`; the rest is shared by p ~ Dir(α·1_K), or by a power law p_i ∝ i^(-exponent)
+    Every client first gets `min_samples`; the rest is shared by p ~ Dir(α·1_K), or by a power law p_i ∝ i^(-exponent)
     over clients in random order.
 
     Args:
         alpha: concentration of the Dirichlet distribution, > 0.
         exponent: of the power law, > 0; exactly one of the two is given.
-        min_samples: fewest samples of a client, ≥ 1.
+        min_samples: minimum number of samples per client, ≥ 1.
 
     Raises:
         UserError: for values out of range; from `split` when there are too few samples for `min_samples`.
@@ -336,8 +343,8 @@ class QuantitySkew(Partitioner):
 class ByGroup(Partitioner):
     """Natural clients: samples stay with the site, writer or domain that they came from.
 
-    With more groups than clients, whole groups are put together so that sizes are as equal as they can be; with
-    fewer, the largest groups are divided among several clients. Either is said in a warning: who went where.
+    With more groups than clients, whole groups are merged so that sizes are as equal as possible; with fewer, the
+    largest groups are divided among several clients. In both cases a warning lists the groups of each client.
 
     Raises:
         UserError: from `split` when the data name no groups.
@@ -366,7 +373,12 @@ class ByGroup(Partitioner):
         return parts
 
     def names(self, parts: Sequence[np.ndarray], groups: np.ndarray | None = None) -> list[str]:
-        """The groups of each client, as `fdl.datamodules.group_names` writes them; arguments as in `Partitioner`."""
+        """Name each client after its groups, see `fdl.datamodules.group_names`.
+
+        Args:
+            parts: indices of each client's samples, as returned by `split`.
+            groups: natural client or domain of each sample, [n] of any type.
+        """
         return group_names(parts, groups)
 
 
