@@ -10,7 +10,7 @@ from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.pairs import confidences
 from fdl.knowledge.distillation.affinity import AffinityLosses
-from fdl.knowledge.transfer.embeddings import AnswerPool, TeacherEmbeddings, answers, temperature_of
+from fdl.knowledge.transfer.embeddings import EmbeddingPool, TeacherEmbeddings, answers, temperature_of
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -94,7 +94,7 @@ class AffinityDistillation(Method):
         """Learn from what came back, train on private pairs, embed the public ones."""
         specialist = client.specialist()
         if download is not None:
-            student = AnswerPool(len(client.proxy), weighted=False)
+            student = EmbeddingPool(len(client.proxy), weighted=False)
             student.add(download, -1)
             AffinityLosses().learn(client, specialist, student.result(), client.client_distil, "digest")
         client.fit(specialist, client.train, client.local_training)
@@ -104,9 +104,9 @@ class AffinityDistillation(Method):
         sure = None if self.confidence is None else confidences(self.confidence, client, given)
         return Responses(given, "embeddings", None, sure)
 
-    def aggregate(self, server: Server) -> AnswerPool:
+    def aggregate(self, server: Server) -> EmbeddingPool:
         """All answers of the round, in 16 bits."""
-        return AnswerPool(len(server.proxy), self.confidence is not None, self.cap)
+        return EmbeddingPool(len(server.proxy), self.confidence is not None, self.cap)
 
     def server_update(self, server: Server, knowledge: TeacherEmbeddings) -> dict[str, float]:
         """Bring the student's affinities closer to the clients'."""

@@ -1,4 +1,4 @@
-"""The last answers of every client, kept by the server where an option needs them."""
+"""The last upload of every client, kept by the server where an option needs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Parts = dict[type[Message], Message]
 
 @dataclass(frozen=True, eq=False)
 class ExactLogWeights:
-    """Log-weights as they are, in the place of `QuantizedLogWeights`, where no wire lies between.
+    """Exact log-weights, instead of `QuantizedLogWeights`, for responses that are not transmitted.
 
     Attributes:
         logs: float32 [n].
@@ -30,25 +30,30 @@ class ExactLogWeights:
         return self.logs
 
     def validate(self) -> None:
-        """They come from a message that was checked."""
+        """Accept any values: they come from a message that was checked."""
 
 
-class LastAnswers:
-    """The newest answer of each client to each proxy sample, in the server's state: it survives a restart.
+class LastUploads:
+    """The newest prediction of each client for each proxy sample, kept in the server's state, so that it is resumed.
 
-    Memory grows with the number of clients: for each, one answer (and one row of features) a proxy sample, and its
-    last prototypes. It is kept only where an option needs it: uploads on change, personal downloads.
+    Memory grows with the number of clients: for each client one prediction (and one row of features) per proxy sample,
+    and its last prototypes. Kept only where an option needs it: uploads on change, personalised downloads.
 
     Args:
-        server: whose state keeps them.
-        expiry: rounds after which an answer is forgotten; None for never.
+        server: keeps them in its state.
+        expiry: number of rounds after which a prediction is forgotten; None for never.
     """
 
     def __init__(self, server: Server, expiry: int | None = None):
         self._server, self._expiry = server, expiry
 
     def keep(self, client: int, parts: Parts) -> None:
-        """Remember an accepted upload of this round, over what was said before of the same samples."""
+        """Store an accepted upload of this round, over earlier predictions for the same samples.
+
+        Args:
+            client: id of the sender.
+            parts: the messages of its upload, by type.
+        """
         said: Responses = parts[Responses]
         count, last = len(self._server.proxy), self._server.state.get("last", {})
         rows = torch.arange(count) if said.rows is None else said.rows
@@ -71,20 +76,24 @@ class LastAnswers:
         self._server.state["last"] = {**last, str(client): held}
 
     def round(self, client: int) -> int:
-        """In which round the client's last accepted upload came; 0 where there is none."""
+        """The round of the client's last accepted upload; 0 if it has none.
+
+        Args:
+            client: id of the client.
+        """
         held = self._server.state.get("last", {}).get(str(client))
         return 0 if held is None else int(held["round"])
 
     def recall(self, client: int, round: int, rows: Tensor | None) -> Parts:
-        """What a client has said of some samples, as far as it has not expired.
+        """A client's last upload for some samples, as far as it has not expired.
 
         Args:
-            client: who says that nothing has changed.
-            round: when its last accepted upload came, as it believes.
-            rows: of the proxy set that are asked for now, None for all.
+            client: id of the client, which has uploaded a status instead of predictions.
+            round: round of its last accepted upload according to that status.
+            rows: rows of the proxy set that clients predict now, int64 [m]; None for all.
 
         Raises:
-            RefusedError: its last upload came in another round, or nothing of it is left.
+            RejectedMessageError: its last upload is of another round, or has expired entirely.
         """
         if round == 0 or self.round(client) != round:
             held = self.round(client)
@@ -97,7 +106,7 @@ class LastAnswers:
         return parts
 
     def all(self) -> dict[int, Parts]:
-        """What every client has said that has not expired, by client, in the order of ids."""
+        """The last uploads of all clients, as far as they have not expired, in the order of ids."""
         last = self._server.state.get("last", {})
         parts = {int(client): self._parts(last[client], None) for client in sorted(last, key=int)}
         return {client: part for client, part in parts.items() if part is not None}
@@ -122,7 +131,7 @@ class LastAnswers:
 
 
 def _over(before: Tensor | None, rows: Tensor, values: Tensor, count: int) -> Tensor:
-    """Values written over those of earlier rounds, which stay where there are no new ones."""
+    """Values of earlier rounds, overwritten by new ones in the given rows."""
     fits = before is not None and before.shape[1:] == values.shape[1:]
     whole = before.clone() if fits else values.new_zeros(count, *values.shape[1:])
     whole[rows] = values

@@ -80,7 +80,7 @@ class AffinityLosses:
         pairs = SoftLabelled(who.proxy, torch.arange(len(who.proxy)))
         who.fit(module if guided is None else guided, pairs, config, objective, name=name)
         if guided is not None:
-            guided.leave(who)
+            guided.save_projectors(who)
 
 
 class GuidedStudent(nn.Module):
@@ -105,7 +105,7 @@ class GuidedStudent(nn.Module):
                 load_into(self.projectors[client], tensors)
         self.train()
 
-    def leave(self, who: Participant) -> None:
+    def save_projectors(self, who: Participant) -> None:
         """Keep the projectors, those of clients that were not asked in this round too."""
         kept = {client: copy_of(projector) for client, projector in self.projectors.items()}
         who.state["projectors"] = who.state.get("projectors", {}) | kept

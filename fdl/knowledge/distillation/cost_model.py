@@ -17,14 +17,14 @@ from fdl.participants import Client
 from fdl.recipe.config import Fit
 
 
-def answer_flops(client: Client, module: nn.Module) -> int:
+def prediction_flops(client: Client, module: nn.Module) -> int:
     """Operations of one answer to a private sample.
 
     Args:
         client: who computes.
         module: put into evaluation mode.
     """
-    inputs = _one(client)
+    inputs = _first_inputs(client)
     with torch.no_grad(), client.runtime.fabric.autocast(), FlopCounterMode(display=False) as counter:
         module.eval()(inputs)
     return counter.get_total_flops()
@@ -37,7 +37,7 @@ def training_flops(client: Client, module: nn.Module) -> int:
         client: who computes.
         module: put into evaluation mode, in which batch normalisation leaves its statistics alone.
     """
-    inputs = _one(client)
+    inputs = _first_inputs(client)
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with torch.enable_grad(), client.runtime.fabric.autocast(), FlopCounterMode(display=False) as counter:
         module.eval()(inputs).logits.sum().backward()
@@ -66,7 +66,7 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _one(client: Client) -> Any:
+def _first_inputs(client: Client) -> Any:
     """The inputs of the first private sample, as a model takes them."""
     runtime = client.runtime
     batch = move_data_to_device(client.train.batch(torch.tensor([0])), runtime.device)

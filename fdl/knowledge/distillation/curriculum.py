@@ -61,7 +61,7 @@ class Curriculum:
         """Share of the samples in use when so much of the way is over, 0 at the beginning and 1 at the end."""
         return self.start + (1 - self.start) * PACINGS[self.pacing](min(max(time, 0.0), 1.0))
 
-    def paced(
+    def pace(
         self, samples: Samples, knowledge: AggregatedResponses, rows: Tensor | None, fit: Fit, round: int
     ) -> Samples:
         """The samples in use in a round.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.last_uploads import LastAnswers
+from fdl.knowledge.aggregation.last_uploads import LastUploads
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.distillation.personalization import Similarity
@@ -104,13 +104,13 @@ class Feedback:
         """True if the server must keep every client's last upload."""
         return self.personalization is not None or self.policy is not None
 
-    def last_uploads(self, server: Server) -> LastAnswers:
+    def last_uploads(self, server: Server) -> LastUploads:
         """Every client's last predictions, which personalisation and the upload policy need.
 
         Args:
             server: keeps them in its state.
         """
-        return LastAnswers(server, None if self.policy is None else self.policy.expiry)
+        return LastUploads(server, None if self.policy is None else self.policy.expiry)
 
     def keep(self, server: Server, fresh: Responses) -> None:
         """Store in the server's state what is downloaded in the next round.

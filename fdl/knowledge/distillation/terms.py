@@ -175,12 +175,12 @@ class ResponseTerm(DistillationTerm):
         return TermLoss(self.function(student.output.logits, student.targets, self.temperature))
 
 
-def tensors_of(columns: NamedTuple) -> tuple[Tensor, ...]:
+def used_columns(columns: NamedTuple) -> tuple[Tensor, ...]:
     """The tensors of a term's columns, without unused fields, in order."""
     return tuple(column for column in columns if column is not None)
 
 
-def of_batch(used: tuple[type[Columns], tuple[bool, ...]], tensors: Iterator[Tensor]) -> Columns:
+def columns_of_batch(used: tuple[type[Columns], tuple[bool, ...]], tensors: Iterator[Tensor]) -> Columns:
     """A term's columns for one batch.
 
     Args:

@@ -31,25 +31,25 @@ class BestOnValidation:
 
     def __init__(self, server: Server, module: LightningModule, every: int, patience: int | None):
         self.server, self.module, self.every, self.patience = server, module, every, patience
-        self.steps = self.best_step = self._looked = 0
+        self.steps = self.best_step = self._evaluated_at = 0
         self._best, self._kept = self._score(), copy_of(module)
 
     def __call__(self, steps: int) -> bool:
         """Look at the model where it is time to; returns whether the fit should end."""
         self.steps = steps
         if steps % self.every == 0:
-            self._look()
+            self._evaluate()
         return self.patience is not None and steps - self.best_step >= self.patience
 
     def restore(self) -> None:
         """Look a last time, and give the module its best weights."""
-        self._look()
+        self._evaluate()
         load_into(self.module, self._kept)
 
-    def _look(self) -> None:
-        if self._looked == self.steps:
+    def _evaluate(self) -> None:
+        if self._evaluated_at == self.steps:
             return
-        self._looked, score = self.steps, self._score()
+        self._evaluated_at, score = self.steps, self._score()
         if score > self._best:
             self._best, self._kept, self.best_step = score, copy_of(self.module), self.steps
 
