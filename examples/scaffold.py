@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.tensor_mean import MeanTensors, WeightedMean
 from fdl.messages import TensorMessage
@@ -46,7 +47,7 @@ class Scaffold(Method):
         """The global weights and control variate, the same message for all clients of a round."""
         return server.cached_download("all", lambda: _message(module_state(server.student), server.state["control"]))
 
-    def local_update(self, client: Client, download: TensorMessage) -> TensorMessage:
+    def local_update(self, client: Client, download: TensorMessage) -> Requests[TensorMessage]:
         """Train with corrected steps; return the weights and the change of the client's own control variate."""
         fit, common = client.local_training, download.groups["control"]
         if fit.optimizer.target != "sgd" or fit.optimizer.args.get("momentum"):
@@ -54,7 +55,8 @@ class Scaffold(Method):
         module = client.load(download.groups["weights"], "student")
         before = {n: p.clone() for n, p in _parameters(module)}
         own = client.state.get("control") or {n: torch.zeros_like(c) for n, c in common.items()}
-        client.fit(module, client.train, fit, Corrected([(common[n] - own[n]).to(p) for n, p in _parameters(module)]))
+        correction = Corrected([(common[n] - own[n]).to(p) for n, p in _parameters(module)])
+        yield FitRequest(module, client.train, fit, correction)  # computed for several clients in one pass
         steps = fit.steps if fit.steps is not None else fit.epochs * -(-client.samples // fit.batch_size)
         scale = 1 / (max(steps, 1) * fit.optimizer.args["lr"])
         change = {n: scale * (before[n] - p).cpu() - common[n] for n, p in _parameters(module)}

@@ -12,7 +12,7 @@ from fdl.engine.runtime import Runtime
 from fdl.federation.executors import Sequential
 from fdl.loop import FederatedLoop
 from fdl.modules.dual_encoder import DualEncoder
-from fdl.modules.small_dual_encoder import TinyDualEncoder
+from fdl.modules.small_dual_encoder import SmallDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Fit, Recipe
@@ -82,7 +82,7 @@ def blobs(count, seed=0, kinds=4):
 def tiny(dim=16, **settings):
     """What makes a tiny dual encoder for `blobs`."""
     settings = {"image": "mlp", "widths": [32], "text": "bag", "width": 16, **settings}
-    return lambda: TinyDualEncoder(dim, **settings, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=12)
+    return lambda: SmallDualEncoder(dim, **settings, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=12)
 
 
 def fit(steps, lr, batch_size=64, optimizer="sgd"):

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from fdl.build import build
-from fdl.engine import runtime
-from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.batch_split import rank_share
+from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import prefix_names
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.small_classifiers import MLP
-from fdl.modules.small_dual_encoder import TinyDualEncoder
+from fdl.modules.small_dual_encoder import SmallDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.modules.tuning import apply_tuning
 from fdl.recipe import load
@@ -60,6 +60,7 @@ JOBS = {
     "fedavg": ("digits/fedavg.yaml", [*DIGITS, CLIENTS]),
     "fedadam": ("digits/fedadam.yaml", [*DIGITS, CLIENTS]),
     "fedprox": ("digits/fedprox.yaml", [*DIGITS, CLIENTS]),
+    "scaffold": ("digits/scaffold.yaml", [*DIGITS, "federation.clients=4", "federation.client_fraction=0.75"]),
     "batch_norm": ("digits/fedavg.yaml", [*DIGITS, CLIENTS, "student={target: tests.rank_jobs.Normed, args: {}}"]),
     "batched": ("digits/fedavg.yaml", [*DIGITS, "federation.clients=4", "client_execution=vectorized"]),
     "one_client": (
@@ -157,7 +158,7 @@ def towers(folder: Path) -> Path:
     """A file, beside the run's folder, with a dual encoder that everybody has."""
     encoder = load(RECIPES / "prompts/digits.yaml").student.args["encoder"]["args"]
     torch.manual_seed(7)
-    module = TinyDualEncoder(**encoder, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=64)
+    module = SmallDualEncoder(**encoder, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=64)
     path = folder.with_name(f"{folder.name}-{os.environ.get('LOCAL_RANK', 0)}.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in module_state(module).items()}, path)
     return path
@@ -248,7 +249,7 @@ if __name__ == "__main__":
     # a run of two processes goes on from a checkpoint that one process wrote, and moves clients between them
     found["resumed"] = run("knowledge", 2, place / "half", ("federation.rounds=3",), resume=True)
     parts = []
-    runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
+    data_parallel.rank_share = lambda *arguments: parts.append(rank_share(*arguments)) or parts[-1]
     found["joint"] = run(*JOINT[:1], 2, place / "joint", tuple(JOINT[1]))
     found["parts"] = len(parts)
     ends = {"mistake": error_of("FailsOnce", place / "mistake", 60.0)}

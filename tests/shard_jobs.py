@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fdl.build import build
-from fdl.engine import runtime
-from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.batch_split import rank_share
+from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.state import checkpoint
 from fdl.state.shards import local_shard
@@ -31,6 +31,7 @@ POOLS = ["method={target: codistillation}", f"specialists=[{SMALLER}, {LLAMA}]",
 JOBS = {
     "fedavg": ("fedavg", []),
     "fedprox": ("fedprox", ["method.args.mu=5", "local_training.gradient_clip=0.3"]),
+    "scaffold": ("scaffold", []),
     "batch_norm": ("batch_norm", []),
     "clipped": ("fedavg", ["local_training.gradient_clip=0.05"]),
     "adam": ("fedavg", ["local_training.optimizer={target: adamw, args: {lr: 0.01}}"]),
@@ -53,7 +54,7 @@ JOBS = {
 """By name: a job of `rank_jobs`, and what is other here. Adam's rounding is as large as its smallest gradients."""
 
 LONGER = ("disk", "fed_lpfm", "distillation", "affinity_distillation", "token_distillation", "federated_prompts")
-LONGER += ("pfedpg", "colluding", "pools", "fml", "knowledge", "tied")
+LONGER += ("pfedpg", "colluding", "pools", "fml", "knowledge", "tied", "scaffold")
 """Jobs of the slow tier."""
 
 QUICK = tuple(name for name in JOBS if name not in LONGER)
@@ -78,7 +79,7 @@ def held(loop) -> dict:
     module = loop.server.student if loop.server.student is not None else loop.runtime.shared_module("student")
     parameters = list(module.parameters())
     sizes = {"here": sum(local_shard(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
-    known = loop.runtime.steps.optimizers.known()
+    known = loop.runtime.steps.optimizers.reusable()
     states = [t for found in known for state in found.optimizer.state.values() for t in state.values()]
     tensors = [t for t in states if getattr(t, "ndim", 0)]
     moments = {"here": sum(local_shard(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}
@@ -87,7 +88,7 @@ def held(loop) -> dict:
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
     """The student in a checkpoint."""
-    return {name: tensor.float() for name, tensor in checkpoint.unpack(path.read_bytes())["student"].items()}
+    return {name: tensor.float() for name, tensor in checkpoint.from_bytes(path.read_bytes())["student"].items()}
 
 
 def rounded_weights(folder: Path, sharded: bool = True) -> int:
@@ -111,7 +112,7 @@ def all_jobs(place: Path) -> dict:
     found = {name: run(name, place / name) for name in QUICK}
     found["resumed"] = run("federated_distillation", place / "half", ("federation.rounds=2",), resume=True)
     parts = []
-    runtime.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
+    data_parallel.rank_share = lambda *arguments: parts.append(rank_share(*arguments)) or parts[-1]
     run("federated_distillation", place / "parts", ("federation.rounds=1",))
     found["parts"] = len(parts)
     try:

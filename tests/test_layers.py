@@ -51,8 +51,8 @@ ALLOWED = {
     "evaluators": {"adversaries", "participants", "metrics", "datamodules", "modules", "state", "utils"},
     "adversaries": {"methods", "knowledge", "participants", "recipe", "datamodules", "modules", "messages", "utils"},
     "methods": {
-        *("robust", "knowledge", "participants", "recipe", "datamodules", "modules", "messages", "losses", "state"),
-        "utils",
+        *("robust", "knowledge", "participants", "engine", "recipe", "datamodules", "modules", "messages", "losses"),
+        *("state", "utils"),
     },
     "privacy": {
         "knowledge",

@@ -74,7 +74,7 @@ def test_fit_returns_the_run(tmp_path, monkeypatch):
 
 
 def test_compare_returns_the_table(tmp_path):
-    (tmp_path / "small.yaml").write_text(json.dumps({**RECIPE, "output": str(tmp_path / "runs")}))
+    (tmp_path / "small.yaml").write_text(json.dumps({**RECIPE, "output_dir": str(tmp_path / "runs")}))
     changes = ["federation.rounds=1"]
     found = fdl.compare(str(tmp_path / "small.yaml"), changes, methods=["fedavg", "fedprox"], seeds=[0])
     assert [row["variant"] for row in found.table] == ["fedavg", "fedprox"]

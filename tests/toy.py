@@ -60,12 +60,14 @@ def federation(
     seed=0,
     callbacks=(),
     upload=(),
+    module=None,
+    private=(((E0,), (0,)), ((E1, E1, E1), (1, 1, 1))),
     **federation,
 ):
-    """A loop over the two toy clients."""
+    """A loop over the two toy clients, or as many as have private samples, each with inputs and labels."""
     runtime = Runtime(accelerator="cpu")
     for name in ("student", "teacher", "linear"):
-        runtime.factories[name] = Linear
+        runtime.factories[name] = module or Linear
     proxy = samples([E0, E1])
     common = {
         "runtime": runtime,
@@ -78,9 +80,9 @@ def federation(
         "encoder": None,
     }
     none = samples([E0], [0]).subset(torch.arange(0))
-    private = [samples([E0], [0]), samples([E1] * 3, [1] * 3)]
     clients = [
-        Client(id=i, architecture="linear", train=own, calibration=none, **common) for i, own in enumerate(private)
+        Client(id=i, architecture="linear", train=samples(rows, labels), calibration=none, **common)
+        for i, (rows, labels) in enumerate(private)
     ]
     server = Server(
         validation=none,
@@ -94,7 +96,7 @@ def federation(
         name="toy",
         seed=seed,
         method=Component(method.name),
-        federation=Federation(clients=2, rounds=rounds, **federation),
+        federation=Federation(clients=len(private), rounds=rounds, **federation),
         evaluation=Evaluation(metrics=["accuracy"]),
     )
     channel = Channel(Codec(upload), Codec(), Ledger(), seed)

@@ -11,7 +11,7 @@ from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator
 from fdl.evaluators.labelled import labelled_samples
 from fdl.metrics.classification import classification
-from fdl.modules.zero_shot import templates_of, zero_shot_classifier, zero_shot_question
+from fdl.modules.zero_shot import templates_of, zero_shot_classifier, zero_shot_selector
 from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class ZeroShot(Evaluator):
         data: labelled images, of which the test set is used; None: the recipe's own test set, which must have labels.
         classes: the classes to choose from, e.g. those unseen in training; images of other classes are left out. None:
             all classes.
-        templates: a key of `fdl.modules.zero_shot.TEMPLATES`, or sentences in which ``{}`` stands for the class name.
+        templates: a key of `fdl.modules.zero_shot.PROMPT_TEMPLATES`, or sentences in which ``{}`` stands for the class
+            name.
         every: number of rounds between two evaluations; 0: only after the last round.
         label: name under which the metrics are recorded; None: ``"zero_shot"``.
     """
@@ -59,7 +60,7 @@ class ZeroShot(Evaluator):
         """Classify the test images."""
         samples, labels, classes = self._images(server)
         weights = zero_shot_classifier(module, server.model_kwargs["tokenizer"], classes, self.templates)
-        logits = server.predict(module, samples, zero_shot_question(weights))
+        logits = server.predict(module, samples, zero_shot_selector(weights))
         names = ["accuracy", "macro_f1", *(["top5"] if len(classes) > 5 else [])]
         return classification(logits, labels, names)
 

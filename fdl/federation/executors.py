@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from contextlib import ExitStack, contextmanager
+from inspect import isgeneratorfunction
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
+from fdl.engine.requests import FitRequest
 from fdl.engine.runtime import seed_everything
-from fdl.engine.vectorized.fit import TOGETHER, FitRequest, NotVectorizableError
-from fdl.engine.vectorized.stacked_models import SMALL, StackedModels, activations, unstackable
-from fdl.errors import UserError, out_of_memory
-from fdl.federation.suspended_turn import ClientTurn
+from fdl.engine.vectorized.fit import TOGETHER, NotVectorizableError, StackedFit, StackedPredict
+from fdl.engine.vectorized.stacked_models import SMALL, unstackable
+from fdl.federation.client_stacks import ClientModules, ClientStacks, NotVectorized
+from fdl.federation.local_turns import LocalTurn, raise_for_client, run_local_update
 from fdl.state.weights import count_parameters
+from fdl.utils.seeding import GlobalStreams
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("fdl")
 
 ClientDownload = tuple["Client", "Message | None"]
-
-MEMORY = 1 << 30
-"""Bytes that clients trained together may take on a CPU; on a GPU it is half of what is free."""
 
 
 class Executor(ABC):
@@ -55,59 +53,55 @@ class Sequential(Executor):
     def __call__(self, method: Method, turns: Iterable[ClientDownload]) -> Iterator[ClientDownload]:
         """Yield every client with its upload, in the order of `turns`."""
         for client, download in turns:
-            seed_everything(client.seed, "client", client.round, client.id)
+            _prepare(client)
             try:
-                with client.turn():
-                    upload = method.local_update(client, download)
+                upload = run_local_update(method, client, download)
             except Exception as error:
-                _tell(error, [client])
+                raise_for_client(error, [client])
             yield client, upload
 
 
-class Batched(Executor):
+class Vectorized(Executor):
     """Clients of one architecture train in one pass, their weights side by side.
 
-    Every client's turn runs until it needs a fit, or an answer to the proxy set; when all have come so far, those who
-    want the same of the same architecture are served together (`fdl.engine.vectorized.fit`), and the turns go on.
-    Results are those of `Sequential` up to rounding. What cannot be done together is done one by one, and a line of the
-    log says why.
+    Every client's local update runs until it yields a request; when all have come so far, requests of one kind for the
+    same architecture are computed in one pass (`fdl.engine.vectorized.fit`), and the local updates go on. Results are
+    those of `Sequential` up to rounding. What cannot be done together is done one by one, and a line of the log says
+    why.
 
     Args:
-        memory: bytes that the clients of one group may take; by default as `MEMORY` says. A larger cohort is cut into
-            groups, which come one after the other.
+        memory: bytes that the clients of one group may take; by default as `fdl.federation.client_stacks.MEMORY` says.
+            A larger cohort is cut into groups, which come one after the other.
     """
 
     name = "vectorized"
 
     def __init__(self, memory: int | None = None):
-        self._memory = memory
-        self._stacks: dict[str, StackedModels] = {}
-        self._costs: dict[str, int | None] = {}  # bytes a client takes, None where it cannot share a pass
-        self._taken: dict[str, int] = {}
-        self._common: set[str] = set()  # architectures that clients fill which are not their own
-        self._apart: set[Any] = set()
+        self.stacks = ClientStacks(self.reason_not_vectorized, memory)
+        self._one_by_one: set[Any] = set()  # kinds of requests that could not be vectorised
+        self._plain: set[type] = set()  # methods that compute at once, of which the log has told
 
     def __call__(self, method: Method, turns: Iterable[ClientDownload]) -> Iterator[ClientDownload]:
         """Yield every client with its upload, in the order of `turns`."""
         for group in self._groups(turns):
-            yield from Sequential()(method, group) if len(group) == 1 else self._together(method, group)
+            yield from Sequential()(method, group) if len(group) == 1 else self._run_group(method, group)
 
-    def against(self, module: nn.Module, runtime: Runtime) -> str | None:
-        """Why clients with such a model do not train together; None if they do."""
+    def reason_not_vectorized(self, module: nn.Module, runtime: Runtime) -> NotVectorized | None:
+        """The reason why clients with such a model do not train together; None if they do."""
         if runtime.sharder is not None:
-            return "every rank has a part of each model"
+            return NotVectorized("every rank has a part of each model")
         if runtime.fabric.strategy.precision.precision != "32-true":
-            return "only 32-bit training is done together"
-        return unstackable(module)
+            return NotVectorized("only 32-bit training is done together")
+        reason = unstackable(module)
+        return None if reason is None else NotVectorized(reason)
 
     def _groups(self, turns: Iterable[ClientDownload]) -> Iterator[list[ClientDownload]]:
         """Cut a cohort into as many clients at a time as memory allows."""
         group: list[ClientDownload] = []
         used = 0
         for client, download in turns:
-            own = {client.architecture, *self._common}
-            need = sum(self._cost(client, architecture) or 0 for architecture in own)
-            if group and used + need > self._limit(client.runtime):
+            need = self.stacks.need(client)
+            if group and used + need > self.stacks.limit(client.runtime):
                 yield group
                 group, used = [], 0
             group.append((client, download))
@@ -115,134 +109,174 @@ class Batched(Executor):
         if group:
             yield group
 
-    def _together(self, method: Method, group: Sequence[ClientDownload]) -> Iterator[ClientDownload]:
-        clients = [client for client, _ in group]
-        self._taken = {}
-        seats = [ClientTurn(method, client, download, lambda *a: self._row(clients, *a)) for client, download in group]
-        try:
+    def _run_group(self, method: Method, group: Sequence[ClientDownload]) -> Iterator[ClientDownload]:
+        self.stacks.begin([client for client, _ in group])
+        turns = [_StackedTurn(method, *one, ClientModules(one[0], self.stacks)) for one in group]
+        with ExitStack() as cleanup:
+            for turn in turns:
+                cleanup.callback(turn.cancel)
             # who trains longest comes first: fits then work on the first rows of a stack, without moving any
-            waiting = sorted(seats, key=lambda seat: -seat.client.samples)
-            while waiting:
-                for seat in waiting:
-                    seat.go_on()
-                    if seat.job is None and seat.alone:  # its upload may lie in a module that others borrow next
-                        seat.upload = copy.deepcopy(seat.upload)
-                for seat in seats:
-                    if seat.error is not None:
-                        _tell(seat.error, [seat.client])
-                waiting = [seat for seat in waiting if seat.job is not None]
-                self._serve(waiting)
-            for seat in seats:
-                yield seat.client, seat.upload
-        finally:
-            for seat in seats:
-                seat.leave()
+            running = sorted(turns, key=lambda turn: -turn.client.samples)
+            while running:
+                for turn in running:
+                    turn.advance()
+                self._log_plain(turns)
+                running = [turn for turn in running if turn.request is not None]
+                self._run_requests(running)
+            for turn in turns:
+                yield turn.client, turn.upload
 
-    def _serve(self, waiting: Sequence[ClientTurn]) -> None:
-        """Do what turns wait for, together where more than one waits for the same."""
-        groups: list[list[ClientTurn]] = []
-        for seat in waiting:
-            same = next((group for group in groups if group[0].job.alike(seat.job)), None)
+    def _run_requests(self, waiting: Sequence[_StackedTurn]) -> None:
+        """Compute what turns wait for, together where more than one waits for the same."""
+        groups: list[list[_StackedTurn]] = []
+        for turn in waiting:
+            same = next((group for group in groups if group[0].job.alike(turn.job)), None)
             if same is None:
-                groups.append([seat])
+                groups.append([turn])
             else:
-                same.append(seat)
+                same.append(turn)
         for group in groups:
             job, client = group[0].job, group[0].client
-            key = id(job.stack), type(job), _named(job.objective if isinstance(job, FitRequest) else job.what)
-            if len(group) == 1 or key in self._apart:
+            trains = isinstance(job, StackedFit)
+            kind = id(job.stack), type(job), _kind(job.objective if trains else job.what)
+            if len(group) == 1 or kind in self._one_by_one:
                 continue
             try:
-                answers = TOGETHER[type(job)](client.runtime, [seat.job for seat in group])
+                results = TOGETHER[type(job)](client.runtime, [turn.job for turn in group])
             except NotVectorizableError as reason:
-                self._apart.add(key)
-                what = "train" if isinstance(job, FitRequest) else "are asked"
+                self._one_by_one.add(kind)
+                what = "train" if trains else "predict"
                 log.info("clients with %s %s one after another: %s", client.architecture, what, reason)
                 continue
             except Exception as error:
-                _tell(error, [seat.client for seat in group])
-            for seat, answer in zip(group, answers):
-                seat.answer = answer
+                raise_for_client(error, [turn.client for turn in group])
+            for turn, result in zip(group, results):
+                turn.deliver(result)
 
-    def _row(self, clients: Sequence[Client], client: Client, architecture: str) -> tuple[StackedModels, int] | None:
-        """A place for a client's model among those of one architecture, None where there is none."""
-        cost = self._cost(client, architecture)
-        if cost is None:
-            return None
-        row = self._taken.get(architecture, 0)
-        stack = self._stacks.get(architecture)
-        if row == 0:
-            count = sum(other.architecture == architecture for other in clients)
-            if architecture != client.architecture:
-                self._common.add(architecture)
-                count = len(clients)
-            count = min(count, max(self._limit(client.runtime) // cost, 1))
-            if stack is None or len(stack.modules) < count:
-                stack = self._stacks[architecture] = StackedModels(_runtime(client).shared_module(architecture), count)
-        if row == len(stack.modules):  # more than expected
-            return None
-        self._taken[architecture] = row + 1
-        return stack, row
-
-    def _cost(self, client: Client, architecture: str) -> int | None:
-        """Bytes that one more client takes: weights, gradients, two moments, a copy, and what a step keeps."""
-        if architecture not in self._costs:
-            runtime = _runtime(client)
-            module = runtime.shared_module(architecture)
-            reason = self.against(module, runtime)
-            if reason is not None:
-                self._costs[architecture] = None
-                if reason:
-                    log.info("clients with %s train one after another: %s", architecture, reason)
-            else:
-                size = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-                self._costs[architecture] = 5 * size + activations(
-                    module, client.train, client.local_training.batch_size
-                )
-        return self._costs[architecture]
-
-    def _limit(self, runtime: Runtime) -> int:
-        if self._memory is None:
-            cuda = runtime.device.type == "cuda"
-            self._memory = torch.cuda.mem_get_info(runtime.device)[0] // 2 if cuda else MEMORY
-        return self._memory
+    def _log_plain(self, turns: Sequence[_StackedTurn]) -> None:
+        """Note once that a method's clients could train together, if only it yielded its fits."""
+        kind = type(turns[0].method)
+        if kind not in self._plain and any(turn.modules.any_row and not turn.is_generator for turn in turns):
+            self._plain.add(kind)
+            log.info("clients of %s train one after another: %s", kind.name, not_a_generator(kind))
 
 
-class Auto(Batched):
-    """As `Batched` for models that are `SMALL`, as `Sequential` for all others."""
+class Auto(Vectorized):
+    """As `Vectorized` for models that are `SMALL`, as `Sequential` for all others."""
 
     name = "auto"
 
-    def against(self, module: nn.Module, runtime: Runtime) -> str | None:
-        """Why clients with such a model do not train together; None if they do."""
+    def reason_not_vectorized(self, module: nn.Module, runtime: Runtime) -> NotVectorized | None:
+        """The reason why clients with such a model do not train together; None if they do."""
         if count_parameters(module) > SMALL.get(runtime.device.type, 0):
-            return ""  # nothing to tell: nobody asked for it
-        return super().against(module, runtime)
+            return NotVectorized("a model of this size gains nothing", expected=True)
+        return super().reason_not_vectorized(module, runtime)
 
 
-def _runtime(client: Client) -> Runtime:
-    """What all clients share, also while the client sits at its own."""
-    return client.runtime._runtime if isinstance(client.runtime, ClientTurn) else client.runtime
+def plain_function_note(executor: Executor, method: Method, clients: Sequence[Client]) -> str | None:
+    """A line for `fdl check` where clients could train together, if only their method yielded its fits; else None.
+
+    Args:
+        executor: runs the local updates.
+        method: whose `local_update` runs.
+        clients: those of this process.
+    """
+    if not isinstance(executor, Vectorized) or len(clients) < 2 or isgeneratorfunction(method.local_update):
+        return None
+    if all(executor.stacks.cost(client, client.architecture) is None for client in clients):
+        return None
+    return f"clients train one after another: {not_a_generator(type(method))}"
 
 
-def _named(question: Any) -> Any:
+def not_a_generator(method: type[Method]) -> str:
+    """A clause that says how clients of a method could train together."""
+    return f"{method.__qualname__}.local_update calls client.fit; `yield FitRequest(…)` lets several train in one pass"
+
+
+class _StackedTurn(LocalTurn):
+    """A local update that waits wherever its request can be computed together with others'.
+
+    Args:
+        method: whose `local_update` runs.
+        client: whose turn it is.
+        download: what the client was sent.
+        modules: the client's own.
+
+    Attributes:
+        job: the request that it waits for, about its row of a stack.
+    """
+
+    def __init__(self, method: Method, client: Client, download: Message | None, modules: ClientModules):
+        super().__init__(method, client, download)
+        self.modules = modules
+        self.job: StackedFit | StackedPredict | None = None
+        self._started = self._delivered = False
+        self._result: Any = None
+        # dropout, and whatever else a method draws without a generator, comes from torch's global streams. Turns that
+        # run between each other's requests must not see what others draw, so each has its own state of them.
+        self._streams: GlobalStreams | None = None
+
+    def deliver(self, result: Any) -> None:
+        """Take the result of the job, with which `advance` resumes the turn."""
+        self._result, self._delivered = result, True
+        if isinstance(self.request, FitRequest):
+            self.client.log_losses(self.request.name, result)
+
+    def advance(self) -> None:
+        """Run until there is a request that can be computed together with others', or to the end.
+
+        A job whose result was not delivered is computed for this client alone.
+
+        Raises:
+            Exception: what the local update raises; it names the client.
+        """
+        with self._own_modules():
+            try:
+                if not self._started:
+                    self._started = True
+                    _prepare(self.client)
+                    self.start()
+                else:
+                    self._streams.restore()
+                    self._resume()
+                while self.request is not None and (job := self.modules.stacked(self.request)) is None:
+                    self.run_request()
+            except Exception as error:
+                raise_for_client(error, [self.client])
+        if self.request is not None:
+            self.job, self._streams = job, GlobalStreams.current()
+        elif self.modules.shared:  # the upload may lie in a module that others fill
+            self.upload = copy.deepcopy(self.upload)
+
+    def cancel(self) -> None:
+        """End it wherever it is; its ``finally`` blocks run."""
+        with self._own_modules():
+            super().cancel()
+
+    def _resume(self) -> None:
+        if self._delivered:
+            self._delivered = False
+            self.resume(self._result)
+        else:
+            self.run_request()
+
+    @contextmanager
+    def _own_modules(self) -> Iterator[None]:
+        before, self.client.modules = self.client.modules, self.modules
+        try:
+            yield
+        finally:
+            self.client.modules = before
+
+
+def _prepare(client: Client) -> None:
+    """Let a turn begin with the client's own streams."""
+    seed_everything(client.seed, "client", client.round, client.id)
+
+
+def _kind(question: Any) -> Any:
     """What is the same for a function of one kind in all rounds."""
     return question if isinstance(question, str) else getattr(question, "__qualname__", type(question).__qualname__)
 
 
-def _tell(error: BaseException, clients: Sequence[Client]) -> NoReturn:
-    """Raise an error so that it says whose it is."""
-    first = clients[0]
-    who = f"client {first.id}" if len(clients) == 1 else "clients " + ", ".join(str(client.id) for client in clients)
-    who += f" ({first.architecture}) in round {first.round}"
-    if isinstance(error, UserError):
-        raise UserError(f"{who}: {error}") from error
-    hint = "local_training.batch_size or evaluation.batch_size, or give it a smaller model"
-    if (known := out_of_memory(error, who, hint)) is not None:
-        raise known from error
-    if sys.version_info >= (3, 11):
-        error.add_note(f"while {who} took its turn")
-    raise error
-
-
-EXECUTORS: dict[str, type[Executor]] = {executor.name: executor for executor in (Sequential, Batched, Auto)}
+EXECUTORS: dict[str, type[Executor]] = {executor.name: executor for executor in (Sequential, Vectorized, Auto)}

@@ -1,1 +1,1 @@
-"""Training losses, pure functions of tensors."""
+"""Training losses as pure functions of tensors."""

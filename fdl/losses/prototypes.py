@@ -1,4 +1,4 @@
-"""Losses between a student's embeddings and prototypes of classes, with the conventions of `fdl.losses.responses`."""
+"""Losses between a student's embeddings and class prototypes, with the conventions of `fdl.losses.responses`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdl.losses.responses import soft_cross_entropy, wide
+from fdl.losses.responses import soft_cross_entropy, upcast
 
 
 def prototype_mse(student: Tensor, prototypes: Tensor, assignment: Tensor) -> Tensor:
-    """Compute the squared distance to the prototypes that a row belongs to, mean over rows *and* dimensions.
+    """Compute the squared distance to the assigned prototypes, mean over rows *and* dimensions.
 
-    ``Σ_j a_j ‖h - c_j‖² / d``. Source: Tan et al., "FedProto", with shares in the place of a class.
+    ``Σ_j a_j ‖h - c_j‖² / d``. Source: Tan et al., "FedProto", with soft assignments instead of classes.
 
     Args:
-        student: h, ``[n, d]``.
+        student: embeddings h, ``[n, d]``.
         prototypes: c, ``[m, d]``.
-        assignment: a, ``[n, m]``, rows sum to 1: to what share a row belongs to each prototype.
+        assignment: a, ``[n, m]``, soft assignment of each row to the prototypes; rows sum to 1.
 
     Example:
         >>> import torch
@@ -27,20 +27,20 @@ def prototype_mse(student: Tensor, prototypes: Tensor, assignment: Tensor) -> Te
         >>> prototype_mse(torch.tensor([[2.0, 0.0]]), prototypes, torch.tensor([[1.0, 0.0]]))  # (2² + 0²) / 2
         tensor(2.)
     """
-    distances = torch.cdist(wide(student), wide(prototypes), compute_mode="donot_use_mm_for_euclid_dist").square()
+    distances = torch.cdist(upcast(student), upcast(prototypes), compute_mode="donot_use_mm_for_euclid_dist").square()
     return (assignment * distances).sum(1).mean() / student.shape[1]
 
 
 def prototype_infonce(student: Tensor, prototypes: Tensor, assignment: Tensor, temperature: float = 0.1) -> Tensor:
-    """Compute the contrast between the prototypes that a row belongs to and all others, mean over rows.
+    """Compute the contrastive loss of the assigned prototypes against all others, mean over rows.
 
-    ``-Σ_j a_j log (exp(h·c_j / t) / Σ_k exp(h·c_k / t))`` with rows and prototypes of length 1; log m where all m
+    ``-Σ_j a_j log (exp(h·c_j / t) / Σ_k exp(h·c_k / t))`` with normalised rows and prototypes; log m if all m
     prototypes are equal. Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding".
 
     Args:
-        student: h, ``[n, d]``.
+        student: embeddings h, ``[n, d]``.
         prototypes: c, ``[m, d]``.
-        assignment: a, ``[n, m]``, rows sum to 1.
+        assignment: a, ``[n, m]``, soft assignment of each row to the prototypes; rows sum to 1.
         temperature: t > 0.
 
     Example:
@@ -48,7 +48,7 @@ def prototype_infonce(student: Tensor, prototypes: Tensor, assignment: Tensor, t
         >>> prototype_infonce(torch.tensor([[1.0, 0.0]]), torch.ones(2, 2), torch.tensor([[1.0, 0.0]]))  # log 2
         tensor(0.6931)
     """
-    similarity = F.normalize(wide(student), dim=-1) @ F.normalize(wide(prototypes), dim=-1).T
+    similarity = F.normalize(upcast(student), dim=-1) @ F.normalize(upcast(prototypes), dim=-1).T
     return soft_cross_entropy(similarity / temperature, assignment)
 
 
@@ -56,4 +56,4 @@ PROTOTYPE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mse": prototype_mse,
     "infonce": prototype_infonce,
 }
-"""The prototype losses by the name that a recipe gives."""
+"""Prototype losses by their name in a recipe."""

@@ -1,4 +1,4 @@
-"""Holding a model near given weights."""
+"""Proximal term, which keeps a model close to given weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """``μ/2 Σ ‖w - a‖²`` with its gradient ``μ (w - a)`` in closed form.
+    """Squared distance ``μ/2 Σ ‖w - a‖²`` with its gradient ``μ (w - a)`` in closed form.
 
-    One node for all tensors: plain autograd keeps three tensors the size of the model and launches one kernel for
-    each parameter, which costs 2 times more on a small MLP and 5 times more on a large network.
+    A single node for all tensors: plain autograd stores three tensors of the size of the model and launches one kernel
+    per parameter, which takes twice the time on a small MLP and five times on a large network.
     """
 
     @staticmethod
@@ -38,10 +38,10 @@ def proximal(parameters: Iterable[Tensor], anchor: Iterable[Tensor], mu: float) 
     Args:
         parameters: the trainable parameters w.
         anchor: the round's global values w_t, in the same order and of the same shapes; no gradient flows to them.
-        mu: μ ≥ 0.
+        mu: coefficient μ ≥ 0.
 
     Raises:
-        ValueError: there are none, or the two lists differ in length.
+        ValueError: there are no parameters, or the two lists differ in length.
 
     Example:
         >>> import torch
@@ -52,6 +52,6 @@ def proximal(parameters: Iterable[Tensor], anchor: Iterable[Tensor], mu: float) 
     parameters, anchor = list(parameters), list(anchor)
     if not parameters or len(parameters) != len(anchor):
         raise ValueError(f"the proximal term got {len(parameters)} parameters and {len(anchor)} anchors")
-    if torch._C._are_functorch_transforms_active():  # clients that train together: such a node would cost more there
+    if torch._C._are_functorch_transforms_active():  # vectorised clients, for which the single node is slower
         return mu / 2 * torch.stack([(w - a.detach()).square().sum() for w, a in zip(parameters, anchor)]).sum()
     return _SquaredDistance.apply(mu, len(parameters), *parameters, *anchor)

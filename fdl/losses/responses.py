@@ -2,14 +2,14 @@
 
 Conventions, the same in every function here and in `fdl.losses.features` and `fdl.losses.prototypes`:
 
-- the student gives *logits* ``[n, C]``; the teacher gives *probabilities* ``[n, C]`` (rows that sum to 1, zeros
-  allowed, e.g. one-hot votes), because probabilities are what an aggregate of responses holds. Mean logits become
-  probabilities by ``softmax`` once. Only `mse_logits`, `mae_logits` and `distillation` take a teacher's logits;
-- a temperature T softens both sides: the student by ``softmax(z / T)``, the teacher by `soften`, which for
-  ``p = softmax(z)`` is the same thing;
+- the student is given by *logits* ``[n, C]``, the teacher by *probabilities* ``[n, C]`` (rows that sum to 1, zeros
+  allowed, e.g. one-hot votes), because aggregated responses are probabilities. Mean logits are converted with
+  ``softmax`` once. Only `mse_logits`, `mae_logits` and `distillation` take a teacher's logits;
+- a temperature T softens both sides: the student by ``softmax(z / T)``, the teacher by `soften`, which is equivalent
+  for ``p = softmax(z)``;
 - a loss is summed over the classes and averaged over the n rows ("batchmean");
 - 16-bit inputs are computed in float32;
-- nothing is detached here: the caller keeps a teacher that must not learn out of the graph.
+- nothing is detached here: the caller must detach a teacher that is not to be trained.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 
 def soften(probabilities: Tensor, temperature: float) -> Tensor:
-    """Bring probabilities to a temperature: ``p^(1/T) / Σ p^(1/T)``.
+    """Apply a temperature to probabilities: ``p^(1/T) / Σ p^(1/T)``.
 
     For ``p = softmax(z)`` this is ``softmax(z / T)``.
 
@@ -41,15 +41,15 @@ def soften(probabilities: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 1:
         return probabilities
-    return torch.softmax(wide(probabilities).log() / temperature, dim=-1)
+    return torch.softmax(upcast(probabilities).log() / temperature, dim=-1)
 
 
 def entropy_reduction(probabilities: Tensor, temperature: float = 0.1) -> Tensor:
     """Sharpen a mean response by DS-FL's entropy reduction: ``softmax(p / T)`` of the *probabilities* themselves.
 
-    Not the same as `soften`: the probabilities stand where logits usually do, and as they lie within 1 of each other,
-    T = 0.1 (the paper's value) never makes one class more than e^10 times as likely as another. Source: Itahara et
-    al., "Distillation-Based Semi-Supervised Federated Learning" (DS-FL), entropy reduction aggregation (ERA).
+    It differs from `soften`: probabilities are used as logits, and because they differ by at most 1, T = 0.1 (the
+    paper's value) makes no class more than e^10 times as likely as another. Source: Itahara et al.,
+    "Distillation-Based Semi-Supervised Federated Learning" (DS-FL), entropy reduction aggregation (ERA).
 
     Args:
         probabilities: mean of the clients' probabilities, ``[n, C]``.
@@ -60,7 +60,7 @@ def entropy_reduction(probabilities: Tensor, temperature: float = 0.1) -> Tensor
         >>> entropy_reduction(torch.tensor([[0.6, 0.4]]))
         tensor([[0.8808, 0.1192]])
     """
-    return torch.softmax(wide(probabilities) / temperature, dim=-1)
+    return torch.softmax(upcast(probabilities) / temperature, dim=-1)
 
 
 def power_sharpening(probabilities: Tensor, exponent: float) -> Tensor:
@@ -78,12 +78,15 @@ def power_sharpening(probabilities: Tensor, exponent: float) -> Tensor:
     return soften(probabilities, 1 / exponent)
 
 
-def wide(values: Tensor) -> Tensor:
-    """Return 16-bit values as float32: a sum of logarithms needs more than bfloat16's 8 bits.
+def upcast(values: Tensor) -> Tensor:
+    """Convert 16-bit values to float32: a sum of logarithms needs more than bfloat16's 8 bits.
+
+    Args:
+        values: floating-point tensor; returned unchanged if it has 32 or 64 bits.
 
     Example:
         >>> import torch
-        >>> wide(torch.zeros(2, dtype=torch.bfloat16)).dtype
+        >>> upcast(torch.zeros(2, dtype=torch.bfloat16)).dtype
         torch.float32
     """
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
@@ -91,12 +94,12 @@ def wide(values: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """Return ``log softmax(z / T)``."""
-    return torch.log_softmax(wide(logits) / temperature, -1)
+    return torch.log_softmax(upcast(logits) / temperature, -1)
 
 
 def _divergence(log_q: Tensor, p: Tensor, *, log_p: bool = False) -> Tensor:
-    """Return ``KL(p ‖ q)``, mean over rows. A class with p = 0 adds nothing."""
-    if torch._C._are_functorch_transforms_active() and not log_p:  # for which torch's kernel has no vectorised form
+    """Return ``KL(p ‖ q)``, mean over rows. A class with p = 0 contributes nothing."""
+    if torch._C._are_functorch_transforms_active() and not log_p:  # torch's kernel has no vectorised form of this
         return (torch.xlogy(p, p) - p * log_q).sum(-1).mean()
     return F.kl_div(log_q, p, reduction="none", log_target=log_p).sum(-1).mean()
 
@@ -113,7 +116,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([0]))  # log 2
         tensor(0.6931)
     """
-    return F.cross_entropy(wide(logits), labels)
+    return F.cross_entropy(upcast(logits), labels)
 
 
 def kd_loss(
@@ -152,8 +155,8 @@ def reverse_kl(
 ) -> Tensor:
     """Compute the mode-seeking divergence ``KL(student_T ‖ teacher_T)``, mean over rows (MiniLLM's objective).
 
-    It is infinite where the teacher says exactly 0, so teacher probabilities are floored at the machine epsilon of
-    their type.
+    It would be infinite for teacher probabilities of exactly 0, so they are floored at the machine epsilon of their
+    type.
 
     Args:
         student_logits: ``[n, C]``.
@@ -166,7 +169,7 @@ def reverse_kl(
         >>> reverse_kl(torch.zeros(1, 2), torch.tensor([[0.9, 0.1]]))
         tensor(0.5108)
     """
-    teacher = wide(soften(teacher_probabilities, temperature))
+    teacher = upcast(soften(teacher_probabilities, temperature))
     log_teacher = teacher.clamp_min(torch.finfo(teacher.dtype).eps).log()
     loss = _divergence(log_teacher, _log_softmax(student_logits, temperature), log_p=True)
     return loss * temperature**2 if scale else loss
@@ -198,8 +201,8 @@ def generalized_jsd(
     if beta == 1:
         return reverse_kl(student_logits, teacher_probabilities, temperature)
     log_student = _log_softmax(student_logits, temperature)
-    teacher = wide(soften(teacher_probabilities, temperature))
-    # In logs: the product (1 - β) S may underflow in float32, the mixture's logarithm does not.
+    teacher = upcast(soften(teacher_probabilities, temperature))
+    # in log space: the product (1 - β) S may underflow in float32, the mixture's logarithm does not
     log_mixture = torch.logaddexp(log_student + math.log1p(-beta), teacher.log() + math.log(beta))
     from_student = _divergence(log_mixture, log_student, log_p=True)
     return beta * _divergence(log_mixture, teacher) + (1 - beta) * from_student
@@ -208,8 +211,8 @@ def generalized_jsd(
 def soft_cross_entropy(student_logits: Tensor, teacher_probabilities: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute the cross entropy ``-Σ p log softmax(z)`` against soft targets, mean over rows.
 
-    It differs from the forward KL by the teacher's entropy, so it is not 0 where student and teacher agree; the
-    gradients are the same. No factor T².
+    It differs from the forward KL by the teacher's entropy, so it is not 0 if student and teacher agree; the gradients
+    are the same. No factor T².
 
     Args:
         student_logits: ``[n, C]``.
@@ -230,7 +233,7 @@ def hard_cross_entropy(student_logits: Tensor, teacher_probabilities: Tensor) ->
 
     Args:
         student_logits: ``[n, C]``.
-        teacher_probabilities: ``[n, C]``; only which class is the largest counts.
+        teacher_probabilities: ``[n, C]``; only the most likely class of each row is used.
 
     Example:
         >>> import torch
@@ -243,12 +246,16 @@ def hard_cross_entropy(student_logits: Tensor, teacher_probabilities: Tensor) ->
 def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Compute the squared difference of logits, mean over rows *and* classes; it is not shift-invariant.
 
+    Args:
+        student_logits: ``[n, C]``.
+        teacher_logits: ``[n, C]``.
+
     Example:
         >>> import torch
         >>> mse_logits(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))  # (1 + 4) / 2
         tensor(2.5000)
     """
-    return F.mse_loss(wide(student_logits), wide(teacher_logits))
+    return F.mse_loss(upcast(student_logits), upcast(teacher_logits))
 
 
 def mae_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -256,25 +263,29 @@ def mae_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Source: Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", and its published code.
 
+    Args:
+        student_logits: ``[n, C]``.
+        teacher_logits: ``[n, C]``.
+
     Example:
         >>> import torch
         >>> mae_logits(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]))  # (1 + 2) / 2
         tensor(1.5000)
     """
-    return F.l1_loss(wide(student_logits), wide(teacher_logits))
+    return F.l1_loss(upcast(student_logits), upcast(teacher_logits))
 
 
 def distillation(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float, temperature: float
 ) -> dict[str, Tensor]:
-    """Combine labels and a teacher: ``(1 - α) CE + α T² KL(teacher_T ‖ student_T)`` (Hinton et al.).
+    """Combine the losses of labels and teacher: ``(1 - α) CE + α T² KL(teacher_T ‖ student_T)`` (Hinton et al.).
 
     Args:
         student_logits: ``[n, C]``.
         teacher_logits: ``[n, C]``.
         labels: ``[n]`` int64.
-        alpha: the teacher's share, in [0, 1].
-        temperature: T > 0, of the teacher's part only.
+        alpha: weight α of the teacher's loss, in [0, 1].
+        temperature: T > 0, applied to the teacher's loss only.
 
     Returns:
         ``loss`` (the total, with gradient) and its unweighted parts ``cross_entropy`` and ``distillation``, detached.
@@ -286,7 +297,7 @@ def distillation(
         {'loss': tensor(0.3466), 'cross_entropy': tensor(0.6931), 'distillation': tensor(0.)}
     """
     hard = cross_entropy(student_logits, labels)
-    # From logits, not through probabilities: a tail below float32's smallest number still counts at T > 1.
+    # computed from logits, not from probabilities: a tail below float32's smallest number still matters at T > 1
     log_student, log_teacher = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
     soft = temperature**2 * _divergence(log_student, log_teacher, log_p=True)
     return {
@@ -298,12 +309,12 @@ def distillation(
 
 @dataclass(frozen=True)
 class ResponseLoss:
-    """A loss between a student's logits and received responses, with the form that the responses must have.
+    """Loss between a student's logits and received responses, with the form that the responses must have.
 
     Args:
-        function: called with student logits, responses and the entries of ``settings``.
-        form: what the responses must be: ``"probabilities"`` or ``"logits"``.
-        softened: whether the function takes a temperature.
+        function: function of student logits, responses and the entries of ``settings``.
+        form: required form of the responses: ``"probabilities"`` or ``"logits"``.
+        softened: True if the function takes a temperature.
     """
 
     function: Callable[..., Tensor]
@@ -311,7 +322,14 @@ class ResponseLoss:
     softened: bool = True
 
     def __call__(self, student_logits: Tensor, responses: Tensor, temperature: float = 1.0, **settings: Any) -> Tensor:
-        """Return the loss, a scalar; a loss on raw logits has no use for the temperature and leaves it out."""
+        """Return the loss, a scalar.
+
+        Args:
+            student_logits: ``[n, C]``.
+            responses: probabilities or logits ``[n, C]``, see `form`.
+            temperature: T > 0; ignored by losses on raw logits.
+            settings: further arguments of the function.
+        """
         if self.softened:
             settings["temperature"] = temperature
         return self.function(student_logits, responses, **settings)
@@ -326,4 +344,4 @@ RESPONSE_LOSSES: dict[str, ResponseLoss] = {
     "mse": ResponseLoss(mse_logits, form="logits", softened=False),
     "mae": ResponseLoss(mae_logits, form="logits", softened=False),
 }
-"""The response losses by the name that a recipe gives."""
+"""Response losses by their name in a recipe."""

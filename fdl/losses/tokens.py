@@ -1,12 +1,12 @@
-"""Losses of language models, computed a few tokens at a time.
+"""Losses of language models, computed in chunks of tokens.
 
-Logits of a whole batch, ``[B, T, V]``, are the largest tensor by far: 8 windows of 1024 tokens and a vocabulary of 50k
-take 1.6 GB in float32, before any gradient. So these functions take the last hidden states and the layer that turns
-them into logits, form the logits of one chunk of tokens, reduce them to a number each, and form them again when the
-gradient is computed: O(chunk · V) memory beside the gradient of the head's weights, for one more multiplication by
-these.
+The logits of a full batch, ``[B, T, V]``, are the largest tensor by far: 8 windows of 1024 tokens and a vocabulary of
+50k take 1.6 GB in float32, before any gradient. These functions therefore take the last hidden states and the layer
+that maps them to logits, compute the logits of one chunk of tokens, reduce them to one number per token, and recompute
+them for the gradient: O(chunk · V) memory besides the gradient of the head's weights, for one additional
+multiplication by these.
 
-The last hidden state of position t predicts token t+1. Padding is -1 and stands on the right.
+The last hidden state of position t predicts token t+1. Padding is -1, on the right.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fdl.losses.responses import soften
 
 Head = Callable[[Tensor], Tensor]
-"""Maps hidden states ``[n, D]`` to logits ``[n, V]``."""
+"""Function that maps hidden states ``[n, D]`` to logits ``[n, V]``."""
 
 # --- next tokens
 
@@ -32,12 +32,12 @@ def token_nll(hidden: Tensor, head: Head, tokens: Tensor, chunk: int = 512) -> T
 
     Args:
         hidden: last hidden states, ``[B, T, D]``.
-        head: the layer that makes logits of them.
-        tokens: int64 ``[B, T]``, padded with -1.
-        chunk: tokens whose logits exist at once.
+        head: layer that maps them to logits.
+        tokens: int64 ``[B, T]``, padded on the right with -1.
+        chunk: number of tokens whose logits are in memory at once.
 
     Returns:
-        float32 ``[B, T-1]`` in nats: of token t+1 given those up to t; 0 where it is padding.
+        float32 ``[B, T-1]`` in nats, of token t+1 given those up to t; 0 at padding.
     """
     targets = tokens[:, 1:]
     nll = _by_chunks(_nll, head, chunk, hidden[:, :-1].flatten(0, 1), targets.flatten())
@@ -45,7 +45,14 @@ def token_nll(hidden: Tensor, head: Head, tokens: Tensor, chunk: int = 512) -> T
 
 
 def next_token_loss(hidden: Tensor, head: Head, tokens: Tensor, chunk: int = 512) -> Tensor:
-    """Compute the mean of `token_nll` over the real tokens; 0 where there are none. Arguments as there."""
+    """Compute the mean of `token_nll` over all real tokens; 0 if there are none.
+
+    Args:
+        hidden: last hidden states, ``[B, T, D]``.
+        head: layer that maps them to logits.
+        tokens: int64 ``[B, T]``, padded on the right with -1.
+        chunk: number of tokens whose logits are in memory at once.
+    """
     real = (tokens[:, 1:] >= 0).sum().clamp_min(1)
     return token_nll(hidden, head, tokens, chunk).sum() / real
 
@@ -64,19 +71,19 @@ def token_distillation(
 ) -> Tensor:
     """Compute Hinton's loss against a teacher in the same process: ``T² KL(teacher_T ‖ student_T)``.
 
-    The teacher's logits, too, exist for one chunk at a time, and get no gradient.
+    The teacher's logits are computed one chunk at a time as well, and get no gradient.
 
     Args:
         hidden: the student's last hidden states, ``[B, T, D]``.
-        head: the layer that makes logits of them.
-        teacher_hidden: the teacher's, ``[B, T, D']``.
-        teacher_head: the teacher's; as many logits as the student's.
-        weights: ``[B, T]``, each position's share, e.g. 0 for padding; default 1.
+        head: layer that maps them to logits.
+        teacher_hidden: the teacher's last hidden states, ``[B, T, D']``.
+        teacher_head: layer that maps them to logits, with the student's number of logits.
+        weights: weight of each position, ``[B, T]``, e.g. 0 for padding; default 1.
         temperature: T > 0, applied to both sides.
-        chunk: tokens whose logits exist at once.
+        chunk: number of tokens whose logits are in memory at once.
 
     Returns:
-        A scalar in nats: the weighted mean over positions; 0 where all weights are 0.
+        A scalar in nats: the weighted mean over positions; 0 if all weights are 0.
     """
 
     def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -99,32 +106,32 @@ def sparse_distillation(
     temperature: float = 1.0,
     chunk: int = 512,
 ) -> Tensor:
-    """Compute the distillation loss against a teacher of whom only k of the V probabilities of a position are known.
+    """Compute the distillation loss against a teacher of which only k of V probabilities per position are known.
 
-    - ``"tail"``: the k tokens and one outcome for all others: ``KL(p̃ ‖ q̃)`` of k + 1 outcomes, which is never more
-      than the divergence of the full distributions. A temperature softens the k + 1 outcomes of both sides.
-    - ``"sampled"``: the k were drawn from the teacher, with their frequencies in the place of probabilities: cross
-      entropy. Its gradient is that of the full divergence in the mean over draws. The temperature divides the
-      student's logits; draws must come from a teacher softened by as much. Source: Anshumann et al., "Sparse Logit
-      Sampling: Accelerating Knowledge Distillation in LLMs" (random sampling KD).
-    - ``"renormalised"``: the k probabilities, made to sum to 1, as if nothing else could follow: ``KL(p/Σp ‖ q)``.
-      Biased: the student is taught that the tail has no mass. To compare with, as it is what is often done.
+    - ``"tail"``: the k tokens, and one outcome for all others: ``KL(p̃ ‖ q̃)`` of k + 1 outcomes, which is at most the
+      divergence of the full distributions. A temperature softens the k + 1 outcomes of both sides.
+    - ``"sampled"``: tokens sampled from the teacher, with their frequencies instead of probabilities: cross entropy.
+      The expectation of its gradient over samples is that of the full divergence. The temperature divides the student's
+      logits; the teacher must be sampled at the same temperature. Source: Anshumann et al., "Sparse Logit Sampling:
+      Accelerating Knowledge Distillation in LLMs" (random sampling KD).
+    - ``"renormalised"``: the k probabilities, scaled to sum to 1, as if no other token could follow: ``KL(p/Σp ‖ q)``.
+      Biased: the student learns that the tail has no mass. A baseline, because it is common practice.
 
     All are multiplied by T².
 
     Args:
         hidden: the student's last hidden states, ``[B, T, D]``.
-        head: the layer that makes logits of them.
-        ids: int64 ``[B, T, k]``, the tokens whose probability is known, each at most once; -1 where there are fewer
-            than k, after all others.
-        probabilities: ``[B, T, k]``, of the full distribution: a row sums to 1 at most.
-        mode: as above.
-        weights: ``[B, T]``, each position's share, e.g. 0 where there is no answer; default 1.
+        head: layer that maps them to logits.
+        ids: int64 ``[B, T, k]``, the tokens whose probabilities are known, each at most once; padded at the end with -1
+            if there are fewer than k.
+        probabilities: ``[B, T, k]``, probabilities within the full distribution: a row sums to at most 1.
+        mode: treatment of the other tokens, see above.
+        weights: weight of each position, ``[B, T]``, e.g. 0 for positions without prediction; default 1.
         temperature: T > 0.
-        chunk: tokens whose logits exist at once.
+        chunk: number of tokens whose logits are in memory at once.
 
     Returns:
-        A scalar in nats: the weighted mean over positions; 0 where all weights are 0.
+        A scalar in nats: the weighted mean over positions; 0 if all weights are 0.
     """
     loss = SPARSE_LOSSES[mode]
     losses = _by_chunks(
@@ -149,21 +156,21 @@ def next_token_and_sparse(
     temperature: float = 1.0,
     chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `next_token_loss` and `sparse_distillation` from the same logits, which are half of the cost of each.
+    """Compute `next_token_loss` and `sparse_distillation` from the same logits, which are half the cost of each.
 
     Args:
         hidden: the student's last hidden states, ``[B, T, D]``.
-        head: the layer that makes logits of them.
-        tokens: int64 ``[B, T]``, padded with -1.
-        ids: as in `sparse_distillation`.
-        probabilities: as there.
-        mode: as there.
-        weights: as there; they do not concern the next tokens.
-        temperature: as there.
-        chunk: tokens whose logits exist at once.
+        head: layer that maps them to logits.
+        tokens: int64 ``[B, T]``, padded on the right with -1.
+        ids: int64 ``[B, T, k]``, the tokens whose teacher probabilities are known, padded at the end with -1.
+        probabilities: ``[B, T, k]``, the teacher's probabilities of these tokens.
+        mode: treatment of the other tokens, see `sparse_distillation`.
+        weights: weight of each position in the distillation loss, ``[B, T]``; default 1.
+        temperature: T > 0, of the distillation loss.
+        chunk: number of tokens whose logits are in memory at once.
 
     Returns:
-        Two scalars in nats: the loss of the next tokens, and that of the distillation.
+        Two scalars in nats: the loss of the next tokens, and the distillation loss.
     """
     loss = SPARSE_LOSSES[mode]
     targets = F.pad(tokens[:, 1:], (0, 1), value=-1)
@@ -179,12 +186,12 @@ def next_token_and_sparse(
 
 def _tail(logits: Tensor, ids: Tensor, p: Tensor, temperature: float) -> Tensor:
     p = p.masked_fill(ids < 0, 0)
-    # An unused place repeats the first one, which is always used where there is an answer.
+    # an unused entry repeats the first one, which is always used if the position has a prediction
     used = F.pad(ids[:, 1:] >= 0, (1, 0), value=True)
     ids = torch.where(used, ids, ids[:, :1]).clamp_min(0)
     log_q = (logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)).masked_fill(~used, -torch.inf)
     if ids.shape[-1] < logits.shape[-1]:
-        # Not 1 - Σ q: that would round to 0, or below it, where a student is sure of what the teacher says.
+        # not 1 - Σ q, which would round to 0 or below for a confident student that agrees with the teacher
         others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         log_q = torch.cat([log_q, others - logits.logsumexp(-1, keepdim=True)], -1)
         p = torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp_min(0)], -1)
@@ -197,20 +204,20 @@ def _sampled(logits: Tensor, ids: Tensor, p: Tensor, temperature: float) -> Tens
 
 
 def _renormalised(logits: Tensor, ids: Tensor, p: Tensor, temperature: float) -> Tensor:
-    p = _softened(p.masked_fill(ids < 0, 0), temperature)
+    p = _normalised_at(p.masked_fill(ids < 0, 0), temperature)
     log_q = torch.log_softmax(logits / temperature, -1).gather(-1, ids.clamp_min(0))
     return torch.where(p > 0, p * (p.log() - log_q), 0).sum(-1)
 
 
 def _kl(log_q: Tensor, p: Tensor, temperature: float) -> Tensor:
-    """``KL(p_T ‖ q_T)`` of each row; an outcome with p = 0 adds nothing."""
-    p = _softened(p, temperature)
+    """Return ``KL(p_T ‖ q_T)`` per row; an outcome with p = 0 contributes nothing."""
+    p = _normalised_at(p, temperature)
     log_q = torch.log_softmax(log_q / temperature, -1)
     return torch.where(p > 0, p * (p.log() - log_q), 0).sum(-1)
 
 
-def _softened(p: Tensor, temperature: float) -> Tensor:
-    """Rows at a temperature that sum to 1, as those stored in a few bits do not; a row of zeros stays one."""
+def _normalised_at(p: Tensor, temperature: float) -> Tensor:
+    """Return rows at a temperature, normalised, because quantised rows do not sum to 1; a row of zeros stays zero."""
     p = soften(p, temperature).nan_to_num(0)
     return p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
 
@@ -220,23 +227,23 @@ SPARSE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "sampled": _sampled,
     "renormalised": _renormalised,
 }
-"""What `sparse_distillation` computes of each row of logits ``[n, V]``, by the name of its mode."""
+"""Losses of `sparse_distillation` per row of logits ``[n, V]``, by the name of the mode."""
 
 
-# --- answers
+# --- sampling
 
 
 def sample_ids(probabilities: Tensor, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Draw n tokens with replacement and say how often each came.
+    """Sample n tokens with replacement, and return their frequencies.
 
     Args:
         probabilities: ``[…, V]``, rows sum to 1.
-        n: number of draws.
-        generator: on the probabilities' device.
+        n: number of samples.
+        generator: random generator on the probabilities' device.
 
     Returns:
-        ids, int64 ``[…, n]``, each at most once, the most frequent first, then -1; and their frequencies (counts
-        divided by n), float32 ``[…, n]``, then 0. The mean of the frequencies over draws is the probability.
+        ids, int64 ``[…, n]``, each at most once, most frequent first, padded with -1; and their frequencies (counts
+        divided by n), float32 ``[…, n]``, padded with 0. The expectation of a frequency is the probability.
     """
     rows = probabilities.flatten(0, -2)
     drawn = torch.multinomial(rows, n, replacement=True, generator=generator).sort(-1).values
@@ -258,20 +265,20 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _by_chunks(function: Callable[..., Tensor], head: Head, chunk: int, hidden: Tensor, *others: Tensor) -> Tensor:
-    """Apply a function to logits in float32, a chunk of rows at a time, with recomputation for the gradient.
+    """Apply a function to logits in float32, one chunk of rows at a time, with recomputation for the gradient.
 
     Args:
-        function: (logits ``[n, V]``, rows of others…) to ``[n]``.
-        head: makes logits of hidden states.
-        chunk: rows at once.
-        hidden: ``[N, D]``.
-        others: each ``[N, …]``.
+        function: function from (logits ``[n, V]``, rows of others…) to ``[n]``.
+        head: layer that maps hidden states to logits.
+        chunk: number of rows at once.
+        hidden: hidden states ``[N, D]``.
+        others: further tensors, each ``[N, …]``.
     """
 
     def step(states: Tensor, *rows: Tensor) -> Tensor:
         return function(head(states).float(), *rows).float()
 
-    # split, not slices: the gradients of slices would each be padded to the full size
+    # split instead of slices, whose gradients would each be padded to the full size
     parts = zip(*(tensor.split(chunk) for tensor in (hidden, *others)))
     if not torch.is_grad_enabled():
         return torch.cat([step(*part) for part in parts])
@@ -282,6 +289,6 @@ def _weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return losses.mean()
     weights = weights.flatten().float()
-    # A position without weight may hold anything, such as a divergence from nothing.
+    # a position with weight 0 may have any value, e.g. a divergence without a target
     losses = torch.where(weights > 0, losses * weights, 0)
     return losses.sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,4 +1,4 @@
-"""What a federated algorithm is: five short functions and no state of its own."""
+"""Base class of federated algorithms: five short methods and no state of their own."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ class Method(ABC):
     run in another process, on another site.
 
     Attributes:
-        name: the short name in recipes.
-        tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`; empty where it is for any, as are
-            methods that touch nothing but weights and a module's own loss.
-        sends: types of the messages that `local_update` may return, alone or in a bundle; ``()`` where clients send
-            nothing. Uploads of another type are an error. None, of a method that does not declare it, allows any; then
-            no adversary that changes uploads can be checked against it.
-        confidence: how clients measure what they know of each proxy sample, None where they send no such thing; it is
-            what attacks on confidences ask.
-        requires: the parts of a recipe that it needs, among student, specialists, proxy, public, teacher and pooled; a
-            constructor may add to it. Clients of a method without specialists have the student's architecture.
-        uploads_are_deltas: whether the parameters that clients send are differences from those that they were sent.
-        needs_calibration: whether its clients look at private samples that are held out from training,
-            `Client.calibration`; a recipe that does not say how many holds none out for a method that does not.
+        name: short name in recipes.
+        tasks: kinds of data that the method supports, among `fdl.metrics.tasks.TASKS`; empty for methods that use
+            nothing but weights and a module's own loss, which support all.
+        sends: types of the messages that `local_update` may return, alone or in a bundle; ``()`` if clients send
+            nothing. Uploads of another type are an error. None, the default, allows any; then no adversary that changes
+            uploads can be checked against the method.
+        confidence: measure of a client's knowledge of each proxy sample, used by attacks on confidences; None if
+            clients send no confidence.
+        requires: parts of a recipe that the method needs, among student, specialists, proxy, public, teacher and
+            pooled; a constructor may add to it. Clients of a method without specialists have the student's
+            architecture.
+        uploads_are_deltas: True if clients upload differences from the downloaded parameters.
+        needs_calibration: True if clients read private samples that are held out from training
+            (`Client.calibration`). For other methods, a recipe without `federation.calibration_fraction` holds none
+            out.
     """
 
     name: ClassVar[str]
@@ -48,42 +50,99 @@ class Method(ABC):
     requires: tuple[str, ...] = ("student",)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """Prepare the server's state before the first round; clients are given for counting, not for reading."""
+        """Prepare the server's state before the first round.
+
+        Args:
+            server: the server, whose `state` is to be filled.
+            clients: all clients, whose number and settings may be read, but not their data.
+        """
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
-        """What every client must be sent before the first round, in bytes by kind, e.g. the proxy set."""
+        """Return the bytes that each client receives before the first round, by kind, e.g. of the proxy set.
+
+        Args:
+            server: the server, which holds the public data.
+        """
         return {}
 
     def download(self, server: Server, client: int) -> Message | None:
-        """What the server sends to a client at the start of a round; the same object for all where it is the same."""
+        """Return the server's message to a client at the start of a round.
+
+        Clients that receive the same message should get the same object (`Server.cached_download`), which is then
+        encoded once.
+
+        Args:
+            server: the server.
+            client: id of the recipient.
+
+        Returns:
+            The message, or None if nothing is sent.
+        """
         return None
 
     @abstractmethod
-    def local_update(self, client: Client, download: Message | None) -> Message | None:
-        """One client's work in a round, and what it sends to the server."""
+    def local_update(self, client: Client, download: Message | None) -> Message | Requests[Message | None] | None:
+        """Do one client's work of a round, and return its upload.
+
+        Args:
+            client: the client, with its data, models and state.
+            download: message received from the server; None if there was none.
+
+        Returns:
+            The upload, or None if nothing is sent. A generator that yields `FitRequest` and `PredictRequest` objects and
+            then returns it lets several clients share a vectorised pass.
+        """
 
     def aggregate(self, server: Server) -> Aggregate | None:
-        """An empty aggregate for one round; None for a method whose clients send nothing."""
+        """Return an empty aggregate for one round; None for a method whose clients send nothing.
+
+        Args:
+            server: the server.
+        """
         return None
 
     def student_extra_state(self, server: Server) -> dict[str, Any]:
-        """The part of the server's state that its student is made of beside its own weights; most have none."""
+        """Return the part of the server's state that belongs to the student besides its weights; empty by default.
+
+        Args:
+            server: the server.
+        """
         return {}
 
     def on_restore(self, server: Server) -> None:
-        """Bring the student in line with the server's state, which has just been read from a file."""
+        """Bring the student in line with the server's state after the state was restored from a checkpoint.
+
+        Args:
+            server: the server.
+        """
 
     def server_models(self, server: Server) -> Iterable[tuple[str, LightningModule]]:
-        """Models of the server beside its student, by name, that are to be evaluated too.
+        """Yield the names and models that the server evaluates besides its student.
 
-        A model that is yielded is the caller's only until the next one is asked for: they may share a template.
+        A yielded model may be used only until the next one is requested, since they may share a module.
+
+        Args:
+            server: the server.
         """
         return ()
 
     def client_model(self, server: Server, client: Client) -> nn.Module:
-        """The model that answers for a client that has a specialist, when specialists are evaluated."""
+        """Return the model that is evaluated as a client's, for clients with a specialist.
+
+        Args:
+            server: the server.
+            client: the client, within its turn.
+        """
         return client.specialist()
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
-        """Learn from the aggregate; returns what is worth logging."""
+        """Update the server from the aggregate's result.
+
+        Args:
+            server: the server.
+            knowledge: the result of the round's aggregate; None for a method without one.
+
+        Returns:
+            Numbers to log, by name.
+        """
         return {}

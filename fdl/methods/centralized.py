@@ -1,4 +1,4 @@
-"""The ceiling: all private data in one place."""
+"""Centralised training, the upper bound of federated methods."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from fdl.participants import Client, Server
 
 
 class Centralized(Method):
-    """Train the student on all private data pooled: what nobody may do, and everybody is measured against.
+    """Upper bound: train the student on all private data pooled in one place.
 
-    Each round trains for the recipe's `local_training` settings on the union of what the clients train on: samples that
-    they hold out to calibrate (`federation.calibration_fraction`) are held out here, too. Nothing crosses the wire,
-    since there is no wire.
+    Each round trains with the recipe's `local_training` settings on the union of the clients' training samples: samples
+    that they hold out for calibration (`federation.calibration_fraction`) are held out here, too. Nothing is sent.
     """
 
     name = "centralized"
@@ -22,7 +21,7 @@ class Centralized(Method):
     requires = ("student", "pooled")
 
     def local_update(self, client: Client, download: Message | None) -> Message | None:
-        """Clients have nothing to do."""
+        """Return None: clients have nothing to do."""
         return None
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Standard distillation from one large teacher: what a single rich owner of all data would do."""
+"""Standard distillation from one large teacher, a reference that needs all data in one place."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fdl.participants import Client, Server
 
 
 class Distillation(Method):
-    """Distil one large teacher, trained on all private data pooled, into the student (Hinton et al., 2015).
+    """Reference: distil one large teacher, trained on all private data pooled, into the student (Hinton et al., 2015).
 
     On the proxy set the loss is T² KL(teacher ‖ student); on the pooled private data, whose labels are known there, it
     is (1 − weight) CE + weight T² KL.
 
     Args:
-        transfer: what the student learns on: the public proxy set, or the private data themselves.
+        transfer: samples on which the student learns: the public ``"proxy"`` set, or the ``"private"`` data themselves.
         temperature: T > 0.
-        weight: share of the distillation term where there are labels, in [0, 1].
+        weight: weight of the distillation term on labelled samples, in [0, 1].
         train_teacher: train the teacher on the pooled data first; false for a pretrained one.
     """
 
@@ -50,32 +50,35 @@ class Distillation(Method):
         self.train_teacher = train_teacher
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """Train the teacher, and let it answer the transfer set once."""
+        """Train the teacher, and predict the transfer set once."""
         if self.train_teacher:
             server.fit(server.teacher, server.pooled, server.local_training, name="teacher")
         samples = server.proxy if self.transfer == "proxy" else server.pooled
-        server.state["answers"] = server.predict(server.teacher, samples)
+        server.state["predictions"] = server.predict(server.teacher, samples)
 
     def local_update(self, client: Client, download: Message | None) -> Message | None:
-        """Clients have nothing to do."""
+        """Return None: clients have nothing to do."""
         return None
 
     def server_update(self, server: Server, knowledge: Any) -> dict[str, float]:
-        """Train the student on the teacher's answers."""
-        answers = server.state["answers"]
+        """Train the student on the teacher's predictions."""
+        predictions = server.state["predictions"]
         if self.transfer == "proxy":
-            samples = SoftLabelled(server.proxy, torch.softmax(answers, dim=1))
+            samples = SoftLabelled(server.proxy, torch.softmax(predictions, dim=1))
             objective = ResponseObjective("kl", self.temperature)
         else:
-            # labels travel beside the answers, as one more column
-            labels = server.pooled.labels.unsqueeze(1).to(answers.dtype)
-            samples, objective = SoftLabelled(server.pooled, torch.cat([answers, labels], dim=1)), self._labelled
+            # labels go along with the predictions, as one more column
+            labels = server.pooled.labels.unsqueeze(1).to(predictions.dtype)
+            samples, objective = (
+                SoftLabelled(server.pooled, torch.cat([predictions, labels], dim=1)),
+                self._labelled_loss,
+            )
         server.fit(server.student, samples, server.server_distil, objective, name="distil")
         return {}
 
     @mean_over(samples_of)
-    def _labelled(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+    def _labelled_loss(self, module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, columns = batch
         logits = module(inputs).logits
-        answers, labels = columns[:, :-1], columns[:, -1].long()
-        return distillation(logits, answers, labels, alpha=self.weight, temperature=self.temperature)
+        predictions, labels = columns[:, :-1], columns[:, -1].long()
+        return distillation(logits, predictions, labels, alpha=self.weight, temperature=self.temperature)

@@ -1,4 +1,4 @@
-"""Federated learning of a light proxy model that frozen foundation models teach at every site."""
+"""Federated learning of a light proxy model that frozen foundation models teach at each site."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
@@ -23,25 +24,25 @@ from fdl.state.weights import load_into, module_state
 
 
 class FedLPFM(FedAvg):
-    """FedAvg of a small proxy model, which the client's frozen foundation models teach (arXiv 2311.08479).
+    """FedAvg of a small proxy model that the client's frozen foundation models teach (arXiv 2311.08479).
 
-    The recipe's specialists are the foundation models and its student is the proxy. Every client trains the proxy on
-    its own data for (1 − λ) CE + λ T² KL(p ‖ proxy), where p is the mean of what its foundation models say, and sends
-    the proxy's weights; only these are averaged, by sample counts, and used afterwards. Foundation models answer the
-    client's images as they are, without augmentation, once: in memory the answers cost a row of classes a sample.
-    They must know the classes: a classifier pretrained for the same ones, or one that compares images with the
-    classes' names.
+    The recipe's specialists are the foundation models and its student is the proxy. Each client trains the proxy on
+    its own data for (1 − λ) CE + λ T² KL(p ‖ proxy), where p is the mean prediction of its foundation models, and
+    uploads the proxy's weights; only these are averaged, by sample counts, and used afterwards. Foundation models
+    predict the client's images once, without augmentation; in memory the predictions take one row of C numbers per
+    sample. The models must cover the classes: classifiers pretrained for the same ones, or models that compare images
+    with the classes' names.
 
     Args:
         weight: λ, the foundation models' share of the loss, in [0, 1]; 0 is FedAvg.
         temperature: T > 0.
-        loss: how the proxy is compared with them, a name among `fdl.losses.responses.RESPONSE_LOSSES`. Losses between
-            logits take the mean of logits for p.
-        models: foundation models at a client, ≥ 1: its own entry of the specialists and those that follow it.
-        fine_tune: train each site's copies on its own data before they answer, with the `local_training` settings:
-            once, or, where data arrive in stages, once a stage from the public weights.
-        optimizer: what the server does with the mean; None takes it as it is.
-        robust: as in FedAvg.
+        loss: loss between proxy and foundation models, a name among `fdl.losses.responses.RESPONSE_LOSSES`. Losses
+            between logits take the mean of logits for p.
+        models: foundation models per client, ≥ 1: its own entry of the specialists and those that follow it.
+        fine_tune: train each site's copies on its own data before they predict, with the `local_training` settings:
+            once, or, where data arrive in stages, once per stage from the public weights.
+        optimizer: server optimiser, applied to the mean; None takes the mean as the new weights.
+        robust: robust aggregation rule instead of the mean; None is the mean.
     """
 
     name = "fed_lpfm"
@@ -71,66 +72,72 @@ class FedLPFM(FedAvg):
         self.models, self.fine_tune = models, fine_tune
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """See that there are as many foundation models as each client is to hold."""
+        """Check that there are as many foundation models as each client is to hold."""
         known = architectures(server.runtime)
         if self.models > len(known):
             raise UserError(f"models: {self.models} at a client, but specialists has {len(known)} different ones")
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
-        """Train the proxy on private labels and on what the foundation models answer; return its weights."""
-        if self.weight == 0 or client.runtime.is_dry_run:  # a dry run measures messages, which no answer changes
-            return super().local_update(client, download)
-        with client.data_gate.open():  # what is read of a sample here goes into the fit with it, and nowhere else
-            answers = self._answers(client)
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
+        """Train the proxy on private labels and on the foundation models' predictions; return its weights."""
+        if self.weight == 0 or client.runtime.is_dry_run:  # a dry run measures messages, which predictions leave alone
+            return (yield from super().local_update(client, download))
+        with client.data_gate.open():  # predictions of a sample are used in the fit with that sample, and nowhere else
+            answers = yield from self._teacher_predictions(client)
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
             labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
-        client.fit(proxy, labelled, client.local_training, self._taught)
+        yield FitRequest(proxy, labelled, client.local_training, self._loss)
         return Parameters(module_state(proxy), samples=client.reported_samples)
 
-    def _taught(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+    def _loss(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
         inputs, labels, answers = batch
         logits = proxy(inputs).logits
         hard, soft = cross_entropy(logits, labels), self.loss(logits, answers, self.temperature)
         parts = {"cross_entropy": hard.detach(), "distillation": soft.detach()}
         return {**parts, "loss": (1 - self.weight) * hard + self.weight * soft}
 
-    def _answers(self, client: Client) -> Tensor:
-        """The foundation models' mean answer to every private sample, [n, C].
+    def _teacher_predictions(self, client: Client) -> Requests[Tensor]:
+        """Return the foundation models' mean prediction of each private sample, [n, C].
 
-        What public models say is found again after a restart; what fine-tuned ones say is saved, in the place of their
-        weights. Either is an answer to the samples of one stage.
+        Predictions of public models are computed again after a restart; those of fine-tuned ones are saved, instead of
+        their weights. Either holds for the samples of one stage.
         """
         kept = client.state if self.fine_tune else client.cache
-        if kept.get("answered_in") != client.stage:
-            logits = torch.stack([self._ask(client, i, name) for i, name in enumerate(self._architectures(client))])
-            kept["answers"] = (logits if self.loss.form == "logits" else torch.softmax(logits, dim=2)).mean(0)
-            kept["answered_in"] = client.stage
-        return kept["answers"]
+        if kept.get("predictions_stage") != client.stage:
+            predictions = []
+            for number, architecture in enumerate(self._architectures(client)):
+                predictions.append((yield from self._teacher_logits(client, number, architecture)))
+            logits = torch.stack(predictions)
+            kept["predictions"] = (logits if self.loss.form == "logits" else torch.softmax(logits, dim=2)).mean(0)
+            kept["predictions_stage"] = client.stage
+        return kept["predictions"]
 
-    def _ask(self, client: Client, number: int, architecture: str) -> Tensor:
-        """One foundation model's logits on the private samples, which it may learn first; its weights stay public."""
-        with client.runtime.borrow(architecture) as module:
+    def _teacher_logits(self, client: Client, number: int, architecture: str) -> Requests[Tensor]:
+        """Return one foundation model's logits of the private samples, fine-tuned on them first if configured.
+
+        The shared module has its public weights again afterwards.
+        """
+        with client.modules.borrow(architecture) as module:
             if not self.fine_tune:
-                return client.predict(module, client.train)
+                return (yield PredictRequest(module, client.train))
             public = copy_of(module)
-            client.fit(module, client.train, client.local_training, name=f"fine_tune/{number}")
-            logits = client.predict(module, client.train)
+            yield FitRequest(module, client.train, client.local_training, name=f"fine_tune/{number}")
+            logits = yield PredictRequest(module, client.train)
             load_into(module, public)
             return logits
 
     def _architectures(self, client: Client) -> list[str]:
-        """The architectures of the client's foundation models."""
+        """Return the architectures of the client's foundation models."""
         known = architectures(client.runtime)
         first = known.index(client.architecture)
         return [known[(first + i) % len(known)] for i in range(self.models)]
 
     def _models(self, client: Client) -> list[LightningModule]:
-        """The client's foundation models, as everybody has them."""
+        """Return the client's foundation models with their public weights."""
         return [client.runtime.shared_module(name) for name in self._architectures(client)]
 
     def _costs(self, client: Client, proxy: LightningModule) -> dict[str, float]:
-        """What the round's training costs, what the foundation models cost once, and what an answer costs for good."""
+        """Return FLOPs of a round's training, of the foundation models (once), of one prediction, and model sizes."""
         if "costs" not in client.cache:
             models, count = self._models(client), client.samples
             seen = samples_seen(count, client.local_training)

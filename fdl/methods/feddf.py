@@ -1,4 +1,4 @@
-"""FedAvg whose average is refined by distilling the clients' ensemble into it."""
+"""FedAvg with ensemble distillation: the clients' ensemble is distilled into their average."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.ensembles import GroupEnsemble
 from fdl.knowledge.aggregation.shares import Cap
@@ -27,34 +28,34 @@ class FedDF(Method):
     """Average the clients' weights, then distil the mean of their logits into the average (Lin et al., 2020).
 
     KL(softmax(mean_k f_k(x)) ‖ softmax(f(x))) on the proxy set at temperature 1, teachers weighted alike. With
-    specialists of several architectures there is one group an architecture: each is averaged by itself and then taught
-    by all clients. The recipe's student then is one more group, which has no clients and is taught only.
+    specialists of several architectures, each architecture is a group, averaged by itself and then distilled from all
+    clients. The recipe's student is then one more group without clients, which is only distilled.
 
-    As in the paper, what a distillation leaves is the model that did best on validation data among those that it passed
-    through, the average itself included. **This uses the server's labelled validation samples inside training**, which
-    FedAvg and methods that exchange answers do without; they are never trained on, but a server that has no labels can
-    only take ``select: last``. Without it, an ensemble of clients that know few classes each drags the average down
-    where it is better than they are together.
+    As in the paper, a distillation returns the best model on validation data among those that it passed through, the
+    average itself included. **This uses the server's labelled validation samples inside training**, which FedAvg and
+    methods that exchange predictions do without; they are never trained on, but a server without labels can only take
+    ``select: last``. Then an ensemble of clients with few classes each can make the average worse, where the average
+    is better than the ensemble.
 
     The paper's settings for 10,000 steps of distillation are ``every: 100`` and ``patience: 1000``, with Adam at 0.001,
     a cosine schedule over all steps and gradients clipped at 5, which are the recipe's `server_distil`.
 
-    With a confidence, clients send with their weights how much they count as teachers of each proxy sample, and the
-    mean of logits is weighted by it; the average of weights stays by sample counts. With `domain_classifier` that is
+    With a confidence, clients upload with their weights their log-weight as teachers of each proxy sample, and the
+    mean of logits is weighted by it; the average of weights stays by sample counts. With `domain_classifier` this is
     FedAUX (Sattler et al., 2021) without its start from self-supervised pretraining and without its noise; with
-    ``select: last``, as there, no labels of the server's are used.
+    ``select: last``, as there, no server labels are used.
 
     Args:
-        architectures: whether clients train the student's architecture or their own specialists'.
-        select: which model a distillation leaves: the best on ``"validation"`` data, or the ``"last"``.
-        every: steps between two looks at the validation data, ≥ 1; the last step is looked at as well.
+        architectures: architecture that clients train: the ``"student"``'s or their own ``"specialists"``'.
+        select: result of a distillation: the best model on ``"validation"`` data, or the ``"last"``.
+        every: steps between two evaluations on validation data, ≥ 1; the last step is evaluated as well.
         patience: steps without gain on validation data after which a distillation ends, ≥ 1; None for all steps.
-        drop_worst: leave clients whose model does no better than chance on validation data, that is below 1.2 / C of C
-            classes as in the published code, out of the ensemble, though not out of the average; where that leaves
-            nobody, all are kept.
-        confidence: how much a client counts as a teacher of a proxy sample; None weights all alike. The proxy set is
-            then sent to all clients, with the public encoder where it is measured in its space.
-        max_client_share: as in `FederatedDistillation`, where clients send a confidence.
+        drop_worst: leave clients whose model is no better than chance on validation data, that is below 1.2 / C of C
+            classes as in the published code, out of the ensemble, though not out of the average; if no client were
+            left, all are kept.
+        confidence: weight of a client as a teacher of a proxy sample; None weights all alike. The proxy set is then
+            sent to all clients, with the public encoder if confidence is measured in its space.
+        max_client_share: largest weight of one client's confidences in a round, in equal shares, ≥ 1; None: no limit.
     """
 
     name = "feddf"
@@ -82,7 +83,7 @@ class FedDF(Method):
             raise UserError(f"confidence {confidence.name} asks a client's specialist, and clients of feddf have none")
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """Draw first weights for every architecture that clients train.
+        """Draw first weights for each architecture that clients train.
 
         Raises:
             UserError: there are no validation samples to select by.
@@ -101,7 +102,7 @@ class FedDF(Method):
             server.state["members"] = {str(client.id): client.architecture for client in clients}
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
-        """Nothing, or what clients need to say how much they count: the proxy set, and the public encoder."""
+        """Return the bytes of what confidences need, the proxy set and the public encoder; nothing without them."""
         if self.weighting is None:
             return {}
         costs = {"proxy": server.proxy.nbytes}
@@ -110,22 +111,22 @@ class FedDF(Method):
         return costs
 
     def download(self, server: Server, client: int) -> Message:
-        """The weights of the client's group, one message for all clients of it."""
+        """Return the weights of the client's group, one message for all clients of the group."""
         group = self._group(server, client)
         return server.cached_download(group, lambda: Parameters(self._weights(server, group)))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters | Bundle:
-        """Train the group's model on private data; return its weights and, if asked, how much it counts."""
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters | Bundle]:
+        """Train the group's model on private data; return its weights and, if configured, its confidences."""
         module = client.load(download.tensors, client.architecture if self.heterogeneous else "student")
-        client.fit(module, client.train, client.local_training)
+        yield FitRequest(module, client.train, client.local_training)
         weights = Parameters(module_state(module), samples=client.reported_samples)
         if self.weighting is None:
             return weights
-        scores = self.weighting.log_weights(client, client.predict(module, client.proxy))
+        scores = self.weighting.log_weights(client, (yield PredictRequest(module, client.proxy)))
         return Bundle((weights, Scores(QuantizedLogWeights.quantize(scores))))
 
     def aggregate(self, server: Server) -> GroupEnsemble:
-        """Means of the weights by group, and of all clients' logits."""
+        """Return empty means of the weights per group, and of all clients' logits."""
         return GroupEnsemble(
             server,
             group_of=lambda client: self._group(server, client),
@@ -136,7 +137,7 @@ class FedDF(Method):
         )
 
     def server_update(self, server: Server, knowledge: tuple[dict[str, Any], Tensor, int]) -> dict[str, float]:
-        """Put every group on its average, then teach it by all."""
+        """Set each group to its average, then distil the ensemble into it."""
         averages, logits, teachers = knowledge
         samples = SoftLabelled(server.proxy, torch.softmax(logits, dim=1))
         for group, tensors in averages.items():
@@ -149,7 +150,7 @@ class FedDF(Method):
         return {"teachers": float(teachers), **self._teach(server, server.student, samples, "distil")}
 
     def _teach(self, server: Server, module: LightningModule, samples: SoftLabelled, name: str) -> dict[str, float]:
-        """Distil the ensemble into a module; returns after which step it was best, and how many were taken."""
+        """Distil the ensemble into a module; return the best step and the number of steps if validation selects."""
         objective = ResponseObjective("kl", 1.0)
         if not self.validated or server.runtime.is_dry_run:
             server.fit(module, samples, server.server_distil, objective, name=name)

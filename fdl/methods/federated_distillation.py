@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.knowledge.aggregation.bundle import CompositeAggregate, RoundKnowledge
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
@@ -30,35 +31,35 @@ from fdl.robust.base import RobustRule
 class FederatedDistillation(Method):
     """Private specialists of any architecture predict the proxy set; a student is distilled from the aggregate.
 
-    Clients upload predictions with a confidence per row, and download aggregated predictions. Neither data nor weights
-    leave a site. Predictions are weighted by the softmax over clients of their confidences, which are log-weights, up
-    to two equal shares of a round (`max_client_share`). All below `feedback` is off unless it is named.
+    Clients upload predictions with a confidence per row, a log-weight whose softmax over clients weights the mean, and
+    download the aggregate; neither data nor weights leave a site. Options below `feedback` are off by default.
 
     Args:
         confidence: weight of a client's prediction of a proxy sample; None weighs all alike.
         space: average probabilities, as DS-FL does, or logits, as FedMD and FedDF do.
-        temperature: T > 0 of targets and learner in the loss.
+        temperature: T > 0 of targets and predictions in the loss.
         calibrate: divide each specialist's logits by a temperature fitted on its held-out private samples.
         loss: response loss of the student, and of specialists on what they download.
-        feedback: what clients download from the second round on.
-        alpha: weight of the response loss beside those of features and prototypes, ≥ 0.
-        sharpen: temperature or exponent, as `sharpening` says, that sharpens the aggregate; None leaves it.
+        feedback: download of the clients from the second round on.
+        alpha: weight of the response loss besides those of features and prototypes, ≥ 0.
+        sharpen: temperature or exponent of `sharpening`, which sharpens the aggregate; None leaves it.
         sharpening: DS-FL's entropy reduction softmax(p / T), e.g. 0.1, or SCARLET's power p^b / Σ p^b, e.g. 1.5.
         pretrain: epochs of every new specialist and the student on public labelled samples, sent to all, as in FedMD.
-        reinitialize_clients: draw a specialist new weights before it learns from its download, as in CFD.
+        reinitialize_clients: reinitialise a specialist before it learns from its download, as in CFD.
         features: activations that are uploaded, too.
         prototypes: centroids of private samples that are uploaded, too.
         adapter: maps each client's features, and prototypes of its embedding, to the student's space.
         adaptive_client_weights: weights of clients that follow the phase of training.
         personalization: each client downloads its own mixture of the others' predictions.
         curriculum: order in which the student meets the proxy samples.
-        proxy_fraction: share of the proxy set that is predicted in a round, the same samples by all clients.
+        proxy_fraction: fraction of the proxy set that is predicted in a round, the same samples by all clients.
         soft_label_cache_rounds: rounds in which a sample's soft labels teach; 1 is their own round only.
-        upload_policy: uploads only what has changed; None uploads in every round.
+        upload_policy: upload only on change; None uploads in each round.
         private_release: noise that makes the predictions private.
-        robust: a rule in the place of the mean of predictions, which holds where some clients are Byzantine.
-        max_client_share: equal shares of a round's weight that one client may have at most, ≥ 1; None for any.
-        max_client_share_over: hold it over a round, or in each row, which is safer where sites have the same classes.
+        robust: rule instead of the mean, against Byzantine clients; it has a limit of its own for a client's weight.
+        max_client_share: largest weight of a client in equal shares, ≥ 1: of K clients none moves a row of
+            probabilities by more than √2 share / K on average, whatever confidence it uploads; None: no limit.
+        max_client_share_over: apply the limit per round, or per row, which is safer if sites have the same classes.
     """
 
     name = "federated_distillation"
@@ -106,7 +107,7 @@ class FederatedDistillation(Method):
         shared = features, prototypes, proxy_fraction, self.upload_policy, private_release
         self.uploads = UploadBuilder(space, calibrate, confidence, *shared)
         self.distillation = DistillationConfig(loss, temperature, alpha, features, prototypes, adapter)
-        self.adaptive_client_weights, self.robust = adaptive_client_weights, robust
+        self.adaptive_client_weights, self.robust, self.confidence = adaptive_client_weights, robust, confidence
         self.needs_calibration = self.uploads.needs_calibration
         others = {"features": features, "prototypes": prototypes, "personalization": personalization}
         if private_release is not None:
@@ -116,37 +117,36 @@ class FederatedDistillation(Method):
             RobustAnswers.check(others, private_release is not None and private_release.by == "server")
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """Count the participants where an adapter has parameters for each."""
+        """Count the participants if an adapter has parameters for each."""
         if self.distillation.adapts:
             server.state["participants"] = len(clients)
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
-        """The proxy set, and the public encoder where confidence or prototypes are measured in its space."""
+        """Return the bytes of the proxy set, and of the public encoder if confidence or prototypes need it."""
         return self.uploads.setup_bytes(server) | self.initialization.setup_bytes(server)
 
     def download(self, server: Server, client: int) -> Message | Bundle | None:
-        """Soft labels of the proxy set, one message for all clients unless they are personalised."""
+        """Return soft labels of the proxy set, one message for all clients unless they are personalised."""
         return self.feedback.download(server, client)
 
-    def local_update(self, client: Client, download: Message | Bundle | None) -> Message | Bundle | None:
+    def local_update(self, client: Client, download: Message | Bundle | None) -> Requests[Message | Bundle | None]:
         """Learn from the downloaded soft labels, train on private data, predict the proxy set."""
-        received = parts_of(download)
-        labels, status = received.get(Responses), received.get(UploadStatus)
+        labels, status = (parts_of(download).get(kind) for kind in (Responses, UploadStatus))
         if self.upload_policy is not None and self.upload_policy.may_skip(client, status):
             return UploadStatus(status.round)
-        specialist = self.initialization.specialist(client, labels is not None)
+        specialist = yield from self.initialization.specialist(client, labels is not None)
         if labels is not None:
             samples = SoftLabelled(client.proxy, labels.values, labels.rows)
-            client.fit(specialist, samples, client.client_distil, self.objective, name="digest")
-        client.fit(specialist, client.train, client.local_training)
+            yield FitRequest(specialist, samples, client.client_distil, self.objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
-        return self.uploads.upload(client, specialist, status)
+        return (yield from self.uploads.upload(client, specialist, status))
 
     def aggregate(self, server: Server) -> CompositeAggregate:
-        """Means over clients, weighted row by row."""
-        confidence, adaptive, release = self.uploads.confidence, self.adaptive_client_weights, self.uploads.release
+        """Return empty means over clients, weighted per row."""
+        adaptive, release = self.adaptive_client_weights, self.uploads.release
         # a client without a confidence that all must send would have log-weight 0, more than most honest ones
-        weighted = None if adaptive is not None and confidence is None else confidence is not None
+        weighted = None if adaptive is not None and self.confidence is None else self.confidence is not None
         mean, rows = self.labels.mean(server, weighted), rows_of_round(server, self.uploads.proxy_fraction)
         mean = mean if self.robust is None else RobustAnswers(self.robust, server, self.labels.space, weighted)
         return CompositeAggregate(
@@ -161,7 +161,7 @@ class FederatedDistillation(Method):
         )
 
     def server_update(self, server: Server, knowledge: RoundKnowledge) -> dict[str, float]:
-        """Distil the student from the aggregate, and keep what is downloaded next."""
+        """Distil the student from the aggregate, and keep the next download."""
         self.initialization.pretrain_student(server)
         fresh = self.labels.of(knowledge.responses)
         rows, targets = self.soft_label_cache.update(server, fresh)

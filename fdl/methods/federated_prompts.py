@@ -1,4 +1,4 @@
-"""Federated averaging of some of what is trained, while the rest belongs to each site."""
+"""Federated averaging of shared prompts, with personal parameters that stay at each site."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
@@ -19,20 +20,20 @@ from fdl.state.weights import load_into, module_state
 
 
 class FederatedPrompts(FedAvg):
-    """FedAvg of shared prompts, beside which every site keeps prompts of its own (PromptFL, Guo et al., 2022).
+    """FedAvg of shared prompts, with personal prompts that stay at each site (PromptFL, Guo et al., 2022).
 
-    What is sent is what the student trains: of a module around a frozen backbone, prompts alone. Of these, whatever
-    `personal_parameters` matches never leaves its site, where it is trained together with the shared part (as the
-    layers of FedPer, Arivazhagan et al., 2019, which can be named as well). With nothing personal this is FedAvg. The
-    student at the server has the personal part that it began with; each site's own model is evaluated as well.
+    The trainable part of the student is sent: of a module around a frozen backbone, prompts alone. Tensors that match
+    `personal_parameters` never leave their site, where they are trained together with the shared part (like the layers
+    of FedPer, Arivazhagan et al., 2019, which can be named as well). With nothing personal this is FedAvg. The
+    student at the server keeps its initial personal part; each site's own model is evaluated as well.
 
     Args:
-        personal_parameters: names or globs of the student's tensors that stay at the site.
-        optimizer: what the server does with the mean of the shared part; None takes it as it is.
-        robust: as in FedAvg.
+        personal_parameters: names or globs of the student's tensors that stay at the site; None or empty: none.
+        optimizer: server optimiser, applied to the mean of the shared part; None takes the mean as the new weights.
+        robust: robust aggregation rule instead of the mean; None is the mean.
 
     Raises:
-        UserError: when a pattern matches nothing, or nothing is left to share.
+        UserError: from `setup`, if a pattern matches nothing, or nothing is left to share.
     """
 
     name = "federated_prompts"
@@ -47,7 +48,7 @@ class FederatedPrompts(FedAvg):
         self.personal_parameters = tuple(personal_parameters or ())
 
     def setup(self, server: Server, clients: object) -> None:
-        """See that the patterns fit the student."""
+        """Check that the patterns match tensors of the student."""
         names = list(module_state(server.student))
         for pattern in self.personal_parameters:
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -59,25 +60,25 @@ class FederatedPrompts(FedAvg):
             raise UserError("personal_parameters: nothing is left to share; take method single_site for that")
 
     def download(self, server: Server, client: int) -> Message:
-        """The shared part of the global weights, the same message for all clients of a round."""
+        """Return the shared part of the global weights, the same message for all clients of a round."""
         return server.cached_download("student", lambda: Parameters(self._shared(module_state(server.student))))
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train both parts on private data, keep the personal one, return the shared one."""
         if not self.personal_parameters:
-            return super().local_update(client, download)
-        module = client.specialist()  # at first a fresh one, whose personal part nobody else has
+            return (yield from super().local_update(client, download))
+        module = client.specialist()  # new in the first turn, with a personal part that differs from client to client
         load_into(module, {**module_state(module), **download.tensors})
-        client.fit(module, client.train, client.local_training, self.objective(module))
+        yield FitRequest(module, client.train, client.local_training, self.objective(module))
         client.save_specialist(module)
         return Parameters(self._shared(module_state(module)), samples=client.reported_samples)
 
     def aggregate(self, server: Server) -> ParameterMean | RobustParameters:
-        """A mean weighted by sample counts, or what is robust."""
+        """Return a mean of the shared part weighted by sample counts, or the robust aggregate."""
         return self.mean(server, self._shared(module_state(server.student)))
 
     def server_update(self, server: Server, knowledge: Mapping[str, Tensor]) -> dict[str, float]:
-        """Move the shared part towards, or with a plain average onto, the clients' mean."""
+        """Move the shared part towards the clients' mean, or onto it without a server optimiser."""
         own = module_state(server.student)
         shared = self._shared(own)
         trained = {name for name, _ in server.student.named_parameters() if name in shared}
@@ -87,7 +88,7 @@ class FederatedPrompts(FedAvg):
         return {}
 
     def _shared(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What the server and all clients see of a model's state."""
+        """Return the part of a model's state that is sent."""
         if not self.personal_parameters:
             return tensors
         return {

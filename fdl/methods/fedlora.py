@@ -1,4 +1,4 @@
-"""Federated averaging of low-rank updates, with a choice of what their average is."""
+"""Federated averaging of low-rank updates, with a choice of aggregations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.base import Aggregate
 from fdl.knowledge.aggregation.lora import Adapted, FedIT, LoraAggregation, low_rank_layers, merged
@@ -21,14 +22,14 @@ from fdl.state.weights import load_into, module_state
 
 
 class FedLoRA(Method):
-    """Sites train low-rank updates of a pretrained student, and the server makes one of them.
+    """Federated LoRA: sites train low-rank updates of a pretrained student, and the server aggregates them.
 
-    The student needs ``tuning: lora``. Sites are weighted by their sample counts; the head and all else that is trained
-    beside the updates is averaged. Where an aggregation adds to the original weights, server and sites keep what has
-    been added as one dense float32 matrix a layer, 4 · out · in bytes, and the server up to as much again for factors.
-    Every download brings a site the additions that it has not confirmed: their factors, or, once these are the larger,
-    the sum. A chain of lossy codecs on the way down makes the sites' weights differ from the server's by its rounding,
-    which adds up over the rounds.
+    The student needs ``tuning: lora``. Sites are weighted by their sample counts; the head and whatever else is trained
+    besides the updates is averaged. If an aggregation adds to the original weights, server and sites keep the sum of
+    additions as one dense float32 matrix per layer, 4 · out · in bytes, and the server up to as much again for factors.
+    Each download carries the additions that the site has not confirmed: their factors, or, once these are the larger,
+    the sum. Lossy codecs for downloads make the sites' weights differ from the server's by their rounding, which adds
+    up over the rounds.
 
     Args:
         aggregation: ``"fedit"``, ``"ffa"``, ``"flora"``, ``"fedex"`` or ``"flexlora"``; None is ``"fedit"``.
@@ -41,7 +42,7 @@ class FedLoRA(Method):
         self.aggregation = aggregation or FedIT()
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """See that the student is one for this aggregation; nothing has been added to its weights."""
+        """Check that the student fits the aggregation, and start without additions to its weights."""
         if self.aggregation.merges and is_sharded(server.student):
             raise UserError(
                 f"fabric.strategy: aggregation {self.aggregation.name} adds to the student's original weights, of "
@@ -52,29 +53,29 @@ class FedLoRA(Method):
             server.state["base"] = {"version": 0, "total": {}, "log": {}, "confirmed": {}}
 
     def download(self, server: Server, client: int) -> Message:
-        """The updates and the head; one message for all sites that have confirmed the same additions."""
-        known = server.state["base"]["confirmed"].get(str(client), 0) if self.aggregation.merges else 0
+        """Return the updates and the head, one message for all sites that have confirmed the same additions."""
+        confirmed = server.state["base"]["confirmed"].get(str(client), 0) if self.aggregation.merges else 0
         return server.cached_download(
-            f"since {known}", lambda: Parameters(self._global(server) | additions_since(server, known))
+            f"since {confirmed}", lambda: Parameters(self._global(server) | additions_since(server, confirmed))
         )
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the updates on private data and return them."""
         template = client.runtime.shared_module("student")
         tensors = receive_additions(client, download.tensors)
         if self.aggregation.fresh:
-            tensors |= _fresh(client, low_rank_layers(template), module_state(template))
+            tensors |= _initial_factors(client, low_rank_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
-        client.fit(module, client.train, client.local_training)
+        yield FitRequest(module, client.train, client.local_training)
         return Parameters(module_state(module), samples=client.reported_samples)
 
-    def aggregate(self, server: Server) -> _Updates:
-        """Means of everything, and every site's matrices where the aggregation needs them."""
+    def aggregate(self, server: Server) -> _LoraUpdates:
+        """Return an empty mean of all tensors, with each site's matrices if the aggregation needs them."""
         self.on_restore(server)
-        return _Updates(server, self.aggregation.stacks)
+        return _LoraUpdates(server, self.aggregation.stacks)
 
-    def server_update(self, server: Server, knowledge: _Updates) -> dict[str, float]:
-        """Put the student on the aggregate."""
+    def server_update(self, server: Server, knowledge: _LoraUpdates) -> dict[str, float]:
+        """Set the student to the aggregate."""
         mean = knowledge.mean.result()
         tensors = dict(mean.items())
         added: dict[str, dict[str, Tensor]] = {}
@@ -91,27 +92,28 @@ class FedLoRA(Method):
                 added[layer.name] = dict(zip(("left", "right"), combined.update))
         load_into(server.student, tensors)
         if self.aggregation.merges:
-            server.state["base"] = record_additions(server.state["base"], added, knowledge.heard)
+            server.state["base"] = record_additions(server.state["base"], added, knowledge.clients)
             self.on_restore(server)
         return {}
 
     def student_extra_state(self, server: Server) -> dict[str, Any]:
-        """What was added to the student's original weights."""
+        """Return the additions to the student's original weights."""
         return {"base": {"total": server.state["base"]["total"]}} if self.aggregation.merges else {}
 
     def on_restore(self, server: Server) -> None:
-        """Add to the student's original weights what the server's state says; these are no part of checkpoints."""
+        """Add the state's additions to the student's original weights, which are no part of checkpoints."""
         total = server.state.get("base", {}).get("total")
         if total is None or server.cache.get("merged") is total:
             return
         layers = low_rank_layers(server.student)
         pristine = server.cache.setdefault("pristine", {x.name: x.weight.to("cpu", copy=True) for x in layers})
         for layer in layers:
-            gained = total.get(layer.name)
-            layer.weight.copy_(pristine[layer.name] if gained is None else pristine[layer.name] + gained)
+            addition = total.get(layer.name)
+            layer.weight.copy_(pristine[layer.name] if addition is None else pristine[layer.name] + addition)
         server.cache["merged"] = total
 
     def _global(self, server: Server) -> dict[str, Tensor]:
+        """Return the student's state, without factors if clients draw their own."""
         state = dict(module_state(server.student).items())
         if self.aggregation.fresh:
             for layer in low_rank_layers(server.student):
@@ -119,30 +121,30 @@ class FedLoRA(Method):
         return state
 
 
-class _Updates(Aggregate):
-    """One round's uploads: a running mean, and of the low-rank matrices copies, 4 · r · (in + out) bytes a site."""
+class _LoraUpdates(Aggregate):
+    """One round's uploads: a running mean, and copies of the low-rank matrices, 4 · r · (in + out) bytes per site."""
 
     def __init__(self, server: Server, stacks: bool):
         self.layers: list[Adapted] = low_rank_layers(server.student)
         self.mean, self.stacks = ParameterMean(module_state(server.student)), stacks
         self.sites: list[dict[str, tuple[Tensor, Tensor]]] = []
         self.samples: list[int] = []
-        self.heard: list[int] = []
+        self.clients: list[int] = []
 
     def add(self, message: Parameters, client: int) -> None:
         self.mean.add(message, client)
-        self.heard.append(client)
+        self.clients.append(client)
         if self.stacks:
             copied = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in message.tensors.items()}
             self.sites.append({layer.name: (copied[layer.b], copied[layer.a]) for layer in self.layers})
             self.samples.append(message.samples)
 
-    def result(self) -> _Updates | None:
-        return self if self.heard else None
+    def result(self) -> _LoraUpdates | None:
+        return self if self.clients else None
 
 
-def _fresh(client: Client, layers: Sequence[Adapted], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New matrices as LoRA begins: every entry of A uniform within ± 1/√in, and B = 0."""
+def _initial_factors(client: Client, layers: Sequence[Adapted], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draw LoRA's initial matrices: each entry of A uniform within ± 1/√in, and B = 0."""
     stream, tensors = client.rng("lora"), {}
     for layer in layers:
         a = torch.empty(like[layer.a].shape)

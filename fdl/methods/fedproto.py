@@ -1,4 +1,4 @@
-"""Prototypes in the place of models: clients agree on where classes lie, and on nothing else."""
+"""Federated prototype learning: clients share class prototypes instead of models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.transfer.class_prototypes import ClassPrototypeMeans, NearestPrototype
@@ -19,23 +20,23 @@ from fdl.participants import Client, Server
 
 
 class FedProto(Method):
-    """Every client draws its embeddings towards the classes' common prototypes (Tan et al., 2022).
+    """Clients pull their embeddings towards the classes' common prototypes (Tan et al., 2022).
 
-    A prototype is the mean embedding of a class's samples at a client, which it sends with their number after training
-    in each round; the server sends back one for each class. From then on clients minimise CE + λ MSE(h, C_y) on their
-    own data, where samples of a class without a common prototype add nothing. Architectures may differ, but their
+    A prototype is the mean embedding of a class's samples at a client, which uploads it with their number after
+    training in each round; the server sends back one per class. From then on clients minimise CE + λ MSE(h, C_y) on
+    their own data, where samples of a class without a common prototype add nothing. Architectures may differ, but their
     embeddings must have the same width. No proxy set is needed and there is no student. As in the paper a client
-    answers with the class of the nearest common prototype, so that it can name classes that it has never seen; how
-    often this and its own head are right on its held-out samples is noted beside its losses.
+    predicts the class of the nearest common prototype, so that it can predict classes that it has never seen; the
+    accuracies of this and of its own head on its held-out samples are logged with its losses.
 
-    A prototype is a mean of private samples in the model's feature space: one of few samples says much about these.
+    A prototype is a mean of private samples in the model's feature space: one of few samples reveals much about them.
 
     Args:
         weight: λ ≥ 0; 0 is local training.
-        average: the common prototype is the mean over the clients that have the class, all alike as in the published
-            code, or by their number of samples of it as in the paper's equation 6.
-        answer: what a client's model is evaluated by: the nearest common ``"prototype"`` among all classes that have
-            one (the published code compares those of the client's own classes alone), or its ``"head"``.
+        average: weights of the clients that have a class in its common prototype: all alike (``"clients"``), as in the
+            published code, or by their number of ``"samples"`` of it, as in the paper's equation 6.
+        answer: classifier by which a client's model is evaluated: the nearest common ``"prototype"`` among all classes
+            that have one (the published code compares those of the client's own classes alone), or its ``"head"``.
     """
 
     name = "fedproto"
@@ -54,15 +55,15 @@ class FedProto(Method):
         self.weight, self.by_samples, self.by_prototype = weight, average == "samples", answer == "prototype"
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """See that all embeddings have one width."""
+        """Check that all embeddings have the same width."""
         modules = {key: server.runtime.shared_module(key) for key in architectures(server.runtime)}
         widths = {key: module.embedding_dim for key, module in modules.items() if module.embedding_dim is not None}
         if len(set(widths.values())) > 1:
-            said = ", ".join(f"{key} {width}" for key, width in widths.items())
-            raise UserError(f"specialists: prototypes need embeddings of one width, got {said}")
+            found = ", ".join(f"{key} {width}" for key, width in widths.items())
+            raise UserError(f"specialists: prototypes need embeddings of one width, got {found}")
 
     def download(self, server: Server, client: int) -> Prototypes | None:
-        """The common prototypes with their numbers of samples or clients; None in the first round."""
+        """Return the common prototypes with their numbers of samples or clients; None in the first round."""
         common = server.state.get("prototypes")
         if common is None:
             return None
@@ -71,11 +72,11 @@ class FedProto(Method):
             "all", lambda: Prototypes(common["values"][labels], labels, common["counts"][labels])
         )
 
-    def local_update(self, client: Client, download: Prototypes | None) -> Prototypes:
-        """Train on private data near the common prototypes, and return those of one's own."""
+    def local_update(self, client: Client, download: Prototypes | None) -> Requests[Prototypes]:
+        """Train on private data near the common prototypes, and return the client's own prototypes."""
         specialist = client.specialist()
         objective = None if download is None or self.weight == 0 else self._prototype_objective(client, download)
-        client.fit(specialist, client.train, client.local_training, objective)
+        yield FitRequest(specialist, client.train, client.local_training, objective)
         client.save_specialist(specialist)
         self._log_accuracy(client, specialist, download)
         embeddings = client.predict(specialist, client.train, "embedding")
@@ -85,14 +86,13 @@ class FedProto(Method):
         return Prototypes(means.float(), labels, counts)
 
     def aggregate(self, server: Server) -> ClassPrototypeMeans:
-        """Means by class."""
-        known = server.state.get("prototypes")
-        return ClassPrototypeMeans(
-            server.num_classes, None if known is None else known["values"].shape[1], self.by_samples
-        )
+        """Return empty means per class."""
+        common = server.state.get("prototypes")
+        width = None if common is None else common["values"].shape[1]
+        return ClassPrototypeMeans(server.num_classes, width, self.by_samples)
 
     def server_update(self, server: Server, knowledge: dict[str, Tensor]) -> dict[str, float]:
-        """Take the new prototypes; a class of which there is none keeps the last."""
+        """Take the new prototypes; a class without a new one keeps its last."""
         before = server.state.get("prototypes", knowledge)
         fresh = knowledge["counts"] > 0
         server.state["prototypes"] = {
@@ -102,39 +102,38 @@ class FedProto(Method):
         return {"prototypes": float((server.state["prototypes"]["counts"] > 0).sum())}
 
     def client_model(self, server: Server, client: Client) -> nn.Module:
-        """The client's model with the nearest common prototype in the place of its head."""
+        """Return the client's model with a classifier by the nearest common prototype instead of its head."""
         specialist, common = client.specialist(), server.state.get("prototypes")
         if not self.by_prototype or common is None:
             return specialist
         return NearestPrototype(specialist, common["values"], common["counts"] > 0)
 
     def _prototype_objective(self, client: Client, common: Prototypes) -> Objective:
-        """Cross entropy and the squared distance to the class's prototype, mean over samples and dimensions."""
-        centres = torch.zeros(client.num_classes, common.values.shape[1])
-        centres[common.labels], known = common.values, torch.zeros(client.num_classes)
-        known[common.labels] = 1.0
-        centres, known = centres.to(client.runtime.device), known.to(client.runtime.device)
+        """Return CE plus λ times the squared distance to the class's prototype, a mean over samples and dimensions."""
+        centres, exists = torch.zeros(client.num_classes, common.values.shape[1]), torch.zeros(client.num_classes)
+        centres[common.labels], exists[common.labels] = common.values, 1.0
+        centres, exists = centres.to(client.runtime.device), exists.to(client.runtime.device)
 
         def loss(module: nn.Module, batch: Any) -> Mapping[str, Tensor]:
             inputs, labels = batch
             output = module(inputs)
             hard = cross_entropy(output.logits, labels)
-            apart = (output.embedding.float() - centres[labels]).square().mean(1)
-            near = (apart * known[labels]).mean()
-            parts = {"cross_entropy": hard.detach(), "prototype": near.detach()}
-            return {**parts, "loss": hard + self.weight * near}
+            distances = (output.embedding.float() - centres[labels]).square().mean(1)
+            distance = (distances * exists[labels]).mean()
+            parts = {"cross_entropy": hard.detach(), "prototype": distance.detach()}
+            return {**parts, "loss": hard + self.weight * distance}
 
         return loss
 
     def _log_accuracy(self, client: Client, specialist: nn.Module, common: Prototypes | None) -> None:
-        """Note how often head and nearest common prototype are right on held-out samples."""
+        """Log the accuracies of head and nearest common prototype on held-out samples."""
         if common is None or len(client.calibration) == 0 or client.runtime.is_dry_run:
             return
         labels = client.calibration.labels
         nearest = torch.cdist(client.predict(specialist, client.calibration, "embedding"), common.values.float())
-        chosen = {
+        predicted = {
             "head": client.predict(specialist, client.calibration).argmax(1),
             "nearest_prototype": common.labels[nearest.argmin(1)],
         }
-        shares = {f"held_out/{who}": float((answer == labels).float().mean()) for who, answer in chosen.items()}
-        client.metrics.update(shares)
+        for classifier, classes in predicted.items():
+            client.metrics[f"held_out/{classifier}"] = float((classes == labels).float().mean())

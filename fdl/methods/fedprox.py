@@ -1,4 +1,4 @@
-"""FedAvg whose clients are held near the global model."""
+"""FedAvg with a proximal term that keeps clients near the global model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fdl.errors import UserError
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.losses.proximal import proximal
 from fdl.methods.fedavg import FedAvg
-from fdl.modules.objectives import Objective, PenalizedObjective, pads
+from fdl.modules.objectives import Objective, PenalizedObjective, is_padding_safe
 from fdl.modules.tracing import traceable
 from fdl.robust.base import RobustRule
 
@@ -19,12 +19,12 @@ from fdl.robust.base import RobustRule
 @traceable
 @dataclass(eq=False)
 class ProximalObjective(PenalizedObjective):
-    """A module's own loss and a proximal term.
+    """A module's own loss plus a proximal term.
 
     Attributes:
-        anchor: the weights near which it is held.
-        mu: how firmly.
-        ignores_padding: whether the module's own loss does; the proximal term does not look at samples.
+        anchor: weights at which the proximal term is zero, one tensor per parameter.
+        mu: weight μ of the proximal term.
+        ignores_padding: True if the module's own loss does; the proximal term does not depend on samples.
     """
 
     anchor: list[Tensor]
@@ -32,21 +32,31 @@ class ProximalObjective(PenalizedObjective):
     ignores_padding: bool
 
     def penalty(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
-        """The proximal term: a sum over weights alone, so that it can be taken of parts of them."""
+        """Return the proximal term, a sum over weights, so that it can be computed on parts of them.
+
+        Args:
+            parameters: the module's parameters, or parts of them.
+            anchor: the anchor's tensors, or the same parts.
+        """
         return proximal(parameters, anchor, self.mu)
 
     def combined(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
-        """The module's own losses with the term."""
+        """Return the module's own losses with the proximal term added to ``"loss"``.
+
+        Args:
+            losses: the module's own losses.
+            penalty: the proximal term over all weights.
+        """
         return {**losses, "loss": losses["loss"] + penalty, "proximal": penalty}
 
 
 class FedProx(FedAvg):
-    """FedAvg with a proximal term μ/2 ‖w − w_t‖² in every client's loss (Li et al., 2020).
+    """FedAvg with a proximal term μ/2 ‖w − w_t‖² in each client's loss (Li et al., 2020).
 
     Args:
         mu: weight of the proximal term, ≥ 0; 0 is FedAvg.
-        optimizer: what the server does with the mean; None takes it as it is.
-        robust: as in FedAvg.
+        optimizer: server optimiser, applied to the mean; None takes the mean as the new weights.
+        robust: robust aggregation rule instead of the mean; None is the mean.
     """
 
     name = "fedprox"
@@ -58,6 +68,6 @@ class FedProx(FedAvg):
         self.mu = mu
 
     def objective(self, module: nn.Module) -> Objective:
-        """The module's own loss and the proximal term around the weights that were sent."""
+        """Return the module's own loss plus the proximal term around the downloaded weights."""
         anchor = [parameter.detach().clone() for parameter in module.parameters()]
-        return ProximalObjective(anchor, self.mu, pads(module.training_step))
+        return ProximalObjective(anchor, self.mu, is_padding_safe(module.training_step))

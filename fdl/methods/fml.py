@@ -1,4 +1,4 @@
-"""Federated mutual learning: a private model and a shared one teach each other; only the shared one travels."""
+"""Federated mutual learning: a private and a shared model teach each other; only the shared one is sent."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
 from fdl.losses.responses import distillation
@@ -18,20 +19,20 @@ from fdl.state.weights import module_state
 
 
 class FML(FedAvg):
-    """FedAvg of a meme model, beside which every client trains a personal model of its own (Shen et al., 2020).
+    """FedAvg of a shared "meme" model that learns mutually with a personal model at each client (Shen et al., 2020).
 
     On each private batch the personal model f, which is the client's specialist, and the meme g, which has the
-    student's architecture, learn from the labels and from each other's answers:
-    L_f = α CE + (1 − α) T² KL(p_g ‖ p_f) and L_g = β CE + (1 − β) T² KL(p_f ‖ p_g). Whoever teaches does not learn from
-    it. Memes are averaged as in FedAvg; personal models never leave their site. Both are trained by one optimiser with
-    the recipe's `local_training` settings, whose gradient clip holds for the two together.
+    student's architecture, learn from the labels and from each other's predictions:
+    L_f = α CE + (1 − α) T² KL(p_g ‖ p_f) and L_g = β CE + (1 − β) T² KL(p_f ‖ p_g). No gradient of a term reaches its
+    teacher. Memes are averaged by FedAvg; personal models never leave their site. Both are trained by one optimiser
+    with the recipe's `local_training` settings, whose gradient clip applies to the two together.
 
     Args:
         alpha: α, share of the labels in the personal model's loss, in [0, 1]; 1 is local training.
         beta: β, share of the labels in the meme's loss, in [0, 1]; 1 is FedAvg.
-        temperature: T > 0, of what they say to each other.
-        optimizer: what the server does with the mean of the memes; None takes it as it is.
-        robust: as in FedAvg.
+        temperature: T > 0 of both distillation terms.
+        optimizer: server optimiser, applied to the mean of the memes; None takes the mean as the new weights.
+        robust: robust aggregation rule instead of the mean; None is the mean.
     """
 
     name = "fml"
@@ -54,17 +55,22 @@ class FML(FedAvg):
             raise UserError(f"temperature must be > 0, got {temperature}")
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
-    def local_update(self, client: Client, download: Parameters) -> Parameters:
+    def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the personal model and the meme on the same batches; return the meme's weights."""
         meme, personal = client.load(download.tensors, "student"), client.specialist()
         both = nn.ModuleDict({"meme": meme, "personal": personal})
-        both.train()  # a fresh container says that it trains, whatever its parts did last
-        client.fit(both, client.train, client.local_training, self.mutual)
+        both.train()  # a new container is in training mode, whatever mode its parts are in
+        yield FitRequest(both, client.train, client.local_training, self.mutual)
         client.save_specialist(personal)
         return Parameters(module_state(meme), samples=client.reported_samples)
 
     def mutual(self, both: nn.ModuleDict, batch: Any) -> Mapping[str, Tensor]:
-        """The sum of both losses; no gradient of the one reaches the other's model."""
+        """Return the sum of both losses; no gradient of the one reaches the other's model.
+
+        Args:
+            both: meme and personal model.
+            batch: inputs and labels.
+        """
         inputs, labels = batch
         meme, personal = both["meme"](inputs).logits, both["personal"](inputs).logits
         learns = {

@@ -1,22 +1,23 @@
-"""The floor: every institution alone."""
+"""Local training without communication, the lower bound of federated methods."""
 
 from __future__ import annotations
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.messages import Message
 from fdl.methods.base import Method
 from fdl.participants import Client
 
 
 class SingleSite(Method):
-    """Every client trains its specialist on its own data and tells nobody."""
+    """Lower bound: each client trains its specialist on its own data, without communication."""
 
     name = "single_site"
     sends = ()
     requires = ("specialists",)
 
-    def local_update(self, client: Client, download: Message | None) -> Message | None:
-        """Train the specialist further."""
+    def local_update(self, client: Client, download: Message | None) -> Requests[Message | None]:
+        """Continue to train the specialist, and return None: nothing is sent."""
         specialist = client.specialist()
-        client.fit(specialist, client.train, client.local_training)
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         return None

@@ -1,4 +1,4 @@
-"""Federated distillation of language models: specialists foretell public text, a student learns their distributions."""
+"""Federated distillation of language models: specialists predict public text, a student learns from their mixture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
@@ -28,35 +29,36 @@ from fdl.methods.base import Method
 from fdl.participants import Client, Participant, Server
 from fdl.utils.arguments import at_least
 
-_CAPACITY = 4  # ids a token that the mixture keeps, for each that a client may send
+_CAPACITY = 4  # ids per token that the mixture keeps, as a multiple of those that a client may send
 
 
 class TokenDistillation(Method):
-    """Private language models answer every token of public text; the student is distilled from their mixture.
+    """Private language models predict each token of public text; the student is distilled from their mixture.
 
-    Up goes, for each token of the proxy windows of the round, a sparse distribution over the next token, and each
-    client's confidence in it; down goes the mixture. Neither text nor weights leave a site. Distributions are averaged
-    with weights that are the softmax over clients of their log-weights at that token. The proxy text is public, so its
-    own next tokens are labels that the student may learn from, too: `ground_truth`.
+    Clients upload, per token of the round's proxy windows, a sparse distribution over the next token and a confidence,
+    and download the mixture. Neither text nor weights leave a site. Distributions are averaged with weights that are
+    the softmax over clients of their log-weights at that token. The proxy text is public, so its own next tokens are
+    labels that the student may learn from, too: `ground_truth`.
 
-    Answers are about the tokens of the data's tokenizer, which is the student's. Specialists with another one
-    (``aligned_causal_lm``) answer where both have a boundary; they learn nothing from the mixture, and are sent none.
+    Predictions are of tokens of the data's tokenizer, which is the student's. Specialists with another one
+    (``aligned_causal_lm``) predict where both have a boundary; they do not receive the mixture or learn from it.
 
     Args:
-        confidence: how much a client's answer to a token counts; None weighs all alike.
-        mode: what is sent and how it is learnt: the likeliest ids with a tail for the rest (``"tail"``), the likeliest
-            as if there were no others (``"renormalised"``), which over-estimates them, or ids drawn at random
-            (``"sampled"``), whose expectation is the whole distribution. The mixture comes back in the same form.
-        k: the likeliest ids of a token that are sent, at most.
-        mass: no more of them than hold this probability, in (0, 1].
-        draws: ids drawn a token, in 1 … 255, for the mode ``"sampled"``.
-        temperature: that softens both the answers and the learner's distribution; > 0.
-        ground_truth: weight of the plain next-token loss on the proxy text beside the distillation's, ≥ 0.
-        feedback: whether clients receive the mixture, and learn from it, from the second round on.
-        proxy_fraction: share of the proxy windows that is answered in a round, the same ones by all clients.
-        max_client_share: equal shares of the weight of a round that one client may have at most, whatever confidence it
-            declares, ≥ 1; None for any.
-        max_client_share_over: whether the limit holds over a round, or for each token.
+        confidence: weight of a client's prediction of a token; None weights all alike.
+        mode: form of predictions, and of their loss: the likeliest ids with a tail for the rest (``"tail"``), the
+            likeliest, renormalised (``"renormalised"``), which over-estimates them, or ids drawn at random
+            (``"sampled"``), whose expectation is the full distribution. The mixture is downloaded in the same form.
+        k: maximum number of likeliest ids per token.
+        mass: probability at which the list of likeliest ids ends, in (0, 1].
+        draws: ids drawn per token, in 1 … 255, for the mode ``"sampled"``.
+        temperature: T > 0 of both the predictions and the learner's distribution.
+        ground_truth: weight of the plain next-token loss on the proxy text, besides the distillation's, ≥ 0.
+        feedback: download of the clients from the second round on: the mixture, from which they learn
+            (``"aggregate"``), or nothing.
+        proxy_fraction: fraction of the proxy windows that is predicted in a round, the same ones by all clients.
+        max_client_share: largest weight of one client in a round, in equal shares, whatever confidence it uploads, ≥ 1;
+            None: no limit.
+        max_client_share_over: apply the limit over a round, or per token (``"row"``).
     """
 
     name = "token_distillation"
@@ -91,32 +93,32 @@ class TokenDistillation(Method):
         )
         self.objective = TokenObjective(mode, temperature, ground_truth)
         drawn = draws if mode == "sampled" else None
-        self.answering = TokenUploadBuilder(at_least("k", k, 1), mass, drawn, self.objective.temperature, confidence)
+        self.uploads = TokenUploadBuilder(at_least("k", k, 1), mass, drawn, self.objective.temperature, confidence)
 
     def setup(self, server: Server, clients: Sequence[Client]) -> None:
-        """Check that all models speak of the same tokens, and note who only answers in them."""
+        """Check that all models use the same tokens, and record the clients that translate and only upload."""
         require_language_model(server, server.student, "student")
-        answering = set()
+        upload_only = set()
         for architecture in sorted({client.architecture for client in clients}):
             module = server.runtime.shared_module(architecture)
             require_language_model(server, module, f"specialist {architecture}", learns=False)
             if translates(module):
-                answering.add(architecture)
-        members = [client.id for client in clients if client.architecture in answering]
-        server.state["answering"] = torch.tensor(members, dtype=torch.int64)
+                upload_only.add(architecture)
+        members = [client.id for client in clients if client.architecture in upload_only]
+        server.state["upload_only"] = torch.tensor(members, dtype=torch.int64)
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
-        """The proxy text."""
+        """Return the bytes of the proxy text."""
         return {"proxy": server.proxy.nbytes}
 
     def download(self, server: Server, client: int) -> SparseResponses | None:
-        """The last round's mixture, one message for all clients that can learn from it."""
-        if "answers" not in server.state or client in server.state["answering"]:
+        """Return the last round's mixture, one message for all clients that can learn from it."""
+        if "mixture" not in server.state or client in server.state["upload_only"]:
             return None
-        return server.cached_download("answers", lambda: SparseResponses(**server.state["answers"]))
+        return server.cached_download("mixture", lambda: SparseResponses(**server.state["mixture"]))
 
-    def local_update(self, client: Client, download: SparseResponses | None) -> SparseResponses:
-        """Learn from what came back, train on private text, answer the proxy text."""
+    def local_update(self, client: Client, download: SparseResponses | None) -> Requests[SparseResponses]:
+        """Learn from the download, train on private text, predict the proxy text."""
         specialist = client.specialist()
         rows = rows_of_round(client, self.proxy_fraction)
         if download is not None:
@@ -124,40 +126,42 @@ class TokenDistillation(Method):
             mixture.add(download, -1)
             drawn = download.form == "sampled"  # the likeliest ids leave a tail, which draws do not have
             objective = self.objective if drawn == (self.mode == "sampled") else self.objective.of_likeliest
-            client.fit(specialist, _answered(client, mixture.result()), client.client_distil, objective, name="digest")
-        client.fit(specialist, client.train, client.local_training)
+            samples = _labelled_windows(client, mixture.result())
+            yield FitRequest(specialist, samples, client.client_distil, objective, name="digest")
+        yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
-        return self.answering.upload(client, specialist, rows)
+        return self.uploads.upload(client, specialist, rows)
 
     def aggregate(self, server: Server) -> TokenMixture:
-        """The mixture of the clients' answers, token by token."""
+        """Return an empty mixture of the clients' predictions, per token."""
         rows = rows_of_round(server, self.proxy_fraction)
-        weighted = self.answering.confidence is not None
+        weighted = self.uploads.confidence is not None
         return self._mixture(server, rows, weighted)
 
     def server_update(self, server: Server, knowledge: TokenKnowledge) -> dict[str, float]:
-        """Distil the student from the mixture, and keep what is to be sent back."""
+        """Distil the student from the mixture, and keep the next round's download."""
         objective = self.objective if self.objective.ground_truth > 0 else self.objective.of_responses
-        server.fit(server.student, _answered(server, knowledge), server.server_distil, objective, name="distil")
+        samples = _labelled_windows(server, knowledge)
+        server.fit(server.student, samples, server.server_distil, objective, name="distil")
         if self.feedback == "aggregate":
             message = self._message(server, knowledge)
             fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-            server.state["answers"] = {name: value for name, value in fields.items() if value is not None}
+            server.state["mixture"] = {name: value for name, value in fields.items() if value is not None}
         return {"coverage": float(knowledge.coverage.float().mean())}
 
     def _message(self, server: Server, knowledge: TokenKnowledge) -> SparseResponses:
-        """The mixture as it goes down, in the form of the answers that come up, for which the mode's loss is right."""
-        vocab, most = vocabulary(server), self.answering.most
+        """Return the mixture to download, in the form of the uploads, for which the mode's loss is right."""
+        vocab, most = vocabulary(server), self.uploads.most
         if self.mode == "sampled":
             return sampled_message(knowledge, vocab, most, server.rng("mixture draws"))
         return knowledge.message(vocab, most)
 
     def _mixture(self, participant: Participant, rows: Tensor | None, weighted: bool) -> TokenMixture:
         rows = torch.arange(len(participant.proxy)) if rows is None else rows
-        length, most = participant.proxy.input_shape[0], self.answering.most
+        length, most = participant.proxy.input_shape[0], self.uploads.most
         return TokenMixture(rows, length, vocabulary(participant), most, _CAPACITY * most, weighted, self.cap)
 
 
-def _answered(participant: Participant, knowledge: TokenKnowledge) -> SoftLabelled:
-    """The proxy windows that were answered, with the answers."""
+def _labelled_windows(participant: Participant, knowledge: TokenKnowledge) -> SoftLabelled:
+    """Return the predicted proxy windows, labelled with the mixture."""
     return SoftLabelled(participant.proxy, knowledge.ids, knowledge.rows, (knowledge.probabilities,))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fdl.modules.dual_encoder import scale_of
+from fdl.modules.dual_encoder import logit_scale_of
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -59,7 +59,7 @@ def image_text(
             values.update({f"{way}_recall_at_{k}": recall(found, k) for k in cuts})
         values["mean_recall"] = sum(values[f"{way}_recall_at_{k}"] for way in ranks for k in (1, 5, 10)) / 6
     if "contrastive_loss" in names:
-        values["contrastive_loss"] = contrastive_loss(images, texts, scale_of(module))
+        values["contrastive_loss"] = contrastive_loss(images, texts, logit_scale_of(module))
     return {name: values[name] for name in names}
 
 

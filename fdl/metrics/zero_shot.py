@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fdl.modules.zero_shot import zero_shot_question
+from fdl.modules.zero_shot import zero_shot_selector
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -27,5 +27,5 @@ def zero_shot_accuracy(
         labels: true classes, int64 ``[n]``.
         classifier: class weights ``[C, D]`` from `zero_shot_classifier`.
     """
-    logits = predictor.predict(module, samples, zero_shot_question(classifier))
+    logits = predictor.predict(module, samples, zero_shot_selector(classifier))
     return float((logits.argmax(1) == labels).float().mean())

@@ -1,1 +1,1 @@
-"""LightningModules: specialists and students, usable unchanged with a plain Trainer."""
+"""LightningModules: specialists and students, usable with a plain Trainer as they are."""

@@ -1,7 +1,7 @@
-"""From each participant's features to the student's space: ``h_i = g(f_i, d_i; φ)`` with d_i the participant.
+"""Adapters from each participant's features to the student's space: ``h_i = g(f_i, d_i; φ)`` with participant d_i.
 
-Adapters are trained with the student, saved with the server's state, and not needed once the student is there. All
-of them start without any difference between participants, apart from `LinearAdapter`, which shares nothing.
+Adapters are trained with the student, saved with the server's state, and not needed after training. Initially all of
+them treat participants equally, except `LinearAdapter`, which shares no parameters.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 
 class Adapter(nn.Module, ABC):
-    """Maps features of several participants into one space.
+    """Base class of maps from the features of several participants into one space.
 
     Args:
-        participants: how many there are.
-        inputs: width of the features that come in.
+        participants: number of participants.
+        inputs: width of the participants' features.
         outputs: width of the student's space.
-        rank: of what is a participant's own, for those that have such.
+        rank: rank of each participant's own map, for low-rank adapters.
     """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):
@@ -32,8 +32,8 @@ class Adapter(nn.Module, ABC):
         """Map features.
 
         Args:
-            features: f, ``[B, P, inputs]``, of P participants for each of B rows.
-            participants: d, int64 ``[P]``, who they are.
+            features: f, ``[B, P, inputs]``, features of P participants for each of B rows.
+            participants: d, int64 ``[P]``, numbers of the participants.
 
         Returns:
             h, ``[B, P, outputs]``.
@@ -41,7 +41,14 @@ class Adapter(nn.Module, ABC):
 
 
 class LinearAdapter(Adapter):
-    """Gives every participant a linear map of its own: ``h = W_i f + b_i``."""
+    """Separate linear map per participant: ``h = W_i f + b_i``.
+
+    Args:
+        participants: number of participants.
+        inputs: width of the participants' features.
+        outputs: width of the student's space.
+        rank: ignored.
+    """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):
         super().__init__(participants, inputs, outputs)
@@ -55,7 +62,14 @@ class LinearAdapter(Adapter):
 
 
 class AffineAdapter(Adapter):
-    """Shares one linear map; every participant scales and shifts what comes out: ``h = s_i ⊙ (W f + b) + t_i``."""
+    """Shared linear map, scaled and shifted per participant: ``h = s_i ⊙ (W f + b) + t_i``.
+
+    Args:
+        participants: number of participants.
+        inputs: width of the participants' features.
+        outputs: width of the student's space.
+        rank: ignored.
+    """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):
         super().__init__(participants, inputs, outputs)
@@ -69,9 +83,15 @@ class AffineAdapter(Adapter):
 
 
 class FiLMAdapter(Adapter):
-    """Shares a network with one hidden layer, which every participant modulates: ``h = V gelu(s_i ⊙ W f + t_i)``.
+    """Shared network with one hidden layer, modulated per participant: ``h = V gelu(s_i ⊙ W f + t_i)``.
 
     Source: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", with the participant as condition.
+
+    Args:
+        participants: number of participants.
+        inputs: width of the participants' features.
+        outputs: width of the student's space.
+        rank: ignored.
     """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):
@@ -88,9 +108,15 @@ class FiLMAdapter(Adapter):
 
 
 class LowRankAdapter(Adapter):
-    """Shares one linear map; every participant adds one of low rank: ``h = W f + b + B_i A_i f``.
+    """Shared linear map plus a low-rank map per participant: ``h = W f + b + B_i A_i f``.
 
-    As in LoRA (Hu et al.), B_i starts at zero and A_i at random.
+    As in LoRA (Hu et al.), B_i is initialised with zeros and A_i randomly.
+
+    Args:
+        participants: number of participants.
+        inputs: width of the participants' features.
+        outputs: width of the student's space.
+        rank: rank of each participant's own map, limited to the smaller of the two widths.
     """
 
     def __init__(self, participants: int, inputs: int, outputs: int, rank: int = 8):
@@ -113,4 +139,4 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "film": FiLMAdapter,
     "low_rank": LowRankAdapter,
 }
-"""The adapters by the name that a recipe gives; ``identity`` needs no module."""
+"""Adapters by their name in a recipe; ``identity`` needs no module."""

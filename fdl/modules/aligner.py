@@ -1,4 +1,4 @@
-"""Language models whose tokenizer is not the data's: what they say, in the data's tokens."""
+"""Alignment of tokenizers: predictions of language models with their own tokenizer, in the data's tokens."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from fdl.modules.language_model import LanguageModel
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, make_tokenizer, own_tokenizer
 from fdl.modules.tracing import traceable
-from fdl.modules.transformers_module import Batch, masked_mean
+from fdl.modules.transformers_module import masked_mean
+from fdl.modules.types import TensorBatch
 
 
 class Alignment(NamedTuple):
-    """A batch of windows in the tokens of two tokenizers.
+    """Batch of windows in the tokens of two tokenizers.
 
     Attributes:
-        tokens: the model's own tokens, int64 ``[B, S]``, padded on the right with -1.
-        positions: int64 ``[B, T]``, for every token of the data the own one that ends with the same byte; -1 where
-            there is none.
-        owners: int64 ``[B, S]``, for every own token the data's one that holds its last byte; -1 for padding.
+        tokens: the windows in the model's tokens, int64 ``[B, S]``, padded on the right with -1.
+        positions: int64 ``[B, T]``, for every token of the data the position of the model's token that ends with the
+            same byte; -1 if none does.
+        owners: int64 ``[B, S]``, for every token of the model the position of the data's token that contains its last
+            byte; -1 for padding.
     """
 
     tokens: Tensor
@@ -37,38 +39,46 @@ class Alignment(NamedTuple):
 
 
 class Aligner(ABC):
-    """Finds positions and ids of one tokenizer in another."""
+    """Base class of mappings between the positions and ids of two tokenizers."""
 
     @abstractmethod
     def align(self, tokens: Tensor, data: Tokenizer, own: Tokenizer) -> Alignment:
-        """Write windows in a model's own tokens.
+        """Tokenize windows with a model's own tokenizer.
 
         Args:
-            tokens: int64 ``[B, T]`` on the CPU, padded on the right with -1.
-            data: whose ids these are.
-            own: the model's.
+            tokens: int64 ``[B, T]`` on the CPU, ids of the data's tokenizer, padded on the right with -1.
+            data: tokenizer of the data.
+            own: tokenizer of the model.
         """
 
     @abstractmethod
     def translate(self, data: Tokenizer, own: Tokenizer) -> Tensor:
-        """Say with which id of the data the text of each own id begins: int64 ``[own.vocab_size]``, -1 for none."""
+        """Map every id of the model to the id of the data with which its text begins.
+
+        Args:
+            data: tokenizer of the data.
+            own: tokenizer of the model.
+
+        Returns:
+            int64 ``[own.vocab_size]``; -1 for ids whose text begins with no token of the data.
+        """
 
 
 class BoundaryAligner(Aligner):
-    """Compares texts byte by byte: positions where both tokenizers have a boundary, and what tokens begin with.
+    """Alignment at common byte boundaries of both tokenizers.
 
-    What a model says after such a position is about the same text that the data's position has seen. A token of its
-    own counts as the token of the same bytes where the data have it, and else as the first of those that the data's
-    tokenizer writes for it: "the" is an answer "t" to the question for the next byte. For data in bytes the sum over
-    all tokens that begin with a byte is exactly its probability; of longer tokens of the data too little may be said,
-    where the model would write them in several of its own. What begins with no token of the data counts to the tail.
-    Texts that a tokenizer changes (lower case, spaces) cannot be compared, and are left unanswered.
+    At such a boundary the model's prediction is conditioned on the same text as the data's position. A token of the
+    model counts as the data's token of the same bytes if one exists, and otherwise as the first of the tokens into
+    which the data's tokenizer splits it: "the" predicts the next byte "t". For data in bytes, the sum over all tokens
+    that begin with a byte is exactly its probability; longer tokens of the data may get too little probability, if the
+    model would split them into several of its own. Tokens that begin with no token of the data count to the tail.
+    Texts that a tokenizer modifies (lower case, spaces) cannot be aligned, and get no predictions.
     """
 
     name = "boundary"
 
     def align(self, tokens: Tensor, data: Tokenizer, own: Tokenizer) -> Alignment:
-        """Write windows in a model's own tokens, see `Aligner.align`."""
+        """Tokenize windows with a model's own tokenizer, see `Aligner.align`."""
         rows = [self._row([id for id in row if id >= 0], data, own) for row in tokens.tolist()]
         width = max((len(ids) for ids, _, _ in rows), default=0)
         length = tokens.shape[1]
@@ -79,7 +89,7 @@ class BoundaryAligner(Aligner):
         )
 
     def translate(self, data: Tokenizer, own: Tokenizer) -> Tensor:
-        """Say with which id of the data the text of each own id begins, see `Aligner.translate`."""
+        """Map every id of the model to the id of the data with which its text begins, see `Aligner.translate`."""
         same: dict[bytes, int] = {}
         for id, piece in enumerate(data.pieces):
             same.setdefault(piece, id)
@@ -94,8 +104,8 @@ class BoundaryAligner(Aligner):
         return torch.tensor(result)
 
     def _row(self, tokens: list[int], data: Tokenizer, own: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-        """One window: own ids, positions and owners, as in `Alignment`."""
-        # The end of a text counts as one byte, which no text has.
+        """Return the model's ids, positions and owners of one window, see `Alignment`."""
+        # the end of a text counts as one byte, which no text contains
         lengths = [1 if id == data.eos else len(data.pieces[id]) for id in tokens]
         ends = list(accumulate(lengths))
         ids: list[int] = []
@@ -121,35 +131,36 @@ class BoundaryAligner(Aligner):
 
 
 class AlignedLanguageModel(LanguageModel):
-    """A causal language model with a tokenizer of its own, on windows of the data's tokens.
+    """Causal language model with its own tokenizer, on windows of the data's tokens.
 
-    It trains on the same text, written in its own tokens, and answers in the data's. Windows that are longer in its
-    own tokens than it can read are cut, and each piece is read by itself.
+    It is trained on the same text, tokenized with its own tokenizer, and predicts tokens of the data. Windows that are
+    longer than its context in its own tokens are cut, and the pieces are processed independently.
 
     Args:
-        model: as in `LanguageModel`.
-        pretrained: as in `LanguageModel`.
-        checkpoint: as in `LanguageModel`.
-        config: as in `LanguageModel`.
-        own_tokenizer: the model's, as for `make_tokenizer`; default the one beside its weights.
-        own_context: positions of a new model; default the data's context.
-        aligner: what goes between the two tokenizers; default `BoundaryAligner`.
-        tuning: as in `LanguageModel`.
-        lora: as in `LanguageModel`.
-        gradient_checkpointing: as in `LanguageModel`.
-        chunk: as in `LanguageModel`.
-        tokenizer: the data's.
-        context: tokens of a window of the data.
-        optimizer: for a plain Trainer, as in `TransformersModule`.
-        scheduler: for a plain Trainer, as in `TransformersModule`.
+        model: local folder in the format of transformers, id of the Hugging Face hub, or family of transformers.
+        pretrained: load the weights of the folder or the hub.
+        checkpoint: local file of weights instead, ``.safetensors`` or of torch.
+        config: settings of the model's configuration, by transformers' names.
+        own_tokenizer: the model's tokenizer, see `make_tokenizer`; default: the one stored with its weights.
+        own_context: number of positions of a new model; default: the data's context.
+        aligner: mapping between the two tokenizers; default `BoundaryAligner`.
+        tuning: trained part: ``"full"``, ``"head"``, ``"frozen"`` or ``"lora"``.
+        lora: settings of ``"lora"``, see `apply_tuning`.
+        gradient_checkpointing: store one activation per layer, and recompute the others for the gradient.
+        chunk: number of tokens whose logits are in memory at once.
+        tokenizer: tokenizer of the data.
+        context: number of the data's tokens per window.
+        optimizer: ``{target, args}`` for a plain Trainer; default AdamW at 0.0005.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Attributes:
-        tokenizer: the model's own.
-        data_tokenizer: the data's.
-        vocab_size: of the model's own logits.
+        tokenizer: tokenizer of the model.
+        data_tokenizer: tokenizer of the data.
+        vocab_size: number of the model's logits per token.
 
     Raises:
-        UserError: as `LanguageModel`, or the model's own tokenizer is not known.
+        UserError: the model cannot be loaded or does not match the data (see `LanguageModel`), or its tokenizer is
+            unknown.
     """
 
     name = "aligned_causal_lm"
@@ -182,20 +193,23 @@ class AlignedLanguageModel(LanguageModel):
             lora=lora,
             gradient_checkpointing=gradient_checkpointing,
             chunk=chunk,
-            tokenizer=_own(model, pretrained, own_tokenizer),
+            tokenizer=_resolve_own_tokenizer(model, pretrained, own_tokenizer),
             context=own_context or (1 if pretrained or checkpoint else context),
             optimizer=optimizer,
             scheduler=scheduler,
         )
         self.data_tokenizer, self.aligner, self.context = tokenizer, aligner or BoundaryAligner(), context
         translation = self.aligner.translate(tokenizer, self.tokenizer)
-        # what is no token of the data is counted behind them, as one more
+        # tokens without a counterpart in the data share one additional id behind the data's ids
         self.register_buffer(
             "translation", translation.masked_fill(translation < 0, tokenizer.vocab_size), persistent=False
         )
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Refuse: hidden states belong to the model's own tokens, not to the data's.
+        """Raise an error, because hidden states belong to the model's own tokens and not to the data's.
+
+        Args:
+            tokens: ignored.
 
         Raises:
             UserError: always.
@@ -206,69 +220,91 @@ class AlignedLanguageModel(LanguageModel):
         )
 
     def forward(self, tokens: Tensor, features: Sequence[str] = ()) -> Output:
-        """Answer a batch; logits ``[B, S, V]`` are of the model's own tokens and vocabulary."""
-        rows, _ = self._rows(tokens)
+        """Compute logits, embedding and requested activations of a batch.
+
+        Args:
+            tokens: int64 ``[B, T]``, ids of the data, padded on the right with -1.
+            features: submodules of the network, by dotted name or glob, whose activations are returned.
+
+        Returns:
+            Logits ``[B, S, V]`` over the model's own tokens and vocabulary, and the mean of the last hidden states as
+            embedding, ``[B, D]``.
+        """
+        rows, _ = self._own_rows(tokens)
         if not features:
-            states, seen = self._states(rows), {}
+            states, seen = self._hidden_states(rows), {}
         else:
             with capture(self.network, features) as seen:
-                states = self._states(rows)
+                states = self._hidden_states(rows)
         states, rows = (values.flatten(0, 1).unflatten(0, (len(tokens), -1)) for values in (states, rows))
         return Output(self.head(states), masked_mean(states, rows >= 0), seen)
 
     def token_nll(self, tokens: Tensor) -> Tensor:
-        """Return the negative log-likelihood of the text, by tokens of the data.
+        """Return the negative log-likelihood of the text, assigned to tokens of the data.
 
-        That of an own token counts where its last byte is, so sums over a window are those of the own tokens.
+        The value of each of the model's tokens is added to the data's token that contains its last byte, so that sums
+        over a window equal those over the model's tokens.
 
         Args:
-            tokens: int64 ``[B, T]``, padded on the right with -1.
+            tokens: int64 ``[B, T]``, ids of the data, padded on the right with -1.
 
         Returns:
-            float32 ``[B, T-1]`` in nats, 0 at padding, and where no own token ends.
+            float32 ``[B, T-1]`` in nats, 0 at padding and for tokens in which no token of the model ends.
         """
-        rows, alignment = self._rows(tokens)
-        nll = token_nll(self._states(rows), self.head, rows, self.chunk)
+        rows, alignment = self._own_rows(tokens)
+        nll = token_nll(self._hidden_states(rows), self.head, rows, self.chunk)
         nll = torch.nn.functional.pad(nll, (1, 0)).flatten().unflatten(0, (len(tokens), -1))
         owners = torch.nn.functional.pad(alignment.owners, (0, nll.shape[1] - alignment.owners.shape[1]), value=-1)
         sums = nll.new_zeros(len(tokens), tokens.shape[1]).scatter_add(1, owners.clamp_min(0), nll)
         return sums[:, 1:]
 
     @traceable
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
-        """Return ``loss``, the mean cross entropy of the next own token over the real ones."""
-        rows, _ = self._rows(batch[0])
-        return {"loss": next_token_loss(self._states(rows), self.head, rows, self.chunk)}
+    def training_step(self, batch: TensorBatch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``loss``, the mean cross entropy of the model's next token over all real tokens."""
+        rows, _ = self._own_rows(batch[0])
+        return {"loss": next_token_loss(self._hidden_states(rows), self.head, rows, self.chunk)}
 
     @torch.no_grad()
     def next_log_probabilities(self, tokens: Tensor, temperature: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Say what comes next in the data's tokens, see `LanguageModel.next_log_probabilities`.
+        """Predict the next token of the data, see `LanguageModel.next_log_probabilities`.
 
-        Answered are the positions that the aligner finds. Tokens of the data that begin none of the model's have
-        probability 0, and the model's tokens that begin with none of the data's leave the sum of a row below 1.
+        Only the positions found by the aligner get a prediction. Tokens of the data with which none of the model's
+        tokens begins have probability 0, and the model's tokens that begin with none of the data's reduce the sum of a
+        row below 1.
+
+        Args:
+            tokens: int64 ``[B, T]``, ids of the data, padded on the right with -1.
+            temperature: temperature of the softmax over the model's logits.
         """
-        rows, alignment = self._rows(tokens)
-        states = self._states(rows).flatten(0, 1)
+        rows, alignment = self._own_rows(tokens)
+        states = self._hidden_states(rows).flatten(0, 1)
         starts = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * (len(states) // max(len(tokens), 1))
         places = (alignment.positions + starts).flatten()
-        answered = ((alignment.positions >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
-        for where in answered.split(self.chunk):
+        aligned = ((alignment.positions >= 0) & (tokens >= 0)).flatten().nonzero().squeeze(1)
+        for where in aligned.split(self.chunk):
             p = torch.softmax(self.head(states[places[where]]).float() / temperature, dim=-1)
-            yield where, self._translated(p).log()
+            yield where, self._to_data_vocabulary(p).log()
 
     @torch.no_grad()
     def generate(
         self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Continue texts, see `LanguageModel.generate`; `max_new_tokens` counts the model's own."""
+        """Generate continuations of texts, see `LanguageModel.generate`.
+
+        Args:
+            tokens: int64 ``[B, T]``, ids of the data, padded on the right with -1.
+            max_new_tokens: maximum number of the model's own tokens to generate.
+            temperature: 0 for greedy decoding; otherwise the temperature of sampling.
+            generator: random generator that seeds the sampling.
+        """
         prompt = self.aligner.align(tokens.cpu(), self.data_tokenizer, self.tokenizer).tokens.to(tokens.device)
         result = super().generate(prompt, max_new_tokens, temperature, generator).tolist()
         texts = [self.tokenizer.decode([id for id in row if id >= 0]) for row in result]
         rows = [torch.tensor(self.data_tokenizer.encode(text), dtype=torch.int64) for text in texts]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(tokens.device)
 
-    def _rows(self, tokens: Tensor) -> tuple[Tensor, Alignment]:
-        """Own tokens, cut to what the model can read, ``[B · pieces, L]``, and the alignment of whole windows."""
+    def _own_rows(self, tokens: Tensor) -> tuple[Tensor, Alignment]:
+        """Return the model's tokens, cut to its context, ``[B · pieces, L]``, and the alignment of the full windows."""
         alignment = self.aligner.align(tokens.cpu(), self.data_tokenizer, self.tokenizer)
         alignment = Alignment(*(part.to(tokens.device) for part in alignment))
         width = max(alignment.tokens.shape[1], 2)
@@ -278,20 +314,20 @@ class AlignedLanguageModel(LanguageModel):
         )
         return padded.view(-1, limit), alignment
 
-    def _translated(self, p: Tensor) -> Tensor:
-        """Own probabilities ``[n, V]`` as those of the data's tokens."""
+    def _to_data_vocabulary(self, p: Tensor) -> Tensor:
+        """Convert probabilities ``[n, V]`` of the model's tokens into probabilities of the data's tokens."""
         p, known = p[:, : len(self.translation)], self.data_tokenizer.vocab_size
         return p.new_zeros(len(p), known + 1).index_add_(1, self.translation, p)[:, :known]
 
 
 def _segment(raw: bytes, own: Tokenizer) -> tuple[list[int], list[int], bool]:
-    """Write one text in own ids.
+    """Tokenize one text with the model's tokenizer.
 
     Returns:
-        The ids, the offset in the text at which each ends, and whether these offsets are true: where not, all ends
-        are taken to lie at the text's end.
+        The ids, the byte offset in the text at which each token ends, and True if these offsets are exact; if not, all
+        tokens are assumed to end at the end of the text.
     """
-    # A window may begin or end within a character, whose bytes then are no text.
+    # a window may begin or end within a character, whose bytes are then not valid UTF-8
     skipped = next((i for i, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), 0)
     text = raw[skipped:].decode(errors="ignore")
     ids, whole = own.encode(text), text.encode()
@@ -303,13 +339,13 @@ def _segment(raw: bytes, own: Tokenizer) -> tuple[list[int], list[int], bool]:
     return ids, [len(raw)] * len(ids), False
 
 
-def _own(model: str, pretrained: bool, spec: str | None) -> Tokenizer:
-    """The tokenizer of a model.
+def _resolve_own_tokenizer(model: str, pretrained: bool, spec: str | None) -> Tokenizer:
+    """Return the tokenizer of a model.
 
     Raises:
-        UserError: it is not known.
+        UserError: it is unknown.
     """
     own = make_tokenizer(spec) if spec is not None else own_tokenizer(model) if pretrained else None
     if own is None:
-        raise UserError(f"own_tokenizer: missing: nothing lies beside the weights of {model} that would say")
+        raise UserError(f"own_tokenizer: missing: no tokenizer is stored with the weights of {model}")
     return own

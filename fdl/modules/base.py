@@ -1,4 +1,4 @@
-"""What a federation asks of a model beyond Lightning's own contract."""
+"""Contracts that a federation adds to Lightning's own, as a base class and protocols."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class FederatedModule(LightningModule):
-    """LightningModule that declares what methods may look for in a model, each with a default that needs no code.
+    """LightningModule that declares the optional properties that methods use, each with a default.
 
     An ordinary LightningModule works without it: ``forward(x)`` returns logits, ``training_step(batch, batch_idx)`` the
-    loss, and the input of the last layer is the embedding. Inherit from this class to say more: which weights are
-    frozen, how wide the embedding is, or that `forward` takes ``features=`` by itself. Classes that cannot inherit from
-    it have the same attributes (`SupportsFederation`).
+    loss, and the input of the last layer is the embedding. Inherit from this class to declare more: the names of the
+    frozen weights, the width of the embedding, or a `forward` that takes ``features=`` itself. Classes that cannot
+    inherit from it define the same attributes (`SupportsFederation`).
 
-    A `training_step` may carry two marks of `fdl.modules.objectives`: `mean_over`, with which several devices share its
-    batches, and `ignores_padding`, with which models of several clients train in one pass although their last batches
-    differ in size.
+    A `training_step` may carry two marks of `fdl.modules.objectives`: `mean_over` allows its batches to be split across
+    devices, and `ignores_padding` allows models of several clients to be trained in one vectorised pass although their
+    last batches differ in size.
 
     Attributes:
-        frozen: names in the state dict that come from public weights and are the same at every site, so that no message
-            and no checkpoint need carry them.
-        embedding_dim: D, the width of `Output.embedding`; None where it is not known before the first batch.
-        input_shape: shape of one input; None where any will do.
+        frozen: names in the state dict that come from public weights and are the same at every site, so that messages
+            and checkpoints leave them out.
+        embedding_dim: D, the width of `Output.embedding`; None if it is not known before the first batch.
+        input_shape: shape of one input; None if any shape is accepted.
         positions: longest text that a language model reads, in tokens; None for no limit.
     """
 
@@ -42,16 +42,16 @@ class FederatedModule(LightningModule):
     positions: int | None = None
 
     def feature_network(self) -> nn.Module | None:
-        """Return the network whose submodules ``features=`` names; None for a module with no features to name.
+        """Return the network in which names of ``features=`` are looked up; None for a module without features.
 
-        By default the submodule `backbone`, where there is one.
+        By default this is the submodule `backbone`, if the module has one.
         """
         return dict(self.named_children()).get("backbone")
 
     def feature_head(self) -> str | None:
-        """Return the dotted name, within the feature network, of the layer that makes logits; None if it is not known.
+        """Return the dotted name, within the feature network, of the layer that computes logits; None if unknown.
 
-        By default the attribute `head`, where that is a name.
+        By default this is the attribute `head`, if it is a string.
         """
         head = self.__dict__.get("head")
         return head if isinstance(head, str) else None
@@ -59,7 +59,14 @@ class FederatedModule(LightningModule):
 
 @runtime_checkable
 class SupportsFederation(Protocol):
-    """What `FederatedModule` declares, for modules that cannot inherit from it; attributes as there."""
+    """Protocol with the members of `FederatedModule`, for modules that cannot inherit from it.
+
+    Attributes:
+        frozen: names in the state dict that come from public weights and are the same at every site.
+        embedding_dim: D, the width of `Output.embedding`; None if it is not known before the first batch.
+        input_shape: shape of one input; None if any shape is accepted.
+        positions: longest text that a language model reads, in tokens; None for no limit.
+    """
 
     frozen: Set[str]
     embedding_dim: int | None
@@ -67,30 +74,35 @@ class SupportsFederation(Protocol):
     positions: int | None
 
     def feature_network(self) -> nn.Module | None:
-        """Return the network whose submodules ``features=`` names, or None."""
+        """Return the network in which names of ``features=`` are looked up, or None."""
 
     def feature_head(self) -> str | None:
-        """Return the dotted name of the layer that makes logits, or None."""
+        """Return the dotted name of the layer that computes logits, or None."""
 
     def forward(self, x: Inputs, features: Sequence[str] = ()) -> Output:
-        """Answer a batch.
+        """Compute logits, embedding and requested activations of a batch.
 
         Args:
-            x: inputs.
-            features: submodules of the feature network, by dotted name or glob, whose activations are wanted.
+            x: inputs of the batch.
+            features: submodules of the feature network, by dotted name or glob, whose activations are returned.
         """
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor | Mapping[str, Any]:
-        """Return the loss of a labelled batch, or a mapping with ``loss``."""
+        """Return the loss of a labelled batch, or a mapping with ``loss``.
+
+        Args:
+            batch: inputs and labels.
+            batch_idx: number of the batch within the epoch.
+        """
 
 
 @runtime_checkable
 class NextTokenModel(Protocol):
-    """What methods that compare models token by token ask of a language model; `LanguageModel` has it.
+    """Language model that methods can compare with others token by token, such as `LanguageModel`.
 
     Attributes:
-        tokenizer: the model's own.
-        data_tokenizer: the tokenizer of the data, which may be another one.
+        tokenizer: the model's own tokenizer.
+        data_tokenizer: the tokenizer of the data, which may differ from the model's.
         vocab_size: V, the number of logits per token.
     """
 
@@ -99,15 +111,15 @@ class NextTokenModel(Protocol):
     vocab_size: int
 
     def next_log_probabilities(self, tokens: Tensor, temperature: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield places and log-probabilities of the tokens that follow, a part of the batch at a time.
+        """Yield positions and the log-probabilities of their next tokens, one part of the batch at a time.
 
         Args:
             tokens: int64 [B, T], padded on the right with -1.
-            temperature: of the softmax, > 0.
+            temperature: temperature of the softmax, > 0.
         """
 
     def token_nll(self, tokens: Tensor) -> Tensor:
-        """Return the negative log-likelihood of every token that follows another, in nats, [B, T - 1].
+        """Return the negative log-likelihood of every token but the first, in nats, [B, T - 1].
 
         Args:
             tokens: int64 [B, T], padded on the right with -1.
@@ -116,23 +128,31 @@ class NextTokenModel(Protocol):
 
 @runtime_checkable
 class HiddenStateModel(Protocol):
-    """What pools of language models ask of one, so that they never hold a vocabulary of logits per token.
+    """Language model that exposes its hidden states, so that pools of models need not store V logits per token.
 
     Attributes:
         vocab_size: V, the number of logits per token.
-        head: maps hidden states to logits.
+        head: layer that maps hidden states to logits.
     """
 
     vocab_size: int
     head: nn.Module
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Return hidden states [B, T, D] of tokens, int64 [B, T]."""
+        """Return the last hidden states [B, T, D].
+
+        Args:
+            tokens: int64 [B, T], padded on the right with -1.
+        """
 
 
 @runtime_checkable
 class ImageEncoder(Protocol):
-    """What evaluators ask of a dual encoder, whose image vectors are taken in the place of an embedding."""
+    """Dual encoder whose image vectors evaluators use instead of an embedding."""
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return unit vectors [B, D] of images [B, C, H, W]."""
+        """Return unit vectors [B, D].
+
+        Args:
+            images: float32 [B, C, H, W].
+        """

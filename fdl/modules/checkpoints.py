@@ -1,4 +1,4 @@
-"""Weights from local files, read without running any code that a file may hold."""
+"""Reading of weights from local files, without executing code that a file may contain."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.modules.state_names import fitted, misfit, weights_within
+from fdl.modules.state_names import describe_mismatch, find_state_dict, strip_wrapper_prefixes
 
 _PICKLED = {".pth", ".pt", ".bin", ".ckpt", ".tar"}
 _KNOWN = (".safetensors", ".npz", *sorted(_PICKLED))
-# What training scripts put beside the weights that is no tensor: to make one of these runs no code of the file's.
+# objects that training scripts save next to the weights; constructing them executes no code from the file
 _HARMLESS = [argparse.Namespace, defaultdict, PosixPath, PurePosixPath, WindowsPath, PureWindowsPath]
 _HARMLESS += [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")]
 
@@ -34,14 +34,14 @@ def read_weights(path: str | Path, wanted: Collection[str] = ()) -> dict[str, Te
     Args:
         path: ``.safetensors``; ``.npz`` with arrays in torch's layout under torch's names; or a file of torch
             (``.pth``, ``.pt``, ``.bin``, ``.ckpt``, ``.tar``), of which only tensors, plain containers and values
-            are accepted. Weights may lie under ``state_dict``, ``model`` and other usual names, as in
-            `weights_within`. Entries that are no numbers are left out.
-        wanted: the names of the network that is to have them: prefixes of wrappers are taken off until most of them
-            are found, see `fitted`. Without it, those go that are known and before all names.
+            are accepted. Weights may be stored under ``state_dict``, ``model`` and other common keys, see
+            `find_state_dict`. Non-numeric entries are dropped.
+        wanted: names of the network that is to be filled: prefixes of wrappers are removed so that most of these names
+            are found, see `strip_wrapper_prefixes`. Without it, known prefixes that all names share are removed.
 
     Raises:
-        UserError: the file is missing, of another kind, damaged, holds objects other than tensors, or numbers that are
-            not finite.
+        UserError: the file is missing, of an unsupported format, damaged, contains objects other than tensors, or
+            numbers that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,38 +62,38 @@ def read_weights(path: str | Path, wanted: Collection[str] = ()) -> dict[str, Te
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, TypeError, OSError, KeyError) as error:
         raise UserError(f"checkpoint: {path} cannot be read: {error}") from error
-    weights = weights_within(found)
+    weights = find_state_dict(found)
     if not weights:
         held = f"; it has {', '.join(map(repr, list(found)[:6]))}" if isinstance(found, dict) and found else ""
         raise UserError(f"checkpoint: {path} holds no named tensors, or several sets of them{held}")
-    require_finite(weights, f"checkpoint: {path}")
-    return fitted(weights, wanted, path)
+    require_finite_weights(weights, f"checkpoint: {path}")
+    return strip_wrapper_prefixes(weights, wanted, path)
 
 
 def _numpy_scalars() -> list[Any]:
-    """What a pickled number of numpy's is made by: a score beside the weights, say."""
-    module = getattr(np, "_core", None) or np.core  # called so before numpy 2
+    """Return the constructors of pickled numpy scalars, e.g. of a score saved next to the weights."""
+    module = getattr(np, "_core", None) or np.core  # the name before numpy 2
     scalar = module.multiarray.scalar
     return [(scalar, f"numpy.{package}.multiarray.scalar") for package in ("_core", "core")]
 
 
 def _foreign(error: Exception) -> str:
-    """Which object of a file is refused, from torch's page of advice."""
+    """Return the rejected object of a file, extracted from torch's long error message, with advice."""
     name = re.search(r"GLOBAL ([\w.]+)", str(error))
     if name is None:
         return ""
     return f" ({name[1]}); save the weights alone, torch.save(model.state_dict(), path), where the file was made"
 
 
-def require_finite(weights: Mapping[str, Tensor | np.ndarray], where: str) -> None:
-    """Raise where weights to start from hold NaN or infinite numbers.
+def require_finite_weights(weights: Mapping[str, Tensor | np.ndarray], where: str) -> None:
+    """Check that initial weights contain no NaN and no infinite numbers.
 
     Args:
-        weights: by name.
-        where: what holds them, for the message: a file, or a model of a hub.
+        weights: tensors or arrays by name.
+        where: origin of the weights, for the message: a file, or a model of a hub.
 
     Raises:
-        UserError: naming the first tensor that does, and how many of its numbers.
+        UserError: a number is not finite; the message names the first such tensor, and counts its wrong numbers.
     """
     for name, values in weights.items():
         if isinstance(values, np.ndarray):
@@ -111,6 +111,9 @@ def require_finite(weights: Mapping[str, Tensor | np.ndarray], where: str) -> No
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Read all arrays of an ``.npz`` file.
 
+    Args:
+        path: path of the file.
+
     Raises:
         UserError: the file is missing, damaged, or holds pickled objects or numbers that are not finite.
     """
@@ -120,59 +123,71 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    # a file that is no archive at all is taken for a pickle or a single array, and has no `files`
+    # numpy treats a file that is no archive as a pickle or a single array, which has no `files`
     except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, BadZipFile) as error:
         raise UserError(f"checkpoint: {path} cannot be read: {error}") from error
-    require_finite(arrays, f"checkpoint: {path}")
+    require_finite_weights(arrays, f"checkpoint: {path}")
     return arrays
 
 
 def load_weights(network: nn.Module, head: str, weights: dict[str, Tensor], path: str, label: str) -> None:
-    """Fill a network, whatever numbers of input channels and classes the weights have; the network is changed to them.
+    """Load weights into a network, whose numbers of input channels and classes are changed to those of the weights.
 
     Args:
-        network: filled in place; every name has to fit.
+        network: destination, changed in place; names must match exactly.
         head: dotted name of its classification layer.
-        weights: by name.
-        path: of their file, for messages.
-        label: what to call the network there.
+        weights: tensors by name.
+        path: path of their file, for messages.
+        label: name of the network in error messages.
 
     Raises:
-        UserError: a name is missing or left over, or a shape differs.
+        UserError: a name is missing or unexpected, or a shape differs.
     """
     own = network.state_dict()
-    # files of old have no count of batches, as torch itself allows
+    # old files have no count of batches, which torch itself accepts
     weights = {**{n: v for n, v in own.items() if n.endswith("num_batches_tracked") and n not in weights}, **weights}
     layer, stem = weights.get(f"{head}.weight"), weights.get(f"{first_convolution(network)}.weight")
     if layer is None or stem is None or layer.ndim < 2 or stem.ndim != 4:
-        wrong = misfit(weights, own) or "its first or last layer has another shape"
+        wrong = describe_mismatch(weights, own) or "its first or last layer has another shape"
         raise UserError(f"checkpoint: {path} does not fit {label}: its first or last layer is missing: {wrong}")
-    set_inputs(network, stem.shape[1])
-    set_outputs(network, head, len(layer))
-    if wrong := misfit(weights, network.state_dict()):
+    set_input_channels(network, stem.shape[1])
+    set_num_outputs(network, head, len(layer))
+    if wrong := describe_mismatch(weights, network.state_dict()):
         raise UserError(f"checkpoint: {path} does not fit {label}: {wrong}")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"checkpoint: {path} does not fit {label}: {brief(error)}") from error
+        raise UserError(f"checkpoint: {path} does not fit {label}: {one_line(error)}") from error
 
 
-def brief(error: Exception) -> str:
-    """An error's text on one line; torch lists every name of a state dict that does not fit, and one tells enough."""
+def one_line(error: Exception) -> str:
+    """Return an error's message on one line of at most 300 characters; torch's may list every name of a state dict.
+
+    Args:
+        error: exception whose message is shortened.
+    """
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def first_convolution(network: nn.Module) -> str:
-    """Dotted name of the layer that sees the image."""
+    """Return the dotted name of the first convolution, which receives the image.
+
+    Args:
+        network: network with at least one convolution.
+    """
     return next(name for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
 
 
-def set_inputs(network: nn.Module, channels: int) -> None:
-    """Change the first convolution's input channels; one channel then counts as if it were given three times.
+def set_input_channels(network: nn.Module, channels: int) -> None:
+    """Change the number of input channels of the first convolution; a single channel is treated as if repeated thrice.
+
+    Args:
+        network: network, changed in place.
+        channels: new number of input channels.
 
     Raises:
-        UserError: the network was made for other than 3 channels.
+        UserError: the number changes, and the network was made for other than 3 channels.
     """
     from timm.models import adapt_input_conv
 
@@ -184,8 +199,17 @@ def set_inputs(network: nn.Module, channels: int) -> None:
     conv.weight, conv.in_channels = nn.Parameter(adapt_input_conv(channels, conv.weight.detach())), channels
 
 
-def set_outputs(network: nn.Module, head: str, count: int) -> bool:
-    """Give the classification layer another number of outputs, with new weights; returns whether it had to change."""
+def set_num_outputs(network: nn.Module, head: str, count: int) -> bool:
+    """Set the number of outputs of the classification layer, with new weights if it changes.
+
+    Args:
+        network: network, changed in place.
+        head: dotted name of its classification layer.
+        count: new number of outputs.
+
+    Returns:
+        True if the layer was replaced.
+    """
     layer = network.get_submodule(head)
     if isinstance(layer, nn.Linear):
         if layer.out_features == count:

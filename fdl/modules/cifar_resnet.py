@@ -1,4 +1,4 @@
-"""The residual networks for CIFAR of He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2."""
+"""Residual networks for CIFAR of He et al., "Deep Residual Learning for Image Recognition" (2016), section 4.2."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import load_weights, read_weights, set_inputs, set_outputs
+from fdl.modules.checkpoints import load_weights, read_weights, set_input_channels, set_num_outputs
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.input_adapter import adapter_for
 
-# Published weights were trained on CIFAR-10 normalised with ImageNet's statistics.
+# published weights were trained on CIFAR-10 normalised with ImageNet's statistics
 _PUBLISHED = {
     "size": (32, 32),
     "channels": 3,
@@ -23,9 +23,9 @@ _PUBLISHED = {
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions around a shortcut without weights.
+    """Two 3×3 convolutions with a shortcut without weights.
 
-    Option A of the paper: where the block halves the image and doubles the channels, the shortcut takes every other
+    Option A of the paper: if the block halves the image and doubles the channels, the shortcut subsamples every other
     pixel and pads with channels of zeros, half of them on each side.
     """
 
@@ -47,7 +47,7 @@ class _Block(nn.Module):
 
 
 class _Network(nn.Module):
-    """Three stages of n blocks with 16, 32 and 64 channels; the names are those of published weights."""
+    """Network of three stages of n blocks with 16, 32 and 64 channels, with the names of published weights."""
 
     def __init__(self, depth: int, num_classes: int):
         super().__init__()
@@ -70,17 +70,17 @@ class CifarResNet(ImageClassifier):
     """ResNet-20, 32, 44, 56 or 110 for CIFAR: 0.27 to 1.7 million weights (He et al. 2016).
 
     Args:
-        depth: 6n + 2 layers.
+        depth: number of layers, 6n + 2.
         checkpoint: local file of weights: ``.safetensors``, of torch, or ``.npz``.
-        adapt: what to do with the images before the network, as in `adapter_for`; True: 32×32 pixels in colour,
+        adapt: conversion of the images before the network (see `adapter_for`); True: to 32×32 pixels in colour,
             normalised with ImageNet's statistics, as published weights expect.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
-        num_classes: number of classes. The classification layer is new where the weights know another number.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
+        num_classes: number of classes. The classification layer is new if the weights have a different number.
         input_shape: (C, H, W) of one image.
         common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
-        UserError: there is no such depth, or the file does not fit.
+        UserError: the depth is not 6n + 2, or the file does not match the network.
     """
 
     name = "cifar_resnet"
@@ -108,8 +108,8 @@ class CifarResNet(ImageClassifier):
                 checkpoint,
                 f"cifar_resnet of depth {depth}",
             )
-        set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
-        fresh = set_outputs(network, "linear", num_classes)
+        set_input_channels(network, input_shape[0] if adapter is None else adapter.output_shape[0])
+        fresh = set_num_outputs(network, "linear", num_classes)
         super().__init__(
             backbone=network,
             num_classes=num_classes,

@@ -1,4 +1,4 @@
-"""Image classifiers: one LightningModule over any network."""
+"""Base class of image classifiers: a LightningModule around any network."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
 from fdl.modules.tracing import traceable
 from fdl.modules.trainer_hooks import TrainerHooks
-from fdl.modules.tuning import apply_tuning, hold_frozen
+from fdl.modules.tuning import apply_tuning, keep_frozen_in_eval
+from fdl.modules.types import TensorBatch
 from fdl.utils.suggest import suggest
-
-Batch = tuple[Tensor, Tensor | None]
 
 
 class ImageClassifier(TrainerHooks):
-    """Trains a network on labelled images, with a plain Trainer or in a federation's rounds.
+    """Image classifier around a network, for a plain Trainer and for federated rounds.
 
-    Federated rounds call `training_step` outside any Trainer, so steps return their numbers and only hooks that a
+    Federated rounds call `training_step` without a Trainer, so steps return their metrics, and only hooks that a
     Trainer calls log them.
 
     Args:
-        backbone: maps images ``[B, C, H, W]`` to logits ``[B, num_classes]``, or to (logits, embedding ``[B, D]``).
+        backbone: network that maps images ``[B, C, H, W]`` to logits ``[B, num_classes]``, or to (logits, embedding
+            ``[B, D]``).
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        head: dotted name of the backbone's classification layer, whose input is the embedding. Default, where logits
-            come alone, the last linear layer (or else convolution) with `num_classes` outputs.
-        adapter: brings images to what the backbone expects; None: they are that already.
-        pretrained: whether the backbone's weights came from a file or a hub, and are the same at every site.
-        fresh_head: whether the classification layer is new all the same.
-        tuning: what is trained: ``"full"`` everything, ``"head"`` the classification layer, ``"lora"`` that and
-            low-rank updates of frozen weights (Hu et al.), ``"frozen"`` nothing.
-        lora: settings of ``"lora"``, as in `apply_tuning`.
-        optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default Adam at 0.001. Federated
+        head: dotted name of the backbone's classification layer, whose input is the embedding. By default, if the
+            backbone returns logits alone, the last linear layer (or else convolution) with `num_classes` outputs.
+        adapter: conversion of images to the format that the backbone expects; None if they have it already.
+        pretrained: True if the backbone's weights come from a file or a hub, and are the same at every site.
+        fresh_head: True if the classification layer is new nevertheless.
+        tuning: trained part: ``"full"``: everything; ``"head"``: the classification layer; ``"lora"``: that and
+            low-rank updates of frozen weights (Hu et al.); ``"frozen"``: nothing.
+        lora: settings of ``"lora"``, see `apply_tuning`.
+        optimizer: ``{target, args}`` for a plain Trainer (see `build_optimizer`); default Adam at 0.001. Federated
             rounds use the recipe's ``local_training`` and ``server_distil`` settings instead.
-        scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`; ``interval`` is
+        scheduler: ``{target, args, interval}`` for a plain Trainer (see `build_scheduler`); ``interval`` is
             ``"epoch"`` (default) or ``"step"``.
 
     Attributes:
-        embedding_dim: D.
-        frozen: names in the state dict that are never trained and the same at every site: no message and no
-            checkpoint need carry them. Parts of which everything is frozen stay in evaluation mode.
+        embedding_dim: D, width of the embedding.
+        frozen: names in the state dict that are never trained and the same at every site, so that messages and
+            checkpoints leave them out. Submodules that are frozen entirely stay in evaluation mode.
 
     Raises:
-        UserError: the backbone cannot take such images, or answers in another shape; or parts of it are to be frozen
-            that no file gave it.
+        UserError: the backbone does not accept images of this shape, returns output of another shape, or would be
+            frozen with random weights.
     """
 
     def __init__(
@@ -90,96 +90,100 @@ class ImageClassifier(TrainerHooks):
         self.frozen = frozenset(f"backbone.{name}" for name in names)
 
     def train(self, mode: bool = True) -> ImageClassifier:
-        """Switch to training, or back; what is frozen stays in evaluation mode."""
+        """Switch to training or evaluation mode; frozen parts stay in evaluation mode.
+
+        Args:
+            mode: True for training mode.
+        """
         super().train(mode)
         if mode and self.frozen:
-            hold_frozen(self.backbone)
+            keep_frozen_in_eval(self.backbone)
         return self
 
     def forward(self, x: Tensor, features: Sequence[str] = ()) -> Output:
-        """Answer a batch.
+        """Compute logits, embedding and requested activations of a batch.
 
         Args:
-            x: ``[B, C, H, W]``, normalised as the model expects.
-            features: submodules of the backbone, by dotted name or glob, whose activations are wanted.
+            x: images ``[B, C, H, W]``, normalised as the model expects.
+            features: submodules of the backbone, by dotted name or glob, whose activations are returned.
 
         Raises:
             UserError: a name in `features` matches nothing.
         """
         if not features:
-            return Output(*self._answer(x), {})
+            return Output(*self._predict(x), {})
         with capture(self.backbone, features) as seen:
-            logits, embedding = self._answer(x)
+            logits, embedding = self._predict(x)
         return Output(logits, embedding, seen)
 
     @traceable
     @mean_over(samples_of)
     @ignores_padding
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+    def training_step(self, batch: TensorBatch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of a labelled batch."""
         x, labels = batch
         return {"loss": cross_entropy(self(x).logits, labels)}
 
-    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy`` of a labelled batch."""
         x, labels = batch
         logits = self(x).logits
         return {"loss": cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def test_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy`` of a labelled batch."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Batch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
-        """Answer a batch; labels, where there are any, are not looked at."""
+    def predict_step(self, batch: TensorBatch | Tensor, batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
+        """Predict a batch; labels are ignored."""
         return self(batch if isinstance(batch, Tensor) else batch[0])
 
-    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int) -> None:
         """Log the training loss, under a Trainer."""
         self.log("train/loss", outputs["loss"], batch_size=len(batch[0]))
 
     def on_validation_batch_end(
-        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Log the validation metrics, under a Trainer; it averages them over the epoch."""
         self.log_dict({f"validation/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
 
     def on_test_batch_end(
-        self, outputs: dict[str, Tensor], batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, outputs: dict[str, Tensor], batch: TensorBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Log the test metrics, under a Trainer; it averages them over the epoch."""
         self.log_dict({f"test/{name}": value for name, value in outputs.items()}, batch_size=len(batch[0]))
 
-    def _answer(self, x: Tensor) -> Any:
+    def _predict(self, x: Tensor) -> Any:
         if self.adapter is not None:
             x = self.adapter(x)
         if self.head is None:
             return self.backbone(x)
         with capture_input(self.backbone.get_submodule(self.head)) as seen:
             logits = self.backbone(x)
-        if isinstance(logits, tuple):  # some networks add auxiliary logits while they train
+        if isinstance(logits, tuple):  # some networks return auxiliary logits in training mode
             logits = logits[0]
         embedding = seen[-1]
         return logits, embedding.mean((2, 3)) if embedding.ndim == 4 else embedding
 
     def _probe_model(self) -> int:
-        """Send one blank image through, so that a model that does not fit fails here; returns the embedding's size."""
-        answer = self._try()
-        if isinstance(answer, Tensor):
-            self._check("logits", answer, self.num_classes)
+        """Run one blank image through the network, so that a mismatch fails here, and return the embedding's width."""
+        output = self._predict_blank()
+        if isinstance(output, Tensor):
+            self._check("logits", output, self.num_classes)
             self.head = last_layer(self.backbone, self.num_classes)
             if self.head is None:
                 raise UserError(
                     f"{self._label()} returns logits alone and no layer of it has {self.num_classes} outputs; "
                     "name its head, or return (logits, embedding)"
                 )
-            answer = self._try()
-        logits, embedding = answer
+            output = self._predict_blank()
+        logits, embedding = output
         self._check("logits", logits, self.num_classes)
         self._check("an embedding", embedding, None)
         return embedding.shape[1]
 
-    def _try(self) -> Any:
+    def _predict_blank(self) -> Any:
         image = torch.zeros(1, *self.input_shape)
         if (weight := next(self.backbone.parameters(), None)) is not None:
             image = image.to(weight)
@@ -187,7 +191,7 @@ class ImageClassifier(TrainerHooks):
         self.backbone.eval()
         try:
             with torch.no_grad():
-                return self._answer(image)
+                return self._predict(image)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             size = "×".join(map(str, self.input_shape))
             raise UserError(f"{self._label()} cannot take images of {size} (channels×height×width): {error}") from error
@@ -197,7 +201,7 @@ class ImageClassifier(TrainerHooks):
     def _check(self, what: str, tensor: Tensor, columns: int | None) -> None:
         if tensor.ndim != 2 or columns not in (None, tensor.shape[1]):
             raise UserError(
-                f"{self._label()} answers one image with {what} of shape {list(tensor.shape)}, expected "
+                f"{self._label()} returns {what} of shape {list(tensor.shape)} for one image, expected "
                 f"[1, {columns or 'D'}]"
             )
 

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, whose vocabulary comes with open_clip: nothing is downloaded."""
+"""CLIP's tokenizer; its vocabulary is part of open_clip, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fdl.errors import UserError
 from fdl.utils.suggest import suggest
 
 PREFIX = "open_clip:"
-"""What a tokenizer's name begins with where it is that of an open_clip model."""
+"""Prefix of the specification of an open_clip model's tokenizer."""
 
-FILE = "open_clip_tokenizer.json"
-"""What `ClipTokenizer.save` writes."""
+TOKENIZER_FILE = "open_clip_tokenizer.json"
+"""Name of the file that `ClipTokenizer.save` writes."""
 
 
 class ClipTokenizer:
-    """The byte-pair encoding of OpenAI's CLIP, which most models of open_clip share.
+    """Byte-pair encoding of OpenAI's CLIP, which most models of open_clip share.
 
-    It has what `fdl.modules.tokenizers.Tokenizer` has. Texts are cleaned and lower-cased as open_clip does, and encoded
-    without the marks of start and end unless these are asked for: a CLIP text tower adds them itself.
+    It has the interface of `fdl.modules.tokenizers.Tokenizer`. Texts are cleaned and lower-cased as in open_clip, and
+    by default encoded without start and end tokens: a CLIP text tower adds them itself.
 
     Args:
-        model: an open_clip model that reads this encoding; which one does not matter.
+        model: any open_clip model that uses this encoding.
 
     Raises:
-        UserError: there is no such model, or it has another tokenizer.
+        UserError: the model is unknown, or has a different tokenizer.
     """
 
     def __init__(self, model: str = "ViT-B-32"):
@@ -44,7 +44,13 @@ class ClipTokenizer:
         self.fingerprint = f"clip-bpe/{digest}"
 
     def encode(self, text: str, special: bool = False, limit: int | None = None) -> list[int]:
-        """The ids of a text, at most `limit` of them, with `special` between the marks of start and end."""
+        """Return the ids of a text.
+
+        Args:
+            text: any text.
+            special: add the start and end tokens.
+            limit: maximum number of ids, including special ones; the end of the text is cut off.
+        """
         ids = self._tokenizer.encode(text)
         if not special:
             return ids[:limit]
@@ -52,16 +58,26 @@ class ClipTokenizer:
         return [self.start, *ids[:room], self.eos]
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, limit: int | None = None) -> list[list[int]]:
-        """The ids of many texts; arguments as in `encode`."""
+        """Return the ids of several texts, see `encode`.
+
+        Args:
+            texts: texts to encode.
+            special: add the start and end tokens.
+            limit: maximum number of ids per text, including special ones.
+        """
         return [self.encode(text, special, limit) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, in lower case and with single spaces; the marks stand for none."""
+        """Return the text of ids, in lower case and with single spaces, without start and end tokens.
+
+        Args:
+            ids: token ids.
+        """
         return self._tokenizer.decode([i for i in map(int, ids) if i not in (self.start, self.eos)]).strip()
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """What each id stands for: bytes of cleaned text by id, a space where a word ends, nothing for the marks."""
+        """Bytes of cleaned text of each id, with a space at the end of a word; empty for start and end tokens."""
         known, table = self._tokenizer.byte_decoder, self._tokenizer.decoder
         pieces = []
         for id in range(self.vocab_size):
@@ -71,25 +87,40 @@ class ClipTokenizer:
         return pieces
 
     def token_bytes(self, ids: Iterable[int]) -> int:
-        """How many bytes of cleaned text ids stand for."""
+        """Return the number of bytes of cleaned text that ids represent.
+
+        Args:
+            ids: token ids.
+        """
         return sum(len(self.pieces[int(i)]) for i in ids)
 
     def matches(self, other: Any) -> bool:
-        """Whether ids mean the same in both: one fingerprint, or the same bytes behind every id."""
+        """Return True if ids mean the same in both: their fingerprints or the bytes of all ids are equal.
+
+        Args:
+            other: tokenizer to compare with.
+        """
         return self.fingerprint == other.fingerprint or self.pieces == other.pieces
 
     def save(self, folder: str | Path) -> None:
-        """Write its name; open_clip has the vocabulary."""
+        """Write the name of the model; the vocabulary is part of open_clip.
+
+        Args:
+            folder: destination; created if it does not exist.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(json.dumps({"model": self.model}), encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_text(json.dumps({"model": self.model}), encoding="utf-8")
 
 
 def model_config(model: str) -> dict:
-    """The configuration of an open_clip model.
+    """Return the configuration of an open_clip model.
+
+    Args:
+        model: open_clip's name of the model.
 
     Raises:
-        UserError: open_clip has no such model.
+        UserError: the model is unknown.
     """
     import open_clip
 
@@ -100,10 +131,13 @@ def model_config(model: str) -> dict:
 
 
 def reads_clip_tokens(model: str) -> bool:
-    """Whether an open_clip model's text tower reads CLIP's byte-pair encoding.
+    """Return True if an open_clip model's text tower uses CLIP's byte-pair encoding.
+
+    Args:
+        model: open_clip's name of the model.
 
     Raises:
-        UserError: open_clip has no such model.
+        UserError: the model is unknown.
     """
     text = model_config(model)["text_cfg"]
     other = text.get("hf_tokenizer_name") or text.get("hf_model_name") or text.get("tokenizer_kwargs")

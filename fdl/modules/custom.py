@@ -1,4 +1,4 @@
-"""Any network of one's own."""
+"""Custom networks, given by import path."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from fdl.modules.classifier import ImageClassifier
 from fdl.utils.imports import import_dotted
 
 
-class Dotted(ImageClassifier):
-    """Any network of one's own, by the dotted path of a class or function that builds it.
+class CustomNetwork(ImageClassifier):
+    """Image classifier from a custom network, given by the dotted path of a class or function that builds it.
 
     Args:
-        backbone: dotted path of what returns an ``nn.Module``. The module maps images ``[B, C, H, W]`` to logits
-            ``[B, num_classes]``, or to a tuple of logits and embedding ``[B, D]``.
-        args: arguments of the call.
-        head: dotted name, within the network, of the layer whose input is the embedding, as in `ImageClassifier`.
+        backbone: dotted path of a callable that returns an ``nn.Module``. The module maps images ``[B, C, H, W]`` to
+            logits ``[B, num_classes]``, or to a tuple of logits and embedding ``[B, D]``.
+        args: keyword arguments of the callable.
+        head: dotted name, within the network, of the layer whose input is the embedding; default: the last linear layer
+            (or convolution) with `num_classes` outputs.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+        optimizer: ``{target, args}`` for a plain Trainer; default Adam at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Raises:
-        UserError: there is no such callable, it refuses its arguments, or its network does not fit the data.
+        UserError: the callable does not exist or rejects its arguments, or its network does not match the data.
     """
 
     name = "custom"

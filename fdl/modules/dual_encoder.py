@@ -1,4 +1,4 @@
-"""Dual encoders: one LightningModule over an image tower and a text tower that share a space."""
+"""Base class of dual encoders: an image tower and a text tower with a shared embedding space."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ _FIRST_BIAS = -10.0
 
 
 class DualEncoder(TrainerHooks, ABC):
-    """Trains two towers so that an image and its text come close, with a plain Trainer or in a federation's rounds.
+    """Contrastive training of an image tower and a text tower, for a plain Trainer and for federated rounds.
 
-    A subclass writes `image_vectors` and `text_vectors`, whose results need not have length 1.
+    Subclasses implement `image_vectors` and `text_vectors`, whose results need not be normalised.
 
     Args:
-        loss: ``"contrastive"`` is CLIP's, each pair among all of its batch; ``"sigmoid"`` is SigLIP's, which looks at
-            every image and text by itself and learns a bias, too.
-        optimizer: ``{target, args}`` for a plain Trainer, as in `build_optimizer`; default AdamW at 0.001. Federated
+        loss: ``"contrastive"`` is CLIP's loss, which contrasts each pair with all others of its batch; ``"sigmoid"`` is
+            SigLIP's, which classifies every combination of image and text independently, with a learned bias.
+        optimizer: ``{target, args}`` for a plain Trainer (see `build_optimizer`); default AdamW at 0.001. Federated
             rounds use the recipe's ``local_training`` and ``server_distil`` settings instead.
-        scheduler: ``{target, args, interval}`` for a plain Trainer, as in `build_scheduler`.
+        scheduler: ``{target, args, interval}`` for a plain Trainer (see `build_scheduler`).
 
     Attributes:
         backbone: both towers.
-        logit_scale: logarithm of what cosines are multiplied with, a parameter.
-        logit_bias: what is added to them, a parameter; None unless the loss is ``"sigmoid"``.
-        embedding_dim: D.
-        gather: whether a step's batch is that of all ranks. A plain Trainer that trains this one module on several
-            devices turns it on; where ranks train different clients it stays off.
+        logit_scale: logarithm of the factor by which cosines are multiplied, a parameter.
+        logit_bias: bias added to the scaled cosines, a parameter; None unless the loss is ``"sigmoid"``.
+        embedding_dim: D, width of the shared space.
+        gather: contrast the pairs of all ranks in each step. A plain Trainer that trains this module on several devices
+            turns it on; it stays off if ranks train different clients.
     """
 
     backbone: nn.Module
@@ -66,30 +66,38 @@ class DualEncoder(TrainerHooks, ABC):
 
     @abstractmethod
     def image_vectors(self, images: Tensor) -> Tensor:
-        """Vectors [B, D] of images [B, C, H, W]."""
+        """Return vectors [B, D].
+
+        Args:
+            images: float32 [B, C, H, W].
+        """
 
     @abstractmethod
     def text_vectors(self, tokens: Tensor) -> Tensor:
-        """Vectors [B, D] of texts, int64 [B, T], padded on the right with -1."""
+        """Return vectors [B, D].
+
+        Args:
+            tokens: int64 [B, T], padded on the right with -1.
+        """
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Unit vectors ``[B, D]`` of images ``[B, C, H, W]``."""
+        """Return the unit vectors ``[B, D]`` of images ``[B, C, H, W]``."""
         return F.normalize(self.image_vectors(images), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Unit vectors ``[B, D]`` of texts ``[B, T]``, padded on the right with -1."""
+        """Return the unit vectors ``[B, D]`` of texts ``[B, T]``, padded on the right with -1."""
         return F.normalize(self.text_vectors(tokens), dim=-1)
 
     def forward(self, inputs: Pairs, features: Sequence[str] = ()) -> Output:
-        """Answer a batch of pairs.
+        """Compute logits, embedding and requested activations of a batch of pairs.
 
         Args:
             inputs: images and texts.
-            features: submodules of `backbone`, by dotted name or glob, whose activations are wanted.
+            features: submodules of `backbone`, by dotted name or glob, whose activations are returned.
 
         Returns:
-            Logits ``[B, B]`` between all images and texts of the batch, and the embedding ``[B, 2 D]``, the image's
-            unit vector and then the text's.
+            Logits ``[B, B]`` between all images and texts of the batch, and the embedding ``[B, 2 D]``, the unit vector
+            of the image followed by that of the text.
         """
         if not features:
             images, texts = self._encode(inputs)
@@ -111,21 +119,21 @@ class DualEncoder(TrainerHooks, ABC):
     def validation_step(
         self, batch: tuple[Pairs, None], batch_idx: int = 0, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        """Return ``loss`` of a batch, and how often an image's text comes first in it, ``recall_at_1``."""
+        """Return ``loss`` of a batch, and ``recall_at_1``, the fraction of images whose own text ranks first."""
         logits = self(batch[0]).logits
         own = torch.arange(len(logits), device=logits.device)
         return {"loss": info_nce(logits), "recall_at_1": (logits.argmax(1) == own).float().mean()}
 
     def test_step(self, batch: tuple[Pairs, None], batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """As `validation_step`."""
+        """Return the metrics of `validation_step`."""
         return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: tuple[Pairs, None], batch_idx: int = 0, dataloader_idx: int = 0) -> Output:
-        """Answer a batch."""
+        """Predict a batch of pairs."""
         return self(batch[0])
 
     def on_fit_start(self) -> None:
-        """Under a Trainer on several devices, pairs are told from those of all devices."""
+        """Contrast the pairs of all devices, under a Trainer on several devices."""
         self.gather = self.trainer.world_size > 1 and self.loss == "contrastive"
 
     def on_train_batch_end(self, outputs: dict[str, Tensor], batch: tuple[Pairs, None], batch_idx: int) -> None:
@@ -145,16 +153,24 @@ class DualEncoder(TrainerHooks, ABC):
 
     def _logits(self, images: Tensor, texts: Tensor) -> Tensor:
         if self.training:
-            clamp_scale(self.logit_scale)  # here, so that every objective keeps it in bounds
+            clamp_scale(self.logit_scale)  # clamped here, so that it applies to every objective
         logits = logits_between(images, texts, self.logit_scale.exp())
         return logits if self.logit_bias is None else logits + self.logit_bias
 
 
-def scale_of(module: nn.Module) -> float:
-    """What a dual encoder multiplies cosines with, at most `MAX_SCALE`."""
+def logit_scale_of(module: nn.Module) -> float:
+    """Return the factor by which a dual encoder multiplies cosines, at most `MAX_SCALE`.
+
+    Args:
+        module: dual encoder with a parameter `logit_scale`.
+    """
     return min(math.exp(float(module.logit_scale.detach())), MAX_SCALE)
 
 
-def lengths(tokens: Tensor) -> Tensor:
-    """How many tokens each text has, int64 [B]; they are padded on the right with -1."""
+def token_counts(tokens: Tensor) -> Tensor:
+    """Return the number of tokens of each text, int64 [B].
+
+    Args:
+        tokens: int64 [B, T], padded on the right with -1.
+    """
     return (tokens >= 0).sum(1)

@@ -1,7 +1,7 @@
-"""What passes through a network's submodules, seen by hooks that live for one forward pass only.
+"""Capture of the inputs and outputs of a network's submodules, by hooks that exist for one forward pass only.
 
-Hooks that stay would be copied by ``deepcopy`` without what they write to, and would cost every step; these cost
-nothing when no one asks.
+Permanent hooks would be copied by ``deepcopy`` without the containers they write to, and would slow down every step;
+temporary ones cost nothing when nothing is captured.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fdl.errors import UserError
 from fdl.utils.suggest import suggest
 
 
-def matching(network: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """List the submodules that names or globs choose.
+def matching_submodules(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """List the submodules that match names or globs.
 
     Args:
-        network: where to look.
+        network: network whose submodules are searched.
         patterns: dotted names as in ``network.named_modules()``, or globs of them (``"blocks.*"``; a ``*`` also
             spans dots).
 
@@ -44,21 +44,21 @@ def matching(network: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 @contextmanager
 def capture(network: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep the activations of chosen submodules while the context is open.
+    """Capture the activations of selected submodules while the context is open.
 
     Args:
-        network: called within the context by the caller.
-        patterns: as in `matching`.
+        network: network that the caller runs within the context.
+        patterns: dotted names of submodules, or globs of them (``"blocks.*"``).
 
     Yields:
-        Name → output, filled by the forward pass. Of a submodule that is called more than once the last output is
-        kept, of one that returns several tensors the first. A submodule that a glob matches but that the network
-        does not call is left out.
+        Name → output, filled by the forward pass. The last output is kept for a submodule that is called more than
+        once, and the first tensor for one that returns several. Submodules that match a glob but are not called are
+        left out.
 
     Raises:
-        UserError: a pattern matches nothing, or a submodule chosen by its full name was not called.
+        UserError: a pattern matches nothing, or a submodule given by its full name was not called.
     """
-    names = matching(network, patterns)
+    names = matching_submodules(network, patterns)
     seen: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -82,13 +82,16 @@ def capture(network: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, T
 
 @contextmanager
 def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Keep what a module is called with while the context is open.
+    """Capture the inputs of a module while the context is open.
+
+    Args:
+        module: module that is called within the context.
 
     Yields:
         A list that receives the first argument of every call.
     """
     seen: list[Tensor] = []
-    if torch.compiler.is_compiling():  # hooks cannot be traced, so the call itself is stood in for
+    if torch.compiler.is_compiling():  # hooks cannot be traced, so `forward` itself is wrapped
         forward = module.forward
 
         def keep(*inputs: Any) -> Any:
@@ -109,14 +112,14 @@ def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def last_layer(network: nn.Module, outputs: int | None = None) -> str | None:
-    """Find the classification layer: the last linear layer, or the last convolution where there is none.
+    """Find the classification layer: the last linear layer, or the last convolution if the network has none.
 
     Args:
-        network: where to look, in the order of definition.
-        outputs: how many outputs it must have; None takes any number.
+        network: network whose layers are searched in the order of definition.
+        outputs: required number of outputs; None for any number.
 
     Returns:
-        Its dotted name, None when there is no such layer.
+        Dotted name of the layer; None if no layer qualifies.
     """
     sizes = {nn.Linear: "out_features", nn.Conv2d: "out_channels"}
     for kind, size in sizes.items():

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked once whether it is there."""
+"""Access to the Hugging Face hub, or to its local cache if it cannot be reached."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ _SECONDS = 5
 
 
 @contextmanager
-def hub() -> Iterator[str]:
-    """Ask the hub, and without it its cache alone: its own clients try an unreachable hub for most of a minute.
+def hub_or_cache() -> Iterator[str]:
+    """Probe the Hugging Face hub, and use only its local cache if it cannot be reached.
+
+    The hub's own client retries an unreachable hub for most of a minute.
 
     Yields:
-        Why only what was downloaded before can be had, for messages; empty where the hub is there.
+        The reason why only the cache is used, for error messages; empty if the hub is reachable.
     """
     from huggingface_hub import constants
 
@@ -29,11 +31,11 @@ def hub() -> Iterator[str]:
 
 @cache
 def _unreachable(endpoint: str) -> str:
-    """Why the hub cannot be reached from here, empty where it can; looked at once in a process."""
+    """Return the reason why the hub is unreachable, empty if it is reachable; probed once per process."""
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(endpoint, timeout=_SECONDS)
-    except Exception:  # of several libraries: no name server, no route, a proxy that refuses
+    except Exception:  # raised by several libraries: no name server, no route, a proxy that rejects
         return f"{endpoint} cannot be reached from here"
     return ""

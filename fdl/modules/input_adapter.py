@@ -1,4 +1,4 @@
-"""From the data's images to those that a public backbone was trained on, as part of the network."""
+"""Conversion of the data's images to the format that a pretrained backbone expects, as part of the network."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from torch.nn import functional as F
 from fdl.errors import UserError
 from fdl.utils.suggest import suggest
 
-# ITU-R 601 luma, as torchvision and Pillow turn colour into grey
+# ITU-R 601 luma, with which torchvision and Pillow convert colour to grey
 _LUMA = (0.2989, 0.587, 0.114)
 
 
 class InputAdapter(nn.Module):
-    """Resizes images, gives them the backbone's channels, and exchanges the data's normalisation for the backbone's.
+    """Resizing, channel conversion, and replacement of the data's normalisation by the backbone's.
 
-    All of it is one affine map a channel and one resampling, which is linear too: the same as resizing the image
-    before anything was normalised, without a second copy of the data in another size. Nothing is clipped, so cubic
-    resampling may overshoot, as ``torchvision.transforms`` does for tensors. It holds no weights: nothing of it is
-    stored, sent or averaged.
+    It consists of one affine map per channel and one resampling, which is linear as well: the result equals resizing
+    the image before normalisation, without a second copy of the data in another size. Nothing is clipped, so cubic
+    resampling may overshoot, as in ``torchvision.transforms`` for tensors. It has no weights: nothing is stored, sent
+    or averaged.
 
     Args:
         input_shape: (C, H, W) of the data's images.
-        size: the backbone's height and width; None leaves the data's.
-        channels: the backbone's channels, 1 or 3; None leaves the data's. Grey becomes colour by repetition, colour
-            becomes grey by its luma.
-        mean: of each channel in the images that the backbone was trained on, white being 1; None: not normalised.
-        std: likewise.
-        data_mean: what the data are already normalised with, white being 1; None: they are not.
-        data_std: likewise.
-        interpolation: of the resizing.
-        antialias: filter before shrinking; enlarging is not changed by it.
+        size: height and width that the backbone expects; None: those of the data.
+        channels: number of channels that the backbone expects, 1 or 3; None: that of the data. Grey is converted to
+            colour by repetition, colour to grey by its luma.
+        mean: per-channel mean of the normalisation that the backbone expects, for pixels in [0, 1]; None: not
+            normalised.
+        std: per-channel standard deviation of the same normalisation.
+        data_mean: per-channel mean with which the data are already normalised, for pixels in [0, 1]; None: they are
+            not.
+        data_std: per-channel standard deviation with which the data are already normalised.
+        interpolation: method of resizing.
+        antialias: apply a low-pass filter when shrinking; no effect when enlarging.
 
     Attributes:
-        output_shape: (C, H, W) of the images that come out.
-        mean: of each channel, what they are normalised with.
-        std: likewise.
+        output_shape: (C, H, W) of the converted images.
+        mean: per-channel mean with which the converted images are normalised.
+        std: per-channel standard deviation with which the converted images are normalised.
 
     Raises:
-        UserError: for values that do not fit together.
+        UserError: values contradict each other.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class InputAdapter(nn.Module):
             raise UserError(f"adapt.size must be height and width in pixels, got {list(self.size)}")
         self.output_shape = (channels, *self.size)
         self.interpolation, self.antialias, self._resize = interpolation, antialias, self.size != tuple(data_size)
-        # y = (std_d·x + mean_d − mean) / std, with the luma of std_d·x + mean_d where colour becomes grey
+        # y = (std_d·x + mean_d − mean) / std, with the luma of std_d·x + mean_d when converting colour to grey
         colours, scale, shift = None, data_std / std, (data_mean - mean) / std
         if channels < own:
             luma = torch.tensor(_LUMA, dtype=torch.float64)
@@ -82,16 +84,16 @@ class InputAdapter(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Bring images ``[B, C, H, W]`` to ``[B, *output_shape]``, in the precision they came in."""
+        """Convert images ``[B, C, H, W]`` to ``[B, *output_shape]``, in the precision of the input."""
         dtype, x = x.dtype, x.float()  # half-precision pixels would be resampled too coarsely
         if self.colours is not None:
             x = (x * self.colours).sum(1, keepdim=True)
         if self._resize:
             x = F.interpolate(x, size=self.size, mode=self.interpolation, antialias=self.antialias, align_corners=False)
-        return torch.addcmul(self.shift, x, self.scale).to(dtype)  # a grey image meets three scales: it is repeated
+        return torch.addcmul(self.shift, x, self.scale).to(dtype)  # grey is broadcast over three scales
 
     def extra_repr(self) -> str:
-        """What a printed network says of it."""
+        """Return the description shown when a network is printed."""
         return f"output_shape={self.output_shape}, interpolation={self.interpolation!r}, antialias={self.antialias}"
 
 
@@ -102,19 +104,21 @@ def adapter_for(
     published: Mapping[str, Any],
     wanted: bool = False,
 ) -> InputAdapter | None:
-    """Make the adapter that a module's `adapt` argument asks for.
+    """Create the adapter for the `adapt` argument of a module.
 
     Args:
-        adapt: True takes everything from `published`; a mapping changes some of it (the arguments of `InputAdapter`,
-            ``size`` as one number or two); False makes none; None leaves it to `wanted`.
+        adapt: True: all settings from `published`; a mapping: these settings override the published ones (the arguments
+            of `InputAdapter`, ``size`` as one number or two); False: no adapter; None: decided by `wanted`.
         input_shape: (C, H, W) of the data.
-        normalization: mean and standard deviation of each channel that the data are normalised with; None where
-            they are not.
+        normalization: per-channel mean and standard deviation with which the data are normalised; None if they are not.
         published: ``size``, ``channels``, ``mean``, ``std`` and ``interpolation`` of the backbone, as far as known.
-        wanted: whether there should be one where `adapt` does not say.
+        wanted: create an adapter if `adapt` is None.
+
+    Returns:
+        The adapter; None if images are passed to the network as they are.
 
     Raises:
-        UserError: a key is unknown or a value does not fit.
+        UserError: a key is unknown or a value is not valid.
     """
     if adapt is False or (adapt is None and not wanted):
         return None
@@ -134,11 +138,11 @@ def adapter_for(
 def _pair(
     prefix: str, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel; 0 and 1 where there are none."""
+    """Return the mean and standard deviation of each channel; 0 and 1 if they are None."""
     if (mean is None) != (std is None):
         raise UserError(f"adapt: {prefix}mean and {prefix}std go together")
     mean, std = ([0.0] * channels, [1.0] * channels) if mean is None else (list(mean), list(std))
-    if channels == 1 and len(mean) == len(std) == 3:  # a colour backbone that was given one channel
+    if channels == 1 and len(mean) == len(std) == 3:  # a colour backbone reduced to one channel
         mean, std = [sum(mean) / 3], [sum(std) / 3]
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise UserError(

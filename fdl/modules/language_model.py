@@ -1,4 +1,4 @@
-"""Any causal language model of transformers."""
+"""Causal language models of transformers."""
 
 from __future__ import annotations
 
@@ -16,45 +16,46 @@ from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
 from fdl.modules.tracing import traceable
 from fdl.modules.transformers_loading import load_model
-from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
+from fdl.modules.transformers_module import TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
+from fdl.modules.types import TensorBatch
 
 
 class LanguageModel(TransformersModule):
-    """Any causal language model of transformers: GPT-2, Pythia (gpt_neox), OPT, Llama, Qwen2 and more.
+    """Causal language model of transformers: GPT-2, Pythia (gpt_neox), OPT, Llama, Qwen2 and more.
 
-    Logits of a whole batch take more memory than everything else, so only `forward` makes them; whatever trains or
-    measures the model goes through `hidden` and `head`, a chunk of tokens at a time.
+    The logits of a full batch need more memory than everything else, so only `forward` computes them; training and
+    evaluation use `hidden` and `head`, one chunk of tokens at a time.
 
-    Padding (-1) stands on the right, where no real token can see it, so no attention mask is needed.
+    Padding (-1) is on the right, where no real token attends to it, so no attention mask is needed.
 
     Args:
         model: a family of transformers (``gpt2``, ``gpt_neox``, ``opt``, ``llama``, ``qwen2``, …) for a new model; a
-            local folder as transformers writes it; or an id of the Hugging Face hub.
-        pretrained: take the folder's or the hub's weights, too; without them it is a new model of the same sizes.
+            local folder in the format of transformers; or an id of the Hugging Face hub.
+        pretrained: load the weights of the folder or the hub; False creates a new model of the same sizes.
         checkpoint: local file of weights instead, ``.safetensors`` or of torch, for the sizes of `model` and `config`.
-        config: settings of the model's configuration, by transformers' names (``{n_layer: 12, n_embd: 768}``). A new
-            model's vocabulary, end of text and number of positions are the data's unless they are given here.
-        tuning: what is trained: ``"full"``, ``"head"`` (the output layer, and embeddings that are tied to it),
-            ``"lora"`` or ``"frozen"``.
-        lora: settings of ``"lora"``, as in `apply_tuning`.
-        gradient_checkpointing: keep one activation a layer, and compute the others again for the gradient.
-        chunk: tokens whose logits exist at once.
-        tokenizer: the data's.
-        context: tokens of a window.
-        optimizer: for a plain Trainer, as in `TransformersModule`.
-        scheduler: for a plain Trainer, as in `TransformersModule`.
+        config: settings of the model's configuration, by transformers' names (``{n_layer: 12, n_embd: 768}``). By
+            default a new model has the data's vocabulary, end of text and number of positions.
+        tuning: trained part: ``"full"``, ``"head"`` (the output layer, and embeddings that are tied to it), ``"lora"``
+            or ``"frozen"``.
+        lora: settings of ``"lora"``, see `apply_tuning`.
+        gradient_checkpointing: store one activation per layer, and recompute the others for the gradient.
+        chunk: number of tokens whose logits are in memory at once.
+        tokenizer: tokenizer of the data.
+        context: number of tokens per window.
+        optimizer: ``{target, args}`` for a plain Trainer; default AdamW at 0.0005.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Attributes:
-        tokenizer: whose ids the network reads.
-        data_tokenizer: whose ids the module's callers use; here the same.
-        vocab_size: V, the number of logits; at least the tokenizer's.
-        embedding_dim: D.
-        positions: the longest sequence, None where there is no limit.
+        tokenizer: tokenizer of the network.
+        data_tokenizer: tokenizer of the data; the same in this class.
+        vocab_size: V, number of logits per token; at least the size of the tokenizer's vocabulary.
+        embedding_dim: D, width of the hidden states.
+        positions: length of the longest sequence; None for no limit.
 
     Raises:
-        UserError: there is no such model, weights do not fit, windows are too long for it, or its weights were
-            trained with another tokenizer than the data's.
+        UserError: the model is unknown, weights do not match it, windows are too long for it, or its weights were
+            trained with a tokenizer other than the data's.
     """
 
     name = "causal_lm"
@@ -96,7 +97,7 @@ class LanguageModel(TransformersModule):
             hint = ", or take the module aligned_causal_lm, whose aligner goes between the two"
             require_own_tokenizer(model, tokenizer, hint)
         if gradient_checkpointing:
-            _save_memory(network)
+            _enable_gradient_checkpointing(network)
         frozen = apply_tuning(
             network,
             tuning,
@@ -113,7 +114,7 @@ class LanguageModel(TransformersModule):
 
     @property
     def head(self) -> nn.Module:
-        """The layer that makes logits of last hidden states."""
+        """Layer that maps the last hidden states to logits."""
         return self.network.get_output_embeddings()
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -123,19 +124,19 @@ class LanguageModel(TransformersModule):
             tokens: int64 ``[B, T]``, padded on the right with -1.
 
         Returns:
-            ``[B, T, D]``; what stands at padding means nothing.
+            ``[B, T, D]``; values at padding are meaningless.
         """
-        return self._states(tokens)
+        return self._hidden_states(tokens)
 
     def forward(self, tokens: Tensor, features: Sequence[str] = ()) -> Output:
-        """Answer a batch.
+        """Compute logits, embedding and requested activations of a batch.
 
         Args:
             tokens: int64 ``[B, T]``, padded on the right with -1.
-            features: submodules of the network, by dotted name or glob, whose activations are wanted.
+            features: submodules of the network, by dotted name or glob, whose activations are returned.
 
         Returns:
-            Logits ``[B, T, V]`` (all of them at once), embedding ``[B, D]``, the mean of the last hidden states.
+            Logits ``[B, T, V]`` (all of them at once), and the mean of the last hidden states as embedding ``[B, D]``.
 
         Raises:
             UserError: a name in `features` matches nothing.
@@ -148,49 +149,55 @@ class LanguageModel(TransformersModule):
         return Output(self.head(hidden), masked_mean(hidden, tokens >= 0), seen)
 
     def token_nll(self, tokens: Tensor) -> Tensor:
-        """Return the negative log-likelihood of every next token, see `fdl.losses.tokens.token_nll`."""
+        """Return the negative log-likelihood of every next token, see `fdl.losses.tokens.token_nll`.
+
+        Args:
+            tokens: int64 ``[B, T]``, padded on the right with -1.
+        """
         return token_nll(self.hidden(tokens), self.head, tokens, self.chunk)
 
     @traceable
     @mean_over(next_tokens_of)
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
-        """Return ``loss``, the mean cross entropy of the next token over the real ones."""
+    def training_step(self, batch: TensorBatch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Return ``loss``, the mean cross entropy of the next token over all real tokens."""
         return {"loss": next_token_loss(self.hidden(batch[0]), self.head, batch[0], self.chunk)}
 
-    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return ``loss``, as in training."""
+    def validation_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return the ``loss`` of `training_step`."""
         return self.training_step(batch)
 
     @torch.no_grad()
     def next_log_probabilities(self, tokens: Tensor, temperature: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Say what comes next, a chunk of positions at a time.
+        """Predict the next token, one chunk of positions at a time.
 
         Args:
             tokens: int64 ``[B, T]``, padded on the right with -1.
-            temperature: of the softmax over logits.
+            temperature: temperature of the softmax over logits.
 
         Yields:
-            Which positions, int64 ``[n]``, counted through the whole batch (``b · T + t``), and log-probabilities of
-            the data's tokens given those up to there, float32 ``[n, V]``. Positions that are in no chunk are not
-            answered: here, padding. What the probabilities leave of 1 is for no token of the data in particular.
+            Positions, int64 ``[n]``, as indices into the flattened batch (``b · T + t``), and the log-probabilities of
+            the data's tokens given those up to the position, float32 ``[n, V]``. Positions that are in no chunk have no
+            prediction: in this class, padding. If the probabilities sum to less than 1, the rest belongs to no
+            particular token of the data.
         """
-        states, known = self._states(tokens).flatten(0, 1), self.tokenizer.vocab_size
+        states, known = self._hidden_states(tokens).flatten(0, 1), self.tokenizer.vocab_size
         for where in (tokens >= 0).flatten().nonzero().squeeze(1).split(self.chunk):
-            # ids that only pad a model's vocabulary are left out
+            # ids that merely pad a model's vocabulary are dropped
             yield where, torch.log_softmax(self.head(states[where])[:, :known].float() / temperature, dim=-1)
 
-    def sparse_answers(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Say what comes next at every position, by the k likeliest tokens.
+    def top_predictions(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Predict the k most likely next tokens at every position.
 
         Args:
             tokens: int64 ``[B, T]``, padded on the right with -1.
-            k: at most the data's vocabulary.
+            k: number of tokens per position, at most the size of the data's vocabulary.
 
         Returns:
-            - ids in the data's vocabulary, int64 ``[B, T, k]``, the likeliest first, -1 where there are fewer than k;
-            - their probabilities given the tokens up to this position, float32 ``[B, T, k]``: what is missing to 1
-              is the probability of all other tokens;
-            - bool ``[B, T]``, which positions are answered.
+            - ids in the data's vocabulary, int64 ``[B, T, k]``, most likely first, padded with -1 if there are fewer
+              than k;
+            - their probabilities given the tokens up to this position, float32 ``[B, T, k]``; the difference from 1 is
+              the probability of all other tokens;
+            - bool ``[B, T]``, True for positions that have a prediction.
         """
 
         def likeliest(log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,31 +205,31 @@ class LanguageModel(TransformersModule):
             return ids.masked_fill(values == -torch.inf, -1), values.exp()
 
         k = min(k, self.data_tokenizer.vocab_size)
-        return self._answers(tokens, k, 1.0, likeliest)
+        return self._predictions(tokens, k, 1.0, likeliest)
 
-    def sampled_answers(
+    def sampled_predictions(
         self, tokens: Tensor, draws: int, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Say what comes next at every position, by how often it came in so many draws.
+        """Sample next tokens at every position.
 
         Args:
             tokens: int64 ``[B, T]``, padded on the right with -1.
-            draws: from the distribution of each position, with replacement.
-            generator: on the module's device.
-            temperature: of the distribution that is drawn from.
+            draws: number of samples per position, with replacement.
+            generator: random generator on the module's device.
+            temperature: temperature of the sampled distribution.
 
         Returns:
-            As `sparse_answers`, with frequencies in the place of probabilities, see `sample_ids`.
+            The results of `top_predictions`, with sample frequencies instead of probabilities, see `sample_ids`.
         """
 
         def drawn(log_p: Tensor) -> tuple[Tensor, Tensor]:
             p = log_p.exp()
-            rest = (1 - p.sum(-1, keepdim=True)).clamp_min(0)  # draws of no token of the data are lost
+            rest = (1 - p.sum(-1, keepdim=True)).clamp_min(0)  # samples outside of the data's vocabulary are dropped
             ids, p = sample_ids(torch.cat([p, rest], dim=-1), draws, generator)
             p, order = p.masked_fill(ids == log_p.shape[-1], 0).sort(dim=-1, descending=True, stable=True)
             return ids.gather(-1, order).masked_fill(p == 0, -1), p
 
-        return self._answers(tokens, draws, temperature, drawn)
+        return self._predictions(tokens, draws, temperature, drawn)
 
     @torch.no_grad()
     def generate(
@@ -232,27 +239,27 @@ class LanguageModel(TransformersModule):
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue texts.
+        """Generate continuations of texts.
 
         Args:
-            tokens: int64 ``[B, T]``, padded on the right with -1. Of texts that leave no room for the continuation
-                within the model's positions the beginning is not read.
-            max_new_tokens: at most.
-            temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-            generator: seeds the draws.
+            tokens: int64 ``[B, T]``, padded on the right with -1. The beginning of a text is cut off if text and
+                continuation together exceed the model's positions.
+            max_new_tokens: maximum number of tokens to generate.
+            temperature: 0 for greedy decoding; otherwise the temperature of sampling.
+            generator: random generator that seeds the sampling.
 
         Returns:
             int64 ``[B, N]`` on the same device, the continuations alone, with -1 from the end of text on.
 
         Raises:
-            UserError: the model has not so many positions.
+            UserError: `max_new_tokens` leaves no position for the text.
         """
         if self.positions is not None:
             if max_new_tokens >= self.positions:
                 raise UserError(f"max_new_tokens must be below the model's {self.positions} positions")
-            tokens = _last(tokens, self.positions - max_new_tokens)
+            tokens = _keep_last(tokens, self.positions - max_new_tokens)
         length = tokens.shape[1]
-        shift = (tokens < 0).sum(1, keepdim=True)  # a text goes on where it ends, so here padding stands on the left
+        shift = (tokens < 0).sum(1, keepdim=True)  # a text is continued at its end, so padding goes to the left
         places = torch.arange(length, device=tokens.device) - shift
         prompt = tokens.gather(1, places % length).masked_fill(places < 0, -1)
         eos = self.tokenizer.eos
@@ -261,7 +268,7 @@ class LanguageModel(TransformersModule):
             if generator is not None:
                 seeds = torch.randint(2**62, (1,), generator=generator, device=generator.device)
                 torch.manual_seed(int(seeds))
-            result = self._continued(
+            result = self._generate_after(
                 prompt,
                 (prompt >= 0).long(),
                 max_new_tokens=max_new_tokens,
@@ -275,33 +282,33 @@ class LanguageModel(TransformersModule):
             return result
         return result.masked_fill((result == eos).cumsum(1) > 0, -1)
 
-    def _continued(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
-        """What transformers writes behind texts that are padded on the left, without the texts."""
+    def _generate_after(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+        """Generate with transformers from texts that are padded on the left, and return the new tokens only."""
         tokens = self.network.generate(input_ids=prompt.clamp_min(0), attention_mask=mask, **settings)
         return tokens[:, prompt.shape[1] :]
 
-    def _states(self, tokens: Tensor) -> Tensor:
+    def _hidden_states(self, tokens: Tensor) -> Tensor:
         return self.network.base_model(input_ids=tokens.clamp_min(0), use_cache=False).last_hidden_state
 
-    def _answers(
+    def _predictions(
         self, tokens: Tensor, width: int, temperature: float, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and probabilities ``[B, T, width]`` that are chosen of all log-probabilities, and where there are any."""
+        """Return ids and probabilities ``[B, T, width]`` selected by `choose`, and a mask of predicted positions."""
         ids = tokens.new_full((tokens.numel(), width), -1)
         p = torch.zeros(ids.shape, device=tokens.device)
-        answered = torch.zeros(len(ids), dtype=torch.bool, device=tokens.device)
+        predicted = torch.zeros(len(ids), dtype=torch.bool, device=tokens.device)
         for where, log_p in self.next_log_probabilities(tokens, temperature):
             ids[where], p[where] = choose(log_p)
-            answered[where] = True
-        return tuple(values.unflatten(0, tokens.shape) for values in (ids, p, answered))
+            predicted[where] = True
+        return tuple(values.unflatten(0, tokens.shape) for values in (ids, p, predicted))
 
     @torch.no_grad()
     def _probe_model(self, model: str) -> int:
-        """Make sure that logits are what the head makes of the last hidden states; returns the width of these."""
+        """Check that the head maps the last hidden states to the logits, and return the width of the states."""
         training = self.training
         self.eval()
         tokens = torch.arange(min(self.context, 4)).unsqueeze(0) % self.vocab_size
-        hidden = self._states(tokens)
+        hidden = self._hidden_states(tokens)
         logits = self.network(input_ids=tokens, use_cache=False).logits
         self.train(training)
         if not torch.allclose(self.head(hidden), logits, rtol=1e-3, atol=1e-4):
@@ -309,8 +316,8 @@ class LanguageModel(TransformersModule):
         return hidden.shape[-1]
 
 
-def _last(tokens: Tensor, room: int) -> Tensor:
-    """The last real tokens of each row, as many as there is room for, padded on the right again."""
+def _keep_last(tokens: Tensor, room: int) -> Tensor:
+    """Return the last `room` real tokens of each row, padded on the right again."""
     if tokens.shape[1] <= room:
         return tokens
     skip = ((tokens >= 0).sum(1, keepdim=True) - room).clamp_min(0)
@@ -321,11 +328,11 @@ def _name_of(network: nn.Module, module: nn.Module) -> str:
     return next(name for name, one in network.named_modules() if one is module)
 
 
-def _save_memory(network: nn.Module) -> None:
-    """Turn gradient checkpointing on, by the name that transformers 5 gives it or by the one before.
+def _enable_gradient_checkpointing(network: nn.Module) -> None:
+    """Turn on gradient checkpointing, with the method of transformers 5 or that of earlier releases.
 
     Raises:
-        UserError: the family has none.
+        UserError: the family does not support it.
     """
     try:
         if hasattr(network, "activation_checkpointing_enable"):

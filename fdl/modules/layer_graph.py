@@ -1,4 +1,4 @@
-"""Networks that come as a file of weights together with a list of their layers, e.g. from a phone's model file."""
+"""Networks from a file of weights with a description of their layers, e.g. converted from a mobile model file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import load_weights, read_arrays, set_inputs, set_outputs
+from fdl.modules.checkpoints import load_weights, read_arrays, set_input_channels, set_num_outputs
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.input_adapter import adapter_for
 
@@ -21,14 +21,19 @@ _OTHERS = {
     "add": torch.add,
     "avgpool": lambda x: x.mean((2, 3), keepdim=True),
     "reshape": lambda x: x.flatten(1),
-    "softmax": lambda x: x,  # a classifier answers with logits
+    "softmax": lambda x: x,  # classifiers return logits
 }
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding, and an activation.
+    """Convolution with TensorFlow's SAME padding, followed by an activation.
 
-    ⌈H/stride⌉ rows come out; where the padding is odd, one more goes below and right.
+    The output has ⌈H/stride⌉ rows; if the padding is odd, the additional row or column is below or to the right.
+
+    Args:
+        args: positional arguments of ``nn.Conv2d``.
+        act: activation applied to the output.
+        kwargs: keyword arguments of ``nn.Conv2d``.
     """
 
     def __init__(self, *args: Any, act: nn.Module, **kwargs: Any):
@@ -36,7 +41,7 @@ class SameConv2d(nn.Conv2d):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pad and convolve ``[B, C, H, W]``."""
+        """Pad and convolve images ``[B, C, H, W]``."""
         pad = []
         for side, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):
             total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
@@ -45,12 +50,12 @@ class SameConv2d(nn.Conv2d):
 
 
 class GraphNetwork(nn.Module):
-    """A network of convolutions, global pooling and residual sums, wired by numbered tensors.
+    """Network of convolutions, global pooling and residual sums, connected by numbered tensors.
 
     Args:
-        graph: ``input``, the number of the image, and ``layers``, each with ``op`` (``conv``, ``dwconv``, ``add``,
-            ``avgpool``, ``reshape``, ``softmax``), ``inputs``, ``output`` (numbers), and, for convolutions, ``name``,
-            ``stride``, ``padding`` and ``act``. Softmax is left out.
+        graph: ``input``, the number of the image tensor, and ``layers``, each with ``op`` (``conv``, ``dwconv``,
+            ``add``, ``avgpool``, ``reshape``, ``softmax``), ``inputs``, ``output`` (numbers), and, for convolutions,
+            ``name``, ``stride``, ``padding`` and ``act``. Softmax is skipped.
         shapes: shape of each weight by name, in torch's layout.
 
     Raises:
@@ -77,7 +82,7 @@ class GraphNetwork(nn.Module):
         if not convolutions:
             raise UserError("the graph has no convolution")
         self.head = convolutions[-1]
-        # tensors that nobody reads any more are let go, so that memory does not grow with depth
+        # tensors are released after their last use, so that memory does not grow with depth
         self.done = [[n for n, at in last.items() if at == position] for position in range(len(self.steps))]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,21 +98,21 @@ class GraphNetwork(nn.Module):
 
 
 class LayerGraph(ImageClassifier):
-    """A pretrained network built from its own file: weights and ``layers_json`` in one ``.npz``.
+    """Pretrained network built from one ``.npz`` file that contains its weights and its graph.
 
     Args:
-        checkpoint: the file. ``layers_json`` is a text as in `GraphNetwork`, with ``input_shape`` [1, H, W, C] of the
-            images that the network was trained on; the weights are ``<layer>.weight`` (OIHW) and ``<layer>.bias``,
-            batch normalisation folded in.
-        adapt: what to do with the images before the network, as in `adapter_for`; by default they are brought to the
-            file's size and to −1 … 1 where their size differs.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
-        num_classes: number of classes. The classification layer is new where the file has another number.
+        checkpoint: path of the file. Its entry ``layers_json`` is the graph of a `GraphNetwork` as JSON, with the
+            ``input_shape`` [1, H, W, C] of the training images; the weights are ``<layer>.weight`` (OIHW) and
+            ``<layer>.bias``, with batch normalisation folded in.
+        adapt: conversion of the images before the network (see `adapter_for`); by default they are resized to the
+            file's size and scaled to −1 … 1 if their size differs.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
+        num_classes: number of classes. The classification layer is new if the file has a different number.
         input_shape: (C, H, W) of one image.
         common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
-        UserError: the file is missing, damaged, or holds no such graph.
+        UserError: the file is missing, damaged, or contains no valid graph.
     """
 
     name = "layer_graph"
@@ -137,8 +142,8 @@ class LayerGraph(ImageClassifier):
             adapt, input_shape, normalization, published, wanted=tuple(input_shape[1:]) != (height, width)
         )
         load_weights(network, network.head, weights, checkpoint, "its own graph")
-        set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
-        fresh = set_outputs(network, network.head, num_classes)
+        set_input_channels(network, input_shape[0] if adapter is None else adapter.output_shape[0])
+        fresh = set_num_outputs(network, network.head, num_classes)
         super().__init__(
             backbone=network,
             num_classes=num_classes,

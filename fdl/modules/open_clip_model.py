@@ -1,4 +1,4 @@
-"""Any CLIP-like dual encoder of open_clip, by name, or a small one of the same make."""
+"""CLIP-like dual encoders of open_clip, by name or from a configuration."""
 
 from __future__ import annotations
 
@@ -11,45 +11,52 @@ from fdl.errors import UserError
 from fdl.modules.clip_tokenizer import PREFIX, ClipTokenizer, model_config
 from fdl.modules.dual_encoder import DualEncoder
 from fdl.modules.input_adapter import adapter_for
-from fdl.modules.open_clip_networks import heads, known_images, lora_layers, named, new, read
-from fdl.modules.tuning import apply_tuning, hold_frozen, merge_lora
+from fdl.modules.open_clip_networks import (
+    create_from_config,
+    create_named,
+    fill_from_file,
+    lora_layers,
+    preprocessing_of,
+    projection_names,
+)
+from fdl.modules.tuning import apply_tuning, keep_frozen_in_eval, merge_lora
 
 if TYPE_CHECKING:
     from fdl.modules.tokenizers import Tokenizer
 
 
 class OpenClip(DualEncoder):
-    """A dual encoder of open_clip: by its name there, or of the sizes that a recipe gives.
+    """Dual encoder of open_clip, by name or from a configuration.
 
     Args:
-        model: open_clip's name, e.g. ``ViT-B-32``, ``ViT-B-16``, ``RN50``, ``ViT-L-14``; it reads CLIP's tokens, so
-            the data's tokenizer must be ``open_clip:<name>``. None: give `config` instead.
-        pretrained: tag of open_clip's weights, e.g. ``laion2b_s34b_b79k``, downloaded or from the local cache; the
-            activation function (GELU or QuickGELU) then is that of the tag.
+        model: open_clip's name, e.g. ``ViT-B-32``, ``ViT-B-16``, ``RN50``, ``ViT-L-14``, of a model that uses CLIP's
+            tokenizer; the data's tokenizer must be ``open_clip:<name>``. None: give `config` instead.
+        pretrained: tag of open_clip's weights, e.g. ``laion2b_s34b_b79k``, downloaded or from the local cache; it also
+            determines the activation function (GELU or QuickGELU).
         checkpoint: local file of weights instead, ``.safetensors`` or torch's. OpenAI's own need a model whose name
             ends in ``-quickgelu``.
-        config: arguments of open_clip's CLIP class, ``{embed_dim, vision_cfg, text_cfg}``, for a model that is
-            trained from the start. Vocabulary, context and image size follow the data unless they are given.
-        tuning: what is trained: ``"full"`` everything, ``"head"`` the last projections of both towers and the scale,
-            ``"lora"`` these and low-rank updates of linear layers, ``"frozen"`` nothing; all but the first need
+        config: arguments of open_clip's CLIP class, ``{embed_dim, vision_cfg, text_cfg}``, for a model that is trained
+            from scratch. By default vocabulary, context and image size are those of the data.
+        tuning: trained part: ``"full"``: everything; ``"head"``: the last projections of both towers and the scale;
+            ``"lora"``: these and low-rank updates of linear layers; ``"frozen"``: nothing. All but the first need
             `pretrained` or `checkpoint`.
-        lora: settings of ``"lora"``, as in `apply_tuning`.
-        adapt: bring images to the size, channels and normalisation that the model knows, as in `adapter_for`; None
-            does so for a model by name.
-        loss: as in `DualEncoder`.
+        lora: settings of ``"lora"``, see `apply_tuning`.
+        adapt: convert images to the size, channels and normalisation that the model expects (see `adapter_for`); None:
+            True for a model by name.
+        loss: ``"contrastive"`` (CLIP) or ``"sigmoid"`` (SigLIP).
         input_shape: (C, H, W) of one image.
-        tokenizer: of the captions.
-        context: most tokens of a caption.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
-        optimizer: for a plain Trainer, as in `DualEncoder`.
-        scheduler: for a plain Trainer, as in `DualEncoder`.
+        tokenizer: tokenizer of the captions.
+        context: maximum number of tokens per caption.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
+        optimizer: ``{target, args}`` for a plain Trainer; default AdamW at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Attributes:
-        sizes: the configuration that open_clip builds such a network from.
+        sizes: open_clip's configuration of the network.
         frozen: names in the state that never change and are the same at every site: they are neither sent nor stored.
 
     Raises:
-        UserError: open_clip has no such model or weights, they cannot be had, or the data do not suit it.
+        UserError: the model or its weights are unknown or cannot be downloaded, or the data do not match the model.
     """
 
     name = "open_clip"
@@ -80,49 +87,55 @@ class OpenClip(DualEncoder):
             raise UserError("pretrained is a tag of a named model's weights; give it or checkpoint, not both")
         if model is None:
             self.start, self.end = tokenizer.vocab_size, tokenizer.vocab_size + 1
-            network, self.sizes = new(config, tuple(input_shape), tokenizer.vocab_size + 2, context + 2)
+            network, self.sizes = create_from_config(config, tuple(input_shape), tokenizer.vocab_size + 2, context + 2)
         else:
             own = ClipTokenizer(model)
             if tokenizer.fingerprint != own.fingerprint:
                 raise UserError(f"{model} reads CLIP's tokens: set the data's tokenizer to {PREFIX}{model}")
             self.start, self.end = own.start, own.eos
-            network = named(model, pretrained)
+            network = create_named(model, pretrained)
             self.sizes = model_config(model)
         if checkpoint is not None:
-            read(network, checkpoint, model or "the model of config")
+            fill_from_file(network, checkpoint, model or "the model of config")
         known = pretrained is not None or checkpoint is not None
         self._take_scale(network, known)
         self.backbone, self.context = network, network.context_length
-        self.adapter = adapter_for(adapt, input_shape, normalization, known_images(network), wanted=model is not None)
+        self.adapter = adapter_for(
+            adapt, input_shape, normalization, preprocessing_of(network), wanted=model is not None
+        )
         self.embedding_dim = self._probe_model(model or "the model of config", tuple(input_shape))
         self._tune(tuning, lora, known)
 
     def image_vectors(self, images: Tensor) -> Tensor:
-        """Vectors [B, D] of images [B, C, H, W]."""
+        """Return vectors [B, D] of images [B, C, H, W]."""
         return self.backbone.encode_image(images if self.adapter is None else self.adapter(images))
 
     def text_vectors(self, tokens: Tensor) -> Tensor:
-        """Vectors [B, D] of texts [B, T], between marks of start and end."""
-        return self.backbone.encode_text(framed(tokens, self.start, self.end, self.context))
+        """Return vectors [B, D] of texts [B, T], with start and end tokens added."""
+        return self.backbone.encode_text(add_start_and_end(tokens, self.start, self.end, self.context))
 
     def open_clip_state(self) -> dict[str, Tensor]:
-        """Weights under open_clip's names, with low-rank updates added to what they update."""
+        """Return the weights under open_clip's names, with low-rank updates merged into them."""
         state = merge_lora(self.backbone).state_dict() | {"logit_scale": self.logit_scale.detach()}
         bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias.detach()}
         return {name: tensor.contiguous() for name, tensor in (state | bias).items()}
 
     def train(self, mode: bool = True) -> OpenClip:
-        """Switch to training, or back; what is frozen stays in evaluation mode."""
+        """Switch to training or evaluation mode; frozen parts stay in evaluation mode.
+
+        Args:
+            mode: True for training mode.
+        """
         super().train(mode)
         if mode and self.frozen:
-            hold_frozen(self.backbone)
+            keep_frozen_in_eval(self.backbone)
         return self
 
     def _tune(self, tuning: str, lora: dict | None, known: bool) -> None:
-        """Freeze what is not to be trained, and add what is trained instead."""
+        """Freeze the untrained parts, and add low-rank updates if requested."""
         if tuning == "lora":
             lora = {"targets": lora_layers(self.backbone), **(lora or {})}
-        frozen = apply_tuning(self.backbone, tuning, heads(self.backbone), lora, pretrained=known)
+        frozen = apply_tuning(self.backbone, tuning, projection_names(self.backbone), lora, pretrained=known)
         names = [f"backbone.{name}" for name in frozen]
         if tuning == "frozen":
             for name, parameter in (("logit_scale", self.logit_scale), ("logit_bias", self.logit_bias)):
@@ -132,7 +145,7 @@ class OpenClip(DualEncoder):
         self.frozen = frozenset(names)
 
     def _take_scale(self, network: nn.Module, known: bool) -> None:
-        """Keep scale and bias outside of the towers; go on from those that the weights were trained with."""
+        """Move scale and bias out of the network, keeping the values of pretrained weights."""
         with torch.no_grad():
             if known:
                 self.logit_scale.copy_(network.logit_scale.reshape(()))
@@ -141,7 +154,7 @@ class OpenClip(DualEncoder):
         del network.logit_scale, network.logit_bias
 
     def _probe_model(self, label: str, input_shape: tuple[int, int, int]) -> int:
-        """Send one blank image through, so that images that do not fit fail here; returns D."""
+        """Run one blank image through the network, so that unsuitable images fail here, and return D."""
         training = self.training
         self.eval()
         try:
@@ -154,22 +167,22 @@ class OpenClip(DualEncoder):
             self.train(training)
 
 
-def framed(tokens: Tensor, start: int, end: int, context: int) -> Tensor:
-    """Put texts between marks of start and end, padded with 0 to a CLIP text tower's context.
+def add_start_and_end(tokens: Tensor, start: int, end: int, context: int) -> Tensor:
+    """Add start and end tokens to texts, padded with 0 to the context of a CLIP text tower.
 
-    Marks that are there already are not doubled. A text that is too long is cut before its end mark.
+    Start and end tokens that are already present are not doubled. A text that is too long is cut before its end token.
 
     Args:
         tokens: int64 [B, T], padded on the right with -1.
-        start: id of the start mark.
-        end: id of the end mark, the largest of all, by which the tower finds where a text ends.
-        context: tokens that the tower reads.
+        start: id of the start token.
+        end: id of the end token, the largest of all ids, by which the tower finds the end of a text.
+        context: number of tokens that the tower reads.
 
     Returns:
         int64 [B, context].
     """
     present = (tokens >= 0) & (tokens != start) & (tokens != end)
-    # words move to the front, in their order; marks and padding behind them
+    # words move to the front, in their order; start tokens, end tokens and padding follow
     order = (~present).to(torch.int8).argsort(dim=1, stable=True)
     words = tokens.gather(1, order)[:, : context - 2]
     counts = present.sum(1).clamp_max(context - 2).unsqueeze(1)

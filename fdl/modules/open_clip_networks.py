@@ -1,4 +1,4 @@
-"""The networks of open_clip: by name, of given sizes, or filled from a file."""
+"""Networks of open_clip: created by name or from a configuration, and filled from a file."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import brief, read_weights
+from fdl.modules.checkpoints import one_line, read_weights
 from fdl.modules.clip_tokenizer import model_config
-from fdl.modules.state_names import misfit
+from fdl.modules.state_names import describe_mismatch
 from fdl.modules.tuning import linear_layers
 from fdl.utils.suggest import suggest
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _FAULTS = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, SafetensorError)
-# Last projections: of transformers, of CLIP's ResNets, of timm's towers, and of either kind of text tower.
+# last projections of transformers, of CLIP's ResNets, of timm's towers, and of both kinds of text tower
 _HEADS = ("visual.proj", "visual.attnpool.c_proj", "visual.head", "text_projection", "text.text_projection")
 
 
-def named(model: str, pretrained: str | None) -> nn.Module:
-    """Build a model by its name, with the weights of a tag or with new ones.
+def create_named(model: str, pretrained: str | None) -> nn.Module:
+    """Create a model by its name, with pretrained or random weights.
 
     Args:
-        model: open_clip's name.
-        pretrained: tag of its weights; None for new ones.
+        model: open_clip's name of the model.
+        pretrained: tag of its weights; None for random ones.
 
     Raises:
-        UserError: there are no such weights, or they cannot be had.
+        UserError: the tag is unknown, or its weights cannot be downloaded.
     """
     import open_clip
 
@@ -53,27 +53,27 @@ def named(model: str, pretrained: str | None) -> nn.Module:
         place = published.get("hf_hub") or published.get("url")
         raise UserError(
             f"the weights {pretrained} of {model} could not be had from {place} ({_first_line(error)}); fetch the file "
-            "on a machine with a network and give its path as checkpoint, in the place of pretrained"
+            "on a machine with a network and give its path as checkpoint, instead of pretrained"
         ) from error
     return network
 
 
-def new(
+def create_from_config(
     config: dict, input_shape: tuple[int, int, int], vocabulary: int, context: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build open_clip's CLIP of given sizes.
+    """Create open_clip's CLIP with random weights from a configuration.
 
     Args:
-        config: ``{embed_dim, vision_cfg, text_cfg, quick_gelu}``; what it leaves out follows the data.
+        config: ``{embed_dim, vision_cfg, text_cfg, quick_gelu}``; missing keys are derived from the data.
         input_shape: (C, H, W) of one image.
-        vocabulary: number of token ids.
-        context: tokens of a text, with the marks of start and end.
+        vocabulary: number of token ids, including the start and end tokens.
+        context: maximum number of tokens per text, including the start and end tokens.
 
     Returns:
-        The network, and its configuration as open_clip's own files have it.
+        The network, and its complete configuration in the format of open_clip's files.
 
     Raises:
-        UserError: a key is unknown, or sizes do not fit together.
+        UserError: a key is unknown, or sizes do not match each other.
     """
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -106,17 +106,17 @@ def new(
     return network, {"embed_dim": 64, **config, **parts}
 
 
-def read(network: nn.Module, path: str, label: str) -> None:
-    """Fill a model from a local file; positions are resampled where the file has another number of them.
+def fill_from_file(network: nn.Module, path: str, label: str) -> None:
+    """Load a local file into a network; position embeddings are resampled if the file has a different number of them.
 
     Args:
-        network: filled in place; every name has to fit.
-        path: ``.safetensors``, or a file of torch, of which only tensors and plain containers are accepted; prefixes
-            and containers as in `read_weights`.
-        label: what to call the network in messages.
+        network: destination, changed in place; names must match exactly.
+        path: ``.safetensors``, or a file of torch, of which only tensors and plain containers are accepted. Prefixes
+            of wrappers and nested containers are handled by `read_weights`.
+        label: name of the network in error messages.
 
     Raises:
-        UserError: the file is missing, damaged, or of another model.
+        UserError: the file is missing, damaged, or belongs to another model.
     """
     from open_clip.factory import load_checkpoint
 
@@ -135,7 +135,7 @@ def read(network: nn.Module, path: str, label: str) -> None:
 
 
 def _read_wrapped(network: nn.Module, path: str, label: str) -> None:
-    """As `read`, from a file whose names or containers open_clip does not know."""
+    """Load a file whose prefixes or containers open_clip does not handle itself."""
     from open_clip.factory import load_checkpoint
 
     weights = read_weights(path, network.state_dict())
@@ -145,24 +145,36 @@ def _read_wrapped(network: nn.Module, path: str, label: str) -> None:
         try:
             load_checkpoint(network, str(unwrapped), strict=True)
         except _FAULTS as error:
-            wrong = misfit(weights, network.state_dict()) or brief(error)
+            wrong = describe_mismatch(weights, network.state_dict()) or one_line(error)
             raise UserError(f"checkpoint: {path} does not fit {label}: {wrong}") from error
 
 
-def heads(network: nn.Module) -> list[str]:
-    """Name the last projections of both towers."""
+def projection_names(network: nn.Module) -> list[str]:
+    """List the names of the last projections of both towers.
+
+    Args:
+        network: network of open_clip.
+    """
     known = {name for name, _ in network.named_parameters()} | {name for name, _ in network.named_modules()}
     return [name for name in _HEADS if name in known]
 
 
 def lora_layers(network: nn.Module) -> list[str]:
-    """Name the linear layers that LoRA can be added to: not a ResNet's attention, which only takes their weights."""
-    names = heads(network)
+    """List the linear layers that LoRA supports: not those of a ResNet's attention, which reads their weights only.
+
+    Args:
+        network: network of open_clip.
+    """
+    names = projection_names(network)
     return [name for name in linear_layers(network) if ".attnpool." not in f".{name}" and name not in names]
 
 
-def known_images(network: nn.Module) -> dict[str, Any]:
-    """What images a model knows."""
+def preprocessing_of(network: nn.Module) -> dict[str, Any]:
+    """Return the size, channels and normalisation of the images that a model expects.
+
+    Args:
+        network: network of open_clip.
+    """
     settings = getattr(network.visual, "preprocess_cfg", None) or {}
     size = network.visual.image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -173,7 +185,7 @@ def known_images(network: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip writes a warning for every model without weights."""
+    """Suppress open_clip's warning about models without pretrained weights."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -29,12 +29,12 @@ def build_optimizer(
     Args:
         parameters: tensors or parameter groups.
         target: a class of ``torch.optim`` in lower case (``"sgd"``, ``"adamw"``, …) or a dotted path.
-        args: its further arguments.
-        fused: take torch's fused kernel where there is one for these parameters and the arguments do not choose. One
+        args: further arguments of the optimiser.
+        fused: use torch's fused kernel if one exists for these parameters, unless `args` choose an implementation. One
             fused Adam step of a small model on a CPU takes a third of the time.
 
     Raises:
-        UserError: there is no such optimiser, it refuses its arguments, or it needs a closure to step (L-BFGS).
+        UserError: the optimiser is unknown, rejects its arguments, or needs a closure to step (L-BFGS).
     """
     args, parameters = args or {}, list(parameters)
     names = _resolve("optimizer", target)[1] or ()
@@ -42,7 +42,7 @@ def build_optimizer(
         try:
             return _construct("optimizer", target, {**args, "fused": True}, parameters)
         except RuntimeError:
-            pass  # torch says so when it has no such kernel for the parameters' device or type
+            pass  # torch has no fused kernel for the parameters' device or type
     return _construct("optimizer", target, args, parameters)
 
 
@@ -50,12 +50,12 @@ def build_scheduler(optimizer: Optimizer, target: str, args: Mapping[str, Any] |
     """Build a learning-rate schedule.
 
     Args:
-        optimizer: whose learning rates it sets.
+        optimizer: optimiser whose learning rates are scheduled.
         target: a class of ``torch.optim.lr_scheduler`` in snake case (``"cosine_annealing_lr"``, …) or a dotted path.
-        args: its further arguments.
+        args: further arguments of the schedule.
 
     Raises:
-        UserError: there is no such schedule, it refuses its arguments, or it needs a metric to step.
+        UserError: the schedule is unknown, rejects its arguments, or needs a metric to step.
     """
     return _construct("scheduler", target, args or {}, optimizer)
 
@@ -74,10 +74,10 @@ def _construct(kind: str, target: str, args: Mapping[str, Any], first: Any) -> A
 
 
 def _check_numbers(kind: str, target: str, make: Callable[..., Any], args: Mapping[str, Any]) -> None:
-    """Refuse texts where numbers belong, and numbers that are none: torch lets some of these pass.
+    """Reject strings where numbers belong, and NaN: torch accepts some of these.
 
     Raises:
-        UserError: naming the argument.
+        UserError: an argument is not a valid number.
     """
     known = inspect.signature(make).parameters
     for name, value in args.items():
@@ -94,7 +94,7 @@ def _check_numbers(kind: str, target: str, make: Callable[..., Any], args: Mappi
 
 @cache
 def _resolve(kind: str, target: str) -> tuple[Callable[..., Any], tuple[str, ...] | None]:
-    """Return what a target means and the arguments it takes, None when it takes any."""
+    """Return the class or function of a target, and the names of its arguments; None if it takes any."""
     make = find(target, KINDS[kind]).load()
     parameters = list(inspect.signature(make).parameters.values())
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -1,4 +1,4 @@
-"""What every family of models answers."""
+"""Output of a forward pass, the same for every family of models."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 
 
 class Output(NamedTuple):
-    """A model's answer to one batch.
+    """Output of a model for one batch.
 
-    A named tuple, not a dataclass: Fabric converts the precision of whatever a forward pass returns, which it can do
-    inside tuples and mappings but refuses for frozen dataclasses.
+    A named tuple, not a dataclass: Fabric converts the precision of the result of a forward pass, which works inside
+    tuples and mappings but raises for frozen dataclasses.
 
     Attributes:
         logits: unnormalised scores, ``[B, C]``.
-        embedding: what the last layer saw, ``[B, D]``; None from a module that does not say, for which it is looked up.
-        features: activations of the submodules that were asked for, by name; empty when none were.
+        embedding: input of the last layer, ``[B, D]``; None from a module that does not return it, in which case it is
+            captured with a hook.
+        features: activations of the requested submodules, by name; empty if none were requested.
     """
 
     logits: Tensor

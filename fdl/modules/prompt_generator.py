@@ -1,4 +1,4 @@
-"""Context vectors that a small network, trained by all sites together, makes for the classes at hand."""
+"""Prompt generation: a small network, trained by all sites, computes context vectors from class names."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fdl.modules.prompted_dual_encoder import PromptedDualEncoder
 
 
 class ClassPromptGenerator(nn.Module):
-    """Learned questions look at the vectors of classes' names; what they see moves the context away from its start.
+    """Cross-attention from learned queries to the text vectors of class names, added to the initial context.
 
     Source: Qiu et al., "Federated Text-driven Prompt Generation for Vision-Language Models" (FedTPG, 2024). The last
-    layer starts at 0, so that untrained prompts are those of the words that they start from.
+    layer is initialised with 0, so that untrained prompts equal the initial ones.
 
     Args:
-        start: ``[m, D]``.
-        names: unit vectors of the classes' names, ``[C, E]``.
-        width: of the network.
-        heads: of its attention, a divisor of `width`.
+        start: initial context vectors, ``[m, D]``.
+        names: unit vectors of the class names, ``[C, E]``.
+        width: width of the network.
+        heads: number of attention heads, a divisor of `width`.
     """
 
     def __init__(self, start: Tensor, names: Tensor, width: int = 64, heads: int = 4):
@@ -39,26 +39,30 @@ class ClassPromptGenerator(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, classes: Tensor) -> Tensor:
-        """Return ``[m, D]`` for classes int64 ``[c]``."""
-        seen = self.read(self.names[classes]).unsqueeze(0)
-        answers, _ = self.attention(self.questions.unsqueeze(0), seen, seen, need_weights=False)
-        hidden = F.gelu(self.hidden(self.norm(answers[0])))
+        """Return context vectors ``[m, D]``.
+
+        Args:
+            classes: numbers of the classes, int64 ``[c]``.
+        """
+        keys = self.read(self.names[classes]).unsqueeze(0)
+        attended, _ = self.attention(self.questions.unsqueeze(0), keys, keys, need_weights=False)
+        hidden = F.gelu(self.hidden(self.norm(attended[0])))
         return self.start + self.out(hidden)
 
 
 class PromptGenerator(PromptedDualEncoder):
-    """A prompted dual encoder whose context is made from the classes' names (FedTPG), and so knows new ones, too.
+    """Prompted dual encoder whose context is generated from the class names (FedTPG), for unseen classes as well.
 
-    Only the generator's weights are trained and sent. Base classes and new ones each get a context of their own.
+    Only the generator's weights are trained and sent. Base classes and new classes each get their own context.
 
     Args:
         classes: names of the classes, in the order of the labels.
-        width: of the generator.
-        heads: of its attention, a divisor of `width`.
+        width: width of the generator.
+        heads: number of its attention heads, a divisor of `width`.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        normalization: as in `PromptedDualEncoder`.
-        common: the other arguments of `PromptedDualEncoder`, but for `personal`.
+        normalization: per-channel mean and standard deviation with which the data are normalised; None: they are not.
+        common: the other arguments of `PromptedDualEncoder`, except `personal`.
     """
 
     name = "prompt_generator"
@@ -82,7 +86,17 @@ class PromptGenerator(PromptedDualEncoder):
 
     @torch.no_grad()
     def make_prompt(self, start: Tensor, personal: int, towers: DualEncoder, names: Tensor) -> nn.Module:
-        """A generator that reads the names."""
+        """Return a generator of context vectors.
+
+        Args:
+            start: initial context vectors, ``[m, D]``.
+            personal: number of vectors that stay at the site; must be 0.
+            towers: the frozen dual encoder.
+            names: tokens of the class names alone, int64 ``[C, T]``.
+
+        Raises:
+            UserError: `personal` is not 0.
+        """
         if personal:
             raise UserError("personal: generated prompts are shared by all sites")
         return ClassPromptGenerator(start, towers.eval().encode_text(names), **self._sizes)

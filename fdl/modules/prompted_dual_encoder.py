@@ -1,4 +1,4 @@
-"""A CLIP-like model as an image classifier of which prompts alone are trained."""
+"""Image classifier from a frozen CLIP-like model with learned prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from fdl.modules.classifier import ImageClassifier
 from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.dual_encoder import DualEncoder
 from fdl.modules.open_clip_model import OpenClip
-from fdl.modules.prompts import Context, PromptedTowers, embedding_of, placeholder_for, sentences_of, start_of
+from fdl.modules.prompts import (
+    ContextVectors,
+    PromptedTowers,
+    initial_context,
+    token_embedding_name,
+    unused_token_id,
+    with_placeholders,
+)
 from fdl.modules.tokenizers import make_tokenizer
 from fdl.modules.tuning import frozen_names
 from fdl.registry.instantiate import instantiate
@@ -24,35 +31,35 @@ from fdl.utils.suggest import suggest
 
 
 class PromptedDualEncoder(ImageClassifier):
-    """A frozen dual encoder that compares images with learned vectors followed by classes' names.
+    """Frozen dual encoder that classifies images by learned context vectors followed by class names.
 
-    Trained by plain `fedavg` it is PromptFL (Guo et al., 2022): context vectors, a few kilobytes, are all that is sent.
-    Class names can be given that nobody trains on; they are answered all the same, behind the same vectors.
+    Trained with plain `fedavg` it is PromptFL (Guo et al., 2022): only the context vectors, a few kilobytes, are sent.
+    Classes listed in `new` are not trained, but are predicted with the same context vectors.
 
     Args:
         classes: names of the classes, in the order of the labels.
-        model: open_clip's name, e.g. ``ViT-B-16``; one that reads CLIP's tokens.
+        model: open_clip's name, e.g. ``ViT-B-16``, of a model that uses CLIP's tokenizer.
         pretrained: tag of open_clip's weights.
-        checkpoint: local file of weights instead: for `model` as in `OpenClip`, for `encoder` its state, e.g. the
-            ``best.safetensors`` of a run of fdl.
-        encoder: ``{target, args}`` of another dual encoder, e.g. ``tiny_dual_encoder``, in the place of `model`.
-        tokenizer: that `encoder` was trained with.
-        context: likewise, most tokens of a text.
-        words: whose vectors the context starts from, so that the first answers are those of a sentence that begins
-            so; empty for vectors near 0.
-        length: number of shared vectors, where there are no words.
+        checkpoint: local file of weights instead: for `model` ``.safetensors`` or of torch, for `encoder` its state,
+            e.g. the ``best.safetensors`` of a run of fdl.
+        encoder: ``{target, args}`` of another dual encoder, e.g. ``tiny_dual_encoder``, instead of `model`.
+        tokenizer: tokenizer with which `encoder` was trained.
+        context: maximum number of tokens per text with which `encoder` was trained.
+        words: words whose embeddings initialise the context, so that the initial predictions are those of prompts that
+            begin with them; empty for random values near 0.
+        length: number of shared vectors, if there are no words.
         personal: number of further vectors called ``backbone.prompt.personal``, for `federated_prompts`.
-        ending: what stands behind the class's name.
-        new: names of those classes that are not trained on.
-        adapt: bring images to what the model knows, as in `OpenClip`.
+        ending: text after the class name.
+        new: names of the classes that are not trained.
+        adapt: convert images to the size, channels and normalisation that the model expects (see `adapter_for`).
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
+        optimizer: ``{target, args}`` for a plain Trainer; default Adam at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Raises:
-        UserError: there are no weights, they do not fit, or names and classes do not.
+        UserError: no weights are given, they do not match the model, or the names do not match the classes.
     """
 
     name = "prompted_dual_encoder"
@@ -82,7 +89,7 @@ class PromptedDualEncoder(ImageClassifier):
         for key, value, least in (("length", length, 1), ("personal", personal, 0)):
             if value < least:
                 raise UserError(f"{key} must be at least {least}, got {value}")
-        groups = groups_of(classes, new or [], num_classes)
+        groups = class_groups(classes, new or [], num_classes)
         if (model is None) == (encoder is None):
             raise UserError("give model, a name of open_clip, or encoder, another dual encoder: one of the two")
         if pretrained is None and checkpoint is None:
@@ -92,7 +99,7 @@ class PromptedDualEncoder(ImageClassifier):
         if model is not None:
             towers = OpenClip(model, pretrained, checkpoint, tuning="frozen", adapt=adapt, context=75, **data)
         else:
-            towers = _other(encoder, pretrained, checkpoint, {**data, "context": context})
+            towers = _encoder_from_checkpoint(encoder, pretrained, checkpoint, {**data, "context": context})
         room = towers.context - (2 if isinstance(towers, OpenClip) else 0)
         first = reader.encode(f"{words} ") if words else []
         names = [reader.encode(f"{name}{ending}") for name in classes]
@@ -101,10 +108,10 @@ class PromptedDualEncoder(ImageClassifier):
         if vectors + longest > room:
             raise UserError(f"{vectors} vectors and a name of {longest} tokens exceed the {room} that a text may have")
         marks = [mark for mark in (getattr(towers, "start", None), getattr(towers, "end", None)) if mark is not None]
-        placeholder = placeholder_for(names, marks)
-        start = start_of(towers.get_submodule(embedding_of(towers, placeholder)), first, length)
-        sentences = sentences_of(names, placeholder, vectors)
-        plain = sentences_of(names, placeholder, 0)
+        placeholder = unused_token_id(names, marks)
+        start = initial_context(towers.get_submodule(token_embedding_name(towers, placeholder)), first, length)
+        sentences = with_placeholders(names, placeholder, vectors)
+        plain = with_placeholders(names, placeholder, 0)
         prompt = self.make_prompt(start, personal, towers, plain)
         super().__init__(
             backbone=PromptedTowers(towers, sentences, placeholder, prompt, groups),
@@ -116,36 +123,43 @@ class PromptedDualEncoder(ImageClassifier):
         self.frozen = frozenset(f"backbone.{name}" for name in frozen_names(self.backbone))
 
     def make_prompt(self, start: Tensor, personal: int, towers: DualEncoder, names: Tensor) -> nn.Module:
-        """What gives the context vectors.
+        """Return the module that provides the context vectors; subclasses may override it.
 
         Args:
-            start: where the shared ones start, ``[m, D]``.
-            personal: how many belong to the site.
-            towers: the frozen model.
-            names: tokens of the classes' names alone, ``[C, T]``.
+            start: initial values of the shared vectors, ``[m, D]``.
+            personal: number of vectors that stay at the site.
+            towers: the frozen dual encoder.
+            names: tokens of the class names alone, int64 ``[C, T]``.
         """
-        return Context(start, personal)
+        return ContextVectors(start, personal)
 
 
-def groups_of(classes: Sequence[str], new: Sequence[str], num_classes: int) -> list[list[int]]:
-    """Positions of the classes that are trained, and then of the new ones, where there are any.
+def class_groups(classes: Sequence[str], new: Sequence[str], num_classes: int) -> list[list[int]]:
+    """Return the numbers of the trained classes, followed by those of the new classes, if any.
+
+    Args:
+        classes: names of all classes, in the order of the labels.
+        new: names of the classes that are not trained.
+        num_classes: number of classes of the data.
 
     Raises:
-        UserError: names do not fit.
+        UserError: the names do not match the data's classes or each other.
     """
     if len(classes) != num_classes or len(set(classes)) < num_classes:
         raise UserError(f"classes must name the data's {num_classes} classes, each once; got {len(classes)} names")
     for name in new:
         if name not in classes:
             raise UserError(f"new: {name!r} is none of the classes{suggest(name, classes)}")
-    groups = [[i for i, name in enumerate(classes) if (name in new) == late] for late in (False, True)]
+    groups = [[i for i, name in enumerate(classes) if (name in new) == untrained] for untrained in (False, True)]
     if not groups[0]:
         raise UserError("new: there must be classes to train on, too")
     return groups if groups[1] else groups[:1]
 
 
-def _other(encoder: dict, pretrained: str | None, path: str | None, data: dict[str, Any]) -> DualEncoder:
-    """A dual encoder that is no named one of open_clip, with the weights of a file."""
+def _encoder_from_checkpoint(
+    encoder: dict, pretrained: str | None, path: str | None, data: dict[str, Any]
+) -> DualEncoder:
+    """Create a dual encoder from its configuration, with the weights of a local file."""
     if pretrained is not None or path is None:
         raise UserError("encoder takes its weights from checkpoint, a local file")
     towers = instantiate(encoder, "module", "encoder", **data)

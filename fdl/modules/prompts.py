@@ -1,4 +1,4 @@
-"""Learned context vectors in the place of words, for text towers that stay as they are."""
+"""Prompt learning: learned context vectors instead of words, for frozen text towers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from fdl.errors import UserError
 from fdl.losses.contrastive import MAX_SCALE
 from fdl.modules.dual_encoder import DualEncoder
-from fdl.modules.zero_shot import padded
+from fdl.modules.zero_shot import pad_texts
 
 _SPREAD = 0.02
-"""Standard deviation of context vectors that start from no words (CoOp)."""
+"""Standard deviation of randomly initialised context vectors (CoOp)."""
 
 
-class Context(nn.Module):
-    """The same vectors for all classes.
+class ContextVectors(nn.Module):
+    """Context vectors shared by all classes.
 
     Args:
-        start: where the shared ones start, ``[m, D]``.
-        personal: p, how many more there are under a name of their own, ``personal``, for methods that keep them at the
-            site; they come behind the shared ones and start near 0.
+        start: initial values of the shared vectors, ``[m, D]``.
+        personal: p, number of further vectors, stored under the separate name ``personal`` for methods that keep them
+            at the site; they follow the shared ones and are initialised near 0.
     """
 
     def __init__(self, start: Tensor, personal: int = 0):
@@ -32,21 +32,25 @@ class Context(nn.Module):
         self.personal = nn.Parameter(_SPREAD * torch.randn(personal, start.shape[1])) if personal else None
 
     def forward(self, classes: Tensor) -> Tensor:
-        """Return ``[m + p, D]``, whichever the classes (int64 ``[c]``) are."""
+        """Return the vectors ``[m + p, D]``.
+
+        Args:
+            classes: numbers of the classes, int64 ``[c]``; ignored.
+        """
         return self.shared if self.personal is None else torch.cat([self.shared, self.personal])
 
 
 class PromptedTowers(nn.Module):
-    """Compares images with class names that come after learned vectors; everything but these is frozen.
+    """Frozen dual encoder as a classifier, with learned context vectors before the class names.
 
     Source: Zhou et al., "Learning to Prompt for Vision-Language Models" (CoOp, 2022).
 
     Args:
-        towers: a dual encoder whose weights are known at every site.
+        towers: dual encoder whose weights are available at every site.
         sentences: tokens of each class: m + p times `placeholder`, then the name; int64 ``[C, T]``, padded with -1.
-        placeholder: the id that stands where a vector goes.
-        prompt: gives the vectors ``[m + p, D]`` for some classes.
-        groups: classes that are asked about together: those that are trained, and then those that are not, if any.
+        placeholder: token id at the positions of the context vectors.
+        prompt: module that maps class numbers to context vectors ``[m + p, D]``.
+        groups: class numbers per group of classes encoded together: first the trained ones, then the others, if any.
     """
 
     def __init__(
@@ -59,22 +63,29 @@ class PromptedTowers(nn.Module):
     ):
         super().__init__()
         self.towers, self.prompt, self.placeholder = towers.requires_grad_(False), prompt, placeholder
-        self.embedding = embedding_of(towers, placeholder)
+        self.embedding = token_embedding_name(towers, placeholder)
         self.register_buffer("sentences", sentences, persistent=False)
         for i, group in enumerate(groups):
             self.register_buffer(f"group{i}", torch.tensor(group), persistent=False)
         self.groups = len(groups)
 
     def text_vectors(self, group: int) -> Tensor:
-        """Unit vectors ``[c, D]`` of a group's classes."""
+        """Return the unit vectors ``[c, D]`` of the classes of a group.
+
+        Args:
+            group: number of the group.
+        """
         classes = getattr(self, f"group{group}")
-        with inserted(self.towers.get_submodule(self.embedding), self.placeholder, self.prompt(classes)):
+        with placeholders_replaced(self.towers.get_submodule(self.embedding), self.placeholder, self.prompt(classes)):
             return self.towers.encode_text(self.sentences[classes])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits ``[B, C]`` and the images' unit vectors.
+        """Return logits ``[B, C]`` and the images' unit vectors ``[B, D]``.
 
-        While it trains, only the classes that are trained are possible: of others not even the names are learnt from.
+        In training mode the logits of untrained classes are masked, so that nothing is learned from their names.
+
+        Args:
+            images: float32 ``[B, channels, H, W]``.
         """
         vectors = self.towers.encode_image(images)
         scale = self.towers.logit_scale.exp().clamp_max(MAX_SCALE)
@@ -86,17 +97,17 @@ class PromptedTowers(nn.Module):
 
 
 _IMPOSSIBLE = -1e4
-"""A logit that no softmax leaves anything of, and that half precision can hold."""
+"""Logit of masked classes: its softmax is 0, and it is representable in half precision."""
 
 
 @contextmanager
-def inserted(embedding: nn.Embedding, placeholder: int, vectors: Tensor) -> Iterator[None]:
-    """Within this context an embedding gives these vectors, in order, where it is asked for the placeholder.
+def placeholders_replaced(embedding: nn.Embedding, placeholder: int, vectors: Tensor) -> Iterator[None]:
+    """Replace the embeddings of placeholder tokens by given vectors, in order, while the context is open.
 
     Args:
-        embedding: of tokens.
-        placeholder: an id that each row contains as often as there are vectors.
-        vectors: ``[m, D]``, or ``[B, m, D]`` for different ones in each row.
+        embedding: token embedding.
+        placeholder: token id that occurs m times in each row.
+        vectors: ``[m, D]``, or ``[B, m, D]`` for different vectors per row.
     """
 
     def insert(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
@@ -112,18 +123,22 @@ def inserted(embedding: nn.Embedding, placeholder: int, vectors: Tensor) -> Iter
 
 
 @torch.no_grad()
-def embedding_of(towers: DualEncoder, token: int) -> str:
-    """Name the layer that turns a dual encoder's tokens into vectors.
+def token_embedding_name(towers: DualEncoder, token: int) -> str:
+    """Return the name of a dual encoder's token embedding.
+
+    Args:
+        towers: dual encoder.
+        token: any token id, by which the layer is recognised in a forward pass.
 
     Raises:
-        UserError: there is none.
+        UserError: the model has no token embedding.
     """
-    asked: list[str] = []
+    called: list[str] = []
 
     def spy(name: str) -> torch.utils.hooks.RemovableHandle:
         def note(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
             if (arguments[0] == token).any():
-                asked.append(name)
+                called.append(name)
 
         return towers.get_submodule(name).register_forward_hook(note)
 
@@ -133,29 +148,40 @@ def embedding_of(towers: DualEncoder, token: int) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    if not asked:
+    if not called:
         raise UserError(f"{type(towers).__name__} has no embedding of tokens that prompts could go through")
-    return asked[0]
+    return called[0]
 
 
-def placeholder_for(texts: Sequence[Sequence[int]], marks: Sequence[int]) -> int:
-    """The smallest id above 0, which pads, that neither occurs in a text nor marks its start or end."""
-    taken = {0, *marks, *(token for text in texts for token in text)}
-    return next(token for token in range(len(taken) + 1) if token not in taken)
-
-
-def sentences_of(names: Sequence[Sequence[int]], placeholder: int, vectors: int) -> Tensor:
-    """Every name behind as many placeholders as there are vectors, int64 ``[C, T]``, padded with -1."""
-    return padded([[placeholder] * vectors + list(name) for name in names])
-
-
-def start_of(embedding: nn.Embedding, words: Sequence[int], length: int) -> Tensor:
-    """Where context vectors start, ``[m, D]``: at words' own vectors, or, without words, near 0.
+def unused_token_id(texts: Sequence[Sequence[int]], marks: Sequence[int]) -> int:
+    """Return the smallest positive token id that occurs in no text and is no start or end token; 0 is for padding.
 
     Args:
-        embedding: of tokens.
-        words: token ids; empty for none.
-        length: m, where there are no words.
+        texts: token ids of each text.
+        marks: ids of the start and end tokens.
+    """
+    used = {0, *marks, *(token for text in texts for token in text)}
+    return next(token for token in range(len(used) + 1) if token not in used)
+
+
+def with_placeholders(names: Sequence[Sequence[int]], placeholder: int, vectors: int) -> Tensor:
+    """Return the names, each preceded by placeholders, int64 ``[C, T]``, padded with -1.
+
+    Args:
+        names: token ids of each class name.
+        placeholder: token id at the positions of the context vectors.
+        vectors: number of placeholders per name.
+    """
+    return pad_texts([[placeholder] * vectors + list(name) for name in names])
+
+
+def initial_context(embedding: nn.Embedding, words: Sequence[int], length: int) -> Tensor:
+    """Return initial context vectors ``[m, D]``: the embeddings of words, or random values near 0.
+
+    Args:
+        embedding: token embedding.
+        words: token ids of the words; empty for random values.
+        length: m, if there are no words.
     """
     if words:
         return embedding.weight[torch.tensor(list(words))].detach().float()

@@ -1,4 +1,4 @@
-"""A network that makes prompts for each of several sites."""
+"""Generator of personalised prompts, one set per site."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 class SitePromptGenerator(nn.Module):
-    """P_k = B + h_k W, where h_k is what a site's query finds when it looks at the shared tokens B.
+    """Prompts P_k = B + h_k W of site k, where h_k is the attention of the site's query q_k over the shared tokens B.
 
-    h_k = gelu(softmax((T + q_k) Tᵀ / √w) T + q_k) / √(M w) with T = layer_norm(B) R, so that a query of numbers near 1
-    gives an h_k, [M, w], of a norm near 1: M rows that a query makes alike would else make W learn M times as fast as
-    B. W starts at 0: the first prompts are those that the student starts with.
+    h_k = gelu(softmax((T + q_k) Tᵀ / √w) T + q_k) / √(M w) with T = layer_norm(B) R, so that a query with entries near
+    1 yields an h_k, [M, w], with a norm near 1: the M rows of h_k are similar, so that without this factor W would
+    learn M times as fast as B. W is initialised with 0: the initial prompts are those of the student.
 
     Args:
-        start: B at first, [M, D].
-        clients: K, how many sites there are.
-        width: w.
-        stream: of the first R and queries.
+        start: initial value of B, [M, D].
+        clients: K, number of sites.
+        width: w, width of the queries.
+        stream: random generator for the initial R and queries.
     """
 
     def __init__(self, start: Tensor, clients: int, width: int, stream: torch.Generator):
@@ -31,7 +31,11 @@ class SitePromptGenerator(nn.Module):
         self.out = nn.Parameter(torch.zeros(width, start.shape[1]))
 
     def forward(self, client: int | None) -> Tensor:
-        """Return the prompts [M, D] of a site, or of one that has no query, which counts as 0."""
+        """Return the prompts [M, D] of a site.
+
+        Args:
+            client: number of the site; None for a site without a query, for which 0 is used.
+        """
         query = torch.zeros_like(self.queries[0]) if client is None else self.queries[client]
         tokens = F.layer_norm(self.base, self.base.shape[-1:]) @ self.read
         found = torch.softmax((tokens + query) @ tokens.T / math.sqrt(len(query)), dim=1) @ tokens

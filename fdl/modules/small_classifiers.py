@@ -1,4 +1,4 @@
-"""Our own small classifiers, for images of 8 to 64 pixels a side."""
+"""Small image classifiers, for images of 8 to 64 pixels per side."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from fdl.modules.classifier import ImageClassifier
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-class TrunkAndHead(nn.Module):
-    """A trunk that gives the embedding, and a linear layer on top of it."""
+class BackboneWithHead(nn.Module):
+    """Network that computes the embedding, with a linear classification layer on top.
+
+    Args:
+        trunk: network that maps images to embeddings ``[B, width]``.
+        width: width of the embedding.
+        num_classes: number of classes.
+    """
 
     def __init__(self, trunk: nn.Module, width: int, num_classes: int):
         super().__init__()
@@ -30,12 +36,12 @@ class MLP(ImageClassifier):
     """Multi-layer perceptron on flattened pixels.
 
     Args:
-        hidden: width of each hidden layer; the last one's output is the embedding. Empty for a linear classifier.
-        activation: after each hidden layer.
+        hidden: width of each hidden layer; the output of the last one is the embedding. Empty for a linear classifier.
+        activation: activation function after each hidden layer.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+        optimizer: ``{target, args}`` for a plain Trainer; default Adam at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
     """
 
     name = "mlp"
@@ -57,7 +63,7 @@ class MLP(ImageClassifier):
         trunk = nn.Sequential(nn.Flatten())
         for inputs, outputs in pairwise(widths):
             trunk.extend([nn.Linear(inputs, outputs), _activation(activation)])
-        backbone = TrunkAndHead(trunk, widths[-1], num_classes)
+        backbone = BackboneWithHead(trunk, widths[-1], num_classes)
         super().__init__(
             backbone, num_classes=num_classes, input_shape=input_shape, optimizer=optimizer, scheduler=scheduler
         )
@@ -67,14 +73,14 @@ class CNN(ImageClassifier):
     """Small convolutional network: blocks of 3×3 convolution, normalisation, ReLU and 2×2 pooling.
 
     Args:
-        channels: output channels of each block; every block halves height and width.
+        channels: output channels per block; every block halves height and width.
         norm: ``"batch"`` trains fastest at one site, but its running statistics suffer from averaging over clients;
             ``"group"`` has none.
         embedding: width of the layer before the classification layer.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+        optimizer: ``{target, args}`` for a plain Trainer; default Adam at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
     """
 
     name = "cnn"
@@ -104,31 +110,31 @@ class CNN(ImageClassifier):
             raise UserError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
         trunk = nn.Sequential()
         for inputs, outputs in zip([depth, *channels], channels):
-            # A bias before a normalisation would be subtracted again.
+            # a normalisation would subtract a bias again
             conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=norm == "none")
             trunk.append(nn.Sequential(conv, _NORMS[norm](outputs), nn.ReLU(), nn.MaxPool2d(2)))
         flat = channels[-1] * (height // shrink) * (width // shrink)
         trunk.extend([nn.Flatten(), nn.Linear(flat, embedding), nn.ReLU()])
-        backbone = TrunkAndHead(trunk, embedding, num_classes)
+        backbone = BackboneWithHead(trunk, embedding, num_classes)
         super().__init__(
             backbone, num_classes=num_classes, input_shape=input_shape, optimizer=optimizer, scheduler=scheduler
         )
 
 
 class ViT(ImageClassifier):
-    """Small pre-norm vision transformer: timm's with few narrow blocks and a start that suits them.
+    """Small pre-norm vision transformer: timm's, with few narrow blocks and a suitable initialisation.
 
     Args:
-        patch: side of a patch in pixels, a divisor of height and width; None cuts the height into four.
+        patch: side length of a patch in pixels, a divisor of height and width; None: a quarter of the height.
         dim: width of a token, a multiple of `heads`.
         depth: number of blocks.
-        heads: attention heads of a block.
+        heads: number of attention heads per block.
         mlp_ratio: hidden width of a block's perceptron in multiples of `dim`.
-        pool: embedding from the mean of all patch tokens, or from a class token.
+        pool: source of the embedding: the mean of all patch tokens, or a class token.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+        optimizer: ``{target, args}`` for a plain Trainer; default Adam at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
     """
 
     name = "vit"
@@ -169,8 +175,8 @@ class ViT(ImageClassifier):
             global_pool="token" if pool == "cls" else "avg",
             weight_init="moco",
         )
-        # Narrow tokens need louder positions and weights than timm's 0.02 for wide ones: on digits, ten epochs of
-        # SGD at 0.1 then reach an accuracy of 0.975 instead of 0.36.
+        # narrow tokens need larger initial position embeddings and weights than timm's 0.02 for wide ones: on digits,
+        # ten epochs of SGD at 0.1 then reach an accuracy of 0.975 instead of 0.36
         nn.init.normal_(backbone.pos_embed)
         super().__init__(
             backbone,
@@ -185,7 +191,7 @@ class ViT(ImageClassifier):
 _NORMS = {
     "none": lambda channels: nn.Identity(),
     "batch": nn.BatchNorm2d,
-    # Groups of 8 channels where that comes out even, else one group of all.
+    # groups of 8 channels if their number is a multiple of 8, otherwise a single group
     "group": lambda channels: nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels),
 }
 

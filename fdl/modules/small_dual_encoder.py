@@ -1,4 +1,4 @@
-"""Our own small dual encoder, for images of 8 to 64 pixels a side and short captions."""
+"""Small dual encoder for images of 8 to 64 pixels per side and short captions."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.modules.dual_encoder import DualEncoder, lengths
+from fdl.modules.dual_encoder import DualEncoder, token_counts
 from fdl.modules.small_classifiers import CNN, MLP
 
 if TYPE_CHECKING:
     from fdl.modules.tokenizers import Tokenizer
 
 
-class TinyDualEncoder(DualEncoder):
-    """A small CNN or MLP for images and a bag of words or a small transformer for texts.
+class SmallDualEncoder(DualEncoder):
+    """Dual encoder with a small CNN or MLP for images, and a bag of words or a small transformer for texts.
 
     Args:
-        dim: D, width of the space that both share.
+        dim: D, width of the shared embedding space.
         image: kind of the image tower.
-        widths: of the image tower: output channels of each block of a CNN, or units of each layer of an MLP; default
+        widths: widths of the image tower: output channels per block of a CNN, or units per layer of an MLP; default
             [16, 32] and [128].
-        text: ``"bag"`` averages the tokens' vectors; ``"transformer"`` reads them in order.
-        width: of a token's vector.
-        depth: blocks of the transformer.
-        heads: attention heads of a block, a divisor of `width`.
-        loss: as in `DualEncoder`.
+        text: ``"bag"`` averages the token embeddings; ``"transformer"`` also uses their order.
+        width: width of a token embedding.
+        depth: number of transformer blocks.
+        heads: number of attention heads per block, a divisor of `width`.
+        loss: ``"contrastive"`` (CLIP) or ``"sigmoid"`` (SigLIP).
         input_shape: (C, H, W) of one image.
-        tokenizer: of the captions.
-        context: most tokens of a caption; what comes after them is not read.
-        optimizer: for a plain Trainer, as in `DualEncoder`.
-        scheduler: for a plain Trainer, as in `DualEncoder`.
+        tokenizer: tokenizer of the captions.
+        context: maximum number of tokens per caption; the rest is cut off.
+        optimizer: ``{target, args}`` for a plain Trainer; default AdamW at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
     """
 
     name = "tiny_dual_encoder"
@@ -76,16 +76,21 @@ class TinyDualEncoder(DualEncoder):
         )
 
     def image_vectors(self, images: Tensor) -> Tensor:
-        """Vectors [B, D] of images [B, C, H, W]."""
-        return self.backbone["image"](images)[0]  # the rest is what its last layer saw
+        """Return vectors [B, D] of images [B, C, H, W]."""
+        return self.backbone["image"](images)[0]  # the second entry is the input of its last layer
 
     def text_vectors(self, tokens: Tensor) -> Tensor:
-        """Vectors [B, D] of texts [B, T]."""
+        """Return vectors [B, D] of texts [B, T]."""
         return self.backbone["text"](tokens[:, : self.context])
 
 
 class BagOfWordsTower(nn.Module):
-    """The mean of a text's token vectors; 0 for a text without any."""
+    """Text tower that averages the token embeddings; 0 for a text without tokens.
+
+    Args:
+        vocabulary: number of token ids.
+        width: width of a token embedding.
+    """
 
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
@@ -95,11 +100,19 @@ class BagOfWordsTower(nn.Module):
         """Return [B, width] of [B, T]."""
         present = (tokens >= 0).unsqueeze(2)
         total = (self.embedding(tokens.clamp_min(0)) * present).sum(1)
-        return total / lengths(tokens).clamp_min(1).unsqueeze(1)
+        return total / token_counts(tokens).clamp_min(1).unsqueeze(1)
 
 
 class TransformerTextTower(nn.Module):
-    """A pre-norm transformer whose tokens see each other; the mean over a text's tokens."""
+    """Text tower of bidirectional pre-norm transformer blocks, averaged over a text's tokens.
+
+    Args:
+        vocabulary: number of token ids.
+        width: width of a token embedding.
+        depth: number of blocks.
+        heads: number of attention heads per block, a divisor of `width`.
+        context: maximum number of tokens per text.
+    """
 
     def __init__(self, vocabulary: int, width: int, depth: int, heads: int, context: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A causal language model of which learned vectors before the text alone are trained."""
+"""Soft prompt tuning: a frozen causal language model with trained vectors before the text."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from fdl.modules.tokenizers import Tokenizer
 
 
 class SoftPromptLM(LanguageModel):
-    """A frozen language model with learned vectors before every text.
+    """Frozen language model with trained vectors before every text.
 
-    Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning" (2021). Vectors start at those of
-    `words`, or else of tokens drawn from the vocabulary.
+    Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning" (2021). The vectors are
+    initialised with the embeddings of `words`, or of tokens sampled from the vocabulary.
 
     Args:
-        model: as in `LanguageModel`.
-        pretrained: as in `LanguageModel`.
-        checkpoint: as in `LanguageModel`.
-        config: as in `LanguageModel`.
-        length: number of vectors, where there are no words.
-        words: a text whose tokens' vectors the prompt starts from.
-        chunk: as in `LanguageModel`.
-        tokenizer: the data's.
-        context: tokens of a window; the model needs as many positions and the prompt's.
-        optimizer: for a plain Trainer, as in `LanguageModel`.
-        scheduler: for a plain Trainer, as in `LanguageModel`.
+        model: local folder in the format of transformers, id of the Hugging Face hub, or family of transformers.
+        pretrained: load the weights of the folder or the hub.
+        checkpoint: local file of weights instead, ``.safetensors`` or of torch.
+        config: settings of the model's configuration, by transformers' names.
+        length: number of vectors if `words` is not given.
+        words: text whose token embeddings initialise the prompt.
+        chunk: number of tokens whose logits are in memory at once.
+        tokenizer: tokenizer of the data.
+        context: tokens per window; the model needs this many positions plus those of the prompt.
+        optimizer: ``{target, args}`` for a plain Trainer; default AdamW at 0.0005.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Raises:
-        UserError: as `LanguageModel`; there are no known weights, or too few positions.
+        UserError: the model cannot be loaded or does not match the data (see `LanguageModel`), neither `pretrained` nor
+            `checkpoint` is given, or the model has too few positions.
     """
 
     name = "soft_prompt_lm"
@@ -80,18 +81,18 @@ class SoftPromptLM(LanguageModel):
             self.positions -= count
         self.prompt = nn.Parameter(self.network.get_input_embeddings().weight[rows].detach().clone())
 
-    def _states(self, tokens: Tensor) -> Tensor:
-        if not hasattr(self, "prompt"):  # the trial run of the base class, before there is one
-            return super()._states(tokens)
-        states = self.network.base_model(inputs_embeds=self._prompted(tokens), use_cache=False).last_hidden_state
+    def _hidden_states(self, tokens: Tensor) -> Tensor:
+        if not hasattr(self, "prompt"):  # the base class probes the network before the prompt exists
+            return super()._hidden_states(tokens)
+        states = self.network.base_model(inputs_embeds=self._with_prompt(tokens), use_cache=False).last_hidden_state
         return states[:, len(self.prompt) :]
 
-    def _continued(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+    def _generate_after(self, prompt: Tensor, mask: Tensor, **settings: Any) -> Tensor:
         ones = mask.new_ones(len(mask), len(self.prompt))
-        embedded = self._prompted(prompt)
+        embedded = self._with_prompt(prompt)
         return self.network.generate(inputs_embeds=embedded, attention_mask=torch.cat([ones, mask], dim=1), **settings)
 
-    def _prompted(self, tokens: Tensor) -> Tensor:
-        """Vectors ``[B, n + T, D]`` of the prompt and of the tokens."""
+    def _with_prompt(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings ``[B, n + T, D]`` of the prompt followed by the tokens."""
         vectors = self.network.get_input_embeddings()(tokens.clamp_min(0))
         return torch.cat([self.prompt.to(vectors).expand(len(vectors), -1, -1), vectors], dim=1)

@@ -1,4 +1,4 @@
-"""Weights as other programs save them, brought to the names of the network that is to have them."""
+"""Mapping of the names in files of other training programs to the names of a network."""
 
 from __future__ import annotations
 
@@ -35,58 +35,59 @@ CONTAINERS = (
     "encoder",
     "student",
 )
-"""Where training scripts put the weights among other things; averaged weights first, as timm does."""
+"""Keys under which training scripts store weights; averaged weights come first, as in timm."""
 
 _WRAPPERS = ("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# `module` is also what a network may call a part of its own, so in the middle of a name only the others go
+# `module` may also be a submodule of the network itself, so only the other names are removed within a name
 _INNER = re.compile(r"(?<=\.)(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def weights_within(found: Any) -> dict[str, Tensor]:
-    """Find the named tensors in what a training script saved.
+def find_state_dict(found: Any) -> dict[str, Tensor]:
+    """Find the named tensors in the content of a training script's checkpoint.
 
     Args:
-        found: what was read: tensors by name, or a mapping that has such a mapping, at any depth, under one of the
-            names in `CONTAINERS` or as the only one of its kind. What else lies beside them is left out.
+        found: content of the file: tensors by name, or a mapping that contains such a mapping, at any depth, under one
+            of the keys in `CONTAINERS` or as the only one. All other entries are ignored.
 
     Returns:
-        Tensors by name; empty where there are none, or several sets under names that are not known.
+        Tensors by name; empty if the file has none, or several sets under unknown keys.
     """
     if not isinstance(found, Mapping):
         return {}
     for key in CONTAINERS:
-        if isinstance(found.get(key), Mapping) and (inside := weights_within(found[key])):
+        if isinstance(found.get(key), Mapping) and (inside := find_state_dict(found[key])):
             return inside
     own = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if own:
         return own
-    # an optimiser's state is by number, or by names of numbers and moments, under "state"
+    # optimiser states, which also contain tensors, are excluded by their keys
     others = [
         inside
         for name, value in found.items()
         if isinstance(name, str) and not name.startswith(("optimizer", "lr_scheduler", "callbacks", "loops"))
-        if (inside := weights_within(value))
+        if (inside := find_state_dict(value))
     ]
     return others[0] if len(others) == 1 else {}
 
 
-def fitted(weights: Mapping[str, Tensor], wanted: Collection[str], path: str | Path) -> dict[str, Tensor]:
-    """Take off what wrappers put before a network's names; a line of the log says what that was.
+def strip_wrapper_prefixes(
+    weights: Mapping[str, Tensor], wanted: Collection[str], path: str | Path
+) -> dict[str, Tensor]:
+    """Remove the prefixes that wrappers add to a network's names, and log the removed prefix.
 
-    DistributedDataParallel, torch.compile, FSDP and Fabric put names of theirs before all others, in any order; a
-    LightningModule puts the attribute's name, and has other parts beside the network, which are left out.
+    DistributedDataParallel, torch.compile, FSDP and Fabric add prefixes in any order; a LightningModule adds the name
+    of the attribute, and contains other parts besides the network, which are dropped.
 
     Args:
-        weights: by the file's names.
-        wanted: the network's own names.
-        path: of the file, for messages.
+        weights: tensors by the file's names.
+        wanted: names of the network's state dict.
+        path: path of the file, for messages.
 
     Returns:
-        The weights under the prefix with which most of the network's names are found; as they were where no prefix
-        gives any.
+        The weights under the prefix with which most of the network's names are found; unchanged if no prefix matches.
 
     Raises:
-        UserError: several parts of the file fit equally well, and none of them is an average.
+        UserError: several parts of the file match equally well, and not exactly one of them is an average.
     """
     wanted = set(wanted)
     inner = {_INNER.sub("", name): value for name, value in weights.items()}
@@ -100,8 +101,8 @@ def fitted(weights: Mapping[str, Tensor], wanted: Collection[str], path: str | P
                 prefix = name.removesuffix(rest)
                 scores[prefix] = scores.get(prefix, 0) + 1
     best = max(scores.values(), default=0)
-    if best * 4 < len(wanted) or not best:  # parts of networks resemble each other
-        return _unwrapped(weights, path)
+    if best * 4 < len(wanted) or not best:  # a few matching names mean nothing: parts of different networks share names
+        return _strip_known_wrappers(weights, path)
     if scores.get("", 0) == best:
         return weights
     prefixes = sorted((prefix for prefix, score in scores.items() if score == best), key=len)
@@ -111,42 +112,42 @@ def fitted(weights: Mapping[str, Tensor], wanted: Collection[str], path: str | P
             f"checkpoint: {path} has weights that fit under {' and under '.join(map(repr, prefixes))}; save those that "
             "are meant in a file of their own"
         )
-    return _without((averaged or prefixes)[0], weights, path)
+    return _strip_prefix((averaged or prefixes)[0], weights, path)
 
 
-def misfit(weights: Iterable[str], wanted: Iterable[str]) -> str:
-    """Say how a file's names differ from a network's.
+def describe_mismatch(weights: Iterable[str], wanted: Iterable[str]) -> str:
+    """Describe how a file's names differ from a network's.
 
     Args:
-        weights: the file's names, as `fitted` left them.
-        wanted: the network's.
+        weights: names in the file, after `strip_wrapper_prefixes`.
+        wanted: names of the network's state dict.
 
     Returns:
-        A sentence with up to three missing and three unexpected names, and what may have happened; empty where the
-        names are the same.
+        A sentence with up to three missing and three unexpected names, and the likely cause; empty if the names are
+        equal.
     """
     weights, wanted = list(weights), list(wanted)
-    known, asked = set(weights), set(wanted)
-    missing = [name for name in wanted if name not in known]
-    extra = [name for name in weights if name not in asked]
+    present, expected = set(weights), set(wanted)
+    missing = [name for name in wanted if name not in present]
+    extra = [name for name in weights if name not in expected]
     if not missing and not extra:
         return ""
-    said = [
+    differences = [
         f"{len(names)} of {total} names {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for word, names, total in (("missing", missing, len(wanted)), ("unexpected", extra, len(weights)))
         if names
     ]
-    if len(missing) == len(asked):
+    if len(missing) == len(expected):
         hint = "no name fits: these are weights of another architecture, or a wrapper renamed them"
     elif not extra:
         hint = "the file holds only a part of the network"
     else:
         hint = "the file was made by another architecture, or another size or version of this one"
-    return f"{' and '.join(said)}; {hint}"
+    return f"{' and '.join(differences)}; {hint}"
 
 
-def _unwrapped(weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Without the names of known wrappers, for networks whose library renames what it reads."""
+def _strip_known_wrappers(weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Remove the prefixes of known wrappers, for networks whose library renames the weights that it loads."""
     prefix, names = "", list(weights)
     while True:
         first = {name.removeprefix(prefix).partition(".")[0] for name in names}
@@ -155,12 +156,12 @@ def _unwrapped(weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor
         if any("." not in name.removeprefix(prefix) for name in names):
             break
         prefix += f"{first.pop()}."
-    return _without(prefix, weights, path) if prefix else weights
+    return _strip_prefix(prefix, weights, path) if prefix else weights
 
 
-def _without(prefix: str, weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+def _strip_prefix(prefix: str, weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     kept = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     rest = len(weights) - len(kept)
-    beside = f"; left out {rest} names without it" if rest else ""
-    log.info("checkpoint: %s: took the prefix %r off %d names%s", path, prefix, len(kept), beside)
+    dropped = f"; dropped {rest} names without it" if rest else ""
+    log.info("checkpoint: %s: removed the prefix %r from %d names%s", path, prefix, len(kept), dropped)
     return kept

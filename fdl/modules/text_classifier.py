@@ -1,4 +1,4 @@
-"""Any text classifier of transformers."""
+"""Text classifiers of transformers."""
 
 from __future__ import annotations
 
@@ -10,48 +10,49 @@ from torch import Tensor, nn
 
 from fdl.errors import UserError
 from fdl.losses.responses import cross_entropy
-from fdl.modules.checkpoints import brief
+from fdl.modules.checkpoints import one_line
 from fdl.modules.features import capture, capture_input, last_layer
 from fdl.modules.objectives import ignores_padding, mean_over, samples_of
 from fdl.modules.output import Output
 from fdl.modules.tokenizers import Tokenizer, require_own_tokenizer
 from fdl.modules.tracing import traceable
-from fdl.modules.transformers_loading import load_model, own_head
-from fdl.modules.transformers_module import Batch, TransformersModule, masked_mean
+from fdl.modules.transformers_loading import head_children, load_model
+from fdl.modules.transformers_module import TransformersModule, masked_mean
 from fdl.modules.tuning import apply_tuning
+from fdl.modules.types import TensorBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class TextClassifier(TransformersModule):
-    """Any text classifier of transformers: BERT, DistilBERT, RoBERTa, MiniLM, GPT-2 and more.
+    """Text classifier of transformers: BERT, DistilBERT, RoBERTa, MiniLM, GPT-2 and more.
 
     Args:
         model: a family of transformers (``bert``, ``distilbert``, ``roberta``, ``gpt2``, …) for a new model; a local
-            folder as transformers writes it; or an id of the Hugging Face hub.
-        pretrained: take the folder's or the hub's weights, too; the head is new where these have none, or one for
-            another number of classes.
+            folder in the format of transformers; or an id of the Hugging Face hub.
+        pretrained: load the weights of the folder or the hub; the head is new if they have none, or one for a different
+            number of classes.
         checkpoint: local file of weights instead, ``.safetensors`` or of torch, for the sizes of `model` and `config`.
-        config: settings of the model's configuration, by transformers' names. A new model's vocabulary and number of
-            positions are the data's unless they are given here.
-        pooling: ``"own"``, the family's own head; ``"mean"``, a linear layer on the mean of the last hidden states of
-            the real tokens, as encoders of sentences are meant to be used.
-        tuning: what is trained: ``"full"``, ``"head"``, ``"frozen"``, or ``"lora"`` and the head.
-        lora: settings of ``"lora"``, as in `apply_tuning`.
+        config: settings of the model's configuration, by transformers' names. By default a new model has the data's
+            vocabulary and number of positions.
+        pooling: ``"own"``: the family's own head; ``"mean"``: a linear layer on the mean of the last hidden states of
+            the real tokens, as intended for sentence encoders.
+        tuning: trained part: ``"full"``, ``"head"``, ``"frozen"``, or ``"lora"`` and the head.
+        lora: settings of ``"lora"``, see `apply_tuning`.
         num_classes: number of classes.
-        tokenizer: the data's.
-        context: tokens of the longest text.
-        optimizer: for a plain Trainer, as in `TransformersModule`.
-        scheduler: for a plain Trainer, as in `TransformersModule`.
+        tokenizer: tokenizer of the data.
+        context: number of tokens of the longest text.
+        optimizer: ``{target, args}`` for a plain Trainer; default AdamW at 0.0005.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Attributes:
         head: dotted name of the last layer, whose input is the embedding.
-        embedding_dim: D.
+        embedding_dim: D, width of the embedding.
 
     Raises:
-        UserError: there is no such model, weights do not fit, texts are too long for it, or its weights were trained
-            with another tokenizer than the data's.
+        UserError: the model is unknown, weights do not match it, texts are too long for it, or its weights were trained
+            with a tokenizer other than the data's.
     """
 
     name = "text_classifier"
@@ -76,7 +77,7 @@ class TextClassifier(TransformersModule):
             "vocab_size": tokenizer.vocab_size,
             "max_position_embeddings": context + 2,  # RoBERTa counts from 2
         }
-        if "roberta" not in model:  # it finds positions by its padding's id; others just never train that id
+        if "roberta" not in model:  # it derives positions from the id of padding; others only leave that id untrained
             new["pad_token_id"] = None
         auto, always = "AutoModelForSequenceClassification", {"num_labels": num_classes}
         if pooling == "mean":
@@ -98,7 +99,7 @@ class TextClassifier(TransformersModule):
         if pooling == "mean":
             network, heads, fresh = MeanPooled(network, num_classes), ["head"], ["head"]
         else:
-            heads = own_head(network)
+            heads = head_children(network)
         if tuning == "frozen" and fresh:
             raise UserError(f"tuning: frozen would keep a head of random weights; {model} has none, give tuning: head")
         frozen = apply_tuning(
@@ -115,43 +116,43 @@ class TextClassifier(TransformersModule):
         self.embedding_dim = self._probe_model(model)
 
     def forward(self, tokens: Tensor, features: Sequence[str] = ()) -> Output:
-        """Answer a batch.
+        """Compute logits, embedding and requested activations of a batch.
 
         Args:
             tokens: int64 ``[B, T]``, padded on the right with -1.
-            features: submodules of the network, by dotted name or glob, whose activations are wanted.
+            features: submodules of the network, by dotted name or glob, whose activations are returned.
 
         Returns:
-            Logits ``[B, C]``, and as embedding ``[B, D]`` what the last layer saw.
+            Logits ``[B, C]``, and the input of the last layer as embedding ``[B, D]``.
 
         Raises:
             UserError: a name in `features` matches nothing.
         """
         if not features:
-            return Output(*self._answer(tokens), {})
+            return Output(*self._predict(tokens), {})
         with capture(self.network, features) as seen:
-            logits, embedding = self._answer(tokens)
+            logits, embedding = self._predict(tokens)
         return Output(logits, embedding, seen)
 
     @traceable
     @mean_over(samples_of)
     @ignores_padding
-    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+    def training_step(self, batch: TensorBatch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss``, the mean cross entropy of a labelled batch."""
         tokens, labels = batch
         return {"loss": cross_entropy(self(tokens).logits, labels)}
 
-    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(self, batch: TensorBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy`` of a labelled batch."""
         tokens, labels = batch
         logits = self(tokens).logits
         return {"loss": cross_entropy(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def _answer(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         real = tokens >= 0
         ids = tokens.masked_fill(~real, self.padding)
         if self.last_token:
-            # Decoders' heads look at the last real token. They would look for the padding's id, which these may lack.
+            # decoders classify by the last real token; transformers finds it by the id of padding, which may not exist
             hidden = self.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
             rows = torch.arange(tokens.shape[0], device=tokens.device)
             embedding = hidden[rows, (real.sum(1) - 1).clamp_min(0)]
@@ -162,30 +163,30 @@ class TextClassifier(TransformersModule):
 
     @torch.no_grad()
     def _probe_model(self, model: str) -> int:
-        """Send one blank text of full length through; returns the embedding's size."""
+        """Run one blank text of full length through the network, and return the width of the embedding."""
         training = self.training
         self.eval()
         try:
-            logits, embedding = self._answer(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
+            logits, embedding = self._predict(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
             if embedding.ndim == 3:
                 self.last_token = True
-                logits, embedding = self._answer(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
+                logits, embedding = self._predict(torch.full((1, self.context), self.tokenizer.vocab_size - 1))
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"model: {model} cannot read texts of {self.context} tokens: {brief(error)}") from error
+            raise UserError(f"model: {model} cannot read texts of {self.context} tokens: {one_line(error)}") from error
         self.train(training)
         if logits.shape != (1, self.num_classes) or embedding.ndim != 2:
             raise UserError(
-                f"model: {model} answers one text with logits of shape {list(logits.shape)} and an embedding of shape "
-                f"{list(embedding.shape)}, expected [1, {self.num_classes}] and [1, D]"
+                f"model: {model} returns logits of shape {list(logits.shape)} and an embedding of shape "
+                f"{list(embedding.shape)} for one text, expected [1, {self.num_classes}] and [1, D]"
             )
         return embedding.shape[1]
 
 
 class MeanPooled(nn.Module):
-    """An encoder of texts and a linear layer on the mean of its last hidden states.
+    """Text encoder with a linear layer on the mean of its last hidden states.
 
     Args:
-        encoder: a base model of transformers.
+        encoder: base model of transformers.
         num_classes: number of classes.
     """
 
@@ -194,7 +195,12 @@ class MeanPooled(nn.Module):
         self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, num_classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """Return an object with ``logits``, as transformers' classifiers do."""
+        """Return an object with ``logits``, like transformers' classifiers.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            attention_mask: int64 ``[B, T]``, 0 at padding.
+        """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

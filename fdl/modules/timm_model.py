@@ -1,4 +1,4 @@
-"""Any image classifier of timm."""
+"""Image classifiers of timm."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import brief, read_arrays, read_weights
+from fdl.modules.checkpoints import one_line, read_arrays, read_weights
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.input_adapter import adapter_for
-from fdl.modules.state_names import misfit
+from fdl.modules.state_names import describe_mismatch
 from fdl.utils.suggest import suggest
 
 
 class Timm(ImageClassifier):
-    """Any image classifier of timm, by its name there.
+    """Image classifier of timm, by name.
 
     Args:
         model: timm's name, with or without a tag of pretrained weights (``"vit_tiny_patch16_224.augreg_in21k"``), or
-            ``hf-hub:`` with a repository of the Hugging Face hub, or ``local-dir:`` with a folder that holds the
-            same files.
+            ``hf-hub:`` with a repository of the Hugging Face hub, or ``local-dir:`` with a folder of the same files.
         pretrained: download timm's weights, or take them from its cache or the folder. The classification layer is
-            new where these know another number of classes.
+            new if they have a different number of classes.
         checkpoint: local file of weights instead, ``.safetensors``, of torch, or ``.npz`` with torch's names or, for
-            the transformers that timm reads it for, Google's.
+            the transformers for which timm supports it, Google's names.
         kwargs: further arguments of ``timm.create_model``, e.g. ``{drop_path_rate: 0.1}``.
-        adapt: what to do with the images before the network, as in `adapter_for`; True: size, channels and
-            normalisation that timm publishes with the weights. By default only where `pretrained` weights are for
-            another size than the data's and the model is built for one size: its positions then stay as they were
-            learned. A local file's size is not known, so there positions are resized unless `adapt` says otherwise.
+        adapt: conversion of the images before the network (see `adapter_for`); True: to the size, channels and
+            normalisation that timm publishes with the weights. By default only if `pretrained` weights are for a
+            different size than the data's and the model is built for a fixed size: its position embeddings then stay as
+            they were trained. The image size of a local file is unknown, so its position embeddings are resized unless
+            `adapt` is set.
         num_classes: number of classes.
-        input_shape: (C, H, W) of one image. The model gets C input channels, and, where its size is fixed at
-            construction, H × W pixels; or those that `adapt` makes.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
+        input_shape: (C, H, W) of one image. The model is built for C input channels and, if its size is fixed at
+            construction, for H × W pixels, or for the shape that `adapt` produces.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
         common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
-        UserError: timm has no such model or weights, the file does not fit it, or images are too small for it.
+        UserError: the model or its weights are unknown, the file does not match the model, or images are too small.
     """
 
     name = "timm"
@@ -89,10 +89,10 @@ class Timm(ImageClassifier):
 
 
 def _configuration(model: str) -> PretrainedCfg:
-    """What timm knows about a model and its weights.
+    """Return timm's configuration of a model and its weights.
 
     Raises:
-        UserError: timm has no such model, or no such weights for it.
+        UserError: the model or the tag of its weights is unknown.
     """
     source, colon, place = model.partition(":")
     if colon:
@@ -106,8 +106,8 @@ def _configuration(model: str) -> PretrainedCfg:
 
 
 def _from_source(model: str, source: str, place: str) -> PretrainedCfg:
-    """The configuration beside weights in a hub's repository or a folder."""
-    from timm.models import _hub  # releases differ in what of it they export
+    """Return the configuration stored next to the weights in a repository of the hub or a folder."""
+    from timm.models import _hub  # its exported names differ between releases
 
     readers = {"hf-hub": "from_hf", "hf_hub": "from_hf", "local-dir": "from_path"}
     if source not in readers:
@@ -115,16 +115,16 @@ def _from_source(model: str, source: str, place: str) -> PretrainedCfg:
     try:
         config, architecture, _ = getattr(_hub, f"load_model_config_{readers[source]}")(place)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise UserError(f"timm cannot find {model}: {brief(error)}") from error
+        raise UserError(f"timm cannot find {model}: {one_line(error)}") from error
     if not timm.is_model(architecture):
         raise UserError(f"{model}: timm has no model {architecture!r}{suggest(architecture, timm.list_models())}")
-    # only what decides on images and classes is looked at; timm itself reads the file again
+    # only the settings of images and classes are used here; timm itself reads the file again
     known = PretrainedCfg.__dataclass_fields__
     return PretrainedCfg(**{key: value for key, value in config.items() if key in known})
 
 
 def _published(config: PretrainedCfg) -> dict[str, Any]:
-    """What images the weights were made for."""
+    """Return the size, channels and normalisation that the weights expect."""
     return {
         "size": tuple(config.input_size[1:]),
         "channels": config.input_size[0],
@@ -138,17 +138,17 @@ def _create(model: str, **settings: Any) -> nn.Module:
     try:
         return timm.create_model(model, **settings)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, OSError) as error:
-        raise UserError(f"timm cannot build {model}: {brief(error)}") from error
+        raise UserError(f"timm cannot build {model}: {one_line(error)}") from error
 
 
 def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]) -> tuple[nn.Module, bool]:
-    """Build a model from a file's weights with as many outputs as the file has, then change the outputs.
+    """Create a model with the weights and the number of outputs of a file, then change the number of outputs.
 
-    In this order timm demands that every name fits. Asked for another number of outputs at once, it would drop the
-    classification layer and with it that demand, and a file of another architecture would load nothing in silence.
+    In this order timm requires all names to match. With a different number of outputs from the start it would drop the
+    classification layer and this requirement, and silently load nothing from a file of another architecture.
 
     Returns:
-        The network, and whether its classification layer is new.
+        The network, and True if its classification layer is new.
     """
     # Google's names are paths
     if Path(path).suffix == ".npz" and any("/" in name for name in read_arrays(path)):
@@ -160,15 +160,17 @@ def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]
     overlay = {"state_dict": weights, "num_classes": outputs, "custom_load": False, "label_offset": 0}
     stem = blank.pretrained_cfg.get("first_conv")
     if isinstance(stem, str) and f"{stem}.weight" in weights and blank.pretrained_cfg.get("input_size"):
-        # The file's own channels, which timm adapts to ours; a grouped stem would need more than this.
+        # the file's number of channels, which timm adapts to the data's; a grouped stem would need more than this
         overlay["input_size"] = (weights[f"{stem}.weight"].shape[1], *blank.pretrained_cfg["input_size"][1:])
     try:
         network = _create(model, pretrained=True, num_classes=outputs, pretrained_cfg_overlay=overlay, **settings)
     except UserError as error:
-        # timm renames what it knows from elsewhere; where it could not, the names tell more than torch's list of all
-        wrong = misfit(weights, (name for name in blank.state_dict() if outputs or not name.startswith(_head(blank))))
+        # timm renames weights of known origin; otherwise a summary of the names is clearer than torch's full list
+        wrong = describe_mismatch(
+            weights, (name for name in blank.state_dict() if outputs or not name.startswith(_head(blank)))
+        )
         raise UserError(f"checkpoint: {path} does not fit timm's {model}: {wrong or error}") from error
-    # The configuration would otherwise keep a second copy of all weights alive.
+    # the configuration would otherwise keep a second copy of all weights in memory
     network.pretrained_cfg.pop("state_dict", None)
     if outputs != num_classes:
         network.reset_classifier(num_classes)
@@ -176,7 +178,7 @@ def _from_file(model: str, path: str, num_classes: int, settings: dict[str, Any]
 
 
 def _from_google(model: str, path: str, num_classes: int, settings: dict[str, Any]) -> tuple[nn.Module, bool]:
-    """Build a vision transformer with the weights that Google published as arrays."""
+    """Create a vision transformer with weights in the format published by Google."""
     network = _create(model, num_classes=num_classes, **settings)
     if not hasattr(network, "load_pretrained"):
         raise UserError(f"checkpoint: timm reads no .npz with Google's names for {model}; give .safetensors or .pth")
@@ -184,12 +186,12 @@ def _from_google(model: str, path: str, num_classes: int, settings: dict[str, An
     try:
         network.load_pretrained(str(path))
     except (RuntimeError, ValueError, KeyError, AttributeError, OSError, BadZipFile) as error:
-        raise UserError(f"checkpoint: {path} does not fit timm's {model}: {brief(error)}") from error
+        raise UserError(f"checkpoint: {path} does not fit timm's {model}: {one_line(error)}") from error
     return network, bool((network.get_classifier().weight == before).all())
 
 
 def _head(network: nn.Module) -> str:
-    """Name the classification layer; of several, as in distilled models, the first."""
+    """Return the name of the classification layer; the first of several, as in distilled models."""
     layer = network.get_classifier()
     if isinstance(layer, tuple | list | nn.ModuleList):
         layer = layer[0]

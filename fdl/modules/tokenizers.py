@@ -1,6 +1,6 @@
 """Tokenizers: bytes, any file of the `tokenizers` library, and those of the Hugging Face hub.
 
-Every one of them is a `tokenizers.Tokenizer` inside, so that all can be saved, fingerprinted and compared in one way.
+Each wraps a `tokenizers.Tokenizer`, so that all are saved, fingerprinted and compared in the same way.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fdl.errors import UserError
-from fdl.modules.clip_tokenizer import FILE, PREFIX, ClipTokenizer
-from fdl.modules.hub import hub
+from fdl.modules.clip_tokenizer import PREFIX, TOKENIZER_FILE, ClipTokenizer
+from fdl.modules.hub import hub_or_cache
 
 END = "<|endoftext|>"
 _EOS_KEYS = ("eos_token", "sep_token")
-# Vocabulary and merges of byte-level BPE, as GPT-2's authors and the hub name them.
+# file names of the vocabulary and merges of byte-level BPE, of GPT-2's authors and of the hub
 _PAIRS = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
 
 
 class Tokenizer:
-    """Between text and token ids.
+    """Conversion between text and token ids.
 
     Args:
-        inner: what does the work.
-        eos: the id that ends a text; None where there is none.
-        label: what messages call it.
+        inner: tokenizer of the `tokenizers` library.
+        eos: id of the end-of-text token; None if the vocabulary has none.
+        label: name of the tokenizer in error messages.
 
     Attributes:
         vocab_size: one more than the largest id.
@@ -49,14 +49,20 @@ class Tokenizer:
 
         Args:
             text: any text.
-            special: add what the tokenizer's own models expect around a text, e.g. ``[CLS]`` and ``[SEP]``. For
-                classification; the windows of language models go without.
-            limit: at most so many ids, with the special ones; the text's end is cut off.
+            special: add the tokens that the tokenizer's models expect around a text, e.g. ``[CLS]`` and ``[SEP]``. For
+                classification; windows of language models do not have them.
+            limit: maximum number of ids, including special ones; the end of the text is cut off.
         """
         return self.encode_batch([text], special, limit)[0]
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, limit: int | None = None) -> list[list[int]]:
-        """Return the ids of many texts, on all cores where the tokenizer can; arguments as in `encode`."""
+        """Return the ids of several texts, using all cores if the tokenizer supports it.
+
+        Args:
+            texts: texts to encode.
+            special: add the tokens that the tokenizer's models expect around a text.
+            limit: maximum number of ids per text, including special ones.
+        """
         encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         around = self.inner.num_special_tokens_to_add(False) if special else 0
         if limit is not None:
@@ -67,41 +73,57 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; special ones stand for none. What is not valid UTF-8 becomes U+FFFD."""
+        """Return the text of ids, without special tokens. Bytes that are not valid UTF-8 become U+FFFD.
+
+        Args:
+            ids: token ids.
+        """
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """What each id stands for: UTF-8 bytes by id, empty for special ids and for ids that no token has."""
+        """UTF-8 bytes of each id; empty for special ids and for unused ids."""
         decoder = json.loads(self.inner.to_str())["decoder"]
-        kinds = {part["type"] for part in _flat(decoder)}
+        kinds = {part["type"] for part in _decoder_parts(decoder)}
         special = {id for id, token in self.inner.get_added_tokens_decoder().items() if token.special}
         pieces = [b""] * self.vocab_size
         for token, id in self.inner.get_vocab(with_added_tokens=True).items():
             if id not in special:
-                pieces[id] = _piece(token, kinds)
+                pieces[id] = _token_bytes(token, kinds)
         for id, token in self.inner.get_added_tokens_decoder().items():
             if id not in special:
                 pieces[id] = token.content.encode()
         return pieces
 
     def token_bytes(self, ids: Iterable[int]) -> int:
-        """Count the bytes of text that ids stand for."""
+        """Return the number of bytes of text that ids represent.
+
+        Args:
+            ids: token ids.
+        """
         return sum(len(self.pieces[int(i)]) for i in ids)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give the same ids for the same text, wherever they were loaded from."""
+        """Hash that is equal for tokenizers that encode texts identically, regardless of their origin."""
         content = json.loads(self.inner.to_str())
         kept = {key: content[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
         return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def matches(self, other: Tokenizer) -> bool:
-        """Whether ids mean the same in both: one fingerprint, or the same bytes behind every id."""
+        """Return True if ids mean the same in both: their fingerprints or the bytes of all ids are equal.
+
+        Args:
+            other: tokenizer to compare with.
+        """
         return self.fingerprint == other.fingerprint or self.pieces == other.pieces
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json`` and its settings, which `make_tokenizer` and transformers' AutoTokenizer read."""
+        """Write ``tokenizer.json`` and its settings, for `make_tokenizer` and transformers' AutoTokenizer.
+
+        Args:
+            folder: destination; created if it does not exist.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.inner.save(str(folder / "tokenizer.json"))
@@ -112,9 +134,9 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as they are, ids 0 to 255, and id 256 for the end of a text.
+    """Tokenizer of UTF-8 bytes, ids 0 to 255, with id 256 for the end of a text.
 
-    The inner tokenizer does the same more slowly; it is there for the fingerprint and to be saved.
+    The inner tokenizer computes the same more slowly; it is used for the fingerprint and for saving.
 
     Example:
         >>> tokenizer = ByteTokenizer()
@@ -127,27 +149,31 @@ class ByteTokenizer(Tokenizer):
         super().__init__(_byte_level(models.BPE(vocab=vocabulary, merges=[]), use_regex=False), 256, "bytes")
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, limit: int | None = None) -> list[list[int]]:
-        """Return the ids of many texts, see `Tokenizer.encode_batch`."""
+        """Return the ids of several texts, see `Tokenizer.encode_batch`."""
         room = None if limit is None else max(limit - (2 if special else 0), 0)
         bodies = [list(text.encode()[:room]) for text in texts]
         return [[256, *body, 256] for body in bodies] if special else bodies
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, see `Tokenizer.decode`."""
+        """Return the text of ids, see `Tokenizer.decode`.
+
+        Args:
+            ids: token ids.
+        """
         return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
 
 
 def make_tokenizer(spec: str) -> Tokenizer | ClipTokenizer:
-    """Make the tokenizer that a recipe names.
+    """Create a tokenizer from its specification in a recipe.
 
     Args:
-        spec: ``"bytes"``; ``"open_clip:<model>"``; a local folder as transformers or `Tokenizer.save` write it, or
-            with GPT-2's ``encoder.json`` and ``vocab.bpe``; one file: ``tokenizer.json``, one of GPT-2's two, or
-            BERT's ``vocab.txt`` (files of vocabulary may be gzipped and have more before these names); or an id of
-            the Hugging Face hub, downloaded or from its cache.
+        spec: ``"bytes"``; ``"open_clip:<model>"``; a local folder in the format of transformers or `Tokenizer.save`, or
+            with GPT-2's ``encoder.json`` and ``vocab.bpe``; a single file: ``tokenizer.json``, one of GPT-2's two, or
+            BERT's ``vocab.txt`` (vocabulary files may be gzipped, and their names may have a prefix); or an id of the
+            Hugging Face hub, downloaded or from the cache.
 
     Raises:
-        UserError: there is no such file, it holds no tokenizer, or the hub does not give it.
+        UserError: the file does not exist or contains no tokenizer, or the hub does not provide it.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -167,9 +193,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path | None =
     """Train byte-level BPE, GPT-2's kind of tokenizer, with ``<|endoftext|>`` as its last id.
 
     Args:
-        texts: what to learn merges from.
-        vocab_size: number of ids, at least 257: all bytes and the end.
-        folder: where to save it, if anywhere.
+        texts: training texts.
+        vocab_size: number of ids, at least 257: all bytes and the end of a text.
+        folder: folder in which the tokenizer is saved; None: not saved.
 
     Raises:
         UserError: `vocab_size` is too small.
@@ -190,13 +216,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path | None =
 
 
 def own_tokenizer(model: str) -> Tokenizer | None:
-    """Return the tokenizer that lies beside a model's weights; None for a local folder that has none.
+    """Return the tokenizer stored with a model's weights; None for a local folder without one.
 
     Args:
         model: local folder or id of the hub.
 
     Raises:
-        UserError: as `make_tokenizer`.
+        UserError: the tokenizer cannot be loaded.
     """
     folder = Path(model).expanduser()
     if folder.is_dir() and not any(path for name in ("*token*", "*vocab*", "*.model") for path in folder.glob(name)):
@@ -205,15 +231,15 @@ def own_tokenizer(model: str) -> Tokenizer | None:
 
 
 def require_own_tokenizer(model: str, tokenizer: Tokenizer, hint: str = "") -> None:
-    """Make sure that ids mean to a pretrained model what they mean in the data.
+    """Check that a pretrained model was trained with the data's tokenizer.
 
     Args:
         model: local folder or id of the hub.
-        tokenizer: the data's.
-        hint: what else than the model's own tokenizer would help.
+        tokenizer: tokenizer of the data.
+        hint: alternative to the model's own tokenizer, appended to the error message.
 
     Raises:
-        UserError: the model's own tokenizer is another one.
+        UserError: the model has a different tokenizer.
     """
     own = own_tokenizer(model)
     if own is not None and not own.matches(tokenizer):
@@ -224,7 +250,7 @@ def require_own_tokenizer(model: str, tokenizer: Tokenizer, hint: str = "") -> N
 
 
 def _byte_level(model: models.BPE, use_regex: bool = True) -> tokenizers.Tokenizer:
-    """Put a model of byte characters to work, with one special token that opens and closes a text."""
+    """Return a byte-level tokenizer with one special token that starts and ends a text."""
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     inner.decoder = decoders.ByteLevel()
@@ -237,8 +263,8 @@ def _byte_level(model: models.BPE, use_regex: bool = True) -> tokenizers.Tokeniz
 
 
 def _word_piece(path: Path) -> Tokenizer:
-    """BERT's tokenizer of a list of word pieces; one without any capital letter is of an uncased model."""
-    words = _text(path).splitlines()
+    """Return BERT's tokenizer from a list of word pieces; without capital letters it is lower-casing (uncased)."""
+    words = _read_text(path).splitlines()
     vocabulary = {word: id for id, word in enumerate(words)}
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in vocabulary]
     if missing:
@@ -257,8 +283,8 @@ def _word_piece(path: Path) -> Tokenizer:
 def _from_folder(folder: Path) -> Tokenizer | ClipTokenizer:
     if (folder / "tokenizer.json").is_file():
         return _from_file(folder / "tokenizer.json")
-    if (folder / FILE).is_file():
-        return ClipTokenizer(json.loads((folder / FILE).read_text(encoding="utf-8-sig"))["model"])
+    if (folder / TOKENIZER_FILE).is_file():
+        return ClipTokenizer(json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8-sig"))["model"])
     for vocabulary in _PAIRS:
         if (folder / vocabulary).is_file():
             return _from_file(folder / vocabulary)
@@ -278,8 +304,8 @@ def _from_file(path: Path) -> Tokenizer:
             stem, end = name.removesuffix(vocabulary).removesuffix(merges), path.name[len(name) :]
             return _byte_pairs(path.with_name(stem + vocabulary + end), path.with_name(stem + merges + end))
     try:
-        inner = tokenizers.Tokenizer.from_str(_text(path))
-    except Exception as error:  # the library raises nothing narrower
+        inner = tokenizers.Tokenizer.from_str(_read_text(path))
+    except Exception as error:  # the library raises no narrower class
         raise UserError(f"tokenizer: {path} is no tokenizer.json of the tokenizers library: {error}") from error
     return Tokenizer(inner, _eos(inner, path.parent), str(path.parent if path.name == "tokenizer.json" else path))
 
@@ -288,9 +314,9 @@ def _byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
     for path in (vocabulary, merges):
         if not path.is_file():
             raise UserError(f"tokenizer: no such file: {path}; vocabulary and merges lie side by side")
-    lines = [line for line in _text(merges).splitlines() if line and not line.startswith("#version")]
+    lines = [line for line in _read_text(merges).splitlines() if line and not line.startswith("#version")]
     try:
-        ids = json.loads(_text(vocabulary))
+        ids = json.loads(_read_text(vocabulary))
         model = models.BPE(vocab=ids, merges=[tuple(line.split(" ")) for line in lines])
     except Exception as error:
         raise UserError(f"tokenizer: {vocabulary} and {merges.name} are no byte-level BPE: {error}") from error
@@ -299,7 +325,7 @@ def _byte_pairs(vocabulary: Path, merges: Path) -> Tokenizer:
 
 
 def _eos(inner: tokenizers.Tokenizer, folder: Path) -> int | None:
-    """The id that ends a text, by the settings beside a file, else by the one name that all of ours have."""
+    """Return the id that ends a text, from the settings next to the file, or of the name that fdl's tokenizers use."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             settings = json.loads((folder / name).read_text(encoding="utf-8-sig"))
@@ -311,7 +337,7 @@ def _eos(inner: tokenizers.Tokenizer, folder: Path) -> int | None:
 
 def _from_hub(spec: str) -> Tokenizer:
     try:
-        with hub() as why:
+        with hub_or_cache() as why:
             return _by_transformers(spec)
     except (OSError, ValueError, RuntimeError) as error:
         reason = why or str(error).strip().split("\n")[0]
@@ -332,7 +358,7 @@ def _by_transformers(spec: str) -> Tokenizer:
     return Tokenizer(inner, eos, spec)
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     content = path.read_bytes()
     try:
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
@@ -341,9 +367,9 @@ def _text(path: Path) -> str:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character by which byte-level BPE writes each byte.
+    """Return the printable character with which byte-level BPE represents each byte.
 
-    Printable bytes of Latin-1 stand for themselves, all others, in order, for the characters from U+0100 on.
+    Printable bytes of Latin-1 represent themselves; all others are mapped, in order, to characters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -353,8 +379,8 @@ def _byte_characters() -> list[str]:
 _BYTE_OF = {character: byte for byte, character in enumerate(_byte_characters())}
 
 
-def _piece(token: str, decoders: set[str]) -> bytes:
-    """The bytes behind a token as its vocabulary writes it."""
+def _token_bytes(token: str, decoders: set[str]) -> bytes:
+    """Return the bytes of a token in the notation of its vocabulary."""
     if "ByteLevel" in decoders and all(character in _BYTE_OF for character in token):
         return bytes(_BYTE_OF[character] for character in token)
     if "WordPiece" in decoders:
@@ -364,8 +390,10 @@ def _piece(token: str, decoders: set[str]) -> bytes:
     return token.replace("\u2581", " ").encode()
 
 
-def _flat(part: Any) -> list[dict]:
-    """A decoder, or the decoders of a sequence."""
+def _decoder_parts(part: Any) -> list[dict]:
+    """Return a decoder, or the decoders of a sequence, as a list."""
     if part is None:
         return []
-    return [one for inner in part["decoders"] for one in _flat(inner)] if part["type"] == "Sequence" else [part]
+    return (
+        [one for inner in part["decoders"] for one in _decoder_parts(inner)] if part["type"] == "Sequence" else [part]
+    )

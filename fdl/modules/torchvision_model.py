@@ -1,4 +1,4 @@
-"""Any image classifier of torchvision."""
+"""Image classifiers of torchvision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import brief, load_weights, read_weights, set_inputs, set_outputs
+from fdl.modules.checkpoints import load_weights, one_line, read_weights, set_input_channels, set_num_outputs
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.features import last_layer
 from fdl.modules.input_adapter import adapter_for
@@ -16,25 +16,25 @@ from fdl.utils.suggest import suggest
 
 
 class Torchvision(ImageClassifier):
-    """Any image classifier of torchvision, by its name there.
+    """Image classifier of torchvision, by name.
 
     Args:
         model: torchvision's name, e.g. ``"resnet18"``.
-        weights: name of torchvision's weights for it (``"DEFAULT"``, ``"IMAGENET1K_V1"``), downloaded or from its
-            cache. The classification layer is new where these know another number of classes.
+        weights: name of torchvision's weights of the model (``"DEFAULT"``, ``"IMAGENET1K_V1"``), downloaded or from the
+            cache. The classification layer is new if they have a different number of classes.
         checkpoint: local file of weights instead, ``.safetensors``, of torch, or ``.npz``.
         kwargs: further arguments of the model, e.g. ``{image_size: 32}`` for its vision transformers.
-        adapt: what to do with the images before the network, as in `adapter_for`; True: size, channels and
-            normalisation that torchvision publishes with the weights (for a local file, with its default ones). By
-            default only where `weights` are for another size than the data's and the model takes no other.
+        adapt: conversion of the images before the network (see `adapter_for`); True: to the size, channels and
+            normalisation that torchvision publishes with the weights (for a local file, with its default weights). By
+            default only if `weights` are for a different size than the data's and the model accepts no other size.
         num_classes: number of classes.
-        input_shape: (C, H, W) of one image. Where C is not 3, the first convolution is changed to C channels, with
-            its weights summed or repeated.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
+        input_shape: (C, H, W) of one image. If C is not 3, the first convolution is changed to C channels, and its
+            weights are summed or repeated.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
         common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
-        UserError: torchvision has no such model or weights, the file does not fit it, or images are too small.
+        UserError: the model or its weights are unknown, the file does not match the model, or images are too small.
     """
 
     name = "torchvision"
@@ -66,8 +66,8 @@ class Torchvision(ImageClassifier):
             load_weights(
                 network, head, read_weights(checkpoint, network.state_dict()), checkpoint, f"torchvision's {model}"
             )
-        set_inputs(network, input_shape[0] if adapter is None else adapter.output_shape[0])
-        fresh = set_outputs(network, head, num_classes)
+        set_input_channels(network, input_shape[0] if adapter is None else adapter.output_shape[0])
+        fresh = set_num_outputs(network, head, num_classes)
         super().__init__(
             backbone=network,
             num_classes=num_classes,
@@ -81,7 +81,7 @@ class Torchvision(ImageClassifier):
 
 
 def _published(model: str, weights: str | None) -> dict[str, Any]:
-    """What images the weights were made for; nothing is downloaded."""
+    """Return the size, channels and normalisation that the weights expect; nothing is downloaded."""
     known = torchvision.models.get_model_weights(model)
     if not len(known):
         return {}
@@ -106,4 +106,4 @@ def _create(model: str, weights: str | None, num_classes: int, settings: dict[st
     try:
         return torchvision.models.get_model(model, weights=weights, **settings)
     except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"torchvision cannot build {model}: {brief(error)}") from error
+        raise UserError(f"torchvision cannot build {model}: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The mark of code that may be recorded once and replayed (``compile: traced``)."""
+"""Mark of code that may be traced once and replayed (``compile: traced``)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-Step = TypeVar("Step", bound=Callable)
+_Step = TypeVar("_Step", bound=Callable)
 
 
-def traceable(step: Step) -> Step:
-    """Mark a training step, a forward, or the class of an objective: executors may replay it instead of calling it.
+def traceable(step: _Step) -> _Step:
+    """Mark a training step, a forward method or an objective class as replayable.
 
-    A step that has come often, of a model marked like that, is recorded as a list of tensor operations, forward and
-    backward, and these are repeated from then on, where the recipe has ``compile: traced``. Mark only code that does
-    the same operations every time: it reads its batch, the module's tensors and attributes of the module itself, and
-    leaves nothing behind. What it reads elsewhere, such as in a settings object that the module holds, may change
-    unseen; what it prints, counts or logs is not printed, counted or logged again.
+    With ``compile: traced`` in the recipe, a step that is repeated often is traced into a list of tensor operations,
+    forward and backward, which is replayed from then on instead of calling the step. Mark only code that performs the
+    same operations every time: it reads its batch, the module's tensors and attributes of the module itself, and has no
+    side effects. Changes of state held elsewhere, e.g. in a settings object that the module refers to, are not noticed;
+    printing, counting and logging are not replayed.
+
+    Args:
+        step: function or class; returned unchanged, with the attribute ``traceable``.
     """
     step.traceable = True
     return step
 
 
 _BUILT_IN = ("fdl", "lightning", "torch", "torchvision", "timm", "transformers", "peft")
-"""Packages whose layers do the same operations every time, or draw random numbers, which is seen."""
+"""Packages whose layers perform the same operations every time, or draw random numbers, which tracing detects."""
 
 
 def runs_traceable_code(kind: type[nn.Module]) -> bool:
-    """Whether a class of modules computes with code that may be replayed.
+    """Return True if a module class consists of code that may be replayed.
 
-    That is code of fdl and of the libraries that it builds models from, and `forward` and `training_step` that are
-    marked `traceable`; a class that changes any other method must define and mark one of these.
+    That is code of fdl and of the libraries that it builds models from, and `forward` and `training_step` methods that
+    are marked `traceable`. A class that overrides any other method must define and mark one of these two.
+
+    Args:
+        kind: class of the module.
     """
     for cls in kind.__mro__:
         if cls.__module__.partition(".")[0] in (*_BUILT_IN, "builtins", "typing", "abc"):
@@ -46,5 +52,5 @@ def runs_traceable_code(kind: type[nn.Module]) -> bool:
 
 
 def _overrides(own: Mapping[str, Any]) -> list[Any]:
-    """What a class's body defines but for its constructor and what Python adds."""
+    """List the definitions in a class body, except its constructor and the entries that Python adds."""
     return [value for name, value in own.items() if name not in ("__init__", "__dict__", "__weakref__")]

@@ -1,4 +1,4 @@
-"""What all our modules need under a plain Trainer, and what federated rounds never call."""
+"""Optimiser configuration for a plain Trainer; federated rounds never call it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from fdl.modules.optim import build_optimizer, build_scheduler
 
 
 class TrainerHooks(FederatedModule):
-    """Builds the optimiser and schedule that a module was given for a plain Trainer.
+    """Module that builds its configured optimiser and schedule for a plain Trainer.
 
     Attributes:
-        optimizer_config: ``{target, args}``, as in `build_optimizer`.
-        scheduler_config: ``{target, args, interval}``, as in `build_scheduler`; None for no schedule.
+        optimizer_config: ``{target, args}``, see `build_optimizer`.
+        scheduler_config: ``{target, args, interval}``, see `build_scheduler`; None for no schedule.
     """
 
     optimizer_config: dict
     scheduler_config: dict | None
 
     def configure_optimizers(self) -> Any:
-        """Build optimiser and schedule for a plain Trainer."""
+        """Build the optimiser and the schedule for a plain Trainer."""
         optimizer = build_optimizer(
             [p for p in self.parameters() if p.requires_grad],
             self.optimizer_config["target"],

@@ -1,4 +1,4 @@
-"""Models of the transformers library: from the hub, from a local folder, or new ones of sizes that a recipe gives."""
+"""Loading of models of transformers: from the hub, from a local folder, or new ones from a configuration."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import brief, read_weights
-from fdl.modules.hub import hub
+from fdl.modules.checkpoints import one_line, read_weights
+from fdl.modules.hub import hub_or_cache
 from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
@@ -30,24 +30,24 @@ def load_model(
     always: Mapping[str, Any] | None = None,
     fresh_head: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load a model in float32, or make a new one.
+    """Load a model in float32, or create one with random weights.
 
     Args:
-        auto: transformers' class that chooses the architecture, e.g. ``"AutoModelForCausalLM"``.
+        auto: transformers' class that selects the architecture, e.g. ``"AutoModelForCausalLM"``.
         model: a local folder with ``config.json``, a family (``model_type``), or an id of the hub.
-        pretrained: take the weights of the folder or of the hub, too.
-        checkpoint: local file of weights instead.
-        config: settings in the place of the folder's, the hub's, or the family's own.
-        new: further settings for a model without weights, where `config` does not give them.
-        always: further settings in any case.
-        fresh_head: whether what is on top of the base model, and a pooler within it, may have new weights where the
-            file has none or others.
+        pretrained: load the weights of the folder or the hub.
+        checkpoint: local file of weights instead; None for none.
+        config: settings that override those of the folder, the hub or the family; None for none.
+        new: defaults of settings for a model without weights; `config` overrides them.
+        always: settings of any model, unless `config` overrides them.
+        fresh_head: allow new weights for the head on top of the base model and for a pooler within it, if the file has
+            none, or weights of other shapes.
 
     Returns:
-        The model, and those names in its state whose weights are new although the others come from a file.
+        The model, and the names in its state whose weights are new although the others come from a file.
 
     Raises:
-        UserError: there is no such model, settings are unknown, or weights do not fit.
+        UserError: the model is unknown, settings are unknown, or weights do not match the model.
     """
     import transformers
 
@@ -60,28 +60,28 @@ def load_model(
         if not weights:
             return maker.from_config(settings), []
     except _FAULTS as error:
-        raise UserError(f"transformers cannot build {model}: {brief(error)}") from error
+        raise UserError(f"transformers cannot build {model}: {one_line(error)}") from error
     state = None
     try:
         if checkpoint is not None:
-            with torch.device("meta"):  # only to learn which class it is, and its names
+            with torch.device("meta"):  # only for its class and the names of its state
                 blank = maker.from_config(settings)
             maker, base = type(blank), f"{blank.base_model_prefix}."
-            # files of a base model alone lack its prefix
+            # in the file of a base model, names have no prefix
             state = read_weights(
                 checkpoint, {n for name in blank.state_dict() for n in (name, name.removeprefix(base))}
             )
-        with _quiet(), nullcontext() if state is not None or _is_path(model) else hub():
+        with _quiet(), nullcontext() if state is not None or _is_path(model) else hub_or_cache():
             network, seen = maker.from_pretrained(
                 str(Path(model).expanduser()) if state is None else None,
                 config=settings,
                 state_dict=state,
                 dtype=torch.float32,  # not the file's: optimisers need more than 16 bits, and Fabric sets the precision
-                ignore_mismatched_sizes=True,  # we say ourselves what did not fit
+                ignore_mismatched_sizes=True,  # mismatches are reported below
                 output_loading_info=True,
             )
     except _FAULTS as error:
-        raise UserError(f"{_source(model, checkpoint)} does not fit: {brief(error)}") from error
+        raise UserError(f"{_label(model, checkpoint)} does not fit: {one_line(error)}") from error
     names = sorted({*seen["missing_keys"], *(entry[0] for entry in seen["mismatched_keys"])})
     lost = [name for name in names if not (fresh_head and _is_head(network, name))]
     if lost:
@@ -89,14 +89,18 @@ def load_model(
         extra = sorted(seen["unexpected_keys"])
         rest = f"; unexpected: {', '.join(extra[:3])}{', …' if len(extra) > 3 else ''}" if extra else ""
         raise UserError(
-            f"{_source(model, checkpoint)} does not fit: no weights of the right shape for {few}{rest}; they are of "
+            f"{_label(model, checkpoint)} does not fit: no weights of the right shape for {few}{rest}; they are of "
             "another family or size than model and config say"
         )
     return network, names
 
 
-def own_head(network: PreTrainedModel) -> list[str]:
-    """Name the parts on top of a base model that have weights."""
+def head_children(network: PreTrainedModel) -> list[str]:
+    """List the submodules with weights on top of the base model, by name.
+
+    Args:
+        network: model of transformers.
+    """
     return [
         name
         for name, child in network.named_children()
@@ -105,13 +109,13 @@ def own_head(network: PreTrainedModel) -> list[str]:
 
 
 def _is_head(network: PreTrainedModel, name: str) -> bool:
-    return name.split(".")[0] in own_head(network) or "pooler" in name.split(".")
+    return name.split(".")[0] in head_children(network) or "pooler" in name.split(".")
 
 
 def _config(
     model: str, pretrained: bool, given: Mapping[str, Any], new: Mapping[str, Any], always: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """The settings of a model, with those that a recipe gives and those that the data give."""
+    """Return the configuration of a model, including the settings of the recipe and those derived from the data."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     base: dict[str, Any] = {}
@@ -122,14 +126,14 @@ def _config(
         elif _is_path(model) and not (Path(model).expanduser() / "config.json").is_file():
             raise UserError(f"model: {model} is no folder with a config.json")
         else:
-            with nullcontext(why) if _is_path(model) else hub() as why:
+            with nullcontext(why) if _is_path(model) else hub_or_cache() as why:
                 known = AutoConfig.from_pretrained(str(Path(model).expanduser()) if _is_path(model) else model)
-            base = _plain(known)
+            base = _changed_settings(known)
     except _FAULTS as error:
         raise UserError(
             f"model: {model!r} is no local folder and no family of transformers, and the Hugging Face hub does not "
-            f"give it ({why or brief(error)}); give the path of a folder with its config.json and weights, or a family "
-            f"and config{suggest(model, CONFIG_MAPPING)}"
+            f"give it ({why or one_line(error)}); give the path of a folder with its config.json and weights, or a "
+            f"family and config{suggest(model, CONFIG_MAPPING)}"
         ) from error
     names = {*known.to_dict(), *known.attribute_map}
     for key in given:
@@ -138,18 +142,18 @@ def _config(
     renamed = {known.attribute_map.get(key, key): value for key, value in given.items()}
     for key, value in {**{key: value for key, value in new.items() if key in names}, **always}.items():
         renamed.setdefault(known.attribute_map.get(key, key), value)
-    if "num_labels" in renamed:  # would contradict the labels' names
+    if "num_labels" in renamed:  # label names would contradict it
         base = {key: value for key, value in base.items() if key not in ("id2label", "label2id")}
     try:
-        # Built anew, not changed: some settings follow from others when a configuration is built.
+        # constructed again instead of modified, because the constructor derives some settings from others
         return type(known)(**{**base, **renamed})
     except Exception as error:  # its checks raise errors of several libraries
-        raise UserError(f"config: {known.model_type} refuses its settings: {brief(error)}") from error
+        raise UserError(f"config: {known.model_type} refuses its settings: {one_line(error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar, and its report on what did not fit, of which we make an error or use."""
+    """Suppress transformers' progress bar, and its report of mismatches, which the caller handles."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -163,7 +167,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _plain(config: PretrainedConfig) -> dict[str, Any]:
+def _changed_settings(config: PretrainedConfig) -> dict[str, Any]:
     kept = config.to_diff_dict()
     for key in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"):
         kept.pop(key, None)
@@ -174,5 +178,5 @@ def _is_path(model: str) -> bool:
     return Path(model).expanduser().is_dir() or model.startswith(("/", "./", "../", "~"))
 
 
-def _source(model: str, checkpoint: str | None) -> str:
+def _label(model: str, checkpoint: str | None) -> str:
     return f"model: {model}" if checkpoint is None else f"checkpoint: {checkpoint} for {model}"

@@ -1,7 +1,7 @@
-"""Which part of a pretrained network is trained: all of it, its head, small additions to its layers, or nothing.
+"""Selection of the trained part of a pretrained network: all of it, its head, low-rank updates, or nothing.
 
-What is not trained is the same at every site and never changes, so it neither travels nor is stored: every function
-here that freezes says which names of the state that concerns.
+Frozen weights are the same at every site and never change, so they are neither sent nor stored: every function here
+that freezes parameters returns their names in the state dict.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.checkpoints import require_finite
-from fdl.modules.features import matching
+from fdl.modules.checkpoints import require_finite_weights
+from fdl.modules.features import matching_submodules
 from fdl.utils.libraries import library
 from fdl.utils.suggest import suggest
 
 TUNINGS = ("full", "head", "frozen", "lora")
-"""What `apply_tuning` knows."""
+"""Kinds of tuning that `apply_tuning` accepts."""
 
 _LORA = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": None, "init": "kaiming", "freeze_a": False}
 
@@ -37,37 +37,37 @@ def apply_tuning(
     pretrained: bool = True,
     train_head: bool = True,
 ) -> frozenset[str]:
-    """Freeze what is not to be trained, and add what is to be trained instead.
+    """Freeze the untrained parts of a network, and add low-rank updates if requested.
 
-    Call it when all weights are in place. Networks with frozen parts must be given to `hold_frozen` whenever they are
-    put into training mode.
+    Call it after all weights have been loaded. Call `keep_frozen_in_eval` on the network whenever it is put into
+    training mode.
 
     Args:
-        network: changed in place.
+        network: network, changed in place.
         tuning: ``"full"`` trains everything; ``"head"`` the head alone; ``"frozen"`` nothing; ``"lora"`` adds
-            trainable matrices of low rank to linear layers: ``W x + (alpha / rank) B A x``, with B = 0 at first.
-        head_names: submodules or parameters, by dotted name, that are the head.
-        lora: for ``"lora"``: ``rank`` (8), ``alpha`` (default twice the rank), ``dropout`` (0) of what the matrices
-            see, ``targets`` (names or globs of layers; default every linear layer but the head), ``init`` of A
+            trainable low-rank matrices to linear layers: ``W x + (alpha / rank) B A x``, with B = 0 initially.
+        head_names: dotted names of the submodules or parameters that form the head.
+        lora: settings of ``"lora"``: ``rank`` (8), ``alpha`` (default twice the rank), ``dropout`` (0) of the matrices'
+            input, ``targets`` (names or globs of layers; default every linear layer except the head), ``init`` of A
             (``"kaiming"`` or ``"gaussian"``), and ``freeze_a`` (false), which trains B alone, so that the mean of
             several sites' products is the product of their means. Sources: Hu et al., "LoRA: Low-Rank Adaptation of
             Large Language Models"; Sun et al., "Improving LoRA in Privacy-preserving Federated Learning" (FFA-LoRA).
-        pretrained: whether the weights come from a file or a hub, and so are the same at every site.
-        train_head: whether the head is trained in full beside ``"lora"``, as one that is new has to be.
+        pretrained: True if the weights come from a file or a hub, and so are the same at every site.
+        train_head: train the head in full besides ``"lora"``, as a new head requires.
 
     Returns:
         Names in ``network.state_dict()`` that never change.
 
     Raises:
-        UserError: an unknown `tuning`, settings of LoRA that do not fit, or parts of random weights to be frozen,
-            or pretrained weights that are not finite.
+        UserError: `tuning` is unknown, settings of LoRA are not valid, random weights would be frozen, or pretrained
+            weights are not finite.
     """
     if tuning not in TUNINGS:
         raise UserError(f"tuning must be one of {', '.join(TUNINGS)}, got {tuning!r}")
     if lora is not None and tuning != "lora":
         raise UserError(f"lora is for tuning: lora, not for tuning: {tuning}")
-    if pretrained:  # of a file this was looked at before, of a hub it was not
-        require_finite(network.state_dict(), f"the pretrained weights of {type(network).__name__}")
+    if pretrained:  # weights from a file were checked when they were read, weights from a hub were not
+        require_finite_weights(network.state_dict(), f"the pretrained weights of {type(network).__name__}")
     if tuning == "full":
         return frozenset()
     if not pretrained:
@@ -76,33 +76,40 @@ def apply_tuning(
             "either, and random ones would differ from site to site; give pretrained or checkpoint, or tuning: full"
         )
     if tuning == "lora":
-        _add_lora(network, head_names, {**_LORA, **_known(lora or {})})
+        _add_lora(network, head_names, {**_LORA, **_check_lora_settings(lora or {})})
     else:
         network.requires_grad_(False)
     if tuning == "head" or (tuning == "lora" and train_head):
         for name in head_names:
             for parameter in _parameters_of(network, name):
                 parameter.requires_grad_(True)
-    hold_frozen(network)
+    keep_frozen_in_eval(network)
     return frozen_names(network)
 
 
-def hold_frozen(network: nn.Module) -> None:
-    """Put the parts of a network that are not trained into evaluation mode.
+def keep_frozen_in_eval(network: nn.Module) -> None:
+    """Put the frozen parts of a network into evaluation mode.
 
-    That stops their dropout, and the running statistics of their batch normalisations, from which gradients are not
-    held back. A part without any weights or buffers goes with what it is part of.
+    This disables their dropout, and freezes the running statistics of their batch normalisations, which change without
+    gradients. A submodule without parameters and buffers keeps the mode of its parent.
+
+    Args:
+        network: network, changed in place.
     """
     if not any(parameter.requires_grad for parameter in network.parameters()):
         network.eval()
         return
     for child in network.children():
         if any(True for _ in _tensors(child)):
-            hold_frozen(child)
+            keep_frozen_in_eval(child)
 
 
 def frozen_names(network: nn.Module) -> frozenset[str]:
-    """List what never changes in a network's state: frozen parameters, and buffers of parts that are not trained."""
+    """Return the names of a network's state that never change: frozen parameters, and buffers of frozen submodules.
+
+    Args:
+        network: network after `apply_tuning`.
+    """
     changing = {
         name
         for name, module in network.named_modules()
@@ -116,10 +123,10 @@ def frozen_names(network: nn.Module) -> frozenset[str]:
 
 
 def merge_lora(network: nn.Module) -> nn.Module:
-    """Add the low-rank matrices to the weights that they belong to, and take their layers out again.
+    """Merge the low-rank matrices into the weights that they update, and remove them.
 
     Args:
-        network: changed in place; one without such layers stays as it is.
+        network: network, changed in place; unchanged if it has no such matrices.
 
     Returns:
         The network, with the names that it had before `apply_tuning`.
@@ -132,9 +139,12 @@ def merge_lora(network: nn.Module) -> nn.Module:
 
 
 def linear_layers(network: nn.Module) -> list[str]:
-    """Name the layers that LoRA can be added to: linear ones, and GPT-2's, which are written as convolutions.
+    """List the layers that LoRA supports: linear ones, and those of GPT-2, which are implemented as convolutions.
 
-    Left out are those of ``nn.MultiheadAttention``, which uses its layers' weights without calling them.
+    Layers of ``nn.MultiheadAttention`` are excluded, because it uses their weights without calling them.
+
+    Args:
+        network: network whose layers are listed.
     """
     owners = [f"{name}." for name, m in network.named_modules() if isinstance(m, nn.MultiheadAttention)]
     return [
@@ -147,7 +157,7 @@ def linear_layers(network: nn.Module) -> list[str]:
 def _add_lora(network: nn.Module, head_names: Sequence[str], settings: dict[str, Any]) -> None:
     peft = library("peft", "peft", "tuning: lora", has="inject_adapter_in_model")
     rank, alpha = settings["rank"], settings["alpha"]
-    chosen = _targets(network, head_names, settings["targets"])
+    chosen = _lora_targets(network, head_names, settings["targets"])
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -156,17 +166,17 @@ def _add_lora(network: nn.Module, head_names: Sequence[str], settings: dict[str,
         init_lora_weights=True if settings["init"] == "kaiming" else "gaussian",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of GPT-2's transposed weights, which it handles
+        warnings.simplefilter("ignore")  # about GPT-2's transposed weights, which peft handles
         peft.inject_adapter_in_model(config, network)
     if settings["freeze_a"]:
         for name, layer in network.named_modules():
             if name.endswith(".lora_A.default"):
-                _fix(layer.weight, name, settings["init"], rank)
+                _fix_lora_a(layer.weight, name, settings["init"], rank)
 
 
 @torch.no_grad()
-def _fix(weight: nn.Parameter, name: str, init: str, rank: int) -> None:
-    """Draw a matrix that is to stay from a stream of its name's own, so that it is the same at every site."""
+def _fix_lora_a(weight: nn.Parameter, name: str, init: str, rank: int) -> None:
+    """Initialise a frozen matrix from a random stream seeded by its name, so that it is the same at every site."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if init == "kaiming":
         nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
@@ -175,15 +185,17 @@ def _fix(weight: nn.Parameter, name: str, init: str, rank: int) -> None:
     weight.requires_grad_(False)
 
 
-def _targets(network: nn.Module, head_names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
+def _lora_targets(network: nn.Module, head_names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
     able = linear_layers(network)
     if patterns is None:
-        chosen = [name for name in able if not any(_within(name, head) or _within(head, name) for head in head_names)]
+        chosen = [
+            name for name in able if not any(_is_part_of(name, head) or _is_part_of(head, name) for head in head_names)
+        ]
         if not chosen:
             raise UserError("lora: the network has no linear layers but its head, and LoRA is for linear layers")
         return chosen
     try:
-        named = matching(network, patterns)
+        named = matching_submodules(network, patterns)
     except UserError as error:
         raise UserError(f"lora.targets: {str(error).removeprefix('features: ')}") from error
     chosen = [name for name in named if name in able]
@@ -193,8 +205,8 @@ def _targets(network: nn.Module, head_names: Sequence[str], patterns: Sequence[s
     return chosen
 
 
-def _known(lora: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Check the settings that a recipe gives."""
+def _check_lora_settings(lora: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Check the settings of LoRA from a recipe, and return them."""
     for key in lora:
         if key not in _LORA:
             raise UserError(f"lora takes no {key!r}{suggest(str(key), _LORA)}")
@@ -210,13 +222,13 @@ def _known(lora: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _parameters_of(network: nn.Module, name: str) -> list[nn.Parameter]:
     named = network.named_parameters(remove_duplicate=False)
-    found = [parameter for own, parameter in named if _within(own, name)]
+    found = [parameter for own, parameter in named if _is_part_of(own, name)]
     if not found:
         raise ValueError(f"the head {name!r} has no parameters")
     return found
 
 
-def _within(name: str, outer: str) -> bool:
+def _is_part_of(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
 
 

@@ -1,4 +1,4 @@
-"""A vision transformer of timm of which learned tokens and the head alone are trained."""
+"""Visual prompt tuning: a frozen vision transformer of timm with trained prompt tokens and head."""
 
 from __future__ import annotations
 
@@ -15,60 +15,61 @@ from fdl.modules.timm_model import Timm
 
 
 class VisualPrompts(nn.Module):
-    """Tokens that are put between a vision transformer's class token and its patches.
+    """Learned tokens between a vision transformer's class token and its patch tokens.
 
     Args:
-        network: gets a submodule ``prompts``, this one, and hooks at its blocks.
-        count: m, tokens at a layer.
-        deep: replace them by others at every block, rather than let those of the first go through.
+        network: transformer; it gets this module as submodule ``prompts``, and hooks on its blocks.
+        count: m, number of tokens per layer.
+        deep: replace the tokens by separate ones at every block, instead of inserting them before the first block only.
     """
 
     def __init__(self, network: VisionTransformer, count: int, deep: bool):
         super().__init__()
         self.first, self.count = network.num_prefix_tokens, count
-        # as VPT: the bound of a linear layer from a patch's pixels to the tokens' width
+        # as in VPT: the bound of a linear layer from a patch's pixels to the token width
         patch = network.patch_embed.proj.weight[0].numel()
         bound = math.sqrt(6 / (patch + network.embed_dim))
         shape = (len(network.blocks) if deep else 1, count, network.embed_dim)
         self.tokens = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-        network.blocks[0].register_forward_pre_hook(partial(self._put, layer=0, instead=0))
+        network.blocks[0].register_forward_pre_hook(partial(self._insert, layer=0, instead=0))
         for layer, block in enumerate(network.blocks[1:] if deep else (), 1):
-            block.register_forward_pre_hook(partial(self._put, layer=layer, instead=count))
-        network.blocks[-1].register_forward_hook(self._take_out)
+            block.register_forward_pre_hook(partial(self._insert, layer=layer, instead=count))
+        network.blocks[-1].register_forward_hook(self._remove)
         network.add_module("prompts", self)
 
-    def _put(self, block: nn.Module, inputs: tuple[Any, ...], layer: int, instead: int) -> tuple[Any, ...]:
-        """Put a layer's tokens in the place of so many that stand there."""
+    def _insert(self, block: nn.Module, inputs: tuple[Any, ...], layer: int, instead: int) -> tuple[Any, ...]:
+        """Insert a layer's tokens, replacing the `instead` tokens at their positions."""
         x, *rest = inputs
         own = self.tokens[layer].to(x).expand(len(x), -1, -1)
         return torch.cat([x[:, : self.first], own, x[:, self.first + instead :]], dim=1), *rest
 
-    def _take_out(self, block: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> Tensor:
-        """Leave the tokens out again, so that the head pools over what it knows."""
+    def _remove(self, block: nn.Module, inputs: tuple[Any, ...], x: Tensor) -> Tensor:
+        """Remove the tokens, so that the head pools over the patch tokens only."""
         return torch.cat([x[:, : self.first], x[:, self.first + self.count :]], dim=1)
 
 
 class PromptedViT(Timm):
-    """A frozen vision transformer with learned tokens (Jia et al., "Visual Prompt Tuning", 2022).
+    """Frozen vision transformer with learned prompt tokens (Jia et al., "Visual Prompt Tuning", 2022).
 
-    Prompts and the classification layer are trained, and nothing else is sent.
+    Only the prompts and the classification layer are trained and sent.
 
     Args:
-        model: as in `Timm`; a plain vision transformer.
-        pretrained: as in `Timm`.
-        checkpoint: as in `Timm`.
-        kwargs: as in `Timm`.
-        adapt: as in `Timm`.
-        prompts: tokens at a layer.
-        deep: whether every block has tokens of its own (VPT-deep), or the first alone (VPT-shallow).
+        model: timm's name of a plain vision transformer, with or without a tag of weights.
+        pretrained: download timm's weights, or take them from its cache.
+        checkpoint: local file of weights instead, ``.safetensors``, of torch, or ``.npz``.
+        kwargs: further arguments of ``timm.create_model``.
+        adapt: conversion of the images before the network, see `Timm`.
+        prompts: number of tokens per layer.
+        deep: give every block its own tokens (VPT-deep), instead of the first block only (VPT-shallow).
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        normalization: as in `Timm`.
-        optimizer: for a plain Trainer, as in `ImageClassifier`.
-        scheduler: for a plain Trainer, as in `ImageClassifier`.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
+        optimizer: ``{target, args}`` for a plain Trainer; default Adam at 0.001.
+        scheduler: ``{target, args, interval}`` for a plain Trainer; default: none.
 
     Raises:
-        UserError: as `Timm`; the model is no vision transformer, or has no known weights.
+        UserError: the model cannot be loaded or does not accept the images (see `Timm`), is not a plain vision
+            transformer, or has no pretrained weights.
     """
 
     name = "prompted_vit"

@@ -1,4 +1,4 @@
-"""Classification without training: class names, put into sentences, become the weights of a classifier."""
+"""Zero-shot classification: classifier weights computed from class names in prompt templates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.state.shards import gathered
+from fdl.state.shards import full_parameters
 from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fdl.modules.tokenizers import Tokenizer
 
-TEMPLATES: dict[str, tuple[str, ...]] = {
+PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "photo": ("a photo of a {}.",),
     "photos": (
@@ -38,19 +38,22 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "drawings": ("a drawing of a {}.", "a sketch of a {}.", "an icon of a {}.", "a painting of a {}."),
     "digits": ("the digit {}", "a handwritten {}", "the number {}", "a picture of the digit {}"),
 }
-"""Sets of sentences by name; {} stands for the class."""
+"""Prompt templates by name; {} stands for the class name."""
 
 
 def templates_of(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """A set by its name among `TEMPLATES`, or sentences of one's own.
+    """Return prompt templates, given by name or as sentences.
+
+    Args:
+        templates: a key of `PROMPT_TEMPLATES`, or sentences with {} for the class name.
 
     Raises:
-        UserError: there is no such set, or a sentence has no place for the class.
+        UserError: the name is unknown, or a sentence has no placeholder for the class name.
     """
     if isinstance(templates, str):
-        if templates not in TEMPLATES:
-            raise UserError(f"templates: no set is called {templates!r}{suggest(templates, TEMPLATES)}")
-        return TEMPLATES[templates]
+        if templates not in PROMPT_TEMPLATES:
+            raise UserError(f"templates: no set is called {templates!r}{suggest(templates, PROMPT_TEMPLATES)}")
+        return PROMPT_TEMPLATES[templates]
     for template in templates:
         if template.count("{}") != 1:
             raise UserError(f"templates: {template!r} must contain {{}} once, where the class's name goes")
@@ -63,18 +66,21 @@ def templates_of(templates: str | Sequence[str]) -> tuple[str, ...]:
 def zero_shot_classifier(
     module: LightningModule, tokenizer: Tokenizer, classes: Sequence[str], templates: str | Sequence[str] = "photo"
 ) -> Tensor:
-    """Turn class names into weights: each sentence's unit vector, their mean, of length 1 again.
+    """Compute the weights of each class: the re-normalised mean of its prompts' unit vectors.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", section 3.1.4.
 
     Args:
-        module: a dual encoder, with `encode_text`.
-        tokenizer: the one that the module was trained with.
-        classes: C names.
-        templates: a name among `TEMPLATES`, or sentences with {} for the class.
+        module: dual encoder with a method `encode_text`.
+        tokenizer: tokenizer with which the module was trained.
+        classes: names of the C classes.
+        templates: a key of `PROMPT_TEMPLATES`, or sentences with {} for the class name.
 
     Returns:
         float32 ``[C, D]`` on the module's device; products with an image's unit vector are its cosines.
+
+    Raises:
+        UserError: `classes` is empty, or the templates are not valid.
     """
     if not classes:
         raise UserError("zero-shot classification needs the names of the classes, and the data give none")
@@ -83,9 +89,9 @@ def zero_shot_classifier(
     module.eval()
     try:
         rows = []
-        with gathered(module):
+        with full_parameters(module):
             for name in classes:
-                tokens = padded([tokenizer.encode(sentence.replace("{}", name)) for sentence in sentences])
+                tokens = pad_texts([tokenizer.encode(sentence.replace("{}", name)) for sentence in sentences])
                 vectors = F.normalize(module.encode_text(tokens.to(device)).float(), dim=1)
                 rows.append(F.normalize(vectors.mean(0), dim=0))
     finally:
@@ -93,25 +99,29 @@ def zero_shot_classifier(
     return torch.stack(rows)
 
 
-def zero_shot_question(classifier: Tensor) -> Callable[[nn.Module, Tensor | tuple[Tensor, Tensor]], Tensor]:
-    """What to ask a dual encoder with `Participant.predict`, so that it answers with a classifier's logits [B, C].
+def zero_shot_selector(classifier: Tensor) -> Callable[[nn.Module, Tensor | tuple[Tensor, Tensor]], Tensor]:
+    """Return an output selector for `Participant.predict` that computes logits [B, C] with a zero-shot classifier.
 
     Args:
-        classifier: ``[C, D]``, as from `zero_shot_classifier`.
+        classifier: float32 ``[C, D]``, as returned by `zero_shot_classifier`.
 
     Returns:
-        A function of module and inputs, which are images, or pairs of which the images are looked at.
+        A function of module and inputs, which are images, or pairs of which only the images are used.
     """
 
-    def question(module: nn.Module, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def logits_of(module: nn.Module, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         images = inputs if isinstance(inputs, Tensor) else inputs[0]
         vectors = module.encode_image(images).float()
         return module.logit_scale.exp() * vectors @ classifier.to(vectors).T
 
-    return question
+    return logits_of
 
 
-def padded(texts: Sequence[Sequence[int]]) -> Tensor:
-    """Token lists as one tensor int64 [B, T], padded on the right with -1; at least one column."""
+def pad_texts(texts: Sequence[Sequence[int]]) -> Tensor:
+    """Return token lists as one tensor int64 [B, T], padded on the right with -1, with at least one column.
+
+    Args:
+        texts: token ids of each text.
+    """
     longest = max([1, *(len(text) for text in texts)])
     return torch.tensor([[*text, *[-1] * (longest - len(text))] for text in texts])

@@ -1,4 +1,4 @@
-"""A CLIP-like model as an image classifier: names of classes in sentences are its classification layer."""
+"""Image classifier from a CLIP-like model, whose classification layer is computed from class names."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from torch import Tensor, nn
 from fdl.errors import UserError
 from fdl.modules.classifier import ImageClassifier
 from fdl.modules.clip_tokenizer import ClipTokenizer
-from fdl.modules.dual_encoder import scale_of
+from fdl.modules.dual_encoder import logit_scale_of
 from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.zero_shot import zero_shot_classifier
 
 
 class ZeroShotClassifier(ImageClassifier):
-    """The image tower of an open_clip model, with a classification layer made of the classes' names.
+    """Image tower of an open_clip model, with a zero-shot classification layer computed from the class names.
 
-    Each class's weights are the mean of the unit vectors of sentences about it, of length 1 again and times the model's
-    scale, as in Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021): the
-    logits of an untrained one are the scaled cosines between image and class. The text tower is not kept. Trained
-    further, it starts from there.
+    The weights of a class are the re-normalised mean of its prompts' unit vectors, times the model's logit scale, as in
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021): before training, the
+    logits are the scaled cosines between image and class. The text tower is discarded; training starts from these
+    weights.
 
     Args:
-        model: open_clip's name, e.g. ``ViT-B-32`` or ``RN50``; one that reads CLIP's tokens.
+        model: open_clip's name, e.g. ``ViT-B-32`` or ``RN50``, of a model that uses CLIP's tokenizer.
         classes: names of the classes, in the order of the labels.
         pretrained: tag of open_clip's weights, e.g. ``laion2b_s34b_b79k``.
-        checkpoint: local file of weights instead, as in `OpenClip`.
-        templates: a name among `fdl.modules.zero_shot.TEMPLATES`, or sentences with ``{}`` for the class's name.
-        adapt: bring images to what the model knows, as in `OpenClip`.
+        checkpoint: local file of weights instead, ``.safetensors`` or of torch.
+        templates: a key of `fdl.modules.zero_shot.PROMPT_TEMPLATES`, or sentences with ``{}`` for the class name.
+        adapt: convert images to the size, channels and normalisation that the model expects (see `adapter_for`); None:
+            True.
         num_classes: number of classes.
         input_shape: (C, H, W) of one image.
-        normalization: mean and standard deviation of each channel that the data are normalised with, for `adapt`.
+        normalization: per-channel mean and standard deviation with which the data are normalised, for `adapt`.
         common: ``tuning``, ``lora``, ``optimizer`` and ``scheduler`` of `ImageClassifier`.
 
     Raises:
-        UserError: there are no weights, the model cannot be had, or there are more or fewer names than classes.
+        UserError: no weights are given, the model cannot be loaded, or the number of names is not the number of
+            classes.
     """
 
     name = "zero_shot_classifier"
@@ -71,9 +73,9 @@ class ZeroShotClassifier(ImageClassifier):
             context=_CONTEXT,
             normalization=normalization,
         )
-        weights = scale_of(both) * zero_shot_classifier(both, tokenizer, classes, templates)
+        weights = logit_scale_of(both) * zero_shot_classifier(both, tokenizer, classes, templates)
         super().__init__(
-            backbone=_Named(both.backbone.visual, weights),
+            backbone=_CosineClassifier(both.backbone.visual, weights),
             num_classes=num_classes,
             input_shape=input_shape,
             head="head",
@@ -84,11 +86,11 @@ class ZeroShotClassifier(ImageClassifier):
 
 
 _CONTEXT = 77
-"""Tokens of a caption that CLIP reads; sentences about classes are shorter."""
+"""Length of CLIP's text context in tokens; prompts of class names are shorter."""
 
 
-class _Named(nn.Module):
-    """Compares an image's unit vector with one vector a class."""
+class _CosineClassifier(nn.Module):
+    """Cosine classifier on an image tower, with one weight vector per class."""
 
     def __init__(self, visual: nn.Module, weights: Tensor):
         super().__init__()

@@ -224,7 +224,8 @@ def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
     if private is not None and private["training"] == "dp_sgd":
         message = "must be none with fabric.strategy: fsdp: gradients of single examples need whole models; take auto"
         problems.append(("privacy.training", message))
-    steps = {f"{part}.compile": tree[part] and tree[part]["compile"] not in _UNCOMPILED for part in _FITS - broken}
+    known = [part for part in _FITS if part not in broken]
+    steps = {f"{part}.compile": tree[part] and tree[part]["compile"] not in _UNCOMPILED for part in known}
     answers = {"inference.compile": "inference" not in broken and tree["inference"]["compile"]}
     message = "must be off with fabric.strategy: fsdp: weights are gathered between the parts of a pass"
     return problems + [(key, message) for key, compiled in sorted({**steps, **answers}.items()) if compiled]

@@ -58,3 +58,30 @@ def torch_stream(seed: int, purpose: str, round: int = 0, client: int = -1) -> t
     import torch
 
     return torch.Generator().manual_seed(stream_seed(seed, purpose, round, client))
+
+
+class GlobalStreams:
+    """A state of torch's global streams, of the CPU and of the current GPU.
+
+    Args:
+        states: of the CPU's generator and, where CUDA is in use, of the GPU's.
+    """
+
+    def __init__(self, states: tuple[torch.Tensor, ...]):
+        self._states = states
+
+    @classmethod
+    def current(cls) -> GlobalStreams:
+        """Take down the state that they are in."""
+        import torch
+
+        cuda = (torch.cuda.get_rng_state(),) if torch.cuda.is_initialized() else ()
+        return cls((torch.default_generator.get_state(), *cuda))
+
+    def restore(self) -> None:
+        """Bring them back to this state."""
+        import torch
+
+        torch.default_generator.set_state(self._states[0])
+        if len(self._states) > 1:
+            torch.cuda.set_rng_state(self._states[1])

@@ -77,7 +77,7 @@ def test_a_method_of_one_round_takes_all_steps_in_it(script, tmp_path):
         60,
     )
     script.assert_equal_work([average, single])
-    with pytest.raises(AssertionError, match="one_shot takes 10 local steps, others 30"):
+    with pytest.raises(AssertionError, match="one_shot takes 10 local_training steps, others 30"):
         script.assert_equal_work([average, planned[1]._replace(recipe=_once(planned[1].recipe))])
     longer = replace(average.recipe, local_training=replace(average.recipe.local_training, batch_size=16))
     with pytest.raises(AssertionError, match=r"fedavg differs in \['local_training.batch_size'\]"):

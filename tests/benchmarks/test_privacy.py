@@ -77,8 +77,8 @@ def test_noise_covers_the_claim_by_the_exact_curve_of_gaussian_mechanisms(script
             voting = script.votes(job, epsilon)["method"]["args"]
             count = round(voting["proxy_fraction"] * job.public)
             # two counts of one row change by one vote each
-            apart = math.sqrt(2 * count) / voting["release"]["args"]["noise"]
-            answers = script.responses(job, epsilon)["method"]["args"]["release"]["args"]
+            apart = math.sqrt(2 * count) / voting["private_release"]["args"]["noise"]
+            answers = script.responses(job, epsilon)["method"]["args"]["private_release"]["args"]
             for μ in (apart, 1 / answers["noise_multiplier"]):
                 assert 0.95e-5 < delta(epsilon, μ) <= 1e-5
 

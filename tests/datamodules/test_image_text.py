@@ -21,7 +21,7 @@ from fdl.datamodules.partition import ByGroup, ClassSplit
 from fdl.datamodules.samples import TensorSamples
 from fdl.datamodules.text import TextSamples
 from fdl.errors import UserError
-from fdl.modules.small_dual_encoder import TinyDualEncoder
+from fdl.modules.small_dual_encoder import SmallDualEncoder
 
 SPLITS = ("train", "proxy", "validation", "test")
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -390,7 +390,7 @@ def test_what_is_wrong_with_a_shard(tmp_path, monkeypatch):
 def test_a_plain_trainer_learns_from_it():
     torch.manual_seed(0)
     data = ready(CaptionedDigits(context=32, validation=0, batch_size=64))
-    model = TinyDualEncoder(dim=32, image="mlp", text="bag", width=32, **data.model_kwargs)
+    model = SmallDualEncoder(dim=32, image="mlp", text="bag", width=32, **data.model_kwargs)
     run = Trainer(
         accelerator="cpu",
         max_epochs=12,

@@ -109,7 +109,9 @@ def test_security_names_every_adversary_rule_attack_and_release():
     said = set(re.findall(r"`(\w+)`", liars.partition("They are simulations")[0]))
     assert said - {"adversaries"} == names("adversary")
     assert names("attack") <= set(spans(section(SECURITY, "Who sees what")))
-    assert {"noisy_responses", "noisy_votes", "noisy_prototypes"} <= names("option")
+    assert {"noisy_responses", "noisy_votes"} == names("private_release") and "noisy_prototypes" in names(
+        "prototype_transfer"
+    )
     confident = section(SECURITY, "Who sees what").split("**Confidence")[1]
     assert {"density", "domain_classifier", "validation", "sample_count", "entropy", "margin"} <= names("confidence")
     assert {"density", "domain_classifier", "validation", "sample_count"} <= set(re.findall(r"`(\w+)`", confident))

@@ -44,9 +44,9 @@ def test_an_empty_test_set_and_a_cut_at_nothing():
 
 
 def test_a_small_dual_encoder_learns_to_find_its_pairs():
-    from fdl.modules.small_dual_encoder import TinyDualEncoder
+    from fdl.modules.small_dual_encoder import SmallDualEncoder
     from fdl.modules.tokenizers import ByteTokenizer
-    from fdl.modules.zero_shot import padded
+    from fdl.modules.zero_shot import pad_texts
 
     class Icons(Pairs):
         """Noise for images, so that they differ in more than brightness."""
@@ -58,9 +58,9 @@ def test_a_small_dual_encoder_learns_to_find_its_pairs():
 
     tokenizer = ByteTokenizer()
     words = ["axe", "bow", "crown", "drum", "egg", "flute", "gem", "harp", "ivy", "jug"]
-    captions = padded([tokenizer.encode(f"an icon of {word}") for word in words]).tolist()
+    captions = pad_texts([tokenizer.encode(f"an icon of {word}") for word in words]).tolist()
     torch.manual_seed(0)
-    module = TinyDualEncoder(image="mlp", text="bag", input_shape=(1, 8, 8), tokenizer=tokenizer, context=20)
+    module = SmallDualEncoder(image="mlp", text="bag", input_shape=(1, 8, 8), tokenizer=tokenizer, context=20)
     world = server(Icons(captions), task="image_text", batch_size=4)
     before = Retrieval().evaluate(world, module)
     batch = world.test.batch(torch.arange(10))

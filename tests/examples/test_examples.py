@@ -42,7 +42,7 @@ def test_its_recipe_runs_and_the_student_learns(tmp_path, name, least):
 
 
 def test_scaffolds_control_variates_and_its_two_executors(tmp_path):
-    loops = [run("scaffold", tmp_path / name, f"client_execution={name}") for name in ("sequential", "batched")]
+    loops = [run("scaffold", tmp_path / name, f"client_execution={name}") for name in ("sequential", "vectorized")]
     for loop in loops:
         common = loop.server.state["control"]
         for name, control in common.items():  # all clients were heard, so the server's is the mean of theirs
@@ -73,7 +73,8 @@ def test_the_table_model_and_data_work_under_a_plain_trainer(tmp_path):
 def test_a_method_that_needs_embeddings_finds_them_in_the_table_model(tmp_path):
     method = ["method=fedproto", "specialists=[{target: examples.table_model.TableNet}]", "student=null"]
     loop = build(load(ROOT / "examples" / "table.yaml", [*QUIET, *method, "federation.rounds=1"]), tmp_path)
-    assert loop.clients[0].specialist().embedding_dim == 32
+    with loop.clients[0].turn():
+        assert loop.clients[0].specialist().embedding_dim == 32
     loop.run()
 
 

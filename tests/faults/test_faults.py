@@ -183,6 +183,9 @@ def finish(loop, resume=False):
     try:
         loop.run(resume=resume)
     except UserError as error:
+        if "no client sent anything" in str(error):  # a spared run of which every upload was to be lost
+            assert not loop.ledger.totals()["upload_bytes"]
+            return
         assert "no message of any client" in str(error)
         left = [set(map(str, r["cohort"])) - set(map(str, r["dropped"])) - r["refused"].keys() for r in loop.history]
         assert len(left) == ROUNDS and not any(left)
@@ -502,7 +505,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_it_goes_on(world, tmp_pat
         )  # every round is the best
         with pytest.raises(UserError, match=rf"{where}.*: cannot be written: No space left on device"):
             loop.run()
-    assert checkpoint.load(tmp_path / "run" / "checkpoints")[0]["round"] == 1
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints")[0]["round"] == 1
     resumed = federation(world, tmp_path / "run", Faulty, SOME)
     resumed.run(resume=True)
     assert resumed.resumed_from == 1
@@ -550,7 +553,7 @@ def test_faults_in_a_recipe_and_a_proxy_set_that_changed(tmp_path, monkeypatch):
     from fdl.runs import run as runs
 
     recipe = from_mapping({**RECIPE, "faults": FAULTS})
-    summary = runs.fit(recipe, tmp_path)
+    summary = runs.run_recipe(recipe, tmp_path)
     assert [record["cohort"] for record in summary["history"]] == [[0, 1], [0, 1, 2]]
     assert [list(record["refused"]) for record in summary["history"]] == [["1"], ["1"]]
     assert json.loads((tmp_path / "summary.json").read_text())["rounds"] == 2
@@ -563,7 +566,7 @@ def test_faults_in_a_recipe_and_a_proxy_set_that_changed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Digits, "setup", changed)
     with pytest.raises(UserError, match="the data, or who holds which of them, changed since this checkpoint"):
-        runs.fit(from_mapping({**RECIPE, "faults": FAULTS}, ["federation.rounds=3"]), tmp_path, resume=True)
+        runs.run_recipe(from_mapping({**RECIPE, "faults": FAULTS}, ["federation.rounds=3"]), tmp_path, resume=True)
 
 
 def test_mistakes_in_faults_are_named():
@@ -573,7 +576,7 @@ def test_mistakes_in_faults_are_named():
         {"target": "late_join", "args": {"clients": [0], "round": 0}},
         {"target": "dropout", "args": {"chance": 0.5, "when": "later"}},
         {"target": "dropout", "args": {"chance": 0.5, "away": -1}},
-        {"target": "vanishes"},
+        {"target": "dropouts"},
     ]
     with pytest.raises(RecipeError) as caught:
         from_mapping({**RECIPE, "faults": faults, "federation": {"clients": 3, "deadline": 0}})
@@ -586,7 +589,7 @@ def test_mistakes_in_faults_are_named():
         "faults.3.args.when",
         "faults.4.args.away: away must be at least 0",
         "faults.5",
-        "'vanish'",
+        "'dropout'",
     ):
         assert part in text
     with pytest.raises(RecipeError, match=r"faults\.0\.args\.clients: there is no client 3: the ids are 0 … 2"):

@@ -7,6 +7,7 @@ import torch
 
 from fdl.comm.stages.quantize import Quantize
 from fdl.errors import RejectedMessageError, UserError
+from fdl.federation.local_turns import run_local_update
 from fdl.knowledge.confidence.base import SampleCount
 from fdl.knowledge.confidence.pairs import PairConfidence
 from fdl.knowledge.transfer.embeddings import answers
@@ -106,11 +107,10 @@ def test_of_a_download_that_the_link_cut_short_the_rest_teaches(tmp_path):
     loop.start_round(1)
     client, rows = loop.clients[0], torch.arange(0, 60, 3)
     whole = answers(loop.server, loop.server.student, loop.server.proxy)
-    with client.turn():
-        upload = loop.method.local_update(client, Responses(whole[rows], "embeddings", rows))
+    upload = run_local_update(loop.method, client, Responses(whole[rows], "embeddings", rows))
     assert upload.values.shape == (60, 16) and 0 < client.metrics["digest/loss"] < 10
-    with pytest.raises(RejectedMessageError, match="expected embeddings"), client.turn():
-        loop.method.local_update(client, Responses(whole.softmax(1), "probabilities"))
+    with pytest.raises(RejectedMessageError, match="expected embeddings"):
+        run_local_update(loop.method, client, Responses(whole.softmax(1), "probabilities"))
 
 
 def test_other_data_are_refused(tmp_path):

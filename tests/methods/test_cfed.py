@@ -56,13 +56,13 @@ def test_a_client_s_loss_is_the_formula_over_the_classes_known_before(tmp_path):
 
     client = federation(FedAvg(), tmp_path).clients[1]
     client.arrival, client.num_classes, client.stage = ClassIncremental(2, order=[2, 0, 1, 3]), 4, 1
-    noted, module = torch.tensor([[1.0, 5.0, 2.0, 4.0], [0.0, 7.0, 3.0, 1.0]]), Wide()
+    previous, module = torch.tensor([[1.0, 5.0, 2.0, 4.0], [0.0, 7.0, 3.0, 1.0]]), Wide()
     batch = client.train.batch(torch.arange(3))
-    got = CFeD(weight=3.0, temperature=2.0)._rehearsing(client, noted)(module, batch)
+    got = CFeD(weight=3.0, temperature=2.0)._rehearsal_objective(client, previous)(module, batch)
     rows = torch.randint(2, (3,), generator=client.rng("rehearse"))
     known = torch.tensor([0, 2])
     ours = F.log_softmax(module.linear(client.proxy.batch(rows)[0])[:, known] / 2, dim=1)
-    soft = 4 * F.kl_div(ours, F.softmax(noted[rows][:, known] / 2, dim=1), reduction="batchmean")
+    soft = 4 * F.kl_div(ours, F.softmax(previous[rows][:, known] / 2, dim=1), reduction="batchmean")
     hard = F.cross_entropy(module.linear(batch[0]), batch[1])
     torch.testing.assert_close(got["loss"], hard + 3 * soft)
     torch.testing.assert_close(got["distillation"], soft.detach())
@@ -110,12 +110,12 @@ def test_settings_that_mean_nothing_are_refused(tmp_path):
 
 def test_a_round_s_clients_are_divided_into_learners_and_reviewers(tmp_path):
     # each takes one full-batch step from the same weights: a learner down the gradient of CE on its own sample, a
-    # reviewer down that of λ T² KL(noted ‖ now) on the proxy set, λ T (now - noted) / n in its logits
+    # reviewer down that of λ T² KL(previous ‖ now) on the proxy set, λ T (now - previous) / n in its logits
     method = CFeD(weight=3.0, temperature=2.0, reviewers=0.5, server_distillation=False)
     loop = staged(method, tmp_path, rounds=10, local_training=1)
     loop.set_up()
     loop.run_round(1)
-    noted = weight(loop.server.student).T.clone()
+    previous = weight(loop.server.student).T.clone()
     reviewed = []
     for round in range(2, 11):
         start = weight(loop.server.student).clone()
@@ -127,7 +127,7 @@ def test_a_round_s_clients_are_divided_into_learners_and_reviewers(tmp_path):
         for client, (row, label) in enumerate([(0, 0), (1, 1)]):
             gradient = torch.zeros(2, 2)  # of the logits of both proxy rows, which are the private samples, too
             if client in answers:
-                gradient = 3 * 2 * (torch.softmax(start.T / 2, 1) - torch.softmax(noted / 2, 1)) / 2
+                gradient = 3 * 2 * (torch.softmax(start.T / 2, 1) - torch.softmax(previous / 2, 1)) / 2
             else:
                 gradient[row] = torch.softmax(start.T[row], 0) - F.one_hot(torch.tensor(label), 2)
             ends.append(start - gradient.T)
@@ -144,8 +144,8 @@ def test_the_share_of_reviewers_is_met(tmp_path, share, cohort, counts):
     for round in range(1, 301):
         server.start_round(round)
         server.cohort = [3 * i for i in range(cohort)]
-        chosen = method._reviewing(server)
-        assert chosen <= set(server.cohort) and chosen == method._reviewing(server)
+        chosen = method._reviewers(server)
+        assert chosen <= set(server.cohort) and chosen == method._reviewers(server)
         found.append(len(chosen))
         times.update(chosen)
     assert set(found) == counts

@@ -160,8 +160,8 @@ def test_restarted_specialists_know_only_what_came_back(tmp_path):
     loop = toy(tmp_path, rounds=2, reinitialize_clients=True)
     seen = []
     digest = loop.clients[0].fit
-    loop.clients[0].fit = lambda module, *rest, name="fit": (
-        seen.append((name, weight(module).clone())) or digest(module, *rest, name=name)
+    loop.clients[0].fit = lambda module, samples, config, objective, name: (
+        seen.append((name, weight(module).clone())) or digest(module, samples, config, objective, name)
     )
     loop.run()
     # round 1 trains; round 2 begins at a new model, here zeros again, digests and trains
@@ -335,7 +335,7 @@ def test_an_upload_that_does_not_fit_is_refused_whole(tmp_path, spoil, reason):
     update = loop.method.local_update
 
     def bad(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         return spoil(message) if client.id == 1 else message
 
     loop.method.local_update = bad

@@ -113,7 +113,7 @@ def test_fine_tuning_happens_once_at_every_site_from_the_public_weights(tmp_path
     # one step on the own sample moves the logits of its input by ±(1 - σ(t)); the other column is the public one
     tuned = [t + 2 * (1 - sigma(t)) for t in (T0, T1)]
     for client, margin in zip(loop.clients, tuned):
-        own = client.state["answers"][0, client.id].item()
+        own = client.state["predictions"][0, client.id].item()
         assert own == pytest.approx(sigma(margin), rel=1e-5)
     assert torch.equal(weight(loop.runtime.shared_module("linear")), Foundation().linear.weight)
     fits = [[name for name in r["clients"]["0"] if name.startswith("fine_tune")] for r in loop.history]
@@ -146,7 +146,7 @@ def test_fine_tuned_models_learn_and_answer_what_arrives_later(tmp_path):
     fits = [[name for name in r["clients"]["0"] if name.startswith("fine_tune")] for r in loop.history]
     assert fits == [["fine_tune/0/loss"], ["fine_tune/0/loss"], []]
     # logits of (0, 1) are (0, T1): one step from there, not from what was tuned on (1, 0)
-    own = loop.clients[0].state["answers"]
+    own = loop.clients[0].state["predictions"]
     assert own[0, 1].item() == pytest.approx(sigma(T1 + 2 * (1 - sigma(T1))), rel=1e-5)
     crashed = staged(tmp_path / "crashed", 2)
     crashed.run()

@@ -7,7 +7,7 @@ import torch
 
 from fdl.errors import RejectedMessageError, UserError
 from fdl.messages import QuantizedLogWeights, Responses
-from fdl.methods.fedgems import CERTAIN, FedGEMS, RightOnes
+from fdl.methods.fedgems import MIN_ENTROPY, CorrectClientMean, FedGEMS
 from tests.test_loop import Crash, outcome
 from tests.toy import E0, E1, federation, samples, weight
 
@@ -57,14 +57,14 @@ def test_what_was_right_once_is_remembered(tmp_path):
 
 def test_weights_are_a_softmax_of_inverse_entropies_over_those_who_are_right():
     logits = [[[1.0, 0.0, 0.0]], [[3.0, 0.0, 1.0]], [[0.0, 5.0, 0.0]], [[40.0, 0.0, 0.0]]]
-    mean = RightOnes(torch.tensor([0]), 3)
+    mean = CorrectClientMean(torch.tensor([0]), 3)
     for client, values in enumerate(logits):
         mean.add(Responses(torch.tensor(values), "logits"), client)
     weights = {}
     for client in (0, 1, 3):  # client 2 is wrong
         exps = [math.exp(v) for v in logits[client][0]]
         entropy = -sum(e / sum(exps) * math.log(e / sum(exps)) for e in exps)
-        weights[client] = math.exp(1 / max(entropy, CERTAIN))
+        weights[client] = math.exp(1 / max(entropy, MIN_ENTROPY))
     total = sum(weights.values())
     expected = [sum(w / total * logits[c][0][k] for c, w in weights.items()) for k in range(3)]
     torch.testing.assert_close(mean.result().values, torch.tensor([expected]))
@@ -81,7 +81,7 @@ def test_weights_are_a_softmax_of_inverse_entropies_over_those_who_are_right():
     ],
 )
 def test_answers_that_do_not_fit_are_refused(message, reason):
-    mean = RightOnes(torch.tensor([0, 1]), 2)
+    mean = CorrectClientMean(torch.tensor([0, 1]), 2)
     with pytest.raises(RejectedMessageError, match=reason):
         mean.add(message, 0)
     assert mean.result() is None

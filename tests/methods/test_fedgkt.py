@@ -48,7 +48,7 @@ def test_two_rounds_by_hand(tmp_path):
     torch.testing.assert_close(clients[0], torch.tensor([[own[0], 0.0], [-own[0], 0.0]]))
     torch.testing.assert_close(clients[1], torch.tensor([[0.0, -own[1]], [0.0, own[1]]]))
     torch.testing.assert_close(weight(loop.server.teacher), torch.tensor([[tail[0], -tail[1]], [-tail[0], tail[1]]]))
-    answers = loop.server.state["answers"]
+    answers = loop.server.state["predictions"]
     torch.testing.assert_close(answers["1"], torch.tensor([[-tail[1], tail[1]]] * 3))
 
 
@@ -86,7 +86,7 @@ def test_features_of_a_layer_keep_their_shape_for_the_server(tmp_path):
     method, module = FedGKT("here"), Convolution()
     features = method._features(module, torch.arange(18.0).view(2, 1, 3, 3))
     assert features.shape == (2, 9)
-    assert torch.equal(method._shaped(module, features), torch.arange(18.0).view(2, 1, 3, 3))
+    assert torch.equal(method._reshape(module, features), torch.arange(18.0).view(2, 1, 3, 3))
 
 
 def test_the_ledger_says_loudly_what_leaves(tmp_path):
@@ -106,7 +106,9 @@ def test_a_resumed_run_equals_the_straight_one(tmp_path, crash_in):
     resumed = toy(tmp_path / "crashed", **settings)
     resumed.run(resume=True)
     assert outcome(resumed) == outcome(straight)
-    assert torch.equal(resumed.server.state["tail"]["linear.weight"], straight.server.state["tail"]["linear.weight"])
+    assert torch.equal(
+        resumed.server.state["teacher"]["linear.weight"], straight.server.state["teacher"]["linear.weight"]
+    )
 
 
 def message(features=(3, 4), logits=(3, 2), labels=(0, 1, 1)):
@@ -135,9 +137,9 @@ def test_the_message_crosses_the_wire():
     ],
 )
 def test_uploads_that_do_not_fit_are_refused(bad, reason):
-    from fdl.methods.fedgkt import _Everything
+    from fdl.methods.fedgkt import _FeatureCollection
 
-    everything = _Everything(2, 4)
+    everything = _FeatureCollection(2, 4)
     with pytest.raises(RejectedMessageError, match=reason):
         everything.add(bad, 0)
     assert everything.result() is None

@@ -153,7 +153,7 @@ def test_the_student_is_the_mean_of_what_sites_have_in_every_round(tmp_path, agg
     update, learn = method.local_update, method.server_update
 
     def seen(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         total = client.state.get("base", {}).get("total", {}).get("linear", torch.zeros(2, 2))
         sites.append(client.samples / 4 * (total + SCALE * message.tensors[B] @ message.tensors[A]))
         return message
@@ -188,7 +188,7 @@ def test_sites_that_missed_rounds_have_the_servers_weights_when_they_train(tmp_p
 
     def checked(client, download):
         before = client.state.get("base", {"version": 0})["version"]
-        message = update(client, download)
+        message = yield from update(client, download)
         base, own = loop.server.state["base"], client.state.get("base", {"version": 0, "total": {}})
         assert own["version"] == base["version"] and own["total"].keys() == base["total"].keys()
         for layer, total in base["total"].items():
@@ -235,7 +235,7 @@ def test_an_addition_is_taken_in_once_though_its_receipt_was_not_confirmed(tmp_p
     update = method.local_update
 
     def spoilt(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         base = loop.server.state["base"]
         if base["version"]:
             assert torch.equal(client.state["base"]["total"]["linear"], base["total"]["linear"])
@@ -395,7 +395,7 @@ def test_a_vision_transformer(tmp_path, name):
     method, update, uploads = loop.method, loop.method.local_update, []
 
     def seen(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         layer = low_rank_layers(client.runtime.shared_module("student"))[0]
         total = client.state.get("base", {}).get("total", {}).get(layer.name, 0)
         delta = 2.0 * message.tensors[layer.b] @ message.tensors[layer.a]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fdl.errors import UserError
+from fdl.federation.local_turns import run_local_update
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.methods.fedproto import FedProto
 from fdl.methods.single_site import SingleSite
@@ -92,7 +93,7 @@ def test_classes_without_a_prototype_add_nothing(tmp_path):
     loop.run()
     loop.start_round(2)
     loop.clients[0].train = samples([E0, E0], [0, 1])
-    objective = loop.method._near(loop.clients[0], loop.download_for(0))
+    objective = loop.method._prototype_objective(loop.clients[0], loop.download_for(0))
     with loop.clients[0].turn():
         module = loop.clients[0].specialist()
         parts = objective(module, loop.clients[0].train.batch(torch.tensor([0, 1])))
@@ -104,8 +105,7 @@ def test_a_class_that_nobody_sent_keeps_its_prototype(tmp_path):
     loop.run()
     loop.start_round(2)
     aggregate = loop.method.aggregate(loop.server)
-    with loop.clients[0].turn():
-        message = loop.method.local_update(loop.clients[0], None)
+    message = run_local_update(loop.method, loop.clients[0], None)
     aggregate.add(replace(message, labels=torch.tensor([1])), 0)
     loop.method.server_update(loop.server, aggregate.result())
     values = loop.server.state["prototypes"]["values"]
@@ -125,8 +125,7 @@ def test_head_and_nearest_prototype_are_judged_on_held_out_samples(tmp_path):
     assert seen["held_out/nearest_prototype"] == pytest.approx(2 / 3)  # right, right, wrong
     loop.clients[0].calibration = samples([[-0.5, 0.0], [-0.5, 0.0], [-0.5, 0.0]], [0, 0, 1])
     loop.start_round(3)
-    with loop.clients[0].turn():
-        loop.method.local_update(loop.clients[0], loop.download_for(0))
+    run_local_update(loop.method, loop.clients[0], loop.download_for(0))
     seen = loop.clients[0].metrics
     assert (seen["held_out/head"], seen["held_out/nearest_prototype"]) == pytest.approx((1 / 3, 2 / 3))
 
@@ -190,9 +189,12 @@ def test_rounds_can_be_estimated(tmp_path):
 def test_prototypes_that_do_not_fit_are_refused(tmp_path, spoil, reason):
     loop, alone = toy(FedProto(), tmp_path / "a"), toy(FedProto(), tmp_path / "b")
     update = loop.method.local_update
-    loop.method.local_update = lambda client, download: (
-        replace(update(client, download), **spoil) if client.id == 1 else update(client, download)
-    )
+
+    def bad(client, download):
+        message = yield from update(client, download)
+        return replace(message, **spoil) if client.id == 1 else message
+
+    loop.method.local_update = bad
     loop.run()
     assert reason in loop.history[0]["refused"]["1"]
     alone.cohort = lambda round: ([0], [])

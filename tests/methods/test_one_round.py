@@ -193,7 +193,7 @@ def test_a_confidence_is_sent_by_all_or_by_none(tmp_path, asked):
     update = loop.method.local_update
 
     def cheat(client, download):
-        message = update(client, download)
+        message = yield from update(client, download)
         if client.id == 1:
             confidence = None if asked else QuantizedLogWeights.quantize(torch.full((2,), 30.0))
             message = replace(message, confidence=confidence)

@@ -10,6 +10,7 @@ from fdl.build import build
 from fdl.comm.stages.entropy import Deflate
 from fdl.comm.stages.quantize import Quantize
 from fdl.errors import RejectedMessageError, UserError
+from fdl.federation.local_turns import run_local_update
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
 from fdl.knowledge.confidence.tokens import BayesianMixture, TokenEntropy
@@ -156,10 +157,9 @@ def test_a_round_asks_all_clients_for_the_same_windows(tmp_path):
     loop.start_round(2)
     answers = []
     for client in loop.clients:
-        with client.turn():
-            answers.append(loop.method.local_update(client, None).rows)
+        answers.append(run_local_update(loop.method, client, None).rows)
     assert torch.equal(*answers) and len(answers[0]) == 2
-    assert loop.server.state["answers"]["sizes"].shape == (2, LENGTH)
+    assert loop.server.state["mixture"]["sizes"].shape == (2, LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_specialist_with_another_tokenizer_takes_part(words, tmp_path):
     assert {row.client for row in loop.ledger.rows() if row.direction == "down"} == {bytes_only.id}
     # what it answers: where a word ends, the next byte, as the text itself has it
     with of_words.turn():
-        answers = loop.method.answering.upload(of_words, of_words.specialist(), None)
+        answers = loop.method.uploads.upload(of_words, of_words.specialist(), None)
     answers.validate()
     tokens = loop.server.proxy.batch(torch.arange(len(loop.server.proxy)))[0]
     answered = answers.sizes > 0
@@ -292,8 +292,7 @@ def test_answers_over_another_vocabulary_are_refused(tmp_path):
     loop = federation(TokenDistillation(), tmp_path)
     loop.set_up()
     loop.start_round(1)
-    with loop.clients[0].turn():
-        upload = dataclasses.replace(loop.method.local_update(loop.clients[0], None), vocab=7)
+    upload = dataclasses.replace(run_local_update(loop.method, loop.clients[0], None), vocab=7)
     with pytest.raises(RejectedMessageError, match="vocabulary of 7, expected 5"):
         loop.method.aggregate(loop.server).add(upload, 0)
 
@@ -400,10 +399,9 @@ def test_the_form_of_what_comes_back_is_that_of_the_mode_and_picks_the_loss(tmp_
         assert message.form == form and set(modes) == {mode}
         modes.clear()
     # a list of the likeliest is never taken for draws, whoever sends it
-    top = SparseResponses(**loop.server.state["answers"])
+    top = SparseResponses(**loop.server.state["mixture"])
     client, sampled = loop.clients[0], TokenDistillation(mode="sampled", draws=9)
-    with client.turn():
-        sampled.local_update(client, top)
+    run_local_update(sampled, client, top)
     assert set(modes) == {"tail"}
 
 

@@ -6,7 +6,7 @@ import torch
 from lightning import Trainer
 from torch import nn
 
-from fdl.modules.custom import Dotted
+from fdl.modules.custom import CustomNetwork
 from fdl.modules.small_classifiers import CNN, MLP, ViT
 from fdl.modules.timm_model import Timm
 from fdl.modules.torchvision_model import Torchvision
@@ -20,7 +20,7 @@ FAMILIES = {
     "vit": lambda **more: ViT(dim=16, depth=1, heads=2, **GREY, **more),
     "timm": lambda **more: Timm("test_vit", **COLOUR, **more),
     "torchvision": lambda **more: Torchvision("shufflenet_v2_x0_5", **COLOUR, **more),
-    "custom": lambda **more: Dotted("tests.modules.makers.logits_alone", {"width": 12}, **GREY, **more),
+    "custom": lambda **more: CustomNetwork("tests.modules.makers.logits_alone", {"width": 12}, **GREY, **more),
 }
 
 

@@ -108,7 +108,7 @@ def of_first_bytes(own: torch.Tensor) -> torch.Tensor:
 
 
 def test_answers_are_the_models_own_for_what_its_tokens_begin_with(module):
-    ids, p, valid = module.sparse_answers(WINDOWS, 257)
+    ids, p, valid = module.top_predictions(WINDOWS, 257)
     assert valid.tolist() == [
         [False, False, True, True, True, True, True, True, False, False, True],
         [True, True, True, True, False, True, *[False] * 5],
@@ -123,7 +123,7 @@ def test_answers_are_the_models_own_for_what_its_tokens_begin_with(module):
 
 
 def test_few_answers_are_the_likeliest_of_many(module):
-    many, few = module.sparse_answers(WINDOWS, 257), module.sparse_answers(WINDOWS, 4)
+    many, few = module.top_predictions(WINDOWS, 257), module.top_predictions(WINDOWS, 4)
     assert torch.equal(few[0], many[0][..., :4])
     assert torch.equal(few[1], many[1][..., :4])
 
@@ -143,10 +143,10 @@ def test_what_stands_for_no_text_is_left_for_the_tail(tmp_path):
     draws, own = 20_000, own_logits(module, "the").detach().softmax(-1)[0]
     rest = float(own[259:].sum())
     assert rest > 0.1
-    ids, p, valid = module.sparse_answers(WINDOWS[:1, :3], 257)
+    ids, p, valid = module.top_predictions(WINDOWS[:1, :3], 257)
     assert valid.tolist() == [[False, False, True]]
     assert float(p[0, 2].sum()) == pytest.approx(1 - rest, abs=1e-5)
-    ids, seen, _ = module.sampled_answers(WINDOWS[:1, :3], draws, torch.Generator().manual_seed(0))
+    ids, seen, _ = module.sampled_predictions(WINDOWS[:1, :3], draws, torch.Generator().manual_seed(0))
     expected = of_first_bytes(own)
     frequencies = torch.zeros(257).scatter_add_(0, ids[0, 2].clamp_min(0), seen[0, 2])
     assert bool(((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4).all())
@@ -175,7 +175,7 @@ def test_windows_that_are_too_long_are_read_in_pieces():
         "gpt2", config=DECODERS["gpt2"], own_tokenizer="bytes", own_context=4, tokenizer=WORDS, context=6
     ).eval()
     tokens = padded([WORDS.encode("the cat")])  # seven bytes: "the " and "cat"
-    ids, p, valid = module.sparse_answers(tokens, 300)
+    ids, p, valid = module.top_predictions(tokens, 300)
     assert valid.tolist() == [[True] * 5]
     for piece, place, position in (("the ", 2, 0), ("the ", 3, 1), ("cat", 0, 2), ("cat", 2, 4)):
         own = module.network(input_ids=torch.tensor([of_bytes(piece)])).logits[0, place].softmax(-1)
@@ -208,7 +208,7 @@ def test_a_model_with_its_own_tokenizer_trains_on_the_datas_windows(tmp_path):
     trainer.fit(module, loader, loader)
     assert float(trainer.callback_metrics["validation/loss"]) < 0.3 * math.log(257)
     module.eval()
-    ids, _, valid = module.sparse_answers(tokens[:1], 1)
+    ids, _, valid = module.top_predictions(tokens[:1], 1)
     assert bool(valid.all())
     assert ids[0, 1:4, 0].tolist() == of_bytes("cat")
     continued = module.generate(padded([WORDS.encode("the ")]), 3)

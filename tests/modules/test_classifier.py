@@ -227,7 +227,7 @@ def test_a_backbone_may_return_its_own_embedding():
 
 def test_a_backbone_of_another_number_of_classes_is_refused():
     with pytest.raises(
-        UserError, match=r"Sequential answers one image with logits of shape \[1, 7\], expected \[1, 10\]"
+        UserError, match=r"Sequential returns logits of shape \[1, 7\] for one image, expected \[1, 10\]"
     ):
         ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 7)), **GREY)
 

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 from fdl.errors import UserError
 from fdl.losses.contrastive import info_nce, sigmoid_loss
-from fdl.modules.dual_encoder import scale_of
-from fdl.modules.small_dual_encoder import BagOfWordsTower, TinyDualEncoder
+from fdl.modules.dual_encoder import logit_scale_of
+from fdl.modules.small_dual_encoder import BagOfWordsTower, SmallDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from tests.modules.makers import quiet_trainer
 from tests.pairs import blobs, tiny
@@ -75,7 +75,7 @@ def test_the_scale_is_kept_below_one_hundred():
     module = tiny()()
     with torch.no_grad():
         module.logit_scale.fill_(math.log(1000))
-    assert scale_of(module) == 100
+    assert logit_scale_of(module) == 100
     module.training_step((blobs(4).batch(torch.arange(4))[0], None))
     assert module.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
 
@@ -107,4 +107,4 @@ def test_it_trains_with_a_plain_trainer():
 )
 def test_what_does_not_fit_is_said(settings, message):
     with pytest.raises(UserError, match=message):
-        TinyDualEncoder(**settings, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=12)
+        SmallDualEncoder(**settings, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=12)

@@ -66,6 +66,6 @@ def test_a_hub_that_answers_is_used(monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        with hub.hub() as why:
+        with hub.hub_or_cache() as why:
             assert (why, constants.HF_HUB_OFFLINE) == ("", False)
         server.shutdown()

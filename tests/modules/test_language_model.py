@@ -116,18 +116,18 @@ def test_features_are_captured():
 
 def test_sparse_answers_are_the_likeliest_tokens_and_their_probabilities():
     module, tokens = make("llama", chunk=5), windows()
-    ids, p, valid = module.sparse_answers(tokens, 6)
+    ids, p, valid = module.top_predictions(tokens, 6)
     expected, order = module(tokens).logits.softmax(-1).topk(6, -1)
     assert torch.equal(ids[valid], order[valid])
     torch.testing.assert_close(p[valid], expected[valid])
     assert torch.equal(valid, tokens >= 0)
-    assert module.sparse_answers(tokens, 1000)[0].shape[-1] == 257
+    assert module.top_predictions(tokens, 1000)[0].shape[-1] == 257
 
 
 def test_ids_that_only_pad_a_vocabulary_are_not_answered():
     module, tokens = make(config={"vocab_size": 300}), windows()
     assert module(tokens).logits.shape[-1] == 300
-    ids, _, _ = module.sparse_answers(tokens, 280)
+    ids, _, _ = module.top_predictions(tokens, 280)
     assert ids.shape[-1] == 257
     assert int(ids.max()) == 256
 
@@ -135,7 +135,7 @@ def test_ids_that_only_pad_a_vocabulary_are_not_answered():
 def test_sampled_answers_have_the_models_probabilities_as_their_mean():
     module, tokens = make("gpt_neox"), windows()[:1, :2]
     draws = 20_000
-    ids, p, valid = module.sampled_answers(tokens, draws, torch.Generator().manual_seed(0), temperature=0.5)
+    ids, p, valid = module.sampled_predictions(tokens, draws, torch.Generator().manual_seed(0), temperature=0.5)
     expected = (module(tokens).logits[0, 1] / 0.5).softmax(-1)
     seen = torch.zeros(257).scatter_add_(0, ids[0, 1].clamp_min(0), p[0, 1])
     assert bool(((seen - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4).all())

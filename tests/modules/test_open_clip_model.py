@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from fdl.errors import UserError
 from fdl.modules.clip_tokenizer import ClipTokenizer
-from fdl.modules.open_clip_model import OpenClip, framed
+from fdl.modules.open_clip_model import OpenClip, add_start_and_end
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.state.weights import module_state
 
@@ -42,8 +42,8 @@ SIZES = {"vocab_size": 259, "context_length": 12}
 def test_texts_are_framed_once_and_cut_before_the_end_mark():
     tokens = torch.tensor([[1, 2, 3, -1], [99, 1, 100, -1], [-1, -1, -1, -1], [4, 5, 6, 7]])
     expected = [[99, 1, 2, 3, 100], [99, 1, 100, 0, 0], [99, 100, 0, 0, 0], [99, 4, 5, 6, 100]]
-    assert framed(tokens, 99, 100, 5).tolist() == expected
-    longer = framed(tokens, 99, 100, 7)
+    assert add_start_and_end(tokens, 99, 100, 5).tolist() == expected
+    longer = add_start_and_end(tokens, 99, 100, 7)
     assert longer[3].tolist() == [99, 4, 5, 6, 7, 100, 0]
 
 
@@ -51,7 +51,7 @@ def test_texts_are_framed_once_and_cut_before_the_end_mark():
 def test_a_local_file_gives_open_clips_own_vectors(weights, file):
     network, folder = weights
     module = OpenClip(config=CONFIG, checkpoint=str(folder / file), **DATA).eval()
-    texts = framed(TOKENS, 257, 258, 12)
+    texts = add_start_and_end(TOKENS, 257, 258, 12)
     with torch.no_grad():
         torch.testing.assert_close(module.encode_image(IMAGES), network.encode_image(IMAGES, normalize=True))
         torch.testing.assert_close(module.encode_text(TOKENS), network.encode_text(texts, normalize=True))

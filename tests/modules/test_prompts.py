@@ -14,13 +14,13 @@ from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.open_clip_model import OpenClip
 from fdl.modules.prompt_generator import PromptGenerator
 from fdl.modules.prompted_dual_encoder import PromptedDualEncoder
-from fdl.modules.prompts import inserted, placeholder_for, sentences_of
-from fdl.modules.small_dual_encoder import TinyDualEncoder
+from fdl.modules.prompts import placeholders_replaced, unused_token_id, with_placeholders
+from fdl.modules.small_dual_encoder import SmallDualEncoder
 from fdl.modules.soft_prompts import SoftPromptLM
 from fdl.modules.timm_model import Timm
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.modules.visual_prompts import PromptedViT
-from fdl.modules.zero_shot import zero_shot_classifier, zero_shot_question
+from fdl.modules.zero_shot import zero_shot_classifier, zero_shot_selector
 from fdl.state.weights import load_into, module_state
 from tests.modules.test_language_model import make
 from tests.modules.test_zero_shot_classifier import named  # noqa: F401
@@ -47,7 +47,7 @@ def step(module, batch, rate=0.1):
 def test_vectors_stand_where_the_placeholder_stands_and_get_the_gradient():
     embedding, vectors = nn.Embedding(5, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
     tokens = torch.tensor([[3, 4, 4, 0], [4, 1, 4, 2]])
-    with inserted(embedding, 4, vectors):
+    with placeholders_replaced(embedding, 4, vectors):
         out = embedding(tokens)
     assert torch.equal(out[0, 1:3], vectors) and torch.equal(out[1, [0, 2]], vectors)
     assert torch.equal(out[0, [0, 3]], embedding.weight[[3, 0]])
@@ -57,14 +57,14 @@ def test_vectors_stand_where_the_placeholder_stands_and_get_the_gradient():
 
 
 def test_the_placeholder_is_no_token_of_a_text():
-    assert placeholder_for([[1, 3], [2]], marks=[4]) == 5
-    assert sentences_of([[7], [8, 9]], 5, 2).tolist() == [[5, 5, 7, -1], [5, 5, 8, 9]]
+    assert unused_token_id([[1, 3], [2]], marks=[4]) == 5
+    assert with_placeholders([[7], [8, 9]], 5, 2).tolist() == [[5, 5, 7, -1], [5, 5, 8, 9]]
 
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
     torch.manual_seed(0)
-    module = TinyDualEncoder(dim=12, width=16, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=32).eval()
+    module = SmallDualEncoder(dim=12, width=16, input_shape=(1, 8, 8), tokenizer=ByteTokenizer(), context=32).eval()
     path = tmp_path_factory.mktemp("towers") / "towers.safetensors"
     save_file(module_state(module), path)
     return module, str(path)
@@ -82,7 +82,7 @@ def test_untrained_prompts_answer_as_the_words_they_start_from(towers, kind):
     classifier = zero_shot_classifier(towers[0], ByteTokenizer(), NAMES, ["a sketch of {}."])
     with torch.no_grad():
         output = module(images)
-        torch.testing.assert_close(output.logits, zero_shot_question(classifier)(towers[0], images))
+        torch.testing.assert_close(output.logits, zero_shot_selector(classifier)(towers[0], images))
         torch.testing.assert_close(output.embedding, towers[0].encode_image(images))
 
 
@@ -116,7 +116,7 @@ def test_new_classes_are_answered_but_no_step_learns_their_names(towers, kind):
     module = prompted(towers, kind, new=["eleven"]).train()
     text = lambda name: zero_shot_classifier(towers[0], ByteTokenizer(), [name], ["a sketch of {}."])  # noqa: E731
     weights = torch.cat([text("one"), text("two")])
-    expected = F.cross_entropy(zero_shot_question(weights)(towers[0], images), labels)
+    expected = F.cross_entropy(zero_shot_selector(weights)(towers[0], images), labels)
     torch.testing.assert_close(module.training_step((images, labels))["loss"], expected)
     before = module.eval()(images).logits.detach()
     step(module, (images, labels))
@@ -140,7 +140,7 @@ def test_a_model_of_open_clip(named):  # noqa: F811
     images = torch.rand(2, 3, 8, 8)
     classifier = zero_shot_classifier(both, tokenizer, NAMES, ["my big {}."])
     with torch.no_grad():
-        torch.testing.assert_close(module(images).logits, zero_shot_question(classifier)(both, images))
+        torch.testing.assert_close(module(images).logits, zero_shot_selector(classifier)(both, images))
     assert {k: tuple(v.shape) for k, v in module_state(module).items()} == {"backbone.prompt.shared": (2, 8)}
     assert step(module, (images, torch.tensor([0, 1]))) == {"backbone.prompt.shared"}
 

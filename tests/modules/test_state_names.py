@@ -13,7 +13,7 @@ from torch import nn
 
 from fdl.errors import UserError
 from fdl.modules.checkpoints import read_weights
-from fdl.modules.state_names import fitted, misfit, weights_within
+from fdl.modules.state_names import describe_mismatch, find_state_dict, strip_wrapper_prefixes
 from fdl.modules.timm_model import Timm
 
 WEIGHTS = {"stem.weight": torch.arange(6.0).reshape(2, 3), "head.module.bias": torch.ones(2)}
@@ -43,36 +43,38 @@ def under(prefix):
 )
 def test_prefixes_go_in_any_order_and_are_named(prefix, caplog):
     with caplog.at_level(logging.INFO, "fdl"):
-        assert same(fitted(under(prefix), WEIGHTS, "w.pth"))
+        assert same(strip_wrapper_prefixes(under(prefix), WEIGHTS, "w.pth"))
     # what torch.compile and Fabric put in the middle goes first
-    assert "took the prefix" in caplog.text and "w.pth" in caplog.text
+    assert "removed the prefix" in caplog.text and "w.pth" in caplog.text
 
 
 def test_what_compiled_parts_are_called_goes_from_the_middle():
     assert same(
-        fitted({"stem._orig_mod.weight": WEIGHTS["stem.weight"], "head.module.bias": torch.ones(2)}, WEIGHTS, "w")
+        strip_wrapper_prefixes(
+            {"stem._orig_mod.weight": WEIGHTS["stem.weight"], "head.module.bias": torch.ones(2)}, WEIGHTS, "w"
+        )
     )
 
 
 def test_names_that_fit_stay_although_a_prefix_would_fit_too():
     own = {"a.b": torch.ones(1), "b": torch.zeros(1)}
-    assert same(fitted(own, own, "w"), own)
+    assert same(strip_wrapper_prefixes(own, own, "w"), own)
 
 
 def test_other_parts_of_a_module_are_left_out(caplog):
     with caplog.at_level(logging.INFO, "fdl"):
-        assert same(fitted(under("net.") | {"loss.weight": torch.ones(3)}, WEIGHTS, "w.ckpt"))
-    assert "took the prefix 'net.' off 2 names; left out 1 names without it" in caplog.text
+        assert same(strip_wrapper_prefixes(under("net.") | {"loss.weight": torch.ones(3)}, WEIGHTS, "w.ckpt"))
+    assert "removed the prefix 'net.' from 2 names; dropped 1 names without it" in caplog.text
 
 
 def test_two_networks_in_one_file_are_not_guessed_between():
     with pytest.raises(UserError, match=r"fit under 'student\.' and under 'teacher\.'; save those that are meant"):
-        fitted(under("student.") | under("teacher."), WEIGHTS, "w.pth")
+        strip_wrapper_prefixes(under("student.") | under("teacher."), WEIGHTS, "w.pth")
 
 
 def test_an_average_goes_before_the_weights_it_is_of():
     zeros = {name: torch.zeros_like(value) for name, value in under("model.").items()}
-    assert same(fitted(zeros | under("model_ema.module."), WEIGHTS, "w.pth"))
+    assert same(strip_wrapper_prefixes(zeros | under("model_ema.module."), WEIGHTS, "w.pth"))
 
 
 @pytest.mark.parametrize(
@@ -88,11 +90,11 @@ def test_an_average_goes_before_the_weights_it_is_of():
     ],
 )
 def test_containers_are_looked_into(found):
-    assert same(weights_within(found))
+    assert same(find_state_dict(found))
 
 
 def test_of_several_unknown_sets_none_is_taken():
-    assert weights_within({"first": WEIGHTS, "second": WEIGHTS}) == {}
+    assert find_state_dict({"first": WEIGHTS, "second": WEIGHTS}) == {}
 
 
 def test_values_beside_the_weights_are_read_and_objects_are_not(tmp_path):
@@ -107,8 +109,8 @@ def test_values_beside_the_weights_are_read_and_objects_are_not(tmp_path):
 
 def test_a_misfit_names_three_of_each():
     names = [f"layer{i}.weight" for i in range(5)]
-    assert misfit(names, names) == ""
-    said = misfit(["head.weight", *(f"blk{i}.weight" for i in range(4))], ["head.weight", *names])
+    assert describe_mismatch(names, names) == ""
+    said = describe_mismatch(["head.weight", *(f"blk{i}.weight" for i in range(4))], ["head.weight", *names])
     assert said.startswith(
         "5 of 6 names missing (layer0.weight, layer1.weight, layer2.weight, …) and 4 of 5 names unexpected "
         "(blk0.weight, blk1.weight, blk2.weight, …); "
@@ -140,7 +142,7 @@ def test_a_checkpoint_of_lightning_is_a_students_weights(tmp_path, caplog):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     with caplog.at_level(logging.INFO, "fdl"):
         student = Timm("test_resnet", checkpoint=str(tmp_path / "last.ckpt"), num_classes=3, input_shape=(1, 16, 16))
-    assert "took the prefix 'network.'" in caplog.text
+    assert "removed the prefix 'network.'" in caplog.text
     with torch.no_grad():
         assert torch.equal(student.eval()(batch[0]).logits, module.network.eval()(batch[0]))
 

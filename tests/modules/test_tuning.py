@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fdl.errors import UserError
-from fdl.modules.tuning import apply_tuning, frozen_names, hold_frozen, linear_layers, merge_lora
+from fdl.modules.tuning import apply_tuning, frozen_names, keep_frozen_in_eval, linear_layers, merge_lora
 
 pytest.importorskip("peft")
 
@@ -29,7 +29,7 @@ def trained(network: nn.Module) -> set[str]:
 def step(network: nn.Module, x: torch.Tensor) -> set[str]:
     """One step in training mode; returns what it changed."""
     network.train()
-    hold_frozen(network)
+    keep_frozen_in_eval(network)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0)
     network(x).square().sum().backward()
@@ -65,7 +65,7 @@ def test_frozen_changes_nothing_and_answers_the_same_in_training():
     expected = network.eval()(x)
     frozen = apply_tuning(network, "frozen", ["head"])
     network.train()
-    hold_frozen(network)
+    keep_frozen_in_eval(network)
     assert torch.equal(network(x), expected)
     assert frozen == set(network.state_dict())
 

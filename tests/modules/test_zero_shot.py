@@ -13,7 +13,7 @@ from fdl.errors import UserError
 from fdl.metrics.zero_shot import zero_shot_accuracy
 from fdl.modules.dual_encoder import DualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
-from fdl.modules.zero_shot import TEMPLATES, padded, templates_of, zero_shot_classifier
+from fdl.modules.zero_shot import PROMPT_TEMPLATES, pad_texts, templates_of, zero_shot_classifier
 from tests.pairs import PairSamples, tiny
 
 TOKENIZER = ByteTokenizer()
@@ -34,7 +34,7 @@ def test_sentences_are_normalised_averaged_and_normalised_again():
 
 def test_sets_of_sentences_are_found_and_checked():
     assert templates_of("photo") == ("a photo of a {}.",)
-    assert all(template.count("{}") == 1 for templates in TEMPLATES.values() for template in templates)
+    assert all(template.count("{}") == 1 for templates in PROMPT_TEMPLATES.values() for template in templates)
     for wrong, message in (
         ("fotos", "did you mean 'photos'"),
         (["a cat"], "where the class's name goes"),
@@ -47,8 +47,8 @@ def test_sets_of_sentences_are_found_and_checked():
 
 
 def test_token_lists_are_padded_on_the_right():
-    assert padded([[1, 2], [], [3]]).tolist() == [[1, 2], [-1, -1], [3, -1]]
-    assert padded([[], []]).tolist() == [[-1], [-1]]
+    assert pad_texts([[1, 2], [], [3]]).tolist() == [[1, 2], [-1, -1], [3, -1]]
+    assert pad_texts([[], []]).tolist() == [[-1], [-1]]
 
 
 class Listed(DualEncoder):

@@ -6,7 +6,7 @@ import torch
 from fdl.errors import UserError
 from fdl.modules.clip_tokenizer import ClipTokenizer
 from fdl.modules.open_clip_model import OpenClip
-from fdl.modules.zero_shot import zero_shot_classifier, zero_shot_question
+from fdl.modules.zero_shot import zero_shot_classifier, zero_shot_selector
 from fdl.modules.zero_shot_classifier import ZeroShotClassifier
 from fdl.state.weights import module_state
 
@@ -43,7 +43,7 @@ def test_it_answers_what_the_dual_encoder_answers_about_sentences(named):
     ).eval()
     images = torch.rand(4, 3, 8, 8)
     with torch.no_grad():
-        question = zero_shot_question(zero_shot_classifier(both, tokenizer, CLASSES, ["a {}.", "my {}"]))
+        question = zero_shot_selector(zero_shot_classifier(both, tokenizer, CLASSES, ["a {}.", "my {}"]))
         output = classifier(images)
         torch.testing.assert_close(output.logits, question(both, images))
         torch.testing.assert_close(output.embedding, both.encode_image(images))

@@ -369,7 +369,7 @@ def test_budget_ends_the_run(tmp_path):
         ({"calibrate": True}, r"fdl\.knowledge\.distillation\.client_upload"),
         ({"confidence": "validation"}, r"fdl\.knowledge\.confidence"),
         ({"confidence": "density"}, r"fdl\.knowledge\.confidence\.density"),
-        ({"prototypes": "prototypes"}, r"fdl\.knowledge\.distillation\.client_upload"),
+        ({"prototypes": "prototype_transfer"}, r"fdl\.knowledge\.distillation\.client_upload"),
     ],
 )
 def test_what_else_is_made_of_private_data_is_refused(args, reader, tmp_path):

@@ -8,6 +8,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fdl.errors import RejectedMessageError, UserError
+from fdl.federation.local_turns import run_local_update
 from fdl.knowledge.aggregation.means import ResponseMean
 from fdl.knowledge.confidence.base import Entropy, SampleCount
 from fdl.knowledge.distillation.personalization import AdaptiveWeights, Similarity
@@ -299,8 +300,7 @@ def test_without_noise_and_within_the_bounds_it_is_the_unprotected_method_to_the
 def test_a_client_that_is_private_does_not_say_how_many_samples_it_has(tmp_path):
     loop = federation(FederatedDistillation(private_release=NoisyResponses(1.0), space="logits"), tmp_path)
     loop.start_round(1)
-    with loop.clients[1].turn():
-        assert loop.method.local_update(loop.clients[1], None).samples == 0
+    assert run_local_update(loop.method, loop.clients[1], None).samples == 0
 
 
 REFUSED = {

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fdl.build import build
-from fdl.cli.check import describe
+from fdl.cli.check import describe_federation
 from fdl.recipe import load
 from fdl.state.weights import count_parameters, module_state
 
@@ -28,13 +28,13 @@ def payloads(loop):
 def towers(tmp_path_factory):
     """A dual encoder that has learnt what captions say of digits for a moment."""
     from fdl.datamodules.captioned_digits import CaptionedDigits
-    from fdl.modules.small_dual_encoder import TinyDualEncoder
+    from fdl.modules.small_dual_encoder import SmallDualEncoder
 
     torch.manual_seed(0)
     data = CaptionedDigits()
     data.setup()
     student = load(ROOT / "prompts/digits.yaml").student.args["encoder"]["args"]
-    module = TinyDualEncoder(**student, input_shape=(1, 8, 8), tokenizer=data.tokenizer, context=64)
+    module = SmallDualEncoder(**student, input_shape=(1, 8, 8), tokenizer=data.tokenizer, context=64)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.002)
     for rows in (torch.randint(len(data.train), (64,)) for _ in range(120)):
         optimizer.zero_grad()
@@ -141,7 +141,7 @@ def test_promptfl_with_a_small_clip(tmp_path):
         f"student.args.checkpoint={tmp_path}/weights.pt",
     ]
     recipe = load(ROOT / "prompts/clip_vit_b16.yaml", overrides)
-    assert "a round of all clients sends" in describe(recipe, tmp_path / "check")
+    assert "a round of all clients sends" in describe_federation(recipe, tmp_path / "check")
     loop = build(recipe, tmp_path / "run")
     loop.run()
     assert {k: tuple(v.shape) for k, v in module_state(loop.server.student).items()} == {

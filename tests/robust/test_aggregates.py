@@ -233,7 +233,7 @@ def test_what_would_go_around_a_rule_is_refused():
     from fdl.knowledge.distillation.personalization import Similarity
     from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 
-    with pytest.raises(UserError, match="personal would go around it"):
+    with pytest.raises(UserError, match="personalization would go around it"):
         FederatedDistillation(robust=Median(), personalization=Similarity())
     with pytest.raises(UserError, match="prototypes would go around it"):
         FederatedDistillation(robust=Median(), prototypes=PrototypeTransfer())

@@ -8,11 +8,11 @@ import torch
 from fdl import recipe
 from fdl.__main__ import main
 from fdl.build import build
-from fdl.cli.main import FORMATS as NAMES
+from fdl.cli.main import FORMATS
 from fdl.errors import UserError
 from fdl.federation.snapshot import BEST
 from fdl.runs import run as runs
-from fdl.runs.export import FORMATS, export
+from fdl.runs.export import WRITERS, export
 from fdl.runs.model_card import model_card
 from fdl.state import checkpoint
 from fdl.state.weights import load_into
@@ -28,7 +28,7 @@ DIGITS = {
 
 
 def finished(tree, folder):
-    runs.fit(recipe.from_mapping(tree), folder)
+    runs.run_recipe(recipe.from_mapping(tree), folder)
     return folder
 
 
@@ -45,7 +45,7 @@ def images(tmp_path_factory):
 
 
 def test_the_command_line_knows_all_formats():
-    assert tuple(FORMATS) == NAMES
+    assert tuple(WRITERS) == FORMATS
 
 
 def test_timm_reads_its_own_model_back(images, tmp_path):
@@ -188,9 +188,9 @@ def test_open_clip_reads_its_own_model_back(tmp_path):
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{export(run, 'open_clip')}")
     student, loop = student_of(run)
     (images, tokens), _ = loop.server.test.batch(torch.arange(4))
-    from fdl.modules.open_clip_model import framed
+    from fdl.modules.open_clip_model import add_start_and_end
 
-    texts = framed(tokens, student.start, student.end, student.context)
+    texts = add_start_and_end(tokens, student.start, student.end, student.context)
     model.eval()
     assert torch.allclose(model.encode_image(images, normalize=True), student.encode_image(images), atol=1e-6)
     assert torch.allclose(model.encode_text(texts, normalize=True), student.encode_text(tokens), atol=1e-6)

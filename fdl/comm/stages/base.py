@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from fdl.errors import RejectedMessageError
-from fdl.state.float_formats import is_float
+from fdl.state.float_formats import is_float_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -110,7 +110,20 @@ class Stage(ABC):
     name: ClassVar[str]
     phase: ClassVar[int]
     encoder_only: ClassVar[tuple[str, ...]] = ()
+    __signature__: ClassVar[inspect.Signature]
     _arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let `inspect` show the constructor's arguments, which `__new__` would hide, and check `encoder_only`.
+
+        Raises:
+            TypeError: `encoder_only` names an argument that the constructor does not take.
+        """
+        super().__init_subclass__(**kwargs)
+        own = [] if cls.__init__ is object.__init__ else list(inspect.signature(cls.__init__).parameters.values())[1:]
+        cls.__signature__ = inspect.Signature(own)
+        if unknown := set(cls.encoder_only) - set(cls.__signature__.parameters):
+            raise TypeError(f"{cls.__name__}.encoder_only names {unknown.pop()!r}, which its constructor does not take")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note the constructor's arguments, which are part of the signature."""
@@ -169,7 +182,7 @@ class ArrayStage(Stage):
 
     def touches(self, spec: ArraySpec) -> bool:
         """Tell whether an array is this stage's business: real numbers, no scalar, more than a handful."""
-        return is_float(spec.dtype) and len(spec.shape) > 0 and spec.size > HANDFUL
+        return is_float_dtype(spec.dtype) and len(spec.shape) > 0 and spec.size > HANDFUL
 
     @abstractmethod
     def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray | None:

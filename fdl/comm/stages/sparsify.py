@@ -92,7 +92,7 @@ class TopK(Sparsify):
     """
 
     name = "top_k"
-    encoder_only = ("share", "error_feedback")
+    encoder_only = ("fraction", "error_feedback")
     extents = 2
     margin = 1
 
@@ -137,7 +137,7 @@ class RandomK(Sparsify):
     """
 
     name = "random_k"
-    encoder_only = ("share", "error_feedback", "unbiased")
+    encoder_only = ("fraction", "error_feedback", "unbiased")
     extents = 1
     margin = 1
 

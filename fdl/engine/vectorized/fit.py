@@ -15,9 +15,9 @@ from fdl.engine.batches import batches, gathered
 from fdl.engine.inference import OutputSelector, map_tensors, predict
 from fdl.engine.optimizers import schedule_of
 from fdl.engine.runtime import Runtime
+from fdl.engine.tracing.step_graph import Results
 from fdl.engine.vectorized.stack_batches import stacked
-from fdl.engine.vectorized.step_graph import Results
-from fdl.modules.objectives import Objective, kind_of, marked_step, pads, tensors_of
+from fdl.modules.objectives import Objective, is_padding_safe, kind_of, marked_step, tensor_fields
 from fdl.modules.optim import build_optimizer
 from fdl.recipe.learning_rates import alike_but_for_rates
 
@@ -31,8 +31,8 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "
 """Optimisers that treat every weight by itself, so that it does not matter which weights share a tensor."""
 
 
-TRACE_AFTER_STEPS = 10
-"""Steps of one form after which it is recorded (`step_recorder`): what is saved is worth its cost after 200."""
+TRACE_STACKED_AFTER_STEPS = 10
+"""Steps with the same shapes after which one is traced: the time saved exceeds the cost after 200 steps."""
 
 
 class NotVectorizableError(Exception):
@@ -40,7 +40,7 @@ class NotVectorizableError(Exception):
 
 
 @dataclass(eq=False)
-class FitRequest:
+class StackedFit:
     """One client's call of `Runtime.fit`; arguments as there.
 
     Args:
@@ -63,7 +63,7 @@ class FitRequest:
     def alike(self, other: Any) -> bool:
         """Whether one pass can serve both."""
         return (
-            isinstance(other, FitRequest)
+            isinstance(other, StackedFit)
             and self.stack is other.stack
             and alike_but_for_rates(self.config, other.config)
             and self.round == other.round
@@ -77,8 +77,8 @@ class FitRequest:
 
 
 @dataclass(eq=False)
-class PredictRequest:
-    """One client's call of `Runtime.predict`; arguments as there and in `FitRequest`."""
+class StackedPredict:
+    """One client's call of `Runtime.predict`; arguments as there and in `StackedFit`."""
 
     stack: StackedModels
     row: int
@@ -87,18 +87,18 @@ class PredictRequest:
 
     def alike(self, other: Any) -> bool:
         """Whether one pass can serve both: the same question about the same samples."""
-        same = isinstance(other, PredictRequest) and self.stack is other.stack and self.samples is other.samples
+        same = isinstance(other, StackedPredict) and self.stack is other.stack and self.samples is other.samples
         return same and self.what == other.what
 
 
-def answer_together(runtime: Runtime, jobs: Sequence[PredictRequest]) -> list[Tensor]:
+def answer_together(runtime: Runtime, jobs: Sequence[StackedPredict]) -> list[Tensor]:
     """Ask several models the same.
 
     Returns:
         Their answers in order, float32 [n, …] on the CPU.
 
     Raises:
-        NotTogetherError: the question cannot be vectorised.
+        NotVectorizableError: the question cannot be vectorised.
     """
     stack, what = jobs[0].stack, jobs[0].what
     rows, identity = _rows(jobs)
@@ -118,7 +118,7 @@ def answer_together(runtime: Runtime, jobs: Sequence[PredictRequest]) -> list[Te
     return list(answers.transpose(0, 1).contiguous())
 
 
-def fit_together(runtime: Runtime, jobs: Sequence[FitRequest]) -> list[dict[str, float]]:
+def fit_together(runtime: Runtime, jobs: Sequence[StackedFit]) -> list[dict[str, float]]:
     """Train several models.
 
     Every model sees the batches that it would see alone. At any time those that still train are the first rows of a
@@ -132,7 +132,7 @@ def fit_together(runtime: Runtime, jobs: Sequence[FitRequest]) -> list[dict[str,
         For each job the mean over its steps of every named loss.
 
     Raises:
-        NotTogetherError: the fit cannot be vectorised.
+        NotVectorizableError: the fit cannot be vectorised.
     """
     stack, config = jobs[0].stack, jobs[0].config
     if config.scheduler is not None and config.scheduler.interval == "epoch" and len({j.an_epoch for j in jobs}) > 1:
@@ -181,18 +181,18 @@ def fit_together(runtime: Runtime, jobs: Sequence[FitRequest]) -> list[dict[str,
 class _Loss:
     """The losses of all models in a step, and their gradients."""
 
-    def __init__(self, stack: StackedModels, jobs: Sequence[FitRequest]):
+    def __init__(self, stack: StackedModels, jobs: Sequence[StackedFit]):
         self.stack = stack
         self.module = stack.skeleton(training=True)
         first = jobs[0].objective
         self.objective, self.own = first, None
         if dataclasses.is_dataclass(first):
-            own = [tensors_of(job.objective) for job in jobs]
+            own = [tensor_fields(job.objective) for job in jobs]
             self.own = {key: _stack([tensors[key] for tensors in own]) for key in own[0]}
             self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
-        self.pads = pads(marked_step(self.module, first))
+        self.pads = is_padding_safe(marked_step(self.module, first))
         traced = jobs[0].config.compile == "traced"
-        self.recordings = stack.recorder.begin(self.module, first, TRACE_AFTER_STEPS) if traced else None
+        self.recordings = stack.recorder.begin(self.module, first, TRACE_STACKED_AFTER_STEPS) if traced else None
 
     def __call__(
         self, runtime: Runtime, weights: list[Tensor], gradients: list[Tensor], parts: Sequence[Batch]
@@ -309,7 +309,7 @@ def _shorten(
     parameter.grad = gradient
 
 
-def _rows(jobs: Sequence[FitRequest | PredictRequest]) -> tuple[list[int], bool]:
+def _rows(jobs: Sequence[StackedFit | StackedPredict]) -> tuple[list[int], bool]:
     """Rows of the jobs' models, and whether these are the first rows in order."""
     rows = [job.row for job in jobs]
     return rows, rows == list(range(len(rows)))
@@ -346,4 +346,4 @@ def _first_line(error: Exception) -> str:
 
 
 Together = Callable[[Runtime, Sequence[Any]], list[Any]]
-TOGETHER: dict[type, Together] = {FitRequest: fit_together, PredictRequest: answer_together}
+TOGETHER: dict[type, Together] = {StackedFit: fit_together, StackedPredict: answer_together}

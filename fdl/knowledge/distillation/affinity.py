@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.knowledge.transfer.embeddings import TeacherEmbeddings
 from fdl.losses.contrastive import affinity_distillation, info_nce, interactive_info_nce
@@ -49,8 +50,10 @@ class AffinityLosses:
 
     def learn(
         self, who: Participant, module: LightningModule, teachers: TeacherEmbeddings, config: Fit, name: str
-    ) -> None:
-        """Train a module on the proxy pairs, in new random batches each time.
+    ) -> Requests[None]:
+        """Train a module on the proxy pairs, in new random batches each time; call it with ``yield from``.
+
+        A server, which computes at once, drives it with `Participant.run_all`.
 
         Args:
             who: the participant that trains; it holds the pairs, and its state the projectors.
@@ -78,7 +81,7 @@ class AffinityLosses:
             return {"loss": total, **({key: part.detach() for key, part in parts.items()} if len(parts) > 1 else {})}
 
         pairs = SoftLabelled(who.proxy, torch.arange(len(who.proxy)))
-        who.fit(module if guided is None else guided, pairs, config, objective, name=name)
+        yield FitRequest(module if guided is None else guided, pairs, config, objective, name)
         if guided is not None:
             guided.save_projectors(who)
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from lightning import LightningModule
 
+from fdl.engine.requests import PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.calibration import fit_temperature
 from fdl.knowledge.distillation.proxy_subsampling import rows_of_round
 from fdl.knowledge.distillation.upload_on_change import UploadOnChange
-from fdl.knowledge.transfer.extraction import extract
+from fdl.knowledge.transfer.extraction import Extracted, extract
 from fdl.knowledge.transfer.features import FeatureTransfer
 from fdl.knowledge.transfer.prototypes import PrototypeTransfer
 from fdl.messages import Bundle, Message, QuantizedLogWeights, Responses, UploadStatus
@@ -75,8 +76,8 @@ class UploadBuilder:
 
     def upload(
         self, client: Client, specialist: LightningModule, standing: UploadStatus | None
-    ) -> Message | Bundle | None:
-        """Predict the proxy set; or report that nothing has changed.
+    ) -> Requests[Message | Bundle | None]:
+        """Predict the proxy set; or report that nothing has changed. Call it with ``yield from``.
 
         Args:
             client: the client.
@@ -86,8 +87,11 @@ class UploadBuilder:
         Returns:
             The upload; the status alone if predictions have hardly changed; None if the privacy budget is spent.
         """
-        names = None if self.features is None and self.prototypes is None else []
-        known = extract(client, specialist, client.proxy, self.features.names(client) if self.features else names)
+        if self.features is None and self.prototypes is None:
+            logits = yield PredictRequest(specialist, client.proxy)
+            known = Extracted(logits, logits[:, :0], {})
+        else:
+            known = extract(client, specialist, client.proxy, self.features.names(client) if self.features else [])
         logits = known.logits
         if self.calibrate and len(client.calibration):
             held_out = client.predict(specialist, client.calibration)

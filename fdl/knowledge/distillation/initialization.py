@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from lightning import LightningModule
 
+from fdl.engine.requests import FitRequest, Requests
 from fdl.knowledge.aggregation.pools import labelled_bytes
 from fdl.participants import Client, Server
-from fdl.recipe.config import Fit
 from fdl.state.weights import load_into
 from fdl.utils.arguments import at_least
 from fdl.utils.seeding import stream_seed
@@ -28,7 +28,6 @@ class Initialization:
 
     def __init__(self, pretrain: int, reinitialize: bool):
         self.pretrain, self.reinitialize = at_least("pretrain", pretrain, 0), reinitialize
-        self._pretraining: dict[int, tuple[Fit, Fit]] = {}
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
         """Bytes of the labelled public samples, which every client downloads if specialists are pretrained.
@@ -38,8 +37,8 @@ class Initialization:
         """
         return {"public": labelled_bytes(server.public, server.num_classes)} if self.pretrain else {}
 
-    def specialist(self, client: Client, has_download: bool) -> LightningModule:
-        """A client's model at the beginning of its local update.
+    def specialist(self, client: Client, has_download: bool) -> Requests[LightningModule]:
+        """Prepare a client's model at the beginning of its local update; to be called with ``yield from``.
 
         Args:
             client: the client.
@@ -47,11 +46,8 @@ class Initialization:
         """
         new, specialist = "specialist" not in client.state, client.specialist()
         if self.pretrain and new:
-            # one object for all clients with equal settings: optimisers are built once per object
-            own = client.local_training
-            if id(own) not in self._pretraining:
-                self._pretraining[id(own)] = own, replace(own, epochs=self.pretrain, steps=None)
-            client.fit(specialist, client.public, self._pretraining[id(own)][1], name="pretrain")
+            pretraining = replace(client.local_training, epochs=self.pretrain, steps=None)
+            yield FitRequest(specialist, client.public, pretraining, name="pretrain")
         elif self.reinitialize and has_download:
             seed = stream_seed(client.seed, "restart", client.round, client.id)
             load_into(specialist, client.runtime.first_weights(client.architecture, seed))

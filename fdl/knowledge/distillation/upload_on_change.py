@@ -1,4 +1,4 @@
-"""When a client has something new to say: uploads on change, and an end to questions once nothing is gained."""
+"""Uploads on change: clients upload only new predictions, and stop once the student no longer improves."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ MEASURES = {
     "kl": lambda now, before: kd_loss(now.clamp_min(1e-8).log(), before, scale=False),
     "l1": lambda now, before: (now - before).abs().sum(1).mean(),
 }
-"""How far answers lie from earlier ones, both probabilities [n, C]: a mean over rows."""
+"""Distances between predictions and earlier ones, both probabilities [n, C]: a mean over rows."""
 
 
 class UploadOnChange:
-    """A client uploads only when what it would say has changed enough since the server last heard it of the same.
+    """Clients upload only if their predictions have changed enough since their last accepted upload.
 
-    Else it says so in a few bytes, and the server goes on with the answers that it holds. With each download the server
-    names the round of the client's last accepted upload, so one that was lost or refused is noticed and made up for.
+    Otherwise they upload a status of a few bytes, and the server reuses the stored predictions. Each download names the
+    round of the client's last accepted upload, so that a lost or rejected upload is noticed and sent again.
 
     Args:
-        threshold: least change that is worth an upload, ≥ 0; at 0 every client always uploads.
-        measure: mean over proxy samples of KL(before ‖ now) in nats, or of the L1 distance, at most 2.
-        expiry: for how many rounds after its own an answer holds, whatever the change.
-        patience: after how many rounds in a row without a lower validation loss of the student clients are no longer
-            asked to train and answer, as long as their last upload has not expired; None asks to the end.
+        threshold: smallest change that is uploaded, ≥ 0; at 0 each client always uploads.
+        measure: mean over proxy samples of KL(before ‖ now) in nats (``"kl"``), or of the L1 distance (``"l1"``), at
+            most 2.
+        expiry: rounds after its own for which a prediction is valid, whatever the change.
+        patience: rounds in a row without a lower validation loss of the student after which clients no longer train
+            and upload, as long as their last upload has not expired; None: they do to the end.
     """
 
     name = "on_change"
@@ -49,47 +50,67 @@ class UploadOnChange:
         self.patience = None if patience is None else at_least("patience", patience, 1)
 
     def status_for(self, server: Server, held: int) -> UploadStatus:
-        """What the server tells a client.
+        """Return the status that the server sends to a client.
 
         Args:
-            server: in whose state the plateau is.
-            held: the round of the client's last accepted upload, 0 for none.
+            server: the server, whose state holds the plateau.
+            held: round of the client's last accepted upload, 0 for none.
         """
         stale = server.state.get("plateau", {}).get("rounds", 0)
         expired = server.round - held > self.expiry
         return UploadStatus(held, wanted=self.patience is None or stale < self.patience or expired)
 
-    def may_skip(self, client: Client, standing: UploadStatus | None) -> bool:
-        """Whether a client need not even train: the server has its last upload and wants no other."""
-        said = client.state.get("said", {"round": 0})
-        return standing is not None and not standing.wanted and standing.round == said["round"] > 0
-
-    def is_unchanged(self, client: Client, standing: UploadStatus | None, logits: Tensor, rows: Tensor | None) -> bool:
-        """Whether what a client would say is what it has said; if not, note that it says it in this round.
+    def may_skip(self, client: Client, status: UploadStatus | None) -> bool:
+        """Return True if a client need not even train: the server has its last upload and wants no other.
 
         Args:
-            client: its state holds what it has said.
-            standing: what the server told it.
-            logits: its answers to the whole proxy set, [n, C].
-            rows: of the proxy set that it would send, None for all.
+            client: the client, whose state holds its last upload.
+            status: status received from the server, None if there was none.
         """
-        now, said = torch.softmax(logits, dim=1), _accepted(client, standing)
-        asked = torch.arange(len(now)) if rows is None else rows
-        if said is not None:
-            known = bool((said["since"][asked] >= max(1, client.round - self.expiry)).all())
-            if known and float(MEASURES[self.measure](now[asked], said["answers"][asked])) < self.threshold:
-                client.state["said"] = said
+        last = client.state.get("last_upload", {"round": 0})
+        return status is not None and not status.wanted and status.round == last["round"] > 0
+
+    def is_unchanged(self, client: Client, status: UploadStatus | None, logits: Tensor, rows: Tensor | None) -> bool:
+        """Compare a client's predictions with its last accepted upload; record them as uploaded if they have changed.
+
+        Args:
+            client: the client, whose state holds its last upload.
+            status: status received from the server, None if there was none.
+            logits: predictions of the whole proxy set, [n, C].
+            rows: rows of the proxy set to upload, None for all.
+
+        Returns:
+            True if nothing need be uploaded.
+        """
+        now, last = torch.softmax(logits, dim=1), _last_accepted(client, status)
+        chosen = torch.arange(len(now)) if rows is None else rows
+        if last is not None:
+            valid = bool((last["rounds"][chosen] >= max(1, client.round - self.expiry)).all())
+            if valid and float(MEASURES[self.measure](now[chosen], last["predictions"][chosen])) < self.threshold:
+                client.state["last_upload"] = last
                 return True
-        answers, since = torch.zeros_like(now), torch.zeros(len(now), dtype=torch.int64)
-        if said is not None:
-            answers, since = said["answers"].clone(), said["since"].clone()
-        answers[asked], since[asked] = now[asked], client.round
-        # what was accepted before stays known until this upload is known to have been accepted, too
-        client.state["said"] = {"round": client.round, "answers": answers, "since": since, "before": said}
+        predictions, rounds = torch.zeros_like(now), torch.zeros(len(now), dtype=torch.int64)
+        if last is not None:
+            predictions, rounds = last["predictions"].clone(), last["rounds"].clone()
+        predictions[chosen], rounds[chosen] = now[chosen], client.round
+        # the last accepted upload is kept until the server confirms that it has accepted this one, too
+        client.state["last_upload"] = {
+            "round": client.round,
+            "predictions": predictions,
+            "rounds": rounds,
+            "previous": last,
+        }
         return False
 
     def update_plateau(self, server: Server) -> dict[str, float]:
-        """Note whether the student's validation loss still falls; returns it for the log."""
+        """Record if the student's validation loss still falls, and return it to be logged.
+
+        Args:
+            server: the server, whose state holds the plateau.
+
+        Raises:
+            UserError: there is no validation set.
+        """
         if self.patience is None:
             return {}
         if len(server.validation) == 0:
@@ -102,10 +123,10 @@ class UploadOnChange:
         return {"plateau/validation_loss": loss, "plateau/rounds": float(server.state["plateau"]["rounds"])}
 
 
-def _accepted(client: Client, standing: UploadStatus | None) -> dict[str, Any] | None:
-    """What a client has said and the server has taken in; None where they do not agree on that."""
-    said = client.state.get("said")
-    for version in (said, said and said.get("before")):
-        if version and standing is not None and 0 < standing.round == version["round"]:
-            return {key: value for key, value in version.items() if key != "before"}
+def _last_accepted(client: Client, status: UploadStatus | None) -> dict[str, Any] | None:
+    """Return a client's last upload that the server has accepted; None if client and server do not agree on one."""
+    last = client.state.get("last_upload")
+    for upload in (last, last and last.get("previous")):
+        if upload and status is not None and 0 < status.round == upload["round"]:
+            return {key: value for key, value in upload.items() if key != "previous"}
     return None

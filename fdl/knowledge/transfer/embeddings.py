@@ -22,7 +22,7 @@ from fdl.knowledge.confidence.base import LIMIT
 from fdl.knowledge.confidence.calibration import fit_temperature
 from fdl.losses.contrastive import MAX_SCALE
 from fdl.messages import Responses
-from fdl.modules.dual_encoder import scale_of
+from fdl.modules.dual_encoder import logit_scale_of
 from fdl.participants import Client, Participant
 
 PAIRS_PER_BLOCK = 256
@@ -37,8 +37,18 @@ _SLACK = 0.1
 
 def answers(participant: Participant, module: LightningModule, samples: Samples, temperature: float = 1.0) -> Tensor:
     """A model's answers to n pairs, float32 [n, 2 D]: images, then texts, each of length √(scale / temperature)."""
-    scale = min(scale_of(module) / temperature, MAX_SCALE)
-    return participant.predict(module, samples, "embedding") * math.sqrt(scale)
+    return scaled(participant.predict(module, samples, "embedding"), module, temperature)
+
+
+def scaled(embedding: Tensor, module: LightningModule, temperature: float = 1.0) -> Tensor:
+    """Give a model's vectors the length √(scale / temperature).
+
+    Args:
+        embedding: unit vectors of n pairs, images and then texts, float32 [n, 2 D].
+        module: the dual encoder that they come from.
+        temperature: what its logits are divided by, > 0.
+    """
+    return embedding * math.sqrt(min(logit_scale_of(module) / temperature, MAX_SCALE))
 
 
 def temperature_of(client: Client, module: LightningModule) -> float:

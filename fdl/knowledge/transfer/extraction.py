@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fdl.datamodules.samples import Samples
 from fdl.errors import UserError
 from fdl.modules.base import SupportsFederation
-from fdl.modules.features import matching
+from fdl.modules.features import matching_submodules
 from fdl.participants import Participant
 
 EMBEDDING = "embedding"
@@ -126,7 +126,10 @@ def layer_names(module: SupportsFederation, layers: int | Sequence[str]) -> list
             f"features: {type(module).__name__} has no backbone whose layers could be named; let its feature_network() "
             "return the network that has them"
         )
-    return [*(matching(network, patterns) if patterns else ()), *([EMBEDDING] if EMBEDDING in layers else ())]
+    return [
+        *(matching_submodules(network, patterns) if patterns else ()),
+        *([EMBEDDING] if EMBEDDING in layers else ()),
+    ]
 
 
 def extract(

@@ -9,7 +9,7 @@ from fdl.build import build
 from fdl.engine.vectorized.stack_batches import stacked
 from fdl.engine.vectorized.stacked_models import StackedModels, unstackable
 from fdl.errors import UserError
-from fdl.federation.executors import Auto, Batched, Sequential
+from fdl.federation.executors import Auto, Sequential, Vectorized
 from fdl.messages import Parameters, Responses, parts_of
 from fdl.recipe import from_mapping
 
@@ -39,7 +39,7 @@ def recipe(method="fedavg", overrides=(), **changes):
     return from_mapping(tree | changes, list(overrides))
 
 
-class Spy(Batched):
+class Spy(Vectorized):
     """Notes what was done together, and everybody's upload."""
 
     def __init__(self, executor):
@@ -119,8 +119,8 @@ def together(monkeypatch):
 def test_clients_that_train_together_end_where_they_would_alone(method, fits, tmp_path, monkeypatch):
     alone = run(tmp_path, Sequential(), method=method)
     seen = together(monkeypatch)
-    assert_same(alone, run(tmp_path, Batched(), method=method))
-    assert seen.count(("FitRequest", 5)) >= 2 * fits - 1
+    assert_same(alone, run(tmp_path, Vectorized(), method=method))
+    assert seen.count(("StackedFit", 5)) >= 2 * fits - 1
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_clients_that_train_together_end_where_they_would_alone(method, fits, tm
 def test_whatever_the_training_is(changes, tmp_path, monkeypatch):
     alone = run(tmp_path, Sequential(), overrides=changes)
     seen = together(monkeypatch)
-    assert_same(alone, run(tmp_path, Batched(), overrides=changes), 3e-5)
+    assert_same(alone, run(tmp_path, Vectorized(), overrides=changes), 3e-5)
     assert seen
 
 
 def test_proxy_answers_are_given_together(tmp_path, monkeypatch):
     seen = together(monkeypatch)
-    run(tmp_path, Batched(), method="federated_distillation", rounds=1)
-    assert ("PredictRequest", 5) in seen
+    run(tmp_path, Vectorized(), method="federated_distillation", rounds=1)
+    assert ("StackedPredict", 5) in seen
 
 
 def test_a_mixed_federation_goes_by_architecture(tmp_path, monkeypatch):
@@ -167,8 +167,8 @@ def test_a_mixed_federation_goes_by_architecture(tmp_path, monkeypatch):
     }
     alone = run(tmp_path, Sequential(), **arguments)
     seen = together(monkeypatch)
-    assert_same(alone, run(tmp_path, Batched(), **arguments))
-    assert {count for kind, count in seen if kind == "FitRequest"} == {3, 2}
+    assert_same(alone, run(tmp_path, Vectorized(), **arguments))
+    assert {count for kind, count in seen if kind == "StackedFit"} == {3, 2}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_what_cannot_be_done_together_is_done_alone_and_said_once(changes, why, 
     caplog.set_level(logging.INFO, "fdl")
     alone = run(tmp_path, Sequential(), overrides=changes)
     seen = together(monkeypatch)
-    assert_same(alone, run(tmp_path, Batched(), overrides=changes), 0.0)
+    assert_same(alone, run(tmp_path, Vectorized(), overrides=changes), 0.0)
     assert not seen
     assert len([record for record in caplog.records if why in record.message]) == 1
 
@@ -205,33 +205,33 @@ def test_a_model_that_cannot_be_vectorised_is_found_out_without_harm(tmp_path, c
         template.__class__ = Branching
 
     alone = run(tmp_path, Sequential(), prepare=branch)
-    assert_same(alone, run(tmp_path, Batched(), prepare=branch), 0.0)
+    assert_same(alone, run(tmp_path, Vectorized(), prepare=branch), 0.0)
     assert len([record for record in caplog.records if "one after another" in record.message]) == 1
 
 
 def test_groups_that_fit_into_memory_give_what_the_whole_cohort_gives(tmp_path, monkeypatch):
     method = "federated_distillation"
-    whole = run(tmp_path, Batched(), method=method)
-    cost = next(iter(whole[1].executor._costs.values()))
+    whole = run(tmp_path, Vectorized(), method=method)
+    cost = next(iter(whole[1].executor.stacks.costs.values()))
     seen = together(monkeypatch)
-    assert_same(whole, run(tmp_path, Batched(memory=2 * cost + 1), method=method))
-    assert {count for kind, count in seen if kind == "FitRequest"} == {2}
+    assert_same(whole, run(tmp_path, Vectorized(memory=2 * cost + 1), method=method))
+    assert {count for kind, count in seen if kind == "StackedFit"} == {2}
 
 
 def test_auto_trains_small_models_together_and_others_alone(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "fdl")
     seen = together(monkeypatch)
     run(tmp_path, Auto(), rounds=1)
-    assert seen == [("FitRequest", 5)]
+    assert seen == [("StackedFit", 5)]
     monkeypatch.setattr("fdl.federation.executors.SMALL", {"cpu": 10})
     run(tmp_path, Auto(), rounds=1)
-    assert seen == [("FitRequest", 5)] and not caplog.records
+    assert seen == [("StackedFit", 5)] and not caplog.records
 
 
 def test_an_error_names_its_client_and_leaves_nobody_behind(tmp_path):
     def spoil(loop):
         def local_update(client, download, update=loop.method.local_update):
-            message = update(client, download)
+            message = yield from update(client, download)
             if client.id == 3:
                 raise UserError("no power")
             return message
@@ -239,12 +239,12 @@ def test_an_error_names_its_client_and_leaves_nobody_behind(tmp_path):
         loop.method.local_update = local_update
 
     with pytest.raises(UserError, match=r"client 3 \(student\) in round 1: no power"):
-        run(tmp_path, Batched(), prepare=spoil)
-    loop, _ = run(tmp_path, Batched())
+        run(tmp_path, Vectorized(), prepare=spoil)
+    loop, _ = run(tmp_path, Vectorized())
     with pytest.raises(UserError, match="client 3"):
         spoil(loop)
         loop.run_round(3)
-    assert all(client.runtime is loop.runtime for client in loop.clients)
+    assert all(client.modules is loop.runtime for client in loop.clients)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
@@ -272,15 +272,15 @@ def test_torchs_own_stream_is_each_clients_own(tmp_path):
     def draw(loop):
         def local_update(client, download, update=loop.method.local_update):
             before = torch.rand(1)
-            message = update(client, download)
+            message = yield from update(client, download)
             drawn.setdefault(type(loop.executor.executor), []).append((client.id, before, torch.rand(1)))
             return message
 
         loop.method.local_update = local_update
 
-    for executor in (Sequential(), Batched()):
+    for executor in (Sequential(), Vectorized()):
         run(tmp_path, executor, rounds=1, prepare=draw)
-    assert drawn[Sequential] == sorted(drawn[Batched], key=lambda row: row[0])
+    assert drawn[Sequential] == sorted(drawn[Vectorized], key=lambda row: row[0])
 
 
 def test_padding_repeats_a_row_that_counts_for_nothing():
