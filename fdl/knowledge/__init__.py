@@ -1,1 +1,1 @@
-"""What specialists know of the proxy set: public encoder, confidence, calibration, aggregation."""
+"""Knowledge of the proxy set: clients' confidence, uploads, aggregation, distillation and feature transfer."""

@@ -11,7 +11,7 @@ from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.confidence.base import Confidence
 from fdl.knowledge.confidence.pairs import confidences
 from fdl.knowledge.distillation.affinity import AffinityLosses
-from fdl.knowledge.transfer.embeddings import AnswerPool, TeacherEmbeddings, answers, scaled, temperature_of
+from fdl.knowledge.transfer.embeddings import EmbeddingPool, TeacherEmbeddings, answers, scaled, temperature_of
 from fdl.messages import Message, Responses
 from fdl.methods.base import Method
 from fdl.participants import Client, Server
@@ -96,7 +96,7 @@ class AffinityDistillation(Method):
         """Learn from the download, train on private pairs, embed the public ones."""
         specialist = client.specialist()
         if download is not None:
-            student = AnswerPool(len(client.proxy), weighted=False)
+            student = EmbeddingPool(len(client.proxy), weighted=False)
             student.add(download, -1)
             yield from AffinityLosses().learn(client, specialist, student.result(), client.client_distil, "digest")
         yield FitRequest(specialist, client.train, client.local_training)
@@ -107,9 +107,9 @@ class AffinityDistillation(Method):
         confidence = None if self.confidence is None else confidences(self.confidence, client, vectors)
         return Responses(vectors, "embeddings", None, confidence)
 
-    def aggregate(self, server: Server) -> AnswerPool:
+    def aggregate(self, server: Server) -> EmbeddingPool:
         """Return an empty collection of the round's vectors, kept in 16 bits."""
-        return AnswerPool(len(server.proxy), self.confidence is not None, self.cap)
+        return EmbeddingPool(len(server.proxy), self.confidence is not None, self.cap)
 
     def server_update(self, server: Server, knowledge: TeacherEmbeddings) -> dict[str, float]:
         """Train the student towards the clients' affinities."""

@@ -13,7 +13,7 @@ from fdl.engine.requests import FitRequest, PredictRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import architectures
 from fdl.knowledge.aggregation.server_optimizers import ServerOptimizer
-from fdl.knowledge.distillation.cost_model import answer_flops, samples_seen, training_flops, weight_bytes
+from fdl.knowledge.distillation.cost_model import prediction_flops, samples_seen, training_flops, weight_bytes
 from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.losses.responses import RESPONSE_LOSSES, cross_entropy
 from fdl.messages import Parameters
@@ -144,8 +144,10 @@ class FedLPFM(FedAvg):
             tuning = seen * sum(training_flops(client, module) for module in models) if self.fine_tune else 0
             client.cache["costs"] = {
                 "flops/training_a_round": float(seen * training_flops(client, proxy)),
-                "flops/foundation_models_once": float(count * sum(answer_flops(client, m) for m in models) + tuning),
-                "flops/proxy_an_answer": float(answer_flops(client, proxy)),
+                "flops/foundation_models_once": float(
+                    count * sum(prediction_flops(client, m) for m in models) + tuning
+                ),
+                "flops/proxy_an_answer": float(prediction_flops(client, proxy)),
                 "bytes/foundation_models": float(sum(weight_bytes(module) for module in models)),
                 "bytes/proxy": float(weight_bytes(proxy)),
             }

@@ -11,8 +11,8 @@ from torch import Tensor
 from fdl.engine.requests import FitRequest, Requests
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.base import Aggregate
-from fdl.knowledge.aggregation.lora import Adapted, FedIT, LoraAggregation, adapted_layers, merged
-from fdl.knowledge.aggregation.lora_additions import additions_since, record_additions, take_in_additions
+from fdl.knowledge.aggregation.lora import Adapted, FedIT, LoraAggregation, low_rank_layers, merged
+from fdl.knowledge.aggregation.lora_additions import additions_since, receive_additions, record_additions
 from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Message, Parameters
 from fdl.methods.base import Method
@@ -48,7 +48,7 @@ class FedLoRA(Method):
                 f"fabric.strategy: aggregation {self.aggregation.name} adds to the student's original weights, of "
                 "which nobody has all under fsdp; take auto, or aggregation fedit, ffa or flexlora"
             )
-        self.aggregation.check(adapted_layers(server.student), module_state(server.student))
+        self.aggregation.check(low_rank_layers(server.student), module_state(server.student))
         if self.aggregation.merges:
             server.state["base"] = {"version": 0, "total": {}, "log": {}, "confirmed": {}}
 
@@ -62,9 +62,9 @@ class FedLoRA(Method):
     def local_update(self, client: Client, download: Parameters) -> Requests[Parameters]:
         """Train the updates on private data and return them."""
         template = client.runtime.shared_module("student")
-        tensors = take_in_additions(client, download.tensors)
+        tensors = receive_additions(client, download.tensors)
         if self.aggregation.fresh:
-            tensors |= _initial_factors(client, adapted_layers(template), module_state(template))
+            tensors |= _initial_factors(client, low_rank_layers(template), module_state(template))
         module = merged(client.load(tensors, "student"), client.state.get("base", {}).get("total", {}))
         yield FitRequest(module, client.train, client.local_training)
         return Parameters(module_state(module), samples=client.reported_samples)
@@ -105,7 +105,7 @@ class FedLoRA(Method):
         total = server.state.get("base", {}).get("total")
         if total is None or server.cache.get("merged") is total:
             return
-        layers = adapted_layers(server.student)
+        layers = low_rank_layers(server.student)
         pristine = server.cache.setdefault("pristine", {x.name: x.weight.to("cpu", copy=True) for x in layers})
         for layer in layers:
             addition = total.get(layer.name)
@@ -116,7 +116,7 @@ class FedLoRA(Method):
         """Return the student's state, without factors if clients draw their own."""
         state = dict(module_state(server.student).items())
         if self.aggregation.fresh:
-            for layer in adapted_layers(server.student):
+            for layer in low_rank_layers(server.student):
                 del state[layer.a], state[layer.b]
         return state
 
@@ -125,7 +125,7 @@ class _LoraUpdates(Aggregate):
     """One round's uploads: a running mean, and copies of the low-rank matrices, 4 · r · (in + out) bytes per site."""
 
     def __init__(self, server: Server, stacks: bool):
-        self.layers: list[Adapted] = adapted_layers(server.student)
+        self.layers: list[Adapted] = low_rank_layers(server.student)
         self.mean, self.stacks = ParameterMean(module_state(server.student)), stacks
         self.sites: list[dict[str, tuple[Tensor, Tensor]]] = []
         self.samples: list[int] = []

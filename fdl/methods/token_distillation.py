@@ -19,8 +19,8 @@ from fdl.knowledge.distillation.targets import SoftLabelled
 from fdl.knowledge.distillation.token_objective import TokenObjective
 from fdl.knowledge.distillation.token_upload import (
     TokenUploadBuilder,
-    drawn_message,
     require_language_model,
+    sampled_message,
     translates,
     vocabulary,
 )
@@ -153,7 +153,7 @@ class TokenDistillation(Method):
         """Return the mixture to download, in the form of the uploads, for which the mode's loss is right."""
         vocab, most = vocabulary(server), self.uploads.most
         if self.mode == "sampled":
-            return drawn_message(knowledge, vocab, most, server.rng("mixture draws"))
+            return sampled_message(knowledge, vocab, most, server.rng("mixture draws"))
         return knowledge.message(vocab, most)
 
     def _mixture(self, participant: Participant, rows: Tensor | None, weighted: bool) -> TokenMixture:

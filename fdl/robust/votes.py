@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fdl.knowledge.aggregation.shares import ceiling
+from fdl.knowledge.aggregation.shares import max_log_weight
 
 if TYPE_CHECKING:
     from fdl.participants import Server
@@ -153,7 +153,7 @@ def cap_shares(log_weights: Tensor, max_client_share: float | None) -> Tensor:
         max_client_share: the multiple; None for no bound.
 
     Returns:
-        float64 [n, R]: softmax over clients of what `shares.ceiling` leaves. Columns sum to 1, or are 0
+        float64 [n, R]: softmax over clients of what `shares.max_log_weight` leaves. Columns sum to 1, or are 0
         where nobody says anything.
 
     Example:
@@ -164,7 +164,7 @@ def cap_shares(log_weights: Tensor, max_client_share: float | None) -> Tensor:
     """
     answered = torch.isfinite(log_weights)
     if max_client_share is not None:
-        log_weights = torch.minimum(log_weights, ceiling(log_weights, max_client_share))
+        log_weights = torch.minimum(log_weights, max_log_weight(log_weights, max_client_share))
     return torch.softmax(log_weights.masked_fill(~answered.any(0), 0.0), dim=0).masked_fill(~answered, 0.0)
 
 

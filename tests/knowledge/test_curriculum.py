@@ -42,7 +42,7 @@ def test_pacings_rise_from_start_to_all(pacing):
 def test_over_rounds_only_the_easy_ones_are_seen_at_first():
     curriculum = Curriculum(by="agreement", start=0.5, pacing="linear", length=2)
     for round, expected in ((1, {1, 3}), (2, {1, 3, 2}), (3, {0, 1, 2, 3}), (9, {0, 1, 2, 3})):
-        view = curriculum.paced(SAMPLES, KNOWN, None, Fit(), round)
+        view = curriculum.pace(SAMPLES, KNOWN, None, Fit(), round)
         seen = view.batch(torch.arange(4), torch.Generator())[0].flatten().tolist()
         assert set(seen) == expected
     assert seen == [0, 1, 2, 3]
@@ -50,18 +50,18 @@ def test_over_rounds_only_the_easy_ones_are_seen_at_first():
 
 def test_over_steps_the_share_grows_with_batches():
     curriculum = Curriculum(by="agreement", start=0.25, pacing="linear", over="steps", length=50)
-    view = curriculum.paced(SAMPLES, KNOWN, None, Fit(epochs=None, steps=12), 1)
+    view = curriculum.pace(SAMPLES, KNOWN, None, Fit(epochs=None, steps=12), 1)
     in_use = []
     for _, indices in batches(4, Fit(epochs=None, steps=12, batch_size=4), torch.Generator().manual_seed(0)):
         in_use.append(len(set(view.batch(indices, torch.Generator())[0].flatten().tolist())))
     assert in_use == [1, 2, 2, 3, 3, 4, 4, 4, 4, 4, 4, 4]
-    epochs = curriculum.paced(SAMPLES, KNOWN, None, Fit(epochs=6, batch_size=2), 1)
+    epochs = curriculum.pace(SAMPLES, KNOWN, None, Fit(epochs=6, batch_size=2), 1)
     assert epochs.share(6) == 1.0 and epochs.share(0) == 0.25
 
 
 def test_rows_that_were_not_answered_are_left_out():
     rows = torch.tensor([0, 2])
-    view = Curriculum(by="agreement", start=0.5, length=1).paced(SAMPLES.subset(rows), KNOWN, rows, Fit(), 1)
+    view = Curriculum(by="agreement", start=0.5, length=1).pace(SAMPLES.subset(rows), KNOWN, rows, Fit(), 1)
     assert view.batch(torch.arange(2), torch.Generator())[0].flatten().tolist() == [2, 2]
     assert len(view) == 2 and view.labels is None
     assert view.content_hash() == SAMPLES.subset(rows).content_hash() and view.nbytes == SAMPLES.subset(rows).nbytes

@@ -16,7 +16,7 @@ from fdl.knowledge.confidence.base import Entropy, Margin, SampleCount, Uniform,
 from fdl.knowledge.confidence.density import Density
 from fdl.knowledge.confidence.pairs import PairConfidence, confidences
 from fdl.knowledge.distillation.affinity import GuidedStudent
-from fdl.knowledge.transfer.embeddings import AnswerPool, TeacherEmbeddings, answers, blocks, temperature_of
+from fdl.knowledge.transfer.embeddings import EmbeddingPool, TeacherEmbeddings, answers, logit_blocks, temperature_of
 from fdl.losses.contrastive import affinities, logits_between
 from fdl.messages import QuantizedLogWeights, Responses
 from fdl.methods.affinity_distillation import AffinityDistillation
@@ -37,7 +37,7 @@ def sides(given):
 
 
 def pool(*entries, weighted=False, rows=9):
-    found = AnswerPool(rows, weighted)
+    found = EmbeddingPool(rows, weighted)
     for client, message in entries:
         found.add(message, client)
     return found.result()
@@ -74,7 +74,7 @@ def test_the_order_of_clients_does_not_matter_and_equal_clients_are_one():
 def test_a_loud_client_has_two_equal_shares_of_a_pair():
     shares = {}
     for cap in (Cap(), None):
-        pool = AnswerPool(9, weighted=True, cap=cap)
+        pool = EmbeddingPool(9, weighted=True, cap=cap)
         for i, level in enumerate((0.0, 32.0, 0.0, 0.0)):
             pool.add(Responses(A, "embeddings", None, QuantizedLogWeights.quantize(torch.full((9,), level))), i)
         shares[cap] = pool.result().weights[:, 0]
@@ -121,7 +121,7 @@ def test_certainty_travels_with_the_vectors_through_a_lossy_channel():
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(message, reason):
-    found = AnswerPool(9, weighted=False)
+    found = EmbeddingPool(9, weighted=False)
     with pytest.raises(RejectedMessageError, match=reason):
         found.add(message, 0)
     assert found.result() is None
@@ -131,7 +131,7 @@ def test_a_confidence_that_is_missing_or_too_large_is_refused():
     loud = sent(A, weights=torch.full((9,), 99.0))
     for message, reason in ((sent(A), "without confidence"), (loud, "outside of ±32")):
         with pytest.raises(RejectedMessageError, match=reason):
-            AnswerPool(9, weighted=True).add(message, 0)
+            EmbeddingPool(9, weighted=True).add(message, 0)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_a_model_that_its_held_out_pairs_contradict_is_cooled_down(client):
 
 def test_blocks_hold_all_pairs_once():
     given = vectors(600, 3, 5, 2.0)
-    parts = blocks(given)
+    parts = logit_blocks(given)
     assert [len(part) for part in parts] == [200, 200, 200]
     images, texts = sides(given)
     torch.testing.assert_close(parts[1], logits_between(images[200:400], texts[200:400], 1.0))

@@ -8,7 +8,7 @@ import torch
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
-from fdl.knowledge.transfer.extraction import EMBEDDING, Moments, blocks, extract, layer_names, pool
+from fdl.knowledge.transfer.extraction import EMBEDDING, Moments, block_names, extract, layer_names, pool
 from fdl.modules.base import FederatedModule
 from fdl.modules.small_classifiers import CNN, MLP, ViT
 
@@ -34,14 +34,14 @@ def participant():
 )
 def test_blocks_are_the_stages_of_a_network(module, expected):
     module = module()
-    assert blocks(module.backbone, module.head) == expected
+    assert block_names(module.backbone, module.head) == expected
     assert layer_names(module, 1) == expected[-1:]
     assert layer_names(module, 100) == expected
 
 
 def test_blocks_of_a_residual_network():
     timm = pytest.importorskip("timm")
-    names = blocks(timm.create_model("resnet18", num_classes=3), "fc")
+    names = block_names(timm.create_model("resnet18", num_classes=3), "fc")
     assert names[-4:] == ["layer1", "layer2", "layer3", "layer4"]
 
 

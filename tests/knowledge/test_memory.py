@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fdl.errors import RejectedMessageError, UserError
-from fdl.knowledge.aggregation.last_uploads import ExactLogWeights, LastAnswers
+from fdl.knowledge.aggregation.last_uploads import ExactLogWeights, LastUploads
 from fdl.knowledge.distillation.personalization import (
     AdaptiveWeights,
     Similarity,
@@ -42,7 +42,7 @@ def upload(rows, shift=0.0):
 
 def test_newer_answers_lie_over_older_ones():
     holder = server()
-    last = LastAnswers(holder)
+    last = LastUploads(holder)
     last.keep(3, upload([0, 1]))
     holder.round = 2
     last.keep(3, upload([1, 2], shift=5.0))
@@ -57,19 +57,19 @@ def test_newer_answers_lie_over_older_ones():
 
 def test_answers_expire_row_by_row_and_survive_a_checkpoint():
     holder = server()
-    LastAnswers(holder).keep(0, upload([0, 1]))
+    LastUploads(holder).keep(0, upload([0, 1]))
     holder.round = 3
-    LastAnswers(holder).keep(0, upload([1, 2]))
+    LastUploads(holder).keep(0, upload([1, 2]))
     holder.state = checkpoint.from_bytes(checkpoint.to_bytes(holder.state))
     holder.round = 4
-    assert LastAnswers(holder, expiry=2).recall(0, 3, None)[Responses].rows.tolist() == [1, 2]
-    assert LastAnswers(holder, expiry=9).all()[0][Responses].rows.tolist() == [0, 1, 2]
+    assert LastUploads(holder, expiry=2).recall(0, 3, None)[Responses].rows.tolist() == [1, 2]
+    assert LastUploads(holder, expiry=9).all()[0][Responses].rows.tolist() == [0, 1, 2]
     holder.round = 9
-    assert LastAnswers(holder, expiry=2).all() == {}
+    assert LastUploads(holder, expiry=2).all() == {}
     with pytest.raises(RejectedMessageError, match="expired"):
-        LastAnswers(holder, expiry=2).recall(0, 3, None)
+        LastUploads(holder, expiry=2).recall(0, 3, None)
     with pytest.raises(RejectedMessageError, match="of round 2 are not held, but of 3"):
-        LastAnswers(holder).recall(0, 2, None)
+        LastUploads(holder).recall(0, 2, None)
 
 
 def test_shifted_answers_count_more():

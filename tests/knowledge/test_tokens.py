@@ -9,7 +9,7 @@ import torch
 
 from fdl.errors import RejectedMessageError, UserError
 from fdl.knowledge.aggregation.shares import Cap
-from fdl.knowledge.aggregation.tokens import TokenMixture, padded, relative
+from fdl.knowledge.aggregation.tokens import TokenMixture, normalized_probabilities, pad_ids
 from fdl.knowledge.confidence.tokens import BayesianMixture, Certainty, TokenEntropy, TokenMaxProbability
 from fdl.knowledge.distillation.token_upload import TokenUploadBuilder, require_language_model
 from fdl.messages import Responses
@@ -33,7 +33,7 @@ def answered(client, weights, rows=None, **settings):
 
 def dense(message):
     """Probabilities [n, T, V] that a message gives, 0 for ids that it does not name."""
-    ids, p = padded(message.ids, relative(message), message.sizes.flatten())
+    ids, p = pad_ids(message.ids, normalized_probabilities(message), message.sizes.flatten())
     wide = torch.zeros(len(ids), VOCAB + 1, dtype=p.dtype).scatter_(1, ids.long().clamp_max(VOCAB), p)
     return wide[:, :VOCAB].view(*message.sizes.shape, VOCAB)
 

@@ -10,7 +10,7 @@ from fdl.datamodules.arrivals import ClassIncremental, ScheduledSamples
 from fdl.errors import UserError
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.server_optimizers import Adam
-from fdl.knowledge.distillation.cost_model import answer_flops, samples_seen, training_flops, weight_bytes
+from fdl.knowledge.distillation.cost_model import prediction_flops, samples_seen, training_flops, weight_bytes
 from fdl.methods.fed_lpfm import FedLPFM
 from fdl.methods.fedavg import FedAvg
 from fdl.modules.small_classifiers import CNN, MLP
@@ -189,7 +189,7 @@ def test_counting_leaves_statistics_and_gradients_alone(tmp_path):
     forward = 2 * 9 * 4 * 64 + 2 * sum(
         layer.weight.numel() for layer in cnn.modules() if type(layer) is torch.nn.Linear
     )
-    assert answer_flops(client, cnn) == forward
+    assert prediction_flops(client, cnn) == forward
     # backward: weights' gradients for every layer, inputs' for all but the first
     assert training_flops(client, cnn) == 3 * forward - 2 * 9 * 4 * 64
     assert all(torch.equal(tensor, before[name]) for name, tensor in cnn.state_dict().items())

@@ -14,7 +14,7 @@ from torch import nn
 
 from fdl.errors import UserError
 from fdl.federation.executors import EXECUTORS
-from fdl.knowledge.aggregation.lora import FFA, FedEx, FedIT, FlexLoRA, FLoRA, adapted_layers, merged
+from fdl.knowledge.aggregation.lora import FFA, FedEx, FedIT, FlexLoRA, FLoRA, low_rank_layers, merged
 from fdl.methods.fedavg import FedAvg
 from fdl.methods.fedlora import FedLoRA
 from fdl.modules.tuning import apply_tuning
@@ -329,7 +329,7 @@ def test_the_recipes_for_texts_run_with_a_small_encoder(tmp_path, recipe):
     loop = build(load(RECIPES / f"{recipe}.yaml", overrides), tmp_path / "run")
     summary = loop.run()
     assert all(record["refused"] == {} for record in summary["history"])
-    layers = adapted_layers(loop.server.student)
+    layers = low_rank_layers(loop.server.student)
     assert sorted({layer.name.rpartition(".")[2] for layer in layers}) == ["query", "value"] and len(layers) == 4
     if recipe == "fedlora_glue":
         exported(loop, tmp_path)
@@ -396,7 +396,7 @@ def test_a_vision_transformer(tmp_path, name):
 
     def seen(client, download):
         message = yield from update(client, download)
-        layer = adapted_layers(client.runtime.shared_module("student"))[0]
+        layer = low_rank_layers(client.runtime.shared_module("student"))[0]
         total = client.state.get("base", {}).get("total", {}).get(layer.name, 0)
         delta = 2.0 * message.tensors[layer.b] @ message.tensors[layer.a]
         uploads.append((client.samples, delta.detach() + total))
@@ -404,8 +404,8 @@ def test_a_vision_transformer(tmp_path, name):
 
     method.local_update = seen
     loop.run()
-    first = adapted_layers(loop.server.student)[0]
-    assert len(adapted_layers(loop.server.student)) == 6 and first.scale == 2.0
+    first = low_rank_layers(loop.server.student)[0]
+    assert len(low_rank_layers(loop.server.student)) == 6 and first.scale == 2.0
     mean = sum(n * delta for n, delta in uploads[-2:]) / sum(n for n, _ in uploads[-2:])
     pretrained = network.get_submodule(first.name.removeprefix("backbone.")).weight.detach()
     found = first.weight + first.layer.get_delta_weight("default").detach() - pretrained
@@ -422,7 +422,7 @@ def test_layers_that_hold_their_weights_transposed():
 
     network = nn.Sequential(Conv1D(5, 3), nn.Linear(5, 2))  # 3 inputs, 5 outputs
     apply_tuning(network, "lora", lora={"rank": 2, "targets": ["0"]})
-    (layer,) = adapted_layers(network)
+    (layer,) = low_rank_layers(network)
     nn.init.normal_(layer.layer.lora_B["default"].weight)
     x = torch.randn(4, 3)
     with_update = network(x)

@@ -15,7 +15,7 @@ from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.tokens import TokenKnowledge, TokenMixture
 from fdl.knowledge.confidence.tokens import BayesianMixture, TokenEntropy
 from fdl.knowledge.distillation import token_objective
-from fdl.knowledge.distillation.token_upload import TokenUploadBuilder, _comb, drawn_message
+from fdl.knowledge.distillation.token_upload import TokenUploadBuilder, _systematic_draws, sampled_message
 from fdl.losses.tokens import next_token_loss, sparse_distillation, token_distillation
 from fdl.messages.sparse_responses import SparseResponses
 from fdl.methods.token_distillation import TokenDistillation
@@ -327,7 +327,7 @@ def flat_mixture(vocab=40, clients=20, draws=12, capacity=None, seed=0):
     p = torch.softmax(torch.randn(vocab, generator=torch.Generator().manual_seed(seed)), 0)
     mixture = TokenMixture(torch.arange(1), 1, vocab, draws, capacity or vocab, False)
     for client in range(clients):
-        ids = _comb(p[None], draws, torch.Generator().manual_seed(100 + client))[0].long()
+        ids = _systematic_draws(p[None], draws, torch.Generator().manual_seed(100 + client))[0].long()
         ids, counts = ids.unique(return_counts=True)
         sizes = torch.tensor([[len(ids)]], dtype=torch.int32)
         mixture.add(SparseResponses(ids.int(), counts.to(torch.uint8), sizes, vocab), client)
@@ -339,7 +339,7 @@ def test_draws_from_the_mixture_are_the_mixture_in_the_mean():
     knowledge, _ = flat_mixture(draws=draws)
     total, stream = torch.zeros(40, dtype=torch.float64), torch.Generator().manual_seed(5)
     for _ in range(repeats):
-        message = drawn_message(knowledge, 40, draws, stream)
+        message = sampled_message(knowledge, 40, draws, stream)
         message.validate()
         assert message.form == "sampled" and int(message.values.sum()) == draws
         total[message.ids.long()] += message.values.double() / draws
@@ -359,7 +359,7 @@ def test_what_clients_are_sent_in_mode_sampled_teaches_them_the_mixture():
     knowledge, _ = flat_mixture(draws=draws)
     stream, total = torch.Generator().manual_seed(1), torch.zeros(40)
     for _ in range(repeats):
-        message = drawn_message(knowledge, 40, draws, stream)
+        message = sampled_message(knowledge, 40, draws, stream)
         again = TokenMixture(torch.arange(1), 1, 40, draws, 40, False)
         again.add(message, -1)
         heard = again.result()
@@ -378,7 +378,7 @@ def test_what_clients_are_sent_in_mode_sampled_teaches_them_the_mixture():
 
 def test_what_a_full_mixture_does_not_name_is_lost_and_not_given_to_other_ids():
     knowledge, _ = flat_mixture(capacity=5)
-    message = drawn_message(knowledge, 40, 200, torch.Generator().manual_seed(0))
+    message = sampled_message(knowledge, 40, 200, torch.Generator().manual_seed(0))
     named = float(knowledge.probabilities.sum())
     assert named < 0.6 and int(message.values.int().sum()) == pytest.approx(200 * named, abs=1)
     assert set(message.ids.tolist()) <= set(knowledge.ids.flatten().tolist())
@@ -413,7 +413,7 @@ def test_a_position_that_nobody_answered_is_drawn_as_such():
         torch.tensor([[1, 0]]),
         torch.zeros(1, 2),
     )
-    message = drawn_message(knowledge, 5, 4, torch.Generator().manual_seed(0))
+    message = sampled_message(knowledge, 5, 4, torch.Generator().manual_seed(0))
     assert message.ids.tolist() == [1, 3] and message.values.tolist() == [1, 3] and message.sizes.tolist() == [[2, 0]]
     back = SparseResponses.build(message.fields(), message.meta())
     assert torch.equal(back.ids, message.ids) and torch.equal(back.values, message.values)

@@ -1,1 +1,1 @@
-"""What a round's uploads are combined into."""
+"""Aggregation of a round's uploads."""

@@ -1,4 +1,4 @@
-"""Base class of what a round's uploads are combined by."""
+"""Base class of aggregates, which combine the uploads of a round."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ class Aggregate(ABC):
     for any `TensorMessage`, `ParameterMean` for weights, `ResponseMean` for responses to the proxy set.
 
     Attributes:
-        reduces: whether `reduce` is there. Without it every process adds all uploads, in the cohort's order, so that
-            nothing has to be written for several processes; with it each adds what its own clients sent, and large
-            messages do not travel.
+        reduces: True if `reduce` is implemented. Without it every process adds all uploads, in the cohort's order, so
+            that nothing has to be written for several processes; with it each process adds the uploads of its own
+            clients only, and large messages do not travel.
     """
 
     reduces: ClassVar[bool] = False
 
     @abstractmethod
     def add(self, message: Any, client: int) -> None:
-        """Take in one upload.
+        """Add one upload.
 
         Args:
-            message: what the server received: a message or bundle of the types in `Method.sends`, valid in itself.
+            message: the received upload: a message or bundle of the types in `Method.sends`, valid in itself.
             client: id of the sender.
 
         Raises:
-            RejectedMessageError: the message does not fit; the aggregate is as it was.
+            RejectedMessageError: the message does not fit; the aggregate is unchanged.
         """
 
     @abstractmethod
     def result(self) -> Any:
-        """Return what `Method.server_update` learns from, or None where no upload could be used."""
+        """Return the input of `Method.server_update`, or None if no upload could be used."""
 
     def merge(self, other: Self) -> None:
-        """Take in what another aggregate took in.
+        """Add the uploads of another aggregate.
 
         Args:
-            other: of the same kind and settings, over other uploads.
+            other: an aggregate of the same kind and settings, over other uploads.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot take in another aggregate")
 
     def reduce(self, ranks: ProcessGroup) -> None:
-        """Take in what the same aggregate took in on all other ranks; all ranks call this together.
+        """Combine this aggregate with its counterparts on all other ranks; a collective call.
 
         Args:
-            ranks: the processes; `sum` and `largest` combine a tensor over them in place.
+            ranks: the processes; `sum` and `max_` combine a tensor over them in place.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be reduced over processes")

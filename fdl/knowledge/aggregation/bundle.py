@@ -1,4 +1,4 @@
-"""What comes in during a round: answers, features and prototypes of every client, checked together, summed apart."""
+"""Composite aggregate: predictions, features and prototypes of every client, checked together, averaged separately."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdl.errors import RejectedMessageError
 from fdl.knowledge.aggregation.base import Aggregate
-from fdl.knowledge.aggregation.last_uploads import LastAnswers
+from fdl.knowledge.aggregation.last_uploads import LastUploads
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.distillation.personalization import ValidationGains, shifted
 from fdl.knowledge.transfer.features import FeatureKnowledge, FeatureMean
@@ -20,13 +20,13 @@ from fdl.messages import Bundle, Features, Message, Prototypes, Responses, Uploa
 
 @dataclass(frozen=True, eq=False)
 class RoundKnowledge:
-    """What the clients of a round know.
+    """Aggregated knowledge of a round's clients.
 
     Attributes:
-        responses: their answers.
-        features: what they see, None where that is switched off.
-        prototypes: where their classes lie, None where that is switched off or there are none.
-        gains: by client, how much its answers would help the student; empty where that is switched off.
+        responses: mean of their predictions.
+        features: mean of their features; None if features are switched off.
+        prototypes: their class prototypes; None if prototypes are switched off or none were uploaded.
+        gains: cosine gain of each client's predictions for the student, by client; empty if switched off.
     """
 
     responses: AggregatedResponses
@@ -36,17 +36,17 @@ class RoundKnowledge:
 
 
 class CompositeAggregate(Aggregate):
-    """Takes uploads in as they arrive; an upload that does not fit is refused whole.
+    """Streaming aggregate of uploads with several parts; an upload of which one part does not fit is rejected whole.
 
     Args:
-        responses: mean of the answers.
-        features: mean of the features, None when none are expected.
-        prototypes: pool of the prototypes, None when none are expected.
-        shifts: what is added to all log-weights of a client.
-        gains: measures how much answers help, None where nobody asks.
-        last: the clients' last answers, None where nobody needs them.
-        rows: of the proxy set that are asked for in this round, None for all.
-        reuse: whether a client may say that its last answers still hold.
+        responses: mean of the predictions.
+        features: mean of the features; None if none are expected.
+        prototypes: pool of the prototypes; None if none are expected.
+        shifts: number added to all log-weights of a client, by client; None for no shifts.
+        gains: measures how much predictions help the student; None if not needed.
+        last: the clients' last uploads; None if not needed.
+        rows: rows of the proxy set that clients predict in this round, int64 [m]; None for all.
+        reuse: whether a client may upload a status instead, by which its last predictions stay valid.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CompositeAggregate(Aggregate):
         prototypes: PrototypePool | None = None,
         shifts: Mapping[int, float] | None = None,
         gains: ValidationGains | None = None,
-        last: LastAnswers | None = None,
+        last: LastUploads | None = None,
         rows: Tensor | None = None,
         reuse: bool = False,
     ):
@@ -66,10 +66,14 @@ class CompositeAggregate(Aggregate):
         self._expected = {kind for kind, taker in wanted.items() if taker is not None}
 
     def add(self, message: Message | Bundle, client: int) -> None:
-        """Take in one client's upload.
+        """Add one client's upload.
+
+        Args:
+            message: its predictions, bundled with features and prototypes where they are expected; or its status.
+            client: id of the sender.
 
         Raises:
-            RefusedError: it does not fit; all is as it was.
+            RejectedMessageError: the upload does not fit; the aggregate is unchanged.
         """
         parts = parts_of(message)
         fresh = not (self.reuse and parts.keys() == {UploadStatus})
@@ -83,7 +87,7 @@ class CompositeAggregate(Aggregate):
         if self.prototypes is not None:
             self.prototypes.check(parts[Prototypes])
         weighted = shifted(parts[Responses], self.shifts.get(client, 0.0))
-        self.responses.add(weighted, client)  # the last one that may refuse, and it does so before it changes anything
+        self.responses.add(weighted, client)  # the last check that may reject, before anything is changed
         if self.features is not None:
             self.features.add(parts[Features], _log_weights(weighted, self.features.n_rows), client)
         if self.prototypes is not None:
@@ -94,7 +98,7 @@ class CompositeAggregate(Aggregate):
             self.last.keep(client, parts)
 
     def result(self) -> RoundKnowledge | None:
-        """What was collected; None when nobody was heard."""
+        """The knowledge of the round; None if no upload was accepted."""
         responses = self.responses.result()
         if responses is None:
             return None
@@ -107,7 +111,7 @@ class CompositeAggregate(Aggregate):
 
 
 def _log_weights(responses: Responses, n_rows: int) -> Tensor:
-    """Log-weights of all rows, float64 [n_rows]; 0 for rows that were not answered."""
+    """Log-weights of all rows, float64 [n_rows]; 0 for rows without a prediction."""
     weights = torch.zeros(n_rows, dtype=torch.float64)
     if responses.confidence is not None:
         weights[slice(None) if responses.rows is None else responses.rows] = responses.confidence.values().double()

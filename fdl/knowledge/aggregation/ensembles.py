@@ -1,4 +1,4 @@
-"""Ensembles of the clients' models at the server, which predict the proxy set as uploads arrive."""
+"""Ensembles of the clients' models, which predict the proxy set at the server as uploads arrive."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fdl.participants import Server
 from fdl.state.weights import load_into
 
 ABOVE_CHANCE = 1.2
-"""A teacher must be right so many times as often as by guessing, where the worst are dropped; the published code's."""
+"""Least accuracy of a teacher, in multiples of chance, where weak teachers are dropped; the published code's value."""
 
 
 class MeanAndEnsemble(Aggregate):
     """Streaming mean of the clients' weights, and of their models' probabilities on the proxy set.
 
     Args:
-        mean: of the weights.
-        server: predicts its proxy set with each client's model, and in the end with its student.
+        mean: mean of the weights, still empty.
+        server: predicts its proxy set with each client's model, and at the end with its student.
         temperature: T > 0 of the softmax.
     """
 
@@ -37,14 +37,14 @@ class MeanAndEnsemble(Aggregate):
         self.models = 0
 
     def add(self, message: Parameters, client: int) -> None:
-        """Predict the proxy set with one client's model, and add both to the means.
+        """Predict the proxy set with one client's model, and add weights and predictions to the means.
 
         Args:
-            message: its weights.
-            client: its id.
+            message: the client's weights.
+            client: id of the client.
 
         Raises:
-            RejectedMessageError: they do not fit, or predict what is not finite; the means are as they were.
+            RejectedMessageError: the weights do not fit, or their predictions are not finite; the means are unchanged.
         """
         self.mean.check(message)
         with self.server.runtime.borrow("student", message.tensors) as module:
@@ -56,7 +56,7 @@ class MeanAndEnsemble(Aggregate):
         self.models += 1
 
     def result(self) -> tuple[Mapping[str, Tensor], Tensor] | None:
-        """The mean of weights, and that of all models' probabilities at T, the global model's among them."""
+        """The mean of the weights, and the mean of all models' probabilities at T, the global model's included."""
         if self.sum is None:
             return None
         probabilities = (self.sum + self._predict(self.server.student)) / (self.models + 1)
@@ -72,11 +72,11 @@ class GroupEnsemble(Aggregate):
 
     Args:
         server: predicts its proxy set with each client's model.
-        group_of: the group of a client: the architecture that it sends.
-        weights_of: names, shapes and dtypes of a group's model.
+        group_of: maps a client's id to its group, the architecture that it uploads.
+        weights_of: maps a group to the names, shapes and dtypes of its model.
         drop_worst: leave clients that do no better than chance on validation data out of the mean of logits.
-        weighted: whether clients send confidences, by which logits are weighted.
-        cap: the most weight that one client may have; None for any.
+        weighted: whether clients upload confidences, by which logits are weighted.
+        cap: the most weight that one client may have; None for no limit.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class GroupEnsemble(Aggregate):
     ):
         self.server, self.group_of, self.weights_of, self.drop_worst = server, group_of, weights_of, drop_worst
         self.means: dict[str, ParameterMean] = {}
-        # sums of logits and numbers of clients: of those who teach, and of those who are dropped
+        # sums of logits and numbers of clients: of teachers (True), and of dropped clients (False)
         self.sums: dict[bool, Tensor] = {}
         self.counts = {True: 0, False: 0}
         self.expected = {Parameters, Scores} if weighted else {Parameters}
@@ -104,11 +104,11 @@ class GroupEnsemble(Aggregate):
         """Predict the proxy set with one client's model, and add weights and logits to the means.
 
         Args:
-            upload: its weights, with scores where they are `weighted`.
-            client: its id.
+            upload: the client's weights, bundled with scores where the ensemble is `weighted`.
+            client: id of the client.
 
         Raises:
-            RejectedMessageError: they do not fit, or predict what is not finite; the means are as they were.
+            RejectedMessageError: the upload does not fit, or its predictions are not finite; the means are unchanged.
         """
         parts = parts_of(upload)
         if parts.keys() != self.expected:
@@ -138,7 +138,10 @@ class GroupEnsemble(Aggregate):
         self.counts[teaches] += 1
 
     def result(self) -> tuple[dict[str, Any], Tensor, int] | None:
-        """Averages by group, the teachers' mean logits, and how many teachers there are."""
+        """Mean weights by group, the teachers' mean logits [n, C], and the number of teachers; None without uploads.
+
+        Where every client was dropped, the logits are the mean over all of them.
+        """
         if not self.means:
             return None
         teach = self.counts[True] > 0

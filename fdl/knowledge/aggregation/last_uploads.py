@@ -33,7 +33,7 @@ class ExactLogWeights:
         """Do nothing: the log-weights come from a message that was checked."""
 
 
-class LastAnswers:
+class LastUploads:
     """Newest prediction of each client for each proxy sample, in the server's state, so that it survives a restart.
 
     Memory grows with the number of clients: per client, one prediction (and one row of features) per proxy sample, and

@@ -1,8 +1,8 @@
-"""How low-rank updates of several sites become one: the algebra, layer by layer.
+"""Aggregation of the low-rank updates (LoRA) of several clients, layer by layer.
 
-A layer computes (W + s B A) x with B [out, r], A [r, in] and s = α / r. With shares p_k that sum to 1 the sites' mean
-update is s Σ p_k B_k A_k. The product of the means is another matrix: for B A = 1 · 1 at one site and (−1) · (−1) at
-the other it is 0, and the mean is 1.
+A layer computes (W + s B A) x with B [out, r], A [r, in] and s = α / r. With shares p_k that sum to 1 the clients'
+mean update is s Σ p_k B_k A_k. The product of the means is another matrix: for B A = 1 · 1 at one client and
+(−1) · (−1) at the other it is 0, and the mean is 1.
 """
 
 from __future__ import annotations
@@ -54,11 +54,14 @@ class Adapted:
         return weight.T if self.layer.fan_in_fan_out else weight
 
 
-def adapted_layers(module: nn.Module) -> list[Adapted]:
+def low_rank_layers(module: nn.Module) -> list[Adapted]:
     """The layers of a module that have low-rank updates.
 
+    Args:
+        module: a model tuned by LoRA.
+
     Raises:
-        UserError: there are none.
+        UserError: the module has no such layers.
     """
     found = [
         Adapted(name, layer)
@@ -71,32 +74,33 @@ def adapted_layers(module: nn.Module) -> list[Adapted]:
 
 
 def merged(module: nn.Module, updates: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a module in which original weights have gained dense updates.
+    """A copy of a module with dense updates added to its original weights.
 
-    A copy, since original weights are public: clients that take their turns together share them.
+    A copy, since original weights are public and shared by the clients that are trained concurrently.
 
     Args:
-        module: with low-rank updates, stays as it is. What is frozen in it and has no update is shared with the copy.
-        updates: [out, in] by layer; without any the module itself is returned.
+        module: a model with low-rank updates, left unchanged. Frozen parameters without update are shared with the
+            copy.
+        updates: dense updates [out, in] by layer; if empty the module itself is returned.
     """
     if not updates:
         return module
-    own = {id(layer.layer.get_base_layer().weight) for layer in adapted_layers(module) if layer.name in updates}
+    own = {id(layer.layer.get_base_layer().weight) for layer in low_rank_layers(module) if layer.name in updates}
     shared = {id(p): p for p in module.parameters() if not p.requires_grad and id(p) not in own}
     copied = copy.deepcopy(module, shared)
-    for layer in adapted_layers(copied):
+    for layer in low_rank_layers(copied):
         if layer.name in updates:
             layer.weight.copy_(layer.weight + updates[layer.name].to(layer.weight.device))
     return copied
 
 
 @dataclass(frozen=True)
-class Combined:
-    """What becomes of one layer.
+class LayerResult:
+    """Aggregation result of one layer.
 
     Attributes:
         factors: the new B [out, r] and A [r, in].
-        update: what the original weight gains, with s in it; None where it stays.
+        update: factors of the update of the original weight, scaled by s; None if the weight is unchanged.
     """
 
     factors: Factors
@@ -104,12 +108,12 @@ class Combined:
 
 
 class LoraAggregation:
-    """Makes one low-rank update of several.
+    """Aggregation of several low-rank updates into one; the base class averages A and B.
 
     Attributes:
-        stacks: whether it looks at every site's matrices, and not at their means alone.
-        merges: whether the original weights change, so that every site has to be told by how much.
-        fresh: whether sites begin every round with new matrices, so that B and A need not be sent to them.
+        stacks: True if it needs every client's matrices, not just their means.
+        merges: True if the original weights change, so that the update must be downloaded by every client.
+        fresh: True if clients begin every round with new matrices, so that B and A need not be downloaded.
         trains_a: whether A has to be trained; None for either.
     """
 
@@ -119,34 +123,34 @@ class LoraAggregation:
     trains_a: bool | None = True
 
     def check(self, layers: Sequence[Adapted], state: Mapping[str, Tensor]) -> None:
-        """See that the student's matrices are trained as this aggregation needs it.
+        """Require that the student's matrices are trained as this aggregation needs it.
 
         Args:
-            layers: the student's.
-            state: what of it is sent.
+            layers: the student's layers with low-rank updates.
+            state: the tensors of the student that are exchanged, by name.
 
         Raises:
-            UserError: they are not.
+            UserError: A is trained and must not be, or the other way round.
         """
         if self.trains_a is not None and any((layer.a in state) != self.trains_a for layer in layers):
             why = "averages B alone" if self.trains_a is False else "needs A to be trained as well"
             wanted = str(not self.trains_a).lower()
             raise UserError(f"aggregation {self.name} {why}: set student.args.lora.freeze_a: {wanted}")
 
-    def combine(self, factors: Sequence[Factors], shares: Sequence[float], mean: Factors, scale: float) -> Combined:
-        """One layer's matrices out of all sites'.
+    def combine(self, factors: Sequence[Factors], shares: Sequence[float], mean: Factors, scale: float) -> LayerResult:
+        """Combine the clients' matrices of one layer.
 
         Args:
-            factors: (B_k, A_k) of each site.
-            shares: p_k.
+            factors: (B_k, A_k) of each client.
+            shares: p_k of each client; they sum to 1.
             mean: means of B and of A.
-            scale: s.
+            scale: the factor s.
         """
-        return Combined(mean)
+        return LayerResult(mean)
 
 
 class FedIT(LoraAggregation):
-    """Average A and B apart: s mean(B) mean(A), which is not the sites' mean update (Zhang et al., 2024)."""
+    """Average A and B separately: s mean(B) mean(A), which is not the clients' mean update (Zhang et al., 2024)."""
 
     name = "fedit"
     trains_a = None
@@ -160,9 +164,9 @@ class FFA(LoraAggregation):
 
 
 class FLoRA(LoraAggregation):
-    """Stack the sites' matrices, which is exact, add the product to W everywhere and begin anew (Wang et al., 2024).
+    """Stack the clients' matrices, which is exact, add the product to W, and reinitialise them (Wang et al., 2024).
 
-    A download carries the stack, [out, K r] and [K r, in] a layer for K sites.
+    A download carries the stack, [out, K r] and [K r, in] per layer for K clients.
     """
 
     name = "flora"
@@ -170,15 +174,15 @@ class FLoRA(LoraAggregation):
     merges = True
     fresh = True
 
-    def combine(self, factors: Sequence[Factors], shares: Sequence[float], mean: Factors, scale: float) -> Combined:
-        """W gains [B_1 … B_K] [s p_1 A_1; …; s p_K A_K]; B is 0 again."""
+    def combine(self, factors: Sequence[Factors], shares: Sequence[float], mean: Factors, scale: float) -> LayerResult:
+        """Add [B_1 … B_K] [s p_1 A_1; …; s p_K A_K] to W, and reset B to 0."""
         left = torch.cat([b for b, _ in factors], dim=1)
         right = torch.cat([scale * share * a for (_, a), share in zip(factors, shares)])
-        return Combined((torch.zeros_like(mean[0]), mean[1]), (left, right))
+        return LayerResult((torch.zeros_like(mean[0]), mean[1]), (left, right))
 
 
 class FedEx(LoraAggregation):
-    """Average A and B apart and add to W what that leaves out, which makes it exact (FedEx-LoRA, Singhal et al., 2025).
+    """Average A and B separately and add the residual to W, which is exact (FedEx-LoRA, Singhal et al., 2025).
 
     A download carries the averages and the residual as factors of rank (K − 1) r.
     """
@@ -187,28 +191,28 @@ class FedEx(LoraAggregation):
     stacks = True
     merges = True
 
-    def combine(self, factors: Sequence[Factors], shares: Sequence[float], mean: Factors, scale: float) -> Combined:
-        """W gains s (mean(B A) − mean(B) mean(A)) = s Σ p_k (B_k − mean(B)) (A_k − C) for any C.
+    def combine(self, factors: Sequence[Factors], shares: Sequence[float], mean: Factors, scale: float) -> LayerResult:
+        """Add s (mean(B A) − mean(B) mean(A)) = s Σ p_k (B_k − mean(B)) (A_k − C) to W, for any C.
 
-        The deviations of B sum to 0, so that C may be chosen: the last site's A makes the last term vanish.
+        The weighted deviations of B sum to 0, so that C is free: the last client's A makes the last term vanish.
         """
         *others, (_, last) = factors
         if not others:
-            return Combined(mean)
+            return LayerResult(mean)
         left = torch.cat([scale * share * (b - mean[0]) for (b, _), share in zip(others, shares)], dim=1)
-        return Combined(mean, (left, torch.cat([a - last for _, a in others])))
+        return LayerResult(mean, (left, torch.cat([a - last for _, a in others])))
 
 
 class FlexLoRA(LoraAggregation):
-    """The best approximation of rank r to the sites' mean update, exact if its rank is no higher (Bai et al., 2024)."""
+    """Approximate the clients' mean update by rank r; exact if its rank is no higher (FlexLoRA, Bai et al., 2024)."""
 
     name = "flexlora"
     stacks = True
 
-    def combine(self, factors: Sequence[Factors], shares: Sequence[float], mean: Factors, scale: float) -> Combined:
-        """Σ p_k B_k A_k ≈ (U S) Vᵀ, of the stacked factors' QR decompositions, so that [out, in] is never laid out.
+    def combine(self, factors: Sequence[Factors], shares: Sequence[float], mean: Factors, scale: float) -> LayerResult:
+        """Decompose Σ p_k B_k A_k ≈ (U S) Vᵀ by QR of the stacked factors, without materialising [out, in].
 
-        B takes the singular values: a direction of no weight then has B = 0 as at LoRA's start, and is still learnt.
+        B takes the singular values: a direction without weight then has B = 0 as at LoRA's start, and is still learnt.
         """
         left = torch.cat([share * b.double() for (b, _), share in zip(factors, shares)], dim=1)
         right = torch.cat([a.double() for _, a in factors])
@@ -218,4 +222,4 @@ class FlexLoRA(LoraAggregation):
         rank = min(b.shape[1], len(s))
         b[:, :rank] = (q_left @ (u * s)[:, :rank]).to(b.dtype)
         a[:rank] = (vh[:rank] @ q_right.T).to(a.dtype)
-        return Combined((b, a))
+        return LayerResult((b, a))

@@ -1,4 +1,4 @@
-"""Additions to the original weights of a model with low-rank updates: the server's record, and its downloads."""
+"""Additions to the original weights of a model with low-rank updates: the server's record and its downloads."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ _MERGE = "merge"
 
 
 def _product(part: Mapping[str, Tensor]) -> Tensor:
-    """The dense matrix, [out, in], that an addition stands for."""
+    """Dense matrix [out, in] of an addition."""
     return part["left"] @ part["right"]
 
 
 def _plus(total: Mapping[str, Tensor], added: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The sum of all additions after another one; the same operations at the server and at every site."""
+    """Sum of all additions including a new one; the same operations at the server and at every client."""
     return dict(total) | {
         name: total[name] + _product(part) if name in total else _product(part) for name, part in added.items()
     }
 
 
-def record_additions(base: dict[str, Any], added: dict[str, dict[str, Tensor]], heard: Sequence[int]) -> dict[str, Any]:
-    """The server's record after a round: sites that were heard have confirmed all additions up to that round."""
-    known = base["confirmed"] | {str(client): base["version"] for client in heard}
+def record_additions(
+    base: dict[str, Any], added: dict[str, dict[str, Tensor]], senders: Sequence[int]
+) -> dict[str, Any]:
+    """The server's record after a round: clients that uploaded have confirmed all additions up to that round.
+
+    Args:
+        base: the record before the round.
+        added: factors of the round's additions by layer; empty for none.
+        senders: ids of the clients whose uploads were accepted.
+    """
+    known = base["confirmed"] | {str(client): base["version"] for client in senders}
     if not added:
         return {**base, "confirmed": known}
     version, total = base["version"] + 1, _plus(base["total"], added)
@@ -39,7 +47,12 @@ def record_additions(base: dict[str, Any], added: dict[str, dict[str, Tensor]], 
 
 
 def additions_since(server: Server, known: int) -> dict[str, Tensor]:
-    """The additions that a site has not confirmed, by ``merge/number/left or right or whole/layer``."""
+    """The additions that a client has not confirmed, by ``merge/number/left or right or whole/layer``.
+
+    Args:
+        server: keeps the record in its state.
+        known: version up to which the client has confirmed all additions.
+    """
     base = server.state.get("base", {"version": 0})
     numbers = range(known + 1, base["version"] + 1)
     if all(str(number) in base["log"] for number in numbers):
@@ -52,8 +65,13 @@ def additions_since(server: Server, known: int) -> dict[str, Tensor]:
     return {f"{_MERGE}/{base['version']}/whole/{layer}": tensor for layer, tensor in base["total"].items()}
 
 
-def take_in_additions(client: Client, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Note in a site's state the additions that are new to it; returns all else that was sent."""
+def receive_additions(client: Client, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Record the additions that are new to a client in its state, and return all other downloaded tensors.
+
+    Args:
+        client: the client; its state keeps the sum of all additions.
+        tensors: the download, by name.
+    """
     rest: dict[str, Tensor] = {}
     additions: dict[int, dict[str, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():

@@ -1,9 +1,9 @@
-"""Means of what clients send.
+"""Means of the clients' predictions and parameters.
 
-Both are sums in float64, so that the order in which clients come, or how they are spread over processes (`merge`),
-moves the float32 result by its last bit at most. They stream, so that memory grows with the model or the proxy set and
-never with the clients; but for answers whose weights clients declare and the server caps, which have to wait until all
-weights of a row are known. A message that does not fit is refused before it changes anything.
+Both are sums in float64, so that the order in which uploads arrive, or how clients are spread over processes (`merge`),
+changes the float32 result by its last bit at most. They stream, so that memory grows with the model or the proxy set
+and never with the clients; except for predictions whose weights clients declare and the server caps, which are kept
+until all weights of a row are known. A message that does not fit is rejected before anything is changed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _SLACK = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class AggregatedResponses:
-    """What the clients of a round agree on, row by row of the proxy set.
+    """Aggregated predictions of a round's clients, one row per proxy sample.
 
     Attributes:
-        values: float32 [n, C], probabilities or logits; uniform where nobody answered.
+        values: float32 [n, C], probabilities or logits; uniform in rows without a prediction.
         form: which of the two.
-        coverage: int64 [n], how many clients answered each row.
-        log_weight: float32 [n], logarithm of the sum of their weights; -inf where nobody answered. With a density it
-            tells how much a row looks like anyone's data.
-        agreement: float32 [n] in [0, 1]: 1 - H(p)/log C of the mean p; 1 where all are sure of one class, 0 where the
-            mean is uniform.
+        coverage: int64 [n], number of clients that predicted each row.
+        log_weight: float32 [n], logarithm of the sum of their weights; -inf in rows without a prediction. With a
+            density confidence it measures how similar a row is to any client's data.
+        agreement: float32 [n] in [0, 1]: 1 - H(p)/log C of the mean p; 1 where all clients are certain of one class, 0
+            where the mean is uniform.
     """
 
     values: Tensor
@@ -53,7 +53,14 @@ class AggregatedResponses:
 
     @classmethod
     def of(cls, values: Tensor, form: Space, coverage: Tensor, log_weight: Tensor) -> AggregatedResponses:
-        """Knowledge with the agreement that its values show; arguments as the attributes, of any real dtype."""
+        """Aggregated predictions with the agreement computed from their values.
+
+        Args:
+            values: [n, C], probabilities or logits, of any real dtype.
+            form: which of the two.
+            coverage: int64 [n], number of clients that predicted each row.
+            log_weight: [n], logarithm of the sum of their weights, of any real dtype.
+        """
         p = values if form == "probabilities" else torch.softmax(values, dim=1)
         most = torch.tensor(float(values.shape[1])).log().clamp_min(torch.finfo(torch.float32).tiny)
         agreement = (1 - torch.special.entr(p).sum(1) / most).clamp(0, 1)
@@ -66,21 +73,21 @@ class AggregatedResponses:
 
 
 class ResponseMean(Aggregate):
-    """Mean over clients of their answers to the proxy set, each row weighted by softmax over clients of log-weights.
+    """Mean over clients of their proxy-set predictions, each row weighted by the softmax over clients of log-weights.
 
-    A log-weight is what a client says of itself. With a cap, no client has more than so many equal shares of a round
-    (`shares.Cap`), whatever it says. Whom that cuts is known once all have spoken: messages are kept
-    as they came until then, for K clients K n (C + 1) numbers. Without a cap, or where all count alike, the mean
-    streams: the softmax is taken online, a row keeps the largest log-weight seen so far, and the sums relative to it.
+    A client declares its log-weights itself. With a cap, no client has more than a multiple of an equal share of a
+    round (`shares.Cap`), whatever it declares. The cap can be applied only once all uploads have arrived: messages are
+    kept until then, K n (C + 1) numbers for K clients. Without a cap, or with uniform weights, the mean streams: the
+    softmax is computed online, with the largest log-weight of each row so far, and sums relative to it.
 
     Args:
         n_rows: size of the proxy set.
-        num_classes: C.
+        num_classes: number of classes C.
         space: average probabilities (DS-FL), where one client can move a row by no more than √2 times its share, or
             logits (FedMD, FedDF), where an over-confident client counts for more.
-        weighted: True refuses answers without confidence, False refuses those with. None takes both; an answer
-            without confidence then has log-weight 0.
-        cap: how much one client may have at most; None for any.
+        weighted: True rejects predictions without confidence, False rejects those with one. None accepts both;
+            predictions without confidence then have log-weight 0.
+        cap: the most weight that one client may have; None for no limit.
     """
 
     def __init__(
@@ -94,34 +101,40 @@ class ResponseMean(Aggregate):
         self.n_rows, self.num_classes, self.space, self.weighted = n_rows, num_classes, space, weighted
         self.cap = None if weighted is False else cap
         self.clients = 0
-        self._waiting: list[tuple[int, Responses]] = []
+        self._pending: list[tuple[int, Responses]] = []
         self._largest = torch.full((n_rows,), -torch.inf, dtype=torch.float64)
         self._weight = torch.zeros(n_rows, dtype=torch.float64)
         self._values = torch.zeros(n_rows, num_classes, dtype=torch.float64)
         self._coverage = torch.zeros(n_rows, dtype=torch.int64)
 
     def add(self, responses: Responses, client: int) -> None:
-        """Take in one client's answers.
+        """Add one client's predictions.
 
         Args:
-            responses: logits or probabilities for some rows or all; turned into what `space` averages.
-            client: who sent them.
+            responses: logits or probabilities for some rows or all; converted to `space`.
+            client: id of the sender.
 
         Raises:
-            RefusedError: they do not fit; the mean is as it was.
+            RejectedMessageError: the predictions do not fit; the mean is unchanged.
         """
         rows, log_weights, values = self.checked(responses)
         if self.cap is None:
             self._accumulate(rows, log_weights, torch.ones_like(log_weights), values, torch.ones_like(rows))
         else:
-            self._waiting.append((client, responses))
+            self._pending.append((client, responses))
         self.clients += 1
 
     def checked(self, responses: Responses) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, int64 [n], log-weights, float64 [n], and answers in this mean's space, float64 [n, C], of a message.
+        """Check a message, and convert it to this mean's space.
+
+        Args:
+            responses: predictions of one client.
+
+        Returns:
+            Rows, int64 [m], log-weights, float64 [m], and values, float64 [m, C].
 
         Raises:
-            RefusedError: they do not fit.
+            RejectedMessageError: the predictions do not fit.
         """
         if not isinstance(responses, Responses):
             raise RejectedMessageError(f"expected responses, got {responses.kind}")
@@ -129,29 +142,36 @@ class ResponseMean(Aggregate):
         return rows, self._checked_log_weights(responses), values
 
     def merge(self, other: ResponseMean) -> None:
-        """Take in another mean over other clients, e.g. of another process."""
+        """Add another mean.
+
+        Args:
+            other: a mean of the same settings over other clients, e.g. of another process.
+
+        Raises:
+            ValueError: its settings differ.
+        """
         if _settings(self) != _settings(other):
             raise ValueError(f"means of {_settings(self)} and {_settings(other)} do not merge")
-        self._waiting += other._waiting
+        self._pending += other._pending
         rows = torch.arange(self.n_rows)[other._coverage > 0]
         self._accumulate(rows, other._largest[rows], other._weight[rows], other._values[rows], other._coverage[rows])
         self.clients += other.clients
 
     def result(self) -> AggregatedResponses | None:
-        """The mean, or None when nobody was added."""
+        """The mean; None without uploads."""
         if self.clients == 0:
             return None
-        if self._waiting:
-            return self._settled().result()
+        if self._pending:
+            return self._capped().result()
         answered = self._coverage > 0
         values = self._values / self._weight.where(answered, 1.0).unsqueeze(1)
         if self.space == "probabilities":
             values = values.where(answered.unsqueeze(1), 1 / self.num_classes)
         return AggregatedResponses.of(values, self.space, self._coverage.clone(), self._largest + self._weight.log())
 
-    def _settled(self) -> ResponseMean:
-        """The mean, without a cap, of all that waited, with the log-weights that the cap leaves."""
-        told = [message for _, message in sorted(self._waiting, key=lambda waiting: waiting[0])]
+    def _capped(self) -> ResponseMean:
+        """The mean of all pending messages, with capped log-weights."""
+        told = [message for _, message in sorted(self._pending, key=lambda waiting: waiting[0])]
         logs = torch.full((len(told), self.n_rows), -torch.inf, dtype=torch.float64)
         for own, message in zip(logs, told):
             own[self._checked_rows(message)] = self._checked_log_weights(message)
@@ -164,7 +184,7 @@ class ResponseMean(Aggregate):
         return mean
 
     def _accumulate(self, rows: Tensor, largest: Tensor, weight: Tensor, values: Tensor, coverage: Tensor) -> None:
-        """Add sums that are relative to exp(largest): rescale whichever side is the smaller."""
+        """Add sums relative to exp(largest); the smaller side is rescaled."""
         together = torch.maximum(self._largest[rows], largest)
         before, new = (self._largest[rows] - together).exp(), (largest - together).exp()
         self._weight[rows] = self._weight[rows] * before + weight * new
@@ -173,7 +193,7 @@ class ResponseMean(Aggregate):
         self._coverage[rows] += coverage
 
     def _checked_values(self, responses: Responses) -> Tensor:
-        """The answers in this mean's space, float64 [n, C]."""
+        """The predictions in this mean's space, float64 [m, C]."""
         values = responses.values
         if responses.form not in ("logits", "probabilities"):
             raise RejectedMessageError(f"expected logits or probabilities, got {responses.form}")
@@ -185,11 +205,11 @@ class ResponseMean(Aggregate):
         if responses.form == "logits":
             return values if self.space == "logits" else torch.softmax(values, dim=1)
         values = _on_simplex(values)
-        # the floor is what float32 can tell from 0: a class that was rounded away is unlikely, not impossible
+        # the floor is float32's resolution: a class that was rounded to 0 is unlikely, not impossible
         return values if self.space == "probabilities" else values.clamp_min(torch.finfo(torch.float32).eps).log()
 
     def _checked_rows(self, responses: Responses) -> Tensor:
-        """Which rows they are for, int64 [n]."""
+        """The rows of the proxy set that were predicted, int64 [m]."""
         rows, count = responses.rows, len(responses.values)
         if rows is None:
             if count != self.n_rows:
@@ -205,7 +225,7 @@ class ResponseMean(Aggregate):
         return rows
 
     def _checked_log_weights(self, responses: Responses) -> Tensor:
-        """Log-weights of the rows, float64 [n]."""
+        """Log-weights of the predicted rows, float64 [m]."""
         confidence, count = responses.confidence, len(responses.values)
         if confidence is None:
             if self.weighted:
@@ -224,14 +244,14 @@ class ResponseMean(Aggregate):
 class ParameterMean(Aggregate):
     """Mean over clients of their weights and buffers, weighted by sample counts: ``Σ n_k w_k / Σ n_k`` (FedAvg).
 
-    Sums are float64: 8 bytes a parameter, whatever the number of clients, and the mean of equal models is that model to
-    the bit. Integers and booleans, e.g. BatchNorm's count of batches, are not averaged: the largest value is kept.
+    Sums are float64: 8 bytes per parameter, whatever the number of clients, and the mean of equal models is that model
+    to the bit. Integers and booleans, e.g. BatchNorm's count of batches, are not averaged: the largest value is kept.
 
     Args:
-        like: names, shapes and dtypes that every client's tensors must have, e.g. the state of the server's model.
+        like: tensors with the names, shapes and dtypes of every client's, e.g. the state of the server's model.
 
     Attributes:
-        averaged: shapes of the tensors of real numbers, by name.
+        averaged: shapes of the floating-point tensors, by name.
     """
 
     reduces = True
@@ -241,19 +261,19 @@ class ParameterMean(Aggregate):
         self._layout = [(name, tuple(shape), dtype) for name, (shape, dtype) in self._like.items()]
         self.samples = 0
         self.averaged = {name: shape for name, (shape, dtype) in self._like.items() if dtype.is_floating_point}
-        # one vector for all sums: a model that comes in one piece is added, and divided, in one piece
+        # one flat vector for all sums: a model in one flat buffer is added, and divided, in one operation
         self._sum = torch.zeros(sum(shape.numel() for shape in self.averaged.values()), dtype=torch.float64)
         self._largest: dict[str, Tensor] = {}
 
     def add(self, parameters: Parameters, client: int) -> None:
-        """Take in one client's parameters.
+        """Add one client's parameters.
 
         Args:
             parameters: with the number of samples that they were trained on, > 0.
-            client: who sent them.
+            client: id of the sender.
 
         Raises:
-            RefusedError: they do not fit; the mean is as it was.
+            RejectedMessageError: the parameters do not fit; the mean is unchanged.
         """
         self.check(parameters)
         parameters.validate()
@@ -274,7 +294,14 @@ class ParameterMean(Aggregate):
         self.samples += parameters.samples
 
     def merge(self, other: ParameterMean) -> None:
-        """Take in another mean over other clients, e.g. of another process."""
+        """Add another mean.
+
+        Args:
+            other: a mean of the same model over other clients, e.g. of another process.
+
+        Raises:
+            ValueError: it is of another model.
+        """
         if self._like != other._like:
             raise ValueError("means of different models do not merge")
         self._sum.add_(other._sum)
@@ -283,7 +310,11 @@ class ParameterMean(Aggregate):
         self.samples += other.samples
 
     def reduce(self, ranks: ProcessGroup) -> None:
-        """Take in what the same mean took in on all other ranks, and let them do so."""
+        """Combine this mean with its counterparts on all other ranks; a collective call.
+
+        Args:
+            ranks: the processes.
+        """
         ranks.sum(self._sum)
         samples = torch.tensor([self.samples])
         ranks.sum(samples)
@@ -296,7 +327,7 @@ class ParameterMean(Aggregate):
                 self._largest[name] = largest.to(dtype)
 
     def result(self) -> Mapping[str, Tensor] | None:
-        """The mean by name, in the dtypes of `like`; None when nobody was added."""
+        """The mean by name, in the dtypes of `like`; None without uploads."""
         if self.samples == 0:
             return None
         mean = self._sum / self.samples
@@ -310,12 +341,23 @@ class ParameterMean(Aggregate):
         }
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of a vector of all averaged elements, by tensor."""
+        """Views of a flat vector of all averaged elements, by tensor.
+
+        Args:
+            vector: one element per averaged element, in the order of `averaged`.
+        """
         parts = vector.split([shape.numel() for shape in self.averaged.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.averaged.items(), parts)}
 
     def check(self, parameters: Parameters) -> None:
-        """Refuse parameters of another model, or without samples."""
+        """Reject parameters of another model, or without samples.
+
+        Args:
+            parameters: upload of one client.
+
+        Raises:
+            RejectedMessageError: the parameters do not fit.
+        """
         if not isinstance(parameters, Parameters):
             raise RejectedMessageError(f"expected parameters, got {parameters.kind}")
         tensors = parameters.tensors
@@ -339,7 +381,7 @@ class ParameterMean(Aggregate):
 
 
 def _on_simplex(values: Tensor) -> Tensor:
-    """Make rows sum to 1 again after rounding on the way, so that no client has more than one vote."""
+    """Normalise rows to sum 1 after rounding in transmission, so that no client has more than one vote."""
     if values.numel() and not (values.min() >= -_SLACK and values.max() <= 1 + _SLACK):
         raise RejectedMessageError("a probability lies outside of 0 … 1")
     values = values.clamp(0, 1)

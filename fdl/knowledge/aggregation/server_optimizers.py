@@ -1,4 +1,4 @@
-"""What the server does with the mean of its clients' weights.
+"""Server optimisers, which update the global weights by the mean of the clients' weights.
 
 Source: Reddi et al., "Adaptive Federated Optimization", 2021, with D = mean − w as the negative pseudo-gradient. As in
 the paper, second moments start at τ² and there is no bias correction.
@@ -17,7 +17,7 @@ from fdl.errors import UserError
 
 
 class ServerOptimizer(ABC):
-    """Turns the old global weights and the clients' mean into the new global weights."""
+    """Optimiser that computes new global weights from the old ones and the clients' mean."""
 
     name: ClassVar[str]
 
@@ -43,7 +43,12 @@ class ServerOptimizer(ABC):
 
     @abstractmethod
     def displacement(self, delta: Tensor, moments: dict[str, Tensor]) -> Tensor:
-        """How far one weight moves, given the clients' mean displacement and this weight's moments."""
+        """Displacement of one weight.
+
+        Args:
+            delta: the clients' mean displacement D.
+            moments: this weight's moments, changed in place.
+        """
 
 
 class Average(ServerOptimizer):
@@ -54,7 +59,7 @@ class Average(ServerOptimizer):
     def step(
         self, current: Mapping[str, Tensor], mean: Mapping[str, Tensor], trained: set[str], moments: dict[str, Any]
     ) -> Mapping[str, Tensor]:
-        """The mean itself, not w + (mean − w), which would round."""
+        """Return the mean itself, not w + (mean − w), which would round."""
         return mean
 
     def displacement(self, delta: Tensor, moments: dict[str, Tensor]) -> Tensor:
@@ -101,7 +106,12 @@ class _Adaptive(ServerOptimizer):
 
     @abstractmethod
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
-        """The new second moment from the old one and D²."""
+        """The new second moment.
+
+        Args:
+            v: the old second moment.
+            squared: D².
+        """
 
 
 class Adam(_Adaptive):
@@ -140,7 +150,7 @@ class Yogi(_Adaptive):
         super().__init__(lr, beta1, beta2, tau)
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
-        """Moves towards D² by a step that does not grow with the distance."""
+        """Step towards D², of a length that does not grow with the distance."""
         return v - (1 - self.beta2) * squared * torch.sign(v - squared)
 
 

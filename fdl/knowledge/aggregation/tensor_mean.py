@@ -22,9 +22,9 @@ class MeanTensors(NamedTuple):
     """Mean of the uploads of one round.
 
     Attributes:
-        groups: tensors by name, by group, in the shapes and dtypes that were asked for.
+        groups: tensors by name, by group, in the shapes and dtypes of `WeightedMean.like`.
         clients: number of uploads.
-        samples: number of examples that their senders trained on, together.
+        samples: total number of examples that their senders trained on.
     """
 
     groups: dict[str, dict[str, Tensor]]
@@ -39,7 +39,7 @@ class WeightedMean(Aggregate):
     of batches, are not averaged: the largest value is kept.
 
     Args:
-        like: groups of named tensors, of which every upload must have the names, shapes and kinds of numbers.
+        like: groups of named tensors, whose names, shapes and kinds of numbers every upload must match.
         by: ``"samples"`` weights a client by the examples that it trained on, ``"clients"`` weights all alike.
     """
 
@@ -52,14 +52,14 @@ class WeightedMean(Aggregate):
         self.clients = self.samples = 0
 
     def add(self, message: Any, client: int) -> None:
-        """Take in one client's tensors.
+        """Add one client's tensors.
 
         Args:
             message: a `TensorMessage`; with the number of samples, > 0, where the mean is weighted by it.
             client: id of the sender.
 
         Raises:
-            RejectedMessageError: the message does not fit; the mean is as it was.
+            RejectedMessageError: the message does not fit; the mean is unchanged.
         """
         if not isinstance(message, TensorMessage):
             raise RejectedMessageError(f"expected groups of tensors, got {message.kind}")
@@ -71,7 +71,14 @@ class WeightedMean(Aggregate):
         self.samples += message.samples
 
     def merge(self, other: WeightedMean) -> None:
-        """Take in another mean, of tensors alike and over other clients."""
+        """Add another mean.
+
+        Args:
+            other: a mean of the same tensors and weighting over other clients.
+
+        Raises:
+            ValueError: its weighting differs.
+        """
         if self._by != other._by:
             raise ValueError(f"a mean by {self._by} and one by {other._by} do not merge")
         self._mean.merge(other._mean)
@@ -79,14 +86,18 @@ class WeightedMean(Aggregate):
         self.samples += other.samples
 
     def reduce(self, ranks: ProcessGroup) -> None:
-        """Take in what the same mean took in on all other ranks, and let them do so."""
+        """Combine this mean with its counterparts on all other ranks; a collective call.
+
+        Args:
+            ranks: the processes.
+        """
         self._mean.reduce(ranks)
         counts = torch.tensor([self.clients, self.samples])
         ranks.sum(counts)
         self.clients, self.samples = counts.tolist()
 
     def result(self) -> MeanTensors | None:
-        """Return the mean, or None when nobody was added."""
+        """The mean; None without uploads."""
         mean = self._mean.result()
         if mean is None:
             return None

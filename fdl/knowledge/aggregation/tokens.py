@@ -1,4 +1,4 @@
-"""The mixture of clients' answers to every token."""
+"""Mixture of the clients' next-token predictions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fdl.messages.sparse_responses import FLOOR, SparseResponses
 
 _SLACK = 1e-3
 _POSITIONS = 1 << 14  # positions that are merged at a time
-_NONE = torch.iinfo(torch.int32).max  # in the place of an id: sorts behind all others
+_NO_ID = torch.iinfo(torch.int32).max  # placeholder for an id: sorts behind all others
 
 
 @dataclass(frozen=True, eq=False)
 class TokenKnowledge:
-    """What the clients of a round say together of the windows that any of them answered.
+    """Mixture of a round's next-token predictions, for the windows that at least one client predicted.
 
     Attributes:
-        rows: the windows, int64 [m], rising.
-        ids: int32 [m, T, C], the likeliest first; -1 with probability 0 where there are fewer.
-        probabilities: float32 [m, T, C]; what they lack to 1 belongs to all other ids.
-        coverage: how many clients answered, int64 [m, T].
-        log_weight: logarithm of the sum of their weights, float32 [m, T]; -inf where nobody answered.
+        rows: the windows, int64 [m], ascending.
+        ids: int32 [m, T, C], most likely first; -1 with probability 0 where there are fewer.
+        probabilities: float32 [m, T, C]; the remainder to 1 belongs to all other ids.
+        coverage: number of clients that predicted, int64 [m, T].
+        log_weight: logarithm of the sum of their weights, float32 [m, T]; -inf without a prediction.
     """
 
     rows: Tensor
@@ -38,41 +38,41 @@ class TokenKnowledge:
     log_weight: Tensor
 
     def message(self, vocab: int, k: int) -> SparseResponses:
-        """The k likeliest ids as a message.
+        """Convert the k most likely ids to a message.
 
         Args:
             vocab: size of the vocabulary.
-            k: ids a position at most.
+            k: most ids per position.
         """
         p, ids = self.probabilities[..., :k], self.ids[..., :k]
         kept = p >= FLOOR
         tail = (1 - p.double().mul(kept).sum(2)).clamp_min(FLOOR).log().float()
-        order = ids.masked_fill(~kept, _NONE).argsort(dim=2)
+        order = ids.masked_fill(~kept, _NO_ID).argsort(dim=2)
         ids, p, kept = (x.gather(2, order) for x in (ids, p, kept))
         sizes = kept.sum(2, dtype=torch.int32)
         return SparseResponses(ids[kept].int(), p[kept].log(), sizes, vocab, tail, rows=self.rows)
 
 
 class TokenMixture(Aggregate):
-    """Mean over clients of their distributions over the next token, weighted by softmax over clients of log-weights.
+    """Mean over clients of their next-token distributions, weighted by the softmax over clients of log-weights.
 
-    With a cap, no client has more than so many equal shares, whatever it says of itself. Whom that cuts
-    is known once all have spoken: their messages, at 8 bytes an id, are kept until then. Without a cap, or where all
-    count alike, memory grows with the proxy text and nothing else: the softmax is taken online, a position keeps the
-    largest log-weight seen so far, and the sums relative to it.
+    With a cap, no client has more than a multiple of an equal share, whatever it declares. The cap can be applied only
+    once all uploads have arrived: messages are kept until then, at 8 bytes per id. Without a cap, or with uniform
+    weights, memory grows with the proxy text only: the softmax is computed online, with the largest log-weight of each
+    position so far, and sums relative to it.
 
-    Of every position the `capacity` ids with the most probability so far are kept, at 8 bytes each, and the rest goes
-    to the tail. With a capacity of the vocabulary, or of all ids that clients name, nothing is lost. What a client does
-    not name counts as part of its tail, so the mixture gives an id no more than what was said of it.
+    For every position the `capacity` ids with the most probability so far are kept, at 8 bytes each, and the rest is
+    added to the tail. With a capacity of the vocabulary, or of all ids that clients upload, nothing is lost. Ids that a
+    client does not upload count as part of its tail, so the mixture gives an id no more than its uploaded probability.
 
     Args:
-        rows: the windows that are asked, int64 [m], rising.
-        length: positions of a window, T.
+        rows: the windows that clients predict, int64 [m], ascending.
+        length: positions per window, T.
         vocab: size of the vocabulary.
-        most: ids a position at most that a client may send.
-        capacity: ids a position that are kept.
-        weighted: True refuses answers without weights, False refuses those with.
-        cap: how much one client may have at most; None for any.
+        most: most ids per position that a client may upload.
+        capacity: ids per position that are kept.
+        weighted: True rejects predictions without weights, False rejects those with weights.
+        cap: the most weight that one client may have; None for no limit.
     """
 
     def __init__(
@@ -89,33 +89,33 @@ class TokenMixture(Aggregate):
         self.capacity, self.cap = min(capacity, vocab), cap if weighted else None
         count = len(rows) * length
         self.clients = 0
-        self._waiting: list[tuple[int, SparseResponses]] = []
+        self._pending: list[tuple[int, SparseResponses]] = []
         self._largest = torch.full((count,), -torch.inf, dtype=torch.float64)
         self._weight = torch.zeros(count, dtype=torch.float64)
         self._coverage = torch.zeros(count, dtype=torch.int64)
-        self._ids = torch.full((count, self.capacity), _NONE, dtype=torch.int32)
+        self._ids = torch.full((count, self.capacity), _NO_ID, dtype=torch.int32)
         self._mass = torch.zeros(count, self.capacity)
 
     def add(self, message: Message, client: int) -> None:
-        """Take in one client's answers.
+        """Add one client's predictions.
 
         Args:
-            message: for some of the windows or all.
-            client: who sent them.
+            message: sparse responses for some of the windows or all.
+            client: id of the sender.
 
         Raises:
-            RefusedError: they do not fit; the mixture is as it was.
+            RejectedMessageError: the predictions do not fit; the mixture is unchanged.
         """
         places, log_weights = self._checked(message)
         if self.cap is None:
-            self._take(message, places, log_weights)
+            self._accumulate(message, places, log_weights)
         else:
-            self._waiting.append((client, message))
+            self._pending.append((client, message))
         self.clients += 1
 
-    def _settled(self) -> TokenMixture:
-        """The mixture, without a cap, of all that waited, with the log-weights that the cap leaves."""
-        told = [message for _, message in sorted(self._waiting, key=lambda waiting: waiting[0])]
+    def _capped(self) -> TokenMixture:
+        """The mixture of all pending messages, with capped log-weights."""
+        told = [message for _, message in sorted(self._pending, key=lambda waiting: waiting[0])]
         logs = torch.full((len(told), len(self._largest)), -torch.inf, dtype=torch.float64)
         for own, message in zip(logs, told):
             places, log_weights = self._checked(message)
@@ -124,14 +124,14 @@ class TokenMixture(Aggregate):
         mixture = TokenMixture(*settings, cap=None)
         for own, message in zip(self.cap.limit(logs), told):
             places = self._checked(message)[0]
-            mixture._take(message, places, own[places])
+            mixture._accumulate(message, places, own[places])
         mixture.clients = self.clients
         return mixture
 
-    def _take(self, message: SparseResponses, places: Tensor, log_weights: Tensor) -> None:
-        """Add one client's answers, with the log-weight of each position."""
+    def _accumulate(self, message: SparseResponses, places: Tensor, log_weights: Tensor) -> None:
+        """Add one client's predictions, with the log-weight of each position."""
         sizes, position = message.sizes.flatten(), 0
-        ids, p = message.ids, relative(message)
+        ids, p = message.ids, normalized_probabilities(message)
         for start in range(0, len(places), _POSITIONS):
             some = slice(start, start + _POSITIONS)
             count = int(sizes[some].sum())
@@ -140,14 +140,14 @@ class TokenMixture(Aggregate):
             position += count
 
     def result(self) -> TokenKnowledge | None:
-        """The mixture, or None when nobody was added."""
+        """The mixture; None without uploads."""
         if self.clients == 0:
             return None
-        if self._waiting:
-            return self._settled().result()
+        if self._pending:
+            return self._capped().result()
         windows = (self._coverage.view(-1, self.length) > 0).any(1)
         used = max(1, int((self._mass > 0).sum(1).max())) if len(self._mass) else 1
-        if used == self.vocab:  # then all ids are named, be it with probability 0, so that nothing is left for a tail
+        if used == self.vocab:  # list all ids, some with probability 0, so that nothing is left for a tail
             named = self._ids.where(self._mass > 0, 0).long()
             mass, ids = torch.zeros_like(self._mass).scatter_add_(1, named, self._mass).sort(dim=1, descending=True)
         else:
@@ -176,22 +176,22 @@ class TokenMixture(Aggregate):
         self._largest[places] = together
         self._weight[places] = self._weight[places] * before + new
         self._coverage[places] += 1
-        new_ids, new_mass = padded(ids, p, sizes)
+        new_ids, new_mass = pad_ids(ids, p, sizes)
         new_mass = (new_mass * new.unsqueeze(1)).float()
         ids = torch.cat([self._ids[places], new_ids], dim=1)
         mass = torch.cat([(self._mass[places] * before.unsqueeze(1)).float(), new_mass], dim=1)
         ids, order = ids.sort(dim=1)
         mass = mass.gather(1, order)
-        # each side names an id once, so of equal neighbours there are two at most
+        # each side has an id once, so at most two neighbours are equal
         twice = ids[:, 1:] == ids[:, :-1]
         mass[:, :-1] += mass[:, 1:] * twice
         mass[:, 1:].masked_fill_(twice, 0)
         mass, order = mass.topk(self.capacity, dim=1)
-        self._ids[places] = ids.gather(1, order).masked_fill_(mass == 0, _NONE)
+        self._ids[places] = ids.gather(1, order).masked_fill_(mass == 0, _NO_ID)
         self._mass[places] = mass
 
     def _checked(self, message: Message) -> tuple[Tensor, Tensor]:
-        """Which positions of all windows they are for, int64 [n·T], and the log-weight of each, float64 [n·T]."""
+        """The predicted positions among those of all windows, int64 [n·T], and their log-weights, float64 [n·T]."""
         if not isinstance(message, SparseResponses):
             raise RejectedMessageError(f"expected sparse responses, got {message.kind}")
         if message.vocab != self.vocab:
@@ -224,11 +224,14 @@ class TokenMixture(Aggregate):
         return places, log_weights
 
 
-def relative(message: SparseResponses) -> Tensor:
-    """Probabilities of the ids that a message names, float64 [S].
+def normalized_probabilities(message: SparseResponses) -> Tensor:
+    """Probabilities of the ids of a message, float64 [S].
 
-    Rounding on the way is undone as far as it shows: named ids and tail of a position sum to 1, so that no client has
-    more than one vote.
+    They are normalised after rounding in transmission: ids and tail of a position sum to 1, so that no client has more
+    than one vote.
+
+    Args:
+        message: predictions of one client, with S ids in total.
     """
     counts = message.sizes.flatten()
     if message.form == "sampled":
@@ -239,12 +242,18 @@ def relative(message: SparseResponses) -> Tensor:
     return p / total[message.positions]
 
 
-def padded(ids: Tensor, p: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids [M, K] int32 and probabilities [M, K] of M positions, each with its number of ids from `sizes` [M].
+def pad_ids(ids: Tensor, p: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad the ids and probabilities of M positions to the same length K, the largest number of ids.
 
-    K is the largest of these; behind the ids of a position stand the largest integer and probability 0.
+    Args:
+        ids: ids of all positions, concatenated, [S].
+        p: their probabilities, [S].
+        sizes: number of ids per position, [M].
+
+    Returns:
+        Ids int32 [M, K], padded by the largest integer, and probabilities [M, K], padded by 0.
     """
     named = torch.arange(int(sizes.max())) < sizes.unsqueeze(1)
-    wide_ids, wide_p = torch.full(named.shape, _NONE, dtype=torch.int32), p.new_zeros(named.shape)
+    wide_ids, wide_p = torch.full(named.shape, _NO_ID, dtype=torch.int32), p.new_zeros(named.shape)
     wide_ids[named], wide_p[named] = ids.int(), p
     return wide_ids, wide_p

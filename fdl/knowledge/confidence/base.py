@@ -12,6 +12,7 @@ from torch import Tensor
 from fdl.datamodules.samples import Samples
 from fdl.encoders.base import PCA, Encoder
 from fdl.errors import UserError
+from fdl.utils.arguments import positive
 
 LIMIT = 32.0
 """Log-weights lie in [-LIMIT, LIMIT]: in 8 bits a step is then at most 1/4, and no client can weigh more than that."""
@@ -194,10 +195,3 @@ class Product(Confidence):
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
         """The sum of the factors' log-weights."""
         return torch.stack([factor.log_weights(client, logits) for factor in self.factors]).sum(0)
-
-
-def positive(name: str, value: float) -> float:
-    """Return a constructor's argument as a float, or raise UserError where it is not finite and above 0."""
-    if not 0 < value < float("inf"):
-        raise UserError(f"{name} must be a number > 0, got {value}")
-    return float(value)

@@ -11,7 +11,8 @@ from torch import Tensor
 from fdl.datamodules.samples import Samples
 from fdl.encoders.base import Encoder
 from fdl.errors import UserError
-from fdl.knowledge.confidence.base import ClientView, Confidence, positive, public_space
+from fdl.knowledge.confidence.base import ClientView, Confidence, public_space
+from fdl.utils.arguments import positive
 from fdl.utils.threads import single
 
 _REFERENCES = 1000
@@ -204,7 +205,7 @@ def typical_distance(proxy: np.ndarray, k: int) -> float:
     Returns:
         A length > 0; 1 where all rows are equal or there is only one.
     """
-    others = _to_others(proxy, k)
+    others = _distances_to_others(proxy, k)
     typical = float(np.median(others.mean(axis=1))) if others.size else 0.0
     return typical if typical > 0 else 1.0
 
@@ -223,7 +224,7 @@ def intrinsic_dimension(proxy: np.ndarray, k: int = _NEIGHBOURS) -> float:
     Returns:
         D ≥ 1, at most d; 1 where there are too few rows to tell.
     """
-    others = _to_others(proxy, k)
+    others = _distances_to_others(proxy, k)
     others = others[others[:, 0] > 0] if others.size else others  # copies of a row say nothing about its surroundings
     if others.shape[0] == 0 or others.shape[1] < 3:
         return 1.0
@@ -232,7 +233,7 @@ def intrinsic_dimension(proxy: np.ndarray, k: int = _NEIGHBOURS) -> float:
     return float(min(max(1 / rate, 1.0), max(proxy.shape[1], 1))) if rate > 0 else float(proxy.shape[1])
 
 
-def _to_others(proxy: np.ndarray, k: int) -> np.ndarray:
+def _distances_to_others(proxy: np.ndarray, k: int) -> np.ndarray:
     """Distances of reference rows to their k nearest other rows, [references, at most k]."""
     references = proxy[:: -(-len(proxy) // _REFERENCES)]
     return nearest(proxy, references, k + 1)[:, 1:]  # the first is the row itself

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fdl.errors import UserError
-from fdl.knowledge.confidence.base import ClientView, Confidence, positive, public_space
+from fdl.knowledge.confidence.base import ClientView, Confidence, public_space
+from fdl.utils.arguments import positive
 
 
 class DomainClassifier(Confidence):

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fdl.datamodules.samples import Samples
-from fdl.knowledge.confidence.base import Confidence, positive
-from fdl.knowledge.transfer.embeddings import BLOCK, answers, blocks
+from fdl.knowledge.confidence.base import Confidence
+from fdl.knowledge.transfer.embeddings import PAIRS_PER_BLOCK, answers, logit_blocks
 from fdl.messages import QuantizedLogWeights
 from fdl.metrics.retrieval import captions
 from fdl.modules.types import Batch
 from fdl.participants import Client
+from fdl.utils.arguments import positive
 
 
 class PairConfidence(Confidence):
@@ -58,19 +59,19 @@ class _PairView:
         self.client, self.samples, self.cache, self.encoder = client, client.samples, client.cache, client.encoder
         self.train, self.calibration = ImagesOfPairs(client.train), ImagesOfPairs(client.calibration)
         self.proxy = ImagesOfPairs(client.proxy)
-        self.num_classes = max(min(BLOCK, len(client.calibration)), 2)
+        self.num_classes = max(min(PAIRS_PER_BLOCK, len(client.calibration)), 2)
 
     def calibration_accuracy(self) -> float:
         """How often a held-out image finds its text; chance where there is none."""
         if len(self.calibration) < 2:
             return 1 / self.num_classes
         given = answers(self.client, self.client.specialist(), self.client.calibration)
-        found = [(block.argmax(1) == torch.arange(len(block))).float() for block in blocks(given)]
+        found = [(block.argmax(1) == torch.arange(len(block))).float() for block in logit_blocks(given)]
         return float(torch.cat(found).mean())
 
     def logits(self, given: Tensor, samples: Samples) -> Tensor:
         """[n, 1 + the largest block]: the match, then the others, -inf where there are none."""
-        groups, parts = captions(samples), blocks(given)
+        groups, parts = captions(samples), logit_blocks(given)
         result = given.new_full((len(given), 1 + max(len(part) for part in parts)), -torch.inf)
         start = 0
         for block in parts:

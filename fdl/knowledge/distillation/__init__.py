@@ -1,1 +1,1 @@
-"""What clients upload about the proxy set, and how a student learns from it."""
+"""Distillation: clients' uploads for the proxy set, and the training of a student on them."""

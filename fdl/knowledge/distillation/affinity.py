@@ -1,4 +1,4 @@
-"""How a dual encoder learns from what others said of the proxy pairs."""
+"""Distillation of dual encoders from the affinities of proxy pairs (CLIP-KD)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AffinityLosses:
-    """What is learnt beside the teachers' affinities, and how much each counts; settings only.
+    """Weights of the losses besides that of the teachers' affinities; settings only.
 
     Args:
         contrastive: weight of the learner's own contrastive loss on the pairs, ≥ 0.
@@ -51,16 +51,16 @@ class AffinityLosses:
     def learn(
         self, who: Participant, module: LightningModule, teachers: TeacherEmbeddings, config: Fit, name: str
     ) -> Requests[None]:
-        """Train a module on the proxy pairs, in batches that are drawn anew each time; call it with ``yield from``.
+        """Train a module on the proxy pairs, in new random batches each time; call it with ``yield from``.
 
         A server, which computes at once, drives it with `Participant.run_all`.
 
         Args:
-            who: holds the pairs; its state keeps the projectors.
+            who: the participant that trains; it holds the pairs, and its state the projectors.
             module: the learner, a dual encoder.
-            teachers: what others said.
-            config: how long and how fast.
-            name: of the losses in the participant's metrics.
+            teachers: the teachers' embeddings of the pairs.
+            config: settings of the fit.
+            name: name of the losses in the participant's metrics.
         """
         guided = GuidedStudent(who, module, teachers) if self.features or self.interactive else None
 
@@ -83,16 +83,16 @@ class AffinityLosses:
         pairs = SoftLabelled(who.proxy, torch.arange(len(who.proxy)))
         yield FitRequest(module if guided is None else guided, pairs, config, objective, name)
         if guided is not None:
-            guided.leave(who)
+            guided.save_projectors(who)
 
 
 class GuidedStudent(nn.Module):
     """A learner with a linear projector into each teacher's space, one for images and texts alike.
 
     Args:
-        who: whose state keeps the projectors from round to round.
-        module: the learner.
-        teachers: whose widths count.
+        who: the participant, whose state keeps the projectors from round to round.
+        module: the learner, a dual encoder.
+        teachers: the teachers' embeddings, which give the widths of the projectors.
     """
 
     def __init__(self, who: Participant, module: LightningModule, teachers: TeacherEmbeddings):
@@ -108,8 +108,12 @@ class GuidedStudent(nn.Module):
                 load_into(self.projectors[client], tensors)
         self.train()
 
-    def leave(self, who: Participant) -> None:
-        """Keep the projectors, those of clients that were not asked in this round too."""
+    def save_projectors(self, who: Participant) -> None:
+        """Save the projectors, and keep those of clients without an upload in this round.
+
+        Args:
+            who: the participant, in whose state they are saved.
+        """
         kept = {client: copy_of(projector) for client, projector in self.projectors.items()}
         who.state["projectors"] = who.state.get("projectors", {}) | kept
 
@@ -120,9 +124,9 @@ class GuidedStudent(nn.Module):
 
         Args:
             embedding: the learner's unit vectors, images and then texts, [B, 2 D].
-            rows: which pairs these are, int64 [B], on the CPU.
-            teachers: what others said.
-            scale: the learner's.
+            rows: numbers of the pairs in the proxy set, int64 [B], on the CPU.
+            teachers: the teachers' embeddings of the pairs.
+            scale: the learner's logit scale.
         """
         features = interactive = embedding.sum() * 0.0
         for projector, answer, answered, weights in zip(

@@ -1,4 +1,4 @@
-"""What a client says of the proxy set in a round."""
+"""A client's upload for the proxy set."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UploadBuilder:
-    """How a client makes its upload of what its specialist knows; settings only.
+    """Builder of a client's upload from its specialist's predictions; settings only.
 
     Args:
-        space: what is sent, probabilities or logits.
-        calibrate: divide logits by a temperature fitted on the held-out private share.
-        confidence: how much each answer counts; None sends none.
-        features: the activations that go with them, None for none.
-        prototypes: the centroids that go with them, None for none.
-        proxy_fraction: share of the proxy set that is answered.
-        frequency: when there is something new to say; None for always.
-        release: what makes the answers private; None for nothing.
+        space: upload probabilities or logits.
+        calibrate: divide logits by a temperature fitted on the held-out private samples.
+        confidence: weighs each prediction; None uploads no confidence.
+        features: settings of uploaded activations; None for none.
+        prototypes: settings of uploaded class centroids; None for none.
+        proxy_fraction: fraction of the proxy set that is predicted per round, in (0, 1].
+        frequency: skips uploads of predictions that have hardly changed; None always uploads.
+        release: makes the predictions differentially private; None leaves them exact.
+
+    Raises:
+        UserError: `proxy_fraction` is out of (0, 1].
     """
 
     space: Literal["probabilities", "logits"]
@@ -49,17 +52,13 @@ class UploadBuilder:
     release: Release | None = None
 
     def __post_init__(self) -> None:
-        """Check the share of the proxy set.
-
-        Raises:
-            UserError: it is out of (0, 1].
-        """
+        """Check the fraction of the proxy set."""
         if not 0 < self.proxy_fraction <= 1:
             raise UserError(f"proxy_fraction must be in (0, 1], got {self.proxy_fraction}")
 
     @property
     def needs_calibration(self) -> bool:
-        """True if clients look at their held-out private samples."""
+        """True if clients use their held-out private samples."""
         confident = self.confidence is not None and self.confidence.needs_calibration
         selected = None if self.features is None else self.features.select
         return self.calibrate or confident or (selected is not None and selected.toward == "labels")
@@ -68,7 +67,7 @@ class UploadBuilder:
         """Bytes of the proxy set, and of the public encoder where confidence or prototypes are measured in its space.
 
         Args:
-            server: holds both.
+            server: holds the proxy set and the encoder.
         """
         costs, users = {"proxy": server.proxy.nbytes}, (self.confidence, self.prototypes)
         if server.encoder is not None and any(user is not None and user.needs_encoder for user in users):
@@ -78,12 +77,15 @@ class UploadBuilder:
     def upload(
         self, client: Client, specialist: LightningModule, standing: UploadStatus | None
     ) -> Requests[Message | Bundle | None]:
-        """Answer the proxy set, or say that nothing has changed, or nothing where privacy allows no more.
+        """Predict the proxy set; or report that nothing has changed. Call it with ``yield from``.
 
         Args:
-            client: who answers.
+            client: the client.
             specialist: its model, trained.
-            standing: which of its answers the server holds, None where nobody asks.
+            standing: status of its last upload at the server; None where uploads never depend on it.
+
+        Returns:
+            The upload; the status alone if predictions have hardly changed; None if the privacy budget is spent.
         """
         if self.features is None and self.prototypes is None:
             logits = yield PredictRequest(specialist, client.proxy)

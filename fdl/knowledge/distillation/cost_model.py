@@ -1,7 +1,7 @@
-"""What a model costs: floating-point operations of an answer and of a step, bytes of weights.
+"""Costs of a model: floating-point operations of a prediction and of a training step, bytes of weights.
 
-Operations are those of matrix products, convolutions and attention, a product and a sum counted as two; what torch's
-counter does not know (normalisation, activations) is a small share of any network.
+Operations are those of matrix products, convolutions and attention, a product and a sum counted as two; the operations
+that torch's counter omits (normalisation, activations) are a small share of any network.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from fdl.participants import Client
 from fdl.recipe.config import Fit
 
 
-def answer_flops(client: Client, module: nn.Module) -> int:
-    """Operations of one answer to a private sample.
+def prediction_flops(client: Client, module: nn.Module) -> int:
+    """Floating-point operations of the prediction of one private sample.
 
     Args:
-        client: who computes.
-        module: put into evaluation mode.
+        client: holds the sample, and computes.
+        module: the model, put into evaluation mode.
     """
-    inputs = _one(client)
+    inputs = _first_inputs(client)
     with torch.no_grad(), client.runtime.fabric.autocast(), FlopCounterMode(display=False) as counter:
         module.eval()(inputs)
     return counter.get_total_flops()
 
 
 def training_flops(client: Client, module: nn.Module) -> int:
-    """Operations of one private sample's way forward and backward; weights stay as they are, without gradients.
+    """Floating-point operations of the forward and backward pass of one private sample; the weights do not change.
 
     Args:
-        client: who computes.
-        module: put into evaluation mode, in which batch normalisation leaves its statistics alone.
+        client: holds the sample, and computes.
+        module: the model, put into evaluation mode, in which batch normalisation does not update its statistics.
     """
-    inputs = _one(client)
+    inputs = _first_inputs(client)
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     with torch.enable_grad(), client.runtime.fabric.autocast(), FlopCounterMode(display=False) as counter:
         module.eval()(inputs).logits.sum().backward()
@@ -47,11 +47,11 @@ def training_flops(client: Client, module: nn.Module) -> int:
 
 
 def samples_seen(count: int, config: Fit) -> int:
-    """How many samples one fit looks at, each counted as often as it is seen.
+    """Number of samples that one fit processes, each counted as often as it is used.
 
     Args:
-        count: samples there are.
-        config: for how many epochs, or for how many steps of which batch size.
+        count: number of samples of the data set.
+        config: settings of the fit, with the number of epochs, or of steps and the batch size.
     """
     if config.steps is None:
         return config.epochs * count
@@ -60,14 +60,18 @@ def samples_seen(count: int, config: Fit) -> int:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a model's weights and buffers, frozen ones among them, shared ones once."""
+    """Bytes of a model's weights and buffers, including frozen ones; shared ones count once.
+
+    Args:
+        module: the model.
+    """
     held = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.numel())
     tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in held}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _one(client: Client) -> Any:
-    """The inputs of the first private sample, as a model takes them."""
+def _first_inputs(client: Client) -> Any:
+    """The inputs of the first private sample as a batch of one, on the model's device."""
     runtime = client.runtime
     batch = move_data_to_device(client.train.batch(torch.tensor([0])), runtime.device)
     return runtime.fabric.strategy.precision.convert_input(batch)[0]

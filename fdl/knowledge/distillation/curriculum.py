@@ -1,4 +1,4 @@
-"""Curriculum: from what all clients know to what few of them know."""
+"""Curriculum: from samples that all clients know to samples that few of them know."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ PACINGS: dict[str, Callable[[float], float]] = {
     "root": lambda t: math.sqrt(t),
     "step": lambda t: math.floor(4 * t) / 4,
 }
-"""How much of what is held back has come by time t in [0, 1]; root and linear as in Platanios et al., 2019."""
+"""Fraction of the withheld samples that are in use at time t in [0, 1]; root and linear of Platanios et al., 2019."""
 
 
 class Curriculum:
-    """The student first learns the proxy samples that clients agree on and know well, and the others later.
+    """Curriculum over proxy samples: first those on which clients agree with confidence, and the others later.
 
-    Samples are ordered by the mean of two ranks: how far the clients' mean answer is from uniform (agreement), and how
-    much their confidence in it adds up to. A share of them, from the easy end, is in use at a time. Source: Bengio et
-    al., "Curriculum Learning"; Platanios et al., "Competence-based Curriculum Learning" for the pacing.
+    Samples are ordered by the mean of two ranks: the distance of the clients' mean prediction from uniform (agreement),
+    and the sum of their weights (confidence). A fraction of them, from the easy end, is in use at a time. Source:
+    Bengio et al., "Curriculum Learning"; Platanios et al., "Competence-based Curriculum Learning" for the pacing.
 
     Args:
-        by: what makes a sample easy.
-        start: share of the samples in use at first, in (0, 1]; 1 switches the curriculum off.
-        pacing: how the share grows to 1: evenly, by the square root of time, or in four steps.
+        by: measure of easiness.
+        start: fraction of the samples in use at first, in (0, 1]; 1 switches the curriculum off.
+        pacing: growth of the fraction to 1: linear, by the square root of time, or in four steps.
         over: whether it grows from round to round, or from step to step within each round.
-        length: after how many rounds, or after what share of the steps in percent, all samples are in use.
+        length: number of rounds, or percentage of the steps, after which all samples are in use.
+
+    Raises:
+        UserError: an argument is out of its range.
     """
 
     name = "curriculum"
@@ -58,20 +61,24 @@ class Curriculum:
         self.length = at_least("length", length, 1)
 
     def share(self, time: float) -> float:
-        """Share of the samples in use when so much of the way is over, 0 at the beginning and 1 at the end."""
-        return self.start + (1 - self.start) * PACINGS[self.pacing](min(max(time, 0.0), 1.0))
-
-    def paced(
-        self, samples: Samples, knowledge: AggregatedResponses, rows: Tensor | None, fit: Fit, round: int
-    ) -> Samples:
-        """The samples in use in a round.
+        """Fraction of the samples in use at a time.
 
         Args:
-            samples: what is to be learnt.
-            knowledge: of the whole proxy set.
-            rows: which rows of it the samples are, int64 [n]; None for all.
-            fit: how the student is trained on them.
-            round: the round, from 1.
+            time: 0 at the beginning, 1 when all samples are in use; clipped to this range.
+        """
+        return self.start + (1 - self.start) * PACINGS[self.pacing](min(max(time, 0.0), 1.0))
+
+    def pace(
+        self, samples: Samples, knowledge: AggregatedResponses, rows: Tensor | None, fit: Fit, round: int
+    ) -> Samples:
+        """Restrict samples to those in use in a round.
+
+        Args:
+            samples: proxy samples that the student learns.
+            knowledge: aggregated predictions of the whole proxy set.
+            rows: rows of the proxy set that the samples are, int64 [n]; None for all.
+            fit: settings by which the student is trained on them.
+            round: number of the round, from 1.
         """
         scores = difficulty(knowledge, self.by)
         order = torch.argsort(scores if rows is None else scores[rows], stable=True)
@@ -93,7 +100,7 @@ def difficulty(knowledge: AggregatedResponses, by: str) -> Tensor:
     """Rank the rows of the proxy set from easy to hard.
 
     Args:
-        knowledge: what the clients say of them.
+        knowledge: aggregated predictions of the rows.
         by: ``"agreement"``, ``"confidence"`` or ``"both"``.
 
     Returns:
@@ -106,15 +113,15 @@ def difficulty(knowledge: AggregatedResponses, by: str) -> Tensor:
 
 
 class Paced(Samples):
-    """Samples of which only the first few of an order are in use, more from batch to batch.
+    """Samples of which only the first ones of an order are in use, more from batch to batch.
 
-    It has the length of all samples; whoever asks for a sample that is not in use yet gets one that is. Once all are in
-    use, it hands out what it was asked for.
+    Its length is that of all samples; an index of a sample that is not in use yet gives one that is. Once all are in
+    use, every index gives its own sample.
 
     Args:
-        samples: all of them.
-        order: from easy to hard, int64 [n].
-        share: of the samples in use, by the number of batches handed out before.
+        samples: all samples.
+        order: numbers of the samples from easy to hard, int64 [n].
+        share: maps the number of earlier batches to the fraction of samples in use.
     """
 
     def __init__(self, samples: Samples, order: Tensor, share: Callable[[int], float]):
@@ -126,7 +133,7 @@ class Paced(Samples):
 
     @property
     def labels(self) -> Tensor | None:
-        """Those of all samples."""
+        """Labels of all samples."""
         return self.samples.labels
 
     @property
@@ -135,7 +142,7 @@ class Paced(Samples):
         return self.samples.nbytes
 
     def in_use(self) -> int:
-        """How many samples the next batch is taken from, at least one."""
+        """Number of samples from which the next batch is taken, at least one."""
         return max(1, math.ceil(self.share(self._batches) * len(self) - 1e-9))
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:

@@ -59,7 +59,7 @@ class FeatureTerm(DistillationTerm):
             self.constant("participants", knowledge.participants)
 
     def columns(self) -> FeatureColumns:
-        """The clients' features of every sample."""
+        """The clients' features, one row per sample."""
         return self._columns
 
     def head(self, widths: StudentWidths) -> nn.Linear | None:
@@ -79,17 +79,24 @@ class FeatureTerm(DistillationTerm):
         head: nn.Module | None,
         adapter: ParticipantAdapter | None,
     ) -> TermLoss:
-        """The feature loss of one batch; arguments of `DistillationTerm.loss`."""
+        """Compute the feature loss of one batch.
+
+        Args:
+            student: outputs of the student for the batch.
+            columns: the clients' features of the batch.
+            head: the projector to the clients' space; None without.
+            adapter: maps features of single clients to the student's space; None for a sum over clients.
+        """
         features, own, probe = columns.features, student.activations, None
         if adapter is not None and columns.shares is not None:
             mapped, shares = adapter(features, self.participants), columns.shares
             losses = -(columns.probabilities.unsqueeze(1) * adapter.class_log_probabilities(mapped)).sum(2)
             probe = (shares * losses).sum() / shares.sum().clamp_min(1e-12)
-            # the student moves towards the participants, not they towards it: else both could meet at a constant
+            # detached: the student must move towards the clients; if both moved, they could collapse to a constant
             features = (mapped * shares.unsqueeze(2)).sum(1).detach()
         if head is not None:
             own = head(own)
-        if columns.known is not None:  # samples that only earlier rounds answered have no features
+        if columns.known is not None:  # samples predicted in earlier rounds only have no features
             own, features = own[columns.known], features[columns.known]
             if len(own) < 2:
                 return TermLoss(own.sum() * 0.0, probe)

@@ -1,4 +1,4 @@
-"""Soft labels of a round: what the clients' predictions come to, and what of it is downloaded in the next one."""
+"""Soft labels of a round, aggregated from the clients' predictions and downloaded in the next round."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.last_uploads import LastAnswers
+from fdl.knowledge.aggregation.last_uploads import LastUploads
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.aggregation.shares import Cap
 from fdl.knowledge.distillation.personalization import Similarity
@@ -21,17 +21,17 @@ _SHARPENINGS = {"entropy_reduction": entropy_reduction, "power": power_sharpenin
 
 
 class SoftLabels:
-    """Turns the mean of the clients' predictions into soft labels of the form that a loss compares.
+    """Conversion of the clients' mean prediction to soft labels of the form that a loss compares.
 
     Args:
         loss: a name among `fdl.losses.responses.RESPONSE_LOSSES`.
-        space: what is averaged.
-        sharpen: temperature or exponent, > 0; None leaves the mean as it is.
-        sharpening: by entropy reduction or by power.
-        cap: the most weight that one client may have; None for any.
+        space: average probabilities or logits.
+        sharpen: temperature or exponent of the sharpening, > 0; None leaves the mean unsharpened.
+        sharpening: sharpen by entropy reduction or by power.
+        cap: the most weight that one client may have; None for no limit.
 
     Raises:
-        UserError: for values out of range, and for a loss of logits where there are none.
+        UserError: a value is out of range, or the loss compares logits and `space` is probabilities.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class SoftLabels:
         self.sharpen, self.sharpening = sharpen, _SHARPENINGS[one_of("sharpening", sharpening, _SHARPENINGS)]
 
     def mean(self, server: Server, weighted: bool | None = None) -> ResponseMean:
-        """A mean without any predictions yet.
+        """An empty mean of predictions.
 
         Args:
             server: gives the numbers of proxy samples and classes.
-            weighted: whether clients send confidences; None where they may.
+            weighted: whether clients upload confidences; None where they may.
         """
         return ResponseMean(len(server.proxy), server.num_classes, self.space, weighted, self.cap)
 
@@ -72,17 +72,17 @@ class SoftLabels:
 
 
 class Feedback:
-    """What clients download from the second round on.
+    """Downloads of the clients from the second round on.
 
     Args:
         source: the aggregate, the student's predictions, or nothing.
-        labels: makes soft labels of predictions.
-        personalization: gives each client its own mixture of the others' predictions; None sends all the same.
-        policy: of uploads, whose status goes with every download; None where clients always upload.
+        labels: converts mean predictions to soft labels.
+        personalization: gives each client its own mixture of the others' predictions; None broadcasts the same to all.
+        policy: upload policy, whose status goes with every download; None where clients always upload.
         prototypes: whether clients upload prototypes, which personalisation may compare.
 
     Raises:
-        UserError: personalization without feedback, or by prototypes that are not uploaded.
+        UserError: personalisation without feedback, or by prototypes that are not uploaded.
     """
 
     def __init__(
@@ -104,19 +104,19 @@ class Feedback:
         """True if the server must keep every client's last upload."""
         return self.personalization is not None or self.policy is not None
 
-    def last_uploads(self, server: Server) -> LastAnswers:
-        """Every client's last predictions, which personalisation and the upload policy need.
+    def last_uploads(self, server: Server) -> LastUploads:
+        """Every client's last upload, for personalisation and the upload policy.
 
         Args:
-            server: keeps them in its state.
+            server: keeps the uploads in its state.
         """
-        return LastAnswers(server, None if self.policy is None else self.policy.expiry)
+        return LastUploads(server, None if self.policy is None else self.policy.expiry)
 
     def keep(self, server: Server, fresh: Responses) -> None:
-        """Store in the server's state what is downloaded in the next round.
+        """Store the soft labels for the next round's download in the server's state.
 
         Args:
-            server: with the student as it is after the round.
+            server: the server, with the student after the round.
             fresh: soft labels of the round.
         """
         if self.source != "none":
@@ -130,8 +130,8 @@ class Feedback:
         """The download of one client; the same message for all unless it is personalised.
 
         Args:
-            server: whose state `keep` has filled.
-            client: its id.
+            server: the server, whose state `keep` has filled.
+            client: id of the client.
         """
         answers = None
         if self.personalization is not None:

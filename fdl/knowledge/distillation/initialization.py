@@ -1,4 +1,4 @@
-"""Weights with which specialists and the student begin to learn."""
+"""Initial weights of specialists and student."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from fdl.utils.seeding import stream_seed
 
 
 class Initialization:
-    """Pretraining on public labels, as in FedMD, and new weights in every round, as in CFD.
+    """Initialisation of specialists: pretraining on public labels (FedMD), and reinitialisation per round (CFD).
 
     Args:
         pretrain: epochs on the server's labelled public samples before the first round, ≥ 0, with the settings of
             private training.
-        reinitialize: draw a specialist new weights before it learns from the server's answers.
+        reinitialize: reinitialise a specialist before it learns from the server's soft labels.
+
+    Raises:
+        UserError: `pretrain` is negative.
     """
 
     def __init__(self, pretrain: int, reinitialize: bool):
         self.pretrain, self.reinitialize = at_least("pretrain", pretrain, 0), reinitialize
 
     def setup_bytes(self, server: Server) -> dict[str, int]:
-        """Bytes of the public samples with their labels, which every client is sent where specialists are pretrained.
+        """Bytes of the labelled public samples, which every client downloads if specialists are pretrained.
 
         Args:
             server: holds the samples.
@@ -39,7 +42,7 @@ class Initialization:
 
         Args:
             client: the client.
-            has_download: whether it is about to learn from the server's answers.
+            has_download: whether the client is about to learn from the server's soft labels.
         """
         new, specialist = "specialist" not in client.state, client.specialist()
         if self.pretrain and new:
@@ -51,10 +54,10 @@ class Initialization:
         return specialist
 
     def pretrain_student(self, server: Server) -> None:
-        """Pretrain the student as specialists are, before it first learns from them; once per run.
+        """Pretrain the student with the settings of specialists, before it first learns from them; once per run.
 
         Args:
-            server: with the student and the public samples.
+            server: holds the student and the public samples.
         """
         if self.pretrain and "pretrained" not in server.state:
             settings = replace(server.local_training, epochs=self.pretrain, steps=None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fdl.errors import UserError
-from fdl.knowledge.aggregation.last_uploads import ExactLogWeights, LastAnswers, Parts
+from fdl.knowledge.aggregation.last_uploads import ExactLogWeights, LastUploads, Parts
 from fdl.knowledge.aggregation.means import AggregatedResponses, ResponseMean
 from fdl.knowledge.confidence.base import LIMIT
 from fdl.messages import Prototypes, Responses
@@ -146,7 +146,7 @@ class Similarity:
     def mixture(
         self,
         client: int,
-        last: LastAnswers,
+        last: LastUploads,
         empty: Callable[[], ResponseMean],
         answers: Callable[[AggregatedResponses], Responses],
     ) -> Responses | None:

@@ -51,7 +51,7 @@ class PrototypeTerm(DistillationTerm):
             self.constant("participants", knowledge.participants)
 
     def columns(self) -> PrototypeColumns:
-        """The assignment of every sample."""
+        """The assignment to prototypes, one row per sample."""
         return self._columns
 
     def head(self, widths: StudentWidths) -> nn.Linear | None:
@@ -69,7 +69,14 @@ class PrototypeTerm(DistillationTerm):
         head: nn.Module | None,
         adapter: ParticipantAdapter | None,
     ) -> TermLoss:
-        """The prototype loss of one batch; arguments of `DistillationTerm.loss`."""
+        """Compute the prototype loss of one batch.
+
+        Args:
+            student: outputs of the student for the batch.
+            columns: the assignment of the batch to prototypes.
+            head: the projector to the public space; None without.
+            adapter: maps prototypes of single clients to the student's space; needed where there is no head.
+        """
         if head is not None:
             return TermLoss(self.function(head(student.output.embedding), self.centres, columns.assignment))
         centres, probe = adapter(self.centres.unsqueeze(0), self.participants).squeeze(0), None

@@ -1,4 +1,4 @@
-"""Fewer proxy samples a round: which ones, and what earlier rounds said of the others."""
+"""Subsampling of the proxy set per round, and a cache of soft labels of earlier rounds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fdl.utils.seeding import torch_stream
 
 
 def rows_of_round(participant: Participant, share: float) -> Tensor | None:
-    """The proxy samples that are answered in the current round: every participant draws the same ones.
+    """Draw the proxy samples that are predicted in the current round; every participant draws the same.
 
     Args:
         participant: gives seed, round and proxy set.
-        share: of the proxy set, at least one sample.
+        share: fraction of the proxy set, in (0, 1]; at least one sample is drawn.
 
     Returns:
         Sorted rows, int64 [m]; None for all.
@@ -29,26 +29,26 @@ def rows_of_round(participant: Participant, share: float) -> Tensor | None:
 
 
 class SoftLabelCache:
-    """Each proxy sample's newest aggregated answer, as long as it is not too old; lies in the server's state.
+    """Cache of each proxy sample's newest soft label until it expires, kept in the server's state.
 
     Source: the soft-label cache of SCARLET.
 
     Args:
-        rounds: for how many rounds an answer counts, its own included; 1 needs no memory.
+        rounds: number of rounds for which a soft label is valid, including its own, ≥ 1; 1 needs no memory.
     """
 
     def __init__(self, rounds: int):
         self.rounds = at_least("soft_label_cache_rounds", rounds, 1)
 
     def update(self, server: Server, fresh: Responses) -> tuple[Tensor | None, Tensor]:
-        """Take in a round's aggregated answers and return all that count.
+        """Store a round's soft labels, and return all that are valid.
 
         Args:
-            server: whose state and round it is.
-            fresh: answers of this round, to some rows or all.
+            server: keeps the cache in its state, and gives the round.
+            fresh: soft labels of this round, for some rows or all.
 
         Returns:
-            Rows of the proxy set, int64 [m], None for all; and their answers, [m, C].
+            Rows of the proxy set, int64 [m], None for all; and their soft labels, [m, C].
         """
         if self.rounds == 1:
             return fresh.rows, fresh.values

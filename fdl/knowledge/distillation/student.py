@@ -23,8 +23,8 @@ from fdl.knowledge.distillation.terms import (
     ResponseTerm,
     StudentOutput,
     StudentWidths,
-    of_batch,
-    tensors_of,
+    columns_of_batch,
+    used_columns,
 )
 from fdl.knowledge.transfer.extraction import EMBEDDING, extract, layer_names
 from fdl.knowledge.transfer.features import FeatureMean, FeatureTransfer
@@ -151,7 +151,7 @@ class DistillationConfig:
         learner = StudentWithHeads(self, server, self.terms(server, collected, targets, rows))
         samples: Samples = SoftLabelled(server.proxy, targets, rows, learner.columns)
         if curriculum is not None:
-            samples = curriculum.paced(samples, collected.responses, rows, server.server_distil, server.round)
+            samples = curriculum.pace(samples, collected.responses, rows, server.server_distil, server.round)
         objective = learner.objective if learner.columns else learner.response_objective
         losses = server.fit(learner, samples, server.server_distil, objective, name="distil")
         learner.save_heads(server)
@@ -176,7 +176,7 @@ class StudentWithHeads(nn.Module):
         self.layers = [EMBEDDING] if config.features is None else layer_names(server.student, config.features.student)
         self.terms = nn.ModuleList(terms).to(server.runtime.device)
         used = [term.columns() for term in terms]
-        self.columns = tuple(tensor for columns in used for tensor in tensors_of(columns))
+        self.columns = tuple(tensor for columns in used for tensor in used_columns(columns))
         self._used = [(type(columns), tuple(column is not None for column in columns)) for columns in used]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(stream_seed(server.seed, "learner"))
@@ -206,7 +206,7 @@ class StudentWithHeads(nn.Module):
         total, parts, probes = None, {}, []
         heads = {name: self.heads[name] for name in self.heads}
         for term, used in zip(self.terms, self._used):
-            columns = of_batch(used, tensors)
+            columns = columns_of_batch(used, tensors)
             found = term.loss(student, columns, heads.get(term.name), heads.get(_ADAPTER))
             parts[term.name] = found.value
             total = term.weight * found.value if total is None else total + term.weight * found.value

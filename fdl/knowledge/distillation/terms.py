@@ -20,7 +20,7 @@ Columns = TypeVar("Columns", bound=NamedTuple)
 
 @dataclass(frozen=True, eq=False)
 class StudentOutput:
-    """One forward pass of the student over a batch of B samples, as its loss terms see it.
+    """Outputs of the student for a batch of B samples, from one forward pass.
 
     Attributes:
         output: logits, embedding, and the activations that were captured.
@@ -52,7 +52,7 @@ class StudentWidths(NamedTuple):
 
 
 class TermLoss(NamedTuple):
-    """What a term contributes to one step.
+    """Contribution of a term to one training step.
 
     Attributes:
         value: the term, unweighted, a scalar.
@@ -92,10 +92,10 @@ class ParticipantAdapter(nn.Module):
 
 
 class DistillationTerm(nn.Module, ABC):
-    """One weighted term of the student's loss, made of what was collected in a round.
+    """One weighted term of the student's loss, built from the uploads of a round.
 
-    A module without parameters of its own: tensors that all samples share are its buffers, which are not saved. What
-    is trained with the student is the term's head, and the adapter that terms share.
+    A module without parameters of its own: tensors that all samples share are its buffers, which are not saved. The
+    term's head, and the adapter that terms share, are trained with the student.
 
     Attributes:
         name: of the term in logs, and of its head in the server's state.
@@ -111,10 +111,10 @@ class DistillationTerm(nn.Module, ABC):
         self.weight = weight
 
     def constant(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor that all samples share, as the attribute `name`.
+        """Store a tensor that all samples share as the attribute `name`.
 
         Args:
-            name: of the attribute.
+            name: name of the attribute.
             tensor: its value.
         """
         self.register_buffer(name, tensor, persistent=False)
@@ -135,13 +135,13 @@ class DistillationTerm(nn.Module, ABC):
     def loss(
         self, student: StudentOutput, columns: Any, head: nn.Module | None, adapter: ParticipantAdapter | None
     ) -> TermLoss:
-        """The term for one batch.
+        """Compute the term for one batch.
 
         Args:
-            student: the student's outputs.
-            columns: as `columns` returns them, for the samples of the batch.
-            head: what `head` returned.
-            adapter: shared by all terms, where one of them is `adapted`.
+            student: outputs of the student for the batch.
+            columns: the rows of `columns` for the samples of the batch.
+            head: the module returned by `head`, on the device; None without.
+            adapter: the adapter shared by all terms; None where none of them is `adapted`.
         """
 
 
@@ -154,8 +154,8 @@ class ResponseTerm(DistillationTerm):
 
     Args:
         loss: a name among `fdl.losses.responses.RESPONSE_LOSSES`.
-        temperature: of the softmax over the student's logits, > 0.
-        weight: α.
+        temperature: temperature of the softmax over the student's logits, > 0.
+        weight: the weight α, ≥ 0.
     """
 
     name = "response"
@@ -171,21 +171,32 @@ class ResponseTerm(DistillationTerm):
     def loss(
         self, student: StudentOutput, columns: NoColumns, head: nn.Module | None, adapter: ParticipantAdapter | None
     ) -> TermLoss:
-        """The response loss of one batch; arguments of `DistillationTerm.loss`."""
+        """Compute the response loss of one batch.
+
+        Args:
+            student: outputs of the student for the batch, with its targets.
+            columns: no columns.
+            head: not used.
+            adapter: not used.
+        """
         return TermLoss(self.function(student.output.logits, student.targets, self.temperature))
 
 
-def tensors_of(columns: NamedTuple) -> tuple[Tensor, ...]:
-    """The tensors of a term's columns, without unused fields, in order."""
+def used_columns(columns: NamedTuple) -> tuple[Tensor, ...]:
+    """The tensors of a term's columns, without unused fields, in order.
+
+    Args:
+        columns: a named tuple whose unused fields are None.
+    """
     return tuple(column for column in columns if column is not None)
 
 
-def of_batch(used: tuple[type[Columns], tuple[bool, ...]], tensors: Iterator[Tensor]) -> Columns:
+def columns_of_batch(used: tuple[type[Columns], tuple[bool, ...]], tensors: Iterator[Tensor]) -> Columns:
     """A term's columns for one batch.
 
     Args:
-        used: the type of the columns, and which of its fields are used.
-        tensors: the used fields, for the samples of the batch, are taken from it.
+        used: type of the columns, and for each of its fields whether it is used.
+        tensors: iterator over the used fields, for the samples of the batch; they are consumed.
     """
     kind, fields = used
     return kind(*(next(tensors) if field else None for field in fields))

@@ -19,7 +19,7 @@ from fdl.modules.base import NextTokenModel
 from fdl.participants import Client, Participant
 
 _VALUES = 1 << 24  # values of answers that exist at a time before they are made sparse
-_SEEN = 4  # columns before the answer: whether there is a token, log-likelihood of the next, entropy, largest
+_STATISTICS = 4  # columns before the answer: whether there is a token, log-likelihood of the next, entropy, largest
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ class TokenUploadBuilder:
         """
         asked = torch.arange(len(client.proxy)) if rows is None else rows
         vocab, length = vocabulary(client), client.proxy.input_shape[0]
-        width = _SEEN + (2 * min(self.k, vocab) if self.draws is None else self.draws)
-        question = self._question(vocab, client.rng("draws"))
+        width = _STATISTICS + (2 * min(self.k, vocab) if self.draws is None else self.draws)
+        selector = self._output_selector(vocab, client.rng("draws"))
         parts = []
         for some in asked.split(max(1, _VALUES // (length * width))):
-            told = client.predict(specialist, client.proxy.subset(some), question)
-            parts.append((told[..., :_SEEN], *(self._top(told) if self.draws is None else self._drawn(told, vocab))))
+            told = client.predict(specialist, client.proxy.subset(some), selector)
+            sent = self._likeliest(told) if self.draws is None else self._counted_draws(told, vocab)
+            parts.append((told[..., :_STATISTICS], *sent))
         seen, ids, values, sizes, tail = (torch.cat(part) for part in zip(*parts))
         weights = None
         if self.confidence is not None:
@@ -69,21 +70,21 @@ class TokenUploadBuilder:
         tail = tail if self.draws is None else None
         return SparseResponses(ids, values, sizes, vocab, tail, weights, rows)
 
-    def _question(self, vocab: int, stream: torch.Generator) -> Callable[[LightningModule, Tensor], Tensor]:
+    def _output_selector(self, vocab: int, stream: torch.Generator) -> Callable[[LightningModule, Tensor], Tensor]:
         """What the model is asked: [B, T, 4 + k + k] with ids and log-probabilities, or [B, T, 4 + N] with ids."""
 
-        def question(module: LightningModule, tokens: Tensor) -> Tensor:
+        def selector(module: LightningModule, tokens: Tensor) -> Tensor:
             following = F.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
-            width = _SEEN + (2 * min(self.k, vocab) if self.draws is None else self.draws)
+            width = _STATISTICS + (2 * min(self.k, vocab) if self.draws is None else self.draws)
             told = torch.zeros(len(following), width, device=tokens.device)
-            for where, log_p, softened in self._asked(module, tokens):
+            for where, log_p, softened in self._predictions(module, tokens):
                 largest, targets = log_p.amax(1), following[where]
                 likelihood = log_p.gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1).where(targets >= 0, 0.0)
                 if self.draws is None:
                     values, ids = log_p.topk(min(self.k, vocab), dim=1)
                     answer = torch.cat([ids.float(), values], dim=1)  # float32 holds ids exactly
                 else:
-                    answer = _comb(softened.exp(), self.draws, stream)
+                    answer = _systematic_draws(softened.exp(), self.draws, stream)
                 # who gives no token of the data any probability has not answered; what is not a number is kept
                 heard = ~(largest < math.log(FLOOR))
                 seen = torch.stack([heard, likelihood, _entropy(log_p.exp()), largest], dim=1)
@@ -94,9 +95,9 @@ class TokenUploadBuilder:
                 told[..., 1] = F.pad(-module.token_nll(tokens), (0, 1))
             return told
 
-        return question
+        return selector
 
-    def _asked(self, module: LightningModule, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _predictions(self, module: LightningModule, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Positions, log-probabilities at temperature 1, and at that of the draws."""
         if self.draws is None or self.temperature == 1:
             for where, log_p in module.next_log_probabilities(tokens):
@@ -106,9 +107,9 @@ class TokenUploadBuilder:
             for (where, log_p), (_, softened) in zip(*both, strict=True):
                 yield where, log_p, softened
 
-    def _top(self, told: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _likeliest(self, told: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids, log-probabilities, sizes and tails of what is sent."""
-        ids, values = told[..., _SEEN:].chunk(2, dim=2)
+        ids, values = told[..., _STATISTICS:].chunk(2, dim=2)
         p = values.double().exp()
         before = p.cumsum(2) - p
         # what is not a number is kept, so that the receiver sees and refuses it
@@ -119,9 +120,9 @@ class TokenUploadBuilder:
         ids, values, kept = (x.gather(2, order) for x in (ids, values, kept))
         return ids[kept].int(), values[kept], kept.sum(2, dtype=torch.int32), tail
 
-    def _drawn(self, told: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _counted_draws(self, told: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids, how often they were drawn, sizes, and a tail that is nothing."""
-        ids = told[..., _SEEN:]
+        ids = told[..., _STATISTICS:]
         first = torch.cat([torch.ones_like(ids[..., :1], dtype=torch.bool), ids.diff(dim=2) > 0], dim=2)
         first &= told[..., :1] > 0
         places = torch.arange(ids.shape[2]).expand_as(ids)[first]
@@ -140,7 +141,7 @@ def _entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(1) + torch.special.entr((1 - p.sum(1)).clamp_min(0))
 
 
-def _comb(p: Tensor, draws: int, stream: torch.Generator) -> Tensor:
+def _systematic_draws(p: Tensor, draws: int, stream: torch.Generator) -> Tensor:
     """Ids drawn from a distribution each, rising, [M, N] for probabilities [M, V]; V for what these leave of 1.
 
     Draws are systematic: N points at equal distances, shifted together by one uniform number, through the cumulative
@@ -152,7 +153,7 @@ def _comb(p: Tensor, draws: int, stream: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, points, right=True).float()
 
 
-def drawn_message(knowledge: TokenKnowledge, vocab: int, draws: int, stream: torch.Generator) -> SparseResponses:
+def sampled_message(knowledge: TokenKnowledge, vocab: int, draws: int, stream: torch.Generator) -> SparseResponses:
     """Draws from the clients' mixture as a message: the mean over draws of their frequencies is the mixture.
 
     Source: random sampling knowledge distillation (Anshumann et al., 2025), here on the way down. The likeliest ids of
@@ -166,7 +167,7 @@ def drawn_message(knowledge: TokenKnowledge, vocab: int, draws: int, stream: tor
         stream: of randomness.
     """
     p, ids = knowledge.probabilities.double().flatten(0, 1), knowledge.ids.flatten(0, 1)
-    columns = _comb(p, draws, stream).long()
+    columns = _systematic_draws(p, draws, stream).long()
     counts = torch.zeros(len(p), p.shape[1] + 1, dtype=torch.int64)
     counts = counts.scatter_add_(1, columns, torch.ones_like(columns))[:, :-1]
     counts = counts.masked_fill(ids < 0, 0)

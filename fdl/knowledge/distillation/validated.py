@@ -1,4 +1,4 @@
-"""The best of the models that a fit passes through, by the server's validation samples."""
+"""Early stopping and restoring of the best weights of a fit, by the server's validation samples."""
 
 from __future__ import annotations
 
@@ -13,48 +13,52 @@ if TYPE_CHECKING:
 
 
 class BestOnValidation:
-    """Watches a fit of the server's, and goes back to the weights that did best on its labelled validation samples.
+    """Early stopping of a fit of the server, which restores the best weights by its labelled validation samples.
 
     Of models with the same score, e.g. accuracy, the one with the lower tie breaker, e.g. NLL, is the better: small
-    sets often tie. The model as it is when this is made is a candidate, too.
+    sets often tie. The model before the fit is a candidate, too.
 
     Args:
-        server: whose validation samples are asked.
-        module: that will be trained.
-        every: steps between two looks, ≥ 1.
-        patience: steps without gain after which the fit is to end, ≥ 1; None for no such end.
+        server: holds the validation samples.
+        module: the model that will be trained.
+        every: steps between two evaluations, ≥ 1.
+        patience: steps without gain after which the fit ends, ≥ 1; None for no early end.
 
     Attributes:
-        best_step: the step of the best model so far; 0 is the one that it began with.
-        steps: how many have been taken.
+        best_step: the step of the best model so far; 0 for the model before the fit.
+        steps: number of steps so far.
     """
 
     def __init__(self, server: Server, module: LightningModule, every: int, patience: int | None):
         self.server, self.module, self.every, self.patience = server, module, every, patience
-        self.steps = self.best_step = self._looked = 0
+        self.steps = self.best_step = self._evaluated_at = 0
         self._best, self._kept = self._score(), copy_of(module)
 
     def __call__(self, steps: int) -> bool:
-        """Look at the model where it is time to; returns whether the fit should end."""
+        """Evaluate the model after every `every` steps; return whether the fit should end.
+
+        Args:
+            steps: number of steps so far.
+        """
         self.steps = steps
         if steps % self.every == 0:
-            self._look()
+            self._evaluate()
         return self.patience is not None and steps - self.best_step >= self.patience
 
     def restore(self) -> None:
-        """Look a last time, and give the module its best weights."""
-        self._look()
+        """Evaluate a last time, and load the best weights into the module."""
+        self._evaluate()
         load_into(self.module, self._kept)
 
-    def _look(self) -> None:
-        if self._looked == self.steps:
+    def _evaluate(self) -> None:
+        if self._evaluated_at == self.steps:
             return
-        self._looked, score = self.steps, self._score()
+        self._evaluated_at, score = self.steps, self._score()
         if score > self._best:
             self._best, self._kept, self.best_step = score, copy_of(self.module), self.steps
 
     def _score(self) -> tuple[float, ...]:
-        """Numbers of which more is better, the first one first."""
+        """The score and the negative tie breaker, if any, in order of precedence; higher is better."""
         task = TASKS[self.server.task]
         names = (task.score,) if task.tie_breaker is None else (task.score, task.tie_breaker)
         values = task.measure(self.server, self.module, self.server.validation, names)

@@ -25,7 +25,7 @@ from fdl.messages import Responses
 from fdl.modules.dual_encoder import logit_scale_of
 from fdl.participants import Client, Participant
 
-BLOCK = 256
+PAIRS_PER_BLOCK = 256
 """Pairs among which one is looked for, where a client asks how sure it is."""
 
 _NEVER = -1e5
@@ -55,7 +55,7 @@ def temperature_of(client: Client, module: LightningModule) -> float:
     """By what to divide a specialist's logits so that they mean what they say on its held-out pairs; 1 without any."""
     if len(client.calibration) < 2:
         return 1.0
-    parts = blocks(answers(client, module, client.calibration))
+    parts = logit_blocks(answers(client, module, client.calibration))
     widest = max(len(block) for block in parts)
     # blocks differ by one pair at most; what fills a row up is unlikely at any temperature, but has a derivative
     rows = [F.pad(side, (0, widest - len(block)), value=_NEVER) for block in parts for side in (block, block.T)]
@@ -63,9 +63,9 @@ def temperature_of(client: Client, module: LightningModule) -> float:
     return fit_temperature(torch.cat(rows), torch.cat(own))
 
 
-def blocks(given: Tensor) -> list[Tensor]:
-    """Logits between images and texts, in blocks of almost equal size, each at most `BLOCK` pairs."""
-    parts = [block.chunk(2, dim=1) for block in given.tensor_split(max(-(-len(given) // BLOCK), 1))]
+def logit_blocks(given: Tensor) -> list[Tensor]:
+    """Logits between images and texts, in blocks of almost equal size, each at most `PAIRS_PER_BLOCK` pairs."""
+    parts = [block.chunk(2, dim=1) for block in given.tensor_split(max(-(-len(given) // PAIRS_PER_BLOCK), 1))]
     return [images @ texts.T for images, texts in parts]
 
 
@@ -109,7 +109,7 @@ class TeacherEmbeddings:
         return *total, self.answered[:, rows].any(0).to(device).float()
 
 
-class AnswerPool(Aggregate):
+class EmbeddingPool(Aggregate):
     """Collects the clients' answers of a round.
 
     They cannot be summed as they come, since their widths differ: the server holds them in 16 bits until it has learnt

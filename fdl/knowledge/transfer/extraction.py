@@ -73,7 +73,7 @@ def pool(activation: Tensor) -> Tensor:
     return activation.flatten(2).mean(2) if activation.ndim > 3 else activation
 
 
-def blocks(network: nn.Module, head: str | None = None) -> list[str]:
+def block_names(network: nn.Module, head: str | None = None) -> list[str]:
     """The stages of a network, in order: the first level at which its parameters are spread over several submodules.
 
     Starting from the whole network, as long as one submodule holds more than nine tenths of the parameters, its own
@@ -106,7 +106,7 @@ def layer_names(module: SupportsFederation, layers: int | Sequence[str]) -> list
 
     Args:
         module: its `feature_network` has the layers, its `feature_head` is no block.
-        layers: the last so many `blocks`; or dotted names and globs, among which ``"embedding"`` is what the last
+        layers: the last so many `block_names`; or dotted names and globs, among which ``"embedding"`` is what the last
             layer sees.
 
     Returns:
@@ -118,7 +118,7 @@ def layer_names(module: SupportsFederation, layers: int | Sequence[str]) -> list
     """
     network = module.feature_network()
     if isinstance(layers, int):
-        found = blocks(network, module.feature_head())[-layers:] if layers and network is not None else []
+        found = block_names(network, module.feature_head())[-layers:] if layers and network is not None else []
         return found or [EMBEDDING]
     patterns = [pattern for pattern in layers if pattern != EMBEDDING]
     if patterns and network is None:
