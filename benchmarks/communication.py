@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert_equal_work(planned)
     for number, run in enumerate(planned, 1):
         print(f"{number} of {len(planned)}: {run.variant}, seed {run.seed}", flush=True)
-        runs.fit(run.recipe, run.folder, resume=runs.has_checkpoint(run.folder))
+        runs.run_recipe(run.recipe, run.folder, resume=runs.has_checkpoint(run.folder))
     table = [row(planned, method) for method in dict.fromkeys(run.variant for run in planned)]
     recipe = planned[0].recipe
     title = f"{options.data}, {recipe.federation.clients} clients, {recipe.federation.rounds} rounds."

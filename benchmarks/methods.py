@@ -128,7 +128,7 @@ def carry_out(run: PlannedRun) -> None:
     """Run in a process of its own, forked from one that has nothing but the libraries."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fdl.build.federation"])
-    process = context.Process(target=runs.fit, args=(run.recipe, run.folder, runs.has_checkpoint(run.folder)))
+    process = context.Process(target=runs.run_recipe, args=(run.recipe, run.folder, runs.has_checkpoint(run.folder)))
     process.start()
     process.join()
     if process.exitcode:

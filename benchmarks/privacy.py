@@ -475,7 +475,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note = ", complete already" if done else ""
         print(f"{number} of {len(cells)}: {cell.run.variant}, seed {cell.run.seed}{note}", flush=True)
         if not done:
-            runs.fit(cell.run.recipe, cell.run.folder, resume=runs.has_checkpoint(cell.run.folder))
+            runs.run_recipe(cell.run.recipe, cell.run.folder, resume=runs.has_checkpoint(cell.run.folder))
     table = tabulate(cells)
     lines = markdown(table, f"{options.data}, {cells[0].run.recipe.federation.clients} sites, one round.")
     write(folder, table, lines)

@@ -386,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note = ", complete already" if done else ""
         print(f"{number} of {len(cells)}: {cell.recipe.name}{note}", flush=True)
         if not done:
-            runs.fit(cell.recipe, cell.folder, resume=runs.has_checkpoint(cell.folder))
+            runs.run_recipe(cell.recipe, cell.folder, resume=runs.has_checkpoint(cell.folder))
     rows = tabulate(cells)
     recipe = cells[0].recipe
     what = "answers" if options.space == "responses" else "weights"

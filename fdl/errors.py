@@ -1,4 +1,4 @@
-"""What can go wrong, in the words of the person who has to mend it."""
+"""Errors with complete messages for the user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us.
+    """A mistake in the user's input.
 
     The message is complete: it names the file, key or client and what was expected. The command line prints
     it without a traceback and exits with code 2.
@@ -16,11 +16,11 @@ class UserError(Exception):
 
 
 class MissingPathError(UserError):
-    """There is nothing at a path that the user gave.
+    """A path of the user's that does not exist.
 
     Args:
-        path: as given; a relative one starts where the process does.
-        expected: what should be there.
+        path: as given; a relative one starts at the working directory.
+        expected: kind of the missing entry.
     """
 
     def __init__(self, path: Path, expected: str = "file or folder"):
@@ -30,11 +30,11 @@ class MissingPathError(UserError):
 
 
 class RecipeError(UserError):
-    """Everything that is wrong with a recipe, listed at once.
+    """All problems of a recipe, in one message.
 
     Args:
         source: the recipe's file name.
-        problems: one sentence each, with the full key first.
+        problems: one sentence per problem, each starting with the full key.
 
     Example:
         >>> print(RecipeError("recipe.yaml", ["seed: expected a whole number, got 'x'"]))
@@ -49,12 +49,12 @@ class RecipeError(UserError):
 
 
 class RejectedMessageError(Exception):
-    """A message that the receiver will not use: damaged, not finite, or of a wrong shape.
+    """A message that the receiver rejects: damaged, not finite, or of a wrong shape.
 
-    The round goes on without it; the ledger counts it under the client that sent it.
+    The round continues without it; the ledger counts it for the client that sent it.
 
     Args:
-        reason: what was wrong, without the sender's name.
+        reason: the problem, without the sender's name.
     """
 
     def __init__(self, reason: str):
@@ -64,7 +64,15 @@ class RejectedMessageError(Exception):
 
 @contextmanager
 def explain_out_of_memory(who: str, hint: str) -> Iterator[None]:
-    """Within this context, memory that runs out ends in one message; arguments as in `out_of_memory`."""
+    """Turn an out-of-memory error in this context into a `UserError`.
+
+    Args:
+        who: the participant and its activity, e.g. ``"client 3 (vit_large_patch16_224), training"``.
+        hint: the keys of the recipe to lower, e.g. ``"local_training.batch_size"``.
+
+    Raises:
+        UserError: memory ran out.
+    """
     try:
         yield
     except Exception as error:
@@ -74,15 +82,15 @@ def explain_out_of_memory(who: str, hint: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException, who: str, hint: str) -> UserError | None:
-    """What to tell somebody whose memory ran out.
+    """Return the message for an out-of-memory error.
 
     Args:
-        error: what was raised.
-        who: the participant and what it was doing, e.g. ``"client 3 (vit_large_patch16_224), training"``.
+        error: the error that was raised.
+        who: the participant and its activity, e.g. ``"client 3 (vit_large_patch16_224), training"``.
         hint: the keys of the recipe to lower, e.g. ``"local_training.batch_size"``.
 
     Returns:
-        None for any other error, which must go on as it is.
+        The error to raise instead; None for any other error, which must propagate unchanged.
     """
     text = " ".join(str(error).split())
     # torch.OutOfMemoryError by name: torch is not imported to report a mistake; on a CPU it is a plain RuntimeError

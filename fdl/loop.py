@@ -21,22 +21,22 @@ from fdl.utils.threads import pinned
 class FederatedLoop(Federation):
     """Runs the rounds of one recipe: broadcast, local updates, aggregation, server update, evaluation, checkpoint.
 
-    All that rounds read and change is the state that `Federation` describes, with its arguments; what is here is their
+    `Federation` holds the state that rounds read and change, and documents the arguments; this class defines their
     order.
     """
 
     callbacks: CallbackList
 
     def run(self, resume: bool = False) -> dict[str, Any]:
-        """Run all rounds that are left and return the summary.
+        """Run all remaining rounds and return the summary.
 
         Args:
-            resume: go on from the newest checkpoint in the run's folder.
+            resume: continue from the newest checkpoint in the run's folder.
 
         Raises:
             Interrupted: after Ctrl-C or another signal to stop, once the round in progress is finished and saved.
-            UserError: when `resume` finds no good checkpoint, or the folder holds another run without it; when training
-                diverges, or no message of any client could be used; when another process of the run is gone.
+            UserError: there is no valid checkpoint to resume from, or the folder holds another run; training diverges,
+                or no message of any client could be used; another process of the run has ended.
         """
         with pinned(self.recipe.fabric.threads):
             if resume:
@@ -66,7 +66,7 @@ class FederatedLoop(Federation):
         return summary
 
     def set_up(self) -> None:
-        """Prepare the first round: the method's first state, what clients need in advance, a first checkpoint."""
+        """Prepare the first round: initialise the method, count one-time downloads, write a first checkpoint."""
         self.start_round(0)
         with self.seconds("server"), self.runtime.all_ranks():
             seed_everything(self.recipe.seed, "setup")
@@ -94,7 +94,7 @@ class FederatedLoop(Federation):
         # 1  broadcast: every client of the cohort receives its download
         downloads = exchange.broadcast(self.placement.place(cohort), self.download_for)
 
-        # 2  local updates: clients train on their own data and upload; an upload that cannot be used is rejected
+        # 2  local updates: clients train on their private data and upload; an upload that cannot be used is rejected
         aggregate = self.method.aggregate(self.server)
         with self.seconds("clients"), self.channel.unconfirmed():
             turns = self.executor(self.method, self.adversaries.record_downloads(round, downloads))
@@ -102,7 +102,7 @@ class FederatedLoop(Federation):
         self.awaited += aggregate is not None
         warn_without_uploads(self.method, self.history, record, self.awaited, self.ledger)
 
-        # 3  aggregation: None where no client uploaded anything that could be used
+        # 3  aggregation: None if no usable upload arrived
         with self.seconds("clients"), self.seconds.part("aggregate"):
             knowledge = aggregate.result() if aggregate is not None else None
 
@@ -129,8 +129,8 @@ class FederatedLoop(Federation):
         self.history.append(record)
         self.round = round
         self.callbacks.on_round_end(self, record)
-        if self.runtime.ranks.any(self.stopped is not None):  # callbacks watch on one rank, and stop all
-            self.stopped = self.stopped or "as the leading process was asked to"
+        if self.runtime.ranks.any(self.stopped is not None):  # callbacks run on one rank, and stop all
+            self.stopped = self.stopped or "as requested in the leading process"
         if last or self.stopped is not None or round % self.recipe.checkpoint.every == 0:
             snapshot.save(self)
         else:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fdl.datamodules.arrivals import samples_at
 from fdl.datamodules.guarded import GuardedSamples, PrivateDataGate, is_guarded
-from fdl.engine.participant import Participant, PrivacyPolicy
+from fdl.engine.participant import ModuleSource, Participant, PrivacyPolicy, PrivateTrainer
 from fdl.modules.objectives import Objective
 from fdl.state import checkpoint
 from fdl.state.offloaded_state import OffloadedState
@@ -36,61 +36,18 @@ if TYPE_CHECKING:
 __all__ = ["Client", "Participant", "PrivacyPolicy", "PrivateTrainer", "Server", "copy_of"]
 
 
-class PrivateTrainer(Protocol):
-    """What trains on private samples with noise."""
-
-    def fit(
-        self,
-        client: Client,
-        module: LightningModule,
-        samples: Samples,
-        config: Fit,
-        objective: Objective | None = None,
-        name: str = "fit",
-    ) -> dict[str, float]:
-        """Train a client's module on private samples.
-
-        Args:
-            client: who trains, and whose account is charged.
-            module: trained in place.
-            samples: the client's own.
-            config: for how long, on what batches, with which optimiser.
-            objective: what is minimised; None: the module's own training step.
-            name: of the training, which tells its random stream.
-
-        Returns:
-            Losses by name; empty where they would say more than the noise allows.
-        """
-        ...
-
-
-class ModuleSource(Protocol):
-    """Modules that a client can borrow and fill with weights; `Runtime` has those that all clients share."""
-
-    def borrow(
-        self, architecture: str, weights: Mapping[str, Tensor] | None = None
-    ) -> AbstractContextManager[LightningModule]:
-        """Lend an architecture's module for a block.
-
-        Args:
-            architecture: the architecture's key.
-            weights: what to fill it with; None leaves its weights as they are.
-        """
-        ...
-
-
-class _Turn:
+class _BorrowedModules:
     """The shared modules that a client has borrowed for one turn.
 
     Attributes:
-        stack: gives them back when the turn ends.
-        borrowed: the modules by architecture.
-        private: architectures whose module holds the client's own weights, as trained so far in this turn.
+        stack: returns them when the turn ends.
+        modules: the modules by architecture.
+        private: architectures whose module holds the client's private weights, as trained so far in this turn.
     """
 
     def __init__(self) -> None:
         self.stack = ExitStack()
-        self.borrowed: dict[str, LightningModule] = {}
+        self.modules: dict[str, LightningModule] = {}
         self.private: set[str] = set()
 
 
@@ -98,22 +55,22 @@ class Client(Participant):
     """An institution: private data that never leave it, and a specialist of its own architecture.
 
     Args:
-        architecture: its key among the runtime's architectures: its specialist's, or the student's where the method
-            lets all clients train that.
+        architecture: key of its specialist among the runtime's architectures; or of the student, for methods whose
+            clients train that.
         train: private labelled samples to train on.
         calibration: private labelled samples held out from training, to calibrate confidence; may be empty.
-        dp_sgd: trains on private samples with noise, and keeps them from all else; None trains without.
-        store: where its state lies between its turns; None keeps it in memory.
-        name: of the site whose data it has, for people; empty where it is only a number.
+        dp_sgd: trains on private samples with noise, and guards them against any other use; None trains without noise.
+        store: keeps its state on disk between its turns; None keeps it in memory.
+        name: display name of the site whose data it has; empty if it only has a number.
         participant: the arguments of `Participant`.
 
     Attributes:
-        train: those that are there now.
-        calibration: likewise.
-        data_corruption: what an adversary makes of its samples, given them and whether they are for ``"train"`` or
-            ``"calibration"``; None: nothing.
-        corruption_start: the round from which it does.
-        data_gate: whether private samples may be read, under `dp_sgd`.
+        train: the training samples that have arrived by the current stage.
+        calibration: the calibration samples of the current stage.
+        data_corruption: an adversary's function from samples and their use, ``"train"`` or ``"calibration"``, to
+            corrupted samples; None for an honest client.
+        corruption_start: the round from which `data_corruption` is applied.
+        data_gate: open while private samples may be read, under `dp_sgd`.
         modules: the modules that it borrows: the runtime's, which all clients share, or its own while an executor
             trains several clients side by side.
     """
@@ -130,7 +87,7 @@ class Client(Participant):
         **participant: Any,
     ):
         self._storage = OffloadedState(store, participant["id"])
-        self._modules: _Turn | None = None
+        self._modules: _BorrowedModules | None = None
         super().__init__(**participant)
         self.modules: ModuleSource = self.runtime
         self.dp_sgd, self.data_gate, self.name = dp_sgd, PrivateDataGate(), name
@@ -154,7 +111,7 @@ class Client(Participant):
         return self._storage.in_memory
 
     def offload_state(self, changed: bool = True) -> None:
-        """Offload the client's state to disk, if a store is used; else make it what a checkpoint would give back.
+        """Offload the client's state to disk, if a store is used; else normalise it to what a checkpoint would restore.
 
         Args:
             changed: False if the state was only read.
@@ -163,16 +120,16 @@ class Client(Participant):
             self.cache.clear()
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """Offload the state and return what a checkpoint keeps of it: the state, or a reference to its file."""
+        """Offload the state and return what a checkpoint stores for it: the state, or a reference to its file."""
         self.offload_state()
         return self._storage.to_checkpoint()
 
     def restore(self, saved: Mapping[str, Any], folder: Path) -> None:
-        """Go back to what `checkpoint_state` returned.
+        """Restore the result of `checkpoint_state`.
 
         Args:
             saved: the state, or the reference to its file.
-            folder: where the files lie that a reference names.
+            folder: folder of the file that a reference names.
         """
         self._storage.from_checkpoint(saved, folder)
 
@@ -183,18 +140,18 @@ class Client(Participant):
         seed: int | None = None,
         honest: bool = False,
     ) -> Client:
-        """Copy the client, for an experiment beside the run: same data, streams and settings, nothing in its cache.
+        """Copy the client for an experiment outside of the run: same data, streams and settings, with an empty cache.
 
         Args:
-            state: the copy's own, in memory; None: empty.
-            train: private samples in place of the client's; they pass the same corruption and the same gate.
+            state: state of the copy, in memory; None: empty.
+            train: private samples instead of the client's; the same corruption and the same gate apply to them.
             seed: root of its random streams; None: the client's.
-            honest: leave an adversary's corruption of data out.
+            honest: omit an adversary's corruption of data.
         """
         twin = copy.copy(self)
         twin._modules = None
         twin._storage, twin.state = OffloadedState(None, self.id), {} if state is None else state
-        twin.cache, twin.metrics, twin._drawn = {}, {}, Counter()  # it draws what the client drew in this round
+        twin.cache, twin.metrics, twin._drawn = {}, {}, Counter()  # draws again what the client drew in this round
         twin.seed = self.seed if seed is None else seed
         if honest:
             twin.data_corruption, twin._corrupted = None, False
@@ -205,7 +162,11 @@ class Client(Participant):
         return twin
 
     def start_round(self, round: int) -> None:
-        """Start a round; from `corruption_start` on, an adversary's corrupted data take the place of its own."""
+        """Start a round; from `corruption_start` on, with the data that an adversary has corrupted.
+
+        Args:
+            round: its number, from 1; 0 for the setup.
+        """
         super().start_round(round)
         corrupted = self.data_corruption is not None and round >= self.corruption_start
         if corrupted != self._corrupted:
@@ -213,7 +174,7 @@ class Client(Participant):
             self.update_data()
 
     def update_data(self) -> None:
-        """Switch to the data of the current stage, and clear the cache of what was computed from others."""
+        """Switch to the data of the current stage, and clear the cache of results from other data."""
         self.train, self.calibration = samples_at(self._train, self.stage), samples_at(self._calibration, self.stage)
         if self._corrupted:
             self.train = self.data_corruption(self.train, "train")
@@ -234,14 +195,14 @@ class Client(Participant):
         name: str = "fit",
         watch: Callable[[int], bool] | None = None,
     ) -> dict[str, float]:
-        """Train a module as `Participant.fit` does; under DP-SGD with noise where samples are private.
+        """Train a module; on private samples with noise, under DP-SGD.
 
         Args:
             module: trained in place.
             samples: private or public training samples.
             config: steps or epochs, batch size, optimiser and schedule.
             objective: loss to minimise; None: the module's own training step.
-            name: of the training, in `metrics` and for its random stream.
+            name: of the training: prefix of its losses in `metrics`, and purpose of its random stream.
             watch: called with the number of steps done; True ends the training. Not called under DP-SGD.
 
         Returns:
@@ -253,24 +214,24 @@ class Client(Participant):
 
     @property
     def samples(self) -> int:
-        """How many private samples it trains on."""
+        """Number of private samples to train on."""
         return len(self.train)
 
     @property
     def reported_samples(self) -> int:
-        """How many it says it has, beside weights that are averaged by it: 1, as all do, where training is private."""
+        """Number of samples that it uploads as the weight of its average: 1 under DP-SGD, which hides the number."""
         return self.samples if self.dp_sgd is None else min(self.samples, 1)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Within this context the client has a turn: the shared modules that it fills are its own until it ends.
+        """Take a turn for the length of this context: the shared modules that the client loads are reserved for it.
 
         Raises:
-            RuntimeError: it has one already.
+            RuntimeError: the client's turn has begun already.
         """
         if self._modules is not None:
             raise RuntimeError(f"client {self.id} has its turn already")
-        self._modules = _Turn()
+        self._modules = _BorrowedModules()
         try:
             with self._modules.stack:
                 yield
@@ -278,10 +239,10 @@ class Client(Participant):
             self._modules = None
 
     def specialist(self) -> LightningModule:
-        """Its private model, filled with its weights unless it is so since earlier in this turn.
+        """Return the client's private model, loaded with its weights unless it already was in this turn.
 
         Raises:
-            RuntimeError: outside of a `turn`.
+            RuntimeError: called outside of a `turn`.
         """
         module = self._borrow(self.architecture)
         if self.architecture not in self._modules.private:
@@ -297,14 +258,17 @@ class Client(Participant):
         self.state["specialist"] = copy_of(module)
 
     def load(self, tensors: Mapping[str, Tensor], architecture: str | None = None) -> LightningModule:
-        """Fill a shared module with weights that were sent, e.g. the global model's, until the turn ends.
+        """Load downloaded weights, e.g. the global model's, into a shared module until the turn ends.
 
         Args:
-            tensors: named weights and buffers.
-            architecture: whose module; default the client's own, of which a specialist is then no longer there.
+            tensors: weights and buffers by name.
+            architecture: key of the module's architecture; default the client's own, whose specialist this overwrites.
+
+        Returns:
+            The module.
 
         Raises:
-            RuntimeError: outside of a `turn`.
+            RuntimeError: called outside of a `turn`.
             ValueError: the tensors do not fit.
         """
         architecture = architecture or self.architecture
@@ -314,19 +278,19 @@ class Client(Participant):
         return module
 
     def _borrow(self, architecture: str) -> LightningModule:
-        """An architecture's module, which is this client's until its turn ends."""
+        """Borrow an architecture's shared module until the turn ends."""
         turn = self._modules
         if turn is None:
             raise RuntimeError(
                 f"client {self.id} uses a model outside of its turn, when others may overwrite the weights; "
                 "use it within `with client.turn():`"
             )
-        if architecture not in turn.borrowed:
-            turn.borrowed[architecture] = turn.stack.enter_context(self.modules.borrow(architecture))
-        return turn.borrowed[architecture]
+        if architecture not in turn.modules:
+            turn.modules[architecture] = turn.stack.enter_context(self.modules.borrow(architecture))
+        return turn.modules[architecture]
 
     def calibration_accuracy(self) -> float:
-        """Accuracy of the specialist on the held-out private share; chance where there is none."""
+        """Return the specialist's accuracy on the calibration samples; chance level if there are none."""
         if len(self.calibration) == 0:
             return 1.0 / self.num_classes
         logits = self.predict(self.specialist(), self.calibration)
@@ -337,19 +301,19 @@ class Server(Participant):
     """The coordinator: public data, the student, and no private sample.
 
     Args:
-        validation: labelled samples for model selection. The student never trains on them; `fltrust`, where there are
-            no public samples, trains a model for reference on them, and adaptive weights look where they would lead.
+        validation: labelled samples for model selection. The student never trains on them; `fltrust`, without public
+            samples, trains its reference model on them, and adaptive client weights use the loss gradient on them.
         test: labelled samples for the report.
         student: the global model, None for a method that has none.
         teacher: the large model of standard distillation, None otherwise.
-        pooled: what all clients train on, in one place, only for the methods that are the centralised reference.
+        pooled: the samples of all clients in one place, for centralised reference methods only.
         classes: names of the classes; None calls them 0, 1, ….
-        test_stages: stage of each test sample, int64 [n], where data arrive in stages and the test samples say which.
+        test_stages: stage of each test sample, int64 [n], if data arrive in stages and the test samples have one.
         participant: the arguments of `Participant`.
 
     Attributes:
-        pooled: those that are there now.
-        cohort: ids of the clients that are asked in the current round, those who drop out included; set by the loop.
+        pooled: the pooled samples that have arrived by the current stage.
+        cohort: ids of the clients sampled for the current round, including those that drop out; set by the loop.
     """
 
     def __init__(
@@ -382,7 +346,7 @@ class Server(Participant):
         self.pooled = samples_at(self._pooled, self.stage)
 
     def round_trip_state(self) -> None:
-        """Make the state what a checkpoint would give back, so that a resumed run goes on from the very same."""
+        """Normalise the state to what a checkpoint would restore, so that a resumed run continues identically."""
         self.state = checkpoint.as_saved(self.state)
 
     def clone(
@@ -391,11 +355,11 @@ class Server(Participant):
         pooled: Samples | ScheduledSamples | None = None,
         seed: int | None = None,
     ) -> Server:
-        """Copy the server, for an experiment beside the run: same models and settings, nothing in its cache.
+        """Copy the server for an experiment outside of the run: same models and settings, with an empty cache.
 
         Args:
-            state: the copy's own; None: empty.
-            pooled: samples in place of the pooled ones; None: the server's.
+            state: state of the copy; None: empty.
+            pooled: samples instead of the pooled ones; None: the server's.
             seed: root of its random streams; None: the server's.
         """
         twin = copy.copy(self)
@@ -408,7 +372,7 @@ class Server(Participant):
         return twin
 
     def cached_download(self, key: str, make: Callable[[], Message]) -> Message:
-        """Return a download of this round that several clients receive, made once, so that it is encoded once.
+        """Return a download of this round that several clients receive, built and encoded once.
 
         Args:
             key: identifies the message among the downloads of this round.
@@ -420,5 +384,5 @@ class Server(Participant):
 
 
 def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A module's weights and buffers, copied to host memory."""
+    """Copy a module's weights and buffers to host memory, by name."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in module_state(module).items()}

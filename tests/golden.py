@@ -61,8 +61,8 @@ def apart(name: str, folder: Path, more: tuple[str, ...]) -> dict:
     from fdl.runs import run as runs
     from fdl.state import checkpoint
 
-    summary = runs.fit(rank_jobs.recipe(name, 2, more, folder), folder)
-    student = checkpoint.load(folder / "checkpoints")[0]["student"]
+    summary = runs.run_recipe(rank_jobs.recipe(name, 2, more, folder), folder)
+    student = checkpoint.load_newest(folder / "checkpoints")[0]["student"]
     kept = ("communication", "participants")
     return {"student": {n: t.double().tolist() for n, t in student.items()}, **{key: summary[key] for key in kept}}
 
@@ -74,7 +74,7 @@ def exported(format: str, folder: Path, more: tuple[str, ...]) -> dict:
     from fdl.runs import run as runs
     from fdl.runs.export import export
 
-    runs.fit(rank_jobs.recipe("fedavg", 1, more, folder), folder)
+    runs.run_recipe(rank_jobs.recipe("fedavg", 1, more, folder), folder)
     written = export(folder, format)
     found = {}
     for path in sorted(written.rglob("*")):

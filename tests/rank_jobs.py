@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fdl.build import build
-from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.batch_split import rank_share
 from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.knowledge.aggregation.pools import prefix_names
@@ -249,7 +249,7 @@ if __name__ == "__main__":
     # a run of two processes goes on from a checkpoint that one process wrote, and moves clients between them
     found["resumed"] = run("knowledge", 2, place / "half", ("federation.rounds=3",), resume=True)
     parts = []
-    data_parallel.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
+    data_parallel.rank_share = lambda *arguments: parts.append(rank_share(*arguments)) or parts[-1]
     found["joint"] = run(*JOINT[:1], 2, place / "joint", tuple(JOINT[1]))
     found["parts"] = len(parts)
     ends = {"mistake": error_of("FailsOnce", place / "mistake", 60.0)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fdl.build import build
-from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.batch_split import rank_share
 from fdl.engine.steps import data_parallel
 from fdl.errors import UserError
 from fdl.state import checkpoint
@@ -79,7 +79,7 @@ def held(loop) -> dict:
     module = loop.server.student if loop.server.student is not None else loop.runtime.shared_module("student")
     parameters = list(module.parameters())
     sizes = {"here": sum(local_shard(p).nbytes for p in parameters), "in all": sum(p.nbytes for p in parameters)}
-    known = loop.runtime.steps.optimizers.known()
+    known = loop.runtime.steps.optimizers.reusable()
     states = [t for found in known for state in found.optimizer.state.values() for t in state.values()]
     tensors = [t for t in states if getattr(t, "ndim", 0)]
     moments = {"here": sum(local_shard(t).nbytes for t in tensors), "in all": sum(t.nbytes for t in tensors)}
@@ -88,7 +88,7 @@ def held(loop) -> dict:
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
     """The student in a checkpoint."""
-    return {name: tensor.float() for name, tensor in checkpoint.unpack(path.read_bytes())["student"].items()}
+    return {name: tensor.float() for name, tensor in checkpoint.from_bytes(path.read_bytes())["student"].items()}
 
 
 def rounded_weights(folder: Path, sharded: bool = True) -> int:
@@ -112,7 +112,7 @@ def all_jobs(place: Path) -> dict:
     found = {name: run(name, place / name) for name in QUICK}
     found["resumed"] = run("federated_distillation", place / "half", ("federation.rounds=2",), resume=True)
     parts = []
-    data_parallel.part_of = lambda *arguments: parts.append(part_of(*arguments)) or parts[-1]
+    data_parallel.rank_share = lambda *arguments: parts.append(rank_share(*arguments)) or parts[-1]
     run("federated_distillation", place / "parts", ("federation.rounds=1",))
     found["parts"] = len(parts)
     try:

@@ -8,7 +8,7 @@ import torch
 
 from fdl.callbacks.base import Callback
 from fdl.errors import UserError
-from fdl.federation.client_sampling import draw
+from fdl.federation.client_sampling import sample_cohort
 from fdl.federation.traffic_estimate import estimate_bytes
 from fdl.knowledge.aggregation.server_optimizers import Adam
 from fdl.methods.centralized import Centralized
@@ -128,7 +128,7 @@ def test_a_cohort_is_that_of_its_own_stream():
         asked = sorted(stream.choice(9, size=5, replace=False).tolist())
         lost = [client for client, u in zip(asked, stream.random(5)) if u < 0.3]
         for _ in range(2):  # what is returned may be changed
-            drawn = draw(federation, 9, 7, round)
+            drawn = sample_cohort(federation, 9, 7, round)
             assert drawn == (asked, lost)
             drawn[0].clear()
 
@@ -156,7 +156,7 @@ def test_a_round_in_which_nobody_is_heard_changes_nothing(tmp_path):
 def test_a_run_in_which_nobody_was_ever_heard_fails(tmp_path, caplog):
     loop = federation(FedAvg(), tmp_path / "dropped", rounds=2)
     loop.cohort = lambda round: ([0, 1], [0, 1])
-    with pytest.raises(UserError, match=r"could be used in any of 2 round.*every client that was asked dropped out"):
+    with pytest.raises(UserError, match=r"could be used in any of 2 round.*every client of the cohort dropped out"):
         loop.run()
     loop = federation(FedAvg(), tmp_path / "refused", rounds=2)
     update = loop.method.local_update

@@ -1,1 +1,1 @@
-"""Attacks on a finished run, as evaluations: what somebody who sees models or messages can learn of private data."""
+"""Attacks on a finished run, as evaluations: private information that models or messages leak to an observer."""

@@ -1,4 +1,4 @@
-"""Attacks on a finished run, and whether they find more than its account of privacy allows."""
+"""Audit of a finished run: its attacks, compared with the bounds that its privacy accounting claims."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 CONFIDENCE = 0.99
-"""Chance with which an audit in which no attack goes beyond the ceiling passes, whatever the number of attacks."""
+"""Probability with which an audit passes if no attack truly exceeds its ceiling, for any number of attacks."""
 
 
 @dataclass
 class Audit:
-    """What all attacks on a run found.
+    """Results of all attacks on a run.
 
     Attributes:
         round: the round after which the run was attacked.
-        findings: by the attacks' labels.
-        violations: a sentence for every attack that found more than the run's account of privacy allows.
+        findings: results by the attacks' labels.
+        violations: one sentence per attack that found more than the run's privacy accounting allows.
     """
 
     round: int
@@ -44,17 +44,18 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether no attack went beyond its ceiling."""
+        """True if no attack exceeded its ceiling."""
         return not self.violations
 
     def metrics(self) -> dict[str, float]:
-        """All numbers, as ``<attack>/<target>/<metric>``."""
+        """Return all metrics, named ``<attack>/<target>/<metric>``."""
         return {f"{label}/{name}": v for label, found in self.findings.items() for name, v in found.metrics.items()}
 
     def summary(self) -> dict[str, Any]:
-        """For ``audit.json`` and ``summary.json``: ``passed``, ``confidence``, ``round``, ``violations``, ``attacks``.
+        """Return the contents of ``audit.json``, which are also stored in ``summary.json``.
 
-        ``attacks`` has each attack's ``metrics`` and ``notes`` by its label.
+        Keys are ``passed``, ``confidence``, ``round``, ``violations`` and ``attacks``; the last holds each attack's
+        ``metrics`` and ``notes`` by its label.
         """
         attacks = {label: {"metrics": f.metrics, "notes": f.notes} for label, f in self.findings.items()}
         return {
@@ -66,10 +67,10 @@ class Audit:
         }
 
     def log(self, writer: SummaryWriter) -> None:
-        """Write figures and numbers for TensorBoard.
+        """Write figures and metrics for TensorBoard.
 
         Args:
-            writer: where to.
+            writer: the writer of the event file.
         """
         for name, value in self.metrics().items():
             writer.add_scalar(f"audit/{name}", value, self.round)
@@ -77,7 +78,7 @@ class Audit:
             add_figure(writer, f"audit/{name}", draw, self.round)
 
     def figures(self) -> dict[str, Callable[[], Figure]]:
-        """What draws a ROC curve for each target, with all attacks on it, and what else the attacks have to show."""
+        """Return the functions that draw the figures by name: one ROC plot per target, and figures of attacks."""
         targets = dict.fromkeys(curve.target for found in self.findings.values() for curve in found.curves)
         drawn = {f"roc/{target}": partial(self._roc, target) for target in targets}
         for label, found in self.findings.items():
@@ -97,28 +98,29 @@ class Audit:
 
 
 def audit(loop: Federation, attacks: Sequence[Attack]) -> Audit:
-    """Attack a finished run; reads private data, and what it says of them is for whoever may do so.
+    """Attack a finished run.
 
-    With several ranks all of them do so alike; only shadow federations are spread over them.
+    An audit reads private data, so its results are only for people who may read these data. With several ranks, all of
+    them run the same attacks; only shadow federations are spread over them.
 
     Args:
-        loop: after its last round; left as it is.
-        attacks: with different labels.
+        loop: the run after its last round; it is not changed.
+        attacks: the attacks, with different labels.
 
     Raises:
-        UserError: an attack cannot be tried on this run.
+        UserError: an attack is not applicable to this run.
     """
     loop.placement.replicate_states()
     subject = AttackTarget(loop)
     with ExitStack() as gates:
         gates.enter_context(pinned(loop.recipe.fabric.threads))
-        for client in loop.clients:  # who audits a run may see what its participants may not
+        for client in loop.clients:  # an auditor may read what participants may not
             gates.enter_context(client.data_gate.open())
         result = Audit(loop.round, {attack.label: attack.run(subject) for attack in attacks})
     curves = [(label, curve) for label, found in result.findings.items() for curve in found.curves]
     for label, curve in curves:
         found = result.findings[label]
-        metrics, sentence = judge(curve, 1 - (1 - CONFIDENCE) / len(curves), loop.recipe.seed)
+        metrics, sentence = evaluate_scores(curve, 1 - (1 - CONFIDENCE) / len(curves), loop.recipe.seed)
         found.metrics.update({f"{curve.target}/{name}": value for name, value in metrics.items()})
         if sentence:
             result.violations.append(f"{label} on the {curve.target}: {sentence}")
@@ -129,17 +131,18 @@ def audit(loop: Federation, attacks: Sequence[Attack]) -> Audit:
     return result
 
 
-def judge(curve: MembershipScores, level: float, seed: int) -> tuple[dict[str, float], str]:
-    """Metrics of a curve, and what is wrong where it shows more than its ε allows.
+def evaluate_scores(curve: MembershipScores, level: float, seed: int) -> tuple[dict[str, float], str]:
+    """Compute the metrics of an attack's scores, and compare them with the ε that the run claims.
 
     Args:
         curve: an attack's scores.
-        level: with what confidence a violation is one.
-        seed: of the halves into which the samples are cut.
+        level: confidence level of a violation, in (0, 1).
+        seed: seed of the random split of samples into halves.
 
     Returns:
-        What `fdl.attacks.roc.measure` returns, with ``epsilon_lower``, the ε that the attack shows, and, where a finite
-        ε is claimed, ``epsilon`` and ``advantage_ceiling``; and a sentence, empty where all is well.
+        The metrics of `fdl.attacks.roc.measure` with ``epsilon_lower``, the lower bound of ε that the attack
+        establishes, and, if a finite ε is claimed, ``epsilon`` and ``advantage_ceiling``; and a sentence that describes
+        the violation, empty if there is none.
     """
     stream = numpy_stream(seed, f"audit/{curve.target}")
     metrics = roc.measure(curve.members, curve.non_members, stream)

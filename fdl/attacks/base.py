@@ -1,4 +1,4 @@
-"""What an attack is: a question to a finished run, and what it found out."""
+"""Base class of attacks on a finished run, their target, and their results."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ T = TypeVar("T")
 
 
 class AttackTarget:
-    """A finished run as an attacker finds it; nothing that is asked of it changes the run.
+    """A finished run as attacks see it; none of its methods changes the run.
 
     Args:
-        loop: after its last round.
+        loop: the run after its last round.
 
     Attributes:
-        server: with the student in its last state.
-        clients: with their data and specialists in their last state.
+        server: the server with the student after the last round.
+        clients: the clients with their data and their specialists after the last round.
         method: the federated algorithm.
-        runtime: where to compute.
-        seed: the run's; streams are derived from it as everywhere.
+        runtime: the devices to compute on.
+        seed: the run's seed, from which all random streams are derived.
     """
 
     def __init__(self, loop: Federation):
@@ -46,32 +46,35 @@ class AttackTarget:
         self.method: Method = loop.method
         self.runtime: Runtime = loop.runtime
         self.seed: int = loop.recipe.seed
-        self._made: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = {}
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
-        """What several attacks need, e.g. shadow models, made when it is first asked for.
+        """Return an object that several attacks share, e.g. shadow models, created on first use.
 
         Args:
-            key: what tells it from all else; hashable.
-            make: makes it.
+            key: hashable key that identifies the object.
+            make: function that creates it.
         """
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
-    def answers(self, client: Client) -> Responses | None:
-        """What the server receives when a client answers the proxy set with the model that it has now.
+    def received_responses(self, client: Client) -> Responses | None:
+        """Return the predictions on the proxy set that the server receives from a client's current model.
 
-        The client takes its turn once more without training, as of the last round and with that round's streams, and
-        what it says goes through the run's codecs: an answer that it gave in the last round comes back as it was. The
-        server says to it what it would say in a first round, so that it does not learn or begin anew before it answers.
+        The client's local update of the last round is repeated without training, with that round's random streams, and
+        its upload passes through the run's codecs: predictions that were sent in the last round are reproduced exactly.
+        The client gets the download of a first round, so that it neither distils nor reinitialises its model first.
+
+        Args:
+            client: one of the run's clients.
 
         Returns:
-            None where it sends no responses, or has no specialist.
+            The received predictions; None if the client sends no responses, or has no specialist.
         """
-        return self.cached(("answers", client.id), lambda: self._ask(client))
+        return self.cached(("responses", client.id), lambda: self._send_responses(client))
 
-    def _ask(self, client: Client) -> Responses | None:
+    def _send_responses(self, client: Client) -> Responses | None:
         if "specialist" not in client.state:
             return None
         server, twin = self.server.clone(), client.clone(copy.deepcopy(client.state))
@@ -89,13 +92,13 @@ class AttackTarget:
 
 @dataclass(frozen=True, eq=False)
 class MembershipScores:
-    """How an attack scored samples that were trained on, and samples that were not.
+    """An attack's scores of samples that were trained on (members), and of samples that were not.
 
     Attributes:
-        target: what was attacked, e.g. ``"student"``.
-        members: scores of the former, [n]; a larger score is a stronger claim that a sample was trained on.
-        non_members: scores of the latter, [m].
-        epsilon: what the run's account proves of the target, at the level of one example; infinite for nothing.
+        target: name of the attacked object, e.g. ``"student"``.
+        members: scores of members, [n]; a larger score is a stronger claim that a sample was trained on.
+        non_members: scores of non-members, [m].
+        epsilon: ε that the run's privacy accounting guarantees for the target, for one example; infinite for none.
         delta: the δ of that ε.
     """
 
@@ -108,14 +111,14 @@ class MembershipScores:
 
 @dataclass
 class AttackResult:
-    """What an attack found out.
+    """Results of one attack.
 
     Attributes:
-        metrics: numbers by name, e.g. ``"responses/total_variation"``.
-        curves: scores of members and non-members, from which the audit makes metrics, a figure and a verdict.
-        figures: what draws each further figure, by name; called only where somebody looks at it.
-        arrays: by name, what else is worth keeping.
-        notes: sentences without which the numbers could be misread.
+        metrics: values by name, e.g. ``"responses/total_variation"``.
+        curves: scores of members and non-members, from which the audit derives metrics, a figure and a verdict.
+        figures: functions that draw further figures, by name; called only when a figure is shown.
+        arrays: further results by name, e.g. reconstructed images.
+        notes: sentences without which the metrics could be misread.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -126,19 +129,20 @@ class AttackResult:
 
 
 class Attack(ABC):
-    """Tries to learn something of private data from a finished run; holds settings only.
+    """Base class of attacks, which infer private information from a finished run; an instance holds settings only.
 
-    An attack draws from streams of its own and leaves models, states and messages as they were.
+    An attack draws from random streams of its own, and changes no model, state or message.
 
     Args:
-        label: what its findings are recorded under, for an audit that runs one attack in two ways; default `name`.
+        label: name under which the results are recorded, for an audit that runs one attack twice with different
+            settings; default `name`.
 
     Attributes:
-        name: the short name in recipes and in what is recorded.
-        tasks: the kinds of data that it is for, among `fdl.metrics.tasks.TASKS`.
+        name: the short name in recipes and records.
+        tasks: the tasks that the attack supports, among `fdl.metrics.tasks.TASKS`.
 
     Raises:
-        UserError: the label is empty or has a slash.
+        UserError: the label is empty or contains a slash.
     """
 
     name: ClassVar[str] = ""
@@ -153,6 +157,9 @@ class Attack(ABC):
     def run(self, subject: AttackTarget) -> AttackResult:
         """Attack a finished run.
 
+        Args:
+            subject: the run.
+
         Raises:
-            UserError: the run has nothing that this attack could be tried on.
+            UserError: the run has nothing that this attack applies to.
         """

@@ -1,4 +1,4 @@
-"""Attacks at the end of a run, as a callback: the loop knows of none."""
+"""Callback that runs the attacks of a recipe at the end of a run; the loop itself knows of no attacks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class AuditCallback(Callback):
-    """Attacks the finished run and adds the findings to its summary.
+    """Attacks the finished run and adds the results to its summary.
 
-    It stands before all other callbacks, so that they see the findings, and on every rank, since the ranks share the
+    It is called before all other callbacks, so that they see the results, and on every rank, since the ranks share the
     work.
 
     Args:
-        attacks: with different labels.
+        attacks: the attacks, with different labels.
     """
 
     name: ClassVar[str] = "audit"
@@ -30,13 +30,17 @@ class AuditCallback(Callback):
         self.attacks = attacks
 
     def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
-        """Attack the run; its summary, with the findings and the time that they took, is saved once more."""
+        """Attack the run, then save its summary again, with the results and the time they took."""
         self.run(loop)
         summary.update(summarise(loop))
         loop.on_summary(summary)
 
     def run(self, loop: Federation) -> Audit:
-        """Attack a run after its last round, keep the findings as its `audit`, and return them."""
+        """Attack a run after its last round, store the results in its attribute `audit`, and return them.
+
+        Args:
+            loop: the run.
+        """
         with loop.seconds("audit"):
             loop.audit = found = audit(loop, self.attacks)
         return found

@@ -1,4 +1,4 @@
-"""Whose membership is asked: private samples, and as many others that could as well have been among them."""
+"""Candidates of membership inference: private samples, and as many held-out ones from the same distribution."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class ConcatSamples(Samples):
-    """Samples of several sets as one.
+    """Concatenation of several sample sets.
 
     Args:
         parts: the sets, of one kind.
-        rows: which samples, counted through all sets, int [n]; None for all in order.
+        rows: rows of the concatenation to select, int [n]; None for all in order.
     """
 
     def __init__(self, parts: Sequence[Samples], rows: Any = None):
@@ -42,11 +42,16 @@ class ConcatSamples(Samples):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the inputs, as if all were of the same size."""
+        """Bytes of the inputs, estimated from the mean size over all sets."""
         return sum(part.nbytes for part in self.parts) * len(self) // max(int(self._starts[-1]), 1)
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Inputs, each from the set in which it lies, and labels."""
+        """Gather a batch of inputs, each from its own set, with labels.
+
+        Args:
+            indices: positions of the samples, int64 [B].
+            generator: source of random augmentations; None for none.
+        """
         rows = self.rows[indices].numpy()
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         places, inputs = [], []
@@ -58,20 +63,24 @@ class ConcatSamples(Samples):
         return _ordered(inputs, order), None if self.labels is None else self.labels[indices]
 
     def subset(self, indices: Any) -> ConcatSamples:
-        """The samples at these positions, in this order."""
+        """Select samples by position, in the given order.
+
+        Args:
+            indices: the positions.
+        """
         return ConcatSamples(self.parts, self.rows[as_indices(indices, len(self))])
 
     def unlabelled(self) -> ConcatSamples:
-        """The same inputs without labels."""
+        """Return the same inputs without labels."""
         return ConcatSamples([part.unlabelled() for part in self.parts], self.rows)
 
     def content_hash(self) -> str:
-        """The hashes of the sets, and which rows of them."""
+        """Return the hashes of the sets with the selected rows."""
         return "/".join([*(part.content_hash() for part in self.parts), self.rows.numpy().tobytes().hex()])
 
 
 def _ordered(parts: Sequence[Inputs], order: Tensor) -> Inputs:
-    """Batches one after another, texts padded to the longest, and then in another order."""
+    """Concatenate batches, with token sequences padded to the longest, and reorder the rows."""
     if isinstance(parts[0], tuple):
         return tuple(_ordered(column, order) for column in zip(*parts))
     if not parts[0].is_floating_point() and parts[0].ndim == 2:
@@ -82,20 +91,20 @@ def _ordered(parts: Sequence[Inputs], order: Tensor) -> Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Samples of which somebody asks whether a client trained on them.
+    """Samples whose membership in a client's training set the attacks infer.
 
-    For every client and class there are as many that it did train on as others, which nobody did: held-out samples of
-    the data's test and validation sets. So neither the label mix of a client nor the size of a set tells one from the
-    other. That the others could as well have been the client's is assumed: within a class, held-out and private samples
-    must come from one distribution, which holds where they were drawn from one pool and the clients differ in labels
-    only.
+    For every client and class, half of the candidates are members, which the client trained on, and half are
+    non-members, which no client trained on: held-out samples of the data's test and validation sets. Neither a client's
+    label distribution nor the size of a set therefore tells members from non-members. The evaluation assumes that
+    within a class, held-out and private samples come from one distribution, which holds if they were drawn from one
+    pool and the clients differ in labels only.
 
     Attributes:
-        samples: all of them, [n].
-        labels: int64 [n].
-        owner: the client of whom it is asked, int64 [n].
-        member: whether it did train on it, bool [n].
-        place: a member's row among its client's training samples, another's in `population`, int64 [n].
+        samples: all candidates, [n].
+        labels: their classes, int64 [n].
+        owner: id of the client whose training set is in question, per candidate, int64 [n].
+        member: True for members, bool [n].
+        place: a member's row among its client's training samples, a non-member's row in `population`, int64 [n].
         population: the held-out samples.
     """
 
@@ -107,11 +116,11 @@ class Candidates:
     population: Samples
 
     def share(self, client: Client, inside: np.ndarray) -> ConcatSamples:
-        """What a shadow of a client trains on: its own samples that nobody asks about, and some candidates.
+        """Return the training set of a client's shadow: its samples that are no candidates, and some candidates.
 
         Args:
-            client: whose training samples.
-            inside: which candidates are in, bool [n].
+            client: the client whose training samples are taken.
+            inside: mask of the candidates to include, bool [n].
         """
         mine = self.owner == client.id
         others = np.setdiff1d(np.arange(len(client.train)), self.place[mine & self.member])
@@ -121,7 +130,14 @@ class Candidates:
         )
 
     def halves(self, stream: np.random.Generator) -> np.ndarray:
-        """Draw half of each client's candidates of each class, bool [n]; as many as are members."""
+        """Draw half of each client's candidates of each class, which is as many as are members.
+
+        Args:
+            stream: random generator of the draw.
+
+        Returns:
+            Mask of the drawn candidates, bool [n].
+        """
         mixed = stream.permutation(len(self.owner))
         order = mixed[np.lexsort((self.labels[mixed], self.owner[mixed]))]
         group = np.stack([self.owner[order], self.labels[order]])
@@ -134,12 +150,16 @@ class Candidates:
 
 
 def candidates(subject: AttackTarget) -> Candidates:
-    """The candidates of a run; the same for all attacks.
+    """Draw the candidates of a run, once for all attacks.
 
-    Held-out samples of a class are shared out to the clients in proportion to what they hold of it, each to one client.
+    Held-out samples of a class are distributed over the clients in proportion to their numbers of samples of it, each
+    to one client.
+
+    Args:
+        subject: the run.
 
     Raises:
-        UserError: nothing is held out, samples have no labels, or they come in over time.
+        UserError: no samples are held out, samples have no labels, or they arrive over time.
     """
     return subject.cached("candidates", lambda: _draw(subject))
 
@@ -147,8 +167,8 @@ def candidates(subject: AttackTarget) -> Candidates:
 def _draw(subject: AttackTarget) -> Candidates:
     server = subject.server
     population = ConcatSamples([part for part in (server.test, server.validation) if len(part)] or [server.test])
-    heard = {int(id) for record in subject.loop.history for id in record["clients"]}
-    clients = [client for client in subject.clients if client.id in heard and len(client.train)]
+    participated = {int(id) for record in subject.loop.history for id in record["clients"]}
+    clients = [client for client in subject.clients if client.id in participated and len(client.train)]
     if server.arrival is not None:
         raise UserError("membership inference needs data that are all there from the first, and these arrive over time")
     if not clients or len(population) == 0 or population.labels is None:
@@ -161,7 +181,7 @@ def _draw(subject: AttackTarget) -> Candidates:
         held = [np.flatnonzero(client.train.labels.numpy() == label) for client in clients]
         counts = np.array([len(own) for own in held])
         ends = np.cumsum(counts) * min(len(free) / max(counts.sum(), 1), 1.0)
-        ends = np.floor(ends + 0.5).astype(int)  # each gets its rounded share, and never more than it holds
+        ends = np.floor(ends + 0.5).astype(int)  # each gets its rounded share, but at most as many as it holds
         for client, own, low, high in zip(clients, held, [0, *ends[:-1]], ends):
             stream = numpy_stream(subject.seed, f"attack/members/{label}", 0, client.id)
             rows += [(client.id, False, row) for row in free[low:high]]

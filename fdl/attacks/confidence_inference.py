@@ -1,4 +1,4 @@
-"""Membership inference from confidences: what log-weights say of the samples from which they were made."""
+"""Membership inference from the confidences that clients send with their predictions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fdl.attacks.base import Attack, AttackResult, MembershipScores
 from fdl.attacks.candidates import candidates
-from fdl.attacks.membership import protection
+from fdl.attacks.membership import proven_epsilon
 from fdl.errors import UserError
 from fdl.knowledge.confidence.base import Confidence, public_space
 from fdl.privacy.accounting import Policy
@@ -22,27 +22,28 @@ if TYPE_CHECKING:
     from fdl.participants import Client
 
 TARGET = "confidences"
-"""What is attacked."""
+"""Name of the attacked object."""
 
 _POLICY = Policy(1e-5)
-"""Where a recipe says nothing of privacy, and so gives no δ."""
+"""Default for recipes without a privacy section, which give no δ."""
 
 
 class ConfidenceInference(Attack):
-    """Likelihood ratio of a client's confidences, with and without a sample among those that they were made from.
+    """Likelihood ratio of a client's confidences with and without a candidate among its training samples.
 
-    A confidence that is measured on private samples, such as `density`, can be computed by anybody for any set of
-    samples, since all else that it rests on is public; no model has to be trained. The attacker is as strong as that of
-    differential privacy and of LiRA here: it knows all samples of a client but for the candidates, of which it knows
-    that half are in. It draws such halves, computes what the client would have sent for each, and fits, for each proxy
-    sample near a candidate, Gaussians to the log-weights with and without it (Carlini et al., 2022, algorithm 1, on
-    log-weights in the place of losses). Answers are those of the client's last model in all of them, so a confidence
-    that is a function of answers alone has no score, and is reported as no better than a guess.
+    A confidence that is computed from private samples, e.g. `density`, can be computed by an attacker for any set of
+    samples, since everything else that it depends on is public; no model has to be trained. The attacker has the same
+    knowledge as in differential privacy and in LiRA: all samples of a client except the candidates, of which exactly
+    half are members. The attack draws random halves, simulates the confidences that the client would have sent for
+    each, and fits, for each proxy sample near a candidate, Gaussians to the log-weights with and without it (Carlini et
+    al., 2022, algorithm 1, on log-weights instead of losses). Predictions are those of the client's last model in all
+    simulations, so a confidence that depends on predictions alone yields no score and is reported as no better than a
+    guess.
 
     Args:
-        simulations: how many halves are drawn, even and at least 4; two of them share out the candidates.
-        neighbours: proxy samples nearest to a candidate that are looked at, at least 1.
-        label: as in `Attack`.
+        simulations: number of halves drawn, even and at least 4; each pair of draws splits the candidates.
+        neighbours: number of proxy samples nearest to a candidate that are evaluated, at least 1.
+        label: name under which the results are recorded; default `name`.
     """
 
     name = "confidence_inference"
@@ -59,45 +60,52 @@ class ConfidenceInference(Attack):
     def run(self, subject: AttackTarget) -> AttackResult:
         """Score the candidates of every client that sends confidences.
 
+        Args:
+            subject: the run.
+
         Raises:
-            UserError: there are no candidates, or nobody sends confidences.
+            UserError: there are no candidates, or no client sends confidences.
         """
         confidence = confidence_of(subject, self.label)
-        asked, findings = candidates(subject), AttackResult()
-        scores, owners = np.full(len(asked.owner), np.nan), []
+        queries, findings = candidates(subject), AttackResult()
+        scores, owners = np.full(len(queries.owner), np.nan), []
         for client in subject.clients:
-            mine = np.flatnonzero(asked.owner == client.id)
-            answers = subject.answers(client) if len(mine) else None
+            mine = np.flatnonzero(queries.owner == client.id)
+            answers = subject.received_responses(client) if len(mine) else None
             if answers is None or answers.confidence is None:
                 continue
             owners.append(client)
             rows = np.arange(len(client.proxy)) if answers.rows is None else answers.rows.numpy()
-            inside, simulated = self._simulate(subject, confidence, client, asked)
-            near = _nearest(client, asked, mine, rows, self.neighbours)
+            inside, simulated = self._simulate(subject, confidence, client, queries)
+            near = _nearest(client, queries, mine, rows, self.neighbours)
             seen = answers.confidence.values().double().numpy()
             scores[mine] = likelihood_ratio(seen, simulated[:, rows], inside[:, mine], near, answers.confidence.step)
         known = ~np.isnan(scores)
-        members, others = scores[known & asked.member], scores[known & ~asked.member]
+        members, others = scores[known & queries.member], scores[known & ~queries.member]
         if not (len(members) and len(others)):
             raise UserError(f"{self.label}: no client has sent confidences that could be attacked")
         policy = subject.server.privacy or _POLICY
-        proven = max(protection(subject, client, TARGET, policy) for client in owners)
+        proven = max(proven_epsilon(subject, client, TARGET, policy) for client in owners)
         findings.curves.append(MembershipScores(TARGET, members, others, proven, policy.delta))
         findings.arrays[f"{TARGET}/scores"] = scores
-        findings.arrays["members"], findings.arrays["owners"] = asked.member, asked.owner
+        findings.arrays["members"], findings.arrays["owners"] = queries.member, queries.owner
         return findings
 
     def _simulate(
-        self, subject: AttackTarget, confidence: Confidence, client: Client, asked: Candidates
+        self, subject: AttackTarget, confidence: Confidence, client: Client, queries: Candidates
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which candidates are in, bool [S, n], and what the client would have sent then, float64 [S, n_proxy]."""
+        """Simulate the log-weights for S random halves of the candidates.
+
+        Returns:
+            Masks of the included candidates, bool [S, n], and the log-weights, float64 [S, n_proxy].
+        """
         stream = numpy_stream(subject.seed, f"attack/{self.name}", 0, client.id)
         with client.turn():
             logits, space = client.predict(client.specialist(), client.proxy), public_space(client)
         inside, sent = [], []
         for number in range(self.simulations):
-            inside.append(asked.halves(stream) if number % 2 == 0 else ~inside[-1])
-            twin = client.clone(client.state, asked.share(client, inside[-1]), honest=True)
+            inside.append(queries.halves(stream) if number % 2 == 0 else ~inside[-1])
+            twin = client.clone(client.state, queries.share(client, inside[-1]), honest=True)
             twin.cache["encoder"] = space
             with twin.turn():
                 sent.append(confidence.log_weights(twin, logits).double().numpy())
@@ -106,14 +114,14 @@ class ConfidenceInference(Attack):
 
 
 def confidence_of(subject: AttackTarget, label: str) -> Confidence:
-    """How the clients of a run weigh their answers.
+    """Return the confidence by which the clients of a run weight their predictions.
 
     Args:
         subject: the run.
-        label: of the attack that asks.
+        label: label of the calling attack, for the error message.
 
     Raises:
-        UserError: they do not.
+        UserError: clients send no confidences.
     """
     confidence = subject.method.confidence
     if not isinstance(confidence, Confidence):
@@ -124,17 +132,17 @@ def confidence_of(subject: AttackTarget, label: str) -> Confidence:
 def likelihood_ratio(
     seen: np.ndarray, simulated: np.ndarray, inside: np.ndarray, near: np.ndarray, step: float
 ) -> np.ndarray:
-    """Σ over proxy rows of ln N(w; μ_in, σ²) − ln N(w; μ_out, σ²), one for each candidate.
+    """Compute Σ over proxy rows of ln N(w; μ_in, σ²) − ln N(w; μ_out, σ²) for each candidate.
 
     Args:
-        seen: log-weights that were received, [m].
-        simulated: such of S made-up sets of samples, [S, m].
-        inside: which candidates these hold, bool [S, n].
-        near: rows that are looked at for each candidate, int [n, r].
-        step: of the quantiser; what rounds to one number differs by a variance of step² / 12.
+        seen: received log-weights w, [m].
+        simulated: log-weights of S simulated sets of samples, [S, m].
+        inside: masks of the candidates that these sets contain, bool [S, n].
+        near: rows that are evaluated for each candidate, int [n, r].
+        step: step of the quantiser, whose rounding adds a variance of step² / 12.
 
     Returns:
-        float64 [n]; 0 where the rows say nothing.
+        Log-likelihood ratios, float64 [n]; 0 where the rows carry no information.
     """
     scores = np.zeros(inside.shape[1])
     for candidate, rows in enumerate(near):
@@ -146,10 +154,10 @@ def likelihood_ratio(
     return scores
 
 
-def _nearest(client: Client, asked: Candidates, mine: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Of the answered rows, those nearest to each candidate in the public space, int [n, r]."""
+def _nearest(client: Client, queries: Candidates, mine: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Find the predicted proxy rows nearest to each candidate in the public space, int [n, r]."""
     from sklearn.neighbors import NearestNeighbors
 
     space = public_space(client)
-    public, own = space.encode_public(client.proxy)[rows], space.encode(asked.samples.subset(torch.from_numpy(mine)))
+    public, own = space.encode_public(client.proxy)[rows], space.encode(queries.samples.subset(torch.from_numpy(mine)))
     return NearestNeighbors(n_neighbors=min(count, len(rows))).fit(public).kneighbors(own, return_distance=False)

@@ -1,4 +1,4 @@
-"""Reconstruction from confidences: private samples, or means of them, from distances that log-weights give away."""
+"""Reconstruction of private samples, or of means of them, from the distances that log-weights reveal."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ if TYPE_CHECKING:
     from fdl.participants import Client
 
 _START = 0.1
-"""Standard deviation around the public samples from which points set out, in units of the typical distance."""
+"""Standard deviation of the starting points around public samples, in units of the typical distance."""
 
 
 class ConfidenceInversion(Attack):
-    """Finds the private points to which a client's `density` confidences are distances.
+    """Solves for the private points whose distances to public samples a client's `density` confidences encode.
 
-    Typical distance, dimension and public space follow from the proxy set, so each log-weight is turned back into the
-    mean distance of a proxy sample to the client's k nearest points. With hundreds of proxy samples that is more
-    equations than a small site has coordinates. Points set out from the public samples that the client says are near,
-    and go down the squared error by Adam. How many there are is taken as known.
+    Typical distance, dimension and public space follow from the proxy set, so each log-weight is converted back into
+    the mean distance of a proxy sample to the client's k nearest points. With hundreds of proxy samples there are more
+    equations than a small site has coordinates. Points are initialised near the public samples with the smallest
+    distances, and Adam minimises the squared error. The number of points is assumed to be known.
 
     Reconstructed points are matched one to one with the private samples (the assignment of least total distance).
-    Beside their ``distance`` in the public space, in units of the typical distance, stands that of as many public
-    samples, chosen and matched in the same way (``distance_public``), and the part of private samples that come nearer
-    than a tenth of the typical distance (``found``). Where the space is PCA of images, ``psnr`` and ``psnr_public`` say
-    the same in decibels of pixels. Metrics are medians over the samples of all attacked clients.
+    Metrics are their ``distance`` in the public space, in units of the typical distance; as a baseline the distance of
+    as many public samples, chosen and matched in the same way (``distance_public``); and the fraction of private
+    samples that are approximated to within a tenth of the typical distance (``found``). If the space is a PCA of
+    images, ``psnr`` and ``psnr_public`` express the same as a PSNR of pixels in decibels. Metrics are medians over the
+    samples of all attacked clients.
 
     Args:
-        largest: clients with more private samples are not attacked.
-        steps: of Adam from one start.
-        starts: how many starts; the best fit counts.
-        label: as in `Attack`.
+        largest: clients with more private samples than this are not attacked.
+        steps: steps of Adam per start.
+        starts: number of random starts, of which the best fit is used.
+        label: name under which the results are recorded; default `name`.
     """
 
     name = "confidence_inversion"
@@ -59,8 +60,11 @@ class ConfidenceInversion(Attack):
     def run(self, subject: AttackTarget) -> AttackResult:
         """Attack all small clients.
 
+        Args:
+            subject: the run.
+
         Raises:
-            UserError: clients do not weigh by the distance to their nearest samples.
+            UserError: clients do not weight predictions by the distance to their nearest samples.
         """
         confidence = confidence_of(subject, self.label)
         if not isinstance(confidence, Density) or confidence.method != "neighbours":
@@ -68,7 +72,7 @@ class ConfidenceInversion(Attack):
         found = []
         for client in subject.clients:
             if 0 < len(client.train) <= self.largest:
-                answers = subject.answers(client)
+                answers = subject.received_responses(client)
                 if answers is not None and answers.confidence is not None:
                     rows = np.arange(len(client.proxy)) if answers.rows is None else answers.rows.numpy()
                     log_weights = answers.confidence.values().double().numpy()
@@ -90,11 +94,11 @@ class ConfidenceInversion(Attack):
         """Reconstruct one client's points.
 
         Args:
-            confidence: how the client weighs.
-            client: whose samples are compared with.
-            rows: of the proxy set that were answered, int [m].
-            log_weights: of these rows as they were received, float64 [m].
-            seed: the run's.
+            confidence: the confidence by which the client weights its predictions.
+            client: the attacked client, with whose samples the points are compared.
+            rows: proxy rows for which the client sent predictions, int [m].
+            log_weights: received log-weights of these rows, float64 [m].
+            seed: seed of the run.
         """
         space = public_space(client)
         public, own = space.encode_public(client.proxy), space.encode(client.train).astype(np.float64)
@@ -109,7 +113,7 @@ class ConfidenceInversion(Attack):
         points = best[1]
         measured, images = {}, _images(space, client)
         for name, others in (("", points), ("_public", public)):
-            mine, theirs, lengths = _matched(own, others)
+            mine, theirs, lengths = _match(own, others)
             measured[f"distance{name}"] = lengths / typical
             if images is not None:
                 private, decode = images
@@ -120,7 +124,7 @@ class ConfidenceInversion(Attack):
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Points that were found for one client, [n, d], and measures of each private sample by name, [n]."""
+    """Points reconstructed for one client, [n, d], and error measures per private sample by name, [n]."""
 
     points: np.ndarray
     measured: dict[str, np.ndarray]
@@ -129,7 +133,11 @@ class Reconstruction:
 def _fit(
     public: np.ndarray, distances: np.ndarray, count: int, k: int, unit: float, steps: int, stream: torch.Generator
 ) -> tuple[float, np.ndarray]:
-    """The mean squared error that is left, and points [count, d] with these mean distances to the proxy samples."""
+    """Fit points to the mean distances of proxy samples.
+
+    Returns:
+        The remaining mean squared error, and the points, [count, d].
+    """
     rows, wanted = torch.from_numpy(public), torch.from_numpy(distances)
     near = wanted.argsort(stable=True)[: max(6 * count, count)]
     chosen = near[torch.randperm(len(near), generator=stream)[:count]]
@@ -153,8 +161,8 @@ def _mean_distance(rows: Tensor, points: Tensor, k: int) -> Tensor:
     return distances.topk(min(k, len(points)), dim=1, largest=False).values.mean(1)
 
 
-def _matched(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which private sample goes with which other point, and how far they lie apart."""
+def _match(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Match private samples one to one with other points; return both rows and the distances of the pairs."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 
@@ -164,7 +172,7 @@ def _matched(own: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _images(space: object, client: Client) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]] | None:
-    """The private inputs, flat, and what turns points of the space into such; None where nothing does."""
+    """Return the flattened private inputs and the space's decoder to inputs; None if it has no decoder."""
     if not isinstance(space, PCA):
         return None
     private = client.train.batch(torch.arange(len(client.train)))[0].flatten(1).double().numpy()

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdl.attacks.base import Attack, AttackResult
-from fdl.attacks.image_quality import Scale, alike, assigned, gallery, psnr, ssim
-from fdl.attacks.matching import MATCHINGS, Search, analytic, gradients, inferred_labels, ready
-from fdl.attacks.updates import Update, update
+from fdl.attacks.image_quality import Scale, draw_same_classes, gallery, match_by_psnr, psnr, ssim
+from fdl.attacks.matching import MATCHINGS, Search, gradients, infer_labels, set_training_mode, solve_analytically
+from fdl.attacks.updates import Update, observe_update
 from fdl.errors import UserError
 from fdl.utils.arguments import at_least, not_negative, one_of, positive
 from fdl.utils.seeding import numpy_stream, torch_stream
@@ -22,42 +22,42 @@ if TYPE_CHECKING:
     from fdl.attacks.base import AttackTarget
     from fdl.participants import Client
 
-TARGETS = ("gradient", "update")
+INVERSION_TARGETS = ("gradient", "update")
 
-_MOST = 256
-"""Private images at most with which a reconstruction is compared."""
+_MAX_IMAGES = 256
+"""Maximum number of private images with which a reconstruction is compared."""
 
 
 class GradientInversion(Attack):
-    """Looks for images that would have made what a client's parameters say of its gradients.
+    """Reconstructs images whose gradients match those that a client's upload reveals.
 
-    ``update`` is what the server really has: the client's turn is taken, in a copy of the run, from the weights that it
-    was sent to those that came back through the codecs, and (w_before − w_after) / (η · steps) stands for the gradient
-    of one batch. It is that for one step of plain SGD; after more steps it is a mean along the way, over all samples
-    that were trained on. ``gradient`` is the worst case beside it: the exact gradient of one private batch at the same
-    weights, of the same tensors. Where only low-rank updates, prompts or a head are trained and sent, only their
-    gradients are matched.
+    The target ``update`` is what a real server has: the client's local update is repeated, in a copy of the run, from
+    the weights that it received to those that its upload contains after the codecs, and (w_before − w_after) / (η ·
+    steps) approximates the gradient of one batch. This is exact for one step of plain SGD; after more steps it is a
+    mean over the trajectory and over all samples that were trained on. The target ``gradient`` is the worst case: the
+    exact gradient of one private batch at the same weights, for the same tensors. If only low-rank updates, prompts or
+    a head are trained and sent, only their gradients are matched.
 
-    Reconstructions are paired with the private images behind the target so that PSNR is largest, and measured by PSNR
-    and SSIM on pixels from 0 to 1. The best of many matches looks good by chance, so the same is done with as many
-    held-out images of the same classes (``psnr_held_out``, ``ssim_held_out``): what exceeds that is leakage.
+    Reconstructions are paired with the private images of the target such that the sum of PSNR is largest, and measured
+    by PSNR and SSIM on pixels in [0, 1]. The best of many matches looks good by chance, so the same is measured for as
+    many held-out images of the same classes (``psnr_held_out``, ``ssim_held_out``): the excess over these is leakage.
 
     Sources: Zhu et al., "Deep Leakage from Gradients" (DLG), 2019; Zhao et al., "iDLG", 2020; Geiping et al.,
     "Inverting Gradients", 2020, whose images of 32×32 took 24,000 steps with a weight of 0.2 for total variation.
 
     Args:
         targets: ``"gradient"`` and ``"update"``; by default both.
-        moment: ``"first"`` attacks the first round, when models know nothing and gradients say most; ``"last"`` the
-            turn that would follow the last one.
-        matching: ``"cosine"`` (Geiping et al.), ``"l2"`` (DLG), or ``"analytic"``, which solves for the image where the
-            student's first layer is linear with a bias, exactly for one image.
-        batch_size: images that are looked for together, and the private batch behind ``gradient``.
+        moment: ``"first"`` attacks the first round, when models are untrained and gradients reveal most; ``"last"``
+            the local update that would follow the last round.
+        matching: ``"cosine"`` (Geiping et al.), ``"l2"`` (DLG), or ``"analytic"``, which solves for the image if the
+            student's first layer is linear with a bias; exact for one image.
+        batch_size: number of images reconstructed jointly, and size of the private batch of ``gradient``.
         steps: iterations; L-BFGS and signed Adam need some hundreds for small images.
-        lr: Adam's learning rate under cosine.
+        lr: Adam's learning rate for ``"cosine"``.
         tv: weight of total variation, ≥ 0.
-        restarts: random starts, of which the one with the least objective counts.
-        clients: how many clients are attacked, those with the lowest numbers.
-        label: as in `Attack`.
+        restarts: number of random starts, of which the one with the smallest objective is used.
+        clients: number of attacked clients, those with the lowest ids.
+        label: name under which the results are recorded; default `name`.
 
     Raises:
         UserError: for values out of range.
@@ -79,7 +79,9 @@ class GradientInversion(Attack):
         label: str | None = None,
     ):
         super().__init__(label)
-        self.targets = tuple(TARGETS if targets is None else (one_of("targets", t, TARGETS) for t in targets))
+        self.targets = tuple(
+            INVERSION_TARGETS if targets is None else (one_of("targets", t, INVERSION_TARGETS) for t in targets)
+        )
         self.first = one_of("moment", moment, ("first", "last")) == "first"
         self.matching, self.batch_size = one_of("matching", matching, MATCHINGS), at_least("batch_size", batch_size, 1)
         self.search = Search(matching, at_least("steps", steps, 1), positive("lr", lr), not_negative("tv", tv))
@@ -90,14 +92,17 @@ class GradientInversion(Attack):
     def run(self, subject: AttackTarget) -> AttackResult:
         """Attack the first clients.
 
+        Args:
+            subject: the run.
+
         Raises:
-            UserError: the data are no images, clients send no parameters of a model that the server knows, or its
-                first layer is not one that can be solved for.
+            UserError: the data are no images, clients send no parameters of a model that the server knows, or the
+                analytic solution does not apply to the model's first layer.
         """
         findings, found = AttackResult(), {target: [] for target in self.targets}
         scale = Scale(subject.server.test)
         holders = [client for client in subject.clients if len(client.train)][: self.clients]
-        seen = [(client, update(subject, client, self.first)) for client in holders]
+        seen = [(client, observe_update(subject, client, self.first)) for client in holders]
         if not any(turn for _, turn in seen):
             raise UserError(
                 f"{self.label}: not applicable: under {subject.method.name} clients send no parameters of a model that "
@@ -105,44 +110,44 @@ class GradientInversion(Attack):
             )
         for client, turn in seen:
             if turn is not None:
-                ready(turn.model)
+                set_training_mode(turn.model)
                 for target in self.targets:
                     found[target].append(self._attack(subject, client, turn, target, scale))
         for target, attacked in found.items():
             self._record(findings, target, attacked)
-        if any(one.told for attacked in found.values() for one in attacked):
+        if any(one.labels_given for attacked in found.values() for one in attacked):
             findings.notes.append(f"{self.label}: classes were given: no gradients of a classification layer are sent")
         findings.notes += self._notes([turn for _, turn in seen if turn is not None])
         return findings
 
     def _attack(self, subject: AttackTarget, client: Client, turn: Update, target: str, scale: Scale) -> _Found:
-        """Reconstruct images of one client, and compare them."""
+        """Reconstruct images of one client, and compare them with its private images."""
         device = next(iter(turn.mean_gradient.values())).device
         purpose = f"attack/{self.name}/{target}"
         stream = numpy_stream(subject.seed, purpose, self.first, client.id)
         if target == "gradient":
             rows = torch.from_numpy(stream.permutation(len(client.train))[: self.batch_size])
         else:
-            rows = turn.rows[torch.from_numpy(stream.permutation(len(turn.rows))[:_MOST])]
+            rows = turn.rows[torch.from_numpy(stream.permutation(len(turn.rows))[:_MAX_IMAGES])]
         private, labels = client.train.batch(rows)
         seen = turn.mean_gradient
         if target == "gradient":
             seen = gradients(turn.model, seen, private.to(device), labels.to(device))
         count = min(self.batch_size, len(rows if target == "gradient" else turn.rows))
-        guessed = inferred_labels(turn.model, seen, count, subject.server.num_classes)
-        # a server knows how many samples there are, and without a head's gradients it has to know their classes
+        guessed = infer_labels(turn.model, seen, count, subject.server.num_classes)
+        # a server knows the number of samples; without a head's gradients their classes are assumed to be known
         sought = labels[:count] if guessed is None else guessed
         images = self._reconstruct(subject, client, turn, seen, sought.to(device), scale, purpose)
         test = subject.server.test
-        others = alike(labels, test.labels, stream)
-        if target == "update" and 0 < len(others) < len(labels):  # the best of more is better, so compare with as many
-            private = private[alike(test.labels[others], labels, stream)]
+        others = draw_same_classes(labels, test.labels, stream)
+        if target == "update" and 0 < len(others) < len(labels):  # the best of more is better: equal numbers are fair
+            private = private[draw_same_classes(test.labels[others], labels, stream)]
         return _Found.of(
             client.id,
-            scale.shown(images),
-            scale.shown(private),
-            scale.shown(test.batch(others)[0]),
-            told=guessed is None,
+            scale.to_pixels(images),
+            scale.to_pixels(private),
+            scale.to_pixels(test.batch(others)[0]),
+            labels_given=guessed is None,
             labels=None if guessed is None or target != "gradient" else _agreement(guessed, labels),
         )
 
@@ -157,7 +162,7 @@ class GradientInversion(Attack):
         purpose: str,
     ) -> Tensor:
         if self.matching == "analytic":
-            solved = analytic(turn.model, seen, scale.shape)
+            solved = solve_analytically(turn.model, seen, scale.shape)
             if solved is None:
                 raise UserError(
                     f"{self.label}: matching: analytic needs a student whose first layer is linear with a bias, "
@@ -169,7 +174,7 @@ class GradientInversion(Attack):
         return min(tries, key=lambda found: found[1])[0]
 
     def _record(self, findings: AttackResult, target: str, attacked: Sequence[_Found]) -> None:
-        """Means over clients, and a figure."""
+        """Record means over clients, arrays, and a figure."""
         for name in ("psnr", "ssim", "psnr_held_out", "ssim_held_out", "labels"):
             values = [getattr(one, name) for one in attacked if getattr(one, name) is not None]
             if values:
@@ -182,7 +187,7 @@ class GradientInversion(Attack):
         findings.figures[target] = lambda: gallery(shown, columns[:12], title)
 
     def _notes(self, turns: Sequence[Update]) -> list[str]:
-        """What the numbers hold for."""
+        """Describe the conditions under which the metrics hold."""
         turn, notes = turns[0], []
         normalised = any(isinstance(module, _BatchNorm) for module in turn.model.modules())
         mode = "in training mode, by the statistics of the batch" if normalised else "none"
@@ -193,16 +198,16 @@ class GradientInversion(Attack):
             used = sorted({len(turn.rows) for turn in turns})
             count = f"{used[0]}" if len(used) == 1 else f"{used[0]} to {used[-1]}"
             notes.append(f"{self.label}: an update is of {turn.steps} step(s) on {count} private image(s)")
-            if not turn.plain:
+            if not turn.plain_sgd:
                 notes.append(f"{self.label}: clients train by more than plain SGD, so an update is no mean gradient")
         return notes
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """What was reconstructed of one client: pairs of images, means of their metrics, and PSNR by pair.
+    """Reconstructions for one client: pairs of images, means of their metrics, and PSNR per pair.
 
-    `labels` is the share that was inferred rightly, and `told` whether they were given instead.
+    `labels` is the fraction of labels inferred correctly, and `labels_given` is True if labels were given instead.
     """
 
     client: int
@@ -213,18 +218,18 @@ class _Found:
     ssim: float
     psnr_held_out: float | None
     ssim_held_out: float | None
-    told: bool
+    labels_given: bool
     labels: float | None
 
     @classmethod
     def of(cls, client: int, images: Tensor, private: Tensor, others: Tensor, **known: Any) -> _Found:
-        """Pair and measure."""
-        rows, matches = assigned(images, private)
+        """Pair reconstructions with private and with held-out images, and measure both."""
+        rows, matches = match_by_psnr(images, private)
         pairs, truth = images[rows], private[matches]
         decibels = psnr(pairs, truth).diagonal()
         held_out = (None, None)
         if len(others):
-            own, theirs = assigned(images, others)
+            own, theirs = match_by_psnr(images, others)
             chance = images[own], others[theirs]
             held_out = tuple(float(measure(*chance).diagonal().mean()) for measure in (psnr, ssim))
         similar = float(ssim(pairs, truth).diagonal().mean())
@@ -232,6 +237,6 @@ class _Found:
 
 
 def _agreement(guessed: Tensor, labels: Tensor) -> float:
-    """Share of labels that were guessed, whatever their order."""
+    """Compute the fraction of labels that were inferred correctly, in any order."""
     size = int(max(guessed.max(), labels.max())) + 1
     return float(torch.minimum(guessed.bincount(minlength=size), labels.bincount(minlength=size)).sum() / len(labels))

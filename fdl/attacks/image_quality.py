@@ -1,4 +1,4 @@
-"""How near a reconstructed image comes to a private one."""
+"""Similarity of reconstructed and private images."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
 
 _EXACT = 100.0
-"""Decibels of two images that are the same: more than float32 can tell."""
+"""Decibels of two identical images: more than float32 can resolve."""
 
 _WINDOW = 7
-"""Side of the uniform windows in which small images are compared."""
+"""Side length of the uniform windows in which small images are compared, in pixels."""
 
 _SMALL = 16
-"""Images with fewer pixels a side are small: in windows of 11×11, most of an 8×8 one would be its own reflection."""
+"""Images with a shorter side are small: in windows of 11×11, most of an 8×8 image would be its own reflection."""
 
 
 class Scale:
-    """Between images as a model sees them and images as they are shown, from 0 (black) to 1 (white).
+    """Conversion of normalised images, as models receive them, to pixels from 0 (black) to 1 (white).
 
     Args:
         samples: images with a normalisation.
 
     Attributes:
         shape: (C, H, W) of one image.
-        low: what a model sees of black, [C, 1, 1].
-        high: of white, likewise.
+        low: normalised value of black, [C, 1, 1].
+        high: normalised value of white, [C, 1, 1].
 
     Raises:
-        UserError: these are no images of at least 3 pixels a side.
+        UserError: the samples are no images of at least 3×3 pixels.
     """
 
     def __init__(self, samples: Samples):
@@ -52,20 +52,27 @@ class Scale:
         self._mean, self._std = (t.reshape(-1, 1, 1).float() for t in (mean, std))
         self.low, self.high = (-self._mean / self._std), ((1 - self._mean) / self._std)
 
-    def shown(self, images: Tensor) -> Tensor:
-        """Normalised images [n, C, H, W] as float32 in [0, 1] on the CPU."""
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Convert normalised images to pixels.
+
+        Args:
+            images: normalised images, [n, C, H, W].
+
+        Returns:
+            Pixels in [0, 1], float32 [n, C, H, W], on the CPU.
+        """
         return (images.detach().cpu().float() * self._std + self._mean).clamp(0, 1)
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image against each reference, in decibels; 100 at most.
+    """Compute the peak signal-to-noise ratio of each image against each reference, in decibels, at most 100.
 
     Args:
-        images: [n, C, H, W] in [0, 1].
-        references: [m, C, H, W] in [0, 1].
+        images: pixels in [0, 1], [n, C, H, W].
+        references: pixels in [0, 1], [m, C, H, W].
 
     Returns:
-        float32 [n, m].
+        PSNR in dB, float32 [n, m].
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio as measure
 
@@ -77,10 +84,17 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:
-    """Structural similarity of each image with each reference (Wang et al., 2004); arguments as in `psnr`.
+    """Compute the structural similarity of each image with each reference (Wang et al., 2004).
 
-    Windows are Gaussian of 11×11 pixels with σ = 1.5; images of less than 16 pixels a side are compared in uniform ones
-    of 7×7, or as large as they allow. There is one around every pixel, and borders are reflected.
+    Windows are Gaussian of 11×11 pixels with σ = 1.5; images with a side of less than 16 pixels are compared in uniform
+    windows of 7×7, or as large as they allow. A window is centred on every pixel, and borders are reflected.
+
+    Args:
+        images: pixels in [0, 1], [n, C, H, W].
+        references: pixels in [0, 1], [m, C, H, W].
+
+    Returns:
+        SSIM, float32 [n, m].
     """
     from torchmetrics.functional.image import structural_similarity_index_measure as measure
 
@@ -93,8 +107,12 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     return torch.stack(rows).flatten(2).mean(2)
 
 
-def assigned(images: Tensor, references: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Pair images with references, each at most once, so that the sum of their PSNR is largest.
+def match_by_psnr(images: Tensor, references: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Pair images with references, each at most once, such that the sum of their PSNR is largest.
+
+    Args:
+        images: pixels in [0, 1], [n, C, H, W].
+        references: pixels in [0, 1], [m, C, H, W].
 
     Returns:
         Rows of the images and of their references, int64 [min(n, m)] each.
@@ -104,15 +122,15 @@ def assigned(images: Tensor, references: Tensor) -> tuple[np.ndarray, np.ndarray
     return linear_sum_assignment(psnr(images, references).numpy(), maximize=True)
 
 
-def alike(labels: Tensor, pool: Tensor, stream: np.random.Generator) -> Tensor:
-    """Draw from a pool, without replacement, as many samples of each class as there are labels of it.
+def draw_same_classes(labels: Tensor, pool: Tensor, stream: np.random.Generator) -> Tensor:
+    """Draw from a pool, without replacement, as many samples of each class as the labels contain.
 
-    Where the pool has too few of a class, the draw does.
+    If the pool has too few samples of a class, all of them are drawn.
 
     Args:
-        labels: int64 [n].
-        pool: classes of the pool, int64 [m].
-        stream: of the draws.
+        labels: classes to match, int64 [n].
+        pool: classes of the pool's samples, int64 [m].
+        stream: random generator of the draws.
 
     Returns:
         Rows of the pool, int64.
@@ -126,9 +144,9 @@ def gallery(rows: Mapping[str, Tensor], columns: Sequence[str], title: str) -> F
     """Draw images in a grid.
 
     Args:
-        rows: by name of a row, images [n, C, H, W] in [0, 1].
-        columns: what stands above each of the n columns.
-        title: above the figure.
+        rows: images of each row by its name, [n, C, H, W] in [0, 1].
+        columns: titles of the n columns.
+        title: title of the figure.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Label-distribution leakage: what a client's answers to the proxy set say of the classes that it holds."""
+"""Label-distribution leakage: a client's label histogram, inferred from its predictions on the proxy set."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ if TYPE_CHECKING:
     from fdl.messages import Responses
 
 _LEAST = 1e-4
-"""Share that an estimate gives to every class at least: the divergence from one that rules out a class is infinite."""
+"""Smallest fraction of any class in an estimate: the divergence from one that excludes a class is infinite."""
 
 
 class LabelLeakage(Attack):
-    """Estimates each client's label histogram from its answers to the proxy set, as an honest-but-curious server could.
+    """Estimates each client's label histogram from its predictions on the proxy set, as an honest-but-curious server.
 
-    Three estimates: the mean probability of each class over the proxy set; the same over each class's most likely rows
-    only, since a class that a model has never seen is never answered with confidence; and, where clients send their
-    confidence in each row, the mean probability weighted by it. Each is compared with the truth by Kullback–Leibler
-    divergence, in nats, and by total variation, as is the guess that every client holds what all hold together.
+    Three estimates: the mean probability of each class over the proxy set (``mean``); the same over the rows that are
+    assigned to the class only, since a class without training samples is never predicted with confidence
+    (``confident``); and, if clients send a confidence per row, the mean probability weighted by it (``weighted``). Each
+    is compared with the true histogram by Kullback–Leibler divergence, in nats, and by total variation. The baseline
+    ``guess`` is the histogram of all clients' data together.
 
-    Metrics are means over clients, and ``<estimate>/kl``, ``<estimate>/total_variation`` of each of
-    ``mean``, ``confident``, ``weighted`` and ``guess``; an estimate below the guess is leakage.
+    Metrics are ``<estimate>/kl`` and ``<estimate>/total_variation``, means over clients; an estimate with a smaller
+    error than the guess is leakage.
 
     Args:
-        label: as in `Attack`.
+        label: name under which the results are recorded; default `name`.
     """
 
     name = "label_leakage"
@@ -39,31 +40,43 @@ class LabelLeakage(Attack):
     def run(self, subject: AttackTarget) -> AttackResult:
         """Estimate every client's histogram.
 
+        Args:
+            subject: the run.
+
         Raises:
-            UserError: no client sends answers.
+            UserError: no client sends predictions on a proxy set.
         """
-        answered = [(c, a) for c in subject.clients if len(c.train) and (a := subject.answers(c)) is not None]
+        answered = [
+            (c, a) for c in subject.clients if len(c.train) and (a := subject.received_responses(c)) is not None
+        ]
         if not answered:
             raise UserError(f"{self.label}: no client sends answers to a proxy set, so there is nothing to look at")
         classes = subject.server.num_classes
         counts = np.stack([client.train.labels.bincount(minlength=classes).numpy() for client, _ in answered])
         truth = counts / counts.sum(1, keepdims=True)
-        estimates = [histograms(answers) for _, answers in answered]
+        estimates = [estimate_histograms(answers) for _, answers in answered]
         common = set.intersection(*(set(found) for found in estimates))
         tables = {name: np.stack([e[name] for e in estimates]) for name in estimates[0] if name in common}
         tables["guess"] = np.tile(counts.sum(0) / counts.sum(), (len(counts), 1))
         findings = AttackResult(arrays={"truth": truth, **tables})
         for name, table in tables.items():
             findings.metrics[f"{name}/kl"] = float(divergence(truth, table).mean())
-            findings.metrics[f"{name}/total_variation"] = float(total_variation(truth, table).mean())
+            findings.metrics[f"{name}/total_variation"] = float(total_variation_distance(truth, table).mean())
         names, ids = subject.server.classes, [client.id for client, _ in answered]
         shown = {name: table for name, table in tables.items() if name != "guess"}
         findings.figures["histograms"] = lambda: shares({"truth": truth, **shown}, ids, names)
         return findings
 
 
-def histograms(answers: Responses) -> dict[str, np.ndarray]:
-    """Estimates of the label histogram of whoever gave these answers, by name, each [C] with sum 1."""
+def estimate_histograms(answers: Responses) -> dict[str, np.ndarray]:
+    """Estimate the label histogram of a client from its predictions.
+
+    Args:
+        answers: the client's predictions on the proxy set.
+
+    Returns:
+        Estimates by name, each [C] with sum 1.
+    """
     p = probabilities(answers)
     best = p.argmax(1)
     confident = np.bincount(best, weights=p[np.arange(len(p)), best], minlength=p.shape[1])
@@ -76,12 +89,28 @@ def histograms(answers: Responses) -> dict[str, np.ndarray]:
 
 
 def divergence(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
-    """KL(truth ‖ estimate) in nats of each row, [K]; no class of the estimate has less than a share of 1e-4."""
+    """Compute KL(truth ‖ estimate) per row, with fractions of the estimate of at least 1e-4.
+
+    Args:
+        truth: true histograms, [K, C].
+        estimate: estimated histograms, [K, C].
+
+    Returns:
+        Divergences in nats, [K].
+    """
     estimate = np.maximum(estimate, _LEAST)
     estimate = estimate / estimate.sum(1, keepdims=True)
     return np.where(truth > 0, truth * np.log(np.maximum(truth, _LEAST**2) / estimate), 0.0).sum(1)
 
 
-def total_variation(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
-    """Half of the L1 distance of each row, [K], in [0, 1]."""
+def total_variation_distance(truth: np.ndarray, estimate: np.ndarray) -> np.ndarray:
+    """Compute half of the L1 distance per row.
+
+    Args:
+        truth: true histograms, [K, C].
+        estimate: estimated histograms, [K, C].
+
+    Returns:
+        Distances in [0, 1], [K].
+    """
     return np.abs(truth - estimate).sum(1) / 2

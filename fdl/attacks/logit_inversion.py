@@ -1,4 +1,4 @@
-"""Paired-logit inversion: what private images of a class look like, from a client's answers to public ones."""
+"""Paired-logit inversion: typical private images per class, from a client's predictions on public ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fdl.attacks.base import Attack, AttackResult
-from fdl.attacks.image_quality import Scale, alike, gallery, psnr, ssim
-from fdl.attacks.inversion_network import LEAST, Inversion, public_means, targets
+from fdl.attacks.image_quality import Scale, draw_same_classes, gallery, psnr, ssim
+from fdl.attacks.inversion_network import LEAST, Inversion, mean_public_images, target_pairs
 from fdl.attacks.signals import probabilities
 from fdl.errors import UserError
 from fdl.utils.arguments import at_least, positive
@@ -26,33 +26,33 @@ _MEASURES = {"ssim": ssim, "psnr": psnr}
 
 
 class LogitInversion(Attack):
-    """Learns from public images to turn pairs of answers, the server's and a client's, back into images.
+    """Trains an inversion network on public images to map pairs of predictions, the server's and a client's, to images.
 
-    The server knows both participants' answers to every proxy sample. It trains a network from these pairs to the
-    samples themselves, one for each client, and then asks it for the image of a pair that the client would give for its
-    own: for each class as sure as the client ever was, where the server is less so (the confidence gap). The network
-    is given nothing outside the range that a participant's answers have, so a client that says nothing gets no image of
-    its own. Its server is the run's student, which has learnt from clients, while the paper's has seen public data
-    only; where there is none, the mean of all clients' answers stands for it.
+    The server knows both participants' predictions on every proxy sample. It trains one network per client from these
+    pairs to the samples, and then evaluates it at the pair expected for the client's own images: for each class the
+    most confident prediction of the client, where the server is less confident (the confidence gap). Inputs are clamped
+    to the range of the participants' predictions, so uninformative predictions of a client yield no image of its own.
+    The server here is the run's student, which was distilled from clients, while the paper's has seen public data only;
+    if the method has no student, the mean of all clients' predictions is used instead.
 
-    A reconstruction is compared with the client's private images of the class, and the nearest counts. That is near by
-    chance and by what is public, too, so two baselines go beside it: the same reconstruction's nearest among as many
+    A reconstruction is compared with the client's private images of the class, and the nearest is taken. That is near
+    by chance and by public knowledge, too, so there are two baselines: the same reconstruction's nearest among as many
     held-out images of the class (``held_out``), and the nearest private image to the mean of the proxy samples that the
-    server takes for this class (``public_mean``). ``ssim_gain`` and ``psnr_gain`` are what is gained over the better of
-    both; about 0, the answers give away no more than public data do. Metrics are means over clients and classes.
+    server assigns to this class (``public_mean``). ``ssim_gain`` and ``psnr_gain`` are gains over the better of both;
+    at about 0, predictions leak no more than public data do. Metrics are means over clients and classes.
 
     Source: Takahashi et al., "Breaching FedMD: Image Recovery via Paired-Logits Inversion Attack", CVPR 2023. The
-    network here is a perceptron, and priors are the proxy samples alone.
+    network here is a perceptron, and the only priors are the proxy samples.
 
     Args:
-        gap: how far the server's answer is drawn towards its mean answer, in [0, 1]; 0 leaves what it says of samples
-            of the class.
-        steps: of training a network.
-        batch_size: samples a step.
+        gap: fraction by which the server's prediction is interpolated towards its mean prediction, in [0, 1]; 0 keeps
+            its prediction on samples of the class.
+        steps: training steps of a network.
+        batch_size: samples per step.
         lr: Adam's learning rate.
-        width: of its two hidden layers.
-        clients: how many clients are attacked, those with the lowest numbers.
-        label: as in `Attack`.
+        width: width of the network's two hidden layers.
+        clients: number of attacked clients, those with the lowest ids.
+        label: name under which the results are recorded; default `name`.
 
     Raises:
         UserError: for values out of range.
@@ -80,28 +80,31 @@ class LogitInversion(Attack):
     def run(self, subject: AttackTarget) -> AttackResult:
         """Attack the first clients.
 
+        Args:
+            subject: the run.
+
         Raises:
-            UserError: the data are no images, no client sends answers, or no class is both held and held out.
+            UserError: the data are no images, no client sends predictions, or no class is both held and held out.
         """
         server, scale = subject.server, Scale(subject.server.test)
         holders = [c for c in subject.clients if len(c.train)][: self.clients]
-        answered = [(client, a) for client in holders if (a := subject.answers(client)) is not None]
+        answered = [(client, a) for client in holders if (a := subject.received_responses(client)) is not None]
         if not answered:
             raise UserError(f"{self.label}: not applicable: no client sends answers to a proxy set")
-        images = scale.shown(server.proxy.batch(torch.arange(len(server.proxy)))[0])
+        images = scale.to_pixels(server.proxy.batch(torch.arange(len(server.proxy)))[0])
         ours = self._server(subject, [answers for _, answers in answered])
-        means, found = public_means(ours, images), []
+        means, found = mean_public_images(ours, images), []
         for client, answers in answered:
             rows, theirs = _table(answers)
             network = self._network(subject, client, ours[rows], theirs, images[rows])
-            recovered = network(*targets(ours[rows], theirs, self.gap))
+            recovered = network(*target_pairs(ours[rows], theirs, self.gap))
             found += self._compare(subject, client, scale, recovered, means)
         if not found:
             raise UserError(f"{self.label}: no held-out sample has a class that an attacked client holds")
         return self._findings(found)
 
     def _server(self, subject: AttackTarget, answers: list[Responses]) -> Tensor:
-        """The server's probabilities of every proxy sample, float64 [n, C]."""
+        """Compute the server's probabilities of every proxy sample, float64 [n, C]."""
         server = subject.server
         if server.student is not None:
             return torch.softmax(server.predict(server.student, server.proxy).double(), dim=1)
@@ -113,7 +116,7 @@ class LogitInversion(Attack):
     def _network(
         self, subject: AttackTarget, client: Client, ours: Tensor, theirs: Tensor, images: Tensor
     ) -> Inversion:
-        """Train a network for one client's answers."""
+        """Train a network on one client's predictions."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(stream_seed(subject.seed, f"attack/{self.name}", 0, client.id))
             network = Inversion(ours, theirs, tuple(images.shape[1:]), self.width)
@@ -124,18 +127,18 @@ class LogitInversion(Attack):
     def _compare(
         self, subject: AttackTarget, client: Client, scale: Scale, recovered: Tensor, means: Tensor
     ) -> list[_Found]:
-        """Measure every class that the client holds and that is held out."""
+        """Measure the reconstruction of every class of the client that also has held-out samples."""
         test, stream = subject.server.test, numpy_stream(subject.seed, f"attack/{self.name}/compared", 0, client.id)
         labels, found = client.train.labels, []
         for label in labels.unique().tolist():
             mine = torch.nonzero(labels == label).squeeze(1)
-            others = alike(labels[mine], test.labels, stream)
+            others = draw_same_classes(labels[mine], test.labels, stream)
             mine = mine[torch.from_numpy(stream.permutation(len(mine))[: len(others)])]
             if len(others):
                 private, held_out = (
-                    scale.shown(s.batch(rows)[0]) for s, rows in ((client.train, mine), (test, others))
+                    scale.to_pixels(s.batch(rows)[0]) for s, rows in ((client.train, mine), (test, others))
                 )
-                found.append(compare(client.id, label, recovered[label], means[label], private, held_out))
+                found.append(compare_class(client.id, label, recovered[label], means[label], private, held_out))
         return found
 
     def _findings(self, found: list[_Found]) -> AttackResult:
@@ -170,10 +173,10 @@ class LogitInversion(Attack):
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """A reconstruction of one class of a client beside the private image that is nearest and the public mean.
+    """A reconstruction of one class of a client, the nearest private image, and the public mean.
 
-    `scores` holds, by measure, the nearest private image's, the nearest held-out one's, and that of the public mean to
-    its nearest private image.
+    `scores` holds, by measure, the similarity of the reconstruction to its nearest private image, to its nearest
+    held-out image, and of the public mean to its nearest private image.
     """
 
     client: int
@@ -184,16 +187,16 @@ class _Found:
     scores: dict[str, tuple[float, float, float]]
 
 
-def compare(client: int, label: int, image: Tensor, mean: Tensor, private: Tensor, held_out: Tensor) -> _Found:
+def compare_class(client: int, label: int, image: Tensor, mean: Tensor, private: Tensor, held_out: Tensor) -> _Found:
     """Measure a reconstruction and its baselines.
 
     Args:
-        client: whose.
-        label: of which class.
+        client: id of the client.
+        label: the class.
         image: the reconstruction, [C, H, W] in [0, 1].
-        mean: of public samples of the class, likewise.
+        mean: mean of public samples of the class, [C, H, W] in [0, 1].
         private: the client's images of the class, [m, C, H, W].
-        held_out: as many images of the class that nobody trained on.
+        held_out: as many images of the class that no client trained on, [m, C, H, W].
     """
     scores, pair = {}, torch.stack([image, mean])
     for name, measure in _MEASURES.items():
@@ -204,6 +207,6 @@ def compare(client: int, label: int, image: Tensor, mean: Tensor, private: Tenso
 
 
 def _table(answers: Responses) -> tuple[Tensor, Tensor]:
-    """Which proxy rows were answered, and the probabilities [n, C] that were."""
+    """Return the predicted proxy rows and their probabilities, [n, C]."""
     table = torch.from_numpy(probabilities(answers))
     return torch.arange(len(table)) if answers.rows is None else answers.rows, table

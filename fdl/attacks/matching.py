@@ -1,4 +1,4 @@
-"""Images whose gradients are those that somebody saw."""
+"""Gradient matching: reconstruction of images from observed gradients."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from fdl.attacks.image_quality import Scale
 
 MATCHINGS = ("cosine", "l2", "analytic")
-"""How images are sought: by the angle or the distance of gradients, or by a formula."""
+"""Objectives: the angle or the distance of gradients, or a closed-form solution."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """How images are sought.
+    """Optimisation of images such that their gradients match a target.
 
     Attributes:
         matching: ``"cosine"`` as Geiping et al.: 1 − cos of all gradients as one vector, plus total variation, by Adam
-            on the signs of its gradients, with images held in the range of pixels. ``"l2"`` as DLG: squared distance,
-            here over the target's squared norm, by L-BFGS.
+            on the signs of its gradients, with images clamped to the range of pixels. ``"l2"`` as DLG: squared
+            distance, here divided by the target's squared norm, by L-BFGS.
         steps: iterations.
         lr: Adam's learning rate, in standard deviations of the data; it falls to a tenth after 3/8, 5/8 and 7/8.
         tv: weight of total variation.
@@ -42,17 +42,17 @@ class Search:
     def __call__(
         self, model: nn.Module, target: Mapping[str, Tensor], labels: Tensor, scale: Scale, stream: torch.Generator
     ) -> tuple[Tensor, float]:
-        """Look for a batch from one random start.
+        """Optimise a batch from one random start.
 
         Args:
-            model: in the mode in which the gradients are taken.
-            target: gradients by name.
-            labels: of the images, int64 [B].
+            model: the model, in the mode in which the gradients were computed.
+            target: observed gradients by parameter name.
+            labels: labels of the images, int64 [B].
             scale: shape and range of the images.
-            stream: of the start.
+            stream: random generator of the start.
 
         Returns:
-            Normalised images [B, C, H, W], and how far their gradients are from the target's.
+            Normalised images, [B, C, H, W], and the final value of the objective.
         """
         device = labels.device
         low, high = scale.low.to(device), scale.high.to(device)
@@ -106,8 +106,15 @@ class Search:
                 x.clamp_(low, high)
 
 
-def ready(model: nn.Module) -> nn.Module:
-    """Put a model into the mode of its training, but for dropout, whose draws nobody knows."""
+def set_training_mode(model: nn.Module) -> nn.Module:
+    """Put a model into training mode, except for dropout, whose draws an attacker does not know.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The same model.
+    """
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -118,14 +125,17 @@ def ready(model: nn.Module) -> nn.Module:
 def gradients(
     model: nn.Module, names: Mapping[str, object], x: Tensor, labels: Tensor, graph: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients of the model's own loss of one batch.
+    """Compute the gradients of the model's own loss on one batch.
 
     Args:
-        model: gives the loss by its `training_step`.
-        names: of the parameters, in any mapping.
-        x: images [B, C, H, W].
-        labels: int64 [B].
-        graph: whether they are to be differentiated again.
+        model: the model, whose `training_step` returns the loss.
+        names: mapping whose keys are the names of the parameters.
+        x: images, [B, C, H, W].
+        labels: their labels, int64 [B].
+        graph: True to allow differentiating the gradients.
+
+    Returns:
+        Gradients by parameter name.
     """
     own = dict(model.named_parameters())
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others cannot be differentiated twice
@@ -136,14 +146,20 @@ def gradients(
     return dict(zip(names, found))
 
 
-def analytic(model: nn.Module, target: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
-    """The image of a batch of one, from the gradients of a first layer that is linear with a bias.
+def solve_analytically(model: nn.Module, target: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
+    """Solve for the image of a batch of one, from the gradients of a first layer that is linear with a bias.
 
-    ∂L/∂W_i = ∂L/∂b_i · x holds for every output i; x is the least-squares solution of all, exact where one image made
-    the gradients, and a weighted mean of images where several did.
+    ∂L/∂W_i = ∂L/∂b_i · x holds for every output i; x is the least-squares solution over all outputs, exact for a batch
+    of one image, and a weighted mean of the images of a larger batch.
+
+    Args:
+        model: the model.
+        target: observed gradients by parameter name.
+        shape: (C, H, W) of an image.
 
     Returns:
-        Normalised [1, C, H, W]; zeros where no output had a gradient. None where no such layer's gradients are seen.
+        The normalised image, [1, C, H, W], zeros if no output has a gradient. None if gradients of a linear first layer
+        with a bias were not observed.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer.in_features == math.prod(shape):
@@ -155,16 +171,22 @@ def analytic(model: nn.Module, target: Mapping[str, Tensor], shape: tuple[int, .
     return None
 
 
-def inferred_labels(model: nn.Module, target: Mapping[str, Tensor], count: int, classes: int) -> Tensor | None:
-    """Labels of a batch, from the gradients of the classification layer.
+def infer_labels(model: nn.Module, target: Mapping[str, Tensor], count: int, classes: int) -> Tensor | None:
+    """Infer the labels of a batch from the gradients of the classification layer.
 
-    Of cross entropy, the bias's gradient is the mean of p − onehot: for one image it is negative at the label alone
-    (iDLG, Zhao et al., 2020). For several, labels are taken one after another where it is least, each time adding what
-    one label takes off (after LLG, Wainakh et al., 2022). A layer without bias shows it in the sums of its weights'
-    gradients, if the embedding is not negative.
+    For cross entropy, the bias's gradient is the mean of p − onehot: for one image it is negative at the label only
+    (iDLG, Zhao et al., 2020). For several images, labels are inferred greedily where it is smallest, each time adding
+    the contribution of one label (after LLG, Wainakh et al., 2022). For a layer without bias, the sums of its weights'
+    gradients have the same signs, if the embedding is not negative.
+
+    Args:
+        model: the model.
+        target: observed gradients by parameter name.
+        count: number of labels, the batch size.
+        classes: number of classes.
 
     Returns:
-        int64 [count]; None where the gradients of that layer are not seen.
+        Labels, int64 [count]; None if gradients of that layer were not observed.
     """
     name = last_layer(model, classes)
     weight, bias = target.get(f"{name}.weight"), target.get(f"{name}.bias")
@@ -180,5 +202,12 @@ def inferred_labels(model: nn.Module, target: Mapping[str, Tensor], count: int, 
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, of rows plus of columns."""
+    """Compute the mean absolute difference of vertically plus that of horizontally neighbouring pixels.
+
+    Args:
+        x: images, [..., H, W].
+
+    Returns:
+        A scalar.
+    """
     return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()

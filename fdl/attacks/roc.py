@@ -1,4 +1,4 @@
-"""What the scores of members and non-members are worth, and whether privacy's theory allows it."""
+"""ROC metrics of membership scores, and the bounds that differential privacy sets to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 FALSE_POSITIVES = 10
-"""A false-positive rate counts as resolved from this many false positives on: 0.1 % of 10 000 non-members."""
+"""False positives from which on a false-positive rate counts as resolved: 0.1 % of 10 000 non-members."""
 
 RATES = {"0.1pct": 0.001, "1pct": 0.01}
 """False-positive rates at which attacks are compared, by their name in metrics."""
@@ -18,13 +18,13 @@ _THRESHOLDS = 512
 
 @dataclass(frozen=True, eq=False)
 class Roc:
-    """The receiver operating characteristic: rates at every threshold, "a member" being claimed at and above it.
+    """Receiver operating characteristic; scores at or above a threshold count as positive (member).
 
     Attributes:
-        fpr: false-positive rate, ascending from 0 to 1.
-        tpr: true-positive rate, likewise.
-        members: how many members were scored.
-        non_members: how many non-members.
+        fpr: false-positive rates, ascending from 0 to 1.
+        tpr: true-positive rates at the same thresholds, ascending from 0 to 1.
+        members: number of scored members.
+        non_members: number of scored non-members.
 
     Example:
         >>> import numpy as np
@@ -40,10 +40,14 @@ class Roc:
 
     @classmethod
     def of(cls, members: np.ndarray, non_members: np.ndarray) -> Roc:
-        """Of scores, larger for members.
+        """Compute the curve of scores.
+
+        Args:
+            members: scores of members, [n], larger for stronger claims of membership.
+            non_members: scores of non-members, [m].
 
         Raises:
-            ValueError: there are none, or a score is NaN.
+            ValueError: there are no scores, or a score is NaN.
         """
         from sklearn.metrics import roc_curve
 
@@ -53,33 +57,37 @@ class Roc:
 
     @property
     def auc(self) -> float:
-        """Area under the curve: the chance that a member scores higher than a non-member, ties counting one half."""
+        """Area under the curve: the probability that a member scores above a non-member, ties counting one half."""
         from sklearn.metrics import auc
 
         return float(auc(self.fpr, self.tpr))
 
     @property
     def resolved(self) -> float:
-        """The smallest false-positive rate that so many non-members can tell; 1 for fewer than `FALSE_POSITIVES`."""
+        """Smallest false-positive rate that the non-members resolve; 1 for fewer than `FALSE_POSITIVES` of them."""
         return min(FALSE_POSITIVES / self.non_members, 1.0)
 
     def tpr_at(self, fpr: float) -> float:
-        """The largest true-positive rate of any threshold whose false-positive rate is no larger than this one."""
+        """Return the largest true-positive rate at a bounded false-positive rate.
+
+        Args:
+            fpr: upper bound of the false-positive rate, in [0, 1].
+        """
         return float(self.tpr[self.fpr <= fpr].max())
 
 
 def measure(members: np.ndarray, non_members: np.ndarray, stream: np.random.Generator) -> dict[str, float]:
-    """Metrics of an attack.
+    """Compute the metrics of an attack.
 
     Args:
-        members: scores, [n].
-        non_members: scores, [m].
-        stream: draws the halves of `balanced_accuracy`.
+        members: scores of members, [n].
+        non_members: scores of non-members, [m].
+        stream: random generator of the halves of `balanced_accuracy`.
 
     Returns:
         ``auc``; ``balanced_accuracy`` and ``advantage``, TPR − FPR, at a threshold chosen on other samples;
-        ``tpr_at_<rate>_fpr`` for those of `RATES` that so many non-members can tell; ``resolved_fpr``, the smallest
-        rate that they can, and ``tpr_at_resolved_fpr``; ``members`` and ``non_members``, their numbers.
+        ``tpr_at_<rate>_fpr`` for those of `RATES` that the non-members resolve; ``resolved_fpr``, the smallest resolved
+        rate, and ``tpr_at_resolved_fpr``; ``members`` and ``non_members``, their numbers.
     """
     roc = Roc.of(members, non_members)
     balanced = balanced_accuracy(members, non_members, stream)
@@ -97,33 +105,43 @@ def measure(members: np.ndarray, non_members: np.ndarray, stream: np.random.Gene
 
 
 def balanced_accuracy(members: np.ndarray, non_members: np.ndarray, stream: np.random.Generator) -> float:
-    """Mean of both classes' accuracies, at the threshold that is best on one half, measured on the other half.
+    """Compute the mean of both classes' accuracies at a threshold chosen on one half and measured on the other.
 
-    Both halves are measured so, and the mean is returned. A threshold that is chosen and measured on the same samples
-    would find an accuracy above one half in pure noise.
+    Both halves are measured in this way and averaged. A threshold that is chosen and measured on the same samples would
+    yield an accuracy above one half on pure noise.
+
+    Args:
+        members: scores of members, [n].
+        non_members: scores of non-members, [m].
+        stream: random generator of the halves.
+
+    Returns:
+        The balanced accuracy in [0, 1]; NaN with fewer than two members or non-members.
     """
     if min(len(members), len(non_members)) < 2:
         return math.nan
     (a, b), (c, d) = (_halves(_finite(scores), stream) for scores in (members, non_members))
-    return (_chosen(a, c, b, d) + _chosen(b, d, a, c)) / 2
+    return (_accuracy_at_best_threshold(a, c, b, d) + _accuracy_at_best_threshold(b, d, a, c)) / 2
 
 
-def _chosen(members: np.ndarray, non_members: np.ndarray, others: np.ndarray, strangers: np.ndarray) -> float:
+def _accuracy_at_best_threshold(
+    members: np.ndarray, non_members: np.ndarray, others: np.ndarray, strangers: np.ndarray
+) -> float:
     levels = np.unique(np.r_[members, non_members])
     thresholds = np.r_[levels[0], (levels[1:] + levels[:-1]) / 2, np.inf]
-    gain = _above(members, thresholds) - _above(non_members, thresholds)
+    gain = _fraction_above(members, thresholds) - _fraction_above(non_members, thresholds)
     threshold = thresholds[gain.argmax()]
     return float((others >= threshold).mean() + (strangers < threshold).mean()) / 2
 
 
 def ceiling(fpr: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
-    """The largest true-positive rate of any attack on an (ε, δ)-private mechanism (Kairouz et al., 2015, theorem 2.1).
+    """Bound the true-positive rate of any attack on an (ε, δ)-private mechanism (Kairouz et al., 2015, theorem 2.1).
 
     min(e^ε FPR + δ, 1 − e^−ε (1 − δ − FPR)).
 
     Args:
         fpr: false-positive rates.
-        epsilon: ε ≥ 0; infinite for no privacy, which allows everything.
+        epsilon: ε ≥ 0; infinite for no privacy, with a bound of 1.
         delta: δ.
 
     Example:
@@ -139,7 +157,11 @@ def ceiling(fpr: np.ndarray, epsilon: float, delta: float) -> np.ndarray:
 
 
 def advantage_ceiling(epsilon: float, delta: float) -> float:
-    """The largest TPR − FPR of any attack, (e^ε − 1 + 2δ) / (e^ε + 1): where both bounds of `ceiling` meet.
+    """Bound TPR − FPR of any attack by (e^ε − 1 + 2δ) / (e^ε + 1), where both bounds of `ceiling` meet.
+
+    Args:
+        epsilon: ε ≥ 0.
+        delta: δ.
 
     Example:
         >>> print(f"{advantage_ceiling(epsilon=1.0, delta=0.0):.3f}")
@@ -151,37 +173,46 @@ def advantage_ceiling(epsilon: float, delta: float) -> float:
 def epsilon_lower(
     members: np.ndarray, non_members: np.ndarray, delta: float, level: float, stream: np.random.Generator
 ) -> float:
-    """The ε that an attack shows to be spent, with confidence `level`.
+    """Compute a lower bound of the spent ε from an attack's scores, with confidence `level`.
 
-    (ε, δ)-privacy asks four things of TPR and FPR at every threshold: TPR ≤ e^ε FPR + δ, the same with FPR and TPR
-    exchanged, and both for the rates of the opposite claim. Half of the samples say at which threshold and in which of
-    the four the attack shows most; then the other half is counted there, once, with Clopper–Pearson bounds of
-    (1 + level) / 2 each for the two rates (Jagielski et al., 2020). The bounds take samples as independent given the
-    one run that is attacked.
+    (ε, δ)-privacy implies four inequalities for TPR and FPR at every threshold: TPR ≤ e^ε FPR + δ, the same with FPR
+    and TPR exchanged, and both for the rates of the opposite claim. One half of the samples selects the threshold and
+    the inequality with the largest bound; the other half is then evaluated there, once, with Clopper–Pearson bounds of
+    (1 + level) / 2 each for the two rates (Jagielski et al., 2020). The bounds assume that samples are independent
+    given the attacked run.
 
     Args:
-        members: scores, [n].
-        non_members: scores, [m].
+        members: scores of members, [n].
+        non_members: scores of non-members, [m].
         delta: δ.
-        level: chance with which ε is not overstated.
-        stream: draws the halves.
+        level: confidence level: probability with which the bound does not exceed ε.
+        stream: random generator of the halves.
 
     Returns:
-        ε ≥ 0; 0 where nothing is shown.
+        The bound, ≥ 0; 0 if the attack establishes none.
     """
     if min(len(members), len(non_members)) < 2:
         return 0.0
     (a, b), (c, d) = (_halves(_finite(scores), stream) for scores in (members, non_members))
     levels = np.unique(np.r_[a, c])
     thresholds = levels[np.linspace(0, len(levels) - 1, min(len(levels), _THRESHOLDS)).astype(int)]
-    shown = _shown(_above(a, thresholds), _above(c, thresholds), len(a), len(c), delta, level)
+    shown = _epsilon_bounds(
+        _fraction_above(a, thresholds), _fraction_above(c, thresholds), len(a), len(c), delta, level
+    )
     which, where = np.unravel_index(shown.argmax(), shown.shape)
     threshold = thresholds[[where]]
-    return max(0.0, float(_shown(_above(b, threshold), _above(d, threshold), len(b), len(d), delta, level)[which, 0]))
+    return max(
+        0.0,
+        float(
+            _epsilon_bounds(_fraction_above(b, threshold), _fraction_above(d, threshold), len(b), len(d), delta, level)[
+                which, 0
+            ]
+        ),
+    )
 
 
-def _shown(tpr: np.ndarray, fpr: np.ndarray, n: int, m: int, delta: float, level: float) -> np.ndarray:
-    """Lower bounds of ε by each of the four inequalities at each threshold, [4, T]."""
+def _epsilon_bounds(tpr: np.ndarray, fpr: np.ndarray, n: int, m: int, delta: float, level: float) -> np.ndarray:
+    """Compute lower bounds of ε from each of the four inequalities at each threshold, [4, T]."""
     alpha = (1 - level) / 2
     pairs = ((tpr, n, fpr, m), (fpr, m, tpr, n), (1 - fpr, m, 1 - tpr, n), (1 - tpr, n, 1 - fpr, m))
     with np.errstate(divide="ignore"):
@@ -195,7 +226,13 @@ def _shown(tpr: np.ndarray, fpr: np.ndarray, n: int, m: int, delta: float, level
 
 
 def lower_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
-    """Clopper–Pearson: the chance that gives as many of n or more with probability α."""
+    """Compute the Clopper–Pearson lower bound of a probability.
+
+    Args:
+        count: numbers of successes.
+        n: number of trials.
+        alpha: α, the probability of as many successes or more at the bound.
+    """
     from scipy.stats import beta
 
     count = np.rint(count)
@@ -203,7 +240,12 @@ def lower_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
 
 
 def upper_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
-    """Clopper–Pearson: the chance that gives as many of n or fewer with probability α.
+    """Compute the Clopper–Pearson upper bound of a probability.
+
+    Args:
+        count: numbers of successes.
+        n: number of trials.
+        alpha: α, the probability of as many successes or fewer at the bound.
 
     Example:
         >>> import numpy as np
@@ -213,8 +255,8 @@ def upper_bound(count: np.ndarray, n: int, alpha: float) -> np.ndarray:
     return 1.0 - lower_bound(n - np.rint(count), n, alpha)
 
 
-def _above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Share of scores at or above each threshold."""
+def _fraction_above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Compute the fraction of scores at or above each threshold."""
     return 1.0 - np.searchsorted(np.sort(scores), thresholds, side="left") / len(scores)
 
 
@@ -224,7 +266,7 @@ def _halves(scores: np.ndarray, stream: np.random.Generator) -> tuple[np.ndarray
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:
-    """Scores without infinities, in the same order: what is infinite is as good as the largest number."""
+    """Replace infinite scores by the largest finite numbers, which keeps their order."""
     if np.isnan(scores).any():
         raise ValueError("a score is not a number")
     return np.nan_to_num(scores, posinf=np.finfo(float).max / 4, neginf=-np.finfo(float).max / 4)

@@ -1,7 +1,7 @@
-"""Scores of membership: functions of how sure models are, each larger the more a sample looks trained on.
+"""Membership scores: functions of models' log-odds, larger for samples that were more likely trained on.
 
 All take φ = ln p_y − ln(1 − p_y) of each sample (`fdl.attacks.signals.log_odds`), compare samples only within their
-group, and treat every sample alike: permuted samples get permuted scores.
+group, and are equivariant: permuted samples get permuted scores.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import numpy as np
 
 MANY_SHADOWS = 64
-"""From so many shadows on each sample has a variance of its own; with fewer, those of a group share one."""
+"""Number of shadows from which on each sample has its own variance; with fewer, samples of a group share one."""
 
 _LEAST_STD = 1e-6
 
 
 def loss_threshold(phi: np.ndarray) -> np.ndarray:
-    """Minus the loss: members have the smaller one (Yeom et al., 2018, attack 1).
+    """Compute the negative loss, which is larger for members (Yeom et al., 2018, attack 1).
 
     Args:
-        phi: [n].
+        phi: log-odds of the attacked model, [n].
 
     Returns:
         ln p_y, [n].
@@ -27,17 +27,20 @@ def loss_threshold(phi: np.ndarray) -> np.ndarray:
 
 
 def lira(phi: np.ndarray, shadows: np.ndarray, inside: np.ndarray, groups: np.ndarray, online: bool) -> np.ndarray:
-    """Likelihood ratio of Gaussians fitted to shadow models (Carlini et al., 2022, algorithm 1).
+    """Compute likelihood ratios of Gaussians fitted to shadow models (Carlini et al., 2022, algorithm 1).
 
     Online: ln N(φ; μ_in, σ_in) − ln N(φ; μ_out, σ_out). Offline, which needs no model that was trained on the sample:
     −ln Pr[N(μ_out, σ_out) > φ], which orders samples as 1 − Pr does and does not round to 1.
 
     Args:
-        phi: of the attacked model, [n].
-        shadows: of shadow models, [S, n]; NaN where there is none.
-        inside: whether a shadow was trained on a sample, [S, n].
-        groups: samples with one variance where there are few shadows, int [n].
-        online: which of the two.
+        phi: log-odds of the attacked model, [n].
+        shadows: log-odds of shadow models, [S, n]; NaN where a shadow has none.
+        inside: True where a shadow was trained on a sample, bool [S, n].
+        groups: groups of samples that share a variance if there are few shadows, int [n].
+        online: True for the online score, False for the offline one.
+
+    Returns:
+        Scores, [n].
     """
     from scipy.stats import norm
 
@@ -57,19 +60,22 @@ def rmia(
     gamma: float = 1.0,
     a: float = 0.3,
 ) -> np.ndarray:
-    """Share of other samples that a sample beats by γ in its likelihood ratio (Zarifzadeh et al., 2024, eqs. 3 and 10).
+    """Compute the fraction of other samples whose likelihood ratio is exceeded (Zarifzadeh et al., 2024, eqs. 3, 10).
 
     score(x) = Pr_z[ (p(x|θ) / p(x)) / (p(z|θ) / p(z)) ≥ γ ], with p(x) the mean of reference models, half of which were
-    trained on x. Offline it is guessed from those that were not, as p(x) = ((1 + a) p_out(x) + (1 − a)) / 2.
+    trained on x. Offline it is estimated from those that were not, as p(x) = ((1 + a) p_out(x) + (1 − a)) / 2.
 
     Args:
-        phi: of the attacked model, [n].
-        shadows: of the reference models, [S, n]; NaN where there is none.
-        inside: whether a reference was trained on a sample, [S, n].
-        groups: z runs over the other samples of the group of x, int [n].
-        online: whether p(x) may rest on models that were trained on x.
+        phi: log-odds of the attacked model, [n].
+        shadows: log-odds of the reference models, [S, n]; NaN where a model has none.
+        inside: True where a reference model was trained on a sample, bool [S, n].
+        groups: groups of samples; z runs over the other samples of the group of x, int [n].
+        online: True if p(x) may depend on models that were trained on x.
         gamma: γ, > 0.
-        a: how much more a model that was trained on x is sure of it, offline, in [0, 1].
+        a: offline, coefficient of the linear model of p(x), in [0, 1].
+
+    Returns:
+        Scores in [0, 1], [n]; NaN for samples that cannot be scored.
     """
     p = np.exp(_log_p(shadows))
     out = _mean(p, ~inside)
@@ -90,14 +96,14 @@ def _log_p(phi: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Mean of each column over some rows; NaN where there are none."""
+    """Compute the mean of each column over the selected rows; NaN without any."""
     where = where & ~np.isnan(values)
     total = np.where(where, values, 0.0).sum(0)
     return np.divide(total, where.sum(0), out=np.full(values.shape[1], np.nan), where=where.any(0))
 
 
 def _fit(shadows: np.ndarray, where: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column over some rows."""
+    """Compute the mean and standard deviation of each column over the selected rows."""
     mean = _mean(shadows, where)
     squares = np.square(shadows - mean)
     count = (where & ~np.isnan(shadows)).sum(0)

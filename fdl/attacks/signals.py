@@ -1,4 +1,4 @@
-"""How sure a model is of a sample's true class: all that membership inference looks at."""
+"""Membership signals: a model's log-odds of each sample's true class."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from fdl.messages import Responses
     from fdl.participants import Server
 
-TARGETS = ("student", "specialists", "responses")
-"""What φ can be had of: the global model, each client's own, and what each client answers to the proxy set.
+MEMBERSHIP_TARGETS = ("student", "specialists", "responses")
+"""Objects with a φ: the global model, each client's own model, and each client's predictions on the proxy set.
 
 Confidences are sent, too, and attacked by `fdl.attacks.confidence_inference`.
 """
 
 _LEAST = 1e-7
-"""Below what a quantised probability may have been 0."""
+"""Lower bound of probabilities, which may be 0 after quantisation."""
 
 
 def log_odds(logits: Tensor, labels: np.ndarray) -> np.ndarray:
-    """φ = ln p_y − ln(1 − p_y), the logit of the true class's probability (Carlini et al., 2022, eq. 3).
+    """Compute φ = ln p_y − ln(1 − p_y), the logit of the true class's probability (Carlini et al., 2022, eq. 3).
 
     Computed as z_y − ln Σ_{c≠y} exp z_c: the difference of two rounded logarithms would lose all digits near p_y = 1.
 
     Args:
-        logits: [n, C] with C ≥ 2.
-        labels: int64 [n].
+        logits: logits z, [n, C] with C ≥ 2.
+        labels: true classes y, int64 [n].
 
     Returns:
-        float64 [n].
+        φ, float64 [n].
     """
     logits = logits.double()
     true = torch.from_numpy(labels)[:, None]
@@ -46,16 +46,16 @@ def log_odds(logits: Tensor, labels: np.ndarray) -> np.ndarray:
 
 
 def signals(subject: AttackTarget, candidates: Candidates, neighbours: np.ndarray | None) -> dict[str, np.ndarray]:
-    """φ of every candidate for every target.
+    """Compute φ of every candidate for every target.
 
     Args:
         subject: a run, or a shadow of it.
-        candidates: n samples.
-        neighbours: rows of the proxy set near to each candidate, int64 [n, k]; None where there is no proxy set.
+        candidates: the n candidates.
+        neighbours: rows of the proxy set near each candidate, int64 [n, k]; None without a proxy set.
 
     Returns:
-        By target, float64 [n]: that of the student, of the specialist of the client of whom it is asked, and of that
-        client's answers to the proxy rows near the sample. NaN where a client has no specialist or sent no answers;
+        φ by target, float64 [n] each: of the student, of the specialist of the candidate's client, and of that client's
+        predictions on the proxy rows near the candidate. NaN where a client has no specialist or sent no predictions;
         targets that the run does not have are left out.
     """
     found: dict[str, np.ndarray] = {}
@@ -70,26 +70,26 @@ def signals(subject: AttackTarget, candidates: Candidates, neighbours: np.ndarra
         if "specialist" in client.state:
             with client.turn():
                 logits = client.predict(client.specialist(), candidates.samples.subset(mine))
-            found.setdefault("specialists", _nothing(candidates))[mine] = log_odds(logits, labels)
+            found.setdefault("specialists", _all_nan(candidates))[mine] = log_odds(logits, labels)
         client.offload_state(changed=False)
-        answers = None if neighbours is None else subject.answers(client)
+        answers = None if neighbours is None else subject.received_responses(client)
         if answers is not None:
-            near = of_answers(answers, neighbours[mine], labels, len(client.proxy))
-            found.setdefault("responses", _nothing(candidates))[mine] = near
+            near = response_signals(answers, neighbours[mine], labels, len(client.proxy))
+            found.setdefault("responses", _all_nan(candidates))[mine] = near
     return found
 
 
-def of_answers(answers: Responses, neighbours: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """φ of the mean answer to the proxy rows near each sample.
+def response_signals(answers: Responses, neighbours: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Compute φ of the mean prediction on the proxy rows near each sample.
 
     Args:
-        answers: probabilities or logits as they were received, of some or all proxy rows.
-        neighbours: int64 [n, k].
-        labels: of the samples, int64 [n].
+        answers: received probabilities or logits of some or all proxy rows.
+        neighbours: proxy rows near each sample, int64 [n, k].
+        labels: classes of the samples, int64 [n].
         count: size of the proxy set.
 
     Returns:
-        float64 [n]; NaN where none of the neighbours was answered.
+        φ, float64 [n]; NaN for samples without predictions on any neighbour.
     """
     rows = np.arange(len(answers.values)) if answers.rows is None else answers.rows.numpy()
     table = np.full((count, answers.values.shape[1]), np.nan)
@@ -103,23 +103,30 @@ def of_answers(answers: Responses, neighbours: np.ndarray, labels: np.ndarray, c
 
 
 def probabilities(answers: Responses) -> np.ndarray:
-    """What was answered, as probabilities float64 [n, C]."""
+    """Convert received predictions to probabilities.
+
+    Args:
+        answers: probabilities or logits of n proxy rows.
+
+    Returns:
+        Probabilities, float64 [n, C].
+    """
     values = answers.values.double()
     if answers.form == "logits":
         return torch.softmax(values, dim=1).numpy()
     return (values / values.sum(1, keepdim=True).clamp_min(_LEAST)).numpy()
 
 
-def near_rows(server: Server, samples: Samples, count: int) -> np.ndarray:
-    """The proxy samples nearest to each sample, in the public encoder's space, or in that of the inputs themselves.
+def nearest_proxy_rows(server: Server, samples: Samples, count: int) -> np.ndarray:
+    """Find the proxy samples nearest to each sample, in the public encoder's space, or else in that of the inputs.
 
     Args:
-        server: has the proxy set and perhaps an encoder.
-        samples: n samples.
-        count: how many neighbours, k; at most the proxy set.
+        server: the server, with the proxy set and optionally an encoder.
+        samples: the n samples.
+        count: number of neighbours k; bounded by the size of the proxy set.
 
     Returns:
-        int64 [n, k].
+        Rows of the proxy set, int64 [n, k].
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -128,5 +135,5 @@ def near_rows(server: Server, samples: Samples, count: int) -> np.ndarray:
     return search.kneighbors(encoder.encode(samples), return_distance=False)
 
 
-def _nothing(candidates: Candidates) -> np.ndarray:
+def _all_nan(candidates: Candidates) -> np.ndarray:
     return np.full(len(candidates.owner), np.nan)

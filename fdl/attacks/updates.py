@@ -1,4 +1,4 @@
-"""What a server learns of gradients from the parameters that a client sends."""
+"""Gradients that a server can infer from the parameters that a client uploads."""
 
 from __future__ import annotations
 
@@ -23,40 +23,41 @@ if TYPE_CHECKING:
     from fdl.participants import Client, Server
 
 _LR = 1e-3
-"""Torch's learning rate where a recipe gives none."""
+"""Torch's default learning rate, for recipes that give none."""
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """A client's turn as its server sees it.
+    """A client's local update as its server observes it.
 
     Attributes:
-        model: as the server knows it before the turn; what is not sent is the server's own.
+        model: the model before the local update; tensors that are not sent are the server's own.
         mean_gradient: (w_before − w_after) / (η · steps) of every trained tensor that is sent both ways, by name. For
-            one step of plain SGD this is the gradient, to the codecs' rounding.
-        rows: which of the client's training samples it was trained on, int64.
-        steps: of the optimiser.
-        plain: whether its optimiser was SGD without momentum and decay, at a constant rate and without noise.
+            one step of plain SGD this is the gradient, up to the codecs' rounding.
+        rows: rows of the client's training samples that were trained on, int64.
+        steps: number of optimiser steps.
+        plain_sgd: True if the optimiser was SGD without momentum and decay, at a constant rate and without noise.
     """
 
     model: nn.Module
     mean_gradient: dict[str, Tensor]
     rows: Tensor
     steps: int
-    plain: bool
+    plain_sgd: bool
 
 
-def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
-    """Let a client take a turn, in a copy, with the run's training, streams and codecs.
+def observe_update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
+    """Repeat a client's local update in a copy, with the run's training, random streams and codecs.
 
     Args:
         subject: a finished run.
         client: one of its clients.
-        first: the turn of round 1, from the model that the run began with, as the client took it if it was asked;
-            or else the one that would come next, from the last model.
+        first: True for the local update of round 1, from the run's initial model, as the client computed it if it was
+            in the cohort; False for the one that would come next, from the last model.
 
     Returns:
-        None where it gets or sends no parameters of a model that the server knows, or the channel refuses them.
+        The observed update; None if the client receives or sends no parameters of a model that the server knows, or
+        the channel rejects them.
     """
     server, channel = _server(subject, first), subject.loop.channel.fresh()
     twin = client.clone(None if first else copy.deepcopy(client.state))
@@ -64,7 +65,7 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
         client.offload_state(changed=False)
         channel.load_state_dict(copy.deepcopy(subject.loop.channel.state_dict([client.id])))
     twin.start_round(server.round)
-    watched = _watch(twin)
+    watched = _record_rows(twin)
     try:
         with torch.random.fork_rng(devices=[]):
             message = subject.method.download(server, client.id)
@@ -78,10 +79,10 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
         return None
     before, after = dict(sent.tensors.items()), dict(received.tensors.items())
     known = [m for m in (server.student, subject.runtime.shared_module(client.architecture)) if m is not None]
-    names, module = max(((_common(m, before, after), m) for m in known), key=lambda pair: len(pair[0]))
+    names, module = max(((_exchanged_names(m, before, after), m) for m in known), key=lambda pair: len(pair[0]))
     if not names:
         return None
-    model = _filled(module, before)
+    model = _with_tensors(module, before)
     own, config = dict(model.named_parameters()), client.local_training
     steps = config.steps
     if steps is None:
@@ -96,12 +97,12 @@ def update(subject: AttackTarget, client: Client, first: bool) -> Update | None:
         mean_gradient={name: (change.float() / rate).to(device) for name, change in moved.items()},
         rows=watched.rows(),
         steps=steps,
-        plain=plain and client.dp_sgd is None and config.gradient_clip is None,
+        plain_sgd=plain and client.dp_sgd is None and config.gradient_clip is None,
     )
 
 
 def _server(subject: AttackTarget, first: bool) -> Server:
-    """A copy of the server, before the first round or after the last one."""
+    """Copy the server as before the first round, or as after the last one."""
     server = subject.server.clone(None if first else copy.deepcopy(subject.server.state))
     if not first:
         server.start_round(subject.loop.round + 1)
@@ -113,8 +114,8 @@ def _server(subject: AttackTarget, first: bool) -> Server:
     return server
 
 
-def _common(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """The trained tensors of a model that are sent both ways."""
+def _exchanged_names(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Return the names of a model's trained tensors that are sent both ways."""
     trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
     return [
         name
@@ -124,8 +125,8 @@ def _common(module: nn.Module, before: dict[str, Tensor], after: dict[str, Tenso
 
 
 @torch.no_grad()
-def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """A copy of a model, in float32, with the tensors that it was sent."""
+def _with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """Copy a model in float32, and load the downloaded tensors into it."""
     model = copy.deepcopy(module).float()
     for name, own in model.state_dict().items():
         if name in tensors and own.shape == tensors[name].shape:
@@ -133,8 +134,8 @@ def _filled(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def _watch(client: Client) -> _TrackedSamples:
-    """Record which of its samples a client trains on."""
+def _record_rows(client: Client) -> _TrackedSamples:
+    """Record the rows of the samples that a client trains on."""
     tracked: list[_TrackedSamples] = []
 
     def track(samples: Samples) -> Samples:
@@ -147,7 +148,7 @@ def _watch(client: Client) -> _TrackedSamples:
 
 
 class _TrackedSamples:
-    """Samples that note which of them are trained on."""
+    """Samples that record the rows that are trained on."""
 
     def __init__(self, samples: Samples):
         self._samples, self._used = samples, set()
@@ -166,5 +167,5 @@ class _TrackedSamples:
         return self._samples.batch(indices, generator)
 
     def rows(self) -> Tensor:
-        """Those trained on, int64; all where it cannot be told."""
+        """Return the rows trained on, int64; all rows if none were recorded."""
         return torch.tensor(sorted(self._used) or range(len(self)), dtype=torch.int64)

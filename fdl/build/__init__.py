@@ -1,7 +1,8 @@
-"""From a checked recipe to a federation ready to run.
+"""Construction of a federation from a recipe.
 
-The package can be called, as the function `fdl.build.federation.build`: Python puts every imported package into its
-parent under its own name, so that ``fdl.build`` is this package and has to be that function, too.
+When this package is imported, Python sets the attribute ``build`` of ``fdl``, which is also the name of the public
+function `fdl.build`. The package is therefore callable and calls that function, so that ``from fdl import build`` and
+``from fdl.build import build`` work in any order of imports.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ __all__ = ["build"]
 
 
 def build(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedLoop:
-    """Build everything a recipe names; see `fdl.build.federation.build`, which is imported on the first call.
+    """Build a federation from a recipe: data, participants, channel, method, callbacks.
 
     Args:
-        recipe: checked, from `fdl.load_recipe`.
+        recipe: the checked recipe, from `fdl.load_recipe`.
         folder: the run's folder; nothing is written yet.
-        launch: join the other processes that the recipe asks for.
+        launch: start distributed processes. If False, the loop can be inspected but not run.
 
     Raises:
         UserError: parts do not fit together; the message names their keys.
     """
-    from fdl.build.federation import build as build_federation
+    from fdl.build.federation import build_federation  # imports torch, which `from fdl import build` must not
 
     return build_federation(recipe, folder, launch)
 
 
 class _CallablePackage(ModuleType):
-    """A package that stands for its main function."""
+    """Type of this package: a module that calls `fdl.build.build`."""
 
     def __call__(self, recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedLoop:
         return build(recipe, folder, launch)

@@ -1,4 +1,4 @@
-"""From a recipe to the channel: codecs, links, keys and faults."""
+"""Construction of the channel from a recipe: codecs, links, keys and faults."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fdl.registry.instantiate import instantiate
 
 
 def make_channel(recipe: Recipe) -> Channel:
-    """Make the channel between the server and its clients, which injects faults if the recipe names some.
+    """Construct the channel between the server and its clients, which injects faults if the recipe names some.
 
     Args:
-        recipe: checked.
+        recipe: the checked recipe.
 
     Raises:
-        UserError: a codec's stages make no chain, or the keys cannot be read.
+        UserError: a codec's stages do not form a chain, or the keys cannot be read.
     """
     settings: dict[str, Any] = {
         "upload": _codec(recipe.channel.upload, "channel.upload"),
@@ -43,7 +43,7 @@ def make_channel(recipe: Recipe) -> Channel:
 
 
 def _authentication(recipe: Recipe) -> Authentication | None:
-    """Make what signs messages and checks their tags; None for messages without."""
+    """Construct the authentication of messages; None if the recipe uses none."""
     path, clients = recipe.channel.keys, range(recipe.federation.clients)
     if not recipe.channel.authenticate and path is None:
         return None

@@ -1,4 +1,4 @@
-"""From a recipe to every client's data."""
+"""Construction of every participant's data from a recipe."""
 
 from __future__ import annotations
 
@@ -25,32 +25,35 @@ if TYPE_CHECKING:
 
 
 CALIBRATION = 0.1
-"""Share of a client's data that is held out where the method looks at it and the recipe does not say how much."""
+"""Fraction of a client's data that is held out if the method needs calibration data and the recipe gives none."""
 
 
 def _hold_out(share: np.ndarray, recipe: Recipe, client: int, method: Method) -> tuple[np.ndarray, np.ndarray]:
-    """Split a client's indices into what it trains on and what it calibrates with; at least one to train on."""
+    """Split a client's indices into training samples, at least one, and calibration samples."""
     shuffled = numpy_stream(recipe.seed, "calibration", 0, client).permutation(share)
     part = recipe.federation.calibration_fraction
-    if part is None:  # what nobody looks at is better trained on
+    if part is None:  # samples that are not needed for calibration are better used for training
         part = CALIBRATION if method.needs_calibration else 0.0
     held_out = min(round(part * len(share)), len(share) - 1)
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
-def _together(rows: Sequence[np.ndarray], data: FederatedDataModule) -> np.ndarray | None:
-    """What all clients train on, so that who has it in one place has no sample more; None where that is everything."""
+def _pooled_rows(rows: Sequence[np.ndarray], data: FederatedDataModule) -> np.ndarray | None:
+    """Return the rows that the clients train on, pooled: a centralised run gets the same samples; None for all rows."""
     union = np.sort(np.concatenate(rows))
     return None if len(union) == len(data.train) else union
 
 
-def _arriving(
+def _apply_arrivals(
     arrival: Arrival | None, data: FederatedDataModule
 ) -> tuple[Callable[[np.ndarray | None], Samples | ScheduledSamples], np.ndarray | None]:
-    """What makes a participant's samples of its rows (None: all), and each test sample's stage where that is known.
+    """Apply the arrival schedule, if the recipe has one.
+
+    Returns:
+        A function from a participant's rows (None: all) to its samples, and each test sample's stage if known.
 
     Raises:
-        UserError: when the schedule does not suit the data.
+        UserError: the schedule does not fit the data.
     """
     if arrival is None:
         return lambda rows: data.train if rows is None else data.train.subset(rows), None
@@ -77,7 +80,7 @@ def _arriving(
 def _fingerprint(
     data: FederatedDataModule, shares: list[np.ndarray], runtime: Runtime, architectures: set[str], server: Server
 ) -> str:
-    """Of the data, of who holds which, and of the frozen weights, which no checkpoint has."""
+    """Hash the data, their partition, and the frozen weights, which checkpoints do not contain."""
     digest = hashlib.blake2b(data.fingerprint().encode(), digest_size=16)
     own = [runtime.shared_module(key) for key in sorted(architectures)]
     for module in (server.student, server.teacher, *own):

@@ -1,4 +1,4 @@
-"""From a checked recipe to a federation ready to run."""
+"""Construction of a federation from a checked recipe."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import numpy as np
 from fdl.adversaries.coalition import Adversaries, chosen, recruit
 from fdl.attacks.callback import AuditCallback
 from fdl.build.channel import make_channel
-from fdl.build.data import _arriving, _fingerprint, _hold_out, _together
+from fdl.build.data import _apply_arrivals, _fingerprint, _hold_out, _pooled_rows
 from fdl.build.fit_checks import check_fits
-from fdl.build.models import _architectures, _encoder, _model, assign
-from fdl.build.privacy import executor, noise_seed, policy, trainer
-from fdl.build.privacy import watching as watching_privacy
+from fdl.build.models import _architectures, _encoder, _model, assign_specialists
+from fdl.build.privacy import make_dp_trainer, make_executor, make_policy, privacy_callbacks, read_noise_seed
 from fdl.callbacks.base import Callback, CallbackList
 from fdl.callbacks.profile import Profile
 from fdl.engine.distributed.devices import NO_SUCH_DEVICES
@@ -45,16 +44,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("fdl")
 
 
-def build(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedLoop:
-    """Build everything a recipe names: data, participants, channel, method, callbacks.
+def build_federation(recipe: Recipe, folder: str | Path, launch: bool = True) -> FederatedLoop:
+    """Build a federation from a recipe: data, participants, channel, method, callbacks.
 
     Args:
-        recipe: checked, as `fdl.recipe.loading.load` returns it.
+        recipe: the checked recipe, from `fdl.load_recipe`.
         folder: the run's folder; nothing is written yet.
         launch: start distributed processes. If False, the loop can be inspected but not run.
 
     Raises:
-        UserError: when parts do not fit together, naming their keys.
+        UserError: parts do not fit together; the message names their keys.
     """
     with pinned(recipe.fabric.threads):
         return _build(recipe, expanded(folder), launch)
@@ -73,11 +72,11 @@ def _build(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
 
     runtime = _runtime(recipe, launch)
     specialists = _architectures(recipe, data, runtime)
-    entries = assign(recipe) if "specialists" in method.requires else None
+    entries = assign_specialists(recipe) if "specialists" in method.requires else None
     architectures = ["student"] * len(shares) if entries is None else [specialists[entry] for entry in entries]
     common = _common(recipe, data, runtime)
-    incoming, test_stages = _arriving(common["arrival"], data)
-    dp_sgd = trainer(recipe, common["privacy"])
+    incoming, test_stages = _apply_arrivals(common["arrival"], data)
+    dp_sgd = make_dp_trainer(recipe, common["privacy"])
     store = DiskStore(folder / CLIENTS) if recipe.federation.client_state == "disk" else None
     clients: list[Client] = []
     trained: list[np.ndarray] = []
@@ -92,7 +91,7 @@ def _build(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         test=data.test,
         student=_model("student", "init", method, recipe, runtime),
         teacher=_model("teacher", "teacher", method, recipe, runtime),
-        pooled=incoming(_together(trained, data)) if "pooled" in method.requires else None,
+        pooled=incoming(_pooled_rows(trained, data)) if "pooled" in method.requires else None,
         classes=data.classes,
         test_stages=test_stages,
         **common,
@@ -113,7 +112,7 @@ def _build(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
         server=server,
         clients=clients,
         channel=channel,
-        executor=executor(recipe, dp_sgd),
+        executor=make_executor(recipe, dp_sgd),
         callbacks=callbacks,
         probes=probes,
         adversaries=_adversaries(recipe, method, clients),
@@ -124,10 +123,10 @@ def _build(recipe: Recipe, folder: Path, launch: bool) -> FederatedLoop:
 
 
 def _check_task(recipe: Recipe, method: Method, data: FederatedDataModule) -> None:
-    """Check that the method and the evaluation are for this kind of data.
+    """Check that the method and the evaluation support the task of the data.
 
     Raises:
-        UserError: they are not.
+        UserError: they do not.
     """
     if method.tasks and data.task not in method.tasks:
         raise UserError(
@@ -157,13 +156,13 @@ def _check_requirements(recipe: Recipe, method: Method, data: FederatedDataModul
 
 
 def _partition(recipe: Recipe, data: FederatedDataModule) -> tuple[list[np.ndarray], list[str]]:
-    """Cut the training samples into one share per client.
+    """Partition the training samples over the clients.
 
     Returns:
-        Rows of each share, and the clients' names.
+        Each client's rows, and the clients' names.
 
     Raises:
-        UserError: the data cannot be cut like this.
+        UserError: the data cannot be partitioned in this way.
     """
     partitioner = instantiate(recipe.partition, "partitioner", "partition")
     try:
@@ -174,7 +173,7 @@ def _partition(recipe: Recipe, data: FederatedDataModule) -> tuple[list[np.ndarr
 
 
 def _common(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> dict[str, Any]:
-    """Arguments that the server and all clients share."""
+    """Collect the constructor arguments that the server and all clients share."""
     return {
         "runtime": runtime,
         "seed": recipe.seed,
@@ -188,36 +187,36 @@ def _common(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> dict
         "model_kwargs": data.model_kwargs,
         "encoder": _encoder(recipe, data, runtime),
         "arrival": None if recipe.arrival is None else instantiate(recipe.arrival, "arrival", "arrival"),
-        "privacy": policy(recipe),
-        "noise_seed": noise_seed(recipe),
+        "privacy": make_policy(recipe),
+        "noise_seed": read_noise_seed(recipe),
     }
 
 
 def _callbacks(recipe: Recipe, attacks: Sequence[Attack], leader: bool) -> CallbackList:
-    """The run's callbacks; of several processes only the leading one writes and shows things."""
+    """Construct the run's callbacks; with several processes, only the leading one writes and displays."""
     callbacks: list[Callback] = [AuditCallback(attacks)] if attacks else []
     if leader:
         callbacks += [instantiate(c, "callback", f"callbacks.{i}") for i, c in enumerate(recipe.callbacks)]
         callbacks += [Profile()] if recipe.profile else []
-    return CallbackList([*callbacks, *watching_privacy(recipe)])
+    return CallbackList([*callbacks, *privacy_callbacks(recipe)])
 
 
 def _methods_for(task: str) -> list[str]:
-    """The built-in methods for data of a task."""
+    """List the built-in methods for data of a task."""
     found = {name: find(name, KINDS["method"]).definition for name in short_names(KINDS["method"])}
     tasks = {name: (own and own.constant("tasks")) or (task,) for name, own in sorted(found.items())}  # none: for any
     return [name for name, own in tasks.items() if task in own]
 
 
 def _runtime(recipe: Recipe, launch: bool) -> Runtime:
-    """The devices that the recipe asks for.
+    """Set up the devices that the recipe requests.
 
     Raises:
-        UserError: when this machine does not have them.
+        UserError: this machine does not have them.
     """
     try:
         own = {**vars(recipe.fabric), **vars(recipe.inference)}
-        del own["threads"]  # which go by `pinned`
+        del own["threads"]  # set by `pinned`
         return Runtime(**own, batch_size=recipe.evaluation.batch_size, launch=launch)
     except NO_SUCH_DEVICES as error:
         settings = ", ".join(f"{key}={value}" for key, value in vars(recipe.fabric).items() if value is not None)
@@ -225,10 +224,10 @@ def _runtime(recipe: Recipe, launch: bool) -> Runtime:
 
 
 def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:
-    """The further questions to the student.
+    """Construct the evaluators of the student.
 
     Raises:
-        UserError: one is not for this kind of data.
+        UserError: an evaluator does not support the task of the data.
     """
     probes = []
     for i, component in enumerate(recipe.evaluation.evaluators):
@@ -245,10 +244,10 @@ def _probes(recipe: Recipe, data: FederatedDataModule) -> list[Evaluator]:
 
 
 def _attacks(recipe: Recipe, data: FederatedDataModule) -> list[Attack]:
-    """The attacks that are tried on the finished run.
+    """Construct the attacks on the finished run.
 
     Raises:
-        UserError: one is not for this kind of data.
+        UserError: an attack does not support the task of the data.
     """
     attacks = []
     for i, component in enumerate(recipe.evaluation.attacks):
@@ -264,10 +263,10 @@ def _attacks(recipe: Recipe, data: FederatedDataModule) -> list[Attack]:
 
 
 def _adversaries(recipe: Recipe, method: Method, clients: Sequence[Client]) -> Adversaries:
-    """The clients that are dishonest.
+    """Choose the malicious clients and set up their behaviour.
 
     Raises:
-        UserError: they cannot be, with this method and these data.
+        UserError: an adversary does not fit the method or the data.
     """
     coalitions = []
     for i, ids in enumerate(chosen(recipe.adversaries, len(clients), recipe.seed)):

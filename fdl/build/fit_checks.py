@@ -1,4 +1,4 @@
-"""Whether every fit of a federation can be done: its optimiser, its schedule, and its batches; and one step of each."""
+"""Checks that every fit of a federation can run: its optimiser, its schedule, and its batches."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ SINGLE = "batch normalisation trains on two samples at least"
 
 
 def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Server) -> dict[int, str]:
-    """Build the optimiser and schedule of every fit, and look for sites too small for their models.
+    """Build the optimiser and schedule of every fit, and find sites too small for their models.
 
     Args:
-        recipe: what each fit's settings are called.
-        method: tells who trains on private data.
-        clients: all of them.
-        server: holds the student.
+        recipe: the checked recipe.
+        method: the method, which determines the participants that train on private data.
+        clients: all clients.
+        server: the server, with the student.
 
     Returns:
-        Why a client cannot train its model, by id: those whom ``federation.too_small`` is about.
+        The clients to leave out under ``federation.too_small``: by id, the reason why it cannot train its model.
 
     Raises:
-        UserError: an optimiser or schedule refuses its arguments, a schedule ends before its fit, a model cannot
+        UserError: an optimiser or schedule rejects its arguments, a schedule ends before its fit, a model cannot
             train on batches of one, or a site is too small and the recipe does not leave it out.
     """
-    sharded = server.runtime.sharder is not None  # only parts of the models are here
+    sharded = server.runtime.sharder is not None  # this process has only parts of the models
     for key, module, config, samples, who in () if sharded else _fits(recipe, method, clients, server):
         _check_optimizer(key, module, config, _steps(recipe, config, samples), who)
     if "pooled" in method.requires or server.arrival is not None:  # clients do not train; or their data change
@@ -52,7 +52,7 @@ def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server
         if client.dp_sgd is None
         and client.samples == 1
         and 0 not in (client.local_training.steps, client.local_training.epochs)
-        if _normalises(client.runtime.shared_module(client.architecture))
+        if _has_batch_norm(client.runtime.shared_module(client.architecture))
     }
     if small and recipe.federation.too_small == "refuse":
         client, reason = next(iter(small.items()))
@@ -68,7 +68,7 @@ def check_fits(recipe: Recipe, method: Method, clients: Sequence[Client], server
 
 
 def _fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Server) -> _Fits:
-    """Key, module, settings, samples and participant of every kind of fit there may be."""
+    """Yield key, module, settings, number of samples and participant of every kind of fit that may occur."""
     if "pooled" in method.requires:
         for module in (server.student, server.teacher):
             if module is not None:
@@ -87,9 +87,9 @@ def _fits(recipe: Recipe, method: Method, clients: Sequence[Client], server: Ser
                 largest[kind] = client
         for client in largest.values():
             who, module = f"client {client.id}", client.runtime.shared_module(client.architecture)
-            yield "local", module, client.local_training, client.samples, who
+            yield "local_training", module, client.local_training, client.samples, who
             if recipe.client_distil is not None:
-                yield "digest", module, client.client_distil, len(server.proxy or ()), who
+                yield "client_distil", module, client.client_distil, len(server.proxy or ()), who
     if server.student is not None and server.proxy is not None and len(server.proxy):
         yield "server_distil", server.student, server.server_distil, len(server.proxy), "the server"
 
@@ -117,7 +117,7 @@ def _check_optimizer(key: str, module: nn.Module, config: Fit, steps: int, who: 
 
 
 def _steps(recipe: Recipe, config: Fit, samples: int) -> int:
-    """How often a fit's schedule steps, or its optimiser where there is none."""
+    """Count the steps of a fit's schedule, or of its optimiser if it has no schedule."""
     an_epoch = max(-(-samples // config.batch_size), 1)
     steps = config.steps if config.steps is not None else config.epochs * an_epoch
     if config.scheduler is None or steps == 0 or config.scheduler.interval == "step":
@@ -126,13 +126,13 @@ def _steps(recipe: Recipe, config: Fit, samples: int) -> int:
 
 
 def _check_batches(clients: Sequence[Client]) -> None:
-    """Refuse batches of one where a model's batch normalisation sees one value a channel in each of them."""
+    """Reject batches of one for models whose batch normalisation would see a single value per channel."""
     tried: dict[str, bool] = {}
     for client in clients:
         if client.local_training.batch_size > 1 or client.dp_sgd is not None or client.samples == 0:
             continue
         if client.architecture not in tried:
-            tried[client.architecture] = _takes_one(client)
+            tried[client.architecture] = _accepts_batch_of_one(client)
         if not tried[client.architecture]:
             raise UserError(
                 f"local_training.batch_size: 1, and client {client.id} trains {client.architecture}: {SINGLE}; set "
@@ -140,10 +140,10 @@ def _check_batches(clients: Sequence[Client]) -> None:
             )
 
 
-def _takes_one(client: Client) -> bool:
-    """Whether a model can train on a batch of one: its statistics may also be over positions of an image."""
+def _accepts_batch_of_one(client: Client) -> bool:
+    """Check if a model can train on a batch of one: its statistics may also be over positions of an image."""
     module = client.runtime.shared_module(client.architecture)
-    if not _normalises(module):
+    if not _has_batch_norm(module):
         return True
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     inputs = client.train.batch(torch.arange(1))[0]
@@ -163,6 +163,6 @@ def _takes_one(client: Client) -> bool:
     return True
 
 
-def _normalises(module: nn.Module) -> bool:
-    """Whether a model is trained, and has batch normalisation."""
+def _has_batch_norm(module: nn.Module) -> bool:
+    """Check if a model is trainable and has batch normalisation."""
     return bool(trainable(module)) and any(isinstance(part, _BatchNorm) for part in module.modules())

@@ -1,4 +1,4 @@
-"""From a recipe to models."""
+"""Construction of models and encoders from a recipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _architectures(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) 
         if known[i] in known[:i]:  # the same architecture: one template serves both
             keys.append(keys[known.index(known[i])])
             continue
-        model = component.args.get("model")  # timm's and torchvision's names say more; what follows a dot is a tag
+        model = component.args.get("model")  # timm's and torchvision's names are clearer; a dot separates a tag
         name = model.partition(".")[0] if isinstance(model, str) else component.target.rpartition(".")[2]
         key = f"{name}-{i}" if name in {"student", "teacher", *keys} else name
         runtime.factories[key] = _factory(component, f"specialists.{i}", data)
@@ -48,17 +48,17 @@ def _architectures(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) 
     return keys
 
 
-def assign(recipe: Recipe) -> list[int]:
-    """Which of the recipe's specialists each client has.
+def assign_specialists(recipe: Recipe) -> list[int]:
+    """Assign one of the recipe's specialists to each client.
 
-    Clients that an entry of ``specialists`` names have that one. The others get those entries that name nobody, in
-    turn, or drawn by weight from a stream that depends on the seed and the client alone.
+    Clients that an entry of ``specialists`` names get that entry. The others get the entries that name no clients, in
+    turn, or drawn by weight from a random stream that depends only on the seed and the client.
 
     Args:
-        recipe: the specialists and how they are assigned.
+        recipe: the recipe, with the specialists and the rule of assignment.
 
     Returns:
-        The place of an entry of ``specialists`` for every client, by id.
+        For every client, by id, the index of an entry of ``specialists``.
     """
     named = {client: i for i, entry in enumerate(recipe.specialists) for client in entry.clients or ()}
     free = [i for i, entry in enumerate(recipe.specialists) if entry.clients is None]
@@ -75,15 +75,15 @@ def assign(recipe: Recipe) -> list[int]:
 
 
 def _model(part: str, purpose: str, method: Method, recipe: Recipe, runtime: Runtime) -> LightningModule | None:
-    """The server's student or teacher, where the method needs one."""
+    """Create the server's student or teacher; None if the method needs none."""
     return runtime.create(part, stream_seed(recipe.seed, purpose)) if part in method.requires else None
 
 
 def _factory(component: Component, key: str, data: FederatedDataModule) -> Callable[[], LightningModule]:
-    """What builds one architecture for these data.
+    """Return a factory of one architecture for these data.
 
     Raises:
-        UserError: when the recipe gives it another number of classes than the data have.
+        UserError: the recipe sets a number of classes other than that of the data, or the model does not fit the task.
     """
     model_kwargs = data.model_kwargs
     given = component.args.get("num_classes", data.num_classes)
@@ -102,12 +102,12 @@ def _factory(component: Component, key: str, data: FederatedDataModule) -> Calla
 
 
 def _encoder(recipe: Recipe, data: FederatedDataModule, runtime: Runtime) -> Encoder | None:
-    """The frozen public encoder, fitted on public data where it has to be."""
+    """Create the frozen public encoder, fitted on public data if it needs fitting."""
     if recipe.encoder is None:
         return None
     encoder = instantiate(recipe.encoder, "encoder", "encoder", **data.model_kwargs)
     if isinstance(encoder, Frozen):
         encoder.module = runtime.place(encoder.module)
-    # of pairs, the images: they are what a public encoder knows
+    # a public encoder takes images only, so of pairs it gets the images
     encoder.fit(ImagesOfPairs(data.proxy) if data.task == "image_text" else data.proxy)
     return encoder

@@ -1,4 +1,4 @@
-"""From a recipe's privacy section to a trainer and an accountant."""
+"""Construction of DP training, accounting and noise from a recipe's privacy section."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fdl.callbacks.base import Callback
 from fdl.callbacks.privacy_budget import StopWhenSpent
 from fdl.errors import UserError
-from fdl.federation.client_sampling import draw
+from fdl.federation.client_sampling import sample_cohort
 from fdl.federation.executors import EXECUTORS, Executor, Sequential
 from fdl.privacy.accounting import Policy, import_accounting
 from fdl.utils.libraries import library
@@ -24,18 +24,24 @@ if TYPE_CHECKING:
 
 
 NOISE_SEED = "FDL_NOISE_SEED"
-"""The environment variable that may hold a site's noise seed."""
+"""Name of the environment variable with a site's noise seed."""
 
 
 _LEAST = 32
-"""Characters of a noise seed: 128 bits, written as hexadecimal digits."""
+"""Minimum length of a noise seed in characters: 128 bits, written as hexadecimal digits."""
 
 
 log = logging.getLogger("fdl")
 
 
-def policy(recipe: Recipe) -> Policy | None:
-    """What every participant's account is held against; None without a `privacy` section.
+def make_policy(recipe: Recipe) -> Policy | None:
+    """Construct the privacy policy that every participant's account is compared with.
+
+    Args:
+        recipe: the checked recipe.
+
+    Returns:
+        The policy; None without a `privacy` section.
 
     Raises:
         UserError: ``dp_accounting`` is not installed.
@@ -48,15 +54,21 @@ def policy(recipe: Recipe) -> Policy | None:
     return Policy(settings.delta, settings.epsilon, settings.accountant, level)
 
 
-def noise_seed(recipe: Recipe) -> str | None:
-    """The secret from which noise is drawn; None where it is drawn from the recipe's seed, as in simulations.
+def read_noise_seed(recipe: Recipe) -> str | None:
+    """Read the secret from which noise is drawn.
 
-    It is the text of the file that `privacy.noise_seed` names, else the environment's ``FDL_NOISE_SEED``. It never
-    stands in a recipe, which is kept with the run and shared.
+    It is the content of the file that `privacy.noise_seed` names, or else of the environment variable
+    ``FDL_NOISE_SEED``. A recipe never contains it, since recipes are stored with runs and shared.
+
+    Args:
+        recipe: the checked recipe.
+
+    Returns:
+        The secret; None to draw noise from the recipe's seed, as in simulations.
 
     Raises:
-        UserError: the recipe gives it as a value, the file cannot be read or is not its owner's alone, or the secret
-            has fewer than 32 characters. The secret is never part of the message.
+        UserError: the recipe contains the secret itself, the file cannot be read or is readable by others than its
+            owner, or the secret has fewer than 32 characters. The secret is never part of the message.
     """
     named = None if recipe.privacy is None else recipe.privacy.noise_seed
     if named is None:
@@ -86,8 +98,15 @@ def _long_enough(secret: str, where: str) -> str:
     return secret
 
 
-def trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
-    """How clients train with noise; None where they train without.
+def make_dp_trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
+    """Construct the clients' DP-SGD trainer.
+
+    Args:
+        recipe: the checked recipe.
+        policy: the privacy policy; None without a `privacy` section.
+
+    Returns:
+        The trainer; None if clients train without noise.
 
     Raises:
         UserError: ``opacus`` is not installed.
@@ -102,18 +121,18 @@ def trainer(recipe: Recipe, policy: Policy | None) -> DPSGD | None:
         policy=policy,
         clip=settings.clip,
         noise_multiplier=settings.noise_multiplier,
-        turns=turns(recipe),
+        turns=planned_rounds(recipe),
         ghost=settings.ghost_clipping,
         chunk=settings.max_physical_batch,
     )
 
 
-def executor(recipe: Recipe, dp_sgd: DPSGD | None) -> Executor:
-    """How clients take their turns; under DP-SGD one by one, whatever the recipe says.
+def make_executor(recipe: Recipe, dp_sgd: DPSGD | None) -> Executor:
+    """Construct the executor of client updates; under DP-SGD always the sequential one.
 
     Args:
-        recipe: names an executor.
-        dp_sgd: how clients train with noise, None without.
+        recipe: the recipe, which names an executor.
+        dp_sgd: the clients' DP-SGD trainer; None without.
     """
     if dp_sgd is None:
         return EXECUTORS[recipe.client_execution]()
@@ -122,15 +141,26 @@ def executor(recipe: Recipe, dp_sgd: DPSGD | None) -> Executor:
     return Sequential()
 
 
-def watching(recipe: Recipe) -> list[Callback]:
-    """What has to watch the run."""
+def privacy_callbacks(recipe: Recipe) -> list[Callback]:
+    """Return the callbacks that the privacy section requires.
+
+    Args:
+        recipe: the checked recipe.
+    """
     return [StopWhenSpent()] if recipe.privacy is not None and recipe.privacy.on_exhausted == "stop_run" else []
 
 
-def turns(recipe: Recipe) -> Counter[int]:
-    """In how many rounds each client is asked and does not drop out; known in advance, whatever the data are."""
+def planned_rounds(recipe: Recipe) -> Counter[int]:
+    """Count the rounds in which each client is sampled and does not drop out, which do not depend on the data.
+
+    Args:
+        recipe: the checked recipe.
+
+    Returns:
+        Numbers of rounds by client id.
+    """
     counts: Counter[int] = Counter()
     for round in range(1, recipe.federation.rounds + 1):
-        asked, dropped = draw(recipe.federation, recipe.federation.clients, recipe.seed, round)
+        asked, dropped = sample_cohort(recipe.federation, recipe.federation.clients, recipe.seed, round)
         counts.update(client for client in asked if client not in dropped)
     return counts

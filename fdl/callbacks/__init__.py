@@ -1,1 +1,1 @@
-"""What watches a run: TensorBoard, progress, CSV, early stopping."""
+"""Callbacks: TensorBoard, progress bar, CSV log, profiler, early stopping."""

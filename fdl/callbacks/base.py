@@ -1,4 +1,4 @@
-"""What may watch a run, and when it is called."""
+"""Base class of callbacks and their hooks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ log = logging.getLogger("fdl")
 
 
 class Callback:
-    """Watches a run; every hook does nothing until a subclass overrides it.
+    """Base class of callbacks, which observe a run; every hook does nothing until a subclass overrides it.
 
-    A subclass may override hooks and add methods of its own, but none whose name begins with ``on_``: a mistyped hook
-    would never be called, so it is refused when the class is made, as is a hook that does not take its arguments.
+    A subclass may override hooks and add methods of its own, but none whose name begins with ``on_``: a misspelt hook
+    would never be called, so it is rejected when the class is defined, as is a hook with the wrong parameters.
 
     Attributes:
         name: the short name in recipes, and the key of this callback's state in a checkpoint.
-        optional: whether it only shows what a run does: should it fail, the run goes on without it, with a warning.
-            Whatever else a callback raises ends the run.
+        optional: True for a callback that only displays or records a run: if it fails, the run continues without it,
+            with a warning. An exception of any other callback ends the run.
 
     Raises:
-        TypeError: at the making of a subclass with a mistyped hook.
+        TypeError: when a subclass with a misspelt hook is defined.
     """
 
     name: ClassVar[str] = ""
@@ -53,39 +53,72 @@ class Callback:
                 raise TypeError(f"{cls.__name__}.{attribute} must take ({expected}): {error}") from None
 
     def on_fit_start(self, loop: Federation) -> None:
-        """Before the first round; after a resume `loop.history` holds the rounds that are done."""
+        """Run before the first round; in a resumed run, `loop.history` holds the completed rounds.
+
+        Args:
+            loop: the run.
+        """
 
     def on_round_start(self, loop: Federation, round: int) -> None:
-        """Before a round's clients are sent anything."""
+        """Run before the downloads of a round are sent.
+
+        Args:
+            loop: the run.
+            round: the round, from 1.
+        """
 
     def on_client_end(self, loop: Federation, round: int, client: int, metrics: dict[str, float]) -> None:
-        """After a client's upload arrived, or was refused.
+        """Run after a client's upload was received or rejected.
 
         Args:
             loop: the run.
             round: the round, from 1.
             client: the client's id.
-            metrics: what the client's turn gave, e.g. ``fit/loss``.
+            metrics: metrics of the client's local update, e.g. ``fit/loss``.
         """
 
     def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
-        """After a round was evaluated, before it is saved; `record` is the last of `loop.history`."""
+        """Run after a round was evaluated, before its checkpoint is saved.
+
+        Args:
+            loop: the run.
+            record: the round's record, the last entry of `loop.history`.
+        """
 
     def on_checkpoint(self, loop: Federation, path: Path) -> None:
-        """After a checkpoint was written to `path`."""
+        """Run after a checkpoint was written.
+
+        Args:
+            loop: the run.
+            path: the checkpoint.
+        """
 
     def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
-        """After the last round; `summary` is what ``summary.json`` will hold."""
+        """Run after the last round.
+
+        Args:
+            loop: the run.
+            summary: the contents of ``summary.json``, which the callback may extend.
+        """
 
     def on_exception(self, loop: Federation, error: BaseException) -> None:
-        """When the run ends early, by an error or by Ctrl-C."""
+        """Run when the run ends early.
+
+        Args:
+            loop: the run.
+            error: the exception; a KeyboardInterrupt for Ctrl-C.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what must survive a restart: tensors, numbers, strings and nested containers of them."""
+        """Return the state to checkpoint: tensors, numbers, strings and nested containers of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore a checkpointed state.
+
+        Args:
+            state: the return value of `state_dict`.
+        """
 
 
 HOOKS: dict[str, list[str]] = {
@@ -94,8 +127,8 @@ HOOKS: dict[str, list[str]] = {
 """Every hook and the names of its parameters."""
 
 
-def _each(hook: str) -> Callable[..., None]:
-    """Return a hook that calls the hook of every callback in turn."""
+def _for_each_callback(hook: str) -> Callable[..., None]:
+    """Return a hook that calls this hook of every callback in order."""
     nothing = getattr(Callback, hook)
 
     @functools.wraps(nothing)
@@ -108,15 +141,15 @@ def _each(hook: str) -> Callable[..., None]:
 
 
 class CallbackList(Callback):
-    """Calls every callback in the order of the recipe.
+    """Callback that calls several callbacks in the order of the recipe.
 
-    An exception of a callback goes on to the caller with a note that names the callback; of an `optional` one it is
-    logged as a warning, unless it is a `UserError`, and the callback is not called any more. At the end of a run, in
-    `on_fit_end` and `on_exception`, every callback is told, whatever the others do: the first error of `on_fit_end` is
-    raised when all have been told, and one in `on_exception` does not hide the error that ended the run.
+    An exception of a callback is passed on to the caller with a note that names the callback; that of an `optional` one
+    is logged as a warning, unless it is a `UserError`, and the callback is not called any more. At the end of a run, in
+    `on_fit_end` and `on_exception`, every callback is called, even if others fail: the first error of `on_fit_end` is
+    raised after all callbacks were called, and one in `on_exception` does not hide the error that ended the run.
 
     Args:
-        callbacks: in the order in which they are called.
+        callbacks: the callbacks, in the order in which they are called.
     """
 
     def __init__(self, callbacks: Sequence[Callback] = ()):
@@ -124,7 +157,11 @@ class CallbackList(Callback):
         self._failed: list[Callback] = []
 
     def append(self, callback: Callback) -> None:
-        """Add a callback, called after all others."""
+        """Add a callback, to be called after all others.
+
+        Args:
+            callback: the callback.
+        """
         self.callbacks.append(callback)
 
     def __iter__(self) -> Iterator[Callback]:
@@ -133,14 +170,19 @@ class CallbackList(Callback):
     def __len__(self) -> int:
         return len(self.callbacks)
 
-    on_fit_start = _each("on_fit_start")
-    on_round_start = _each("on_round_start")
-    on_client_end = _each("on_client_end")
-    on_round_end = _each("on_round_end")
-    on_checkpoint = _each("on_checkpoint")
+    on_fit_start = _for_each_callback("on_fit_start")
+    on_round_start = _for_each_callback("on_round_start")
+    on_client_end = _for_each_callback("on_client_end")
+    on_round_end = _for_each_callback("on_round_end")
+    on_checkpoint = _for_each_callback("on_checkpoint")
 
     def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
-        """After the last round; every callback is told, then the first error is raised."""
+        """Call every callback after the last round, then raise the first error.
+
+        Args:
+            loop: the run.
+            summary: the contents of ``summary.json``.
+        """
         first: Exception | None = None
         for callback in self.callbacks:
             try:
@@ -149,24 +191,35 @@ class CallbackList(Callback):
                 if first is None:
                     first = error
                 else:
-                    _note(first, f'callback "{_name(callback)}" failed as well, in on_fit_end: {error!r}')
+                    _add_note(first, f'callback "{_name(callback)}" failed as well, in on_fit_end: {error!r}')
         if first is not None:
             raise first
 
     def on_exception(self, loop: Federation, error: BaseException) -> None:
-        """When the run ends early; every callback is told, whatever the others do."""
+        """Call every callback when the run ends early, even if others fail.
+
+        Args:
+            loop: the run.
+            error: the exception that ended the run.
+        """
         for callback in self.callbacks:
             try:
                 callback.on_exception(loop, error)
             except Exception as second:
-                _note(error, f'callback "{_name(callback)}" failed as well, in on_exception: {second!r}')
+                _add_note(error, f'callback "{_name(callback)}" failed as well, in on_exception: {second!r}')
 
     def call(self, callback: Callback, hook: str, *arguments: Any) -> None:
-        """Call one hook of one callback; an optional callback that fails is left out from then on."""
+        """Call one hook of one callback; an optional callback that fails is not called again.
+
+        Args:
+            callback: one of the callbacks.
+            hook: name of the hook.
+            *arguments: arguments of the hook.
+        """
         if any(callback is failed for failed in self._failed):
             return
         try:
-            with _named(callback, hook):
+            with _annotate_errors(callback, hook):
                 getattr(callback, hook)(*arguments)
         except UserError:
             raise
@@ -175,19 +228,23 @@ class CallbackList(Callback):
                 raise
             self._failed.append(callback)
             log.warning('callback "%s" failed in %s, and the run goes on without it: %r', _name(callback), hook, error)
-            log.debug("where it failed", exc_info=error)
+            log.debug("traceback of the callback", exc_info=error)
             with suppress(Exception):
-                callback.on_exception(arguments[0], error)  # gives back what it holds, such as open files
+                callback.on_exception(arguments[0], error)  # releases its resources, e.g. open files
 
     def state_dict(self) -> dict[str, Any]:
-        """Return every callback's state by its name; the second of a name is called ``name.2``, and so on."""
+        """Return every callback's state by its name; the second callback of a name is called ``name.2`` etc."""
         return {key: state for key, callback in self._keys().items() if (state := callback.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give every callback its state back; one that has none in `state` starts afresh."""
+        """Restore every callback's state; one without an entry in `state` keeps its initial state.
+
+        Args:
+            state: the return value of `state_dict`.
+        """
         for key, callback in self._keys().items():
             if key in state:
-                with _named(callback, "load_state_dict"):
+                with _annotate_errors(callback, "load_state_dict"):
                     callback.load_state_dict(state[key])
 
     def _keys(self) -> dict[str, Callback]:
@@ -205,17 +262,17 @@ def _name(callback: Callback) -> str:
 
 
 @contextmanager
-def _named(callback: Callback, hook: str) -> Iterator[None]:
-    """Add the callback's name to whatever it raises."""
+def _annotate_errors(callback: Callback, hook: str) -> Iterator[None]:
+    """Add the callback's name to its exceptions."""
     try:
         yield
     except BaseException as error:
-        _note(error, f'in {hook} of callback "{_name(callback)}"')
+        _add_note(error, f'in {hook} of callback "{_name(callback)}"')
         raise
 
 
-def _note(error: BaseException, text: str) -> None:
+def _add_note(error: BaseException, text: str) -> None:
     if hasattr(error, "add_note"):
         error.add_note(text)
-    else:  # Python 3.10 keeps no notes of its own; printers of tracebacks that know them read this attribute
+    else:  # Python 3.10 has no add_note; traceback printers that support notes read this attribute
         error.__notes__ = [*getattr(error, "__notes__", []), text]

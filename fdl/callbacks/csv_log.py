@@ -1,4 +1,4 @@
-"""The rounds as a table that any tool reads."""
+"""CSV log: one row of metrics per round."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fdl.utils.files import write_atomically
 if TYPE_CHECKING:
     from fdl.federation.state import Federation
 
-FILE = "metrics.csv"
+METRICS_FILE = "metrics.csv"
 
 
 class CsvLog(Callback):
-    """Writes metrics.csv, a row a round.
+    """Writes metrics.csv, one row per round.
 
-    Columns: ``round``; how many clients were in the ``cohort``, ``dropped`` out and were ``refused``; the round's
-    metrics under their own names; cumulative ``communication/…`` in bytes and ``seconds/…``. A metric that first
-    appears in a later round adds a column, empty above. A resumed run rewrites the file from the rounds of its
-    checkpoint, so that it ends with the same table as a run without interruption.
+    Columns: ``round``; the numbers of clients in the ``cohort``, that ``dropped`` out and that were ``refused``
+    (rejected); the round's metrics under their own names; ``communication/…`` in cumulative bytes and ``seconds/…``. A
+    metric that first appears in a later round adds a column, empty above. A resumed run rewrites the file from the
+    rounds of its checkpoint, so that it ends with the same table as a run without interruption.
     """
 
     name = "csv"
@@ -34,15 +34,15 @@ class CsvLog(Callback):
         self.rows: list[dict[str, Any]] = []
 
     def on_fit_start(self, loop: Federation) -> None:
-        """Write the rounds that are done, none in a new run."""
+        """Write the completed rounds, none in a new run."""
         self.columns, self.rows = [], []
         for record in loop.history:
             self._take(record)
-        self._rewrite(loop.folder / FILE)
+        self._rewrite(loop.folder / METRICS_FILE)
 
     def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """Add the round's row."""
-        path = loop.folder / FILE
+        path = loop.folder / METRICS_FILE
         if self._take(record):
             self._rewrite(path)
         else:
@@ -53,7 +53,7 @@ class CsvLog(Callback):
                 raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
     def _take(self, record: dict[str, Any]) -> bool:
-        """Keep a record's row; returns whether it brought new columns."""
+        """Append a record's row, and return True if it has new columns."""
         row = flatten(record)
         new = [column for column in row if column not in self.columns]
         self.columns += new
@@ -71,7 +71,10 @@ class CsvLog(Callback):
 
 
 def flatten(record: dict[str, Any]) -> dict[str, Any]:
-    """Turn a round's record into one flat row of numbers; clients' own metrics are left to summary.json.
+    """Flatten a round's record into one row of numbers, without the metrics of single clients (see summary.json).
+
+    Args:
+        record: an entry of `FederatedLoop.history`.
 
     Example:
         >>> record = {"round": 1, "cohort": [0, 1], "dropped": [1], "refused": [], "metrics": {"loss": 0.5}}

@@ -1,4 +1,4 @@
-"""End a run whose metric no longer improves."""
+"""Early stopping of a run whose metric no longer improves."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ class EarlyStopping(Callback):
     """Ends the run when a metric has not improved for some rounds.
 
     Args:
-        monitor: a metric of the round's record, e.g. ``"student/validation/accuracy"``; None is the student's score on
-            validation data, whatever suits the data. It is read in rounds that are evaluated.
-        mode: whether more or less of it is better; None is as the score needs it.
+        monitor: a metric of the round's record, e.g. ``"student/validation/accuracy"``, read in rounds with an
+            evaluation; None for the student's score on validation data, which depends on the task.
+        mode: ``"max"`` if larger values are better, ``"min"`` if smaller ones are; None for ``"max"`` with `monitor`,
+            and for the direction of the score without it.
         patience: rounds without improvement after which the run ends.
-        min_delta: by how much a value must exceed the best one to count as better.
+        min_delta: smallest difference to the best value that counts as an improvement.
 
     Raises:
-        UserError: when an argument is out of range; during the run, when an evaluated round lacks the metric.
+        UserError: an argument is out of range; during the run, an evaluated round lacks the metric.
     """
 
     name = "early_stopping"
@@ -49,13 +50,13 @@ class EarlyStopping(Callback):
         self.best_round = 0
 
     def on_fit_start(self, loop: Federation) -> None:
-        """Learn what the data's score is, where none was named."""
+        """Set the task's score and its direction as defaults."""
         task = TASKS[loop.server.task]
         self.monitor = self.monitor or f"student/validation/{task.score}"
         self.mode = self.mode or ("max" if task.higher_is_better else "min")
 
     def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
-        """Compare the metric with its best and ask the loop to stop when patience is at an end."""
+        """Compare the metric with its best value, and stop the loop once patience is exhausted."""
         round, metrics = record["round"], record["metrics"]
         if self.monitor not in metrics:
             if round % loop.recipe.evaluation.every == 0:
@@ -74,7 +75,7 @@ class EarlyStopping(Callback):
         return {"best": self.best, "best_round": self.best_round}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the best value and its round."""
+        """Restore the best value and its round."""
         self.best, self.best_round = state["best"], state["best_round"]
 
     def _improves(self, value: float) -> bool:

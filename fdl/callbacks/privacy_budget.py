@@ -1,4 +1,4 @@
-"""Stop of a run whose privacy budget is spent."""
+"""Callback that ends a run once a privacy budget is spent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class StopWhenSpent(Callback):
-    """Ends a run after the round in which somebody's budget did not suffice."""
+    """Ends a run after the first round in which a participant's privacy budget did not suffice."""
 
     def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
-        """Look for clients, or a server, that had to leave something out."""
+        """Stop the loop if a client or the server had to skip an operation for lack of budget."""
         spent = [f"client {client}" for client, own in record["clients"].items() if own.get("privacy/exhausted")]
         spent += ["the server"] if record["metrics"].get("privacy/exhausted") else []
         if spent:

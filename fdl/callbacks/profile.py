@@ -1,4 +1,4 @@
-"""What a round spends its time with, down to single operations."""
+"""Profiler: the time of rounds, down to single operations."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fdl.utils.files import write_atomically
 if TYPE_CHECKING:
     from fdl.federation.state import Federation
 
-FILE = "profile.txt"
+PROFILE_FILE = "profile.txt"
 
 
 class Profile(Callback):
-    """Records some rounds with torch's profiler; ``profile: true`` in a recipe is this with its defaults.
+    """Records some rounds with torch's profiler; ``profile: true`` in a recipe adds it with its defaults.
 
-    The trace lies in the run's ``tensorboard`` folder, for TensorBoard's profiler plugin and for any viewer of Chrome
-    traces; ``profile.txt`` is a plain table of where the time of all rounds went and of the dearest operations of those
-    that were recorded. Recording slows these rounds down, and its memory grows with the operations they take.
+    The trace is written to the run's ``tensorboard`` folder, for TensorBoard's profiler plugin and for any viewer of
+    Chrome traces; ``profile.txt`` contains the time of all rounds by part and a table of the most expensive operations
+    of the recorded rounds. Recording slows these rounds down, and its memory grows with the number of operations.
 
     Args:
-        skip: rounds before the first that is recorded, in which allocators and kernels warm up; of a run that is too
-            short the last rounds are recorded.
-        rounds: how many are.
-        top: operations in the table.
+        skip: rounds before the first recorded one, in which allocators and kernels warm up; if the run is too short,
+            its last rounds are recorded.
+        rounds: number of recorded rounds.
+        top: number of operations in the table.
 
     Raises:
         UserError: a number is out of range.
@@ -46,7 +46,7 @@ class Profile(Callback):
         self._table = ""
 
     def on_fit_start(self, loop: Federation) -> None:
-        """Begin to count rounds."""
+        """Start the profiler's schedule."""
         left = loop.rounds - loop.round
         active = min(self.rounds, left)
         if not active:
@@ -64,18 +64,18 @@ class Profile(Callback):
         self._profiler.start()
 
     def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
-        """One round more."""
+        """Advance the profiler by one round."""
         if self._profiler is not None:
             self._profiler.step()
 
     def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
-        """Write the table."""
+        """Write profile.txt."""
         self._stop()
-        text = f"{times(summary['time']['parts'])}\n\nOperations of the recorded rounds\n{self._table}\n"
-        write_atomically(Path(loop.folder) / FILE, text.encode())
+        text = f"{format_times(summary['time']['parts'])}\n\nOperations of the recorded rounds\n{self._table}\n"
+        write_atomically(Path(loop.folder) / PROFILE_FILE, text.encode())
 
     def on_exception(self, loop: Federation, error: BaseException) -> None:
-        """The run is over; what was recorded so far is lost."""
+        """Stop the profiler; its recording is discarded."""
         self._stop()
 
     def _stop(self) -> None:
@@ -84,8 +84,8 @@ class Profile(Callback):
             self._profiler = None
 
 
-def times(parts: dict[str, float]) -> str:
-    """Where the time of all rounds went, as a plain table.
+def format_times(parts: dict[str, float]) -> str:
+    """Format the time of all rounds by part as a plain table, with seconds and percentages.
 
     Args:
         parts: seconds by part.

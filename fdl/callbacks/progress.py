@@ -1,4 +1,4 @@
-"""How far the run is, for whoever watches the terminal."""
+"""Progress of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class ProgressBar(Callback):
-    """Shows rounds, the clients within a round, the student's accuracy and the bytes so far.
+    """Shows rounds, the clients within a round, the scores and the cumulative bytes.
 
-    On a terminal it is a live bar, elsewhere (a pipe, a log of a batch system) one plain line a round. An output that
-    is closed or breaks ends the display, never the run.
+    The display is a live bar on a terminal, and elsewhere (a pipe, the log of a batch system) one plain line per round.
+    A closed or broken output ends the display, never the run.
     """
 
     name = "progress"
@@ -34,7 +34,7 @@ class ProgressBar(Callback):
         self._seconds = 0.0
 
     def on_fit_start(self, loop: Federation) -> None:
-        """Begin the display, after a resume where the run goes on."""
+        """Start the display; in a resumed run, at the round where it continues."""
         self._stream = PipeSafeStream(sys.stdout)
         self._seconds = _seconds(loop.history[-1]) if loop.history else 0.0
         console = Console(file=self._stream)
@@ -56,17 +56,17 @@ class ProgressBar(Callback):
         self._bar.start()
 
     def on_round_start(self, loop: Federation, round: int) -> None:
-        """Set the bar of clients back."""
+        """Reset the bar of clients."""
         if self._bar is not None:
             cohort, dropped = loop.cohort(round)
             self._bar.reset(self._clients, total=len(cohort) - len(dropped), visible=True, status="")
 
     def on_client_end(self, loop: Federation, round: int, client: int, metrics: dict[str, float]) -> None:
-        """Move the bar of clients on."""
+        """Advance the bar of clients."""
         if self._bar is not None:
             self._bar.advance(self._clients)
             if self._bar.tasks[1].finished:
-                self._bar.update(self._clients, status="the server learns")
+                self._bar.update(self._clients, status="server update")
 
     def on_round_end(self, loop: Federation, record: dict[str, Any]) -> None:
         """Move the bar of rounds on, or print the round's line."""
@@ -78,11 +78,11 @@ class ProgressBar(Callback):
         self._stream.flush()
 
     def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
-        """Leave the last state of the bar on the screen."""
+        """Stop the bar, and leave its last state on the screen."""
         self._stop()
 
     def on_exception(self, loop: Federation, error: BaseException) -> None:
-        """Give the terminal back."""
+        """Release the terminal."""
         self._stop()
 
     def _stop(self) -> None:
@@ -93,10 +93,10 @@ class ProgressBar(Callback):
 
 
 class PipeSafeStream:
-    """A text stream that goes silent, instead of raising, once nobody can read it.
+    """Text stream that discards output, instead of raising, once its reader is gone.
 
     Args:
-        stream: where to write; None, as where a process has no standard output, is silent from the start.
+        stream: the stream to write to; None, as in processes without standard output, discards all output.
     """
 
     def __init__(self, stream: TextIO | None):
@@ -104,16 +104,23 @@ class PipeSafeStream:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write text if it can be written."""
+        """Write text if the stream is still open.
+
+        Args:
+            text: the text.
+
+        Returns:
+            The length of the text.
+        """
         self._try("write", text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush if there is anybody to flush to."""
+        """Flush the stream if it is still open."""
         self._try("flush")
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return True if the stream is a terminal."""
         return bool(self._try("isatty"))
 
     def _try(self, method: str, *arguments: str) -> Any:
@@ -122,26 +129,26 @@ class PipeSafeStream:
         try:
             return getattr(self._stream, method)(*arguments)
         except BrokenPipeError:
-            # what is buffered would raise once more when Python flushes at exit; as its documentation advises, the
-            # descriptor is pointed at nothing
+            # buffered text would raise again when Python flushes at exit; as its documentation advises, the
+            # descriptor is redirected to the null device
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
                 os.dup2(nothing.fileno(), self._stream.fileno())
-        except (OSError, ValueError):  # ValueError is what a closed file raises
+        except (OSError, ValueError):  # a closed file raises ValueError
             pass
         self._stream = None
         return None
 
 
 _WIDE = 120
-"""Letters of a terminal on which all there is to say of a round stands beside the bar."""
+"""Width in characters from which on the full status of a round fits next to the bar."""
 
 
 def _status(record: Mapping[str, Any], brief: bool = False) -> str:
-    """The round's outcome in a few words, e.g. ``student 0.912  specialists 0.654  up 12.3 kB  down 4.1 kB``.
+    """Format a round's outcome, e.g. ``student 0.912  specialists 0.654  up 12.3 kB  down 4.1 kB``.
 
     Args:
-        record: of the round.
-        brief: only the first score, and all bytes in one, e.g. ``student 0.912  16.4 kB``.
+        record: the round's record.
+        brief: only the first score, and the sum of all bytes, e.g. ``student 0.912  16.4 kB``.
     """
     metrics, sent = record["metrics"], record["communication"]
     score = next((t.score for t in TASKS.values() if any(key.endswith(f"/test/{t.score}") for key in metrics)), "")

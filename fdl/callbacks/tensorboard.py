@@ -1,4 +1,4 @@
-"""A run as TensorBoard shows it."""
+"""TensorBoard log of a run."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 class TensorBoard(Callback):
     """Writes curves by round and by bytes, figures, hyperparameters and the recipe for TensorBoard.
 
-    Events go to ``tensorboard/`` in the run's folder. At the start: the recipe as text and who holds how many samples
-    of which class; every round: what `fdl.utils.tensorboard.Curves` lists; at the end: the student's confusion matrix
-    on the test set, what attacks found, what `fdl.utils.tensorboard.log_outcome` lists, and hyperparameters with the
-    last round's metrics. A resumed run shows every round once. A figure that cannot be drawn is left out with a
-    warning.
+    Events are written to ``tensorboard/`` in the run's folder. At the start: the recipe as text, and the number of
+    samples per client and class; every round: the curves of `fdl.utils.tensorboard.Curves`; at the end: the student's
+    confusion matrix on the test set, results of attacks, the values of `fdl.utils.tensorboard.log_outcome`, and
+    hyperparameters with the last round's metrics. A resumed run shows every round once. A figure that cannot be drawn
+    is skipped with a warning.
     """
 
     name = "tensorboard"
@@ -44,7 +44,7 @@ class TensorBoard(Callback):
         self._writer: SummaryWriter | None = None
 
     def on_fit_start(self, loop: Federation) -> None:
-        """Write the recipe and the clients' labels; after a resume, the rounds that are done once more."""
+        """Write the recipe and the clients' labels; in a resumed run, also the completed rounds."""
         self._writer = open_writer(loop.folder / "tensorboard")
         self._writer.add_text("recipe", f"```yaml\n{loop.recipe.to_yaml()}```")
         self._label_histogram(loop)
@@ -57,7 +57,7 @@ class TensorBoard(Callback):
         self._curves.log(record)
 
     def on_fit_end(self, loop: Federation, summary: dict[str, Any]) -> None:
-        """Write the confusion matrix, what attacks found, the best round, all bytes, and the hyperparameters."""
+        """Write the confusion matrix, results of attacks, the best round, all bytes, and the hyperparameters."""
         self._confusion(loop)
         if loop.audit is not None:
             loop.audit.log(self._writer)
@@ -67,12 +67,12 @@ class TensorBoard(Callback):
         self._close()
 
     def on_exception(self, loop: Federation, error: BaseException) -> None:
-        """Write out what is buffered."""
+        """Flush buffered events and close the file."""
         self._close()
 
     def _label_histogram(self, loop: Federation) -> None:
         classes, names = loop.server.classes, [client.name for client in loop.clients]
-        private = loop.recipe.privacy is not None  # then how many samples of a class somebody has is not shown
+        private = loop.recipe.privacy is not None  # then numbers of samples per class are not disclosed
         if private or any(client.train.labels is None for client in loop.clients):
             samples = [len(client.train) for client in loop.clients]
             add_figure(self._writer, "clients/samples", lambda: figures.sizes(samples, names), 0)
@@ -85,7 +85,7 @@ class TensorBoard(Callback):
         if server.task != "classification" or server.student is None or len(server.test) == 0:
             return
         if is_sharded(server.student):
-            return  # it takes all ranks to answer, and only one has callbacks
+            return  # prediction takes all ranks, and only one has callbacks
         title = f"Student on the test set after round {loop.round}"
 
         def draw() -> Figure:

@@ -1,1 +1,1 @@
-"""Commands and what they print."""
+"""Command line: commands and their output."""

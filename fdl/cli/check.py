@@ -1,4 +1,4 @@
-"""What ``fdl check`` prints: the federation that a recipe builds, and what a round will send."""
+"""Output of ``fdl check``: a description of the federation that a recipe builds, and the bytes of a round."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.filesize import decimal
 
-from fdl.build.federation import build
-from fdl.cli.listing import columns
+from fdl.build.federation import build_federation
+from fdl.cli.listing import align_columns
 from fdl.engine.distributed.devices import require_gpus
 from fdl.federation.executors import plain_function_note
 from fdl.federation.traffic_estimate import estimate_rounds
@@ -27,21 +27,24 @@ _MOST_CLASSES = 20
 _Sizes = dict[str, dict[int, int]]
 
 
-def describe(recipe: Recipe, folder: Path) -> str:
+def describe_federation(recipe: Recipe, folder: Path) -> str:
     """Build a recipe's federation and describe it; nothing is trained or written.
 
-    Every model takes one training step on two samples, which is undone: mistakes in a model of one's own show here.
+    Every model takes one training step on two samples, which is undone: errors in user-defined models show here.
 
     Args:
         recipe: the checked recipe.
         folder: the folder that a run would use.
 
+    Returns:
+        The description, several lines of text.
+
     Raises:
-        UserError: the recipe needs GPUs, and there are none; or a model fails at its step.
+        UserError: the recipe needs GPUs, and there are none; or a model fails in its training step.
     """
     require_gpus(recipe)
     log.info("reading the data and building the models")
-    loop = build(recipe, folder, launch=False)
+    loop = build_federation(recipe, folder, launch=False)
     run_trial_steps(loop)
     left = [f"client {client} is left out: {reason}" for client, reason in loop.left_out.items()]
     note = plain_function_note(loop.executor, loop.method, loop.clients)
@@ -49,14 +52,14 @@ def describe(recipe: Recipe, folder: Path) -> str:
 
 
 def _clients(loop: FederatedLoop) -> list[str]:
-    """A row a client: model, data, and the most bytes of a round."""
+    """Describe the clients, one row per client: model, data, and the maximum bytes of a round."""
     public = "" if not loop.server.proxy else f", with {len(loop.server.proxy):,} public samples"
     log.info("counting the bytes of two rounds of %d untrained clients%s", len(loop.clients), public)
     first, later = estimate_rounds(loop, 2)
     header = ("client", "architecture", "parameters", "train", "calibration", "down", "up", "samples by class")
     rows: list[tuple[object, ...]] = [header]
     for client in loop.clients:
-        with client.data_gate.open():  # whoever asks has the data
+        with client.data_gate.open():  # the data are on the machine of the caller
             histogram = _histogram(client.train, client.num_classes)
         rows.append(
             (
@@ -74,29 +77,32 @@ def _clients(loop: FederatedLoop) -> list[str]:
         )
     numbers = () if any(client.name for client in loop.clients) else (0,)
     return [
-        *columns(rows, right=(*numbers, 2, 3, 4, 5, 6)),
+        *align_columns(rows, right=(*numbers, 2, 3, 4, 5, 6)),
         *_traffic(first, later, loop.recipe.federation.client_fraction),
     ]
 
 
 def _traffic(first: _Sizes, later: _Sizes, client_fraction: float) -> list[str]:
-    """What all clients together receive and send."""
+    """Describe the bytes that all clients together receive and send."""
     if not any(size for sizes in (first, later) for clients in sizes.values() for size in clients.values()):
         return ["nothing is sent"]
-    asked = "" if client_fraction == 1 else f", of whom {client_fraction:g} are asked"
+    asked = "" if client_fraction == 1 else f", of whom a fraction of {client_fraction:g} is sampled,"
     if first == later:
-        lines = [f"a round of all clients{asked} sends {_both(first)}"]
+        lines = [f"a round of all clients{asked} sends {_down_and_up(first)}"]
     else:
-        lines = [f"the first round of all clients{asked} sends {_both(first)}", f"a later round sends {_both(later)}"]
+        lines = [
+            f"the first round of all clients{asked} sends {_down_and_up(first)}",
+            f"a later round sends {_down_and_up(later)}",
+        ]
     return [*lines, "(untrained models' messages: training changes what is entropy-coded or sent only on change)"]
 
 
-def _both(sizes: _Sizes) -> str:
+def _down_and_up(sizes: _Sizes) -> str:
     return " and ".join(f"{decimal(sum(sizes[direction].values()))} {direction}" for direction in ("down", "up"))
 
 
 def _server(loop: FederatedLoop, folder: Path) -> list[str]:
-    """The server's models and data, and where the run would lie."""
+    """Describe the server's models and data, the device, and the run's folder."""
     server = loop.server
     lines = []
     for name, module in (("student", server.student), ("teacher", server.teacher)):
@@ -112,7 +118,7 @@ def _server(loop: FederatedLoop, folder: Path) -> list[str]:
         parts = ", ".join(f"{kind} {decimal(nbytes)}" for kind, nbytes in costs.items())
         lines.append(("before round 1", f"every client is sent {parts}"))
     lines += [("device", str(loop.runtime.device)), ("folder", str(folder))]
-    return columns(lines)
+    return align_columns(lines)
 
 
 def _parameters(module: torch.nn.Module) -> int:

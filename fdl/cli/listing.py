@@ -1,4 +1,4 @@
-"""What ``fdl list`` prints."""
+"""Output of ``fdl list``."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from fdl.registry.targets import find
 from fdl.utils.suggest import suggest
 
 SECTIONS = (*(kind.plural for kind in KINDS.values()), "metrics", "recipes", "keys")
-"""What can be listed."""
+"""Names of the lists."""
 
 _LEAST_TEXT = 40
 
 
 def page(words: Sequence[str]) -> str:
-    """What ``fdl list`` prints for some words.
+    """Format the output of ``fdl list`` for the given words.
 
     Args:
-        words: nothing, for all there is; what to list, in the singular or plural; the name of a plug-in, for its
-            arguments; or both.
+        words: empty for all lists; the name of a list, singular or plural; the name of a plug-in, for its arguments; or
+            both.
 
     Raises:
-        UserError: there is nothing of this name, with the nearest.
+        UserError: a name is unknown; the message contains the nearest.
     """
     if not words:
         broken = problems()
@@ -53,28 +53,31 @@ def page(words: Sequence[str]) -> str:
 
 
 def section(name: str, title: bool = False) -> str:
-    """The plug-ins of one kind, the metrics, the recipes in ``./recipes``, or all keys of a recipe.
+    """Format one list: the plug-ins of a kind, the metrics, the recipes in ``./recipes``, or all keys of a recipe.
 
     Args:
         name: one of `SECTIONS`.
-        title: whether the name stands above.
+        title: True to put the name above the list.
     """
     rows = {"recipes": _recipes, "keys": _keys, "metrics": _metrics}.get(name, lambda: _plugins(name))()
     if not rows:
         rows = [("none",)]
     width = _width()
-    lines = fitted(rows, width - 2 if title and width else width)
+    lines = format_rows(rows, width - 2 if title and width else width)
     return f"{name}\n" + "\n".join(f"  {line}".rstrip() for line in lines) + "\n" if title else "\n".join(lines)
 
 
-def fitted(rows: Sequence[Sequence[object]], width: int | None) -> list[str]:
-    """Aligned columns where these fit; else the first column, and beside it all others as wrapped text.
+def format_rows(rows: Sequence[Sequence[object]], width: int | None) -> list[str]:
+    """Format rows as aligned columns if these fit, or else as the first column with all others as wrapped text.
 
     Args:
         rows: cells by row.
-        width: letters of a line; None for no limit.
+        width: maximum width of a line in characters; None for no limit.
+
+    Returns:
+        The lines.
     """
-    lines = columns(rows)
+    lines = align_columns(rows)
     if width is None or max(map(len, lines)) <= width:
         return lines
     first = min(max(len(str(row[0])) for row in rows), max(width - _LEAST_TEXT, 8)) + 2
@@ -90,12 +93,15 @@ def fitted(rows: Sequence[Sequence[object]], width: int | None) -> list[str]:
     return lines
 
 
-def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
-    """Lines of aligned columns.
+def align_columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
+    """Format rows as aligned columns.
 
     Args:
         rows: cells by row.
-        right: numbers of the columns that are aligned to the right.
+        right: indices of the columns to align to the right.
+
+    Returns:
+        The lines.
     """
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in texts if i < len(row)) for i in range(max(map(len, texts)))]
@@ -106,12 +112,12 @@ def columns(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> list
 
 
 def _width() -> int | None:
-    """Letters of a line of the terminal; None where output goes elsewhere, and whoever reads it wraps it."""
+    """Return the width of the terminal in characters; None if output does not go to a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _section_of(word: str) -> str | None:
-    """The section that a word means, in the singular or plural."""
+    """Return the section named by a word, singular or plural; None for other words."""
     word = word.lower().replace("-", "_")
     singular = {kind.name: kind.plural for kind in KINDS.values()}
     singular |= {"metric": "metrics", "recipe": "recipes", "key": "keys"}
@@ -125,18 +131,18 @@ def _known(word: str) -> str:
 
 
 def _plugin(name: str, kinds: Sequence[Kind]) -> str:
-    """All plug-ins of a name: what each is, where it is defined, and what it takes."""
+    """Describe all plug-ins with a name: summary, definition and arguments."""
     found = [(kind, entry) for kind in kinds for entry in entries(kind) if entry.name == name]
     if found:
-        return "\n\n".join(_described(kind, entry) for kind, entry in found)
+        return "\n\n".join(_describe_plugin(kind, entry) for kind, entry in found)
     if len(kinds) == 1:
         raise UserError(f"there is no {kinds[0].label} {name!r}{suggest(name, short_names(kinds[0]), few=99)}")
     near = suggest(name, {*SECTIONS, *(n for kind in kinds for n in short_names(kind))}, few=0)
     raise UserError(f"fdl list: nothing is called {name!r}{near or '; ' + _known(name)}")
 
 
-def _described(kind: Kind, entry: PluginInfo) -> str:
-    """One plug-in with its arguments: name, type and default, meaning."""
+def _describe_plugin(kind: Kind, entry: PluginInfo) -> str:
+    """Describe one plug-in with its arguments: name, type and default, meaning."""
     lines = [f"{entry.name}, {kind}: {entry.summary}", f"{entry.path}, {_place(entry)}"]
     target = find(entry.name, kind)
     taken = target.signature.parameters if target.signature is not None else {}
@@ -150,7 +156,7 @@ def _described(kind: Kind, entry: PluginInfo) -> str:
             rows.append((name, ", ".join(filter(None, (typed, need, default))), docs.get(name, "")))
     if not rows:
         return "\n".join([*lines, "", "takes no args"])
-    return "\n".join([*lines, "", "args", *(f"  {line}".rstrip() for line in fitted(rows, (_width() or 122) - 2))])
+    return "\n".join([*lines, "", "args", *(f"  {line}".rstrip() for line in format_rows(rows, (_width() or 122) - 2))])
 
 
 def _default_text(default: ast.expr) -> str:
@@ -159,7 +165,7 @@ def _default_text(default: ast.expr) -> str:
 
 
 def _metrics() -> list[tuple[str, str]]:
-    """Names of metrics, and for which data they are."""
+    """Return names of metrics with the tasks that they apply to."""
     tasks: dict[str, list[str]] = {}
     for task in TASKS.values():
         for name in task.metrics:
@@ -173,7 +179,7 @@ def _plugins(name: str) -> list[tuple[str, str, str]]:
 
 
 def _recipes() -> list[tuple[str, str]]:
-    """Recipe files and their first comment line."""
+    """Return recipe files with their first comment line."""
     rows = []
     for path in sorted(Path("recipes").rglob("*.yaml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
@@ -182,7 +188,7 @@ def _recipes() -> list[tuple[str, str]]:
 
 
 def _keys() -> list[tuple[str, str, str, str]]:
-    """Keys, defaults, meanings and types."""
+    """Return all recipe keys with defaults, meanings and types."""
     return [(path, _default(default), doc, kind) for path, kind, default, doc in keys(Recipe)]
 
 
@@ -195,12 +201,12 @@ def _default(value: object) -> str:
 
 
 def _place(entry: PluginInfo) -> str:
-    """Where a plug-in is defined, and which installed package brings it along."""
+    """Return the file and line of a plug-in's definition, and the installed package that provides it."""
     return f"{_short(entry.file)}:{entry.line}" + (f" ({entry.distribution})" if entry.distribution else "")
 
 
 def _short(file: Path) -> str:
-    """A path from here where that is shorter, else from the folder of packages."""
+    """Shorten a path: relative to the working directory, to fdl's folder or to site-packages, if it lies below one."""
     for root in (Path.cwd(), Path(__file__).parents[2]):
         if file.is_relative_to(root):
             return str(file.relative_to(root))

@@ -1,4 +1,4 @@
-"""The command line. Nothing here imports torch before a recipe has been read and found right."""
+"""Command-line interface; it imports torch only after a recipe has been read and checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fdl import __version__
-from fdl.cli.terminal import log_to_stderr, write_anything
+from fdl.cli.terminal import log_to_stderr, replace_unencodable
 from fdl.engine.distributed.launch_environment import is_follower
 from fdl.errors import MissingPathError, UserError
 from fdl.utils.console import console
@@ -20,16 +20,23 @@ from fdl.utils.paths import expanded
 FORMATS = ("timm", "transformers", "open_clip", "torch", "onnx")
 
 AUDIT_FAILED = 3
-"""Exit code of a run that was carried out well but whose data are less private than its account says."""
+"""Exit code of a run that finished, but whose audit violates its claimed privacy bounds."""
 
-_OF_THE_MACHINE = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What the operating system refuses, whatever the program did: a sentence tells as much as a traceback."""
+_SYSTEM_ERRORS = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of the operating system that are not the program's fault: a sentence is as informative as a traceback."""
 
 
 def run(argv: list[str]) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command.
+
+    Args:
+        argv: the command-line arguments, without the program's name.
+
+    Returns:
+        The exit code.
+    """
     options = None
-    write_anything()
+    replace_unencodable()
     try:
         if not argv:
             _parser().print_help()
@@ -40,10 +47,10 @@ def run(argv: list[str]) -> int:
             return _run(options, overrides, argv)
     except UserError as error:
         where = " in another process of the run" if is_follower() else ""
-        print(f"error{where}: {error}{_beside_recipe(error, options)}", file=sys.stderr)
+        print(f"error{where}: {error}{_missing_path_hint(error, options)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE or not error.filename:
+        if error.errno not in _SYSTEM_ERRORS or not error.filename:
             raise
         print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
         return 2
@@ -51,19 +58,28 @@ def run(argv: list[str]) -> int:
 
 def _run(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a recipe's own plug-ins lie here; `python -m` adds this, `fdl` does not
+        sys.path.insert(0, str(Path.cwd()))  # for user-defined plug-ins; `python -m` adds this folder, `fdl` does not
     return COMMANDS[options.command](options, overrides, argv)
 
 
-def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
-    """Run a federation."""
+def fit_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Run a federation: ``fdl fit``.
+
+    Args:
+        options: the parsed options.
+        overrides: ``key=value`` strings.
+        argv: the command-line arguments, for the command that resumes an interrupted run.
+
+    Returns:
+        The exit code.
+    """
     from fdl import recipe
     from fdl.runs import run as runs
 
     loaded = recipe.load(options.recipe, overrides)
     folder = runs.folder_of(loaded, options.output_dir)
     try:
-        summary = runs.fit(loaded, folder, options.resume, options.overwrite)
+        summary = runs.run_recipe(loaded, folder, options.resume, options.overwrite)
     except Interrupted as stop:
         if not stop.saved:
             raise
@@ -77,14 +93,23 @@ def fit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
         return stop.code
     if is_follower():
         return 0
-    from fdl.runs.report import print_table
+    from fdl.runs.report import print_summary
 
-    print_table(summary, console(), folder)
+    print_summary(summary, console(), folder)
     return 0 if (summary.get("audit") or {}).get("passed", True) else AUDIT_FAILED
 
 
-def check(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
-    """Build everything a recipe names and show it; nothing is trained or written."""
+def check_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Build a recipe's federation and print its description: ``fdl check``; nothing is trained or written.
+
+    Args:
+        options: the parsed options.
+        overrides: ``key=value`` strings.
+        argv: the command-line arguments; unused.
+
+    Returns:
+        The exit code.
+    """
     from fdl import recipe
     from fdl.runs import run as runs
 
@@ -92,20 +117,29 @@ def check(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]
     folder = runs.folder_of(loaded, options.output_dir)
     runs.require_usable(folder)
     print(loaded.to_yaml())
-    from fdl.cli.check import describe
+    from fdl.cli.check import describe_federation
 
-    print(describe(loaded, folder))
-    if note := runs.foreseen(loaded, folder):
+    print(describe_federation(loaded, folder))
+    if note := runs.rejection_reason(loaded, folder):
         print(f"fdl fit would stop: {note}")
     return 0
 
 
-def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
-    """Run several variants over several seeds and tabulate them."""
-    from fdl.runs.compare import compare as run_all
+def compare_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Run several variants over several seeds and tabulate them: ``fdl compare``.
+
+    Args:
+        options: the parsed options.
+        overrides: ``key=value`` strings.
+        argv: the command-line arguments, for the command that continues an interrupted comparison.
+
+    Returns:
+        The exit code.
+    """
+    from fdl.runs.compare import run_comparison
 
     try:
-        run_all(options.recipe, overrides, options.methods, options.seeds, options.output_dir, options.overwrite)
+        run_comparison(options.recipe, overrides, options.methods, options.seeds, options.output_dir, options.overwrite)
     except KeyboardInterrupt as stop:
         command = [word for word in argv if word != "--overwrite"]
         print(f"interrupted. To go on, give the same command:\n  {_program()} {shlex.join(command)}", file=sys.stderr)
@@ -113,26 +147,53 @@ def compare(options: argparse.Namespace, overrides: list[str], argv: Sequence[st
     return 0
 
 
-def export(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
-    """Write a run's student for another library."""
-    from fdl.runs.export import export as write
+def export_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Write a run's student in the format of another library: ``fdl export``.
 
-    print(f"written to {write(options.run, options.format, options.output_dir, options.which)}")
+    Args:
+        options: the parsed options.
+        overrides: ``key=value`` strings; unused.
+        argv: the command-line arguments; unused.
+
+    Returns:
+        The exit code.
+    """
+    from fdl.runs.export import export
+
+    print(f"written to {export(options.run, options.format, options.output_dir, options.which)}")
     return 0
 
 
-def audit(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
-    """Attack a finished run; 3 where an attack finds more than the run's account of privacy allows."""
-    from fdl.runs.audit import audit_run, print_table
+def audit_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Attack a finished run: ``fdl audit``.
+
+    Args:
+        options: the parsed options.
+        overrides: ``key=value`` strings.
+        argv: the command-line arguments; unused.
+
+    Returns:
+        The exit code; `AUDIT_FAILED` if an attack finds more than the run's privacy accounting allows.
+    """
+    from fdl.runs.audit import audit_run, print_audit
 
     result, path = audit_run(options.run, options.attacks or (), overrides)
-    print_table(result, console())
+    print_audit(result, console())
     print(f"written to {path}")
     return 0 if result.passed else AUDIT_FAILED
 
 
-def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
-    """Print what can stand in a recipe: name, one line, and where it is defined; or what one plug-in takes."""
+def list_command(options: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    """Print the possible contents of recipes: ``fdl list``.
+
+    Args:
+        options: the parsed options.
+        overrides: ``key=value`` strings; unused.
+        argv: the command-line arguments; unused.
+
+    Returns:
+        The exit code.
+    """
     from fdl.cli.listing import page
 
     print(page(options.words))
@@ -140,12 +201,12 @@ def show_list(options: argparse.Namespace, overrides: list[str], argv: Sequence[
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, list[str], Sequence[str]], int]] = {
-    "fit": fit,
-    "check": check,
-    "compare": compare,
-    "export": export,
-    "audit": audit,
-    "list": show_list,
+    "fit": fit_command,
+    "check": check_command,
+    "compare": compare_command,
+    "export": export_command,
+    "audit": audit_command,
+    "list": list_command,
 }
 
 
@@ -154,7 +215,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}\n{self.prog} --help tells more")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
-        # as argparse says it, with the nearest choice instead of all in one line
+        # like argparse's own message, with the nearest choices instead of all in one line
         if action.choices is not None and value not in action.choices:
             from fdl.utils.suggest import suggest
 
@@ -162,7 +223,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options and overrides, which may stand in any order."""
+    """Parse options and overrides, in any order."""
     options, rest = _parser().parse_known_args(argv)
     given = getattr(options, "overrides", [])
     if wrong := [text for text in rest if text.startswith("-")]:
@@ -174,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_program(),
         description="Federated distillation of foundation models.",
-        epilog="Keys of a recipe: fdl list keys. What can be plugged in: fdl list.",
+        epilog="List the keys of a recipe: fdl list keys. List the plug-ins: fdl list.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fdl {__version__}")
@@ -193,9 +254,9 @@ def _parser() -> argparse.ArgumentParser:
             "--recipe", required=True, action=action, metavar="FILE", help=f"the recipe, a YAML file{hint}"
         )
         sub.add_argument(
-            "--output-dir", type=_path, metavar="DIR", help="exactly this folder; default <output_dir>/<name>"
+            "--output-dir", type=_path, metavar="DIR", help="folder of the run; default <output_dir>/<name>"
         )
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; the later wins")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe; the last one wins")
 
     sub = command(
         "fit",
@@ -205,61 +266,67 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipe_options(sub)
     how = sub.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    how.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     how.add_argument(
-        "--overwrite", action="store_true", help="take the place of a run that is there; other files are left alone"
+        "--overwrite", action="store_true", help="replace the run in the folder; files not written by fdl are kept"
     )
 
     recipe_options(
         command(
             "check",
-            "Build everything, show models, data and bytes a round, train nothing.",
+            "Build the federation of a recipe and show models, data and bytes per round, without training.",
             "check --recipe recipes/quickstart.yaml",
         )
     )
 
     sub = command(
         "compare",
-        "Run several methods over several seeds and tabulate them; what is complete is not run again.",
+        "Run several methods over several seeds and tabulate them; complete runs are not repeated.",
         "compare --recipe recipes/quickstart.yaml --methods centralized,fedavg --seeds 0,1,2",
     )
     recipe_options(sub, many=True)
     sub.add_argument("--methods", type=_names, metavar="A,B", help="variants of the recipe, or methods")
-    sub.add_argument("--seeds", type=_seeds, metavar="0,1", help="default: compare.seeds of the recipe")
-    sub.add_argument(
-        "--overwrite", action="store_true", help="run again what is there of a recipe that has changed since"
-    )
+    sub.add_argument("--seeds", type=_seeds, metavar="0,1", help="seeds; default compare.seeds of the recipe")
+    sub.add_argument("--overwrite", action="store_true", help="replace runs of a recipe that has changed since")
 
     sub = command(
         "export",
-        "Write a run's student, with a model card, as another library loads it.",
+        "Write a run's student, with a model card, in the format of another library.",
         "export --run runs/quickstart --format torch",
     )
     sub.add_argument("--run", required=True, type=_path, metavar="DIR", help="folder of a finished run")
-    sub.add_argument("--format", required=True, choices=FORMATS, help="for which library")
-    sub.add_argument("--which", default="best", choices=("best", "last"), help="round, by validation; default best")
-    sub.add_argument("--output-dir", type=_path, metavar="DIR", help="default export-<format> in the run's folder")
+    sub.add_argument("--format", required=True, choices=FORMATS, help="library that loads the student")
+    sub.add_argument(
+        "--which", default="best", choices=("best", "last"), help="best round on validation data, or last; default best"
+    )
+    sub.add_argument(
+        "--output-dir", type=_path, metavar="DIR", help="new folder; default export-<format> in the run's folder"
+    )
 
     sub = command(
         "audit",
-        "Attack a finished run: can members of its data be told, and does its account of privacy hold? "
-        "Exit code 3: an attack found more than the account allows.",
+        "Attack a finished run: measure what its models and messages leak, and check its privacy accounting. "
+        "Exit code 3: an attack found more than the accounting allows.",
         "audit --run runs/quickstart",
         "audit --run runs/quickstart --attacks loss_threshold,label_leakage",
         "audit --run runs/quickstart 'evaluation.attacks=[{target: lira, args: {shadows: 64}}]'",
     )
     sub.add_argument("--run", required=True, type=_path, metavar="DIR", help="folder of a finished run")
-    sub.add_argument("--attacks", type=_names, metavar="A,B", help="default: the recipe's, or else a set of them")
+    sub.add_argument(
+        "--attacks", type=_names, metavar="A,B", help="attacks; default those of the recipe, or else a standard set"
+    )
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the attacks: evaluation.attacks")
 
     sub = command(
         "list",
-        "Print what can stand in a recipe, and where it is defined; of one plug-in, what it takes.",
+        "List the plug-ins, metrics, recipes and keys, or describe the arguments of one plug-in.",
         "list methods",
         "list keys",
         "list module timm",
     )
-    sub.add_argument("words", nargs="*", metavar="what", help="a kind, metrics, recipes or keys; and a name of it")
+    sub.add_argument(
+        "words", nargs="*", metavar="name", help="a kind of plug-in, metrics, recipes or keys; a plug-in; or both"
+    )
     return parser
 
 
@@ -282,7 +349,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _explain_option(option: str, others: list[str]) -> str:
-    """What an unknown option may have meant: a key of the recipe, or another option."""
+    """Describe an unknown option, with the recipe key or the option that was probably meant."""
     from fdl.recipe.config import Recipe
     from fdl.recipe.validate import keys
     from fdl.utils.suggest import suggest
@@ -298,8 +365,8 @@ def _explain_option(option: str, others: list[str]) -> str:
     return f"unknown option {option}{suggest(f'--{name}', options, few=0)}"
 
 
-def _beside_recipe(error: UserError, options: argparse.Namespace | None) -> str:
-    """Where a recipe lies, when something that it names by a relative path is missing: people look for it there."""
+def _missing_path_hint(error: UserError, options: argparse.Namespace | None) -> str:
+    """Return a hint for a missing relative path, which users may expect to be relative to the recipe."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, MissingPathError):
         cause = cause.__cause__
@@ -315,5 +382,5 @@ def _beside_recipe(error: UserError, options: argparse.Namespace | None) -> str:
 
 
 def _program() -> str:
-    """How fdl was started, for messages that show a command."""
+    """Return the command that started fdl, for messages that show a command."""
     return "fdl" if Path(sys.argv[0]).name == "fdl" else "python -m fdl"

@@ -1,38 +1,35 @@
-"""Where the command line writes."""
+"""Standard output, standard error and logging of the command line."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from fdl.engine.distributed.launch_environment import is_follower
 
-if TYPE_CHECKING:
-    pass
 
-
-def write_anything() -> None:
-    """Let standard output and error replace letters that their encoding lacks, such as μ in Windows' cp1252."""
+def replace_unencodable() -> None:
+    """Make standard output and error replace characters that their encoding lacks, e.g. μ in Windows' cp1252."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def log_to_stderr() -> None:
-    """Show what fdl logs on standard error; of others, warnings only."""
+    """Write fdl's log messages to standard error; only warnings of other libraries."""
     root = logging.getLogger()
     if not any(isinstance(handler, _Stderr) for handler in root.handlers):
         handler = _Stderr()
-        handler.addFilter(lambda record: not record.name.startswith("lightning"))  # it has a handler of its own
+        handler.addFilter(lambda record: not record.name.startswith("lightning"))  # Lightning has its own handler
         root.addHandler(handler)
     for chatty in ("lightning.fabric.utilities.distributed", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)  # which process is which
+        logging.getLogger(chatty).setLevel(logging.WARNING)  # they log the rank of every process
     logging.getLogger("fdl").setLevel(logging.WARNING if is_follower() else logging.INFO)
 
 
 class _Stderr(logging.StreamHandler):
-    """Looks `sys.stderr` up for every message, so that a live progress bar can put messages above itself."""
+    """Handler that looks up `sys.stderr` for every message, so that a live progress bar can print messages above it."""
 
     @property
     def stream(self) -> TextIO:
@@ -40,4 +37,4 @@ class _Stderr(logging.StreamHandler):
 
     @stream.setter
     def stream(self, _: TextIO) -> None:
-        """A stream handler sets this once; it is always looked up instead."""
+        """Ignore the stream that `StreamHandler` sets in its constructor."""

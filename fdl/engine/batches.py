@@ -1,4 +1,4 @@
-"""Which samples make the batches of a fit, and these batches."""
+"""Shuffled batches for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fdl.recipe.config import Fit
 
 AT_ONCE = 1 << 18
-"""Bytes up to which several batches are gathered in one piece: small ones take longer to ask for than to copy."""
+"""Bytes up to which several batches are gathered at once: for small ones the overhead of a call dominates."""
 
 
 def batches(
@@ -24,12 +24,12 @@ def batches(
 
     Args:
         count: number of samples.
-        config: gives `epochs` or `steps`, and `batch_size`.
-        generator: the stream of the shuffles.
-        skip_single: leave out batches of one sample, with which batch normalisation cannot train.
+        config: its `epochs` or `steps`, and `batch_size`, are used.
+        generator: random stream of the shuffles.
+        skip_single: skip batches of one sample, with which batch normalisation cannot train.
 
     Yields:
-        Whether this batch ends an epoch, and its indices, int64 [≤ batch_size].
+        True if the batch ends an epoch, and its indices, int64 [≤ batch_size].
     """
     left = config.steps if config.steps is not None else -1
     epochs = config.epochs if config.steps is None else -1
@@ -51,18 +51,18 @@ def batches(
 def gathered(
     samples: Samples, drawn: Iterable[tuple[bool, Tensor]], generator: torch.Generator
 ) -> Iterator[tuple[bool, Tensor, Batch]]:
-    """Gather batches.
+    """Gather the samples of batches.
 
-    Shuffles and augmentations take turns to draw from the generator, as in a plain loop; where nothing but shuffles
-    draws, several batches are gathered at once.
+    Shuffles and augmentations alternate in drawing from the generator, as in a plain loop; if only shuffles draw,
+    several batches are gathered at once.
 
     Args:
-        samples: where from.
-        drawn: as `batches` gives them.
-        generator: the stream of the augmentations.
+        samples: the samples to select from.
+        drawn: the result of `batches`.
+        generator: random stream of the augmentations.
 
     Yields:
-        Whether this batch ends an epoch, its indices, and itself.
+        True if the batch ends an epoch, its indices, and the batch.
     """
     if not samples.at_once:
         for ended, indices in drawn:
@@ -83,7 +83,7 @@ def gathered(
 
 
 def _cut(whole: Batch, some: list[tuple[bool, Tensor]]) -> Iterator[tuple[bool, Tensor, Batch]]:
-    """The batches that lie one after the other in a large one."""
+    """Split a large batch into consecutive small ones."""
     if len(some) == 1:
         yield *some[0], whole
         return

@@ -1,4 +1,4 @@
-"""Training steps through ``torch.compile``: compiled once, used over rounds and clients, or left as they are."""
+"""Training steps with ``torch.compile``: compiled once and reused over rounds and clients, with an eager fallback."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Use = Callable[["Objective"], Mapping[str, Tensor]]
 
 
 class Compiler:
-    """Compiles objectives, once for every module and kind of objective.
+    """Compiles objectives, once per module and kind of objective.
 
-    Clients fill one module after another with their weights, in place, and objectives that methods make anew in each
-    round have the code of those before: both find the compiled step again, and the addresses that a CUDA graph
-    remembers stay valid. A step is compiled whole or not at all, because what is left out between two parts, such as
-    hooks, may be what a loss hangs on. Where that fails, a line of the log says why, and the step is run as it is.
+    Clients load their weights into one shared module, in place, and the objectives that methods build in each round
+    share their code with earlier ones: both reuse the compiled step, and the addresses that a CUDA graph has recorded
+    stay valid. A step is compiled as one graph or not at all, because a graph break may skip what a loss depends on,
+    such as hooks. If that fails, the reason is logged and the step is run eagerly.
 
     Args:
-        backend: as ``torch.compile``'s.
+        backend: a backend of ``torch.compile``.
     """
 
     def __init__(self, backend: str | Callable = "inductor"):
@@ -38,16 +38,16 @@ class Compiler:
         self._steps: WeakKeyDictionary[nn.Module, dict[tuple, Callable | None]] = WeakKeyDictionary()
 
     def run(self, use: Use, module: nn.Module, objective: Objective, mode: str) -> Mapping[str, Tensor]:
-        """Do a pass with the compiled objective if there is one, otherwise with the objective itself.
+        """Run a forward and backward pass with the compiled objective, or with the objective itself if that fails.
 
         Args:
-            use: the pass; it is repeated when it turns out that the objective cannot be compiled.
-            module: what the objective is of; it has no gradients yet.
-            objective: what to compile.
+            use: runs the pass with an objective; repeated if the objective turns out not to compile.
+            module: the module to train, without gradients.
+            objective: the objective to compile.
             mode: ``"none"``, or a mode of ``torch.compile``.
 
         Returns:
-            What `use` returns. In mode ``"reduce-overhead"`` the next call overwrites it: add it up before.
+            The result of `use`. In mode ``"reduce-overhead"`` the next call overwrites it: accumulate it before.
         """
         if mode == "none":
             return use(objective)
@@ -74,19 +74,18 @@ def _step(objective: Objective, module: nn.Module, batch: Any) -> Mapping[str, T
 
 
 def _new_step() -> Callable:
-    # torch keeps compiled versions with a function's code, a few at most: with code of its own, no module takes the
-    # place of another's
+    # torch keeps a few compiled versions per code object: with a code object of its own, no module evicts another's
     return FunctionType(_step.__code__.replace(), globals())
 
 
 def _kind(objective: Objective) -> Any:
-    """What objectives have in common that differ in the tensors and numbers that they hold."""
+    """Return a key that objectives share if they differ only in the tensors and numbers that they hold."""
     function = getattr(objective, "__func__", objective)
     return getattr(function, "__code__", type(function))
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What torch raises when it cannot compile, or has compiled for too many shapes."""
+    """Return the errors that torch raises if it cannot compile, or has compiled for too many shapes."""
     from torch._dynamo import exc  # takes seconds to import
 
     limits = (getattr(exc, name, None) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit"))

@@ -1,4 +1,4 @@
-"""One pass of a model over many samples: what teachers and specialists spend most of their time with."""
+"""Inference: one pass of a model over many samples, which dominates the time of teachers and specialists."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 OutputSelector = str | Callable[[nn.Module, Any], Tensor]
 """A field of a model's `Output`, or a function (module, inputs) to a tensor [B, …]."""
 Progress = Callable[[int, int], None]
-"""Told after every batch: samples done, samples in all."""
+"""Called after every batch with the number of samples done, and of all."""
 
-AHEAD = 2
-"""Batches that are gathered and copied to a GPU while it works on another."""
+PREFETCH_BATCHES = 2
+"""Batches that are gathered and copied to a GPU while it computes an earlier one."""
 
 
 def predict(
@@ -41,37 +41,37 @@ def predict(
     cache: PredictionCache | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Ask a model about samples, without gradients, in evaluation mode and the precision of `fabric`.
+    """Compute a model's predictions, without gradients, in evaluation mode and the precision of `fabric`.
 
-    Texts of different lengths are answered longest first, so that batches hold little padding, and come back in their
-    own order. On a GPU the next batches are gathered and copied, and the last answers brought back, while it computes;
-    convolutional networks get images in channels-last layout. On a CPU the answers are, to the last bit, those of a
-    plain loop over batches of the same size.
+    Texts of different lengths are processed longest first, so that batches hold little padding, and returned in their
+    original order. On a GPU, gathering and copying the next batches, and copying the last predictions back, overlap
+    with its computation; convolutional networks get images in channels-last layout. On a CPU the predictions are, to
+    the last bit, those of a plain loop over batches of the same size.
 
     Args:
         fabric: device and precision; the module is on its device.
         module: left in evaluation mode.
         samples: n samples.
-        what: the field of `Output` to collect, or a function of module and inputs; in a set whose inputs differ in
-            length, its result must not.
-        batch_size: samples a forward pass.
+        what: the field of `Output` to collect, or a function of module and inputs whose result has the same shape for
+            inputs of any length.
+        batch_size: samples per forward pass.
         compile: run the module through ``torch.compile``, which pays off in long passes only; functions are called
-            with the module as it is.
-        into: a file that backs the result, for answers larger than memory; it is overwritten.
-        cache: where the answer is looked up first and kept afterwards; closures and bound methods have no name to be
-            kept under, and are asked every time.
+            with the uncompiled module.
+        into: a file that backs the result, for predictions larger than memory; it is overwritten.
+        cache: looked up first, and filled afterwards; closures and bound methods have no name for a key, so their
+            results are computed every time.
         progress: called after every batch.
 
     Returns:
-        float32 on the CPU, [n, …]; empty, [0], where there are no samples.
+        float32 on the CPU, [n, …]; empty, [0], if there are no samples.
 
     Raises:
-        ValueError: batches are answered in different shapes.
+        ValueError: batches give predictions of different shapes.
     """
-    how = (fabric.strategy.precision.precision, fabric.device.type, batch_size, compile)
-    key = None if cache is None else cache.key(module, samples, what, how)
-    if key is not None and (known := cache.get(key, len(samples))) is not None:
-        return known
+    settings = (fabric.strategy.precision.precision, fabric.device.type, batch_size, compile)
+    key = None if cache is None else cache.key(module, samples, what, settings)
+    if key is not None and (cached := cache.get(key, len(samples))) is not None:
+        return cached
     if module.training:
         module.eval()
     run = partial(_compiled(), module) if compile else module
@@ -84,14 +84,14 @@ def predict(
         done += len(values)
         if progress is not None:
             progress(done, len(samples))
-    answers = results.finish()
+    predictions = results.finish()
     if key is not None:
-        cache.put(key, answers)
-    return answers
+        cache.put(key, predictions)
+    return predictions
 
 
 def _order(samples: Samples) -> Tensor | None:
-    """The longest texts first: a batch too large for memory fails at once; None keeps the order of the samples."""
+    """Order texts longest first, so that a batch too large for memory fails at once; None keeps the samples' order."""
     lengths = samples.lengths
     if lengths is None or samples.width is not None or len(samples) == 0:
         return None
@@ -100,20 +100,20 @@ def _order(samples: Samples) -> Tensor | None:
 
 
 def _convolutional(module: nn.Module) -> bool:
-    """Whether convolutions do the work; a transformer's one that cuts patches does not count."""
+    """Return True if a module has several convolutions; a transformer has one at most, for its patch embedding."""
     return sum(isinstance(part, nn.Conv2d) for part in module.modules()) > 1
 
 
 @cache
 def _compiled() -> Callable[[nn.Module, Any], Any]:
-    # one function for all modules: those of one architecture share the compiled code, and nothing keeps them alive
+    # one function for all modules: those of one architecture share the compiled code, and none is kept alive by it
     return torch.compile(lambda module, inputs: module(inputs))
 
 
 def _on_device(
     fabric: Fabric, module: nn.Module, samples: Samples, batch_size: int
 ) -> Iterator[tuple[slice | Tensor, Any]]:
-    """Batches of inputs on the device, and which samples they are."""
+    """Yield batches of inputs on the device, with the rows of their samples."""
     device, convert, count = fabric.device, fabric.strategy.precision.convert_input, len(samples)
     order = _order(samples)
     starts = [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -131,9 +131,9 @@ def _on_device(
 
     def placed(part: slice) -> tuple[slice | Tensor, Any]:
         rows = rows_of(part)
-        # images travel as bytes and become numbers on the device
+        # images are copied as bytes and normalised on the device
         inputs = samples.normalised(map_tensors(samples.stored(rows), lambda t: to_device(t, device)))
-        if convolutional:  # only the images: other strides of the weights would cut them off from their template
+        if convolutional:  # only the images: other strides would detach the weights from their flat vector
             inputs = map_tensors(
                 inputs, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
             )
@@ -143,22 +143,22 @@ def _on_device(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; a GPU gets it from pinned memory, so that nobody waits for the copy."""
+    """Move a tensor to a device; to a GPU from pinned memory, asynchronously."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def prefetch_to_device(device: torch.device, place: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
-    """Map over items in order, where what is made of them lies on a device.
+    """Map a function that places its result on a device over items, in order.
 
-    On a GPU one thread draws the items and places them, on a stream of its own, `AHEAD` of whoever takes the results:
-    gathering and copying overlap with the work on those before.
+    On a GPU one thread draws the items and places them on a stream of its own, `PREFETCH_BATCHES` ahead of the
+    consumer: gathering and copying overlap with the work on earlier items.
 
     Args:
-        device: where results are used.
-        place: makes a tensor, or a tuple of tensors, tuples and other things, of an item.
-        items: may be a generator that draws random numbers: nobody else advances it.
+        device: the device that uses the results.
+        place: returns a tensor, or a tuple of tensors, tuples and other objects, for an item.
+        items: may be a generator that draws random numbers: only this function advances it.
     """
     if device.type != "cuda":
         yield from map(place, items)
@@ -169,11 +169,11 @@ def prefetch_to_device(device: torch.device, place: Callable[[Any], T], items: I
         with torch.cuda.device(device), torch.cuda.stream(side):
             return place(item), side.record_event()
 
-    with closing(prefetch(made, items, AHEAD)) as results:
+    with closing(prefetch(made, items, PREFETCH_BATCHES)) as results:
         for result, ready in results:
             now = torch.cuda.current_stream(device)
             now.wait_event(ready)
-            # the memory is not given away before `now` is through
+            # the memory is not reused before the stream `now` is done with it
             map_tensors(
                 result, lambda t, now=now: t.record_stream(now) if isinstance(t, Tensor) and t.is_cuda else None
             )
@@ -181,14 +181,24 @@ def prefetch_to_device(device: torch.device, place: Callable[[Any], T], items: I
 
 
 def map_tensors(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to a tensor, or to every tensor of a tuple."""
+    """Apply a function to a tensor, or to every tensor of a nested tuple.
+
+    Args:
+        inputs: a tensor, or a tuple of tensors and tuples.
+        function: called with each tensor.
+    """
     return tuple(map_tensors(part, function) for part in inputs) if isinstance(inputs, tuple) else function(inputs)
 
 
 def prefetch(function: Callable[[Any], T], items: Iterable[Any], count: int) -> Iterator[T]:
-    """Map over items in order, with one thread that is at most `count` items ahead of whoever takes the results.
+    """Map a function over items in order, in one thread that is at most `count` items ahead of the consumer.
 
-    The thread draws the items, too, so that what a generator and `function` do alternates as in a plain loop.
+    The thread draws the items, too, so that calls of a generator and of `function` alternate as in a plain loop.
+
+    Args:
+        function: called with each item.
+        items: may be a generator that draws random numbers: only this function advances it.
+        count: number of results computed in advance, ≥ 1.
     """
     source, end = iter(items), object()
 
@@ -207,13 +217,13 @@ def prefetch(function: Callable[[Any], T], items: Iterable[Any], count: int) -> 
 
 
 class _Results:
-    """Collects answers in one float32 tensor on the CPU.
+    """Collects predictions in one float32 tensor on the CPU.
 
-    A GPU's answers are copied without waiting for them, and written one batch later, when they are there.
+    Predictions from a GPU are copied asynchronously, and written one batch later, when they have arrived.
 
     Args:
-        count: rows in all.
-        into: a file to back the tensor; None: memory.
+        count: total number of rows.
+        into: a file that backs the tensor; None: memory.
     """
 
     def __init__(self, count: int, into: Path | None):
@@ -222,13 +232,21 @@ class _Results:
         self._coming: tuple[slice | Tensor, Tensor, torch.cuda.Event] | None = None
 
     def write(self, rows: slice | Tensor, values: Tensor) -> None:
-        """Take one batch of answers."""
+        """Write one batch of predictions.
+
+        Args:
+            rows: their rows in the result.
+            values: the predictions [B, …], of any floating-point type and device.
+
+        Raises:
+            ValueError: earlier batches had another shape.
+        """
         if self._whole is None:
-            # allocated outside inference mode: knowledge made of it is differentiated through later
+            # allocated outside of inference mode: results computed from it are differentiated later
             self._whole = self._allocate(values.shape[1:])
         if values.shape[1:] != self._whole.shape[1:]:
             raise ValueError(
-                f"answers have shape [B, {', '.join(map(str, values.shape[1:]))}] in one batch and "
+                f"predictions have shape [B, {', '.join(map(str, values.shape[1:]))}] in one batch and "
                 f"[B, {', '.join(map(str, self._whole.shape[1:]))}] in another"
             )
         if values.device.type != "cuda":
@@ -238,14 +256,14 @@ class _Results:
         host = torch.empty(values.shape, pin_memory=True)
         host.copy_(values, non_blocking=True)
         before, self._coming = self._coming, (rows, host, torch.cuda.current_stream(values.device).record_event())
-        self._settle(before)
+        self._finish_copy(before)
 
     def finish(self) -> Tensor:
-        """All answers."""
-        self._settle(self._coming)
+        """Return all predictions."""
+        self._finish_copy(self._coming)
         return torch.empty(0) if self._whole is None else self._whole
 
-    def _settle(self, coming: tuple[slice | Tensor, Tensor, torch.cuda.Event] | None) -> None:
+    def _finish_copy(self, coming: tuple[slice | Tensor, Tensor, torch.cuda.Event] | None) -> None:
         if coming is not None:
             rows, host, ready = coming
             ready.synchronize()

@@ -1,4 +1,4 @@
-"""Optimisers and schedules of fits, which follow each other by the hundred on one template."""
+"""Optimisers and schedules of fits, of which hundreds follow each other on one module."""
 
 from __future__ import annotations
 
@@ -21,36 +21,38 @@ if TYPE_CHECKING:
 
 
 class FitOptimizers:
-    """One optimiser per module and optimiser's settings, built once and emptied for every fit.
+    """One optimiser per module and settings, built once and reset for every fit.
 
-    A template is trained for one client after another, and building an optimiser costs as much as half a step of a
+    A shared module is trained for one client after another, and building an optimiser costs as much as half a step of a
     small model.
 
     Args:
-        fabric: sets them up.
-        sharder: groups parameters that are spread over ranks; None where every rank has whole ones.
+        fabric: sets optimisers up.
+        sharder: groups the parameters of sharded models; None if models are not sharded.
     """
 
     def __init__(self, fabric: Fabric, sharder: Sharder | None):
         self._fabric, self._sharder = fabric, sharder
-        self._known: WeakKeyDictionary[nn.Module, dict[Component, tuple]] = WeakKeyDictionary()
+        self._reusable: WeakKeyDictionary[nn.Module, dict[Component, tuple]] = WeakKeyDictionary()
 
-    def known(self) -> list[_FabricOptimizer]:
-        """Those that are used again."""
-        return [optimizer for kept in self._known.values() for _, optimizer, _ in kept.values()]
+    def reusable(self) -> list[_FabricOptimizer]:
+        """List the optimisers that are kept for later fits."""
+        return [optimizer for kept in self._reusable.values() for _, optimizer, _ in kept.values()]
 
     def fresh(self, module: nn.Module, parameters: Sequence[nn.Parameter], config: Fit) -> _FabricOptimizer:
-        """An optimiser that has taken no step yet.
+        """Return an optimiser that has taken no step yet.
 
         Args:
-            module: whose parameters they are.
-            parameters: those that are trained.
-            config: names the optimiser.
+            module: the module to train.
+            parameters: its parameters that are trained.
+            config: its `optimizer` is used; one with a `scheduler` is always built anew.
         """
-        known = self._known.setdefault(module, {})
+        reusable = self._reusable.setdefault(module, {})
         key = config.optimizer
-        if key in known and config.scheduler is None:  # a schedule wraps the optimiser's methods, so it gets a new one
-            before, optimizer, settings = known[key]
+        if (
+            key in reusable and config.scheduler is None
+        ):  # a schedule wraps its optimiser's methods, so it gets a new one
+            before, optimizer, settings = reusable[key]
             if len(before) == len(parameters) and all(a is b for a, b in zip(before, parameters)):
                 optimizer.state.clear()
                 for group, original in zip(optimizer.param_groups, settings):
@@ -63,12 +65,16 @@ class FitOptimizers:
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer = self._fabric.setup_optimizers(optimizer)
         if config.scheduler is None:
-            known[key] = parameters, optimizer, settings
+            reusable[key] = parameters, optimizer, settings
         return optimizer
 
 
 def build_fit_optimizer(parameters: Sequence[nn.Parameter], config: Fit) -> Optimizer:
-    """The optimiser that a fit's settings name, as torch builds it.
+    """Build the torch optimiser of a fit's settings.
+
+    Args:
+        parameters: the parameters to train.
+        config: its `optimizer` is used.
 
     Raises:
         UserError: there is no such optimiser, or it refuses its arguments.
@@ -77,19 +83,32 @@ def build_fit_optimizer(parameters: Sequence[nn.Parameter], config: Fit) -> Opti
 
 
 def schedule_of(optimizer: Optimizer, config: Fit, round: int) -> tuple[Any, str]:
-    """The schedule of a fit in a round, None where there is none, and what it counts."""
+    """Build the schedule of a fit.
+
+    Args:
+        optimizer: the fit's optimiser.
+        config: its `scheduler` is used.
+        round: the current round, from 1; a schedule over rounds is advanced to it.
+
+    Returns:
+        The schedule, None if there is none, and the unit of its steps: ``"step"``, ``"epoch"`` or ``"round"``.
+    """
     if config.scheduler is None:
         return None, "step"
     scheduler = build_scheduler(optimizer, config.scheduler.target, config.scheduler.args)
     if config.scheduler.interval == "round":
         for _ in range(round - 1):
-            optimizer.step()  # there are no gradients, so nothing moves; torch warns without it
-            advance(scheduler, config)
+            optimizer.step()  # without gradients nothing changes; torch warns without this call
+            step_schedule(scheduler, config)
     return scheduler, config.scheduler.interval
 
 
-def advance(scheduler: Any, config: Fit) -> None:
+def step_schedule(scheduler: Any, config: Fit) -> None:
     """Take one step of a schedule.
+
+    Args:
+        scheduler: the schedule.
+        config: the fit's settings, named in the error.
 
     Raises:
         UserError: the schedule has ended before its fit.

@@ -14,6 +14,8 @@ from fdl.modules.objectives import Objective
 from fdl.utils.seeding import stream_seed, torch_stream
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lightning import LightningModule
     from torch import Tensor
 
@@ -28,12 +30,12 @@ T = TypeVar("T")
 
 
 class PrivacyPolicy(Protocol):
-    """What an account of differential privacy is held against.
+    """The privacy budget, and the accountant that measures it.
 
     Attributes:
-        delta: the δ at which ε is given.
-        epsilon: the budget; None where ε is only reported.
-        level: whose contribution is protected, ``"example"`` or ``"institution"``.
+        delta: the δ at which ε is computed.
+        epsilon: the budget; None if ε is only reported.
+        level: the protected unit, ``"example"`` or ``"institution"``.
     """
 
     delta: float
@@ -41,42 +43,85 @@ class PrivacyPolicy(Protocol):
     level: str
 
     def spent(self, events: Sequence[Mapping[str, Any]]) -> float:
-        """The ε of mechanisms run one after another.
+        """Return the ε of the composition of mechanisms.
 
         Args:
-            events: the mechanisms, as `fdl.privacy.accounting.event` makes them.
+            events: the mechanisms, made by `fdl.privacy.accounting.event`.
+        """
+        ...
+
+
+class PrivateTrainer(Protocol):
+    """Trains on private samples with noise."""
+
+    def fit(
+        self,
+        client: Any,
+        module: LightningModule,
+        samples: Samples,
+        config: Fit,
+        objective: Objective | None = None,
+        name: str = "fit",
+    ) -> dict[str, float]:
+        """Train a client's module on private samples.
+
+        Args:
+            client: the `fdl.participants.Client` that trains; its privacy account is charged.
+            module: trained in place.
+            samples: the client's private samples.
+            config: steps or epochs, batch size, optimiser and schedule.
+            objective: loss to minimise; None: the module's own training step.
+            name: of the training: prefix of its losses in `metrics`, and purpose of its random stream.
+
+        Returns:
+            Losses by name; empty if they would reveal more than the noise allows.
+        """
+        ...
+
+
+class ModuleSource(Protocol):
+    """Modules that a client can borrow and fill with weights; `Runtime` has those that all clients share."""
+
+    def borrow(
+        self, architecture: str, weights: Mapping[str, Tensor] | None = None
+    ) -> AbstractContextManager[LightningModule]:
+        """Lend an architecture's module for a block.
+
+        Args:
+            architecture: the architecture's key.
+            weights: weights to fill it with; None leaves those that it has.
         """
         ...
 
 
 class Participant:
-    """One who computes: owns data, a state that is checkpointed, and its own streams of randomness.
+    """A client or the server: owns data, a checkpointed state, and its random streams.
 
     Args:
         id: the client's number, -1 for the server.
-        runtime: where it computes.
+        runtime: trains its models and predicts with them.
         seed: the recipe's seed.
-        local_training: how it trains on private data.
-        server_distil: how the server trains the student on the proxy set.
-        client_distil: how a client learns from what the server sends back.
+        local_training: settings of training on private data.
+        server_distil: settings of the student's training on the proxy set.
+        client_distil: settings of a client's training on the server's download.
         proxy: the public proxy set, unlabelled.
-        public: labelled public samples to train on; None or empty where there are none. They are the server's: a
-            method whose clients look at them counts their bytes in `setup_bytes`.
-        num_classes: the data's number of classes, 0 where there are none.
-        task: which of `fdl.metrics.tasks.TASKS` the data are for.
-        model_kwargs: what the data tell a model's constructor, e.g. their tokenizer.
-        encoder: the frozen public encoder, None where the recipe names none.
-        arrival: when private data come in; None: all are there from the first.
-        privacy: what an account of differential privacy is held against; None where there is no budget and no δ.
+        public: labelled public samples to train on; None or empty if there are none. They belong to the server: a
+            method whose clients use them counts their bytes in `setup_bytes`.
+        num_classes: the data's number of classes, 0 if there are none.
+        task: the data's task, a key of `fdl.metrics.tasks.TASKS`.
+        model_kwargs: arguments for a model's constructor that depend on the data, e.g. their tokenizer.
+        encoder: the frozen public encoder, None if the recipe names none.
+        arrival: schedule by which private data arrive; None: all are there from the start.
+        privacy: the privacy budget and its accountant; None if the recipe sets neither budget nor δ.
         noise_seed: a secret from which noise and secret samplings are drawn; None draws them from `seed`, which is for
             simulations.
 
     Attributes:
         round: the current round, set by the loop.
-        stage: how many times new data have come in before it.
+        stage: number of times that new data have arrived before this round.
         state: tensors, numbers and nested dicts of them that must survive a restart.
-        cache: what can be computed again; never saved.
-        metrics: what happened in the current turn; the loop logs it.
+        cache: results that can be computed again; never saved.
+        metrics: metrics of the current turn, which the loop logs.
     """
 
     def __init__(
@@ -108,7 +153,11 @@ class Participant:
         self.metrics: dict[str, float] = {}
 
     def start_round(self, round: int) -> None:
-        """Start a round: reset metrics and random draws, and update data that arrive in stages."""
+        """Start a round: reset metrics and random draws, and update data that arrive in stages.
+
+        Args:
+            round: its number, from 1; 0 for the setup.
+        """
         self.round, self.metrics, self._drawn = round, {}, Counter()
         stage = 0 if self.arrival is None else self.arrival.stage(round)
         if stage != self.stage:
@@ -116,26 +165,30 @@ class Participant:
             self.update_data()
 
     def update_data(self) -> None:
-        """Switch to the data of the current stage; nothing to do for a participant without data of its own."""
+        """Switch to the data of the current stage; subclasses with such data override this."""
 
     def rng(self, purpose: str) -> torch.Generator:
-        """This participant's stream for one purpose in the current round."""
+        """Return this participant's random stream for one purpose in the current round.
+
+        Args:
+            purpose: name of the stream.
+        """
         return torch_stream(self.seed, purpose, self.round, self.id)
 
     @property
     def has_noise_seed(self) -> bool:
-        """Whether noise is drawn from a secret, and not from the recipe's seed."""
+        """True if noise is drawn from a secret instead of the recipe's seed."""
         return self._noise_seed is not None
 
     def secret_seed(self, purpose: str) -> int:
-        """The seed of a stream of noise, or of a sampling that must stay secret: another one at every call.
+        """Return the seed of a stream of noise or of a secret sampling, a different one at every call.
 
-        Calls are counted within a round, so that whatever is drawn twice in one is drawn independently, and that a
-        round which is run again, after a restart or in another process, draws what it drew. From a noise seed, where
-        there is one, else from the recipe's.
+        Calls are counted within a round, so that two draws in one round are independent, and a round that is run again,
+        after a restart or in another process, repeats its draws. Derived from the noise seed if there is one, else from
+        the recipe's seed.
 
         Args:
-            purpose: what the stream is for.
+            purpose: name of the stream.
         """
         self._drawn[purpose] += 1
         count = self._drawn[purpose]
@@ -143,7 +196,11 @@ class Participant:
         return stream_seed(self.seed if self._noise_seed is None else self._noise_seed, name, self.round, self.id)
 
     def noise(self, purpose: str) -> torch.Generator:
-        """A stream as `secret_seed` says."""
+        """Return a new random stream, seeded by `secret_seed`.
+
+        Args:
+            purpose: name of the stream.
+        """
         return torch.Generator().manual_seed(self.secret_seed(purpose))
 
     def fit(
@@ -155,7 +212,7 @@ class Participant:
         name: str = "fit",
         watch: Callable[[int], bool] | None = None,
     ) -> dict[str, float]:
-        """Train a module on this participant's stream, and add the losses to `metrics`.
+        """Train a module on this participant's random stream, and add the losses to `metrics`.
 
         Args:
             module: trained in place.
@@ -205,5 +262,15 @@ class Participant:
             return end.value
 
     def predict(self, module: LightningModule, samples: Samples, what: OutputSelector = "logits") -> Tensor:
-        """Answer samples without gradients: float32 [n, …] on the CPU. Arguments as in `Runtime.predict`."""
+        """Predict without gradients.
+
+        Args:
+            module: a module whose forward returns an `Output`.
+            samples: n samples.
+            what: the field of `Output` to collect, e.g. ``"logits"`` or ``"embedding"``, or a function of module and
+                inputs whose result has the same shape for every batch except for the first dimension.
+
+        Returns:
+            float32 tensor on the CPU, [n, …].
+        """
         return self.runtime.predict(module, samples, what)

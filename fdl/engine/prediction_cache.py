@@ -1,4 +1,4 @@
-"""Answers of models that no longer change, found again by what was asked of whom."""
+"""Cache of frozen models' predictions, by a hash of model, samples and settings."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ log = logging.getLogger("fdl")
 
 
 class PredictionCache:
-    """Keeps answers in memory across rounds and, given a folder, on disk across runs.
+    """Keeps predictions in memory across rounds and, given a folder, on disk across runs.
 
-    An answer is known by the hash of the weights, the settings of all parts of the model, the content of the samples,
-    and how they were asked: a model that has been trained meanwhile is asked again.
+    The key hashes the weights, the settings of all parts of the model, the content of the samples, and the settings of
+    inference: a model that has been trained in the meantime has another key.
 
     Args:
-        folder: where answers are stored; None keeps them in memory only. Runs may share it.
-        limit: bytes kept in memory; what was not used for longest goes first.
+        folder: folder of stored predictions; None keeps them in memory only. Runs may share it.
+        limit: bytes kept in memory; the least recently used are evicted first.
     """
 
     def __init__(self, folder: str | Path | None = None, limit: int = 2 << 30):
@@ -43,27 +43,35 @@ class PredictionCache:
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def key(self, module: nn.Module, samples: Samples, what: Any, how: Iterable[Any] = ()) -> str | None:
-        """Name an answer.
+        """Return the key of some predictions.
 
         Args:
-            module: who is asked.
-            samples: about what.
-            what: a text, or a function that is defined in a file or class.
-            how: whatever else changes the answer, e.g. precision and batch size.
+            module: the model.
+            samples: the samples.
+            what: the field of `Output`, or a function that is defined at the top level of a file or class.
+            how: further settings that change predictions, e.g. precision and batch size.
 
         Returns:
-            A hex digest; None for functions that cannot be named.
+            A hex digest; None for functions without a unique name.
         """
         if not isinstance(what, str):
-            # what a bound method or a closure computes depends on more than its name
+            # the result of a bound method or a closure depends on more than its name
             if not isinstance(what, FunctionType) or what.__closure__ or "<" in what.__qualname__:
                 return None
             what = f"{what.__module__}:{what.__qualname__}"
-        asked = (fdl.__version__, torch.__version__, what, *how)
-        return _hashed(repr(asked), fingerprint(module), samples.content_hash())
+        settings = (fdl.__version__, torch.__version__, what, *how)
+        return _hashed(repr(settings), fingerprint(module), samples.content_hash())
 
     def get(self, key: str, count: int) -> Tensor | None:
-        """The answer [count, …], which the caller may change; None where there is none, or none that is whole."""
+        """Return stored predictions.
+
+        Args:
+            key: the result of `key`.
+            count: expected number of rows.
+
+        Returns:
+            float32 [count, …], a copy; None if there are none, or the file is damaged.
+        """
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key].clone()
@@ -74,7 +82,12 @@ class PredictionCache:
         return None
 
     def put(self, key: str, answers: Tensor) -> None:
-        """Keep an answer. A folder that cannot be written to is worth a warning, not the end of a run."""
+        """Store predictions; if the folder cannot be written to, log a warning and continue.
+
+        Args:
+            key: the result of `key`.
+            answers: the predictions, float32 [n, …] on the CPU.
+        """
         self._keep(key, answers.clone())
         if self.folder is None:
             return
@@ -84,7 +97,7 @@ class PredictionCache:
             os.close(handle)
             try:
                 save_file({"answers": answers.contiguous()}, name, metadata={"blake2b": _hashed(_bytes(answers))})
-                os.replace(name, self._file(key))  # no reader finds half a file
+                os.replace(name, self._file(key))  # atomic: no reader sees a partial file
             finally:
                 Path(name).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
@@ -117,9 +130,12 @@ class PredictionCache:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash of all that a model's answers depend on: weights, buffers, and the plain settings of all its parts.
+    """Hash everything that a model's predictions depend on: weights, buffers, and the plain settings of all its parts.
 
-    Settings tell apart what weights do not, such as the number of heads, or the size that images are resized to.
+    Settings distinguish models with equal weights, e.g. by the number of heads or the size that images are resized to.
+
+    Args:
+        module: the model.
     """
     parts: list[str | memoryview] = []
     for name, part in module.named_modules():

@@ -1,8 +1,8 @@
-"""How participants compute: precision, shared modules and the one training loop, on Lightning's Fabric.
+"""Training and inference on Lightning's Fabric: devices, precision, and one shared module per architecture.
 
-Clients are moved to the device, never `fabric.setup`: under a distributed strategy that would average the gradients
-of different institutions. There is one module per architecture, which a client borrows
-for its turn and fills with its weights, so that memory on the device does not grow with the number of clients.
+Client models are moved to the device without `fabric.setup`, which would average the gradients of different
+institutions under a distributed strategy. A client borrows its architecture's module for its turn and loads its
+weights into it, so that memory on the device does not grow with the number of clients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fdl.engine.distributed import launch_environment as clusters
 from fdl.engine.distributed.devices import fabric_of
-from fdl.engine.distributed.process_group import ProcessGroup, nobody_came
+from fdl.engine.distributed.process_group import ProcessGroup, missing_processes_error
 from fdl.engine.inference import OutputSelector, predict
 from fdl.engine.prediction_cache import PredictionCache
 from fdl.engine.steps.selection import StepSelection
@@ -37,28 +37,31 @@ if TYPE_CHECKING:
 
 
 class Runtime:
-    """Where and how participants compute.
+    """The devices of a run, and training and inference on them.
 
     Args:
-        accelerator: as Lightning's, e.g. ``"auto"``, ``"cpu"``, ``"gpu"``.
+        accelerator: Lightning's accelerator, e.g. ``"auto"``, ``"cpu"``, ``"gpu"``.
         devices: number of devices.
         num_nodes: number of machines.
-        strategy: ``"auto"``: clients are spread over ranks, and the server's models are trained alike by all ranks, to
-            the bit; ``"ddp"``: ranks share the samples of the server's batches and sum their gradients, as Lightning's
-            DDP does; ``"fsdp"``: every rank holds a part of every model, with its gradients and its optimiser's state,
-            and all ranks train all models together, one client after another.
-        precision: as Lightning's, e.g. ``"32-true"`` or ``"bf16-mixed"``.
-        batch_size: samples a forward pass of `predict`.
+        strategy: ``"auto"``: clients are distributed over ranks, and every rank trains the server's models identically,
+            to the bit; ``"ddp"``: ranks split the server's batches and sum their gradients, as Lightning's DDP does;
+            ``"fsdp"``: every rank holds a shard of every model, with its gradients and its optimiser's state, and all
+            ranks train all models together, one client after another.
+        precision: Lightning's precision, e.g. ``"32-true"`` or ``"bf16-mixed"``.
+        batch_size: samples per forward pass of `predict`.
         compile: run `predict` through ``torch.compile``.
-        cache: folder where the answers of frozen models are kept across runs; None keeps them in memory.
+        cache: folder of frozen models' predictions, kept across runs; None keeps them in memory.
         timeout: seconds that a process waits for the others of the run.
-        launch: join the other processes; without it there is this one alone, on one device.
+        launch: join the other processes of the run; False uses this process only, on one device.
 
     Attributes:
         ranks: the processes of the run.
-        clock: where the run's time goes.
+        clock: wall time by part of a round.
         steps: chooses the strategy of a fit's steps, and keeps optimisers and compiled steps.
-        sharder: spreads models over ranks; None: every rank has whole ones.
+        sharder: shards models over ranks; None if models are not sharded.
+        prediction_cache: predictions of frozen models.
+        factories: functions that build an untrained module, by architecture.
+        is_dry_run: True within `dry_run`.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class Runtime:
         launch: bool = True,
     ):
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads any, and it takes time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and none is read
         many = (devices, num_nodes, strategy) if launch else (1, 1, "auto")
         self.fabric = fabric_of(accelerator, *many, precision, timeout)
         if launch:
@@ -83,14 +86,14 @@ class Runtime:
         try:
             self.fabric.launch()
         except dist.DistError as error:
-            raise nobody_came(error, timeout) from error
+            raise missing_processes_error(error, timeout) from error
         self.sharder = None
         self.ranks = ProcessGroup(self.fabric, timeout, sharded=launch and strategy == "fsdp")
         if self.ranks.sharded:
             from fdl.engine.distributed.sharding import Sharder
 
             self.sharder = Sharder(self.fabric, self.ranks)
-        self.batch_size, self.compile, self.answers = batch_size, compile, PredictionCache(cache)
+        self.batch_size, self.compile, self.prediction_cache = batch_size, compile, PredictionCache(cache)
         self.steps = StepSelection(self.fabric, self.ranks, self.sharder, strategy)
         self.is_dry_run, self.clock = False, Stopwatch()
         self.factories: dict[str, Callable[[], LightningModule]] = {}
@@ -104,8 +107,13 @@ class Runtime:
     # -- modules -------------------------------------------------------------------------------------------------
 
     def create(self, architecture: str, seed: int) -> LightningModule:
-        """Build a module with weights drawn from `seed`, on the device, leaving torch's random state as it was."""
-        module = self._built(architecture, seed)
+        """Build a module on the device, with initial weights drawn from a seed; torch's random state does not change.
+
+        Args:
+            architecture: a key of `factories`.
+            seed: seed of the initial weights.
+        """
+        module = self._build(architecture, seed)
         if self.sharder is not None:
             return self.sharder.place(module)
         module = self.fabric.to_device(module)
@@ -113,24 +121,29 @@ class Runtime:
         return module
 
     def first_weights(self, architecture: str, seed: int) -> dict[str, Tensor]:
-        """The weights of a module as `create` builds it, in host memory."""
-        return module_state(self._built(architecture, seed))
+        """Return the initial weights of `create` by name, in host memory.
 
-    def _built(self, architecture: str, seed: int) -> LightningModule:
-        """A new module in host memory, in the recipe's precision."""
+        Args:
+            architecture: a key of `factories`.
+            seed: seed of the initial weights.
+        """
+        return module_state(self._build(architecture, seed))
+
+    def _build(self, architecture: str, seed: int) -> LightningModule:
+        """Build a module in host memory, in the recipe's precision."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             module = self.factories[architecture]()
         return self.fabric.strategy.precision.convert_module(module)
 
     def place(self, module: LightningModule) -> LightningModule:
-        """Move a module to the device in the recipe's precision."""
+        """Move a module to the device, in the recipe's precision."""
         return self.fabric.to_device(self.fabric.strategy.precision.convert_module(module))
 
     def shared_module(self, architecture: str) -> LightningModule:
-        """The one module of an architecture that clients take turns to borrow, to look at its structure.
+        """Return the module that all clients of an architecture share, to inspect its structure.
 
-        Its weights are whoever's borrowed it last; they can be changed by `borrow` only.
+        Its weights are those of the last borrower; only `borrow` makes them writable.
 
         Args:
             architecture: a key of `factories`.
@@ -142,11 +155,14 @@ class Runtime:
 
     @contextmanager
     def borrow(self, architecture: str, weights: Mapping[str, Tensor] | None = None) -> Iterator[LightningModule]:
-        """Within this context an architecture's shared module belongs to the caller, who may fill and train it.
+        """Borrow an architecture's shared module for the length of this context, to load and train it.
 
         Args:
             architecture: a key of `factories`.
-            weights: what to fill it with, names as in `module_state`; None leaves the weights of whoever had it last.
+            weights: tensors to load, by the names of `module_state`; None keeps the weights of the last borrower.
+
+        Yields:
+            The module.
 
         Raises:
             RuntimeError: it is borrowed already: two borrowers would overwrite each other's weights.
@@ -183,58 +199,58 @@ class Runtime:
 
         Args:
             module: the module to train, in place.
-            samples: what to train on.
-            config: epochs or steps, batch size, optimiser, schedule, clipping, and whether steps are compiled.
-            generator: the stream that orders (and augments) the samples.
-            objective: what to minimise; default the module's own `training_step`.
-            round: the round, for schedules that count rounds.
+            samples: training samples.
+            config: epochs or steps, batch size, optimiser, schedule, clipping, and compilation of steps.
+            generator: random stream of shuffles and augmentations.
+            objective: loss to minimise; None: the module's own `training_step`.
+            round: the current round, for schedules over rounds.
             watch: called after every step with the number of steps so far; True ends the fit. It may predict with the
                 module.
 
         Returns:
-            The mean over steps of every named loss; empty when there was nothing to do.
+            The mean over steps of every named loss; empty if no step was taken.
         """
         if self.is_dry_run or len(samples) == 0 or config.epochs == 0 or config.steps == 0:
             return {}
         parameters = trainable(module)
-        if not parameters:  # a frozen teacher has nothing to learn
+        if not parameters:  # e.g. a frozen teacher
             return {}
         step = self.steps.choose(module, parameters, objective or training_step, config)
         return train(step, samples, config, generator, round, watch)
 
     def all_ranks(self) -> AbstractContextManager[None]:
-        """Within this context all ranks train the same models; under DDP they share the samples of every batch."""
+        """Mark a context in which all ranks train the same models; under DDP they split every batch."""
         return self.steps.all_ranks()
 
     # -- inference -----------------------------------------------------------------------------------------------
 
     def predict(self, module: nn.Module, samples: Samples, what: OutputSelector = "logits") -> Tensor:
-        """One pass over samples without gradients.
+        """Predict without gradients.
 
         Args:
-            module: a module whose forward gives an `Output`.
-            samples: what to answer.
+            module: a module whose forward returns an `Output`.
+            samples: n samples.
             what: the field of `Output` to collect, e.g. ``"logits"`` or ``"embedding"``, or a function of module and
-                inputs whose result has the same shape for every batch but for the first dimension.
+                inputs whose result has the same shape for every batch except for the first dimension.
 
         Returns:
             float32 tensor on the CPU, [n, …].
         """
-        # what is frozen answers once: across rounds from memory, across runs from the recipe's folder
+        # frozen models predict once: later rounds read from memory, later runs from the recipe's cache folder
         frozen = not trainable(module) and next(module.parameters(), None) is not None
-        cache = self.answers if frozen else None
+        cache = self.prediction_cache if frozen else None
         with self.clock.part("extraction", within="clients"):
             if self.sharder is not None:
                 return self.sharder.predict(module, samples, what, self.batch_size, cache)
             return predict(self.fabric, module, samples, what, self.batch_size, compile=self.compile, cache=cache)
 
     def to_device(self, batch: Batch) -> Batch:
-        """A batch on the device; a GPU gets it without anybody waiting for the copy."""
+        """Move a batch to the device; to a GPU asynchronously."""
         return batch_to_device(batch, self.device)
 
     @contextmanager
     def dry_run(self) -> Iterator[None]:
-        """Within this context `fit` does nothing, so that messages can be made, and measured, without training."""
+        """Disable `fit` within this context, so that messages can be built and measured without training."""
         self.is_dry_run = True
         try:
             yield
@@ -243,9 +259,16 @@ class Runtime:
 
 
 def seed_everything(seed: int, purpose: str, round: int = 0, client: int = -1) -> None:
-    """Seed torch's global streams (dropout, random initial weights) for one participant's turn."""
+    """Seed torch's global random streams (dropout, initial weights) for one participant's turn.
+
+    Args:
+        seed: the recipe's seed.
+        purpose: name of the stream.
+        round: the current round.
+        client: the client's id, -1 for the server.
+    """
     number = stream_seed(seed, purpose, round, client)
-    # torch.manual_seed formats a stack trace for every kind of device that is not there, which costs more than a step
+    # torch.manual_seed formats a stack trace for every absent kind of device, which costs more than a training step
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)

@@ -1,4 +1,4 @@
-"""The training loop: batches, a step for each, a schedule."""
+"""The training loop: batches, one step per batch, a schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fdl.engine.batches import batches, gathered
 from fdl.engine.inference import map_tensors, prefetch_to_device, to_device
-from fdl.engine.optimizers import advance, schedule_of
+from fdl.engine.optimizers import schedule_of, step_schedule
 from fdl.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 
 class StepStrategy(Protocol):
-    """What the loop does with every batch; `EagerStep` describes the methods."""
+    """Strategy of a training step: placement of a batch, forward, backward and update; see `EagerStep`."""
 
     fabric: Fabric
     module: nn.Module
     optimizer: _FabricOptimizer
 
     def place(self, batch: Batch, full: bool) -> Any:
-        """Move a batch to the device; what it returns is for `backward`."""
+        """Move a batch to the device; the result is the argument of `backward`."""
 
     def backward(self, placed: Any) -> Mapping[str, Tensor]:
-        """Do a forward and a backward pass, and return the named losses."""
+        """Run a forward and a backward pass, and return the named losses."""
 
     def update(self) -> None:
-        """Let the optimiser step, and drop the gradients."""
+        """Take an optimiser step, and drop the gradients."""
 
     def reduce_losses(self, means: dict[str, float]) -> dict[str, float]:
-        """The mean losses of all processes that share the fit."""
+        """Combine the mean losses of all processes that share the fit."""
 
 
 def train(
@@ -55,18 +55,18 @@ def train(
     """Train a module on samples.
 
     Args:
-        step: what is done with a batch; it knows the module, the objective and the optimiser.
-        samples: at least one.
+        step: strategy of a step, with the module, the objective and the optimiser.
+        samples: training samples, at least one.
         config: epochs or steps, batch size, schedule.
-        generator: the stream that orders (and augments) the samples.
-        round: the round, for schedules that count rounds.
+        generator: random stream of shuffles and augmentations.
+        round: the current round, for schedules over rounds.
         watch: called after every step with the number of steps so far; True ends the fit.
 
     Returns:
         The mean over steps of every named loss.
 
     Raises:
-        UserError: batch normalisation needs batches of two samples, and there is none.
+        UserError: batch normalisation needs batches of at least two samples, and there is none.
     """
     module = step.module
     scheduler, interval = schedule_of(step.optimizer.optimizer, config, round)
@@ -75,7 +75,7 @@ def train(
     drawn = gathered(samples, batches(len(samples), config, generator, skip_single), generator)
     sums: dict[str, Tensor] = {}
     steps = 0
-    # a GPU's batches are gathered and copied while it works on those before
+    # on a GPU, gathering and copying the next batches overlap with the step on the current one
     for epoch_ended, batch in prefetch_to_device(
         step.fabric.device, lambda item: (item[0], step.place(item[2], len(item[1]) == config.batch_size)), drawn
     ):
@@ -86,7 +86,7 @@ def train(
             sums[name] = sums[name] + value if name in sums else value.clone()
         steps += 1
         if scheduler is not None and (interval == "step" or (interval == "epoch" and epoch_ended)):
-            advance(scheduler, config)
+            step_schedule(scheduler, config)
         if watch is not None:
             if watch(steps):
                 break
@@ -100,7 +100,7 @@ def train(
 
 
 def set_training(module: nn.Module) -> None:
-    """Put a module into training mode; walking over all its parts costs as much as a step of a small model."""
+    """Put a module into training mode, if it is not: the walk over its parts costs as much as a small model's step."""
     if not module.training:
         module.train()
 
@@ -109,13 +109,13 @@ class EagerStep:
     """Forward, backward, clipping and optimiser step of one fit, with the objective called for every batch.
 
     Args:
-        fabric: gives device and precision.
+        fabric: device and precision.
         module: the module to train, in place.
-        parameters: those of its parameters that are trained.
-        objective: what to minimise.
-        optimizer: of these parameters.
+        parameters: its parameters that are trained.
+        objective: loss to minimise.
+        optimizer: optimiser of these parameters.
         gradient_clip: largest norm of a gradient; None: gradients are not clipped.
-        plain: Fabric's wrappers add nothing (one device, 32 bits), so they are passed by: small models feel their time.
+        plain: bypass Fabric's wrappers, which have no effect (one device, 32 bits) and cost small models time.
     """
 
     def __init__(
@@ -135,48 +135,75 @@ class EagerStep:
         self.optimizer = optimizer
         self.gradient_clip = gradient_clip
         self.differentiate = Tensor.backward if plain else fabric.backward
-        self._stepped = optimizer.optimizer if plain else optimizer
+        self._stepping = optimizer.optimizer if plain else optimizer
 
     def place(self, batch: Batch, full: bool) -> Any:
         """Move a batch to the device, in the recipe's precision.
 
         Args:
-            batch: in host memory.
-            full: it has as many samples as the recipe's batch size.
+            batch: a batch in host memory.
+            full: True if it has as many samples as the recipe's batch size.
 
         Returns:
-            What `backward` takes.
+            The argument of `backward`.
         """
         return self.fabric.strategy.precision.convert_input(batch_to_device(batch, self.fabric.device))
 
     def backward(self, placed: Any) -> Mapping[str, Tensor]:
-        """Do a forward and a backward pass, which leaves gradients with the parameters; return the named losses."""
+        """Run a forward and a backward pass, which sets the parameters' gradients.
+
+        Args:
+            placed: the result of `place`.
+
+        Returns:
+            The named losses.
+        """
         return self.gradients(self.objective, placed)
 
     def gradients(self, objective: Objective, placed: Any) -> Mapping[str, Tensor]:
-        """As `backward`, with an objective that computes the step's own one, e.g. compiled."""
+        """Run a forward and a backward pass with another form of the step's objective, e.g. a compiled one.
+
+        Args:
+            objective: returns the same losses as the step's objective.
+            placed: the result of `place`.
+
+        Returns:
+            The named losses.
+        """
         with self.fabric.autocast():
             losses = objective(self.module, placed)
         self.differentiate(losses["loss"])
         return losses
 
     def update(self) -> None:
-        """Clip the gradients, let the optimiser step, and drop the gradients."""
+        """Clip the gradients, take an optimiser step, and drop the gradients."""
         if self.gradient_clip is not None:
             self.fabric.clip_gradients(
                 self.module, self.optimizer, max_norm=self.gradient_clip, error_if_nonfinite=False
             )
-        self._stepped.step()
+        self._stepping.step()
         for parameter in self.parameters:
             parameter.grad = None
 
     def reduce_losses(self, means: dict[str, float]) -> dict[str, float]:
-        """The mean losses of all processes that share the fit, from those of this one."""
+        """Combine the mean losses of all processes that share the fit.
+
+        Args:
+            means: the losses of this process.
+
+        Returns:
+            The losses of all processes.
+        """
         return means
 
 
 def batch_to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch on a device; a GPU gets it without anybody waiting for the copy."""
+    """Move a batch to a device; to a GPU asynchronously.
+
+    Args:
+        batch: a batch in host memory.
+        device: the device.
+    """
     if device.type == "cpu":
         return batch
     return tuple(None if part is None else map_tensors(part, lambda t: to_device(t, device)) for part in batch)

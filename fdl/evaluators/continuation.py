@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fdl.errors import UserError
-from fdl.state.shards import gathered
+from fdl.state.shards import full_parameters
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -42,7 +42,7 @@ def continuations(
         rows = order[start : start + _BATCH]
         width = len(prompts[rows[-1]])
         tokens = torch.tensor([[*prompts[i], *[-1] * (width - len(prompts[i]))] for i in rows])
-        with gathered(module), torch.inference_mode(), server.runtime.fabric.autocast():
+        with full_parameters(module), torch.inference_mode(), server.runtime.fabric.autocast():
             made = module.generate(tokens.to(server.runtime.device), new_tokens)
         added.update((i, cut_before(ids, -1)) for i, ids in zip(rows, made.tolist(), strict=True))
     return [added[i] for i in range(len(prompts))]

@@ -10,7 +10,7 @@ import numpy as np
 from fdl.comm.channel import Channel
 from fdl.faults.base import Schedule
 from fdl.messages import Bundle, Message
-from fdl.state.float_formats import is_float, narrow
+from fdl.state.float_formats import is_float_dtype, narrow
 
 
 class FaultyChannel(Channel):
@@ -51,7 +51,9 @@ def without_numbers(message: Message | Bundle | None) -> Message | Bundle | None
 
 def _without_numbers(message: Message) -> Message:
     fields = {
-        name: narrow(np.full(array.shape, np.nan, np.float32), array.dtype) if is_float(array.dtype) else array.copy()
+        name: narrow(np.full(array.shape, np.nan, np.float32), array.dtype)
+        if is_float_dtype(array.dtype)
+        else array.copy()
         for name, array in message.fields().items()
     }
     return message.build(fields, message.meta())

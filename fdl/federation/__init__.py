@@ -1,1 +1,1 @@
-"""The machinery of a round."""
+"""The parts of a federated round: sampling, execution, exchange, evaluation, records, snapshots."""

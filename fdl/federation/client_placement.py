@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 class ClientPlacement:
     """The assignment of clients to ranks.
 
-    A client's turn is taken where its state is, as long as no rank then works much longer than the others; the most
-    expensive clients are placed first, by the seconds of their last turn, before that by samples times parameters. With
-    the state move both ends' memories of the client's link. Results do not depend on the assignment.
+    A client runs on the rank that holds its state, unless that rank would then work much longer than the others; the
+    most expensive clients are placed first, by the seconds of their last turn, before that by samples times parameters.
+    The codec states of both ends of the client's link move with its state. Results do not depend on the assignment.
 
     Args:
         ranks: the processes.
-        clients: all of them, by id; every rank has their data.
-        channel: holds the links' memories and the ledger.
-        folder: where clients' states lie that are not in memory; all ranks see it.
+        clients: all clients, by id; every rank has their data.
+        channel: holds the links' codec states and the ledger.
+        folder: folder of client states that are not in memory, shared by all ranks.
 
     Attributes:
         homes: the rank that has each client's newest state, by id.
@@ -40,19 +40,21 @@ class ClientPlacement:
 
     def __init__(self, ranks: ProcessGroup, clients: Sequence[Client], channel: Channel, folder: Path):
         self.ranks, self.clients, self.channel, self.folder = ranks, clients, channel, folder
-        self.costs = [0.0 if self.alone else float(max(client.samples, 1) * _size(client)) for client in clients]
-        self._measured, self._shown = [False] * len(clients), 0
+        self.costs = [0.0] * len(clients)
+        self._measured, self._shared_round = [False] * len(clients), 0
         self.homes = [ranks.index] * len(clients)
-        for client, rank in () if self.alone else largest_first(range(len(clients)), self.costs, ranks.count).items():
-            self.homes[client] = rank
+        if not self.holds_all_clients:
+            self.costs = [float(max(client.samples, 1) * _size(client)) for client in clients]
+            for client, rank in largest_first(range(len(clients)), self.costs, ranks.count).items():
+                self.homes[client] = rank
 
     @property
-    def alone(self) -> bool:
-        """True where this process has all clients: it is the only one, or all do the same."""
+    def holds_all_clients(self) -> bool:
+        """True if this process holds all clients: it is the only one, or models are sharded."""
         return self.ranks.count == 1 or self.ranks.sharded
 
     def local_clients(self) -> list[Client]:
-        """The clients whose newest state is on this rank."""
+        """List the clients whose newest state is on this rank."""
         return [client for client in self.clients if self.homes[client.id] == self.ranks.index]
 
     def place(self, cohort: Sequence[int]) -> list[int]:
@@ -64,18 +66,18 @@ class ClientPlacement:
         Returns:
             The ids of this rank's clients, in the same order.
         """
-        if self.alone:
+        if self.holds_all_clients:
             return list(cohort)
         placed = largest_first(cohort, self.costs, self.ranks.count, self.homes)
         moving = [client for client in cohort if placed[client] != self.homes[client]]
         if moving:
             leaving = [client for client in moving if self.homes[client] == self.ranks.index]
-            states = self._merged(self.ranks.gather(checkpoint.pack(self._states(leaving))))
+            states = self._merged(self.ranks.gather(checkpoint.to_bytes(self._states(leaving))))
             for client in moving:
                 self.homes[client] = placed[client]
                 if placed[client] == self.ranks.index:
-                    self._take(client, states)
-            self._forget(leaving)
+                    self._restore_client(client, states)
+            self._clear_clients(leaving)
         return [client for client in cohort if placed[client] == self.ranks.index]
 
     def share_uploads(self, round: int, uploads: Mapping[int, Message | Bundle]) -> dict[int, Message | Bundle]:
@@ -88,22 +90,22 @@ class ClientPlacement:
         Returns:
             The uploads of all ranks, by client; empty where the round's were exchanged before.
         """
-        if self.alone:
+        if self.holds_all_clients:
             return dict(uploads)
         packed = {str(client): to_tensors(upload) for client, upload in uploads.items()}
-        if self._shown == round:
+        if self._shared_round == round:
             return {}
-        self._shown = round
-        every = self.ranks.gather(checkpoint.pack(packed))
-        return {int(client): from_tensors(one) for data in every for client, one in checkpoint.unpack(data).items()}
+        self._shared_round = round
+        every = self.ranks.gather(checkpoint.to_bytes(packed))
+        return {int(client): from_tensors(one) for data in every for client, one in checkpoint.from_bytes(data).items()}
 
     def exchange_results(
         self, record: dict[str, Any], turns: Mapping[int, float], uploads: Mapping[int, Message | Bundle], error: str
     ) -> tuple[list[str], list[tuple[int, Message | Bundle]]]:
-        """Exchange what the clients of every rank did in a round.
+        """Exchange the results of every rank's clients in a round.
 
         Args:
-            record: the round's record; gets the other ranks' clients and refusals, in the cohort's order.
+            record: the round's record; the other ranks' clients and rejections are added, in the cohort's order.
             turns: seconds of the turns taken here, by client.
             uploads: decoded here and yet to be added to the aggregate, by client.
             error: the reason why this rank cannot continue; empty if it can.
@@ -112,8 +114,8 @@ class ClientPlacement:
             The error of each rank, and the uploads of all ranks in the cohort's order.
         """
         ledger, round = self.channel.ledger, record["round"]
-        own = set(self._own(record["cohort"]))
-        told = {
+        own = set(self._local(record["cohort"]))
+        report = {
             "error": error,
             "clients": record["clients"],
             "refused": record["refused"],
@@ -123,17 +125,17 @@ class ClientPlacement:
             "notes": [list(n) for n in ledger.notes if n.round == round and n.client in own],
         }
         packed = {str(client): to_tensors(upload) for client, upload in uploads.items()}
-        every = self.ranks.gather(checkpoint.pack({"told": json.dumps(told), "uploads": packed}))
-        heard: dict[int, Message | Bundle] = {}
+        every = self.ranks.gather(checkpoint.to_bytes({"report": json.dumps(report), "uploads": packed}))
+        received: dict[int, Message | Bundle] = {}
         errors, order = [], {str(client): i for i, client in enumerate(record["cohort"])}
         for rank, data in enumerate(every):
-            one = checkpoint.unpack(data)
-            other = json.loads(one["told"])
+            one = checkpoint.from_bytes(data)
+            other = json.loads(one["report"])
             errors.append(other["error"])
             for client, upload in one["uploads"].items():
-                heard[int(client)] = from_tensors(upload)
+                received[int(client)] = from_tensors(upload)
             for client, seconds in other["turns"].items():
-                self._learn(int(client), seconds)
+                self._update_cost(int(client), seconds)
             if rank != self.ranks.index:
                 ledger.include(
                     (LedgerEntry(*row) for row in other["rows"]),
@@ -144,32 +146,36 @@ class ClientPlacement:
                 record["refused"].update(other["refused"])
         for part in ("clients", "refused"):
             record[part] = dict(sorted(record[part].items(), key=lambda item: order[item[0]]))
-        return errors, sorted(heard.items(), key=lambda item: order[str(item[0])])
+        return errors, sorted(received.items(), key=lambda item: order[str(item[0])])
 
     def gather_states(self) -> dict[str, Any]:
-        """Every client's state and its links' memories on the leader; an empty mapping on the other ranks."""
+        """Collect every client's state and its link's codec states on the leader; empty on the other ranks."""
         own = self._states([client.id for client in self.local_clients()])
-        return own if self.alone else self._merged(self.ranks.collect(checkpoint.pack(own)))
+        return own if self.holds_all_clients else self._merged(self.ranks.collect(checkpoint.to_bytes(own)))
 
     def replicate_states(self) -> None:
-        """Copy all clients' states and their links' memories to every rank, e.g. for an audit of all clients."""
-        if self.alone:
+        """Copy all clients' states and their links' codec states to every rank, e.g. for an audit of all clients."""
+        if self.holds_all_clients:
             return
         mine = {client.id for client in self.local_clients()}
-        states = self._merged(self.ranks.gather(checkpoint.pack(self._states(sorted(mine)))))
+        states = self._merged(self.ranks.gather(checkpoint.to_bytes(self._states(sorted(mine)))))
         for client in self.clients:
             if client.id not in mine:
-                self._take(client.id, states)
+                self._restore_client(client.id, states)
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Restore what `gather_states` returned; each rank keeps the states of its own clients."""
+        """Restore the result of `gather_states`; each rank keeps the states of its own clients.
+
+        Args:
+            states: the states, complete on every rank.
+        """
         own = {client.id for client in self.local_clients()}
         for client in self.clients:
             client.restore(states["clients"].get(str(client.id), {}) if client.id in own else {}, self.folder)
         links = states["channel"].items()
         self.channel.load_state_dict({key: value for key, value in links if int(key.split("/")[1]) in own})
 
-    def _own(self, cohort: Iterable[int]) -> list[int]:
+    def _local(self, cohort: Iterable[int]) -> list[int]:
         return [client for client in cohort if self.homes[client] == self.ranks.index]
 
     def _states(self, ids: Iterable[int]) -> dict[str, Any]:
@@ -177,11 +183,11 @@ class ClientPlacement:
         clients = {str(client): saved for client in ids if (saved := self.clients[client].checkpoint_state())}
         return {"clients": clients, "channel": self.channel.state_dict(ids)}
 
-    def _take(self, client: int, states: Mapping[str, Any]) -> None:
+    def _restore_client(self, client: int, states: Mapping[str, Any]) -> None:
         self.clients[client].restore(states["clients"].get(str(client), {}), self.folder)
         self.channel.restore(client, states["channel"])
 
-    def _forget(self, ids: Iterable[int]) -> None:
+    def _clear_clients(self, ids: Iterable[int]) -> None:
         for client in ids:
             self.clients[client].restore({}, self.folder)
             self.channel.restore(client, {})
@@ -190,12 +196,12 @@ class ClientPlacement:
     def _merged(every: Sequence[bytes]) -> dict[str, Any]:
         merged: dict[str, Any] = {"clients": {}, "channel": {}}
         for data in every:
-            for part, states in checkpoint.unpack(data).items():
+            for part, states in checkpoint.from_bytes(data).items():
                 merged[part].update(states)
         return merged
 
-    def _learn(self, client: int, seconds: float) -> None:
-        """From now on a client costs the seconds of its last turn; those not yet timed cost in proportion."""
+    def _update_cost(self, client: int, seconds: float) -> None:
+        """Set a client's cost to the seconds of its last turn; the first one also rescales all other estimates."""
         if not any(self._measured) and self.costs[client] > 0:
             rate = seconds / self.costs[client]
             self.costs = [cost * rate for cost in self.costs]

@@ -31,17 +31,17 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def require_finite(server: Server, round: int) -> None:
-    """Raise if the server's training has left its student with weights that are not finite.
+    """Raise if the student's weights are not finite after the server's training; every rank calls this.
 
     Args:
-        server: after its update of a round; every rank calls this.
+        server: the server after its update of a round.
         round: the round.
 
     Raises:
-        UserError: naming round and losses.
+        UserError: they are not; the message names the round and the losses.
     """
     losses = _losses(server.metrics)
-    if server.student is None or not losses:  # what was not trained here came in messages, which were looked at
+    if server.student is None or not losses:  # weights that were not trained here came in messages, which are validated
         return
     ranks = server.runtime.ranks
     if ranks.any(not all_finite(server.student.parameters())):
@@ -54,15 +54,15 @@ def require_finite(server: Server, round: int) -> None:
 
 
 def require_finite_client(client: Client) -> None:
-    """Raise if a client that uploads nothing has trained its model until the weights are not finite any more.
+    """Raise if the weights of a client that uploads nothing are not finite after its training.
 
-    Of a client that does upload, the server rejects the message and goes on with the others.
+    If a client does upload, the server rejects the message and continues with the others.
 
     Args:
-        client: after its turn.
+        client: the client after its turn.
 
     Raises:
-        UserError: naming client, round and losses.
+        UserError: they are not; the message names the client, the round and the losses.
     """
     losses = _losses(client.metrics)
     if losses and not all_finite(client.state.get("specialist", {}).values()):
@@ -106,7 +106,7 @@ def require_uploads(
         ranks: the processes, which all raise.
 
     Raises:
-        UserError: naming the most frequent reason.
+        UserError: the message names the most frequent reason.
     """
     if not history or not _uploads(method, awaited):
         return
@@ -146,7 +146,7 @@ def _has_upload(record: Mapping[str, Any]) -> bool:
 def _why(records: Iterable[Mapping[str, Any]]) -> str:
     refused = [(reason, client) for record in records for client, reason in record["refused"].items()]
     if not refused:
-        return "every client that was asked dropped out, or none was there to be asked"
+        return "every client of the cohort dropped out, or the cohort was empty"
     (reason, count), *_ = Counter(reason for reason, _ in refused).most_common()
     who = sorted({client for why, client in refused if why == reason}, key=int)
     clients = f"client{'s' if len(who) > 1 else ''} {', '.join(who[:8])}{' and others' if len(who) > 8 else ''}"
@@ -158,6 +158,6 @@ def _losses(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _worst_first(losses: Mapping[str, float]) -> str:
-    """The losses, those that are not finite first."""
+    """Format losses, those that are not finite first."""
     ordered = sorted(losses.items(), key=lambda item: math.isfinite(item[1]))
     return ", ".join(f"{name} is {value:.4g}" for name, value in ordered)

@@ -1,4 +1,4 @@
-"""How good the student and the specialists are, on public data only."""
+"""Evaluation of the student and the specialists, on public data only."""
 
 from __future__ import annotations
 
@@ -15,32 +15,39 @@ if TYPE_CHECKING:
 
 
 def run_probes(server: Server, probes: Sequence[Evaluator], metrics: dict[str, float]) -> None:
-    """Put further questions to the student; the answers are noted as ``student/<probe>/<metric>``."""
+    """Run evaluators on the student.
+
+    Args:
+        server: the server, with its student.
+        probes: the evaluators.
+        metrics: gets their results as ``student/<probe>/<metric>``.
+    """
     for probe in probes:
-        answers = probe.evaluate(server, server.student)
-        metrics.update({f"student/{probe.label}/{name}": value for name, value in answers.items()})
+        results = probe.evaluate(server, server.student)
+        metrics.update({f"student/{probe.label}/{name}": value for name, value in results.items()})
 
 
 def evaluate(loop: Federation, record: dict[str, Any], last: bool = False) -> None:
-    """Evaluate the student on validation and test, and every trained specialist on test.
+    """Evaluate the student on validation and test samples, and every trained specialist on test samples.
 
-    With several ranks the first one asks the server's models, and each the specialists that it has.
+    With several ranks the leader evaluates the server's models, and each rank the specialists that it holds.
 
     Args:
-        loop: the run, after a round's learning.
+        loop: the run, after a round's server update.
         record: the round's record. Its ``metrics`` get ``student/test/accuracy``, … and the mean over specialists as
-            ``specialists/test/accuracy``, …; its ``clients`` get each specialist's own ``test/accuracy``, …. Models of
-            the server beside the student are measured as ``pools/<name>/test/accuracy``, …, and the probes' answers
-            become ``student/<probe>/<metric>``.
-        last: whether this is the run's last round.
+            ``specialists/test/accuracy``, …; its ``clients`` get each specialist's ``test/accuracy``, …. Other models
+            of the server are measured as ``pools/<name>/test/accuracy``, …, and evaluators' results are added as
+            ``student/<probe>/<metric>``.
+        last: True in the run's last round, in which all evaluators run.
     """
     names = TASKS[loop.server.task].select(loop.recipe.evaluation.metrics)
     found = _server_models(loop, record["round"], names, last) if loop.runtime.ranks.evaluates_server else {}
     own = _specialists(loop, names) if loop.recipe.evaluation.specialists else {}
-    for told in loop.runtime.ranks.gather(json.dumps([found, own]).encode()) if not loop.placement.alone else ():
-        others, theirs = json.loads(told)
-        found.update(others)
-        own.update(theirs)
+    if not loop.placement.holds_all_clients:
+        for data in loop.runtime.ranks.gather(json.dumps([found, own]).encode()):
+            of_server, of_specialists = json.loads(data)
+            found.update(of_server)
+            own.update(of_specialists)
     record["metrics"].update(found)
     values: dict[str, list[float]] = {}
     for client in sorted(own, key=int):
@@ -51,7 +58,7 @@ def evaluate(loop: Federation, record: dict[str, Any], last: bool = False) -> No
 
 
 def _server_models(loop: Federation, round: int, names: Sequence[str], last: bool) -> dict[str, float]:
-    """The student's, and other models', metrics on validation and test, and what probes find."""
+    """Measure the server's models on validation and test samples, and run evaluators on the student."""
     server, metrics = loop.server, {}
     task = TASKS[server.task]
     splits = [(split, s) for split, s in (("validation", server.validation), ("test", server.test)) if len(s)]
@@ -70,7 +77,7 @@ def _server_models(loop: Federation, round: int, names: Sequence[str], last: boo
 
 
 def _specialists(loop: Federation, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Each trained specialist's metrics on test, by client; only of those that this rank has."""
+    """Measure this rank's trained specialists on test samples; metrics by client."""
     task, test, found = TASKS[loop.server.task], loop.server.test, {}
     for client in loop.placement.local_clients():
         if "specialist" in client.state:

@@ -32,12 +32,12 @@ class RoundExchange:
 
     Args:
         method: the federated algorithm, which declares what its clients upload.
-        record: of the round, with ``round``, ``cohort`` and ``dropped``; gets ``clients``, the metrics of each client's
-            turn, and ``refused``, why a client's message was rejected, both by client.
+        record: the round's record, with ``round``, ``cohort`` and ``dropped``; gets ``clients``, the metrics of each
+            client's turn, and ``refused``, the reasons for rejecting messages, both by client.
         channel: carries messages as bytes, and counts them.
-        placement: which rank runs which client.
-        adversaries: the dishonest clients, who send something else than they computed.
-        clock: where the time of aggregation is counted.
+        placement: the assignment of clients to ranks.
+        adversaries: the dishonest clients, which upload something else than they computed.
+        clock: measures the time of aggregation.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class RoundExchange:
 
         Args:
             cohort: ids of the clients that this rank runs.
-            download: carries the server's message to a client, given its id, and returns what arrives there.
+            download: sends the server's message to a client, given its id, and returns the message that arrives.
 
         Yields:
-            Clients that take their turn now, with their downloads.
+            Clients whose turn is next, with their downloads.
         """
         dropped = set(self.record["dropped"])
         for id in cohort:
@@ -80,14 +80,14 @@ class RoundExchange:
         aggregate: Aggregate | None,
         on_client_end: OnClientEnd,
     ) -> None:
-        """Carry uploads to the server as clients finish, and add them to the aggregate.
+        """Send uploads to the server as clients finish, and add them to the aggregate.
 
-        With several ranks each carries the uploads of its own clients; in the end every rank has added all of them, or
-        the sums of its own, which `reduce` adds up.
+        With several ranks each sends the uploads of its own clients; in the end every rank has added all of them, or
+        only its own, in an aggregate that can `reduce` over ranks.
 
         Args:
-            turns: clients that have taken their turn, with what an honest client would upload.
-            aggregate: empty; None for a method whose clients upload nothing.
+            turns: clients that have taken their turn, with the upload of an honest client.
+            aggregate: an empty aggregate; None for a method whose clients upload nothing.
             on_client_end: called after each client.
 
         Raises:
@@ -99,7 +99,7 @@ class RoundExchange:
                 f"from {Aggregate.__module__}.Aggregate, or return a WeightedMean"
             )
         inbox = _Inbox(aggregate, self.placement, self.channel, self.clock)
-        # then nobody's upload is sent before all turns are over, on any rank, and no turn can be timed
+        # in this case no upload is sent before all turns are over, on any rank, and turns cannot be timed
         held_back = self.adversaries.needs_all_uploads(self.round)
         share_uploads = partial(self.placement.share_uploads, self.round)
         seconds: dict[int, float] = {}
@@ -116,16 +116,16 @@ class RoundExchange:
                 on_client_end(client.id, client.metrics)
                 client.offload_state()
         except Exception as error:
-            if self.placement.alone:
+            if self.placement.holds_all_clients:
                 raise
             failure = error
             if held_back:  # the other ranks wait for these uploads
                 share_uploads({})
-        if not self.placement.alone:
+        if not self.placement.holds_all_clients:
             self._gather({} if held_back else seconds, inbox, failure)
 
     def _receive(self, client: Client, upload: Message | Bundle | None, inbox: _Inbox) -> None:
-        """Send one upload to the server, who adds or rejects it."""
+        """Send one upload to the server, which adds or rejects it."""
         try:
             if inbox.aggregate is None:
                 require_finite_client(client)
@@ -140,7 +140,7 @@ class RoundExchange:
             self._reject(client.id, rejection)
 
     def _gather(self, seconds: dict[int, float], inbox: _Inbox, failure: Exception | None) -> None:
-        """Exchange uploads, records and failures among the ranks, and add what is not added yet."""
+        """Exchange uploads, records and failures among the ranks, and add the uploads that are not added yet."""
         errors, uploads = self.placement.exchange_results(self.record, seconds, inbox.waiting, _sentence(failure))
         ranks = self.placement.ranks
         ranks.raise_on_any_failure(failure, errors)
@@ -154,7 +154,7 @@ class RoundExchange:
                 inbox.aggregate.reduce(ranks)
 
     def _reject(self, client: int, rejection: RejectedMessageError) -> None:
-        """Count a message that was not used, and record why."""
+        """Count a rejected message, and record the reason."""
         self.channel.ledger.reject(self.round, client, rejection.reason)
         self.record["refused"][str(client)] = rejection.reason
 
@@ -162,8 +162,8 @@ class RoundExchange:
 class _Inbox:
     """Uploads that have reached the server: added to the aggregate, or kept until all ranks have theirs.
 
-    A link goes on from an upload only once the aggregate has taken it (`Channel.confirm`): after one that was rejected,
-    both ends remember the one before.
+    A link's codec state advances only once the aggregate has accepted an upload (`Channel.confirm`): after a rejected
+    one, both ends keep the previous state.
 
     Attributes:
         streams: True if an upload is added as soon as it arrives: there is one rank, or the aggregate can `reduce`.
@@ -172,11 +172,16 @@ class _Inbox:
 
     def __init__(self, aggregate: Aggregate | None, placement: ClientPlacement, channel: Channel, clock: Stopwatch):
         self.aggregate, self.channel, self.clock = aggregate, channel, clock
-        self.streams = placement.alone or (aggregate is not None and aggregate.reduces)
+        self.streams = placement.holds_all_clients or (aggregate is not None and aggregate.reduces)
         self.waiting: dict[int, Message | Bundle] = {}
 
     def put(self, client: int, received: Message | Bundle | None) -> None:
-        """Take one upload that has arrived; None where the client sent nothing, which is accepted as it is."""
+        """Process one upload that has arrived.
+
+        Args:
+            client: the client's id.
+            received: its upload; None if it sent nothing, which is always accepted.
+        """
         if self.aggregate is None or received is None:
             self.channel.confirm(client)
         elif self.streams:
@@ -186,7 +191,15 @@ class _Inbox:
             self.waiting[client] = received
 
     def add(self, client: int, received: Message | Bundle) -> None:
-        """Add one upload to the aggregate, and confirm it to its link."""
+        """Add one upload to the aggregate, and confirm it to its link.
+
+        Args:
+            client: the client's id.
+            received: its upload.
+
+        Raises:
+            RejectedMessageError: the aggregate rejects it.
+        """
         self.aggregate.add(received, client)
         self.channel.confirm(client)
 
@@ -209,7 +222,7 @@ def _messages(
 
 
 def _sentence(failure: Exception | None) -> str:
-    """An error in a sentence for the other ranks; empty where there is none."""
+    """Format an error as a sentence for the other ranks; empty if there is none."""
     if failure is None:
         return ""
     return str(failure) if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"

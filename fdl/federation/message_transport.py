@@ -1,4 +1,4 @@
-"""Messages as ranks hand them to each other: to the last bit, and with nothing judged."""
+"""Lossless transport of messages between ranks, without validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ _PLAIN = Codec([])
 
 
 def to_tensors(message: Message | Bundle) -> dict[str, Any]:
-    """A message as tensors and numbers, whatever the server may say of it."""
+    """Convert a message to tensors and numbers, even one that the server would reject.
+
+    Args:
+        message: the message.
+
+    Returns:
+        A nested state that `fdl.state.checkpoint.to_bytes` accepts.
+    """
     bundled = isinstance(message, Bundle)
     parts = message.parts if bundled else (message,)
     fields = [torch.frombuffer(bytearray(_PLAIN.encode(part.fields())), dtype=torch.uint8) for part in parts]
@@ -23,7 +30,11 @@ def to_tensors(message: Message | Bundle) -> dict[str, Any]:
 
 
 def from_tensors(parcel: Mapping[str, Any]) -> Message | Bundle:
-    """What `to_tensors` was given."""
+    """Restore a message from the result of `to_tensors`.
+
+    Args:
+        parcel: that result.
+    """
     parts = tuple(
         message_type(head["code"]).build(_PLAIN.decode(fields.numpy().tobytes(), limit=1 << 62), head["meta"])
         for head, fields in zip(parcel["heads"], parcel["fields"])

@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 
 
 def privacy_spent(server: Server, clients: Sequence[Client], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the (ε, δ) of a run.
+    """Compute the (ε, δ) of a run.
 
     Args:
-        server: holds the account of what it released, and the policy.
-        clients: of the run.
+        server: holds the mechanisms of its own releases, and the policy.
+        clients: all clients of the run.
         history: the records of all rounds; may be empty.
 
     Returns:
-        ``epsilon``, the largest of all clients, infinite where anything went without noise or nobody kept account.
-        With an account ``level`` (what it protects), ``delta``, ``accountant``, ``limit`` (the budget, or None) and
-        ``clients`` (ε by id) and ``noise`` (``"recipe"`` where noise was drawn from the recipe's seed, so that whoever
-        knows it can take the noise off, else ``"secret"``).
+        ``epsilon``, the largest of all clients, infinite if anything was sent without noise or privacy is not
+        accounted for. With a policy also ``level`` (the protected unit), ``delta``, ``accountant``, ``limit`` (the
+        budget, or None), ``clients`` (ε by id) and ``noise`` (``"recipe"`` if noise was drawn from the recipe's seed,
+        which allows anyone who knows the seed to remove it, else ``"secret"``).
     """
     policy = server.privacy
     if policy is None:
         return {"epsilon": math.inf}
     known = history[-1].get("privacy", {}) if history else {}
     uploaded = {client for record in history for client in record["clients"]}
-    common = events_of(server)  # what the server released was made of all clients' data
+    common = events_of(server)  # the server's releases were computed from all clients' data
 
     def of(client: Any) -> float:
         id = str(client.id)
@@ -41,7 +41,7 @@ def privacy_spent(server: Server, clients: Sequence[Client], history: Sequence[M
             return policy.spent(common) if common or client.dp_sgd is not None else math.inf
         if not common:
             return known[id]
-        own = events_of(client)  # only here where one process has all clients
+        own = events_of(client)  # complete only if one process holds all clients
         return policy.spent([*own, *common]) if own else math.inf
 
     epsilons = {str(client.id): of(client) for client in clients}

@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
 
 def add_costs(record: dict[str, Any], ledger: Ledger, history: Sequence[dict[str, Any]]) -> None:
-    """Add what a round cost to its record.
+    """Add the costs of a round to its record.
 
     Args:
-        record: of the round. Gets ``communication``, bytes and simulated seconds of transfer since the run began;
-            ``codings``, where a link with a budget got a cheaper codec: the codec and the share of rows sent, by
-            direction and client; and ``privacy``, where that is accounted for: the ε spent since the run began, by
-            client; the largest becomes the metric ``privacy/epsilon``.
-        ledger: counts of every message.
-        history: the records of all rounds before.
+        record: the round's record. Gets ``communication``, bytes and simulated seconds of transfer since the run began;
+            ``codings``, if links with a bandwidth budget used a cheaper codec: the codec and the fraction of rows sent,
+            by direction and client; and ``privacy``, if it is accounted for: the ε spent since the run began, by
+            client, the largest of which becomes the metric ``privacy/epsilon``.
+        ledger: the bytes of every message.
+        history: the records of all earlier rounds.
     """
     round = record["round"]
     before = history[-1]["communication"]["transfer_s"] if history else ledger.transfer_seconds(0)

@@ -1,25 +1,25 @@
-"""Who works where: clients placed so that no process waits long for another."""
+"""Load balancing: assignment of a cohort's clients to ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 SLACK = 1.1
-"""How much longer than the fairest share a rank may work before a client that it has moves to another."""
+"""Ratio to an equal share of the work up to which a rank keeps the clients whose state it holds."""
 
 
 def largest_first(
     cohort: Iterable[int], costs: Sequence[float], ranks: int, homes: Sequence[int] | None = None
 ) -> dict[int, int]:
-    """Give every client of a cohort to a rank, the dearest first, each to the rank with the least to do.
+    """Assign the clients of a cohort to ranks, most expensive first, each to the rank with the least work.
 
-    With `homes` a client stays with its rank as long as that works no longer than `SLACK` times the fairest share.
+    With `homes`, a client stays on its rank as long as that has no more than `SLACK` times an equal share of the work.
 
     Args:
-        cohort: ids.
-        costs: of all clients, by id, in any unit.
-        ranks: how many there are.
-        homes: the rank that has each client, by id.
+        cohort: ids of the clients.
+        costs: cost of each client, by id, in any unit.
+        ranks: number of ranks.
+        homes: the rank that holds each client's state, by id; None ignores it.
 
     Returns:
         The rank of each client of the cohort.

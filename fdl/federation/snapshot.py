@@ -1,4 +1,4 @@
-"""All that a run must remember: taken from the loop after a round, put back before it goes on."""
+"""Snapshots of a run: saved to a checkpoint after a round, restored before it resumes."""
 
 from __future__ import annotations
 
@@ -22,37 +22,43 @@ BEST = "best.safetensors"
 """The student of the round that was best on validation data, in the run's folder."""
 
 BEFORE = "best-before.safetensors"
-"""The student that was the best at the last checkpoint, where a better one has come since."""
+"""The best student at the last checkpoint, if a better one has been found since."""
 
 log = logging.getLogger("fdl")
 
 
 def require_vacant(folder: Path) -> None:
-    """Raise where a new run would mix its files with those of another.
+    """Raise if a new run would mix its files with those of another.
+
+    Args:
+        folder: the run's folder.
 
     Raises:
-        UserError: there are such files.
+        UserError: the folder holds files of another run.
     """
     own = {folder / RECIPE, folder / INPUTS}  # written before the first round
     found = [path for path in own_files(folder) if path not in own and path.parent != folder / TOKENIZER]
     # a process that was killed before its first checkpoint leaves half a file, or a log without a round
     found = [path for path in found if path.suffix != ".partial" and not _is_header(path)]
-    # one that failed in its first round has nothing that anybody could miss
+    # a run that failed in its first round has no results worth keeping
     if found and not (last_round(folder) == 0 and not (folder / SUMMARY).exists()):
         shown = names([str(path.relative_to(folder)) for path in found])
         raise UserError(f"{folder}: holds files of a run: {shown}; take another folder, or `fdl.fit` to replace it")
 
 
 def _is_header(path: Path) -> bool:
-    """Whether a file is a table of metrics without a row."""
+    """Return True if a file is a table of metrics without a row."""
     return path.suffix == ".csv" and path.read_bytes().count(b"\n") <= 1
 
 
 def save_best(loop: Federation) -> None:
-    """Keep the student of the round that has just ended, where it is the best so far on validation data.
+    """Save the student of the round that has just ended, if it is the best so far on validation data.
 
-    The file that this replaces stays beside it until the next checkpoint: a run that is killed before goes on from a
-    round at which that one was the best.
+    The file that this replaces is kept next to it until the next checkpoint: a run that is killed before that resumes
+    from a round at which the earlier student was the best.
+
+    Args:
+        loop: the run after a round.
     """
     student = loop.server.student
     best = student is not None and best_round(loop.history, TASKS[loop.server.task]) == loop.round > 0
@@ -64,11 +70,15 @@ def save_best(loop: Federation) -> None:
             path, before = loop.folder / BEST, loop.folder / BEFORE
             if path.exists() and not before.exists():
                 os.replace(path, before)
-            checkpoint.save_best(path, loop.round, weights, loop.method.student_extra_state(loop.server))
+            checkpoint.write_best(path, loop.round, weights, loop.method.student_extra_state(loop.server))
 
 
 def save(loop: Federation) -> None:
-    """Write a checkpoint of the loop as it is between two rounds; of several ranks, the first one writes it."""
+    """Write a checkpoint of a run between two rounds; all ranks call this, and the leader writes it.
+
+    Args:
+        loop: the run.
+    """
     student = loop.server.student
     save_best(loop)  # first: a run killed in between does this round again and writes the same student
     with loop.seconds("checkpoint"):
@@ -91,7 +101,7 @@ def save(loop: Federation) -> None:
             **owned,
             "callbacks": loop.callbacks.state_dict(),
         }
-        path = checkpoint.save(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
+        path = checkpoint.write_round(loop.folder / "checkpoints", loop.round, state, loop.recipe.checkpoint.keep)
         (loop.folder / BEFORE).unlink(missing_ok=True)
         if loop.store is not None:
             loop.store.retain(checkpoint.files(path.parent))
@@ -99,16 +109,16 @@ def save(loop: Federation) -> None:
 
 
 def restore(loop: Federation, write: bool = True) -> None:
-    """Put the newest good checkpoint back into a freshly built loop.
+    """Restore the newest valid checkpoint into a freshly built loop.
 
     Args:
-        loop: freshly built.
-        write: whether the run goes on, so that what a killed process has left is tidied up; or it is only looked at.
+        loop: a freshly built loop.
+        write: True if the run resumes, so that files of a killed process are cleaned up; False if it is only inspected.
 
     Raises:
-        UserError: when there is none, or when the data are not those it was written with.
+        UserError: there is no valid checkpoint, or it was written with other data.
     """
-    state, path, damaged = checkpoint.load(loop.folder / "checkpoints")
+    state, path, damaged = checkpoint.load_newest(loop.folder / "checkpoints")
     for sentence in damaged:
         log.warning("%s", sentence)
     if state["fingerprint"] != loop.fingerprint:
@@ -128,7 +138,7 @@ def restore(loop: Federation, write: bool = True) -> None:
         loop.store.retain(checkpoint.files(path.parent), sweep=write)
     if loop.runtime.ranks.leader and write:
         _restore_best(loop)
-    loop.runtime.ranks.any(False)  # nobody writes before this is done
+    loop.runtime.ranks.any(False)  # a barrier: no rank writes before this is done
     loop.placement.restore(state)
     loop.ledger.load_state_dict(state["ledger"])
     loop.callbacks.load_state_dict(state["callbacks"])
@@ -136,9 +146,9 @@ def restore(loop: Federation, write: bool = True) -> None:
 
 
 def _restore_best(loop: Federation) -> None:
-    """Make `BEST` the student of the round that was the best at this checkpoint.
+    """Restore `BEST` to the student of the round that was the best at this checkpoint.
 
-    A run that was killed may have found a better one since, and saved it; it will be found again.
+    A killed run may have found and saved a better one since; the resumed run will find it again.
     """
     number = best_round(loop.history, TASKS[loop.server.task])
     if loop.server.student is None or number is None:

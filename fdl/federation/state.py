@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fdl.adversaries.coalition import Adversaries
 from fdl.federation.client_placement import ClientPlacement
-from fdl.federation.client_sampling import draw
+from fdl.federation.client_sampling import sample_cohort
 from fdl.messages import require_message
 from fdl.state.client_store import CLIENTS
 from fdl.utils.stopwatch import Stopwatch
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 
 class Listeners(Protocol):
-    """Callbacks as the federation sees them: events of a round, and a state that checkpoints carry."""
+    """The interface of callbacks to the federation: events of a round, and a checkpointed state."""
 
     def on_client_end(self, federation: Any, round: int, client: int, metrics: dict[str, float]) -> None:
-        """A client's upload has arrived, or was rejected."""
+        """Handle the end of a client's turn: its upload has arrived, or was rejected."""
 
     def on_checkpoint(self, federation: Any, path: Path) -> None:
-        """A checkpoint was written."""
+        """Handle a new checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a checkpoint keeps."""
+        """Return the state to checkpoint."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Listeners(Protocol):
 
 
 class Federation:
-    """The state of a run: everything that rounds read and change.
+    """The state of a run: all objects that rounds read and change.
 
     Args:
         recipe: the resolved recipe.
@@ -54,23 +54,23 @@ class Federation:
         executor: runs the local updates of a cohort.
         callbacks: called at the events of a run.
         fingerprint: hash of the data and of their partition; a resumed run must find the same.
-        probes: evaluators of the student, beside its metrics on validation and test.
+        probes: evaluators of the student, besides its metrics on validation and test samples.
         adversaries: the dishonest clients; None: all are honest.
         store: keeps clients' states on disk between their turns; None: in memory.
-        left_out: why clients take no part in any round, by id.
+        left_out: clients that take part in no round, with the reason, by id.
 
     Attributes:
         runtime: trains models and predicts with them.
         ledger: the bytes of every message.
-        placement: which rank runs which client.
+        placement: the assignment of clients to ranks.
         rounds: the number of rounds of the run.
         round: the last round that is done.
-        resumed_from: the round after which this process went on; None if it began the run.
+        resumed_from: the round after which this process resumed the run; None if it started it.
         history: the record of each round.
         seconds: wall time by part of a round.
         awaited: number of rounds, of those run by this process, with an aggregate that awaited uploads.
-        stopped: why the run ends early; None while it does not.
-        audit: findings of attacks on the finished run, set by a callback; None without.
+        stopped: the reason for ending the run early; None while it continues.
+        audit: results of attacks on the finished run, set by a callback; None without.
         on_summary: called with the summary as soon as the rounds are done, before callbacks, which may fail.
     """
 
@@ -107,7 +107,11 @@ class Federation:
         self.on_summary: Callable[[Mapping[str, Any]], object] = lambda summary: None
 
     def start_round(self, round: int) -> None:
-        """Start a round at every participant."""
+        """Start a round at every participant.
+
+        Args:
+            round: its number, from 1; 0 for the setup.
+        """
         for participant in (self.server, *self.clients):
             participant.start_round(round)
 
@@ -120,12 +124,12 @@ class Federation:
         Returns:
             Ids of the cohort, and of those in it that receive the download but drop out before they upload.
         """
-        asked, dropped = draw(self.recipe.federation, len(self.clients), self.recipe.seed, round)
+        cohort, dropped = sample_cohort(self.recipe.federation, len(self.clients), self.recipe.seed, round)
         if self.left_out:
-            asked, dropped = ([c for c in ids if c not in self.left_out] for ids in (asked, dropped))
+            cohort, dropped = ([c for c in ids if c not in self.left_out] for ids in (cohort, dropped))
         if self.server.arrival is not None:
-            asked, dropped = ([c for c in ids if len(self.clients[c].train)] for ids in (asked, dropped))
-        return self.channel.reach(asked, dropped, round)
+            cohort, dropped = ([c for c in ids if len(self.clients[c].train)] for ids in (cohort, dropped))
+        return self.channel.reach(cohort, dropped, round)
 
     def download_for(self, client: int) -> Message | None:
         """Send a client the server's message of the current round.
@@ -134,15 +138,19 @@ class Federation:
             client: its id.
 
         Returns:
-            What arrives there; None where the method sends nothing.
+            The message that arrives; None if the method sends nothing.
 
         Raises:
-            RejectedMessageError: what arrived cannot be used.
+            RejectedMessageError: the message that arrived cannot be used.
         """
         message = self.method.download(self.server, client)
         require_message(message, f"method {type(self.method).__name__}: download for client {client}")
         return self.channel.download(message, client, self.server.round)
 
     def stop(self, reason: str) -> None:
-        """End the run after the current round, for a reason that the log gives."""
+        """End the run after the current round.
+
+        Args:
+            reason: the reason, for the log.
+        """
         self.stopped = reason

@@ -1,4 +1,4 @@
-"""Summary of a run, for people and for other programs."""
+"""Summary of a run, for readers and for other programs."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ if TYPE_CHECKING:
 
 
 def summarise(loop: Federation, total_seconds: float | None = None) -> dict[str, Any]:
-    """Gather what ``summary.json`` holds; its keys are stable.
+    """Build the contents of ``summary.json``; its keys are stable.
 
     Args:
         loop: a run that has ended.
-        total_seconds: wall time of the run; default the sum of its timed parts, which counts what was done before a
-            resume too.
+        total_seconds: wall time of the run; default the sum of its timed parts, which includes those before a resume.
 
     Returns:
         ``name``, ``method``, ``seed``, ``score`` (the ``metric`` by which rounds and runs are compared, and whether
         ``higher_is_better``), ``rounds`` (done), ``metrics`` (of the last round), ``best`` (the round of the best score
-        on validation data, of equals the one that the task's tie breaker prefers where that is measured, else the
-        earliest; the last round where nothing was validated: its ``round``, ``metrics`` and ``communication``, and
-        ``validation_samples``, on how many it was chosen, 0 where it was not),
-        ``history`` (all records), ``communication`` (with ``by_kind``; ``student_delivery_bytes``: the student after
-        the last round, sent to every site once more; and ``total_bytes``: messages, set-up and that delivery),
-        ``privacy`` (of `fdl.federation.privacy_spent.privacy_spent`; in JSON an infinite ε is null), ``time``,
-        ``memory`` (``peak_device_bytes`` is None without a CUDA device), ``participants``, ``left_out`` (why clients
-        took no part at all, by id), ``environment`` and ``audit`` (of `fdl.attacks.audit.Audit.summary`; None without
-        attacks).
+        on validation data, of equals the one that the task's tie breaker prefers if that is measured, else the
+        earliest; the last round if none was validated: its ``round``, ``metrics`` and ``communication``, and
+        ``validation_samples``, the number of samples that it was chosen by, 0 if none was validated), ``history`` (all
+        records), ``communication`` (with ``by_kind``; ``student_delivery_bytes``: the student after the last round,
+        sent to every site once more; and ``total_bytes``: messages, set-up and that delivery), ``privacy`` (of
+        `fdl.federation.privacy_spent.privacy_spent`; in JSON an infinite ε is null), ``time``, ``memory``
+        (``peak_device_bytes`` is None without a CUDA device), ``participants``, ``left_out`` (clients that took no part
+        at all, with the reason, by id), ``environment`` and ``audit`` (of `fdl.attacks.audit.Audit.summary`; None
+        without attacks).
     """
     history = loop.history
     last = history[-1] if history else {"round": 0, "metrics": {}, "communication": loop.ledger.totals()}
@@ -78,7 +77,7 @@ def summarise(loop: Federation, total_seconds: float | None = None) -> dict[str,
 
 
 def _communication(loop: Federation) -> dict[str, Any]:
-    """All that was sent, and what bringing the outcome to the sites takes."""
+    """Return the bytes of all messages, and of delivering the final student to the sites."""
     totals, delivery = loop.ledger.totals(), 0
     if loop.server.student is not None:
         delivery = len(loop.clients) * state_bytes(loop.server.student)
@@ -93,11 +92,11 @@ def _memory() -> dict[str, int | None]:
 
 
 def _peak_rss() -> int:
-    """Return the most memory that this process has held, in bytes."""
+    """Return the peak memory of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     try:
-        # Linux lets a process inherit the peak of the one that started it; its own is in /proc, where there is one
+        # on Linux a process inherits the peak of the one that started it; its own is in /proc, if that is mounted
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return peak
@@ -105,7 +104,7 @@ def _peak_rss() -> int:
 
 
 def _participants(loop: Federation) -> list[dict[str, Any]]:
-    """Every client, with the newest value of each of its metrics."""
+    """List all clients, with the newest value of each of their metrics."""
     newest: dict[str, dict[str, float]] = {}
     for record in loop.history:
         for client, metrics in record["clients"].items():

@@ -1,4 +1,4 @@
-"""What a round will send, measured before anything is trained."""
+"""Traffic of a round, measured by a dry run before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fdl")
 
-_TELL_AFTER = 5.0
-"""Seconds without a word, after which a line says how far it is."""
+_LOG_EVERY = 5.0
+"""Seconds between log lines about the progress."""
 
 Sizes = dict[str, dict[int, int]]
 
 
 def estimate_bytes(loop: Federation, round: int = 1) -> Sizes:
-    """What one round sends, see `estimate_rounds`.
+    """Measure the bytes of one round by a dry run, with the limits of `estimate_rounds`.
 
     Args:
-        loop: freshly built; left as it was.
-        round: the round to measure; those before it are run dry too.
+        loop: a freshly built loop; its state is restored afterwards.
+        round: the round to measure; earlier ones are run dry, too.
 
     Returns:
         ``{"down": {client: bytes}, "up": {client: bytes}}``.
@@ -36,18 +36,18 @@ def estimate_bytes(loop: Federation, round: int = 1) -> Sizes:
 
 
 def estimate_rounds(loop: Federation, rounds: int) -> list[Sizes]:
-    """Rehearse rounds with all clients and untrained models, and really encode their messages.
+    """Run rounds with all clients but without training, and measure their encoded messages.
 
-    Sizes are exact where a codec's output does not depend on the values; an entropy stage usually does a little better
-    once models are trained. What comes after the first round may differ from it, since the server then has something
-    to say.
+    Sizes are exact if a codec's output does not depend on the values; an entropy coder usually compresses a little
+    better once models are trained. Later rounds may differ from the first, in which the server has no aggregate to send
+    yet.
 
     Args:
-        loop: freshly built; left as it was.
-        rounds: how many rounds to measure.
+        loop: a freshly built loop; its state is restored afterwards.
+        rounds: number of rounds to measure.
 
     Returns:
-        For each round ``{"down": {client: bytes}, "up": {client: bytes}}``.
+        One dict per round, ``{"down": {client: bytes}, "up": {client: bytes}}``.
     """
     server = loop.server
     ledger, server_state = loop.ledger.state_dict(), dict(server.state)
@@ -73,24 +73,24 @@ def estimate_rounds(loop: Federation, rounds: int) -> list[Sizes]:
 
 
 def _dry_round(loop: Federation, round: int, learn: bool) -> None:
-    """One round of messages; `learn` lets the server take them in, so that it can answer in the next."""
+    """Exchange one round of messages; with `learn`, also aggregate them, for the next round's downloads."""
     loop.start_round(round)
     aggregate = loop.method.aggregate(loop.server) if learn else None
-    told = time.monotonic()
+    logged = time.monotonic()
     for place, client in enumerate(loop.clients):
         if client.id in loop.left_out:
             continue
-        if time.monotonic() - told > _TELL_AFTER:
-            log.info("still counting: round %d, client %d of %d", round, place + 1, len(loop.clients))
-            told = time.monotonic()
-        if loop.server.arrival is not None and len(client.train) == 0:  # as in a run: without data it sits out
+        if time.monotonic() - logged > _LOG_EVERY:
+            log.info("still measuring: round %d, client %d of %d", round, place + 1, len(loop.clients))
+            logged = time.monotonic()
+        if loop.server.arrival is not None and len(client.train) == 0:  # as in a run: skipped while it has no data
             continue
         try:
             for _, upload in loop.executor(loop.method, [(client, loop.download_for(client.id))]):
                 received = loop.channel.upload(upload, client.id, round)
                 if aggregate is not None and received is not None:
                     aggregate.add(received, client.id)
-        except RejectedMessageError:  # as in a run: the bytes were sent, and the round goes on
+        except RejectedMessageError:  # as in a run: the bytes were sent, and the round continues
             continue
     knowledge = None if aggregate is None else aggregate.result()
     if knowledge is not None:

@@ -1,4 +1,4 @@
-"""One training step and one answer of every model, before a run: what is wrong with a model shows in a sentence."""
+"""Trial of every model before a run: one training step and one prediction, to report a broken model clearly."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def run_trial_steps(loop: Federation) -> None:
-    """Let every architecture take one step on two samples and answer them; weights and random streams stay.
+    """Train every architecture for one step on two samples and predict them; weights and random streams are restored.
 
     Args:
-        loop: freshly built.
+        loop: a freshly built loop.
 
     Raises:
-        UserError: a model fails; the sentence names its key or client, its class, and the method that failed.
+        UserError: a model fails; the message names its key or client, its class, and the method that failed.
     """
     server, pooled, done = loop.server, "pooled" in loop.method.requires, set()
     for client in () if pooled else loop.clients:
@@ -38,18 +38,22 @@ def run_trial_steps(loop: Federation) -> None:
             continue
         done.add(client.architecture)
         with client.data_gate.open(), loop.runtime.borrow(client.architecture) as module:
-            _try(loop, f"client {client.id}", module, client.train, client.local_training, trains=True)
+            _run_trial(loop, f"client {client.id}", module, client.train, client.local_training, trains=True)
     for part, module in (("student", server.student), ("teacher", server.teacher)):
         if module is None or (part in done):
             continue
         sets = (server.pooled, server.proxy, server.public, server.validation, server.test)
         samples = next((some for some in sets if some is not None and len(some) > 1), None)
         if samples is not None:
-            _try(loop, part, module, samples, server.local_training if pooled else server.server_distil, trains=pooled)
+            _run_trial(
+                loop, part, module, samples, server.local_training if pooled else server.server_distil, trains=pooled
+            )
 
 
-def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, config: Fit, trains: bool) -> None:
-    """One step and one answer; with `trains`, by the module's own training step, else by its forward alone."""
+def _run_trial(
+    loop: Federation, who: str, module: LightningModule, samples: Samples, config: Fit, trains: bool
+) -> None:
+    """Run one step and one prediction; with `trains`, by the module's own training step, else by its forward alone."""
     own = module.label.partition(": ")[2] if isinstance(module, ForeignModule) else None
     label = own or f"{type(module).__module__}.{type(module).__qualname__}"
     some, step = samples.subset(torch.arange(2)), "training_step" if trains else "forward"
@@ -65,7 +69,7 @@ def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, 
             logits = loop.runtime.predict(module, some)
     except UserError as error:
         raise UserError(f"{who}: {error}") from error
-    except Exception as error:  # it may be the user's code: whatever it raises is told in one sentence
+    except Exception as error:  # it may be the user's code: any error is reported in one sentence
         raise UserError(
             f"{who}: {label}.{step} fails on two samples: {type(error).__name__}: {one_line(error)}"
         ) from error
@@ -74,11 +78,11 @@ def _try(loop: Federation, who: str, module: LightningModule, samples: Samples, 
         module.train(training)
     if loop.server.task == "classification" and tuple(logits.shape) != (2, loop.server.num_classes):
         raise UserError(
-            f"{who}: {label}.forward answers two samples with logits of shape {list(logits.shape)}, expected "
+            f"{who}: {label}.forward returns, for two samples, logits of shape {list(logits.shape)}, expected "
             f"[2, {loop.server.num_classes}]"
         )
 
 
 def _forward(module: LightningModule, batch: Batch) -> dict[str, Tensor]:
-    """Any loss of the logits, for a model that learns from others' answers alone."""
+    """Compute an arbitrary loss of the logits, for a model that learns from others' predictions alone."""
     return {"loss": module(batch[0]).logits.float().square().mean()}

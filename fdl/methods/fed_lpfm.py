@@ -97,7 +97,7 @@ class FedLPFM(FedAvg):
         return {**parts, "loss": (1 - self.weight) * hard + self.weight * soft}
 
     def _teacher_predictions(self, client: Client) -> Requests[Tensor]:
-        """The foundation models' mean answer to every private sample, [n, C].
+        """Return the foundation models' mean prediction of each private sample, [n, C].
 
         Predictions of public models are computed again after a restart; those of fine-tuned ones are saved, instead of
         their weights. Either holds for the samples of one stage.

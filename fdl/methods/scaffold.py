@@ -94,8 +94,7 @@ class Scaffold(Method):
         steps = local_steps(module, client.samples, fit)
         if steps == 0:
             return None
-        objective = CorrectedObjective(anchor, is_padding_safe(module.training_step))
-        yield FitRequest(module, client.train, fit, objective)
+        yield FitRequest(module, client.train, fit, CorrectedObjective(anchor, is_padding_safe(module.training_step)))
         trained, scale = module_state(module), 1 / (steps * fit.optimizer.args["lr"])
         change = {n: scale * (weights[n] - trained[n].cpu()).to(c.dtype) - c for n, c in common.items()}
         client.state["control"] = {name: own[name] + change[name] for name in common}

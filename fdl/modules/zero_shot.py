@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdl.errors import UserError
-from fdl.state.shards import gathered
+from fdl.state.shards import full_parameters
 from fdl.utils.suggest import suggest
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def zero_shot_classifier(
     module.eval()
     try:
         rows = []
-        with gathered(module):
+        with full_parameters(module):
             for name in classes:
                 tokens = pad_texts([tokenizer.encode(sentence.replace("{}", name)) for sentence in sentences])
                 vectors = F.normalize(module.encode_text(tokens.to(device)).float(), dim=1)

@@ -1,6 +1,6 @@
 """Functions of the command line for scripts and notebooks: `fdl.load_recipe`, `fdl.fit` and `fdl.compare`.
 
-Nothing here imports torch before a recipe has been found right.
+Torch is imported only after a recipe has been checked.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Args:
         recipe: a YAML file, or its contents as plain dicts and lists.
-        overrides: ``key=value`` strings; the later wins.
+        overrides: ``key=value`` strings; of several values for one key the last one wins.
 
     Raises:
-        RecipeError: with everything that is wrong in it.
-        UserError: there is no such file.
+        RecipeError: the recipe is invalid; the message lists all problems.
+        UserError: the file does not exist.
     """
     if isinstance(recipe, Mapping):
         return from_mapping(recipe, overrides)
@@ -46,17 +46,17 @@ def fit(
 
     Args:
         recipe: a YAML file, its contents as a mapping, or a `Recipe` from `load_recipe`.
-        overrides: ``key=value`` strings that change the recipe; the later wins.
-        output_dir: the run's folder; default ``<output>/<name>`` of the recipe.
+        overrides: ``key=value`` strings that change the recipe; of several values for one key the last one wins.
+        output_dir: the run's folder; default ``<output_dir>/<name>`` of the recipe.
         resume: continue from the last checkpoint; a complete run is not repeated.
-        overwrite: replace a run that lies in the folder.
+        overwrite: replace a run in the folder.
 
     Returns:
         The finished run.
 
     Raises:
-        RecipeError: the recipe is wrong.
-        UserError: the folder holds something that would be lost, or nothing to resume; or training cannot continue.
+        RecipeError: the recipe is invalid.
+        UserError: the folder holds files that would be lost, or nothing to resume; or training cannot continue.
         KeyboardInterrupt: after Ctrl-C, once the round in progress is saved.
     """
     from fdl.engine.distributed.launch_environment import is_follower
@@ -68,8 +68,8 @@ def fit(
     elif overrides:
         recipe = from_mapping(recipe.to_dict(), overrides)
     folder = runs.folder_of(recipe, output_dir)
-    summary = runs.fit(recipe, folder, resume, overwrite)
-    # the leading process has written it: a run just made and one read later are equal, infinite values as None
+    summary = runs.run_recipe(recipe, folder, resume, overwrite)
+    # read from the file that the leading process wrote: a new run equals one read later, with None for infinities
     return Run(folder, summary if is_follower() else None, recipe)
 
 
@@ -86,20 +86,20 @@ def compare(
     Args:
         recipes: one recipe file, or several.
         overrides: ``key=value`` strings for all of them.
-        output_dir: the comparison's folder; default ``<output>/<name>/compare`` of the first recipe.
+        output_dir: the comparison's folder; default ``<output_dir>/<name>/compare`` of the first recipe.
         methods: variants of the recipes, or names of methods; default all variants.
-        seeds: default those of the recipes.
+        seeds: the seeds; default those of the recipes.
         overwrite: replace complete runs of a recipe that has changed since.
 
     Returns:
         The table, which is also printed and written to the folder, and the runs.
 
     Raises:
-        RecipeError: a recipe is wrong; nothing was run.
-        UserError: the folder holds other files, or, in the end, some runs have failed.
+        RecipeError: a recipe is invalid; nothing was run.
+        UserError: the folder holds other files, or, after all runs, some of them have failed.
         KeyboardInterrupt: after Ctrl-C; finished runs are kept.
     """
-    from fdl.runs.compare import compare as run_all
+    from fdl.runs.compare import run_comparison
 
     files = [recipes] if isinstance(recipes, str | Path) else list(recipes)
     if not files:
@@ -107,4 +107,4 @@ def compare(
     for name, given in (("methods", methods), ("overrides", overrides)):
         if isinstance(given, str):
             raise UserError(f"{name}: expected a list of strings, got a string; write [{given!r}]")
-    return run_all(files, overrides, methods, seeds, output_dir, overwrite)
+    return run_comparison(files, overrides, methods, seeds, output_dir, overwrite)

@@ -19,35 +19,35 @@ if TYPE_CHECKING:
     from fdl.recipe.config import Recipe
 
 AUDIT = "audit.json"
-"""The report in the run's folder."""
+"""Name of the report in the run's folder."""
 
 
-DEFAULT = ("loss_threshold", "lira", "rmia", "label_leakage")
-"""What a run is audited with where its recipe names no attacks."""
+DEFAULT_ATTACKS = ("loss_threshold", "lira", "rmia", "label_leakage")
+"""Attacks of an audit if the recipe names none."""
 
 
-ON_CONFIDENCES = ("confidence_inference",)
-"""What is added to these where a confidence is measured on private samples, as `density` is."""
+CONFIDENCE_ATTACKS = ("confidence_inference",)
+"""Attacks added to the default ones if confidences are computed from private samples, e.g. by `density`."""
 
 
 def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Audit, Path]:
     """Rebuild a finished run from its folder, attack it, and write ``audit.json`` and figures there.
 
-    Those of an earlier audit stay, as ``audit-1.json`` and so on.
+    Reports of earlier audits are kept, as ``audit-1.json`` and so on.
 
     Args:
         run: the run's folder.
-        attacks: short names or dotted paths; by default those of the recipe, or else `DEFAULT`.
-        overrides: ``key=value`` changes of `evaluation.attacks` and of what a resumed run may change.
+        attacks: short names or dotted paths; by default those of the recipe, or else `DEFAULT_ATTACKS`.
+        overrides: ``key=value`` changes of `evaluation.attacks` and of keys that a resumed run may change.
 
     Returns:
-        What was found, and the file that says so.
+        The results, and the file to which they were written.
 
     Raises:
-        UserError: the folder holds no finished run, or an attack cannot be tried on it.
+        UserError: the folder holds no finished run, or an attack is not applicable to it.
     """
     from fdl.attacks.callback import AuditCallback
-    from fdl.build.federation import build
+    from fdl.build.federation import build_federation
     from fdl.federation import snapshot
     from fdl.runs import run as runs
     from fdl.state import run_folder
@@ -57,7 +57,7 @@ def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[
     run = expanded(run)
     runs.require_finished(run)
     require_unlocked(run)
-    loop = build(_recipe(run / runs.RECIPE, attacks, overrides), run)
+    loop = build_federation(_recipe(run / runs.RECIPE, attacks, overrides), run)
     snapshot.restore(loop, write=False)
     loop.start_round(loop.round)
     (auditor,) = (callback for callback in loop.callbacks if isinstance(callback, AuditCallback))
@@ -73,21 +73,21 @@ def audit_run(run: str | Path, attacks: Sequence[str] = (), overrides: Sequence[
 
 
 def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Recipe:
-    """The run's recipe with the attacks that are asked for, in one process and watched by nobody."""
+    """Load the run's recipe with the requested attacks, for one process and without callbacks."""
     from fdl.recipe.loading import load
     from fdl.registry.component import Component
-    from fdl.runs.run_keys import changes, places, within
+    from fdl.runs.run_keys import changes, is_within, location_keys
 
     recipe = load(path, [*overrides, *([f"evaluation.attacks=[{','.join(attacks)}]"] if attacks else [])])
     before, now = load(path).to_dict(), recipe.to_dict()
     allowed = ["evaluation.attacks", "evaluation.batch_size", "fabric.threads"]
-    changed = [key for key in changes(before, now) if not within(key, allowed)]
-    if other := [key for key in changed if key not in places(before, now, changed)]:
+    changed = [key for key in changes(before, now) if not is_within(key, allowed)]
+    if other := [key for key in changed if key not in location_keys(before, now, changed)]:
         raise UserError(
             f"{other[0]}: an audit looks at the run as it was; only evaluation.attacks can be given, and where "
             "the data lie now"
         )
-    chosen = recipe.evaluation.attacks or [Component(name) for name in (*DEFAULT, *_on_confidences(recipe))]
+    chosen = recipe.evaluation.attacks or [Component(name) for name in (*DEFAULT_ATTACKS, *_confidence_attacks(recipe))]
     return replace(
         recipe,
         evaluation=replace(recipe.evaluation, attacks=chosen),
@@ -96,16 +96,21 @@ def _recipe(path: Path, attacks: Sequence[str], overrides: Sequence[str]) -> Rec
     )
 
 
-def _on_confidences(recipe: Recipe) -> tuple[str, ...]:
-    """The attacks on what clients say of their answers, where that is measured on their samples."""
+def _confidence_attacks(recipe: Recipe) -> tuple[str, ...]:
+    """Return the attacks on confidences, if these are computed from private samples."""
     from fdl.registry.instantiate import instantiate
 
     confidence = instantiate(recipe.method, "method", "method").confidence
-    return ON_CONFIDENCES if confidence is not None and confidence.reads_samples else ()
+    return CONFIDENCE_ATTACKS if confidence is not None and confidence.reads_samples else ()
 
 
-def print_table(result: Audit, console: Console) -> None:
-    """Print what an audit found."""
+def print_audit(result: Audit, console: Console) -> None:
+    """Print the results of an audit.
+
+    Args:
+        result: the results.
+        console: the console to print on.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text

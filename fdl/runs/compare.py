@@ -1,4 +1,4 @@
-"""Several variants of a recipe over several seeds, in one table."""
+"""Comparison of several variants of a recipe over several seeds."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ log = logging.getLogger("fdl")
 
 
 class PlannedRun(NamedTuple):
-    """One variant with one seed.
+    """Run of one variant with one seed.
 
     Attributes:
-        variant: its row in the table.
+        variant: name of its row in the table.
         seed: the seed.
-        recipe: its own recipe.
-        folder: where it lies.
+        recipe: the recipe of the run.
+        folder: the run's folder.
     """
 
     variant: str
@@ -40,7 +40,7 @@ class PlannedRun(NamedTuple):
     folder: Path
 
 
-def compare(
+def run_comparison(
     files: Sequence[str | Path],
     overrides: Sequence[str] = (),
     methods: Sequence[str] | None = None,
@@ -48,23 +48,23 @@ def compare(
     output: str | Path | None = None,
     overwrite: bool = False,
 ) -> Comparison:
-    """Run everything that is not complete yet; then write and print the table.
+    """Execute all runs that are not complete yet; then write and print the table.
 
-    A run that fails does not keep the others from being run; the table marks it, and the same call tries it again.
+    The other runs are executed even if one fails; the table marks it, and calling the function again retries it.
 
     Args:
         files: recipe files.
         overrides: ``key=value`` strings for all of them.
         methods: variants of the recipes, or methods; default all variants.
-        seeds: default those of the recipe.
-        output: the comparison's folder; default ``<output_dir>/<name>/compare`` of the first recipe. A run lies in
-            ``<variant>/seed-<k>`` in it.
-        overwrite: run again what is there of a recipe that has changed since; what is complete stays.
+        seeds: the seeds; default those of the recipe.
+        output: the comparison's folder; default ``<output_dir>/<name>/compare`` of the first recipe. Its subfolders
+            ``<variant>/seed-<k>`` are the runs' folders.
+        overwrite: replace runs of a recipe that has changed since; complete runs are kept.
 
     Raises:
-        UserError: from a recipe, or where the folder holds something else, before anything runs; or in the end, naming
-            the runs that have failed.
-        KeyboardInterrupt: after Ctrl-C; what was done is kept.
+        UserError: before any run, a recipe is invalid or the folder holds other files; or after all runs, some have
+            failed, and the message names them.
+        KeyboardInterrupt: after Ctrl-C; finished rounds and runs are kept.
 
     Returns:
         The table and the runs.
@@ -89,7 +89,7 @@ def compare(
         log.info("%d of %d: %s, seed %d%s", number, len(planned), run.variant, run.seed, note)
         try:
             summary = runs.read_summary(run.folder) if complete else _fit(run, overwrite)
-        except Exception as error:  # of the user's own code, too: the others have nothing to do with it
+        except Exception as error:  # also of user-defined code: the other runs are not affected
             if not isinstance(error, UserError):
                 log.exception("%s, seed %d failed", run.variant, run.seed)
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -114,16 +114,19 @@ def compare(
 
 
 def _fit(run: PlannedRun, overwrite: bool) -> dict[str, Any]:
-    """PlannedRun, or go on with, a run that is not complete."""
-    resume, replace = _way(run, overwrite)
-    return runs.fit(run.recipe, run.folder, resume, replace)
+    """Start or resume a run that is not complete, and return its summary."""
+    resume, replace = _start_mode(run, overwrite)
+    return runs.run_recipe(run.recipe, run.folder, resume, replace)
 
 
-def _way(run: PlannedRun, overwrite: bool = False) -> tuple[bool, bool]:
-    """Whether a run goes on with what lies in its folder, and whether it takes its place.
+def _start_mode(run: PlannedRun, overwrite: bool = False) -> tuple[bool, bool]:
+    """Decide how to start a run.
+
+    Returns:
+        True to resume the run in its folder, and True to replace it.
 
     Raises:
-        UserError: neither can be.
+        UserError: neither is possible.
     """
     resume = runs.has_checkpoint(run.folder)
     try:
@@ -131,29 +134,29 @@ def _way(run: PlannedRun, overwrite: bool = False) -> tuple[bool, bool]:
     except UserError:
         if not resume:
             raise
-        # of another recipe: no loss where it has not finished a round
+        # a run of another recipe, which may be replaced if it has not finished a round
         runs.check_can_run(run.recipe, run.folder, overwrite=overwrite)
         return False, overwrite
     return resume, False
 
 
 def _require_unchanged(run: Run) -> None:
-    """Raise, before anything runs, where a run of another recipe lies in the place of a run.
+    """Check that a run's folder holds no run of another recipe.
 
     Raises:
-        UserError: it does.
+        UserError: it holds one.
     """
     try:
-        _way(run)
+        _start_mode(run)
     except UserError as error:
         raise UserError(f"{run.variant}, seed {run.seed}: {error}") from error
 
 
 def _require_place(folder: Path) -> None:
-    """Make the comparison's folder, or raise where it holds something else.
+    """Create the comparison's folder, or check that an existing one is empty or holds a comparison.
 
     Raises:
-        UserError: it does, or cannot be written to.
+        UserError: it holds other files, or cannot be written to.
     """
     runs.require_usable(folder)
     ours = run_folder.read_mark(folder).get("kind") == "comparison" or any(folder.glob(f"**/seed-*/{runs.RECIPE}"))
@@ -173,19 +176,19 @@ def plan(
     folder: Path,
     many: bool = False,
 ) -> list[PlannedRun]:
-    """The runs of one recipe file, all checked.
+    """Plan the runs of one recipe file, and check all of their recipes.
 
     Args:
         file: the recipe file.
-        overrides: as in `compare`.
-        methods: as in `compare`.
-        seeds: as in `compare`.
+        overrides: ``key=value`` strings that change the recipe.
+        methods: variants of the recipe, or methods; None for all variants.
+        seeds: the seeds; None for those of the recipe.
         folder: the comparison's folder.
-        many: whether the file is one of several, so that its variants need its name.
+        many: True if the file is one of several, so that names of its variants include that of the recipe.
 
     Raises:
-        UserError: for a name that is neither a variant nor a method.
-        RecipeError: for a variant that is wrong.
+        UserError: a name is neither a variant nor a method.
+        RecipeError: a variant is invalid.
     """
     base = load(file, overrides)
     settings = base.compare or Compare()
@@ -243,7 +246,7 @@ def _publish(
 
 
 def _row_of(name: str, results: Sequence[dict[str, Any]]) -> str | None:
-    """The row of the variant of this name or, where there is none, of the only one with a method of this name."""
+    """Return the variant with this name or, if it does not exist, the only one whose method has this name."""
     methods = {result["variant"]: result["summary"]["method"] for result in results}
     rows = [row for row, method in methods.items() if method == name]
     return name if name in methods else rows[0] if len(rows) == 1 else None

@@ -1,4 +1,4 @@
-"""Tables of a comparison of runs: for people, for other programs, and for TensorBoard."""
+"""Reports of a comparison of runs: Markdown, CSV, JSON, console, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fdl.runs.comparison import (
     COLUMNS,
     DIFFERENCES,
     NO_REFERENCES,
-    TARGETS,
+    SCORE_TARGETS,
     References,
     client_gains,
     compare_table,
@@ -61,18 +61,18 @@ BYTES = (
 )
 TO_TARGET = tuple(
     f"{name}_{target}{part}"
-    for target in TARGETS
+    for target in SCORE_TARGETS
     for name, part in (
         *(("rounds_to", ""), ("bytes_to", ""), ("bytes_to", "_percent"), ("bytes_to", "_all")),
         ("bytes_to", "_all_percent"),
     )
 )
 GAINS = tuple(name for name in COLUMNS if "_gain" in name)
-PARTS = {
+REPORT_SECTIONS = {
     "Quality": QUALITY,
     "Bytes, all rounds": BYTES,
     "Bytes to an equal target": TO_TARGET,
-    "What each site gains from taking part": GAINS,
+    "Gain of each site from participation": GAINS,
 }
 """The tables of ``compare.md``."""
 
@@ -86,17 +86,18 @@ SORTED_BY = (
     *("kte", "recovered_gap", "bytes_all", "bytes_to_95_all", "bytes_to_98_all"),
     *(f"{whose}_gain{part}" for whose in ("student", "specialist") for part in ("", "_min", "_variance", "_jain")),
 )
-"""Measures by which TensorBoard's dashboard can sort runs, besides a run's own metrics. Always the same list: of
-several that are written for a run, TensorBoard knows the first."""
+"""Measures by which TensorBoard's dashboard can sort runs, besides a run's own metrics. The list is constant, since of
+several lists that are written for a run, TensorBoard reads only the first."""
 
 
 def write_compare_csv(path: Path, table: Sequence[Mapping[str, Any]], failed: Mapping[str, str] | None = None) -> None:
-    """Write a comparison in full precision, one row per variant; what is None is left empty.
+    """Write a comparison in full precision as CSV, one row per variant; None is written as an empty cell.
 
     Args:
-        path: of the file.
+        path: the file to write.
         table: from `compare_table`.
-        failed: what went wrong, by variant, for the column ``failed``. One of which no run went well has nothing else.
+        failed: reasons of failed runs by variant, for the column ``failed``. The other columns of a variant whose runs
+            all failed are empty.
     """
     failed = failed or {}
     rows = [{**line, "failed": failed.get(line["variant"])} for line in table]
@@ -114,13 +115,13 @@ def write_compare_json(
     rows: Sequence[Mapping[str, Any]],
     references: References = NO_REFERENCES,
 ) -> None:
-    """Write what was measured of every run, seed by seed, and what each client gains.
+    """Write the measures of every run, seed by seed, and the gain of each client.
 
     Args:
-        path: of the JSON file: ``references``, and ``runs`` with ``variant``, ``seed``, everything in
-            `fdl.runs.comparison.COLUMNS`, and ``gains`` as `fdl.runs.comparison.client_gains` gives them.
+        path: the JSON file to write: ``references``, and ``runs`` with ``variant``, ``seed``, everything in
+            `fdl.runs.comparison.COLUMNS`, and ``gains`` from `fdl.runs.comparison.client_gains`.
         rows: ``{"variant", "seed", "summary"}`` for every run.
-        references: the variants that the others are measured against.
+        references: the variants with which the others are compared.
     """
     measured = measure_all(rows, references)
     summaries = {(row["variant"], row["seed"]): row["summary"] for row in rows}
@@ -141,18 +142,19 @@ def write_compare_markdown(
     references: References = NO_REFERENCES,
     failed: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a comparison for people, in parts, with a caption that explains its columns.
+    """Write a comparison as Markdown, in sections, with a caption that explains its columns.
 
     Args:
-        path: of the file.
+        path: the file to write.
         table: from `compare_table`.
-        references: the variants that the others are measured against.
-        failed: what went wrong, by variant; comes last. A variant of which no run went well is in no other part.
+        references: the variants with which the others are compared.
+        failed: reasons of failed runs by variant, for the last section. A variant whose runs all failed is in no other
+            section.
     """
     parts = []
-    for title, columns in PARTS.items() if table else ():
+    for title, columns in REPORT_SECTIONS.items() if table else ():
         titles, cells = _cells(table, columns, references)
-        if len(titles) == 2:  # nothing but names and seeds
+        if len(titles) == 2:  # only names and seeds
             continue
         lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *cells]
         parts.append(f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -168,14 +170,14 @@ def print_compare(
     console: Console,
     references: References = NO_REFERENCES,
 ) -> None:
-    """Print the most telling columns of a comparison.
+    """Print the most important columns of a comparison.
 
-    No cell is cut or broken: lines are as long as they have to be.
+    No cell is truncated or wrapped; lines may exceed the width of the console.
 
     Args:
         table: from `compare_table`.
-        console: where to.
-        references: the variants that the others are measured against.
+        console: the console to print on.
+        references: the variants with which the others are compared.
     """
     titles, cells = _cells(table, PRINTED, references)
     shown = Table(box=box.SIMPLE_HEAD)
@@ -187,8 +189,8 @@ def print_compare(
     console.print(Text(compare_caption(table, references, PRINTED), style="dim"))
 
 
-ALL_COLUMNS = tuple(name for part in PARTS.values() for name in part)
-"""Columns of all parts of a comparison, in order."""
+ALL_COLUMNS = tuple(name for part in REPORT_SECTIONS.values() for name in part)
+"""Columns of all sections of a comparison, in order."""
 
 
 def compare_caption(
@@ -196,12 +198,12 @@ def compare_caption(
     references: References = NO_REFERENCES,
     columns: Iterable[str] = ALL_COLUMNS,
 ) -> str:
-    """Say what the columns of a comparison mean.
+    """Explain the columns of a comparison.
 
     Args:
         table: from `compare_table`.
-        references: the variants that the others are measured against.
-        columns: those that are shown.
+        references: the variants with which the others are compared.
+        columns: the columns that are shown.
     """
     reference, bytes_reference, single_site = references
     score, shown = table[0]["score"], set(columns)
@@ -253,9 +255,9 @@ def log_compare(
     """Write every run of a comparison to TensorBoard: curves by round and by bytes, outcome and hyperparameters.
 
     Args:
-        folder: the comparison's folder; runs go to ``tensorboard/<variant>-seed<k>`` in it.
-        rows: ``{"variant", "seed", "summary"}`` for every run. Its measures are under ``compare/…``.
-        references: the variants that the others are measured against.
+        folder: the comparison's folder; runs are written to ``tensorboard/<variant>-seed<k>`` in it.
+        rows: ``{"variant", "seed", "summary"}`` for every run. Its measures are logged as ``compare/…``.
+        references: the variants with which the others are compared.
     """
     measured = measure_all(rows, references)
     for row in rows:
@@ -279,17 +281,17 @@ def _cells(
     columns: Iterable[str],
     references: References = NO_REFERENCES,
 ) -> tuple[list[str], list[list[str]]]:
-    """Titles and texts, without the columns that are empty in every row."""
+    """Format titles and cells, without the columns that are empty in every row."""
     loss = not next(task.higher_is_better for task in TASKS.values() if task.score == table[0]["score"])
     shown = [name for name in columns if any(line[f"{name}_mean"] is not None for line in table)]
-    shown = [name for name in shown if not (loss and name == "kte")]  # it is the recovered gap
+    shown = [name for name in shown if not (loss and name == "kte")]  # of a loss, it equals the recovered gap
     titles = COLUMNS | dict(zip(DIFFERENCES, [f"Δ {name}" for name in references[:2]]))
     rows = [[line["variant"], str(line["seeds"]), *(_cell(name, line) for name in shown)] for line in table]
     return ["Variant", "Seeds", *(titles[name] for name in shown)], rows
 
 
 def _cell(name: str, line: Mapping[str, Any]) -> str:
-    mean, target = line[f"{name}_mean"], next((t for t in TARGETS if f"_to_{t}" in name), None)
+    mean, target = line[f"{name}_mean"], next((t for t in SCORE_TARGETS if f"_to_{t}" in name), None)
     if mean is None:
         missed = target is not None and "percent" not in name and line[f"reached_{target}"] < line["seeds"]
         trained = line["student_last_mean"] is not None

@@ -1,7 +1,7 @@
-"""Measures of the runs of one comparison: quality, bytes, and what each site gains.
+"""Measures of the runs of one comparison: quality, bytes, and the gain of each site.
 
-Three of the variants are references, each of the same seed: a centralised one whose student counts as 1, one whose
-bytes count as 100 %, and one whose clients train alone, which is where gains and the recovered gap count from.
+Three of the variants are references, compared seed by seed: a centralised one whose student counts as 1, one whose
+bytes count as 100 %, and one whose clients train alone, the zero point of gains and of the recovered gap.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fdl.metrics.federation import (
     rounds_to_target,
 )
 
-TARGETS = (95, 98)
-"""Shares of the centralised score, in %, whose bytes are compared."""
+SCORE_TARGETS = (95, 98)
+"""Fractions of the centralised score, in %, at which bytes are compared."""
 
 COLUMNS = {
     "student_last": "Student, last round",
@@ -41,7 +41,7 @@ COLUMNS = {
     "bytes_all_percent": "Together, %",
     **{
         f"{name}_{target}{part}": f"{title}, {target} %{suffix}"
-        for target in TARGETS
+        for target in SCORE_TARGETS
         for name, title, part, suffix in (
             ("rounds_to", "Round", "", ""),
             ("bytes_to", "Messages", "", ""),
@@ -57,19 +57,19 @@ COLUMNS = {
     },
     "seconds": "Seconds",
 }
-"""What is measured of every run, with the titles that people read."""
+"""Measures of every run, with their titles in tables."""
 
 DIFFERENCES = ("vs_reference", "vs_bytes_reference")
 """Paired differences of the student's last round, by the field of `References` that names the other variant."""
 
 
 class References(NamedTuple):
-    """The variants of a comparison that others are measured against; None: there is no such one.
+    """Variants with which the others of a comparison are compared; None for no reference.
 
     Attributes:
         reference: the variant whose student counts as 1, usually centralised.
         bytes_reference: the variant whose bytes count as 100 %, usually FedAvg.
-        single_site: the variant whose clients train alone: where gains and the recovered gap count from.
+        single_site: the variant whose clients train alone: the zero point of gains and of the recovered gap.
     """
 
     reference: str | None = None
@@ -86,22 +86,22 @@ def compare_table(
 ) -> list[dict[str, Any]]:
     """Summarise several variants, each over its seeds.
 
-    All scores are on test data, of the student after the last round where nothing else is said. The best round is
-    chosen on validation data, seed by seed, which takes labels that a real server hardly has.
+    All scores are on test data, of the student after the last round unless noted otherwise. The best round is chosen on
+    validation data, seed by seed, which takes labels that a real server hardly has.
 
     Args:
         rows: ``{"variant", "seed", "summary"}`` for every run.
-        references: the variants that the others are measured against.
+        references: the variants with which the others are compared.
 
     Returns:
-        One row per variant, in order of first appearance: ``variant``, ``method``, ``seeds`` (how many), ``score`` (the
-        metric that is compared), ``validation_samples`` (on which the best round was chosen, 0 where it was not), and
-        the mean and sample standard deviation of everything in `COLUMNS` as ``<name>_mean`` and ``<name>_std``. For
-        each of `DIFFERENCES` ``<name>_mean``, ``_low`` and ``_high``: the mean difference to that variant over common
-        seeds with its 95 % interval; and for each of `TARGETS` ``reached_<target>``, how many seeds reach it. Means
-        up to a target are None unless all do. Ratios are taken seed by seed, over the seeds that the reference has
-        too. None stands for what there is not: a student in a variant that trains none, a ratio without its reference,
-        a deviation of one seed.
+        One row per variant, in order of first appearance: ``variant``, ``method``, ``seeds`` (their number), ``score``
+        (the compared metric), ``validation_samples`` (on which the best round was chosen, 0 if it was not), and the
+        mean and sample standard deviation of everything in `COLUMNS` as ``<name>_mean`` and ``<name>_std``. For each of
+        `DIFFERENCES` ``<name>_mean``, ``_low`` and ``_high``: the mean difference to that variant over common seeds
+        with its 95 % interval; and for each of `SCORE_TARGETS` ``reached_<target>``, the number of seeds that reach it.
+        Means up to a target are None unless all seeds reach it. Ratios are computed seed by seed, over the seeds that
+        the reference has too. Undefined values are None: a student in a variant that trains none, a ratio without its
+        reference, a deviation of one seed.
     """
     measured = measure_all(rows, references)
     students = {
@@ -119,11 +119,11 @@ def compare_table(
             "score": summary["score"]["metric"],
             "validation_samples": summary["best"].get("validation_samples", 0),
         }
-        for target in TARGETS:
+        for target in SCORE_TARGETS:
             line[f"reached_{target}"] = sum(m[f"rounds_to_{target}"] is not None for m in mine.values())
         for name in COLUMNS:
             values = [m[name] for m in mine.values() if m[name] is not None and math.isfinite(m[name])]
-            if "_to_9" in name and len(values) < len(mine):  # a mean over those that got there would flatter
+            if "_to_9" in name and len(values) < len(mine):  # a mean over the seeds that reach it would be too good
                 values = []
             line[f"{name}_mean"] = statistics.fmean(values) if values else None
             line[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -142,10 +142,10 @@ def measure_all(
 
     Args:
         rows: ``{"variant", "seed", "summary"}`` for every run.
-        references: the variants that the others are measured against.
+        references: the variants with which the others are compared.
 
     Returns:
-        By variant and seed: a value for everything in `COLUMNS`, None where there is none.
+        By variant and seed: a value for everything in `COLUMNS`, None for undefined ones.
     """
     summaries = {(row["variant"], row["seed"]): row["summary"] for row in rows}
 
@@ -155,7 +155,11 @@ def measure_all(
         other = summaries.get((references.bytes_reference, seed))
         sent = _bytes(summary, _target_rounds(summary, central, alone))
         base = {} if other is None else _bytes(other, _target_rounds(other, central, alone))
-        for name in ("bytes_total", "bytes_all", *(f"bytes_to_{t}{part}" for t in TARGETS for part in ("", "_all"))):
+        for name in (
+            "bytes_total",
+            "bytes_all",
+            *(f"bytes_to_{t}{part}" for t in SCORE_TARGETS for part in ("", "_all")),
+        ):
             whole, part = base.get(name), sent[name]
             sent[f"{name}_percent"] = 100 * part / whole if whole and part is not None else None
         whose = None if variant == references.single_site else alone
@@ -167,15 +171,15 @@ def measure_all(
 
 
 def client_gains(summary: Mapping[str, Any], alone: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """What each client gains from taking part: its score on the common test set above that of its model trained alone.
+    """Compute each client's gain from participation: its score on the common test set minus that of training alone.
 
     Args:
-        summary: of a run.
-        alone: of the single-site run with the same seed, whose clients hold the same samples.
+        summary: summary of a run.
+        alone: summary of the single-site run with the same seed, whose clients have the same samples.
 
     Returns:
-        ``student`` and ``specialist``: by client id, the gain if it is served by the student, or by its own model;
-        more is better, of losses too. Empty where there is no such model.
+        ``student`` and ``specialist``: by client id, the gain if the client uses the student, or its own model; larger
+        is better, also for losses. Empty if the run has no such model.
     """
     key, sign = f"test/{summary['score']['metric']}", 1 if summary["score"]["higher_is_better"] else -1
     before = _by_client(alone, key)
@@ -194,7 +198,7 @@ def _by_client(summary: Mapping[str, Any], key: str) -> dict[int, float]:
 
 
 def _gains(summary: Mapping[str, Any], alone: Mapping[str, Any] | None) -> dict[str, float | None]:
-    """Mean and `fdl.metrics.federation.equity` of the gains."""
+    """Compute the mean and `fdl.metrics.federation.equity` of the gains."""
     gains = {} if alone is None else client_gains(summary, alone)
     found: dict[str, float | None] = {}
     for whose in ("student", "specialist"):
@@ -212,7 +216,7 @@ def _gains(summary: Mapping[str, Any], alone: Mapping[str, Any] | None) -> dict[
 def _quality(
     summary: Mapping[str, Any], central: Mapping[str, Any] | None, alone: Mapping[str, Any] | None
 ) -> dict[str, float | None]:
-    """Scores of one run, and how far they come from a site alone towards the centralised model."""
+    """Compute the scores of one run, and the fraction of the gap between single sites and the centralised model."""
     last, best, score = summary["metrics"], summary["best"], summary["score"]["metric"]
     own = f"student/test/{score}"
     gap, student, goal = _recovered(score, summary, central, alone), last.get(own), _last(central, own)
@@ -239,7 +243,7 @@ def _recovered(
 
 
 def _bytes(summary: Mapping[str, Any], reached: Mapping[int, int | None]) -> dict[str, float | None]:
-    """Bytes of one run: messages, and together with what must be sent before the first and after the last of them."""
+    """Compute the bytes of one run: messages, set-up before the first round, delivery of the student, and their sum."""
     sent = summary["communication"]
     setup, delivery = sent["setup_bytes"], sent.get("student_delivery_bytes")
     around = None if delivery is None else setup + delivery  # runs of earlier versions did not count the delivery
@@ -262,18 +266,20 @@ def _bytes(summary: Mapping[str, Any], reached: Mapping[int, int | None]) -> dic
 def _target_rounds(
     summary: Mapping[str, Any], central: Mapping[str, Any] | None, alone: Mapping[str, Any] | None
 ) -> dict[int, int | None]:
-    """The first round whose student reaches each target, one measured round being enough for every method.
+    """Find the first round whose student reaches each target; a single evaluated round suffices for every method.
 
-    A score where more is better reaches 95 % of the centralised one; a loss goes 95 % of the way there from the mean
-    of the single sites.
+    A score whose larger values are better reaches e.g. 95 % of the centralised one; a loss covers 95 % of the distance
+    from the mean of the single sites to the centralised one.
     """
     score, higher = summary["score"]["metric"], summary["score"]["higher_is_better"]
     goal, zero = _last(central, f"student/test/{score}"), _last(alone, f"specialists/test/{score}")
     if goal is None or (zero is None and not higher):
-        return dict.fromkeys(TARGETS)
+        return dict.fromkeys(SCORE_TARGETS)
     found = metric_by_round(summary.get("history", ()), f"student/test/{score}")
     history = {round: value if higher else -value for round, value in found.items() if _finite(value) is not None}
-    levels = {target: target / 100 * goal if higher else -(zero + target / 100 * (goal - zero)) for target in TARGETS}
+    levels = {
+        target: target / 100 * goal if higher else -(zero + target / 100 * (goal - zero)) for target in SCORE_TARGETS
+    }
     return {target: rounds_to_target(history, level, window=1) for target, level in levels.items()}
 
 

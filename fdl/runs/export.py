@@ -1,4 +1,4 @@
-"""A run's student as other libraries load it."""
+"""Export of a run's student for other libraries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule
 
 
-FORMATS: dict[str, Callable[[LightningModule, ExportedStudent, Path], str]] = {
+WRITERS: dict[str, Callable[[LightningModule, ExportedStudent, Path], str]] = {
     "timm": save_timm,
     "transformers": save_transformers,
     "open_clip": save_open_clip,
@@ -39,20 +39,20 @@ def export(run: str | Path, format: str, output: str | Path | None = None, which
 
     Args:
         run: the run's folder.
-        format: a name among `FORMATS`.
+        format: a name among `WRITERS`.
         output: a new or empty folder; default ``export-<format>`` in the run's folder.
-        which: ``"best"``: the round that was best on validation data, or the last where none was validated, as the
-            run's report names it; ``"last"``: the last.
+        which: ``"best"``: the best round on validation data (the last one without validation data), as the run's
+            report names it; ``"last"``: the last round.
 
     Returns:
-        The folder.
+        The folder of the export.
 
     Raises:
-        UserError: the folder holds no finished run, or no student of that round any more, its student cannot be had in
-            this format, or files are in the way.
+        UserError: the run is not finished, its folder no longer has the student of that round, the format does not
+            support the student, or the output folder is not empty.
     """
-    if format not in FORMATS:
-        raise UserError(f"format: {format!r} is none of {', '.join(FORMATS)}{suggest(format, FORMATS)}")
+    if format not in WRITERS:
+        raise UserError(f"format: {format!r} is none of {', '.join(WRITERS)}{suggest(format, WRITERS)}")
     run = expanded(run)
     output = run / f"export-{format}" if output is None else expanded(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -64,15 +64,15 @@ def export(run: str | Path, format: str, output: str | Path | None = None, which
     student = subject.student
     student.to("cpu").eval()
     output.parent.mkdir(parents=True, exist_ok=True)
-    # made beside its place and then moved, so that nothing half-written is ever taken for a model
+    # written to a temporary folder and then moved, so that an incomplete export is never taken for a model
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as scratch:
         folder = Path(scratch) / "model"
         folder.mkdir()
-        usage = FORMATS[format](student, subject, folder)
+        usage = WRITERS[format](student, subject, folder)
         card = model_card(subject.recipe, summary, subject.round, usage, subject.description())
         write_atomically(folder / "README.md", card.encode())
         try:
-            os.rename(folder, output)  # takes the place of an empty folder, and of no other
+            os.rename(folder, output)  # replaces an empty folder only
         except OSError as error:
             raise UserError(f"{output}: cannot be written: {error.strerror}") from error
     run_folder.note_export(run, output)

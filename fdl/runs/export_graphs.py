@@ -1,4 +1,4 @@
-"""Exports of a student as a graph that runs without its code: torch.export and ONNX."""
+"""Export of a student as graphs that run without its code: torch.export and ONNX."""
 
 from __future__ import annotations
 
@@ -20,16 +20,25 @@ if TYPE_CHECKING:
 
 
 def save_torch(student: LightningModule, subject: ExportedStudent, folder: Path) -> str:
-    """Write ``<part>.pt2`` for every part; returns the lines of Python that load them."""
+    """Write ``<part>.pt2`` for every part of a student.
+
+    Args:
+        student: the student.
+        subject: the student's run and inputs.
+        folder: the folder to write to.
+
+    Returns:
+        Lines of Python that load the parts.
+    """
     lines = ["import torch", ""]
     for name, (part, example) in _parts(student, subject).items():
         batch = torch.export.Dim("batch", min=1, max=65536)
         program = torch.export.export(part, (example,), dynamic_shapes=({0: batch},), strict=False)
         for graph in program.graph_module.modules():
             for node in graph.graph.nodes if hasattr(graph, "graph") else ():
-                node.meta.pop("stack_trace", None)  # it names the files of whoever exports
+                node.meta.pop("stack_trace", None)  # it contains local paths of the exporting machine
         with warnings.catch_warnings():
-            # torch looks for whole tensors among those that share memory, and finds that views are all there is
+            # torch warns if all tensors that share memory are views
             warnings.filterwarnings("ignore", message="No complete tensor found")
             torch.export.save(program, folder / f"{name}.pt2")
         lines.append(f'{name} = torch.export.load("FOLDER/{name}.pt2").module()  # takes {_shape(example)}')
@@ -37,7 +46,15 @@ def save_torch(student: LightningModule, subject: ExportedStudent, folder: Path)
 
 
 def save_onnx(student: LightningModule, subject: ExportedStudent, folder: Path) -> str:
-    """Write ``<part>.onnx`` for every part; returns the lines of Python that load them.
+    """Write ``<part>.onnx`` for every part of a student.
+
+    Args:
+        student: the student.
+        subject: the student's run and inputs.
+        folder: the folder to write to.
+
+    Returns:
+        Lines of Python that load the parts.
 
     Raises:
         UserError: onnx or onnxscript is not installed.
@@ -60,11 +77,11 @@ def save_onnx(student: LightningModule, subject: ExportedStudent, folder: Path) 
         )
         model = onnx.load(path)
         for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
-            del node.metadata_props[:]  # it names the files of whoever exports
-        told = {
+            del node.metadata_props[:]  # they contain local paths of the exporting machine
+        metadata = {
             key: value if isinstance(value, str) else json.dumps(value) for key, value in subject.description().items()
         }
-        onnx.helper.set_model_props(model, told)
+        onnx.helper.set_model_props(model, metadata)
         onnx.save(model, path)
         lines.append(f'{name} = onnxruntime.InferenceSession("FOLDER/{name}.onnx")  # takes {_shape(example)}')
     lines.append("# the same as in inputs.json: session.get_modelmeta().custom_metadata_map")
@@ -72,7 +89,7 @@ def save_onnx(student: LightningModule, subject: ExportedStudent, folder: Path) 
 
 
 def _describe(subject: ExportedStudent, folder: Path) -> list[str]:
-    """Write what a graph takes and answers beside it; the lines that read it."""
+    """Write the description of a graph's inputs and outputs, and the tokenizer; return lines for the model card."""
     write_atomically(folder / "inputs.json", (json.dumps(subject.description(), indent=2) + "\n").encode())
     if "tokenizer" in subject.model_kwargs:
         subject.model_kwargs["tokenizer"].save(folder)
@@ -80,19 +97,19 @@ def _describe(subject: ExportedStudent, folder: Path) -> list[str]:
 
 
 class _Part(nn.Module):
-    """One question to a module, as a network of one input and one output."""
+    """One function of a module as a network with one input and one output."""
 
-    def __init__(self, module: nn.Module, ask: Callable[[nn.Module, Tensor], Tensor]):
+    def __init__(self, module: nn.Module, function: Callable[[nn.Module, Tensor], Tensor]):
         super().__init__()
-        self.module, self._ask = module, ask
+        self.module, self._function = module, function
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self._ask(self.module, inputs)
+        return self._function(self.module, inputs)
 
 
 def _parts(student: LightningModule, subject: ExportedStudent) -> dict[str, tuple[nn.Module, Tensor]]:
-    """What can be run of a student by itself, each with an example of its input; two rows, so that no size is one."""
+    """Return the parts of a student to export, each with example inputs of two rows, since size 1 is specialised."""
     example = subject.inputs.example()
     if isinstance(example, tuple):
         images, tokens = example

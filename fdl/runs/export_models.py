@@ -1,4 +1,4 @@
-"""Exports of a student as the library of its architecture loads it: timm, transformers, open_clip."""
+"""Export of a student in the format of its architecture's library: timm, transformers, open_clip."""
 
 from __future__ import annotations
 
@@ -21,26 +21,34 @@ if TYPE_CHECKING:
 
 
 def save_timm(student: LightningModule, subject: ExportedStudent, folder: Path) -> str:
-    """Write a folder that timm loads; returns the lines of Python that load it.
+    """Write a folder that timm loads.
+
+    Args:
+        student: the student.
+        subject: the student's run and inputs.
+        folder: the folder to write to.
+
+    Returns:
+        Lines of Python that load the model.
 
     Raises:
         UserError: the student is no model of timm.
     """
     from timm.models import save_for_hf
 
-    if type(student) is not Timm:  # not one with prompts either, which timm knows nothing of
+    if type(student) is not Timm:  # nor one with prompts, which timm does not support
         raise UserError(f"{type(student).__name__} is no model of timm; --format torch takes any student")
-    network, pictures = merge_lora(student.backbone), subject.pictures()
+    network, preprocessing = merge_lora(student.backbone), subject.preprocessing()
     if not subject.recipe.student.args.get("pretrained"):
-        # who made the architecture's published weights, and under which licence, says nothing of these
+        # origin and licence of the architecture's published weights do not apply to weights trained from scratch
         network.pretrained_cfg = {key: network.pretrained_cfg[key] for key in _OWN if key in network.pretrained_cfg}
     data_config = {
-        "input_size": tuple(pictures["input_size"]),
-        "mean": tuple(pictures["mean"]),
-        "std": tuple(pictures["std"]),
-        "interpolation": pictures["interpolation"],
+        "input_size": tuple(preprocessing["input_size"]),
+        "mean": tuple(preprocessing["mean"]),
+        "std": tuple(preprocessing["std"]),
+        "interpolation": preprocessing["interpolation"],
         "crop_pct": 1.0,
-        "crop_mode": "center" if pictures["cut"] else "squash",
+        "crop_mode": "center" if preprocessing["cut"] else "squash",
     }
     labels = {"label_names": subject.inputs.classes}
     save_for_hf(network, str(folder), model_config=labels, safe_serialization=True, data_config=data_config)
@@ -61,11 +69,19 @@ def save_timm(student: LightningModule, subject: ExportedStudent, folder: Path) 
 
 
 _OWN = ("architecture", "num_classes", "input_size", "pool_size", "fixed_input_size", "first_conv", "classifier")
-"""What timm says of a network itself, and not of published weights."""
+"""Keys of timm's configuration that describe the network itself, not published weights."""
 
 
 def save_transformers(student: LightningModule, subject: ExportedStudent, folder: Path) -> str:
-    """Write a folder that transformers loads; returns the lines of Python that load it.
+    """Write a folder that transformers loads.
+
+    Args:
+        student: the student.
+        subject: the student's run and inputs.
+        folder: the folder to write to.
+
+    Returns:
+        Lines of Python that load the model.
 
     Raises:
         UserError: the student is no model of transformers.
@@ -74,7 +90,7 @@ def save_transformers(student: LightningModule, subject: ExportedStudent, folder
     if network is None or not hasattr(network, "save_pretrained"):
         raise UserError(f"{type(student).__name__} is no model of transformers; --format torch takes any student")
     network, model_kwargs, classes = merge_lora(network), subject.model_kwargs, subject.inputs.classes
-    network.config._name_or_path = ""  # a local folder, where the weights came from one
+    network.config._name_or_path = ""  # may be a local path
     if subject.inputs.task == "classification":
         network.config.id2label = dict(enumerate(classes))
         network.config.label2id = {name: i for i, name in enumerate(classes)}
@@ -105,23 +121,31 @@ def save_transformers(student: LightningModule, subject: ExportedStudent, folder
 
 
 def save_open_clip(student: LightningModule, subject: ExportedStudent, folder: Path) -> str:
-    """Write a folder that open_clip loads; returns the lines of Python that load it.
+    """Write a folder that open_clip loads.
+
+    Args:
+        student: the student.
+        subject: the student's run and inputs.
+        folder: the folder to write to.
+
+    Returns:
+        Lines of Python that load the model.
 
     Raises:
         UserError: the student is no model of open_clip.
     """
     if not hasattr(student, "open_clip_state"):
         raise UserError(f"{type(student).__name__} is no model of open_clip; --format torch takes any student")
-    pictures, tokenizer = subject.pictures(), subject.model_kwargs["tokenizer"]
-    if pictures["input_size"][0] != 3:
+    preprocessing, tokenizer = subject.preprocessing(), subject.model_kwargs["tokenizer"]
+    if preprocessing["input_size"][0] != 3:
         raise UserError("open_clip builds models for colour images only; --format torch takes any student")
     sizes = {**student.sizes, "quick_gelu": bool(student.sizes.get("quick_gelu"))}
     preprocess = {
-        "size": list(pictures["input_size"][1:]),
-        "mean": pictures["mean"],
-        "std": pictures["std"],
-        "interpolation": pictures["interpolation"],
-        "resize_mode": "shortest" if pictures["cut"] else "squash",
+        "size": list(preprocessing["input_size"][1:]),
+        "mean": preprocessing["mean"],
+        "std": preprocessing["std"],
+        "interpolation": preprocessing["interpolation"],
+        "resize_mode": "shortest" if preprocessing["cut"] else "squash",
     }
     write_atomically(folder / "open_clip_config.json", _json({"model_cfg": sizes, "preprocess_cfg": preprocess}))
     save_file(student.open_clip_state(), folder / "open_clip_model.safetensors")

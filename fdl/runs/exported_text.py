@@ -1,4 +1,4 @@
-"""Tokenizers beside exported models of transformers, which give the ids that the models were trained on."""
+"""Tokenizers of exported transformers models, which return the ids that the models were trained on."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from fdl.modules.tokenizers import Tokenizer
 
 PAD = "<|pad|>"
-"""The padding of a tokenizer that has none of its own."""
+"""Padding token added to tokenizers without one."""
 
 
 def save_for_classifier(network: PreTrainedModel, tokenizer: Tokenizer, context: int, folder: Path) -> None:
-    """Write a classifier's tokenizer: it puts around a text what training did, cuts it to the context, and pads it.
+    """Write a classifier's tokenizer, which adds the special tokens of training, truncates to the context, and pads.
 
-    Padding is a token of its own: heads of decoders look for the last token that is none, and texts end in the token
-    that ends a text.
+    The padding token differs from the end-of-text token: classification heads of decoders use the last token that is no
+    padding, and texts end in the end-of-text token.
 
     Args:
-        network: gets the padding's id in its configuration, and room for it among its embeddings.
-        tokenizer: the data's.
-        context: tokens of the longest text, with those around it.
-        folder: where to.
+        network: the network; its configuration gets the padding's id, and its embeddings are extended if necessary.
+        tokenizer: the tokenizer of the data.
+        context: maximum number of tokens, including special tokens.
+        folder: the folder to write to.
     """
     inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
     known = {token.content: id for id, token in inner.get_added_tokens_decoder().items() if token.special}
     own = next((known[name] for name in ("[PAD]", "<pad>", PAD) if name in known), None)
-    if "roberta" in network.config.model_type:  # it counts positions from its padding's id
+    if "roberta" in network.config.model_type:  # its positions start after the padding's id
         own = network.config.pad_token_id
     if own is None or own == tokenizer.eos:
         inner.add_special_tokens([PAD])
@@ -45,17 +45,17 @@ def save_for_classifier(network: PreTrainedModel, tokenizer: Tokenizer, context:
 
 
 def save_for_generation(tokenizer: Tokenizer, positions: int, folder: Path) -> None:
-    """Write a language model's tokenizer: it adds nothing to a text, as training went on where the text ended.
+    """Write a language model's tokenizer, which adds no special tokens, since generation continues the text.
 
     Args:
-        tokenizer: the data's.
-        positions: the longest text.
-        folder: where to.
+        tokenizer: the tokenizer of the data.
+        positions: maximum number of tokens.
+        folder: the folder to write to.
     """
     content = json.loads(tokenizer.inner.to_str())
     content["post_processor"] = None
     inner = tokenizers.Tokenizer.from_str(json.dumps(content))
-    # texts go on at their end, so padding stands before them, and the attention mask hides it
+    # generation continues at the end of a text, so padding is on the left, hidden by the attention mask
     settings: dict[str, Any] = {"padding_side": "left", "add_bos_token": False, "add_eos_token": False}
     if tokenizer.eos is not None:
         settings["pad_token"] = inner.id_to_token(tokenizer.eos)
@@ -64,9 +64,9 @@ def save_for_generation(tokenizer: Tokenizer, positions: int, folder: Path) -> N
 
 def _write(inner: tokenizers.Tokenizer, tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
     inner.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
-    # fdl gives models no types of tokens, of a pair neither
-    told["model_input_names"] = ["input_ids", "attention_mask"]
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
+    # fdl's models get no token types, not even for pairs of texts
+    content["model_input_names"] = ["input_ids", "attention_mask"]
     if tokenizer.eos is not None:
-        told["eos_token"] = inner.id_to_token(tokenizer.eos)
-    (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        content["eos_token"] = inner.id_to_token(tokenizer.eos)
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run's models take, kept in its folder: an export then needs none of the data, which are private."""
+"""Description of a run's model inputs, stored in its folder, so that exports do not need the private data."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What the data told the models, without any sample.
+class InputSpec:
+    """Description of the inputs of a run's models, without any sample.
 
     Attributes:
-        task: which of `fdl.metrics.tasks.TASKS` the data are for.
-        classes: names of the classes; empty where there are none.
-        model_kwargs: what the constructors of models are given, by the argument's name.
+        task: the task of the data, one of `fdl.metrics.tasks.TASKS`.
+        classes: names of the classes; empty for tasks without classes.
+        model_kwargs: constructor arguments of models that depend on the data, by name.
     """
 
     task: str
@@ -33,7 +33,11 @@ class Inputs:
     model_kwargs: dict[str, Any]
 
     def example(self, rows: int = 2) -> Tensor | tuple[Tensor, Tensor]:
-        """Inputs of blank samples: images ``[rows, C, H, W]``, tokens ``[rows, context]``, or both."""
+        """Create inputs of blank samples: images ``[rows, C, H, W]``, tokens ``[rows, context]``, or both.
+
+        Args:
+            rows: number of samples.
+        """
         tokens = images = None
         if "context" in self.model_kwargs:
             tokens = torch.ones(rows, self.model_kwargs["context"], dtype=torch.int64)
@@ -44,45 +48,51 @@ class Inputs:
         return images if tokens is None else tokens
 
 
-def keep(loop: FederatedLoop) -> None:
-    """Write down what the run's models take; nothing where it cannot be written, as for data of one's own.
+def write_input_spec(loop: FederatedLoop) -> None:
+    """Write the description of the inputs of a run's models, unless user-defined data have arguments no JSON can hold.
 
     Args:
-        loop: freshly built; its folder is there.
+        loop: the federation before its first round; its folder exists.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the file cannot be written.
     """
     server, folder = loop.server, loop.folder
     model_kwargs = dict(server.model_kwargs)
     tokenizer = model_kwargs.pop("tokenizer", None)
-    told = {"task": server.task, "classes": list(server.classes), "model_kwargs": model_kwargs, "tokenizer": None}
+    content = {"task": server.task, "classes": list(server.classes), "model_kwargs": model_kwargs, "tokenizer": None}
     if tokenizer is not None:
-        told["tokenizer"] = tokenizer.label if _has_name(tokenizer.label) else TOKENIZER
+        content["tokenizer"] = tokenizer.label if _has_name(tokenizer.label) else TOKENIZER
     try:
-        text = json.dumps(told, indent=1)
-    except (TypeError, ValueError):  # a data module of one's own may tell its models anything
+        text = json.dumps(content, indent=1)
+    except (TypeError, ValueError):  # a user-defined data module may pass any object to its models
         return
-    if told["tokenizer"] == TOKENIZER:
+    if content["tokenizer"] == TOKENIZER:
         tokenizer.save(folder / TOKENIZER)
     write_atomically(folder / INPUTS, f"{text}\n".encode())
 
 
-def read(folder: Path) -> Inputs | None:
-    """What `keep` wrote, None where it wrote nothing.
+def read_input_spec(folder: Path) -> InputSpec | None:
+    """Read the file that `write_input_spec` wrote.
+
+    Args:
+        folder: the run's folder.
+
+    Returns:
+        The description; None if the file does not exist.
 
     Raises:
-        UserError: the file, or the tokenizer beside it, is damaged.
+        UserError: the file or the tokenizer is damaged.
     """
     path = folder / INPUTS
     if not path.is_file():
         return None
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        model_kwargs, name = dict(told["model_kwargs"]), told["tokenizer"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model_kwargs, name = dict(content["model_kwargs"]), content["tokenizer"]
         if "input_shape" in model_kwargs:
             model_kwargs["input_shape"] = tuple(model_kwargs["input_shape"])
-        inputs = Inputs(told["task"], list(told["classes"]), model_kwargs)
+        inputs = InputSpec(content["task"], list(content["classes"]), model_kwargs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; delete it to export with the data at hand") from error
     if name is not None:
@@ -93,5 +103,5 @@ def read(folder: Path) -> Inputs | None:
 
 
 def _has_name(label: str) -> bool:
-    """Whether a tokenizer comes with fdl's own libraries, so that its name suffices."""
+    """Return True for a tokenizer that fdl's libraries provide by name."""
     return label == "bytes" or label.startswith("open_clip:")

@@ -1,4 +1,4 @@
-"""What a reader must know of an exported student: where it comes from, how good it is, what it cost and reveals."""
+"""Model card of an exported student: origin, quality, communication and privacy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def model_card(recipe: Recipe, summary: Mapping[str, Any], round: int, usage: st
     """Write the card of an exported student, in Markdown.
 
     Args:
-        recipe: of the run.
-        summary: of the run.
-        round: whose student it is.
+        recipe: the recipe of the run.
+        summary: the summary of the run.
+        round: the round of the student.
         usage: lines of Python that load it.
-        inputs: what it takes and answers; may have ``images``, ``texts`` and ``classes``.
+        inputs: description of its inputs and outputs; may have ``images``, ``texts`` and ``classes``.
     """
-    # a card is made to be published: whose files these were, and where, is nobody's business
+    # cards are made to be published, so they contain no local paths
     recipe = dataclasses.replace(
         recipe,
         **{
@@ -88,7 +88,7 @@ def _inputs(inputs: Mapping[str, Any]) -> str:
 def _data(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     samples = [participant["samples"] for participant in summary["participants"]]
     lines = [
-        f"- Data: {_named(recipe.data)}, dealt out by {_named(recipe.partition)}.",
+        f"- Data: {_named(recipe.data)}, partitioned by {_named(recipe.partition)}.",
         f"- {len(samples)} clients with {sum(samples):,} private training samples ({min(samples):,} to "
         f"{max(samples):,} each). They did not leave the clients.",
     ]
@@ -100,7 +100,7 @@ def _quality(summary: Mapping[str, Any], record: Mapping[str, Any] | None) -> st
     rows = [(key, value) for key, value in metrics.items() if key.startswith(("student/", "specialists/"))]
     lines = [f"| `{key}` | {value:.4f} |" for key, value in rows if value is not None]
     score = f"test/{summary['score']['metric']}"
-    # of the same round as the table; the newest of each client is what the participants' list has
+    # of the same round as the table; the participants' list has each client's latest metrics
     measured = [p["metrics"] for p in summary["participants"]] if record is None else record["clients"].values()
     own = [metrics[score] for metrics in measured if metrics.get(score) is not None]
     table = "\n".join(["| metric | value |", "|---|---|", *lines])

@@ -1,4 +1,4 @@
-"""A recipe as it can be published: without the paths and file names of whoever ran it."""
+"""Redaction of recipes for publication: removal of local paths and file names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 LOCAL = "<local path>"
-"""What stands in the place of a path."""
+"""Replacement of a path."""
 
 _KEYS = {"path", "root", "folder", "file", "files", "output_dir", "checkpoint", "keys", "cache", "data_dir"}
 _PUBLIC = re.compile(r"(hub|hf-hub|hf_hub|open_clip):[\w./@:-]+")
@@ -20,11 +20,11 @@ _FILE = re.compile(
 
 
 def without_paths(value: Any, key: str = "") -> Any:
-    """A copy of a tree in which local paths are replaced; hub ids, names and numbers stay.
+    """Copy a tree with local paths replaced; hub ids, names and numbers are kept.
 
     Args:
         value: plain dicts, lists and values.
-        key: under which it stands.
+        key: the key of the value in its mapping.
 
     Example:
         >>> without_paths({"path": "/home/ana/scans.npz", "model": "google/vit-base-patch16-224"})
@@ -46,5 +46,5 @@ def _is_local(text: str, key: str) -> bool:
         return False
     here = Path(text).expanduser()
     absolute = here.is_absolute() or PureWindowsPath(text).is_absolute()
-    # what looks like an id of a hub is one, unless such a file is here
+    # a text with the form of a hub's id is one, unless such a file exists
     return absolute or here.exists() or not _HUB_ID.fullmatch(text)

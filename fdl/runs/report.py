@@ -1,4 +1,4 @@
-"""What a run prints and writes at its end."""
+"""Report of a finished run: summary.json and the table on the console."""
 
 from __future__ import annotations
 
@@ -28,39 +28,44 @@ _TITLES = {
     "top5": "top-5 accuracy",
     "image_to_text_recall_at_1": "image to text recall at 1",
 }
-"""Metrics as people write them, where it is not their name."""
+"""Titles of metrics that differ from their names."""
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write a summary as JSON, whole or not at all; what is not finite becomes null, which any parser reads."""
+    """Write a summary as JSON, atomically, with null for values that are not finite, which any parser reads.
+
+    Args:
+        path: the file to write.
+        summary: the summary.
+    """
     write_atomically(path, (json.dumps(_plain(summary), indent=1, allow_nan=False) + "\n").encode())
 
 
-def print_table(summary: Mapping[str, Any], console: Console, folder: Path) -> None:
-    """Print what a run came to.
+def print_summary(summary: Mapping[str, Any], console: Console, folder: Path) -> None:
+    """Print the summary of a run.
 
     Args:
         summary: from `summarise`, or read from a ``summary.json``.
-        console: where to.
+        console: the console to print on.
         folder: the run's folder.
     """
     title = Text(f"{summary['name']} ({summary['method']})", style="bold")
     table = Table(box=box.SIMPLE_HEAD, show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _outcome(summary) + _cost(summary) + _attacked(summary):
+    for name, value in _score_rows(summary) + _cost_rows(summary) + _audit_rows(summary):
         table.add_row(Text(name), Text(value))
     console.print(table)
-    # not in the table: what people copy must not be broken over lines
+    # not in the table: text to copy must not be wrapped
     for name, value in (
         ("Run folder", str(folder)),
-        ("To look at it", shlex.join(["tensorboard", "--logdir", f"{folder}"])),
+        ("To view it", shlex.join(["tensorboard", "--logdir", f"{folder}"])),
     ):
         console.print(Text.assemble((f"  {name}: ", "bold"), value), soft_wrap=True)
 
 
-def _outcome(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How good the models are, in rows of two."""
+def _score_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Format the scores of the models as pairs of title and value."""
     metrics, best = summary["metrics"], summary["best"]
     rows = []
     for key, value in metrics.items():
@@ -70,7 +75,7 @@ def _outcome(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if owner == "student" and name:
             text = f"{value:.4f}"
             if best["round"] != summary["rounds"] and best["metrics"].get(key) is not None:
-                samples = best.get("validation_samples")  # runs of earlier versions did not say
+                samples = best.get("validation_samples")  # summaries of earlier versions do not have it
                 chosen = f"{samples:,} validation samples" if samples else "validation"
                 text += f"  ({best['metrics'][key]:.4f} in round {best['round']}, best on {chosen})"
             rows.append((f"Student, test {_title(name)}", text))
@@ -88,8 +93,8 @@ def _title(metric: str) -> str:
     return _TITLES.get(metric, metric.replace("_", " "))
 
 
-def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What it took, in rows of two."""
+def _cost_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Format bytes, privacy, rounds and seconds as pairs of title and value."""
     sent, time = summary["communication"], summary["time"]
     setup = [
         kind.removeprefix("setup/") for kind, size in sent["by_kind"].items() if size and kind.startswith("setup/")
@@ -100,8 +105,8 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "setup_bytes": f"Sent once, before round 1 ({', '.join(setup)})" if setup else "Sent once, before round 1",
     }
     if sent.get("student_delivery_bytes"):
-        titles["student_delivery_bytes"] = "To bring the student to all sites"
-    titles["total_bytes"] = "Bytes in all"
+        titles["student_delivery_bytes"] = "Delivery of the student to all sites"
+    titles["total_bytes"] = "Total bytes"
     known = {key: title for key, title in titles.items() if key in sent}  # older versions did not count all of them
     rows = [(title, f"{decimal(sent[key])}  ({sent[key]:,} bytes)") for key, title in known.items()]
     if left := summary.get("left_out"):
@@ -123,8 +128,8 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _attacked(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What attacks found, in rows of two."""
+def _audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Format the results of attacks as pairs of title and value."""
     audit = summary.get("audit")
     if audit is None:
         return []
@@ -138,7 +143,7 @@ def _attacked(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """Turn a value into what JSON knows."""
+    """Convert a value to types of JSON."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Finished runs and comparisons, as Python code reads them."""
+"""Results of runs and comparisons for scripts and notebooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A finished run: what it measured, what it trained, and where it lies.
+    """A finished run: its metrics, its student, its recipe and its folder.
 
     Args:
         folder: the run's folder.
@@ -108,7 +108,7 @@ class Comparison:
     """Several variants of a recipe, each over several seeds.
 
     Args:
-        folder: where ``compare.md``, ``compare.csv`` and ``compare.json`` lie.
+        folder: the folder with ``compare.md``, ``compare.csv`` and ``compare.json``.
         table: one flat dict per variant, ready for ``pandas.DataFrame``; the columns are described in
             `fdl.runs.comparison.compare_table`.
         runs: the finished runs, variant by variant and seed by seed.

@@ -1,4 +1,4 @@
-"""A run's folder: whether a recipe may run there, what is kept of an earlier run, and when a run is complete."""
+"""Execution of a recipe in a run's folder, and protection of an earlier run there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fdl.engine.distributed.launch_environment import is_follower, started_by_ot
 from fdl.errors import UserError
 from fdl.recipe.config import Recipe
 from fdl.recipe.validate import fill
-from fdl.runs.run_keys import MEASURED, RESUMABLE_KEYS, changes, places, told, within
+from fdl.runs.run_keys import EVALUATION_KEYS, RESUMABLE_KEYS, changes, format_differences, is_within, location_keys
 from fdl.state import run_folder
 from fdl.state.run_folder import CHECKPOINTS, RECIPE, SUMMARY
 from fdl.utils.files import write_atomically
@@ -36,37 +36,37 @@ __all__ = [
     "SUMMARY",
     "changes",
     "check_can_run",
-    "fit",
     "has_checkpoint",
     "is_complete",
+    "run_recipe",
 ]
 
 
 _NO_RECIPE = "holds checkpoints of a run without its recipe"
 
 
-def fit(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Run a recipe in a folder, or go on with the run that is there.
+def run_recipe(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Run a recipe in a folder, or resume the run in it.
 
     Args:
         recipe: the checked recipe.
-        folder: where the run's files go: absent, empty, or, with one of the next two, the folder of a run.
-        resume: go on from the last good checkpoint. A run that is complete is not run again.
-        overwrite: take the place of a run that is there. Its files are kept until the new run has finished a round
-            and saved it, and put back where it fails before; files that fdl did not write stay as they are.
+        folder: the run's folder: absent, empty, or, with one of the next two arguments, the folder of a run.
+        resume: continue from the last valid checkpoint. A complete run is not repeated.
+        overwrite: replace a run in the folder. Its files are kept until the new run has saved its first round, and
+            restored if it fails before; files that fdl did not write are never touched.
 
     Returns:
         The summary, also in ``summary.json``.
 
     Raises:
-        UserError: when the folder holds something else, another process has it, or there is nothing to resume.
-        Interrupted: after Ctrl-C, a kind of KeyboardInterrupt; what was done is saved.
+        UserError: the folder holds other files, another process uses it, or there is nothing to resume.
+        Interrupted: after Ctrl-C, a subclass of KeyboardInterrupt; completed rounds are saved.
     """
     folder = expanded(folder)
     if resume and overwrite:
         raise UserError("resume goes on with the run that is there, overwrite begins it anew: give one of them")
     if is_follower():
-        # a process that ended here alone would leave the others waiting, unless all see the same
+        # if only this process failed here, the others would wait forever, so it checks only what all processes see
         if started_by_others() and not is_locked(folder):
             check_can_run(recipe, folder, resume, overwrite)
         with GracefulShutdown(at_once=True):
@@ -78,34 +78,34 @@ def fit(recipe: Recipe, folder: str | Path, resume: bool = False, overwrite: boo
             return read_summary(folder)
     with GracefulShutdown(at_once=True), FolderLock(folder):
         run_folder.recover(folder)
-        check_can_run(recipe, folder, resume, overwrite)  # again: now nobody else can change what is there
+        check_can_run(recipe, folder, resume, overwrite)  # again: under the lock no other process changes the folder
         if resume and is_complete(recipe, folder):
             return read_summary(folder)
         return _run(recipe, folder, resume)
 
 
 def _run(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
-    """Build the federation and run it; of several processes, the leading one writes."""
-    from fdl.build.federation import build
+    """Build the federation and run it; with several processes, only the leading one writes."""
+    from fdl.build.federation import build_federation
     from fdl.engine.distributed.launcher import processes
     from fdl.runs import inputs
 
     with processes(recipe, folder, resume):
-        loop = build(recipe, folder)
+        loop = build_federation(recipe, folder)
         if is_follower():
             return loop.run(resume=resume)
-        keeper = _Keeper(recipe, folder, resume)
-        loop.callbacks.callbacks.insert(0, keeper)  # first, so that no other callback can lose what it keeps
-        loop.on_summary = keeper.write
-        with keeper.in_place():
-            inputs.keep(loop)
+        writer = _RunWriter(recipe, folder, resume)
+        loop.callbacks.callbacks.insert(0, writer)  # first, so that failing callbacks cannot prevent its writes
+        loop.on_summary = writer.write
+        with writer.own_folder():
+            inputs.write_input_spec(loop)
             summary = loop.run(resume=resume)
-            keeper.write(summary)  # once more: callbacks may have added to it
+            writer.write(summary)  # again: callbacks may have extended it
     return summary
 
 
-class _Keeper(Callback):
-    """Writes the recipe and the summary of a run, and keeps those of an earlier one until there is something better."""
+class _RunWriter(Callback):
+    """Writes the recipe and the summary of a run, and keeps an earlier run until this one has saved a round."""
 
     def __init__(self, recipe: Recipe, folder: Path, resume: bool):
         self.recipe, self.folder, self.resume = recipe, folder, resume
@@ -113,8 +113,8 @@ class _Keeper(Callback):
         self._replaces = False
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within this context the folder is this run's; an earlier one comes back where this one saves no round."""
+    def own_folder(self) -> Iterator[None]:
+        """Use the folder for this run within the context; an earlier run is restored if this one saves no round."""
         try:
             if not self.resume:
                 self._begin()
@@ -138,7 +138,7 @@ class _Keeper(Callback):
         write_recipe(self.recipe, self.folder)
 
     def on_checkpoint(self, loop: FederatedLoop, path: Path) -> None:
-        """From the first round on that is saved, the folder is this run's."""
+        """Delete the replaced run once the first round is saved."""
         if self.resume:
             (self.folder / SUMMARY).unlink(missing_ok=True)
             write_recipe(self.recipe, self.folder)
@@ -147,7 +147,7 @@ class _Keeper(Callback):
             self.saved = True
 
     def write(self, summary: Mapping[str, Any]) -> None:
-        """Write what the rounds came to; done before attacks and callbacks, which may fail."""
+        """Write the summary; called before attacks and callbacks, which may fail."""
         from fdl.runs.report import write_summary
 
         write_recipe(self.recipe, self.folder)
@@ -155,11 +155,11 @@ class _Keeper(Callback):
 
 
 def folder_of(recipe: Recipe, given: str | Path | None = None) -> Path:
-    """The folder of a recipe's run.
+    """Return the folder of a recipe's run.
 
     Args:
-        recipe: says where, by `output_dir` and `name`.
-        given: the folder itself, where somebody has named one.
+        recipe: the recipe, with `output_dir` and `name`.
+        given: a folder that replaces ``<output_dir>/<name>``; None for the default.
 
     Raises:
         UserError: the folder or `output_dir` names a variable that is not set.
@@ -172,8 +172,13 @@ def folder_of(recipe: Recipe, given: str | Path | None = None) -> Path:
         raise UserError(f"output_dir: {error}") from error
 
 
-def foreseen(recipe: Recipe, folder: Path) -> str:
-    """Why `fit` would not run a recipe in a folder as things are, in the words in which it would say so; or empty."""
+def rejection_reason(recipe: Recipe, folder: Path) -> str:
+    """Return the error message with which `run_recipe` would reject a recipe in a folder now; empty if it would run.
+
+    Args:
+        recipe: the checked recipe.
+        folder: the run's folder.
+    """
     try:
         require_unlocked(folder)
         check_can_run(recipe, folder)
@@ -183,17 +188,17 @@ def foreseen(recipe: Recipe, folder: Path) -> str:
 
 
 def check_can_run(recipe: Recipe, folder: Path, resume: bool = False, overwrite: bool = False) -> None:
-    """Raise when a recipe must not run in a folder, saying what is there and what can be done.
+    """Check that a recipe may run in a folder.
 
     Args:
         recipe: the checked recipe.
-        folder: where it would run.
-        resume: as in `fit`.
-        overwrite: likewise.
+        folder: the run's folder.
+        resume: continue the run in the folder.
+        overwrite: replace the run in the folder.
 
     Raises:
-        UserError: the folder cannot be used, or holds files that are no run's, a run that would be lost, or, with
-            `resume`, no run that could go on.
+        UserError: the folder cannot be used, or holds files of no run, a run that would be lost, or, with `resume`,
+            no run that can be resumed; the message names the alternatives.
     """
     require_usable(folder)
     if resume:
@@ -211,29 +216,29 @@ def check_can_run(recipe: Recipe, folder: Path, resume: bool = False, overwrite:
 
 
 def _refuse_to_resume(recipe: Recipe, folder: Path) -> None:
-    now, stored = recipe.to_dict(), _stored(folder) if run_folder.is_run(folder) else None
+    now, stored = recipe.to_dict(), _stored_recipe(folder) if run_folder.is_run(folder) else None
     if stored is None or not (has_checkpoint(folder) or is_complete(recipe, folder)):
         raise UserError(f"{folder}: there is no checkpoint to resume from; start the run without --resume")
     changed = changes(stored, now)
-    allowed = [*places(stored, now, changed), *_grown(stored, recipe, changed)]
-    measured = [key for key in changed if within(key, MEASURED)]
+    allowed = [*location_keys(stored, now, changed), *_increased_rounds(stored, recipe, changed)]
+    measured = [key for key in changed if is_within(key, EVALUATION_KEYS)]
     if blocking := [key for key in changed if key not in allowed and key not in measured]:
         raise UserError(
             f"{folder}: cannot resume, the recipe has changed since the run began:\n"
-            f"{told(stored, now, blocking)}\n"
-            "Undo this, or start a new run with another --output-dir. "
-            f"What may change: more federation.rounds, where the data lie, {', '.join((*RESUMABLE_KEYS, *MEASURED))}"
+            f"{format_differences(stored, now, blocking)}\n"
+            "Undo this, or start a new run with another --output-dir. What may change: more federation.rounds, "
+            f"where the data lie, {', '.join((*RESUMABLE_KEYS, *EVALUATION_KEYS))}"
         )
-    if measured and (folder / SUMMARY).exists() and not _grown(stored, recipe, changed):
+    if measured and (folder / SUMMARY).exists() and not _increased_rounds(stored, recipe, changed):
         raise UserError(
             f"{folder}: holds a finished run, and there is no round to come that these could measure:\n"
-            f"{told(stored, now, measured)}\n"
+            f"{format_differences(stored, now, measured)}\n"
             "Ask for more federation.rounds too, or undo this; for attacks, use fdl audit"
         )
 
 
 def _refuse_to_replace(recipe: Recipe, folder: Path) -> None:
-    now, stored = recipe.to_dict(), _stored(folder)
+    now, stored = recipe.to_dict(), _stored_recipe(folder)
     finished, saved = (folder / SUMMARY).exists(), run_folder.last_round(folder)
     replace = "take its place with --overwrite"
     if stored is None:
@@ -242,10 +247,12 @@ def _refuse_to_replace(recipe: Recipe, folder: Path) -> None:
         return
     changed = changes(stored, now)
     if changed and (finished or saved):
-        hint = "; --resume goes on with it to more rounds" if changed == _grown(stored, recipe, changed) else ""
+        hint = (
+            "; --resume goes on with it to more rounds" if changed == _increased_rounds(stored, recipe, changed) else ""
+        )
         raise UserError(
             f"{folder}: holds a{' finished' if finished else 'n unfinished'} run of another recipe, which differs in:\n"
-            f"{told(stored, now, changed)}\n"
+            f"{format_differences(stored, now, changed)}\n"
             f"Choose another folder with --output-dir, or another name with name=…, or {replace}{hint}"
         )
     if finished and not changed:
@@ -261,10 +268,13 @@ def _refuse_to_replace(recipe: Recipe, folder: Path) -> None:
 
 
 def require_usable(folder: Path) -> None:
-    """Raise where nothing can be written to a folder, or none be made; nothing is written.
+    """Check that a folder can be created or written to, without writing anything.
+
+    Args:
+        folder: the folder.
 
     Raises:
-        UserError: it is a file, its name is too long, or somebody may not write there.
+        UserError: it is a file, its name is too long, or the user has no permission to write there.
     """
     try:
         if any(len(os.fsencode(part)) > 255 for part in folder.parts):
@@ -281,25 +291,37 @@ def require_usable(folder: Path) -> None:
 
 
 def is_complete(recipe: Recipe, folder: Path) -> bool:
-    """Whether the folder holds a finished run of exactly this experiment, with the attacks that it asks for."""
+    """Check if a folder holds a finished run of exactly this experiment, with the requested attacks.
+
+    Args:
+        recipe: the checked recipe.
+        folder: the run's folder.
+    """
     if not (run_folder.is_run(folder) and (folder / SUMMARY).is_file()):
         return False
-    stored = _stored(folder)
+    stored = _stored_recipe(folder)
     if stored is None or changes(stored, recipe.to_dict()):
         return False
     return not recipe.evaluation.attacks or read_summary(folder).get("audit") is not None
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run was saved here, whatever became of the files since."""
+    """Check if a round of a run was saved in a folder, even if its files were damaged since.
+
+    Args:
+        folder: the run's folder.
+    """
     return run_folder.last_round(folder) is not None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run.
+    """Read the summary of a finished run.
+
+    Args:
+        folder: the run's folder.
 
     Raises:
-        UserError: when the file was damaged.
+        UserError: the file is damaged.
     """
     try:
         return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
@@ -308,22 +330,30 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def require_finished(folder: Path) -> None:
-    """Raise where a folder holds no finished run.
+    """Check that a folder holds a finished run.
+
+    Args:
+        folder: the run's folder.
 
     Raises:
-        UserError: it does not.
+        UserError: it holds none.
     """
     if not (folder / RECIPE).is_file() or not (folder / SUMMARY).is_file():
         raise UserError(f"{_brief(folder)}: holds no finished run (no {RECIPE} and {SUMMARY})")
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Store the recipe with the run."""
+    """Store a recipe in its run's folder.
+
+    Args:
+        recipe: the recipe.
+        folder: the run's folder.
+    """
     write_atomically(folder / RECIPE, recipe.to_yaml().encode())
 
 
-def _stored(folder: Path) -> dict[str, Any] | None:
-    """The recipe of the run in a folder."""
+def _stored_recipe(folder: Path) -> dict[str, Any] | None:
+    """Read the recipe of the run in a folder; None without one."""
     path = folder / RECIPE
     try:
         stored = OmegaConf.to_container(OmegaConf.load(path))  # unlike yaml.safe_load it reads 1e-05 as a number
@@ -333,11 +363,11 @@ def _stored(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}; choose another --output-dir") from error
     if not isinstance(stored, dict):
         raise UserError(f"{path}: is not the recipe of a run; choose another --output-dir")
-    return fill(stored, Recipe)  # a key that the run's version did not know yet had its default
+    return fill(stored, Recipe)  # keys that were added after the run have their defaults
 
 
-def _grown(stored: Mapping[str, Any], recipe: Recipe, changed: list[str]) -> list[str]:
-    """The number of rounds, where it is among the changed keys and there are more of them now."""
+def _increased_rounds(stored: Mapping[str, Any], recipe: Recipe, changed: list[str]) -> list[str]:
+    """Return the key of the number of rounds if it was increased."""
     federation = stored.get("federation")
     rounds = federation.get("rounds") if isinstance(federation, Mapping) else None
     more = isinstance(rounds, int) and rounds < recipe.federation.rounds

@@ -1,4 +1,4 @@
-"""Which keys of a recipe a run may change when it goes on. Nothing here imports torch."""
+"""Recipe keys that a resumed run may change; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -29,30 +29,40 @@ RESUMABLE_KEYS = (
     "client_distil.compile",
     "data.args.batch_size",
 )
-"""A run may go on with other values here: where and how it is watched and computed does not change what it computes.
+"""Keys that a resumed run may change, since callbacks and hardware do not affect its results.
 
-`evaluation.batch_size` is how many samples a model answers at once, and `data.args.batch_size` is for a plain Trainer.
+`evaluation.batch_size` is the batch size of inference only, and `data.args.batch_size` applies to a plain Trainer.
 """
 
-MEASURED = ("evaluation.metrics", "evaluation.evaluators", "evaluation.attacks", "evaluation.specialists")
-"""What coming rounds are measured by: a run that has rounds to go may go on with other values here."""
+EVALUATION_KEYS = ("evaluation.metrics", "evaluation.evaluators", "evaluation.attacks", "evaluation.specialists")
+"""Keys of the evaluation of future rounds, which a resumed run may change if it has rounds left."""
 
 _PLACE = re.compile(r"data\.(?:args\.proxy\.)*args\.(\w+)(?:\.\d+)?")
 _PLACES = {"path", "paths", "root", "folder", "file"}
 
 
 def changes(stored: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
-    """Keys, dotted, that make two recipes different experiments, as far as the recipes alone can tell."""
-    return [key for key in difference(stored, recipe) if not within(key, RESUMABLE_KEYS)]
+    """Return the dotted keys that make two recipes different experiments, judging by the recipes alone.
+
+    Args:
+        stored: the recipe of a run.
+        recipe: the new recipe.
+    """
+    return [key for key in difference(stored, recipe) if not is_within(key, RESUMABLE_KEYS)]
 
 
-def within(key: str, sections: Iterable[str]) -> bool:
-    """Whether a dotted key is one of these, or below one of them."""
+def is_within(key: str, sections: Iterable[str]) -> bool:
+    """Check if a dotted key is one of some sections, or lies below one of them.
+
+    Args:
+        key: the key.
+        sections: dotted keys.
+    """
     return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
-def is_place(key: str, before: Any, after: Any) -> bool:
-    """Whether a key only says where data lie, so that it takes the data themselves to know whether they are the same.
+def is_location(key: str, before: Any, after: Any) -> bool:
+    """Check if a key only gives the location of data, so that only the data themselves show if they are the same.
 
     Args:
         key: dotted, e.g. ``data.args.path``.
@@ -65,11 +75,15 @@ def is_place(key: str, before: Any, after: Any) -> bool:
     return match[1] in _PLACES or "/" in before or "/" in after
 
 
-def at(tree: Any, key: str) -> Any:
-    """The value at a dotted key of a recipe.
+def value_at(tree: Any, key: str) -> Any:
+    """Return the value at a dotted key of a recipe.
+
+    Args:
+        tree: the recipe as nested mappings and lists.
+        key: the key.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the recipe does not have the key.
     """
     for part in key.split("."):
         try:
@@ -79,27 +93,40 @@ def at(tree: Any, key: str) -> Any:
     return tree
 
 
-def places(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """Those of some keys in which two recipes differ that only say where data lie."""
+def location_keys(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Select the changed keys that only give the location of data.
+
+    Args:
+        stored: the recipe of a run.
+        recipe: the new recipe.
+        keys: dotted keys in which they differ.
+    """
     found = []
     for key in keys:
         try:
-            if is_place(key, at(stored, key), at(recipe, key)):
+            if is_location(key, value_at(stored, key), value_at(recipe, key)):
                 found.append(key)
         except KeyError:
             continue
     return found
 
 
-def told(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: list[str], most: int = 10) -> str:
-    """Lines for a message that tell what differs between a stored recipe and the one at hand."""
+def format_differences(stored: Mapping[str, Any], recipe: Mapping[str, Any], keys: list[str], most: int = 10) -> str:
+    """Format the differences between a stored recipe and a new one, one line per key.
+
+    Args:
+        stored: the recipe of a run.
+        recipe: the new recipe.
+        keys: dotted keys in which they differ.
+        most: maximum number of keys to list.
+    """
     lines = [f"  - {key}: {_shown(stored, key)} there, {_shown(recipe, key)} here" for key in keys[:most]]
     return "\n".join(lines + ([f"  - and {len(keys) - most} more"] if len(keys) > most else []))
 
 
 def _shown(tree: Any, key: str) -> str:
     try:
-        value = at(tree, key)
+        value = value_at(tree, key)
     except KeyError:
         return "absent"
     return "null" if value is None else repr(value)

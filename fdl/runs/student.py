@@ -1,4 +1,4 @@
-"""The trained student of a run's folder."""
+"""Loading of the trained student from a run's folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdl.build.federation import build
+from fdl.build.federation import build_federation
 from fdl.engine.runtime import Runtime
 from fdl.errors import UserError
 from fdl.federation.snapshot import BEST
@@ -16,7 +16,7 @@ from fdl.recipe.loading import load
 from fdl.registry.instantiate import instantiate
 from fdl.runs import run as runs
 from fdl.runs.exported_student import ExportedStudent
-from fdl.runs.inputs import Inputs, read
+from fdl.runs.inputs import InputSpec, read_input_spec
 from fdl.state import checkpoint
 from fdl.state.weights import load_into
 from fdl.utils.seeding import stream_seed
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def trained_student(run: Path, summary: Mapping[str, Any], which: str) -> ExportedStudent:
-    """Build a run's student and load its weights, without the data if the run kept what the model needs of them.
+    """Build a run's student and load its weights, without the data if the run stored the description of its inputs.
 
     Args:
         run: the run's folder.
@@ -35,29 +35,29 @@ def trained_student(run: Path, summary: Mapping[str, Any], which: str) -> Export
         which: ``"best"``: the best round on validation data; ``"last"``: the last round.
 
     Raises:
-        UserError: the run's method has no student, or it cannot be built, or the round's weights are gone.
+        UserError: the run's method has no student, or it cannot be built, or the round's weights are missing.
     """
     if which not in ("best", "last"):
         raise UserError(f"which: {which!r} is none of best, last")
-    recipe, inputs = load(run / runs.RECIPE), read(run)
-    if inputs is None:  # of an earlier version, or of data that tell models more than can be written down
-        loop = build(recipe, run, launch=False)
+    recipe, inputs = load(run / runs.RECIPE), read_input_spec(run)
+    if inputs is None:  # a run of an earlier version, or of data with arguments that cannot be stored
+        loop = build_federation(recipe, run, launch=False)
         server, method = loop.server, loop.method
-        inputs = Inputs(server.task, list(server.classes), dict(server.model_kwargs))
+        inputs = InputSpec(server.task, list(server.classes), dict(server.model_kwargs))
     else:
         method = instantiate(recipe.method, "method", "method")
         server = _server(recipe, method, inputs)
     if server.student is None:
         raise UserError(f"{run}: method {recipe.method.target} has no student")
-    state = _saved(run, summary, which)
+    state = _load_state(run, summary, which)
     load_into(server.student, state["student"])
     server.state = state["server"]
     method.on_restore(server)
     return ExportedStudent(recipe, server.student, inputs, state["round"])
 
 
-def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
-    """A server with a student and no data."""
+def _server(recipe: Recipe, method: Method, inputs: InputSpec) -> Server:
+    """Create a server with a student and without data."""
     runtime = Runtime(accelerator="cpu", precision=recipe.fabric.precision, launch=False)
     student = None
     if "student" in method.requires:
@@ -82,11 +82,11 @@ def _server(recipe: Recipe, method: Method, inputs: Inputs) -> Server:
     )
 
 
-def _saved(run: Path, summary: Mapping[str, Any], which: str) -> Mapping[str, Any]:
-    """The ``round``, the ``student``, and what belongs to it of the ``server``'s state.
+def _load_state(run: Path, summary: Mapping[str, Any], which: str) -> Mapping[str, Any]:
+    """Load the ``round``, the ``student``, and the part of the ``server``'s state that belongs to it.
 
     Raises:
-        UserError: the round that is asked for is not there any more, or damaged.
+        UserError: the requested round is missing or damaged.
     """
     number = summary["best"]["round"] if which == "best" else summary["rounds"]
     if which == "best" and checkpoint.round_of(run / BEST) == number:

@@ -1,1 +1,1 @@
-"""Weights, checkpoints and how they lie in memory and on disk."""
+"""Model weights, checkpoints and run folders: their layout in memory and on disk."""

@@ -1,8 +1,8 @@
-"""Atomic checkpoints: a run killed at any moment goes on from its last good one.
+"""Atomic checkpoints: a run that is killed at any moment resumes from its last valid one.
 
-A checkpoint is one safetensors file. Tensors are stored under the path of the keys that lead to them, all else as JSON
-in a tensor of its own; nothing is pickled. The file's name carries a digest of its bytes, so that a truncated or
-altered file is known without trust in its contents.
+A checkpoint is one safetensors file. Tensors are stored under the path of the keys that lead to them, everything else
+as JSON in a tensor of its own; nothing is pickled. The file's name carries a digest of its bytes, so that a truncated
+or altered file is recognised before its contents are trusted.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from fdl.state.run_folder import checkpoints
 from fdl.utils.files import write_atomically
 
 JSON = "__json__"
-"""Name of the tensor that holds all that is no tensor, as JSON."""
+"""Name of the tensor that holds everything but tensors, as JSON."""
 _TENSOR = "__tensor__"
 
 _ALIGNMENT = 64
-"""Bytes: torch's allocator for host memory gives addresses that are multiples of it."""
+"""Bytes: torch's allocator for host memory returns addresses that are multiples of it."""
 
 
-def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write the state after a round; older checkpoints beyond `keep` go only after the new one is safe on disk.
+def write_round(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write the state after a round; older checkpoints are deleted only once the new one is safe on disk.
 
     Args:
-        folder: the run's checkpoint folder, made when absent.
+        folder: the run's checkpoint folder, created if absent.
         round: the round that has ended, 0 for the state before the first.
         state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None. Keys are strings.
-        keep: how many checkpoints to keep.
+        keep: number of checkpoints to keep, the new one included.
 
     Returns:
         The path of the new file.
 
     Raises:
-        UserError: when the disk refuses; the checkpoints that were there are untouched.
+        UserError: the file cannot be written; existing checkpoints are untouched.
     """
-    data = pack(state)
-    path = folder / f"round-{round:06d}-{digest(data)}.safetensors"
+    data = to_bytes(state)
+    path = folder / f"round-{round:06d}-{content_digest(data)}.safetensors"
     write_atomically(path, data)
     for old in files(folder)[keep:]:
         if old != path:
@@ -56,63 +56,69 @@ def save(folder: Path, round: int, state: Mapping[str, Any], keep: int = 2) -> P
 
 
 def load_round(folder: Path, round: int) -> dict[str, Any] | None:
-    """Read the checkpoint of a round; None where there is no whole one."""
+    """Read the checkpoint of a round; None if it is missing or damaged."""
     for path in (path for path, number in checkpoints(folder).items() if number == round):
         try:
-            return unpack(_whole(path))
+            return from_bytes(_whole(path))
         except (OSError, ValueError, KeyError, SafetensorError):
             continue
     return None
 
 
-def load(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """Read the newest good checkpoint.
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]]:
+    """Read the newest valid checkpoint.
+
+    Args:
+        folder: the run's checkpoint folder.
 
     Returns:
-        The state, the file it came from, and a sentence for each newer file that was damaged.
+        The state, the file it was read from, and one sentence per newer file that is damaged.
 
     Raises:
-        UserError: when there is no good checkpoint.
+        UserError: there is no valid checkpoint.
     """
     damaged: list[str] = []
     for path in files(folder):
         try:
-            return unpack(_whole(path)), path, damaged
+            return from_bytes(_whole(path)), path, damaged
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             damaged.append(f"{path}: damaged checkpoint passed over: {error}")
     raise UserError("\n".join([f"{folder}: there is no checkpoint to resume from", *damaged]))
 
 
-def save_best(path: Path, round: int, student: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> None:
-    """Write the student of the best round so far, in the place of the one before.
+def write_best(path: Path, round: int, student: Mapping[str, torch.Tensor], beside: Mapping[str, Any]) -> None:
+    """Write the student of the best round so far, replacing the previous one.
 
     Args:
         path: the file.
         round: the round.
-        student: its weights.
-        beside: the part of the server's state that belongs to it.
+        student: its weights by name.
+        beside: the part of the server's state that belongs to the student.
 
     Raises:
-        UserError: when the disk refuses; the file that was there is untouched.
+        UserError: the file cannot be written; an existing one is untouched.
     """
-    write_atomically(path, pack({"round": round, "student": dict(student), "server": beside}))
+    write_atomically(path, to_bytes({"round": round, "student": dict(student), "server": beside}))
 
 
 def load_best(path: Path) -> dict[str, Any]:
-    """Read what `save_best` wrote: ``round``, ``student`` and ``server``.
+    """Read a file of `write_best`: ``round``, ``student`` and ``server``.
+
+    Args:
+        path: the file.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
-        state = unpack(path.read_bytes())
+        state = from_bytes(path.read_bytes())
         return {key: state[key] for key in ("round", "student", "server")}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def round_of(path: Path) -> int | None:
-    """The round of the student that `save_best` wrote, without its weights; None where there is no whole file."""
+    """Read the round of a file of `write_best`, without the weights; None if the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads(bytes(file.get_tensor(JSON).numpy()))["round"]
@@ -121,18 +127,25 @@ def round_of(path: Path) -> int | None:
 
 
 def exists(folder: Path) -> bool:
-    """Whether the folder holds any checkpoint, good or not."""
+    """Return True if a folder holds a checkpoint, valid or not."""
     return bool(files(folder))
 
 
-def pack(state: Mapping[str, Any]) -> bytes:
-    """Turn a nested state into the bytes of a safetensors file."""
+def to_bytes(state: Mapping[str, Any]) -> bytes:
+    """Serialise a nested state to the bytes of a safetensors file.
+
+    Args:
+        state: as for `write_round`.
+
+    Raises:
+        TypeError: a key is not a string, or a value has another type than those of `write_round`.
+    """
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[Any, ...], str] = {}
 
     def strip(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
-            # tied weights are one storage: stored once, and both places point at it
+            # tied weights share their memory: stored once, and both names refer to it
             key = _place(value) if value.numel() else (path,)
             if key not in seen:
                 seen[key] = path
@@ -153,28 +166,28 @@ def pack(state: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(_unshared(tensors))
 
 
-def unpack(data: bytes) -> dict[str, Any]:
-    """Turn the bytes of `pack` into the nested state; tuples come back as lists."""
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """Restore the nested state from the bytes of `to_bytes`; tuples come back as lists."""
     return _filled(safetensors.torch.load(data))
 
 
-def unpack_file(path: Path) -> dict[str, Any]:
-    """As `unpack`, from a file, which is mapped: only what its tensors need is read."""
+def from_file(path: Path) -> dict[str, Any]:
+    """Restore the nested state from a file with the bytes of `to_bytes`, which is memory-mapped."""
     return _filled(safetensors.torch.load_file(path))
 
 
 def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state as it comes back from a file, so that whoever goes on with it computes the same.
+    """Return a state as it comes back from a file, so that a run and its resumption compute the same bits.
 
-    How a tensor lies in memory decides which kernel works on it, and with that its last bits. Files keep values, and
-    no strides, addresses or devices; so a state that stays in memory must have none of its own either.
+    A tensor's memory layout decides which kernel processes it, and with that the last bits of results. Files keep
+    values, but no strides, addresses or devices; so a state that stays in memory must be normalised, too.
 
     Args:
-        state: as for `save`.
+        state: as for `write_round`.
 
     Returns:
-        The same with contiguous tensors in host memory, at addresses like those of new ones, and lists in the place of
-        tuples. Tensors that are so already are not copied; tied ones stay tied.
+        The same values as contiguous tensors in host memory, aligned as new ones are, with lists instead of tuples.
+        Tensors that already are like this are not copied; tied ones stay tied.
     """
     seen: dict[tuple[Any, ...], torch.Tensor] = {}
 
@@ -192,12 +205,12 @@ def as_saved(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where a tensor's values lie, and how: what tied weights have in common."""
+    """Return a key of a tensor's memory and layout, which tied weights share."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor at an address as torch's allocator gives them; views and mapped files lie anywhere."""
+    """Copy a contiguous tensor unless it is aligned like torch's own; views and mapped files may start anywhere."""
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
@@ -214,7 +227,7 @@ def _filled(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy views of one storage apart, which safetensors refuses to store."""
+    """Copy tensors that share a storage, which safetensors refuses to store."""
     owners: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -225,22 +238,22 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _whole(path: Path) -> bytes:
-    """The bytes of a checkpoint.
+    """Read the bytes of a checkpoint.
 
     Raises:
-        ValueError: they are not those that were written.
+        ValueError: they do not match the digest in the file's name.
     """
     data = path.read_bytes()
-    if digest(data) != path.stem.rsplit("-", 1)[-1]:
+    if content_digest(data) != path.stem.rsplit("-", 1)[-1]:
         raise ValueError("its bytes do not match the digest in its name")
     return data
 
 
 def files(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
+    """List the checkpoints in a folder, newest first."""
     return list(checkpoints(folder))
 
 
-def digest(data: bytes) -> str:
-    """Sixteen hexadecimal digits that tell these bytes from others."""
+def content_digest(data: bytes) -> str:
+    """Return a hash of some bytes: sixteen hexadecimal digits of BLAKE2b."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()

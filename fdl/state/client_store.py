@@ -1,4 +1,4 @@
-"""Clients' states on disk, so that memory does not grow with the number of clients."""
+"""Client states on disk, so that memory does not grow with the number of clients."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from fdl.errors import UserError
 from fdl.state import checkpoint
 from fdl.state.run_folder import CLIENT
 
-OWN = re.compile(rf"{CLIENT.pattern}|\.client-.*\.partial")
-"""Names that a store gives; of other files in its folder it knows nothing."""
+STORE_FILES = re.compile(rf"{CLIENT.pattern}|\.client-.*\.partial")
+"""Names of a store's files; other files in its folder are never touched."""
 
 CLIENTS = "clients"
-"""The store's folder in the run's own."""
+"""The store's folder within the run's folder."""
 
-FILE = "__file__"
-"""Key under which a checkpoint names a client's file instead of its state."""
+STATE_FILE = "__file__"
+"""Key under which a checkpoint names a client's file instead of holding its state."""
 
 
 class DiskStore:
     """One safetensors file per client, a new one whenever its state has changed.
 
-    A file's name carries a digest of its bytes. Files that a kept checkpoint names stay, so a run can go back to any
-    of them; all others go once a newer one is there. Several processes may share the folder, each writing the clients
-    that it has.
+    A file's name carries a digest of its bytes. Files that a kept checkpoint names are kept, so that a run can resume
+    from any of these checkpoints; all others are deleted once a newer one is written. Several processes may share the
+    folder, each writing its own clients.
 
     Args:
-        folder: where the files lie; made when the first is written.
+        folder: folder of the files; created when the first one is written.
     """
 
     def __init__(self, folder: Path):
@@ -43,15 +43,19 @@ class DiskStore:
         self._retained: dict[Path, set[str]] = {}
 
     def write(self, client: int, state: Mapping[str, Any]) -> None:
-        """Keep a client's state; nothing is written where it is as it was.
+        """Write a client's state, unless it is empty or has not changed.
+
+        Args:
+            client: the client's id.
+            state: as for `fdl.state.checkpoint.write_round`.
 
         Raises:
-            UserError: when the disk refuses.
+            UserError: the file cannot be written.
         """
         if not state:
             return
-        data = checkpoint.pack(state)
-        name = f"client-{client:06d}-{checkpoint.digest(data)}.safetensors"
+        data = checkpoint.to_bytes(state)
+        name = f"client-{client:06d}-{checkpoint.content_digest(data)}.safetensors"
         before = self._names.get(client)
         if name == before:
             return
@@ -63,7 +67,10 @@ class DiskStore:
         self._fresh.add(name)
 
     def read(self, client: int) -> dict[str, Any]:
-        """Return a client's newest state, empty where it has none.
+        """Return a client's newest state, empty if it has none.
+
+        Args:
+            client: the client's id.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -72,44 +79,57 @@ class DiskStore:
         if name is None:
             return {}
         try:
-            return checkpoint.unpack_file(self.folder / name)
+            return checkpoint.from_file(self.folder / name)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"{self.folder / name}: the state of client {client} cannot be read: {error}") from error
 
     def reference(self, client: int) -> dict[str, Any]:
-        """What a checkpoint keeps of a client: the name of its file, nothing where it has none."""
-        return {FILE: self._names[client]} if client in self._names else {}
+        """Return what a checkpoint stores for a client: the name of its file; empty if it has none."""
+        return {STATE_FILE: self._names[client]} if client in self._names else {}
 
     def set_reference(self, client: int, saved: Mapping[str, Any]) -> None:
-        """Go back to what `reference` gave, or begin with the state itself, which a checkpoint may hold as well."""
+        """Restore a client's state from what a checkpoint stores for it.
+
+        Args:
+            client: the client's id.
+            saved: the result of `reference`; or the state itself, from a run that kept it in memory.
+        """
         self._names.pop(client, None)
-        if FILE in saved:
-            self._names[client] = Path(str(saved[FILE])).name
+        if STATE_FILE in saved:
+            self._names[client] = Path(str(saved[STATE_FILE])).name
         else:
             self.write(client, saved)
 
     def mark_checkpointed(self) -> None:
-        """Note that a checkpoint names all files that are the newest now."""
+        """Record that a checkpoint names the newest file of every client."""
         self._fresh.clear()
 
     def retain(self, checkpoints: Iterable[Path], sweep: bool = False) -> None:
-        """Keep the files that these checkpoints name; those that only others named go.
+        """Keep the files that these checkpoints name, and delete those that only dropped checkpoints named.
 
         Args:
-            checkpoints: all that are kept, the newest of which names the newest states.
-            sweep: drop whatever none of them names, which a run that was killed may have left.
+            checkpoints: all that are kept; the newest one names the newest states.
+            sweep: delete every other file of the store, too, which a killed run may have left.
         """
         before = set().union(*self._retained.values())
         self._retained = {path: self._retained.get(path) or _named(path) for path in checkpoints}
         if sweep and self.folder.is_dir():
-            before = {file.name for file in self.folder.iterdir() if OWN.fullmatch(file.name)}
+            before = {file.name for file in self.folder.iterdir() if STORE_FILES.fullmatch(file.name)}
         for name in before.difference(*self._retained.values()):
             (self.folder / name).unlink(missing_ok=True)
 
 
 def resolve(saved: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The state that a checkpoint names or holds, for a run that keeps its clients in memory."""
-    if FILE not in saved:
+    """Return the state that a checkpoint names or holds, for a run that keeps client states in memory.
+
+    Args:
+        saved: what the checkpoint stores for the client.
+        folder: folder of the store whose file it may name.
+
+    Raises:
+        UserError: that file is missing or damaged.
+    """
+    if STATE_FILE not in saved:
         return dict(saved)
     store = DiskStore(folder)
     store.set_reference(0, saved)
@@ -117,10 +137,10 @@ def resolve(saved: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _named(path: Path) -> set[str]:
-    """The clients' files that a checkpoint names."""
+    """Return the client files that a checkpoint names."""
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads(bytes(file.get_tensor(checkpoint.JSON).to(torch.uint8).numpy()))
-    except (OSError, ValueError, SafetensorError):  # a damaged one is never gone back to
+    except (OSError, ValueError, SafetensorError):  # no run resumes from a damaged one
         return set()
-    return {str(saved[FILE]) for saved in state.get("clients", {}).values() if FILE in saved}
+    return {str(saved[STATE_FILE]) for saved in state.get("clients", {}).values() if STATE_FILE in saved}

@@ -1,4 +1,4 @@
-"""Named arrays that lie side by side in memory: what `flat_tensors` is to torch, for code that knows numpy alone."""
+"""Named arrays in one contiguous buffer: the counterpart of `flat_tensors` for code without torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 
 class FlatArrays(Mapping[str, np.ndarray]):
-    """Named float32 arrays that fill one buffer in order; views of it are made when somebody asks for one.
+    """Named float32 arrays that fill one buffer in order; views of it are created at the first access.
 
     Args:
         buffer: the buffer, float32 [n], contiguous.
-        shapes: by name, in order.
+        shapes: shape of each array by name, in order; n elements in all.
     """
 
     def __init__(self, buffer: np.ndarray, shapes: dict[str, tuple[int, ...]]):
@@ -22,7 +22,7 @@ class FlatArrays(Mapping[str, np.ndarray]):
 
     @cached_property
     def layout(self) -> tuple:
-        """What arrays of the same names and shapes have in common."""
+        """Names and shapes, as a hashable value to compare."""
         return tuple(self.shapes.items())
 
     @cached_property

@@ -1,6 +1,6 @@
-"""Named tensors that lie side by side in memory, and so can be handled as one vector.
+"""Named tensors in one contiguous buffer, which can be processed as one vector.
 
-Small models consist of small tensors, for which calling an operation costs more than the operation itself.
+Small models consist of small tensors, for which the overhead of each operation dominates.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fdl.state.flat_arrays import FlatArrays
 
 
 class FlatTensors(Mapping[str, Tensor]):
-    """Named tensors that fill one vector in order; views of it are made when somebody asks for one.
+    """Named tensors that fill one vector in order; views of it are created at the first access.
 
     Args:
-        buffer: the vector.
-        shapes: by name, in order.
+        buffer: the vector [n], of any type and device.
+        shapes: shape of each tensor by name, in order; n elements in all.
     """
 
     def __init__(self, buffer: Tensor, shapes: dict[str, tuple[int, ...]]):
@@ -46,33 +46,36 @@ class FlatTensors(Mapping[str, Tensor]):
 
     @cached_property
     def layout(self) -> tuple:
-        """What tensors of the same names and shapes have in common."""
+        """Names and shapes, as a hashable value to compare."""
         return tuple(self.shapes.items())
 
     @cached_property
     def arrays(self) -> FlatArrays | None:
-        """The same memory as numpy sees it; None where that is not float32 numbers of the host."""
+        """The same memory as numpy arrays; None unless it is float32 in host memory."""
         if self.buffer.device.type != "cpu" or self.buffer.dtype is not torch.float32:
             return None
         return FlatArrays(self.buffer.numpy(), self.shapes)
 
     @classmethod
     def of(cls, arrays: FlatArrays) -> FlatTensors:
-        """Arrays as tensors that share their memory."""
+        """Wrap arrays as tensors that share their memory."""
         return cls(torch.from_numpy(arrays.buffer), arrays.shapes)
 
     def items(self) -> ItemsView[str, Tensor]:
-        """Names and views, at a dict's speed."""
+        """Return names and views, as fast as a dict does."""
         return self._views.items()
 
 
 def flat_view(tensors: Iterable[Tensor]) -> Tensor | None:
-    """All tensors as one vector, without a copy, where they lie side by side in one storage, as decoded ones do.
+    """View tensors as one vector, without a copy, if they are adjacent in one storage, as decoded ones are.
 
-    Small models consist of small tensors, for which calling an operation costs more than the operation itself.
+    Small models consist of small tensors, for which the overhead of each operation dominates.
+
+    Args:
+        tensors: in order, of any shapes.
 
     Returns:
-        A view of all elements in order; None where there is no such view.
+        A view of all elements in order, [n]; None if there is no such view.
 
     Example:
         >>> import torch
@@ -94,21 +97,21 @@ def flat_view(tensors: Iterable[Tensor]) -> Tensor | None:
         size += tensor.numel()
         end = start + size * first.itemsize
     storage = first.untyped_storage()
-    # neighbours in memory need not belong together
+    # neighbours in memory may belong to different storages
     if end > storage.data_ptr() + storage.nbytes():
         return None
     return first.as_strided((size,), (1,))
 
 
 def flatten_module_(module: nn.Module) -> FlatTensors | None:
-    """Move a module's parameters and buffers into one vector, in the order of its state; values stay as they are.
+    """Move a module's parameters and buffers into one vector, in the order of its state; values do not change.
 
     Args:
-        module: in place; moving or converting it later gives its tensors memory of their own again.
+        module: changed in place; moving or converting it later gives its tensors separate memory again.
 
     Returns:
-        The module's state; None, and nothing is moved, where it is not all of one floating-point type, or tensors are
-        shared or strided.
+        The module's state; None, and nothing is moved, if it is not all of one floating-point type on one device, or
+        tensors are shared or strided.
     """
     named = {
         **dict(module.named_parameters(remove_duplicate=False)),

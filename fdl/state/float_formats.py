@@ -1,7 +1,7 @@
-"""Floating-point formats as numpy sees them, bfloat16 included.
+"""Floating-point formats in numpy, bfloat16 included.
 
-numpy has no bfloat16. An array of dtype `BFLOAT16` carries such numbers as tagged 16-bit patterns, so that code
-without torch can tell them from integers, widen them and round to them.
+numpy has no bfloat16. An array of dtype `BFLOAT16` holds these numbers as tagged 16-bit patterns, so that code without
+torch can distinguish them from integers, widen them and round to them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 _WIDE = {"e": np.float32, "f": np.float32, "d": np.float64}
 
 
-def is_float(dtype: np.dtype) -> bool:
-    """Tell whether a dtype holds real numbers: float16, bfloat16, float32 or float64.
+def is_float_dtype(dtype: np.dtype) -> bool:
+    """Return True if a dtype holds real numbers: float16, bfloat16, float32 or float64.
+
+    Args:
+        dtype: any numpy dtype.
 
     Example:
         >>> import numpy as np
-        >>> is_float(np.dtype("float16")), is_float(np.dtype("int32"))
+        >>> is_float_dtype(np.dtype("float16")), is_float_dtype(np.dtype("int32"))
         (True, False)
     """
     return dtype == BFLOAT16 or dtype.char in _WIDE
 
 
 def widen(array: np.ndarray) -> np.ndarray:
-    """Return the same numbers in a format to calculate in: float64 for float64, float32 for all others.
+    """Convert numbers to a format to compute in: float64 stays float64, all others become float32.
 
     Args:
-        array: any shape, one of the dtypes of `is_float`. Every value is kept exactly.
+        array: any shape, one of the dtypes of `is_float_dtype`. Every value is kept exactly.
 
     Example:
         >>> import numpy as np
@@ -42,18 +45,18 @@ def widen(array: np.ndarray) -> np.ndarray:
 
 
 def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round numbers to a format, half to even; what is finite stays finite.
+    """Round numbers to a format, half to even; finite numbers stay finite.
 
     A value beyond the format's range becomes its largest number of that sign, since infinity would spoil every
-    sum that it enters. NaN and infinity are kept, so that a receiver still sees that the sender has gone wrong.
+    sum that it enters. NaN and infinity are kept, so that a receiver still notices that the sender's training diverged.
 
     Args:
-        values: float32 or float64, any shape. float64 goes to bfloat16 by way of float32.
-        dtype: one of the dtypes of `is_float`.
+        values: float32 or float64, any shape. float64 is converted to bfloat16 by way of float32.
+        dtype: one of the dtypes of `is_float_dtype`.
 
     Example:
         >>> import numpy as np
-        >>> narrow(np.float32([1.0, 1e9]), np.dtype(np.float16)).tolist()  # what is finite stays finite
+        >>> narrow(np.float32([1.0, 1e9]), np.dtype(np.float16)).tolist()  # finite numbers stay finite
         [1.0, 65504.0]
     """
     if values.dtype == dtype:
@@ -72,7 +75,7 @@ def narrow(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = narrow(values, np.dtype(np.float32)).view(np.uint32)
     # Adding just under one half of the last kept place, or one half when that place is odd, rounds half to even:
-    # a carry out of the mantissa raises the exponent, which is what the next number up looks like.
+    # a carry out of the mantissa raises the exponent, which is the encoding of the next number up.
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     if magnitude.size and magnitude.max() > 0x7F7F7FFF:  # the last pattern that rounds to a finite bfloat16

@@ -1,13 +1,14 @@
-"""A model with its tensors looked up once, for models that are filled and read for every client of every round.
+"""Cached access to a model's tensors, for models that are loaded and read for every client of every round.
 
-Walking over a model's submodules costs more than copying a small model. A handle keeps what the walk found: the state
-by name, as one vector where that is possible, and the list of parameters. It belongs to its model and goes with it.
+Walking over a model's submodules costs more than copying a small model. A handle caches the result of the walk: the
+state by name, as one vector where that is possible, and the list of parameters. It lives as long as its model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
+from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -20,14 +21,17 @@ _ATTRIBUTE = "_fdl_handle"
 
 
 class ModelHandle:
-    """A model's state and parameters, looked up once and again whenever somebody has replaced a tensor.
+    """A model's state and parameters, looked up once, and again whenever a tensor has been replaced.
 
     A module may be moved, converted, or given other parameters or submodules at any time: the next use of its handle
-    notices and looks everything up anew. Copies of a module have no handle.
+    detects this and looks everything up again. Copies of a module have no handle.
 
     Args:
         module: the model; as long as it lives, `ModelHandle.of` finds this handle. Its tensors are moved into one
-            vector where they can be, which leaves their values as they are.
+            vector if possible, which does not change their values.
+
+    Attributes:
+        writable: False while the model is shared and not borrowed; then `load` raises.
     """
 
     def __init__(self, module: nn.Module):
@@ -36,25 +40,25 @@ class ModelHandle:
         self._look_up()
 
     def _attach(self, module: nn.Module) -> None:
-        self._module = ref(module)  # the module owns the handle: a circle would keep it on the device for longer
+        self._module = ref(module)  # the module owns the handle: a cycle would keep it on the device for longer
         module.__dict__[_ATTRIBUTE] = self
 
     @staticmethod
     def of(module: nn.Module) -> ModelHandle | None:
-        """Return the handle of a module, None where it has none."""
+        """Return the handle of a module, None if it has none."""
         handle = module.__dict__.get(_ATTRIBUTE)
         return handle if handle is not None and handle._module() is module else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the handle out of copies and pickles of its module: their tensors are others."""
+        """Exclude the handle from copies and pickles of its module, which have other tensors."""
         return type(None), ()
 
     @property
     def module(self) -> nn.Module:
-        """The model itself.
+        """The model.
 
         Raises:
-            ReferenceError: the model is gone.
+            ReferenceError: the model no longer exists.
         """
         module = self._module()
         if module is None:
@@ -63,34 +67,34 @@ class ModelHandle:
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """Live references to the model's tensors by name; what is `frozen` in it is left out."""
+        """Live references to the model's tensors by name, without those that it declares `frozen`."""
         self._refresh()
         return self._state if isinstance(self._state, FlatTensors) else dict(self._state)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters, shared ones once."""
-        self._refresh()
+        """All parameters; a shared one is listed once."""
+        self._refresh(moved=False)  # a parameter stays the same object where its memory is replaced
         return self._parameters
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        """The parameters that require gradients now, shared ones once."""
+        """The parameters that currently require gradients; a shared one is listed once."""
         return [p for p in self.parameters if p.requires_grad]
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors into the model in place, so that optimisers and references to its parameters stay valid.
 
-        Nothing is changed when anything does not fit. Values are converted to the model's floating-point type and
+        Nothing is changed if any tensor does not fit. Values are converted to the model's floating-point type and
         device.
 
         Args:
             tensors: exactly the names of `state`, with the same shapes.
 
         Raises:
-            ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other
-                is not.
-            RuntimeError: the model is shared and nobody has borrowed it.
+            ValueError: names are missing or unknown, a shape differs, or one side is floating-point and the other is
+                not.
+            RuntimeError: the model is shared and not borrowed.
         """
         if not self.writable:
             raise RuntimeError(
@@ -118,26 +122,31 @@ class ModelHandle:
     def _remember(self, state: Mapping[str, Tensor]) -> None:
         module = self.module
         self._state, self._parameters = state, list(module.parameters())
-        # live views, so that looking costs no call per submodule
-        self._places = [
-            place.values() for part in module.modules() for place in (part._modules, part._parameters, part._buffers)
-        ]
-        self._found = list(chain.from_iterable(self._places))  # kept, so that no id can come again
-        self._ids = list(map(id, self._found))
-        self._tensors = [found for found in self._found if isinstance(found, Tensor)]
+        tables = [t for part in module.modules() for t in (part._modules, part._parameters, part._buffers)]
+        # live views, so that a comparison costs no call per submodule; most tables are empty, and any() is cheaper
+        self._filled, self._empty = [table.values() for table in tables if table], [t for t in tables if not t]
+        self._members = list(chain.from_iterable(self._filled))
+        self._tensors = [member for member in self._members if isinstance(member, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
-    def _refresh(self) -> None:
-        """Look everything up anew where a tensor or a submodule is not the one that was found before."""
+    def _refresh(self, moved: bool = True) -> None:
+        """Look up everything again if a tensor or a submodule has been replaced.
+
+        Args:
+            moved: also if a tensor has other memory than before, as after `nn.Module.double`.
+        """
+        members = list(chain.from_iterable(self._filled))
         if (
-            list(map(id, chain.from_iterable(self._places))) != self._ids
-            or list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+            len(members) != len(self._members)
+            or not all(map(is_, members, self._members))
+            or any(self._empty)
+            or (moved and list(map(Tensor.data_ptr, self._tensors)) != self._addresses)
         ):
             self._look_up()
 
 
 class RowHandle(ModelHandle):
-    """The handle of a model whose tensors are views of a row in a matrix of several models.
+    """The handle of a model whose tensors are views of one row in a matrix of several models.
 
     Args:
         module: the model.
@@ -157,13 +166,13 @@ class RowHandle(ModelHandle):
 
 
 def handle_of(module: nn.Module) -> ModelHandle:
-    """Return the handle of a module that was made by `Runtime.create`.
+    """Return the handle of a module that was created by `Runtime.create`.
 
     Args:
         module: the module.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the module has no handle.
     """
     handle = ModelHandle.of(module)
     if handle is None:
@@ -172,10 +181,10 @@ def handle_of(module: nn.Module) -> ModelHandle:
 
 
 def named_state(module: nn.Module) -> dict[str, Tensor]:
-    """Walk over a module for its parameters and persistent buffers, as live references, without what is `frozen`.
+    """Collect a module's parameters and persistent buffers by name, as live references, without `frozen` ones.
 
     Args:
-        module: the module; of a tensor that has several names, as tied embeddings have, the first one counts.
+        module: the module; a tensor with several names, such as tied embeddings, is listed under the first.
     """
     frozen, seen, state = getattr(module, "frozen", ()), set(), {}
     for name, value in module.state_dict().items():
@@ -190,25 +199,24 @@ def named_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """Return tensors in the order of a model's own, after a check that they can be copied into these.
+    """Check that tensors can be copied into a model's, and return them in the order of these.
 
     Args:
         own: the model's tensors by name.
         tensors: the new values by name.
-        name: of the model's class, for the error.
+        name: name of the model's class, for the error.
 
     Raises:
-        ValueError: names are missing or left over, a shape differs, or one side is floating-point and the other is
-            not.
+        ValueError: names are missing or unknown, a shape differs, or one side is floating-point and the other is not.
     """
     if own.keys() != tensors.keys():
         missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        said = [
+        differences = [
             f"{word} {', '.join(map(repr, names))}"
             for word, names in (("missing", missing), ("unknown", extra))
             if names
         ]
-        raise ValueError(f"tensors do not fit {name}: {'; '.join(said)}")
+        raise ValueError(f"tensors do not fit {name}: {'; '.join(differences)}")
     sources = [tensors[key] for key in own]
     for (key, target), source in zip(own.items(), sources):
         if source.shape != target.shape:
@@ -219,12 +227,15 @@ def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: st
 
 
 def copy_named(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> None:
-    """Copy tensors into a model's own by name; arguments and errors as for `check_fit`.
+    """Copy tensors into a model's by name, in place, or nothing if one of them does not fit.
 
     Args:
-        own: the model's tensors by name, filled in place.
+        own: the model's tensors by name, the destination.
         tensors: the new values by name.
-        name: of the model's class, for the error.
+        name: name of the model's class, for the error.
+
+    Raises:
+        ValueError: names are missing or unknown, a shape differs, or one side is floating-point and the other is not.
     """
     sources = check_fit(own, tensors := dict(tensors.items()), name)
     if own:

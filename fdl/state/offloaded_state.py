@@ -14,8 +14,8 @@ class OffloadedState:
     """One client's state, which a store may keep on disk between turns.
 
     Args:
-        store: where the state lies between turns; None keeps it in memory.
-        id: the client's.
+        store: keeps the state between turns; None keeps it in memory.
+        id: the client's id.
     """
 
     def __init__(self, store: DiskStore | None, id: int):
@@ -24,7 +24,7 @@ class OffloadedState:
 
     @property
     def in_memory(self) -> bool:
-        """True while the state, or one that has yet to be written, is held in memory."""
+        """True while the state is held in memory."""
         return self._state is not None
 
     @property
@@ -39,7 +39,7 @@ class OffloadedState:
         self._state = state
 
     def offload(self, changed: bool = True) -> bool:
-        """Write the state to the store; without one, make it what a file would give back.
+        """Write the state to the store; without a store, normalise it to what a file would restore.
 
         Args:
             changed: False if the state was only read.
@@ -58,15 +58,15 @@ class OffloadedState:
         return True
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of an offloaded state: the state, or a reference to its file."""
+        """Return what a checkpoint stores for the client: its state, or a reference to its file."""
         return self.value if self._store is None else self._store.reference(self._id)
 
     def from_checkpoint(self, saved: Mapping[str, Any], folder: Path) -> None:
-        """Go back to what `to_checkpoint` returned.
+        """Restore the result of `to_checkpoint`.
 
         Args:
             saved: the state, or the reference to its file.
-            folder: where the files lie that a reference names.
+            folder: folder of the file that a reference names.
         """
         if self._store is None:
             self._state = resolve(saved, folder)

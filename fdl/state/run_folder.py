@@ -1,4 +1,4 @@
-"""What lies in a run's folder: which files fdl wrote, and how a new run takes their place. Nothing imports torch."""
+"""A run's folder: the files that fdl wrote into it, and their replacement by a new run. Nothing imports torch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from fdl.utils.locks import LOCK
 
 RECIPE, SUMMARY, CHECKPOINTS, AUDIT, COMPARE = "recipe.yaml", "summary.json", "checkpoints", "audit.json", "compare"
 INPUTS, TOKENIZER = "inputs.json", "tokenizer"
-"""What the run's models take, and the folder of a tokenizer that has no name of its own."""
+"""The description of the models' inputs, and the folder of a tokenizer that has no name of its own."""
 
 MARK = ".fdl.json"
-"""The file that says that fdl made a folder, and what for."""
+"""The file that marks a folder as created by fdl, with its purpose."""
 
 REPLACED = ".replaced"
-"""Where an earlier run's files are kept until the run that takes their place has finished a round and saved it."""
+"""Folder of an earlier run's files until the run that replaces it has finished a round and saved it."""
 
 CHECKPOINT = re.compile(r"round-(\d{6,})-[0-9a-f]{16}\.safetensors")
 """The name of a checkpoint."""
 
 CLIENT = re.compile(r"client-\d{6,}-[0-9a-f]{16}\.safetensors")
-"""The name of a file of a client's state."""
+"""The name of a client's state file."""
 
 _MOVING = ".replacing"
-"""The same while files are moved there or back: whatever lies in it belongs into the folder."""
+"""The same folder while files are moved there or back: everything in it belongs to the run's folder."""
 
 _EVENTS = re.compile(r"events\.out\.tfevents\..+|.+\.pt\.trace\.json(\.gz)?")
 _OWN = {
@@ -47,13 +47,13 @@ _OWN = {
     "tensorboard": _EVENTS,
     "tensorboard/audit": _EVENTS,
 }
-"""What a run writes, by the folder in the run's own."""
+"""Files that a run writes, by subfolder of its folder."""
 
 _NAMED = 8
 
 
 def own_files(folder: Path) -> Iterator[Path]:
-    """The files in a run's folder that fdl wrote, exports among them; all others are somebody else's."""
+    """List the files in a run's folder that fdl wrote, exports included; all others belong to the user."""
     for place, pattern in _OWN.items():
         with suppress(FileNotFoundError, NotADirectoryError):
             for path in sorted((folder / place).iterdir()):
@@ -67,7 +67,7 @@ def own_files(folder: Path) -> Iterator[Path]:
 
 
 def others(folder: Path) -> list[str]:
-    """Names in a folder, sorted, of what is neither fdl's bookkeeping nor a file that this process's output goes to."""
+    """List the sorted names in a folder, without fdl's bookkeeping and the files that receive this process's output."""
     if not folder.is_dir():
         return []
     kept = {
@@ -76,24 +76,24 @@ def others(folder: Path) -> list[str]:
         REPLACED,
         _MOVING,
         COMPARE,
-    }  # the comparison of a recipe lies beside its run, which leaves it alone
+    }  # the comparison of a recipe lies next to its run, which leaves it alone
     found = [path for path in folder.iterdir() if path.name not in kept and not path.name.startswith(".nfs")]
     return sorted(path.name + ("/" if path.is_dir() else "") for path in found if not _is_output(path))
 
 
 def names(found: list[str]) -> str:
-    """File names for a message, not all of them where there are many."""
+    """Join file names for a message, the first few if there are many."""
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return f"{', '.join(found[:_NAMED])}{more}"
 
 
 def mark(folder: Path, kind: str, **more: Any) -> None:
-    """Note that fdl made a folder.
+    """Mark a folder as created by fdl.
 
     Args:
-        folder: there already.
-        kind: what for: ``"run"`` or ``"comparison"``.
-        more: what else to note.
+        folder: an existing folder.
+        kind: its purpose: ``"run"`` or ``"comparison"``.
+        more: further entries of the mark, JSON values.
     """
     from fdl import __version__
 
@@ -102,7 +102,7 @@ def mark(folder: Path, kind: str, **more: Any) -> None:
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
-    """What `mark` noted; empty where there is no mark."""
+    """Read the entries that `mark` wrote; empty if there is no mark."""
     try:
         found = json.loads((folder / MARK).read_bytes())
     except (OSError, ValueError):
@@ -111,7 +111,12 @@ def read_mark(folder: Path) -> dict[str, Any]:
 
 
 def note_export(run: Path, output: Path) -> None:
-    """Note the files of an export that lies in a run's folder, so that a new run there does not leave it behind."""
+    """Record the files of an export into a run's folder, so that a new run there replaces them, too.
+
+    Args:
+        run: the run's folder.
+        output: the export's folder; nothing is recorded if it is not within the run's.
+    """
     place, base = output.resolve(), run.resolve()
     if base not in place.parents:
         return
@@ -122,7 +127,7 @@ def note_export(run: Path, output: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of fdl's, finished or not: by its mark, or by files that nothing else writes."""
+    """Return True if a folder holds a run, finished or not, by its mark or by files that nothing else writes."""
     if read_mark(folder).get("kind") == "run":
         return True
     if not (folder / RECIPE).is_file():
@@ -131,7 +136,7 @@ def is_run(folder: Path) -> bool:
 
 
 def checkpoints(place: Path) -> dict[Path, int]:
-    """The checkpoints in a folder of checkpoints, each with its round, the newest first."""
+    """List the files in a folder of checkpoints with their rounds, newest first."""
     try:
         found = list(place.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -141,12 +146,12 @@ def checkpoints(place: Path) -> dict[Path, int]:
 
 
 def last_round(folder: Path) -> int | None:
-    """The newest round that is saved in a run's folder, 0 for the state before the first; None where nothing is."""
+    """Return the newest round saved in a run's folder, 0 for the state before the first; None if nothing is saved."""
     return next(iter(checkpoints(folder / CHECKPOINTS).values()), None)
 
 
 def move_aside(folder: Path) -> None:
-    """Move what an earlier run wrote into `REPLACED`; nothing where there is none."""
+    """Move the files of an earlier run, if there are any, into `REPLACED`."""
     if not (found := list(own_files(folder))):
         return
     for path in found:
@@ -158,10 +163,13 @@ def move_aside(folder: Path) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """Bring back what `move_aside` took away, in the place of whatever the new run wrote; nothing where there is none.
+    """Undo `move_aside`: delete the new run's files and restore the earlier run's, if there are any.
+
+    Args:
+        folder: the run's folder.
 
     Raises:
-        UserError: a file cannot be moved; what was moved aside is still there.
+        UserError: a file cannot be moved; the files that were moved aside are kept.
     """
     moving = folder / _MOVING
     try:
@@ -181,18 +189,18 @@ def put_back(folder: Path) -> None:
 
 
 def drop_replaced(folder: Path) -> None:
-    """Remove what `move_aside` took away: a new run has taken its place."""
+    """Delete the files that `move_aside` moved, once a new run has replaced them."""
     if (folder / REPLACED).is_dir():
         shutil.rmtree(folder / REPLACED)
 
 
 def needs_recovery(folder: Path) -> bool:
-    """Whether a process was killed while it took the place of an earlier run."""
+    """Return True if a process was killed while it replaced an earlier run."""
     return (folder / REPLACED).is_dir() or (folder / _MOVING).is_dir()
 
 
 def recover(folder: Path) -> None:
-    """Settle what a process that was killed left: the new run where it has finished a round, the earlier one else."""
+    """Recover from a killed process: keep the new run if it has finished a round, else restore the earlier one."""
     if (folder / REPLACED).is_dir() and last_round(folder):
         drop_replaced(folder)
     else:
@@ -205,13 +213,13 @@ def _move(path: Path, target: Path) -> None:
 
 
 def renamed_aside(path: Path) -> Path | None:
-    """Give a file or folder another name, so that a new one can take its own.
+    """Rename an existing file or folder to a numbered name, so that a new one can have its name.
 
     Args:
         path: e.g. ``audit.json``.
 
     Returns:
-        Where it is now, e.g. ``audit-1.json``; None where there was none.
+        The new path, e.g. ``audit-1.json``; None if there was no such file.
     """
     if not path.exists():
         return None
@@ -223,7 +231,7 @@ def renamed_aside(path: Path) -> Path | None:
 
 
 def _remove_empty(folder: Path, paths: list[Path]) -> None:
-    """Remove the folders that held some files of a run, where nothing is left in them."""
+    """Remove the empty folders among those that held some files of a run."""
     places = {place for path in paths for place in path.parents if folder in place.parents}
     for place in sorted(places, key=lambda place: len(place.parts), reverse=True):
         with suppress(OSError):
@@ -239,7 +247,7 @@ def _is_summary(path: Path) -> bool:
 
 
 def _is_output(path: Path) -> bool:
-    """Whether this process writes its own output there, as with ``> run/log.txt`` or Slurm's ``--output``."""
+    """Return True if a file receives this process's output, as with ``> run/log.txt`` or Slurm's ``--output``."""
     for stream in (sys.__stdout__, sys.__stderr__):
         with suppress(OSError, ValueError, AttributeError):
             if stream is not None and os.path.samestat(path.stat(), os.fstat(stream.fileno())):

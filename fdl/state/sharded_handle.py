@@ -1,4 +1,4 @@
-"""The handle of a model of which every rank holds a part."""
+"""Cached access to the tensors of a sharded model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fdl.state.shards import full_tensor_cpu, local_shard, shard_like
 
 
 class ShardedModelHandle(ModelHandle):
-    """A sharded model's state, whole in host memory, and its parts, which are found once.
+    """A sharded model's state, as full tensors in host memory, and its local shards, which are looked up once.
 
-    While a block is gathered torch puts other parameters in the place of its parts, so nothing is looked up again.
+    While a block is gathered, torch temporarily replaces its shards by other parameters, so nothing is looked up again.
 
     Args:
         module: already sharded.
-        names: of its state when it was whole: shared tensors cannot be recognised after sharding.
+        names: names of the state before sharding: shared tensors cannot be recognised afterwards.
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str]):
@@ -27,12 +27,12 @@ class ShardedModelHandle(ModelHandle):
         state = module.state_dict()
         self._remember({name: state[name] for name in names})
 
-    def _refresh(self) -> None:
+    def _refresh(self, moved: bool = True) -> None:
         pass
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """Whole copies in host memory by name; a collective operation, so all ranks read it together."""
+        """Full copies in host memory by name; a collective operation, which all ranks must run together."""
         return {name: full_tensor_cpu(tensor) for name, tensor in self._state.items()}
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""Models of which every rank holds a part: torch's fully sharded data parallelism, used like whole models.
+"""Models sharded over ranks by torch's fully sharded data parallelism (FSDP), used like unsharded ones.
 
-A block's weights are gathered when it is called, and let go when it is done; those outside of blocks (embeddings, the
-head) are gathered for a whole task. Parts lie on dimension 0.
+A block's weights are gathered when it is called, and freed when it is done; those outside of blocks (embeddings, the
+head) are gathered for a whole task. Tensors are sharded on dimension 0.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 LARGEST = 8
-"""Blocks with more than one in so many of a model's parameters are cut further, where they have blocks themselves."""
+"""Blocks with more than 1/8 of a model's parameters are split further, if they contain blocks themselves."""
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, rounded: torch.dtype | None = None) -> None:
-    """Leave this rank its part of every parameter, on the mesh's device; buffers and scalars stay whole.
+    """Shard every parameter of a module over the ranks of a mesh, on its device; buffers and scalars are replicated.
 
-    Children of lists and sequences are the blocks. A model goes to the device block by block, so that it need not fit
-    there as a whole.
+    Children of lists and sequences are the blocks. A model is moved to the device block by block, so that it need not
+    fit there as a whole.
 
     Args:
-        module: in host memory, the same on all ranks; its parameters are replaced, once and for all.
-        mesh: of all ranks, with one dimension.
-        rounded: what autocast rounds weights to; None: nothing. Blocks are gathered in this type: otherwise every step
-            would hold its own rounded copies of all of them until its backward pass. What autocast leaves alone, the
-            weights of normalisation, stays whole.
+        module: in host memory, the same on all ranks; its parameters are replaced permanently.
+        mesh: device mesh of all ranks, with one dimension.
+        rounded: type that autocast rounds weights to; None: none. Blocks are gathered in this type: otherwise every
+            step would hold its own rounded copies of all of them until its backward pass. Weights that autocast does
+            not round, those of normalisation, are replicated.
     """
     kept = {p for p in module.parameters() if p.ndim == 0}
     for part in module.modules() if rounded is not None else ():
@@ -46,26 +46,29 @@ def shard(module: nn.Module, mesh: DeviceMesh, rounded: torch.dtype | None = Non
     narrow = any(p.dtype.itemsize < 4 for p in module.parameters())
     reduce = torch.float32 if rounded is not None or narrow else None
     settings = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": kept}
-    found = [block for block in blocks(module) if not kept.issuperset(block.parameters())]
+    found = [block for block in sharding_units(module) if not kept.issuperset(block.parameters())]
     for block in found:
         policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=reduce, cast_forward_inputs=False)
         fully_shard(block, mp_policy=policy, **settings)
     entrance = _Entrance(module)
     module.forward = entrance
-    # embeddings as they are: what blocks add to them is not rounded then
+    # embeddings keep their type, so that what blocks add to them is not rounded
     policy = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     fully_shard(entrance.root, mp_policy=policy, **settings)
     with torch.no_grad():
-        _enter(entrance.root, lambda: None)  # here torch learns what belongs together
-        for block in found:  # buffers made in inference mode, as an evaluation would, could not be trained in
+        _enter(entrance.root, lambda: None)  # torch sets up its hierarchy of units in the first forward pass
+        for block in found:  # buffers allocated in inference mode, as by an evaluation, could not be trained in
             block.unshard()
             block.reshard()
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time, inner blocks before outer ones; what is left belongs to the whole model.
+def sharding_units(module: nn.Module) -> list[nn.Module]:
+    """List the blocks that are gathered one at a time, inner ones before outer ones.
 
-    A block that shares a parameter with the rest of the model is none.
+    All other parameters are gathered with the model, and so are those of a block that shares one with its rest.
+
+    Args:
+        module: the model, not sharded yet.
     """
     users = Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
     total = sum(p.numel() for p in module.parameters())
@@ -77,7 +80,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
     def visit(parent: nn.Module) -> None:
         for child in parent.children():
-            # a list cannot be called, so nobody could tell when it is needed
+            # a list is not called, so there is no moment at which to gather it
             callable_ = not isinstance(child, nn.ModuleList | nn.ModuleDict)
             block = isinstance(parent, nn.ModuleList | nn.Sequential) and callable_ and contained(child)
             size = sum(p.numel() for p in child.parameters())
@@ -94,8 +97,11 @@ def with_gathered_blocks(module: nn.Module, task: Callable[[], T]) -> T:
     """Run a task that may use the sharded models within a module in any way, and be differentiated afterwards.
 
     Args:
-        module: sharded, or holding such; anything else is left alone.
-        task: the same on all ranks.
+        module: a sharded model, or one that contains sharded models; any other is used as it is.
+        task: the function to call, the same on all ranks.
+
+    Returns:
+        The task's result.
     """
     for root in _roots(module):
         if not root.open:
@@ -104,8 +110,8 @@ def with_gathered_blocks(module: nn.Module, task: Callable[[], T]) -> T:
 
 
 @contextmanager
-def gathered(*modules: nn.Module) -> Iterator[None]:
-    """Within this context sharded models may be used in any way, without being differentiated; all ranks come along."""
+def full_parameters(*modules: nn.Module) -> Iterator[None]:
+    """Gather all parameters of sharded models within this context, for use without gradients, on all ranks together."""
     roots = [root for module in modules for root in _roots(module) if not root.open]
     for root in roots:
         root.unshard()
@@ -119,23 +125,23 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a model's parameters, or those of a part of it, are spread over ranks."""
+    """Return True if a model, or a submodule of it, is sharded over ranks."""
     return bool(_roots(module))
 
 
 def full_tensor_cpu(tensor: Tensor) -> Tensor:
-    """A whole copy in host memory; of what is spread over ranks, all of them get one together."""
+    """Copy a tensor to host memory; a collective operation if it is sharded, which gives every rank the full tensor."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().to("cpu", copy=True)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in place: all of it, where it is not spread over ranks."""
+    """Return this rank's shard of a tensor, without a copy: all of it, if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(target: Tensor, source: Tensor) -> Tensor:
-    """The rows of a whole tensor that belong to this rank's part of a target of the same shape."""
+    """Select the rows of a full tensor that correspond to this rank's shard of a target of the same shape."""
     if not isinstance(target, DTensor):
         return source
     parts, rank = source.chunk(target.device_mesh.size()), target.device_mesh.get_local_rank()
@@ -143,7 +149,7 @@ def shard_like(target: Tensor, source: Tensor) -> Tensor:
 
 
 class _Root(nn.Module):
-    """What torch takes for the whole model: within its forward, weights outside of blocks are whole."""
+    """The module that FSDP takes for the whole model: in its forward, weights outside of blocks are gathered."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -154,7 +160,7 @@ class _Root(nn.Module):
 
 
 class _Entrance:
-    """A sharded model's forward, which passes through its root unless somebody has done so before."""
+    """A sharded model's forward, which goes through its root unless a caller already has."""
 
     def __init__(self, module: nn.Module):
         self._forward, self.root = module.forward, _Root(module)

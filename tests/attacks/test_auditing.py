@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-from fdl.attacks.audit import audit, judge
+from fdl.attacks.audit import audit, evaluate_scores
 from fdl.attacks.base import Attack, AttackResult, AttackTarget, MembershipScores
 from fdl.attacks.callback import AuditCallback
 from fdl.build import build
@@ -15,7 +15,7 @@ from fdl.cli import main as cli
 from fdl.errors import UserError
 from fdl.runs import run as runs
 from fdl.runs.audit import AUDIT, audit_run
-from fdl.runs.report import print_table
+from fdl.runs.report import print_summary
 from tests.attacks.runs import finished, recipe
 
 
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     attacks = ["loss_threshold", "label_leakage"]
     changes = {"federation": {"clients": 2, "rounds": 1}, "callbacks": ["tensorboard"]}
-    summary = runs.fit(recipe(evaluation={"attacks": attacks}, **changes), folder)
+    summary = runs.run_recipe(recipe(evaluation={"attacks": attacks}, **changes), folder)
     return folder, summary
 
 
@@ -64,7 +64,9 @@ def test_an_attack_above_the_ceiling_fails_the_audit(tmp_path):
 def test_chance_does_not_fail_an_audit():
     draw = np.random.default_rng(0)
     failed = [
-        judge(MembershipScores("student", draw.normal(size=60), draw.normal(size=60), 0.0, 0.0), 0.99, seed)[1]
+        evaluate_scores(MembershipScores("student", draw.normal(size=60), draw.normal(size=60), 0.0, 0.0), 0.99, seed)[
+            1
+        ]
         for seed in range(200)
     ]
     assert sum(map(bool, failed)) <= 4  # at 1 %, 2 are expected
@@ -100,7 +102,7 @@ def test_attacks_come_before_other_callbacks_which_see_the_findings(tmp_path):
 
 
 def test_the_closing_table_says_what_attacks_found(run, capsys):
-    print_table(run[1], Console(width=200, no_color=True), run[0])
+    print_summary(run[1], Console(width=200, no_color=True), run[0])
     text = capsys.readouterr().out
     area = run[1]["audit"]["attacks"]["loss_threshold"]["metrics"]["student/auc"]
     assert f"Attack loss_threshold, AUC student {area:.3f}, specialists" in " ".join(text.split())

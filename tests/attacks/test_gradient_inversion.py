@@ -9,9 +9,9 @@ from torch import nn
 from fdl.attacks.audit import audit
 from fdl.attacks.base import AttackTarget
 from fdl.attacks.gradient_inversion import GradientInversion
-from fdl.attacks.image_quality import Scale, alike, assigned, psnr, ssim
-from fdl.attacks.matching import analytic, gradients, inferred_labels, total_variation
-from fdl.attacks.updates import update
+from fdl.attacks.image_quality import Scale, draw_same_classes, match_by_psnr, psnr, ssim
+from fdl.attacks.matching import gradients, infer_labels, solve_analytically, total_variation
+from fdl.attacks.updates import observe_update
 from fdl.datamodules.samples import TensorSamples
 from fdl.errors import UserError
 from fdl.modules.classifier import ImageClassifier
@@ -121,18 +121,20 @@ def test_images_are_paired_each_once_and_shown_as_they_were():
     pixels = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     samples = TensorSamples(pixels, mean=[0.3], std=[0.2])
     scale = Scale(samples)
-    images = scale.shown(samples.batch(torch.arange(5))[0])
+    images = scale.to_pixels(samples.batch(torch.arange(5))[0])
     torch.testing.assert_close(images, pixels / 255, rtol=0, atol=1e-6)
-    torch.testing.assert_close(scale.shown(torch.stack([scale.low, scale.high])).flatten(), torch.tensor([0.0, 1.0]))
-    rows, matches = assigned(images[[3, 0, 4]], images)
+    torch.testing.assert_close(
+        scale.to_pixels(torch.stack([scale.low, scale.high])).flatten(), torch.tensor([0.0, 1.0])
+    )
+    rows, matches = match_by_psnr(images[[3, 0, 4]], images)
     assert rows.tolist() == [0, 1, 2] and matches.tolist() == [3, 0, 4]
-    twice = assigned(images[[2, 2]], images)[1].tolist()
+    twice = match_by_psnr(images[[2, 2]], images)[1].tolist()
     assert 2 in twice and len(set(twice)) == 2
 
 
 def test_as_many_of_each_class_are_drawn():
     labels, pool = torch.tensor([1, 1, 0, 3]), torch.tensor([0, 0, 1, 2, 1, 1])
-    rows = alike(labels, pool, np.random.default_rng(0))
+    rows = draw_same_classes(labels, pool, np.random.default_rng(0))
     assert sorted(pool[rows].tolist()) == [0, 1, 1] and len(set(rows.tolist())) == 3
 
 
@@ -150,15 +152,15 @@ def test_the_input_of_a_linear_layer_is_a_quotient_of_its_gradients():
         model = MLP([32], activation, num_classes=10, input_shape=SHAPE)
         x, labels = torch.randn(1, *SHAPE), torch.tensor([7])
         seen = gradients(model, dict(model.named_parameters()), x, labels)
-        torch.testing.assert_close(analytic(model, seen, SHAPE), x, rtol=0, atol=1e-5)
+        torch.testing.assert_close(solve_analytically(model, seen, SHAPE), x, rtol=0, atol=1e-5)
         weight, bias = seen["backbone.trunk.1.weight"], seen["backbone.trunk.1.bias"]
         row = int(bias.abs().argmax())
         torch.testing.assert_close(weight[row] / bias[row], x.flatten(), rtol=0, atol=1e-5)
-        assert inferred_labels(model, seen, 1, 10).tolist() == [7]
+        assert infer_labels(model, seen, 1, 10).tolist() == [7]
         del seen["backbone.head.bias"]
         if activation == "relu":  # then the embedding is not negative
-            assert inferred_labels(model, seen, 1, 10).tolist() == [7]
-    assert analytic(model, {"backbone.head.weight": torch.zeros(10, 32)}, SHAPE) is None
+            assert infer_labels(model, seen, 1, 10).tolist() == [7]
+    assert solve_analytically(model, {"backbone.head.weight": torch.zeros(10, 32)}, SHAPE) is None
 
 
 def test_labels_of_a_batch_are_read_off_the_bias():
@@ -166,7 +168,7 @@ def test_labels_of_a_batch_are_read_off_the_bias():
     model = MLP([32], "tanh", num_classes=10, input_shape=SHAPE)
     labels = torch.tensor([3, 3, 8, 0, 3, 5])
     seen = gradients(model, dict(model.named_parameters()), torch.randn(6, *SHAPE), labels)
-    assert sorted(inferred_labels(model, seen, 6, 10).tolist()) == sorted(labels.tolist())
+    assert sorted(infer_labels(model, seen, 6, 10).tolist()) == sorted(labels.tolist())
 
 
 def test_total_variation_of_a_ramp():
@@ -179,8 +181,8 @@ def test_total_variation_of_a_ramp():
 
 def test_an_update_of_one_step_is_the_gradient_of_the_image_behind_it(subject):
     client = subject.clients[0]
-    turn = update(subject, client, first=True)
-    assert turn.steps == len(turn.rows) == 1 and turn.plain
+    turn = observe_update(subject, client, first=True)
+    assert turn.steps == len(turn.rows) == 1 and turn.plain_sgd
     exact = gradients(turn.model, turn.mean_gradient, *client.train.batch(turn.rows))
     for name, gradient in exact.items():
         torch.testing.assert_close(turn.mean_gradient[name], gradient, rtol=1e-4, atol=2e-6)
@@ -220,7 +222,7 @@ def test_rounding_and_more_images_hide_some_of_it(subject, tmp_path):
 
 def test_the_last_model_is_attacked_from_where_it_ended(tmp_path):
     subject = AttackTarget(fedavg(tmp_path, trained=True, local_training=ONE_STEP | {"steps": 5}))
-    turn = update(subject, subject.clients[1], first=False)
+    turn = observe_update(subject, subject.clients[1], first=False)
     for name, tensor in module_state(subject.server.student).items():
         assert torch.equal(turn.model.state_dict()[name], tensor)
     assert turn.steps == len(turn.rows) == 5
@@ -231,7 +233,7 @@ def test_the_last_model_is_attacked_from_where_it_ended(tmp_path):
 def test_low_rank_updates_are_matched_by_what_is_sent(tmp_path):
     student = {"target": "tests.attacks.test_gradient_inversion.LowRank"}
     subject = AttackTarget(fedavg(tmp_path, method="fedlora", student=student))
-    turn = update(subject, subject.clients[0], first=True)
+    turn = observe_update(subject, subject.clients[0], first=True)
     assert {name.rpartition("backbone.")[2] for name in turn.mean_gradient} == {
         "trunk.1.lora_A.default.weight",
         "trunk.1.lora_B.default.weight",
@@ -248,7 +250,7 @@ def test_low_rank_updates_are_matched_by_what_is_sent(tmp_path):
 def test_prompts_are_matched_by_what_is_sent(tmp_path):
     student = {"target": "tests.attacks.test_gradient_inversion.PromptedClassifier"}
     subject = AttackTarget(fedavg(tmp_path, method="federated_prompts", student=student))
-    turn = update(subject, subject.clients[0], first=True)
+    turn = observe_update(subject, subject.clients[0], first=True)
     assert list(turn.mean_gradient) == ["backbone.prompt"]
     found = GradientInversion(steps=5, clients=1).run(subject)
     assert "gradient/labels" not in found.metrics and any("classes were given" in note for note in found.notes)
@@ -259,7 +261,7 @@ def test_changes_of_prompts_are_gradients_too(tmp_path):
     student = {"target": "tests.attacks.test_gradient_inversion.PromptedClassifier"}
     method = {"target": "pfedpg", "args": {"prompts": ["backbone.prompt"]}}
     subject = AttackTarget(fedavg(tmp_path, method=method, student=student))
-    turn = update(subject, subject.clients[0], first=True)
+    turn = observe_update(subject, subject.clients[0], first=True)
     exact = gradients(turn.model, turn.mean_gradient, *subject.clients[0].train.batch(turn.rows))
     torch.testing.assert_close(turn.mean_gradient, exact, rtol=1e-4, atol=2e-6)
 

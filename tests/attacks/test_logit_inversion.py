@@ -4,8 +4,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fdl.attacks.audit import audit
 from fdl.attacks.base import AttackTarget
-from fdl.attacks.inversion_network import LEAST, Inversion, public_means, targets
-from fdl.attacks.logit_inversion import LogitInversion, compare
+from fdl.attacks.inversion_network import LEAST, Inversion, mean_public_images, target_pairs
+from fdl.attacks.logit_inversion import LogitInversion, compare_class
 from fdl.errors import UserError
 from tests.attacks.runs import finished
 
@@ -38,13 +38,15 @@ def gains(theirs):
         torch.manual_seed(0)
         network = Inversion(ours, theirs, (1, 8, 8), 64)
     network.learn(ours, theirs, public, 120, 32, 0.01, torch.Generator().manual_seed(0))
-    recovered, means = network(*targets(ours, theirs, 0.0)), public_means(ours, public)
+    recovered, means = network(*target_pairs(ours, theirs, 0.0)), mean_public_images(ours, public)
     private, held = shapes(1, 10)[0], shapes(2, 5)[0]
     found = []
     for label in range(CLASSES):
         own = private[10 * label : 10 * label + 10]
         dark = 1 - held[5 * label : 5 * label + 5]
-        found.append(compare(0, label, recovered[label], means[label], own, torch.cat([dark, dark])).scores["ssim"])
+        found.append(
+            compare_class(0, label, recovered[label], means[label], own, torch.cat([dark, dark])).scores["ssim"]
+        )
     return [(own - held_out, own - mean) for own, held_out, mean in found]
 
 
@@ -63,11 +65,11 @@ def test_a_client_that_says_nothing_shows_no_more_than_the_public_mean():
 def test_baselines_of_known_images():
     draw = torch.Generator().manual_seed(3)
     private, held_out = torch.rand(4, 1, 8, 8, generator=draw), torch.rand(4, 1, 8, 8, generator=draw)
-    copied = compare(2, 1, private[3], held_out[0], private, held_out)
+    copied = compare_class(2, 1, private[3], held_out[0], private, held_out)
     assert copied.scores["ssim"][0] == pytest.approx(1, abs=1e-5) and copied.scores["psnr"][0] == 100
     assert torch.equal(copied.private, private[3]) and (copied.client, copied.label) == (2, 1)
     assert copied.scores["ssim"][1] < 0.5 and copied.scores["psnr"][1] < 15
-    public = compare(0, 0, held_out[2], held_out[2], private, held_out)
+    public = compare_class(0, 0, held_out[2], held_out[2], private, held_out)
     assert public.scores["ssim"][0] == pytest.approx(public.scores["ssim"][2]), "the mean gains nothing over itself"
     assert public.scores["psnr"][1] == 100
 
@@ -75,11 +77,11 @@ def test_baselines_of_known_images():
 def test_pairs_are_as_sure_as_they_should_be():
     ours = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)
     theirs = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.8, 0.2]], dtype=torch.float64)  # never the second class
-    server, client = targets(ours, theirs, 0.0)
+    server, client = target_pairs(ours, theirs, 0.0)
     assert torch.equal(client, torch.eye(2, dtype=torch.float64))
     torch.testing.assert_close(server[0], ours.log().mean(0).exp())
     torch.testing.assert_close(server[1], ours[2])
-    everywhere = targets(ours, theirs, 1.0)[0]
+    everywhere = target_pairs(ours, theirs, 1.0)[0]
     torch.testing.assert_close(everywhere[0], everywhere[1])
     assert float(ours.min()) > LEAST
 
@@ -95,7 +97,7 @@ def test_answers_lie_within_what_was_seen():
 def test_classes_that_the_server_never_sees_have_the_mean_of_all():
     images = torch.rand(3, 1, 3, 3)
     ours = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.1, 0.9, 0.0]])
-    found = public_means(ours, images)
+    found = mean_public_images(ours, images)
     torch.testing.assert_close(found, torch.stack([images[:2].mean(0), images[2], images.mean(0)]))
 
 

@@ -7,9 +7,9 @@ import torch
 from fdl.attacks.audit import audit
 from fdl.attacks.base import AttackTarget
 from fdl.attacks.candidates import candidates
-from fdl.attacks.membership import RMIA, LiRA, LossThreshold, protection
+from fdl.attacks.membership import RMIA, LiRA, LossThreshold, proven_epsilon
 from fdl.attacks.roc import Roc
-from fdl.attacks.shadows import run_shadow, shadows
+from fdl.attacks.shadows import run_shadow_federation, run_shadow_federations
 from fdl.errors import UserError
 from fdl.messages import Responses, parts_of
 from fdl.privacy.accounting import Policy, event, spend
@@ -59,7 +59,7 @@ def test_answers_are_those_that_the_server_received_last(args, tmp_path):
         sent = parts_of(heard[client.id]).get(Responses)
         if sent is not None:  # else it said that nothing has changed
             compared += 1
-            again = subject.answers(client)
+            again = subject.received_responses(client)
             assert torch.equal(again.values, sent.values)
             assert (again.rows is None) == (sent.rows is None)
             assert again.rows is None or torch.equal(again.rows, sent.rows)
@@ -87,16 +87,16 @@ def test_states_on_disk_are_read_and_not_written(tmp_path):
 
 def test_shadows_differ_from_the_run_and_from_each_other_and_come_again(loop):
     subject = AttackTarget(loop)
-    found = shadows(subject, 2, neighbours=2)
+    found = run_shadow_federations(subject, 2, neighbours=2)
     assert set(found.signals) == {"student", "specialists", "responses"}
     assert (found.inside[0] ^ found.inside[1]).all(), "complementary"
     for phi in found.signals.values():
         assert np.isfinite(phi).all() and not np.allclose(phi[0], phi[1])
-    again = shadows(AttackTarget(loop), 2, neighbours=2)
+    again = run_shadow_federations(AttackTarget(loop), 2, neighbours=2)
     assert all(np.array_equal(again.signals[name], phi) for name, phi in found.signals.items())
-    assert shadows(subject, 2, neighbours=2).signals["student"] is not None  # kept, not run again
+    assert run_shadow_federations(subject, 2, neighbours=2).signals["student"] is not None  # kept, not run again
     asked = candidates(subject)
-    shadow = run_shadow(subject, asked, found.inside[1], 1)
+    shadow = run_shadow_federation(subject, asked, found.inside[1], 1)
     assert [len(c.train) for c in shadow.clients] == [len(c.train) for c in loop.clients]
     weights = [torch.nn.utils.parameters_to_vector(s.student.parameters()) for s in (shadow.server, loop.server)]
     assert not torch.equal(*weights)
@@ -132,7 +132,7 @@ def test_what_is_known_by_heart_is_found(tmp_path):
 
 def test_each_target_is_covered_by_what_protects_it(loop):
     subject, client, policy = AttackTarget(loop), loop.clients[0], Policy(1e-5)
-    claims = lambda: [protection(subject, client, t, policy) for t in ("student", "specialists", "responses")]  # noqa: E731
+    claims = lambda: [proven_epsilon(subject, client, t, policy) for t in ("student", "specialists", "responses")]  # noqa: E731
     try:
         assert claims() == [math.inf] * 3
         spend(loop.server, event("gnmax", 5.0, count=3, level="institution"))

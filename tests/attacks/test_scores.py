@@ -7,7 +7,7 @@ from scipy.stats import norm
 
 from fdl.attacks.roc import Roc
 from fdl.attacks.scores import MANY_SHADOWS, lira, loss_threshold, rmia
-from fdl.attacks.signals import log_odds, of_answers, probabilities
+from fdl.attacks.signals import log_odds, probabilities, response_signals
 from fdl.messages import Responses
 
 SAMPLES = 3000
@@ -124,7 +124,7 @@ def test_missing_shadows_are_left_out(planted):
 def test_answers_near_a_sample_stand_for_it():
     said = Responses(torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]), "probabilities", torch.tensor([0, 2, 3]))
     neighbours = np.array([[0, 2], [3, 1], [1, 1]])  # row 1 was not answered
-    phi = of_answers(said, neighbours, np.array([0, 1, 0]), 4)
+    phi = response_signals(said, neighbours, np.array([0, 1, 0]), 4)
     np.testing.assert_allclose(phi[:2], [math.log(0.7 / 0.3), math.log(0.8 / 0.2)], rtol=1e-6)
     assert np.isnan(phi[2])
     logits = Responses(torch.tensor([[1.0, 2.0]]), "logits")

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from fdl.build.models import assign
+from fdl.build.models import assign_specialists
 from fdl.errors import RecipeError
 from fdl.recipe import Component, from_mapping
 
@@ -19,7 +19,7 @@ def recipe(specialists, **federation):
 
 
 def dealt(made):
-    return [f"{made.specialists[entry].target}-{entry}" for entry in assign(made)]
+    return [f"{made.specialists[entry].target}-{entry}" for entry in assign_specialists(made)]
 
 
 def test_entries_are_dealt_in_turn():

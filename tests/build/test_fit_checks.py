@@ -7,10 +7,10 @@ from rich.console import Console
 
 from fdl import recipe
 from fdl.build import build
-from fdl.cli.check import describe
+from fdl.cli.check import describe_federation
 from fdl.errors import UserError
 from fdl.runs import run as runs
-from fdl.runs.report import print_table
+from fdl.runs.report import print_summary
 
 NORM = {"target": "cifar_resnet", "args": {"depth": 8}}
 FLAT = {"target": "custom", "args": {"backbone": f"{__name__}.flat"}}
@@ -69,12 +69,12 @@ def test_what_cannot_do_is_told_when_it_is_built(local, message, tmp_path):
 
 
 def test_a_schedule_may_end_with_its_fit(tmp_path):
-    summary = runs.fit(recipe.from_mapping(tree({"steps": 10, "scheduler": one_cycle(10)})), tmp_path / "run")
+    summary = runs.run_recipe(recipe.from_mapping(tree({"steps": 10, "scheduler": one_cycle(10)})), tmp_path / "run")
     assert summary["rounds"] == 1
 
 
 def test_images_with_many_positions_train_one_by_one(tmp_path):
-    summary = runs.fit(recipe.from_mapping(tree({"steps": 2, "batch_size": 1}, NORM)), tmp_path / "run")
+    summary = runs.run_recipe(recipe.from_mapping(tree({"steps": 2, "batch_size": 1}, NORM)), tmp_path / "run")
     assert summary["rounds"] == 1
 
 
@@ -87,7 +87,7 @@ def small(choice, **federation):
 
 
 def test_a_site_of_one_sample_is_told_with_the_key_by_check_and_fit(tmp_path):
-    for command in (describe, runs.fit):
+    for command in (describe_federation, runs.run_recipe):
         with pytest.raises(UserError, match=r"federation\.too_small: client \d is too small.*=leave_out"):
             command(small("refuse"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -96,12 +96,12 @@ def test_a_site_of_one_sample_is_told_with_the_key_by_check_and_fit(tmp_path):
 @pytest.mark.parametrize("executor", ["sequential", "vectorized"])
 def test_the_others_run_without_it_if_the_recipe_says_so(executor, tmp_path):
     settings = small("leave_out").to_dict() | {"client_execution": executor}
-    summary = runs.fit(recipe.from_mapping(settings), tmp_path / "run")
+    summary = runs.run_recipe(recipe.from_mapping(settings), tmp_path / "run")
     (left,) = summary["left_out"]
     assert [p["samples"] for p in summary["participants"] if str(p["id"]) == left] == [1]
     for record in summary["history"]:
         assert int(left) not in record["cohort"] and left not in record["clients"]
     console = Console(record=True, width=160, file=io.StringIO())
-    print_table(summary, console, tmp_path)
+    print_summary(summary, console, tmp_path)
     assert "Clients left out" in console.export_text()
-    assert f"client {left} is left out" in describe(recipe.from_mapping(settings), tmp_path / "other")
+    assert f"client {left} is left out" in describe_federation(recipe.from_mapping(settings), tmp_path / "other")

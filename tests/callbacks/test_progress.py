@@ -87,11 +87,11 @@ def test_bar_shows_the_clients_of_a_round(tmp_path, terminal):
     callback.on_round_start(loop, 1)
     callback.on_client_end(loop, 1, 0, {})
     callback._bar.refresh()
-    assert "1/3" in screen.getvalue() and "the server learns" not in screen.getvalue()
+    assert "1/3" in screen.getvalue() and "server update" not in screen.getvalue()
     callback.on_client_end(loop, 1, 1, {})
     callback.on_client_end(loop, 1, 2, {})
     callback._bar.refresh()
-    assert "3/3" in screen.getvalue() and "the server learns" in screen.getvalue()
+    assert "3/3" in screen.getvalue() and "server update" in screen.getvalue()
     callback.on_exception(loop, KeyboardInterrupt())
     assert "\x1b[?25h" in screen.getvalue()
     assert sys.stdout is screen

@@ -38,7 +38,7 @@ CHECKPOINT = "round-000001-0123456789abcdef.safetensors"
 
 
 class Federation:
-    """Stands in for `fdl.build.federation.build`: counts what is run and leaves the files that a loop leaves."""
+    """Stands in for `build_federation`: counts what is run and leaves the files that a loop leaves."""
 
     def __init__(self):
         self.runs, self.error, self.failing = [], None, None
@@ -97,7 +97,7 @@ def here(tmp_path, monkeypatch):
 def federation(here, monkeypatch):
     fake = Federation()
     module = types.ModuleType("fdl.build.federation")
-    module.build = fake.build
+    module.build_federation = fake.build
     monkeypatch.setitem(sys.modules, "fdl.build.federation", module)
     return fake
 
@@ -469,7 +469,7 @@ def test_ctrl_c_before_the_first_checkpoint(federation, capsys, monkeypatch):
     def interrupted(recipe, folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fdl.build.federation"], "build", interrupted)
+    monkeypatch.setattr(sys.modules["fdl.build.federation"], "build_federation", interrupted)
     assert fdl(capsys, FIT) == (130, "", "interrupted\n")
     assert not Path("runs").exists()
 

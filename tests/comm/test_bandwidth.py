@@ -253,7 +253,9 @@ def test_choices_and_memory_go_together_and_survive_a_restart(upload):
             message = replace(message, form="logits")
         a, b = straight.upload(message, 2, round), resumed.upload(message, 2, round)
         assert torch.equal(a.values, b.values)
-        state = checkpoint.unpack(checkpoint.pack({"c": resumed.state_dict(), "l": resumed.ledger.state_dict()}))
+        state = checkpoint.from_bytes(
+            checkpoint.to_bytes({"c": resumed.state_dict(), "l": resumed.ledger.state_dict()})
+        )
         resumed = channel(upload, bandwidth=budget)
         resumed.load_state_dict(state["c"])
         resumed.ledger.load_state_dict(state["l"])
@@ -286,7 +288,7 @@ def test_transfer_takes_latency_and_bytes_over_rate_of_the_slowest_client():
 def test_notes_survive_a_checkpoint():
     ledger, copy = Ledger(), Ledger()
     ledger.note(3, 1, "up", "quantize/4/row", 0.5)
-    copy.load_state_dict(checkpoint.unpack(checkpoint.pack(ledger.state_dict())))
+    copy.load_state_dict(checkpoint.from_bytes(checkpoint.to_bytes(ledger.state_dict())))
     assert copy.notes == [CodecChoice(3, 1, "up", "quantize/4/row", 0.5)]
 
 

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from fdl.comm.stages.base import ArraySpec, CodecContext
 from fdl.comm.stages.cast import BFloat16, Float16
-from fdl.state.float_formats import BFLOAT16, is_float, narrow, widen
+from fdl.state.float_formats import BFLOAT16, is_float_dtype, narrow, widen
 
 BITS = hnp.arrays(np.uint32, st.integers(1, 50), elements=st.integers(0, 2**32 - 1))
 
@@ -82,5 +82,5 @@ def test_cast_error_is_as_documented(stage, precision, dtype):
 
 
 def test_is_float():
-    assert all(is_float(np.dtype(d)) for d in (np.float16, np.float32, np.float64, BFLOAT16))
-    assert not any(is_float(np.dtype(d)) for d in (np.uint16, np.int64, np.bool_, np.complex64))
+    assert all(is_float_dtype(np.dtype(d)) for d in (np.float16, np.float32, np.float64, BFLOAT16))
+    assert not any(is_float_dtype(np.dtype(d)) for d in (np.uint16, np.int64, np.bool_, np.complex64))

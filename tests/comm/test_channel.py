@@ -224,10 +224,10 @@ def test_a_lost_or_damaged_message_leaves_both_ends_in_step():
 def test_a_message_that_is_not_usable_is_not_remembered():
     link = channel(REMEMBERING)
     link.upload(weights(0), 0, 1)
-    before = checkpoint.pack(link.state_dict())
+    before = checkpoint.to_bytes(link.state_dict())
     with pytest.raises(RejectedMessageError, match="not finite"):
         link.upload(Parameters({"w": torch.full((40, 10), float("nan"))}), 0, 2)
-    assert checkpoint.pack(link.state_dict()) == before
+    assert checkpoint.to_bytes(link.state_dict()) == before
     assert link.upload(weights(0), 0, 3) is not None
 
 
@@ -238,14 +238,14 @@ def test_what_its_receiver_does_not_confirm_is_not_remembered():
         message = weights(round)
         with link.unconfirmed():
             got = link.upload(message, 0, round)
-            before = checkpoint.pack(link.state_dict())
+            before = checkpoint.to_bytes(link.state_dict())
             if round in (1, 4, 5):
                 continue
             link.confirm(0)
-            assert checkpoint.pack(link.state_dict()) != before
+            assert checkpoint.to_bytes(link.state_dict()) != before
         assert torch.equal(got.tensors["w"], spared.upload(message, 0, round).tensors["w"])
     link.confirm(0)  # nothing waits any more
-    assert checkpoint.pack(link.state_dict()) == checkpoint.pack(spared.state_dict())
+    assert checkpoint.to_bytes(link.state_dict()) == checkpoint.to_bytes(spared.state_dict())
 
 
 def test_parts_of_a_bundle_are_packed_counted_and_remembered_by_kind():
@@ -269,7 +269,7 @@ def test_resume_is_exact():
             for send in ("upload", "download"):
                 a, b = (getattr(link, send)(weights(round), client, round) for link in (straight, resumed))
                 assert torch.equal(a.tensors["w"], b.tensors["w"])
-        state = checkpoint.unpack(checkpoint.pack({"channel": resumed.state_dict()}))["channel"]
+        state = checkpoint.from_bytes(checkpoint.to_bytes({"channel": resumed.state_dict()}))["channel"]
         resumed = channel(chain, chain)
         resumed.load_state_dict(state)
     assert channel().state_dict() == {}

@@ -77,7 +77,7 @@ def test_both_ends_stay_in_step_whatever_is_lost(stages, seed, losses):
         features = rng.normal(size=(9, 12)).astype(np.float64)
         back, data = ends.send(round, lost, values=p, features=features)
         for end in ("sender", "receiver"):
-            state = checkpoint.unpack(checkpoint.pack({"memory": getattr(resumed, end).state_dict()}))["memory"]
+            state = checkpoint.from_bytes(checkpoint.to_bytes({"memory": getattr(resumed, end).state_dict()}))["memory"]
             setattr(resumed, end, LinkState())
             getattr(resumed, end).load_state_dict(state)
         assert resumed.send(round, lost, values=p, features=features)[1] == data
@@ -114,7 +114,7 @@ def test_hostile_bytes_never_crash_nor_change_what_is_kept(stages):
     for round in (1, 2):
         ends.send(round, values=rounds[round - 1], rows=np.arange(40, dtype=np.uint8))
     good = ends.codec.encode({"values": rounds[2], "rows": np.arange(40, dtype=np.uint8)}, rng, 3, ends.sender)
-    kept = checkpoint.pack(ends.receiver.state_dict())
+    kept = checkpoint.to_bytes(ends.receiver.state_dict())
     for _ in range(250):
         data = bytearray(good)
         for _ in range(rng.integers(1, 4)):
@@ -130,7 +130,7 @@ def test_hostile_bytes_never_crash_nor_change_what_is_kept(stages):
     for end in range(len(good)):
         with pytest.raises(RejectedMessageError):
             ends.codec.decode(good[:end], LIMIT, 3, ends.receiver)
-    assert checkpoint.pack(ends.receiver.state_dict()) == kept
+    assert checkpoint.to_bytes(ends.receiver.state_dict()) == kept
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

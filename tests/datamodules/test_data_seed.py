@@ -7,7 +7,7 @@ import pytest
 from fdl.build import build
 from fdl.errors import UserError
 from fdl.recipe import from_mapping, load
-from fdl.runs.run import fit
+from fdl.runs.run import run_recipe
 
 SETS = ("test", "validation", "proxy")
 
@@ -69,12 +69,12 @@ def test_a_probes_data_follow_the_run_too(tmp_path):
 
 
 def test_a_run_is_not_resumed_with_samples_of_another_seed(tmp_path):
-    fit(from_mapping(tree(seed=0)), tmp_path / "run")
+    run_recipe(from_mapping(tree(seed=0)), tmp_path / "run")
     changed = from_mapping(_pinned(0) | {"federation": {"clients": 2, "rounds": 2}})
     with pytest.raises(UserError, match=r"data\.args\.seed: absent there, 1 here"):
-        fit(changed, tmp_path / "run", resume=True)
+        run_recipe(changed, tmp_path / "run", resume=True)
     longer = tree(seed=0) | {"federation": {"clients": 2, "rounds": 2}}
-    assert fit(from_mapping(longer), tmp_path / "run", resume=True)["rounds"] == 2
+    assert run_recipe(from_mapping(longer), tmp_path / "run", resume=True)["rounds"] == 2
 
 
 def test_a_proxy_set_of_packages_is_one():

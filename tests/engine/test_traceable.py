@@ -46,7 +46,7 @@ class AnnealedMLP(MLP):
 @pytest.fixture(autouse=True)
 def eager_to_trace(monkeypatch):
     monkeypatch.setattr("fdl.engine.steps.selection.TRACE_AFTER_STEPS", 2)
-    monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_AFTER_STEPS", 2)
+    monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_STACKED_AFTER_STEPS", 2)
 
 
 def samples(count=24):
@@ -164,4 +164,4 @@ def test_optimisers_are_found_by_value():
     runtime, module = Runtime(accelerator="cpu"), MLP([8], **SHAPE)
     for _ in range(3):
         runtime.fit(module, samples(), fit_of("none"), torch_stream(0, "fit"))
-    assert len(runtime.steps.optimizers.known()) == 1
+    assert len(runtime.steps.optimizers.reusable()) == 1

@@ -505,7 +505,7 @@ def test_a_full_disk_ends_the_run_with_one_message_and_it_goes_on(world, tmp_pat
         )  # every round is the best
         with pytest.raises(UserError, match=rf"{where}.*: cannot be written: No space left on device"):
             loop.run()
-    assert checkpoint.load(tmp_path / "run" / "checkpoints")[0]["round"] == 1
+    assert checkpoint.load_newest(tmp_path / "run" / "checkpoints")[0]["round"] == 1
     resumed = federation(world, tmp_path / "run", Faulty, SOME)
     resumed.run(resume=True)
     assert resumed.resumed_from == 1
@@ -553,7 +553,7 @@ def test_faults_in_a_recipe_and_a_proxy_set_that_changed(tmp_path, monkeypatch):
     from fdl.runs import run as runs
 
     recipe = from_mapping({**RECIPE, "faults": FAULTS})
-    summary = runs.fit(recipe, tmp_path)
+    summary = runs.run_recipe(recipe, tmp_path)
     assert [record["cohort"] for record in summary["history"]] == [[0, 1], [0, 1, 2]]
     assert [list(record["refused"]) for record in summary["history"]] == [["1"], ["1"]]
     assert json.loads((tmp_path / "summary.json").read_text())["rounds"] == 2
@@ -566,7 +566,7 @@ def test_faults_in_a_recipe_and_a_proxy_set_that_changed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Digits, "setup", changed)
     with pytest.raises(UserError, match="the data, or who holds which of them, changed since this checkpoint"):
-        runs.fit(from_mapping({**RECIPE, "faults": FAULTS}, ["federation.rounds=3"]), tmp_path, resume=True)
+        runs.run_recipe(from_mapping({**RECIPE, "faults": FAULTS}, ["federation.rounds=3"]), tmp_path, resume=True)
 
 
 def test_mistakes_in_faults_are_named():

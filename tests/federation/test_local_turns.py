@@ -80,6 +80,7 @@ class Closes(FedAvg):
 def loop(tmp_path):
     recipe = {
         "seed": 3,
+        "method": "fedavg",
         "data": {"target": "digits", "args": {"proxy": 60, "validation": 0, "test": 1400}},
         "partition": {"target": "dirichlet", "args": {"alpha": 1.0}},
         "federation": {"clients": 4, "rounds": 1},

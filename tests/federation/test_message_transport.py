@@ -44,5 +44,5 @@ def said(message: Message | Bundle) -> list:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_messages_come_out_as_they_went_in(message):
-    data = checkpoint.pack({"one": to_tensors(message)})
-    assert said(from_tensors(checkpoint.unpack(data)["one"])) == said(message)
+    data = checkpoint.to_bytes({"one": to_tensors(message)})
+    assert said(from_tensors(checkpoint.from_bytes(data)["one"])) == said(message)

@@ -36,7 +36,7 @@ def test_a_link_goes_on_from_the_upload_before_the_refused_one(tmp_path, monkeyp
     monkeypatch.setattr(ParameterMean, "add", picky)
 
     def remembered(client):
-        return checkpoint.pack(loop.channel.state_dict([client]))
+        return checkpoint.to_bytes(loop.channel.state_dict([client]))
 
     loop.run_round(1)
     before = remembered(0), remembered(1)

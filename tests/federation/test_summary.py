@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from fdl.federation import summary as report
-from fdl.runs.report import print_table, write_summary
+from fdl.runs.report import print_summary, write_summary
 from fdl.utils.stopwatch import PARTS
 from tests.callbacks.fakes import FakeLoop, record
 
@@ -88,7 +88,7 @@ def test_without_a_student_nothing_is_delivered(loop, tmp_path):
     loop.server.student = None
     sent = report.summarise(loop)["communication"]
     assert (sent["student_delivery_bytes"], sent["total_bytes"]) == (0, 4096 + 1024 + 7)
-    assert "To bring the student" not in text_of(print_table, report.summarise(loop), tmp_path)
+    assert "Delivery of the student" not in text_of(print_summary, report.summarise(loop), tmp_path)
 
 
 def test_frozen_public_weights_are_not_delivered_and_tied_ones_once(loop):
@@ -137,20 +137,20 @@ def test_written_summary_is_strict_json_in_full_precision(tmp_path):
 
 
 def test_closing_table_says_all_that_matters(loop, tmp_path):
-    text = text_of(print_table, report.summarise(loop), tmp_path)
+    text = text_of(print_summary, report.summarise(loop), tmp_path)
     lines = {line.strip().split("  ")[0]: line for line in text.splitlines()}
     assert "0.8000  (0.7000 in round 2, best on 8 validation samples)" in lines["Student, test accuracy"]
     assert "0.4000 on average  (0.0000 to 0.6667)" in lines["Specialists, test accuracy"]
     assert "4.1 kB  (4,096 bytes)" in lines["Sent up by clients"]
     assert "1.0 kB  (1,024 bytes)" in lines["Sent down to clients"]
     assert "7 bytes" in lines["Sent once, before round 1 (encoder)"]
-    assert "180 bytes" in lines["To bring the student to all sites"]
-    assert "5.3 kB  (5,307 bytes)" in lines["Bytes in all"]
+    assert "180 bytes" in lines["Delivery of the student to all sites"]
+    assert "5.3 kB  (5,307 bytes)" in lines["Total bytes"]
     assert "1, of client 1  (not finite)" in lines["Messages refused"]
     assert lines["Rounds"].split()[-1] == "3"
     assert "1.9  (clients 1.0, server 0.5, evaluate 0.2)" in lines["Seconds"]
     assert f"Run folder: {tmp_path}\n" in text
-    assert f"To look at it: tensorboard --logdir {tmp_path}\n" in text
+    assert f"To view it: tensorboard --logdir {tmp_path}\n" in text
     assert "tiny (fedprox)" in text
 
 
@@ -159,7 +159,7 @@ def test_closing_table_reads_a_stored_summary_and_leaves_out_what_there_is_not(l
         one["metrics"] = {STUDENT: math.nan, "specialists/test/accuracy": 0.5}
         one["refused"] = {}
     write_summary(tmp_path / "summary.json", report.summarise(loop))
-    text = text_of(print_table, json.loads((tmp_path / "summary.json").read_text()), tmp_path)
+    text = text_of(print_summary, json.loads((tmp_path / "summary.json").read_text()), tmp_path)
     assert "Student" not in text and "refused" not in text
     assert "Specialists, test accuracy" in text
 
@@ -167,7 +167,7 @@ def test_closing_table_reads_a_stored_summary_and_leaves_out_what_there_is_not(l
 def test_closing_table_needs_no_unicode_terminal(loop, tmp_path):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    print_table(report.summarise(loop), Console(file=stream, width=200), tmp_path)
+    print_summary(report.summarise(loop), Console(file=stream, width=200), tmp_path)
     stream.flush()
     assert b"Student, test accuracy" in raw.getvalue()
 
@@ -175,7 +175,7 @@ def test_closing_table_needs_no_unicode_terminal(loop, tmp_path):
 def test_what_people_copy_is_not_broken_over_lines(loop):
     folder = Path("/a/rather/long/[folder] of runs") / ("x" * 90)
     console = Console(file=io.StringIO(), width=60)
-    print_table(report.summarise(loop), console, folder)
+    print_summary(report.summarise(loop), console, folder)
     assert f"tensorboard --logdir '{folder}'\n" in console.file.getvalue()
 
 
@@ -183,5 +183,5 @@ def test_a_summary_of_an_earlier_version_can_be_read(loop, tmp_path):
     summary = report.summarise(loop)
     del summary["best"]["validation_samples"]
     del summary["communication"]["student_delivery_bytes"], summary["communication"]["total_bytes"]
-    text = text_of(print_table, summary, tmp_path)
-    assert "(0.7000 in round 2, best on validation)" in text and "Bytes in all" not in text
+    text = text_of(print_summary, summary, tmp_path)
+    assert "(0.7000 in round 2, best on validation)" in text and "Total bytes" not in text

@@ -60,7 +60,7 @@ def test_answers_expire_row_by_row_and_survive_a_checkpoint():
     LastAnswers(holder).keep(0, upload([0, 1]))
     holder.round = 3
     LastAnswers(holder).keep(0, upload([1, 2]))
-    holder.state = checkpoint.unpack(checkpoint.pack(holder.state))
+    holder.state = checkpoint.from_bytes(checkpoint.to_bytes(holder.state))
     holder.round = 4
     assert LastAnswers(holder, expiry=2).recall(0, 3, None)[Responses].rows.tolist() == [1, 2]
     assert LastAnswers(holder, expiry=9).all()[0][Responses].rows.tolist() == [0, 1, 2]

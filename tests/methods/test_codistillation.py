@@ -252,7 +252,7 @@ def test_the_model_of_every_pool_is_evaluated(tmp_path):
         "server_distil": {"steps": 1},
         "callbacks": [],
     }
-    metrics = runs.fit(from_mapping(tree), tmp_path / "run")["metrics"]
+    metrics = runs.run_recipe(from_mapping(tree), tmp_path / "run")["metrics"]
     pools = {key.split("/")[1]: value for key, value in metrics.items() if key.startswith("pools/") and "/test/" in key}
     assert list(pools) == ["mlp", "mlp-1"]
     assert pools["mlp"] == metrics["student/test/accuracy"]

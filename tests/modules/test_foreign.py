@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fdl import recipe
 from fdl.build import build
-from fdl.cli.check import describe
+from fdl.cli.check import describe_federation
 from fdl.errors import UserError
 from fdl.federation.trial_step import run_trial_steps
 from fdl.modules.foreign import ForeignModule, losses_of
@@ -111,7 +111,7 @@ def tree(model, method="federated_distillation", **more):
 
 @pytest.mark.parametrize("model", ["Standard", "OfBatchAlone", "Named", "Short"])
 def test_a_module_of_lightnings_contract_runs(model, tmp_path):
-    summary = runs.fit(recipe.from_mapping(tree(model)), tmp_path / "run")
+    summary = runs.run_recipe(recipe.from_mapping(tree(model)), tmp_path / "run")
     assert summary["rounds"] == 2 and not any(record["refused"] for record in summary["history"])
     assert math.isfinite(summary["metrics"]["student/test/accuracy"])
 
@@ -138,8 +138,10 @@ def test_federated_averaging_is_that_of_plain_torch(tmp_path):
 
 
 def test_clients_train_together_as_one_by_one(tmp_path):
-    one = runs.fit(recipe.from_mapping(tree("Standard", "fedavg")), tmp_path / "one")
-    both = runs.fit(recipe.from_mapping(tree("Standard", "fedavg", client_execution="vectorized")), tmp_path / "both")
+    one = runs.run_recipe(recipe.from_mapping(tree("Standard", "fedavg")), tmp_path / "one")
+    both = runs.run_recipe(
+        recipe.from_mapping(tree("Standard", "fedavg", client_execution="vectorized")), tmp_path / "both"
+    )
     key = "student/test/accuracy"
     assert both["metrics"][key] == pytest.approx(one["metrics"][key], abs=1e-3)
 
@@ -171,12 +173,12 @@ def test_check_takes_a_step_and_leaves_no_trace(tmp_path):
         ("Mistyped", r"client 0: .*Mistyped\.training_step fails on two samples: AttributeError"),
         ("Manual", r"specialists\.0|student: .*Manual sets automatic_optimization = False"),
         ("WithoutStep", r"WithoutStep has no training_step; a model needs forward\(x\) and"),
-        ("OtherClasses", r"client 0: .*OtherClasses\.forward answers two samples with logits of shape \[2, 7\]"),
+        ("OtherClasses", r"client 0: .*OtherClasses\.forward returns, for two samples, logits of shape \[2, 7\]"),
     ],
 )
 def test_mistakes_are_said_by_check_in_a_sentence(model, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
-        describe(recipe.from_mapping(tree(model)), tmp_path)
+        describe_federation(recipe.from_mapping(tree(model)), tmp_path)
     assert "\n" not in str(caught.value)
 
 

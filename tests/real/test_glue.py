@@ -40,7 +40,7 @@ def encoder(tmp_path_factory):
         "data.args.context=48",
     ]
     recipe = load(f"{RECIPES}/text_encoder.yaml", [*CPU, *data, "federation.rounds=1", "local_training.steps=20"])
-    runs.fit(recipe, folder / "run")
+    runs.run_recipe(recipe, folder / "run")
     return export(folder / "run", "transformers", folder / "encoder")
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fdl.build import build
-from fdl.cli.check import describe
+from fdl.cli.check import describe_federation
 from fdl.recipe import load
 
 ROOT = Path(__file__).parents[2] / "recipes"
@@ -75,7 +75,7 @@ def test_the_recipe_for_a_large_model_runs_with_small_ones(photographs, tmp_path
         "server_distil.batch_size=10",
     ]
     recipe = load(path, overrides)
-    assert "a later round sends" in describe(recipe, tmp_path / "check")
+    assert "a later round sends" in describe_federation(recipe, tmp_path / "check")
     loop = build(recipe, tmp_path / "run")
     summary = loop.run()
     assert summary["rounds"] == 2 and summary["metrics"]["student/retrieval/image_to_text_recall_at_1"] >= 0

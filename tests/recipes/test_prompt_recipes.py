@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fdl.build import build
-from fdl.cli.check import describe
+from fdl.cli.check import describe_federation
 from fdl.recipe import load
 from fdl.state.weights import count_parameters, module_state
 
@@ -141,7 +141,7 @@ def test_promptfl_with_a_small_clip(tmp_path):
         f"student.args.checkpoint={tmp_path}/weights.pt",
     ]
     recipe = load(ROOT / "prompts/clip_vit_b16.yaml", overrides)
-    assert "a round of all clients sends" in describe(recipe, tmp_path / "check")
+    assert "a round of all clients sends" in describe_federation(recipe, tmp_path / "check")
     loop = build(recipe, tmp_path / "run")
     loop.run()
     assert {k: tuple(v.shape) for k, v in module_state(loop.server.student).items()} == {

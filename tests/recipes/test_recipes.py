@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdl.cli.check import describe
+from fdl.cli.check import describe_federation
 from fdl.recipe import Recipe, load
 from fdl.registry.kinds import KINDS
 from fdl.registry.plugins import short_names
@@ -101,7 +101,7 @@ def test_check_tells_the_bytes_of_a_round(path, overrides, tmp_path):
         cheap = ["federation.clients=3", "federation.client_fraction=1", "partition=iid"]
     cheap += ["encoder.args.image_size=32"] if "image_size" in (loaded(path).encoder or _Nothing).args else []
     recipe = load(path, [*overrides(path), *cheap])
-    text = describe(recipe, tmp_path / "run")
+    text = describe_federation(recipe, tmp_path / "run")
     if recipe.method.target in SILENT:
         assert "nothing is sent" in text
     else:

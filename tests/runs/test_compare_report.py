@@ -294,7 +294,7 @@ def test_markdown_is_tables_and_a_legend(tmp_path):
     compare_report.write_compare_markdown(tmp_path / "compare.md", lines, REFERENCES)
     text = (tmp_path / "compare.md").read_text(encoding="utf-8")
     found = parts(text)
-    assert list(found) == list(compare_report.PARTS)
+    assert list(found) == list(compare_report.REPORT_SECTIONS)
     quality = found["Quality"]["ours"]
     assert quality["Seeds"] == "2" and quality["Student, last round"] == "0.8350 ± 0.0636"
     assert quality["Δ fedavg"] == "+0.0500 [-0.2041, +0.3041]" and quality["Δ centralized"].startswith("-0.0150 [")
@@ -304,7 +304,7 @@ def test_markdown_is_tables_and_a_legend(tmp_path):
     target = found["Bytes to an equal target"]
     assert target["ours"]["Messages, 95 %"] == "30 bytes" and target["ours"]["Round, 98 %"] == "by 1 of 2 seeds only"
     assert target["single_site"]["Messages, 95 %"] == "-"
-    gain = found["What each site gains from taking part"]["ours"]
+    gain = found["Gain of each site from participation"]["ours"]
     assert gain["Student: least"] == "0.3850 ± 0.1485" and gain["Own model: Jain"] == "1.0000"
     legend = text.splitlines()[-1]
     assert "share of centralized's" in legend and "fedavg's bytes" in legend and "50 validation samples" in legend

@@ -8,11 +8,11 @@ import torch
 from fdl import recipe
 from fdl.__main__ import main
 from fdl.build import build
-from fdl.cli.main import FORMATS as NAMES
+from fdl.cli.main import FORMATS
 from fdl.errors import UserError
 from fdl.federation.snapshot import BEST
 from fdl.runs import run as runs
-from fdl.runs.export import FORMATS, export
+from fdl.runs.export import WRITERS, export
 from fdl.runs.model_card import model_card
 from fdl.state import checkpoint
 from fdl.state.weights import load_into
@@ -28,7 +28,7 @@ DIGITS = {
 
 
 def finished(tree, folder):
-    runs.fit(recipe.from_mapping(tree), folder)
+    runs.run_recipe(recipe.from_mapping(tree), folder)
     return folder
 
 
@@ -45,7 +45,7 @@ def images(tmp_path_factory):
 
 
 def test_the_command_line_knows_all_formats():
-    assert tuple(FORMATS) == NAMES
+    assert tuple(WRITERS) == FORMATS
 
 
 def test_timm_reads_its_own_model_back(images, tmp_path):

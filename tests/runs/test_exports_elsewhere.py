@@ -67,7 +67,7 @@ def test_timms_own_transform_gives_the_runs_accuracy(tmp_path, weights):
         data |= {"normalize": True, "mean": [0.2, 0.3, 0.25], "std": [0.2, 0.1, 0.3]}
     student = {"target": "timm", "args": {"model": "test_vit", "kwargs": {"img_size": 16, "patch_size": 4}}}
     tree_ = tree({"target": "image_folder", "args": data}, student)
-    summary = runs.fit(recipe.from_mapping(tree_), tmp_path / "run")
+    summary = runs.run_recipe(recipe.from_mapping(tree_), tmp_path / "run")
     _, loop = student_of(tmp_path / "run")
     files, labels = loop.server.test.paths, loop.server.test.labels
     folder = export(tmp_path / "run", "timm")
@@ -110,7 +110,7 @@ def test_a_padded_and_cut_batch_gives_the_runs_answers(tmp_path, family):
     data = {"path": str(tmp_path / "private texts.jsonl"), "context": 40, "test": 16, "validation": 10}
     student = {"target": "text_classifier", "args": {"model": family, "config": SIZES[family]}}
     settings = tree({"target": "text_classification", "args": data}, student, steps=10)
-    summary = runs.fit(recipe.from_mapping(settings), tmp_path / "run")
+    summary = runs.run_recipe(recipe.from_mapping(settings), tmp_path / "run")
     folder = export(tmp_path / "run", "transformers")
     own, loop = student_of(tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "private texts.jsonl").read_text().splitlines()]
@@ -142,7 +142,7 @@ def test_a_language_model_reads_and_goes_on_as_it_was_trained(tmp_path):
     data = {"path": str(tmp_path / "texts.jsonl"), "context": 32, "test": 8, "validation": 4}
     student = {"target": "causal_lm", "args": {"model": "llama", "config": sizes}}
     settings = tree({"target": "text_table", "args": data}, student)
-    runs.fit(recipe.from_mapping(settings), tmp_path / "run")
+    runs.run_recipe(recipe.from_mapping(settings), tmp_path / "run")
     folder = export(tmp_path / "run", "transformers")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     own, loop = student_of(tmp_path / "run")
@@ -171,7 +171,7 @@ def test_open_clips_preprocessing_is_that_of_the_run(tmp_path):
     }
     data = {"target": "captioned_digits", "args": {"channels": 3, "normalize": True}}
     settings = tree(data, {"target": "open_clip", "args": {"config": towers}}, steps=2)
-    runs.fit(recipe.from_mapping(settings), tmp_path / "run")
+    runs.run_recipe(recipe.from_mapping(settings), tmp_path / "run")
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{export(tmp_path / 'run', 'open_clip')}")
     own, loop = student_of(tmp_path / "run")
     (images, _), _ = loop.server.test.batch(torch.arange(4))
@@ -202,7 +202,9 @@ def private(tmp_path):
     )
     data = {"path": str(folder / "cohort_2024.npz"), "proxy": 50, "validation": 50, "normalize": True}
     student = {"target": "mlp", "args": {"hidden": [16]}}
-    summary = runs.fit(recipe.from_mapping(tree({"target": "arrays", "args": data}, student, 30)), tmp_path / "run")
+    summary = runs.run_recipe(
+        recipe.from_mapping(tree({"target": "arrays", "args": data}, student, 30)), tmp_path / "run"
+    )
     shutil.rmtree(folder)
     return tmp_path / "run", summary, x[500:600], y[500:600]
 

@@ -36,7 +36,7 @@ def tree(weights, rounds=1, tuning="head"):
 
 
 def test_only_the_head_is_sent(weights, tmp_path):
-    summary = runs.fit(tree(weights), tmp_path / "run")
+    summary = runs.run_recipe(tree(weights), tmp_path / "run")
     student = build(tree(weights), tmp_path / "other").server.student
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in student.parameters())
@@ -49,11 +49,11 @@ def test_only_the_head_is_sent(weights, tmp_path):
 def test_other_frozen_weights_are_another_run(weights, tmp_path):
     import timm
 
-    runs.fit(tree(weights), tmp_path / "run")
+    runs.run_recipe(tree(weights), tmp_path / "run")
     torch.manual_seed(1)
     torch.save(timm.create_model("test_resnet", in_chans=1).state_dict(), weights)
     with pytest.raises(UserError, match="changed since this checkpoint was written"):
-        runs.fit(tree(weights, rounds=2), tmp_path / "run", resume=True)
+        runs.run_recipe(tree(weights, rounds=2), tmp_path / "run", resume=True)
 
 
 def test_a_model_that_is_all_frozen_trains_nothing(weights, tmp_path):
@@ -65,7 +65,7 @@ def test_a_model_that_is_all_frozen_trains_nothing(weights, tmp_path):
 def test_an_optimizer_of_the_server_moves_what_is_trained_alone(weights, tmp_path):
     made = tree(weights)
     made.method.args["optimizer"] = {"target": "adam", "args": {"lr": 0.1}}
-    runs.fit(made, tmp_path / "run")
+    runs.run_recipe(made, tmp_path / "run")
     before, after = (build(tree(weights), tmp_path / "other").server.student for _ in range(2))
     load_into(after, load_best(tmp_path / "run" / "best.safetensors")["student"])
     changed = {

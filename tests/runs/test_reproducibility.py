@@ -57,7 +57,7 @@ def test_a_state_is_as_a_file_gives_it_back():
         "empty": torch.empty(0, 3),
         "number": torch.tensor(3),
     }
-    kept, read = checkpoint.as_saved(state), checkpoint.unpack(checkpoint.pack(state))
+    kept, read = checkpoint.as_saved(state), checkpoint.from_bytes(checkpoint.to_bytes(state))
     for one in (kept, read):
         assert all(plain(leaf) for leaf in leaves(one)) and one["pair"][0] is one["pair"][1]
         assert isinstance(one["pair"], list) and one["none"] is None
@@ -71,9 +71,9 @@ def test_a_state_is_as_a_file_gives_it_back():
 def test_tensors_of_a_file_lie_as_new_ones_do(tmp_path):
     """After names of any length and neighbours of any size."""
     for length in range(8):
-        data = checkpoint.pack({"a" * (length + 1): torch.rand(5), "b": torch.rand(length + 1, 3).double()})
+        data = checkpoint.to_bytes({"a" * (length + 1): torch.rand(5), "b": torch.rand(length + 1, 3).double()})
         (tmp_path / "state").write_bytes(data)
-        for read in (checkpoint.unpack_file(tmp_path / "state"), checkpoint.unpack(data)):
+        for read in (checkpoint.from_file(tmp_path / "state"), checkpoint.from_bytes(data)):
             assert all(plain(leaf) for leaf in leaves(read))
 
 

@@ -176,7 +176,7 @@ def test_a_process_killed_while_it_replaces_a_run_loses_nothing(finished, monkey
     run_folder.recover(finished)
     assert files_of(finished) == before
     run_folder.move_aside(finished)
-    checkpoint.save(finished / "checkpoints", 1, {"round": 1})
+    checkpoint.write_round(finished / "checkpoints", 1, {"round": 1})
     run_folder.recover(finished)
     assert run_folder.last_round(finished) == 1 and set(files_of(finished)) < {*before, *files_of(finished)}
     assert not (finished / run_folder.REPLACED).exists()
@@ -190,7 +190,7 @@ def test_the_summary_is_there_before_attacks_and_callbacks_can_fail(recipe):
 
     from fdl.build import federation as module
 
-    built = module.build
+    built = module.build_federation
 
     def build(*arguments):
         loop = built(*arguments)
@@ -198,7 +198,7 @@ def test_the_summary_is_there_before_attacks_and_callbacks_can_fail(recipe):
         return loop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "build", build)
+        patch.setattr(module, "build_federation", build)
         with pytest.raises(RuntimeError, match="no such font"):
             fdl.fit(recipe, output_dir="run")
         with pytest.raises(UserError, match="nonsense"):
@@ -538,7 +538,7 @@ def test_a_name_that_no_file_system_takes_is_refused(recipe, capsys, line):
 
 
 def test_check_foresees_what_fit_would_refuse(finished, capsys, monkeypatch):
-    monkeypatch.setattr("fdl.cli.check.describe", lambda recipe, folder: "")
+    monkeypatch.setattr("fdl.cli.check.describe_federation", lambda recipe, folder: "")
     code, out, _ = command(capsys, "check", "--recipe", "small.yaml", "--output-dir", finished)
     assert code == 0 and "fdl fit would stop: run: holds a finished run of this recipe" in out
     assert "would stop" not in command(capsys, "check", "--recipe", "small.yaml", "--output-dir", "new")[1]

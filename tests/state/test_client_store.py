@@ -10,7 +10,7 @@ import torch
 from fdl.build import build
 from fdl.errors import UserError
 from fdl.state import checkpoint
-from fdl.state.client_store import FILE, DiskStore
+from fdl.state.client_store import STATE_FILE, DiskStore
 from tests.rank_jobs import recipe, run
 
 DISK = ("federation.client_state=disk",)
@@ -69,7 +69,7 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
     def save(round):
         data = {"clients": {str(c): store.reference(c) for c in (0, 1)}}
         store.mark_checkpointed()
-        path = checkpoint.save(tmp_path / "checkpoints", round, data, keep=2)
+        path = checkpoint.write_round(tmp_path / "checkpoints", round, data, keep=2)
         store.retain(checkpoint.files(path.parent))
 
     for value in (1, 2):
@@ -97,7 +97,7 @@ def test_only_what_a_checkpoint_needs_stays(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     """Whose it was, and where it should be."""
     store = DiskStore(tmp_path)
-    store.set_reference(3, {FILE: "../client-000003-0123456789abcdef.safetensors"})
+    store.set_reference(3, {STATE_FILE: "../client-000003-0123456789abcdef.safetensors"})
     with pytest.raises(UserError, match=r"client-000003-0123456789abcdef.*client 3") as told:
         store.read(3)
     assert ".." not in str(told.value)

@@ -44,9 +44,21 @@ def add_buffer(module):
     module[0].register_buffer("count", torch.zeros(2))
 
 
+def replace_memory(module):
+    module[0].weight.data = torch.ones(2, 3)
+
+
+def add_bias(module):
+    module[2] = nn.Linear(2, 2, bias=False)
+    module[2].bias = nn.Parameter(torch.ones(2))
+
+
 @pytest.mark.parametrize(
     "change",
-    [nn.Module.double, nn.Module.half, replace_layer, replace_parameter, drop_bias, add_buffer],
+    [
+        *(nn.Module.double, nn.Module.half, replace_layer, replace_parameter, replace_memory),
+        *(drop_bias, add_bias, add_buffer),
+    ],
     ids=lambda change: change.__name__,
 )
 def test_a_module_may_change_under_its_handle(change):
@@ -56,6 +68,14 @@ def test_a_module_may_change_under_its_handle(change):
     assert_same_memory(module)
     change(module)
     assert_same_memory(module)
+
+
+@pytest.mark.parametrize("change", [replace_layer, replace_parameter, drop_bias, add_bias, add_buffer])
+def test_trainable_parameters_follow_a_replaced_tensor(change):
+    module = model()
+    handle = ModelHandle(module)
+    change(module)
+    assert list(map(id, handle.trainable)) == [id(p) for p in module.parameters()]
 
 
 def test_copies_have_no_handle():

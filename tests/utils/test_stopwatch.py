@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fdl.callbacks.profile import FILE, Profile, times
+from fdl.callbacks.profile import PROFILE_FILE, Profile, format_times
 from fdl.errors import UserError
 from fdl.runs import run as runs
 from fdl.utils.stopwatch import PARTS, Stopwatch
@@ -69,7 +69,7 @@ def test_an_error_hands_the_clock_back(clock):
 def test_a_profiled_run_leaves_a_trace_and_a_table(tmp_path):
     """``profile: true``: for TensorBoard, and plainly; the summary has the parts in any run."""
     recipe = rank_jobs.recipe("federated_distillation", 1, SHORT)
-    summary = runs.fit(recipe, tmp_path / "run")
+    summary = runs.run_recipe(recipe, tmp_path / "run")
     traces = list((tmp_path / "run/tensorboard").glob("*.pt.trace.json"))
     assert len(traces) == 1
     events = json.loads(traces[0].read_text())["traceEvents"]
@@ -77,8 +77,8 @@ def test_a_profiled_run_leaves_a_trace_and_a_table(tmp_path):
     parts = summary["time"]["parts"]
     assert list(parts) == list(PARTS) and all(parts[part] > 0 for part in PARTS)
     assert sum(parts.values()) == pytest.approx(sum(summary["history"][-1]["seconds"].values()), rel=0.5)
-    table = (tmp_path / "run" / FILE).read_text()
-    assert all(part in table for part in PARTS) and "aten::" in table and times(parts) in table
+    table = (tmp_path / "run" / PROFILE_FILE).read_text()
+    assert all(part in table for part in PARTS) and "aten::" in table and format_times(parts) in table
 
 
 def test_what_cannot_be_recorded():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from fdl.errors import RejectedMessageError
-from fdl.state.float_formats import is_float
+from fdl.state.float_formats import is_float_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -182,7 +182,7 @@ class ArrayStage(Stage):
 
     def touches(self, spec: ArraySpec) -> bool:
         """Tell whether an array is this stage's business: real numbers, no scalar, more than a handful."""
-        return is_float(spec.dtype) and len(spec.shape) > 0 and spec.size > HANDFUL
+        return is_float_dtype(spec.dtype) and len(spec.shape) > 0 and spec.size > HANDFUL
 
     @abstractmethod
     def encode(self, array: np.ndarray, turn: CodecContext) -> EncodedArray | None:

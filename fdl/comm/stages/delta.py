@@ -9,7 +9,7 @@ import numpy as np
 from fdl.comm.stages import positions
 from fdl.comm.stages.base import HANDFUL, ArraySpec, ArrayStage, CodecContext, EncodedArray
 from fdl.errors import RejectedMessageError, UserError
-from fdl.state.float_formats import is_float, narrow, widen
+from fdl.state.float_formats import is_float_dtype, narrow, widen
 
 _WHOLE, _DIFFERENCE, _NOT_NEGATIVE, _CHANGES = 1, 2, 3, 4
 _NUMBER = ArraySpec(np.dtype("<u4"), (1,))
@@ -59,7 +59,7 @@ class Delta(ArrayStage):
         if last is None or last.shape != array.shape or last.dtype != array.dtype:
             return EncodedArray(_WHOLE, array, (), (0, 0), complete=True)
         number = np.array([turn.kept["number"]], _NUMBER.dtype)
-        if is_float(array.dtype):
+        if is_float_dtype(array.dtype):
             x = widen(array)
             with np.errstate(all="ignore"):
                 difference = x - widen(last)
@@ -80,9 +80,9 @@ class Delta(ArrayStage):
         """The values; for changes, their places; the number of the message referred to."""
         if variant == _WHOLE and extents == (0, 0):
             return (spec,)
-        if variant in (_DIFFERENCE, _NOT_NEGATIVE) and extents == (0, 0) and is_float(spec.dtype):
+        if variant in (_DIFFERENCE, _NOT_NEGATIVE) and extents == (0, 0) and is_float_dtype(spec.dtype):
             return spec, _NUMBER
-        if variant != _CHANGES or is_float(spec.dtype):
+        if variant != _CHANGES or is_float_dtype(spec.dtype):
             raise self.unknown(variant)
         changed, size = extents
         if not positions.fits(size, changed, spec.size):

@@ -9,17 +9,17 @@ from torch import Tensor
 from fdl.modules.objectives import Terms, samples_of
 
 
-def part_of(batch: tuple, terms: Terms, rank: int, ranks: int) -> tuple[tuple, float]:
-    """One rank's samples of a batch, and the share of its loss in that of the whole batch.
+def rank_share(batch: tuple, terms: Terms, rank: int, ranks: int) -> tuple[tuple, float]:
+    """Select one rank's samples of a batch, and the weight of their loss in that of the whole batch.
 
     Args:
         batch: all samples, the same on every rank.
-        terms: how many terms the loss of a batch is the mean of.
-        rank: which.
-        ranks: how many there are.
+        terms: returns the number of terms that the loss of a batch is the mean of.
+        rank: index of the rank.
+        ranks: number of ranks.
 
     Returns:
-        Every `ranks`-th sample; where that is none, a sample of another rank's with share 0.
+        Every `ranks`-th sample; if there is none, the first sample with weight 0.
     """
     own = _each(batch, slice(rank, None, ranks))
     mine = terms(own) if samples_of(own) else 0

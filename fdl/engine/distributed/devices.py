@@ -1,4 +1,4 @@
-"""What Lightning makes of the devices that a recipe asks for."""
+"""Lightning's Fabric for the devices of a recipe."""
 
 from __future__ import annotations
 
@@ -24,20 +24,28 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fdl.engine.distributed import launch_environment as clusters
 
 NO_SUCH_DEVICES = (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError)
-"""What Lightning raises where this machine does not have what a recipe asks for."""
+"""Errors that Lightning raises if this machine lacks a recipe's devices."""
 
 
 def fabric_of(
     accelerator: str, devices: int | str, num_nodes: int, strategy: str, precision: str, timeout: float
 ) -> Fabric:
-    """Lightning's view of the devices, before any other process is there; arguments as in `Runtime`.
+    """Create a Fabric for a run's devices, not launched yet.
 
-    Its DDP only brings the processes together: Fabric gets no model to wrap.
+    Its DDP strategy only connects the processes: no model is wrapped.
+
+    Args:
+        accelerator: Lightning's accelerator, e.g. ``"auto"``, ``"cpu"``, ``"gpu"``.
+        devices: number of devices per machine.
+        num_nodes: number of machines.
+        strategy: ``"auto"``, ``"ddp"`` or ``"fsdp"``, or another strategy of Lightning's.
+        precision: Lightning's precision, e.g. ``"32-true"`` or ``"bf16-mixed"``.
+        timeout: seconds that a process waits for the others of the run.
     """
     if strategy == "fsdp" or (strategy in ("auto", "ddp") and (str(devices) != "1" or num_nodes > 1)):
         strategy = DDPStrategy(timeout=timedelta(seconds=timeout))
     clusters.export_srun_variables()
-    # Lightning takes tasks that Slurm has reserved for processes that it has started
+    # Lightning mistakes the tasks of a Slurm allocation for processes that srun has started
     plugins = [LightningEnvironment()] if clusters.inside_allocation() else None
     return Fabric(
         accelerator=accelerator,
@@ -50,10 +58,13 @@ def fabric_of(
 
 
 def require_gpus(recipe: Recipe) -> None:
-    """See that a recipe which shards its models finds GPUs for it, before anything is loaded.
+    """Check that a recipe that shards its models has GPUs, before anything is loaded.
+
+    Args:
+        recipe: the recipe.
 
     Raises:
-        UserError: this machine has none.
+        UserError: this machine has no GPU.
     """
     if recipe.fabric.strategy == "fsdp" and not torch.cuda.is_available():
         raise UserError(

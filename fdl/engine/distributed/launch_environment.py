@@ -1,4 +1,4 @@
-"""Who has started this process, by what launchers leave in its environment. Nothing here imports torch."""
+"""The launcher of this process, found by environment variables. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fdl.errors import UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """What started this process as one of several.
+    """The launch of this process as one of several.
 
     Attributes:
-        by: its name; empty where somebody has set LOCAL_RANK and WORLD_SIZE, as fdl does for processes of its own.
-        first: whether this is the process that leads.
-        processes: how many it has started.
-        local: how many of them on this machine; None where it does not say.
-        nodes: on how many machines; likewise.
+        by: name of the launcher; empty if LOCAL_RANK and WORLD_SIZE are set directly, as for fdl's own processes.
+        is_leader: True in the process of rank 0.
+        processes: number of processes started.
+        local: number of them on this machine; None if unknown.
+        nodes: number of machines; None if unknown.
     """
 
     by: str
-    first: bool
+    is_leader: bool
     processes: int
     local: int | None = None
     nodes: int | None = None
@@ -32,7 +32,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Variables:
-    """The names under which a launcher leaves what `Launch` says, and its own options for them."""
+    """The environment variables of a launcher that the fields of `Launch` come from, and its options for them."""
 
     rank: str
     processes: str
@@ -41,7 +41,12 @@ class _Variables:
     options: str
 
     def read(self, by: str, given: Mapping[str, str]) -> Launch:
-        """What they say."""
+        """Read the launch from an environment.
+
+        Args:
+            by: name of the launcher.
+            given: the environment variables.
+        """
         local, nodes = _number(given, self.local), _number(given, self.nodes)
         return Launch(by, given.get(self.rank, "0") in ("", "0"), _number(given, self.processes) or 1, local, nodes)
 
@@ -62,70 +67,70 @@ _KNOWN = {
     ),
 }
 _NO_STEP = 0xFFFFFFF0
-"""Slurm numbers what is no step started by srun, such as a batch script, from here on."""
+"""Smallest number that Slurm gives to a step that srun did not start, such as a batch script."""
 
 _OF_STEP = {
     "SLURM_NTASKS": "SLURM_STEP_NUM_TASKS",
     "SLURM_NNODES": "SLURM_STEP_NUM_NODES",
     "SLURM_NODELIST": "SLURM_STEP_NODELIST",
 }
-"""What may count all that a job has reserved, and what counts the tasks of this srun."""
+"""Variables that may count all of a job's reserved tasks, and those that count the tasks of this srun."""
 
 
 def launched() -> Launch | None:
-    """What has started this process as one of several, None where nothing has.
+    """Return the launch of this process as one of several, None if it was started on its own.
 
-    torchrun comes first, since srun may have started it. What Slurm says of reserved tasks holds for those processes
-    alone that srun has started: a batch script has the same variables, and so have the processes that it starts.
+    torchrun is checked first, since srun may have started it. Slurm's counts of reserved tasks apply only to processes
+    that srun has started: a batch script has the same variables, and so have the processes that it starts.
     """
     given = os.environ
     if "TORCHELASTIC_RUN_ID" in given:
         return _KNOWN["torchrun"].read("torchrun", given)
-    if _in_a_step() and (found := _KNOWN["srun"].read("srun", {**given, **_step()})).processes > 1:
+    if _inside_step() and (found := _KNOWN["srun"].read("srun", {**given, **_step_variables()})).processes > 1:
         return found
     if "OMPI_COMM_WORLD_RANK" in given and (found := _KNOWN["mpirun"].read("mpirun", given)).processes > 1:
         return found
     if "LOCAL_RANK" in given and (count := _number(given, "WORLD_SIZE") or 1) > 1:
-        return Launch("", not _counts("LOCAL_RANK", "NODE_RANK", "RANK"), count)
+        return Launch("", not _any_set("LOCAL_RANK", "NODE_RANK", "RANK"), count)
     return None
 
 
 def inside_allocation() -> bool:
-    """Whether Slurm has reserved tasks, and this process is none that it has started."""
+    """Return True if Slurm has reserved tasks, and srun did not start this process."""
     found = launched()
     return "SLURM_NTASKS" in os.environ and (found is None or found.by == "")
 
 
 def export_srun_variables() -> None:
-    """Tell Lightning, which reads what a job has reserved, which tasks this srun has started.
+    """Set the variables that Lightning reads, the job's reserved tasks, to the tasks that this srun has started.
 
-    Without it ``srun --ntasks=4`` is refused for want of ``--ntasks-per-node``, and so is a step of a part of a job.
+    Without this, Lightning rejects ``srun --ntasks=4`` without ``--ntasks-per-node``, and steps on a part of a job.
     """
-    if _in_a_step():
-        os.environ.update(_step())
+    if _inside_step():
+        os.environ.update(_step_variables())
 
 
 def is_follower() -> bool:
-    """Whether another process leads this run, on this machine or on another one, and so talks to people."""
+    """Return True if another process, on this or another machine, leads this run and writes its output."""
     found = launched()
-    return _counts("LOCAL_RANK", "NODE_RANK", "RANK") if found is None else not found.first
+    return _any_set("LOCAL_RANK", "NODE_RANK", "RANK") if found is None else not found.is_leader
 
 
 def started_by_others() -> bool:
-    """Whether a launcher outside, such as torchrun or Slurm, has started this process as one of several."""
+    """Return True if an external launcher, such as torchrun or Slurm, has started this process as one of several."""
     found = launched()
     return found is not None and found.processes > 1
 
 
 def check_world_size(devices: int, nodes: int) -> None:
-    """Compare the processes that there are with those that a recipe asks for.
+    """Check the number of launched processes against a recipe.
 
     Args:
-        devices: on each machine.
-        nodes: machines.
+        devices: the recipe's number of devices per machine.
+        nodes: the recipe's number of machines.
 
     Raises:
-        UserError: a launcher outside has started others than these; all processes say so, and none waits.
+        UserError: an external launcher has started another number; raised in all processes, so that none waits.
     """
     found = launched()
     if found is None:
@@ -151,24 +156,24 @@ def _shape(processes: int, local: int) -> str:
     return f"{processes} process{'es' if processes > 1 else ''}, {local} on a machine"
 
 
-def _in_a_step() -> bool:
-    """Whether srun has started this process, and not for a shell to work in."""
+def _inside_step() -> bool:
+    """Return True if srun has started this process, and not as an interactive shell."""
     step = _number(os.environ, "SLURM_STEP_ID")
-    started = (step is not None and step < _NO_STEP) or _counts("SLURM_PROCID")
+    started = (step is not None and step < _NO_STEP) or _any_set("SLURM_PROCID")
     return started and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
-def _step() -> dict[str, str]:
-    """What srun says of its own tasks, under the names of the job's."""
-    said = {name: os.environ[own] for name, own in _OF_STEP.items() if os.environ.get(own)}
+def _step_variables() -> dict[str, str]:
+    """Return srun's counts of its own tasks, under the names of the job's."""
+    counts = {name: os.environ[own] for name, own in _OF_STEP.items() if os.environ.get(own)}
     if even := re.fullmatch(r"(\d+)(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        said["SLURM_NTASKS_PER_NODE"] = even[1]
-    return said
+        counts["SLURM_NTASKS_PER_NODE"] = even[1]
+    return counts
 
 
 def _number(given: Mapping[str, str], name: str) -> int | None:
     return int(given[name]) if given.get(name, "").isdigit() else None
 
 
-def _counts(*names: str) -> bool:
+def _any_set(*names: str) -> bool:
     return any(os.environ.get(name, "0") not in ("", "0") for name in names)

@@ -1,7 +1,7 @@
-"""Starts a run's other processes, one for each device of this machine, and sees to it that they end with it.
+"""Launcher of a run's other processes, one per device of this machine, which end with the run.
 
-The processes that Lightning's own launcher starts run the command line again, which would begin a comparison anew, and
-when one of them dies it kills the rest without a word.
+Processes started by Lightning's own launcher run the command line again, which would restart a comparison, and when one
+of them dies, the others are killed without a message.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
     from fdl.recipe.config import Recipe
 
 GRACE = 10.0
-"""Seconds that a process has to end by itself, with its own message, once another one has failed."""
+"""Seconds for a process to end by itself, with its own message, once another one has failed."""
 
 
 @contextmanager
 def processes(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
-    """Within this context the other processes of this machine run the same recipe, where it asks for any.
+    """Run a recipe in the other processes of this machine, if it uses several devices, for the length of this context.
 
     Args:
-        recipe: says on how many devices and machines.
+        recipe: the recipe, with its number of devices and machines.
         folder: the run's folder.
-        resume: whether the run goes on from a checkpoint.
+        resume: True if the run resumes from a checkpoint.
 
     Raises:
-        UserError: when the machine lacks the devices or GPUs that it needs, or a run over several machines
-            lacks an address.
+        UserError: the machine lacks the recipe's devices or GPUs, or the address for a run over several machines is
+            not set.
     """
     require_gpus(recipe)
     single = str(recipe.fabric.devices) == "1" and recipe.fabric.num_nodes == 1
     try:
-        if single or launched() is not None:  # building the run compares what was started with what it asks for
+        if single or launched() is not None:  # the build checks the number of launched processes
             yield
             return
         own = {key: value for key, value in vars(recipe.fabric).items() if key != "threads"}
         try:
             count = len(getattr(fabric_of(**own).strategy, "parallel_devices", None) or [None])
         except NO_SUCH_DEVICES:
-            count = 0  # building the run says what is wrong
+            count = 0  # the build raises with the reason
         if count * recipe.fabric.num_nodes <= 1:
             yield
             return
@@ -72,7 +72,7 @@ def processes(recipe: Recipe, folder: Path, resume: bool) -> Iterator[None]:
 
 @contextmanager
 def _environment(recipe: Recipe, count: int) -> Iterator[None]:
-    """The variables by which the processes of a run find each other."""
+    """Set the variables by which the processes of a run connect, for the length of this context."""
     nodes, before = recipe.fabric.num_nodes, dict(os.environ)
     if nodes > 1 and (missing := [n for n in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if n not in os.environ]):
         raise UserError(
@@ -100,10 +100,10 @@ def _free_port() -> int:
 
 
 class _Children:
-    """The processes of the other local ranks, watched until they or this one ends.
+    """The processes of the other local ranks, monitored until they or this process end.
 
     Args:
-        command: what each of them runs.
+        command: the command that each of them runs.
         ranks: their local ranks.
     """
 
@@ -130,7 +130,7 @@ class _Children:
         while not self._over.wait(0.2):
             failed = {rank: p.returncode for rank, p in self._processes.items() if p.poll() not in (None, 0)}
             if failed and not self._over.wait(GRACE):
-                # this process waits for one that is gone, or is busy with a long step: nothing but this ends it now
+                # this process waits for one that has ended, or runs a long step, which nothing else would interrupt
                 rank, code = next(iter(failed.items()))
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 print(

@@ -1,7 +1,7 @@
 """The processes of one run, and their collective operations.
 
-Every rank has the server and the data, and trains a part of the clients. What clients send is handed to all ranks, so
-that each of them comes to the same student by itself; what is only one client's stays with the rank that has it.
+Every rank has the server and the data, and trains a part of the clients. Uploads are shared with all ranks, so that
+each computes the same student; the private state of a client stays on the rank that holds it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 
 class ProcessGroup:
-    """Collective operations over host memory; in a single process all of them are free.
+    """Collective operations over host memory; in a single process they cost nothing.
 
-    They run over gloo, on GPUs too: messages, states and float64 sums live in host memory. Only gradients take the
-    devices' own way.
+    They use gloo, also on GPUs: messages, states and float64 sums live in host memory. Only gradients are summed by the
+    devices' own backend.
 
     Args:
-        fabric: launched.
+        fabric: a launched Fabric.
         timeout: seconds that a rank waits for the others, > 0.
-        sharded: all ranks do all the work, each with its part of every model, instead of sharing clients out.
+        sharded: models are sharded: all ranks train every client together, instead of dividing clients among them.
 
     Attributes:
         index: this process's rank.
-        count: how many there are.
+        count: number of ranks.
     """
 
     def __init__(self, fabric: Fabric, timeout: float, sharded: bool = False):
@@ -59,16 +59,16 @@ class ProcessGroup:
         return self.leader or self.sharded
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Hand bytes to all ranks.
+        """Share bytes with all ranks.
 
         Args:
-            data: this rank's; of any length, which may differ.
+            data: this rank's bytes; the length may differ between ranks.
 
         Returns:
-            What every rank gave, by rank.
+            The bytes of every rank, by rank.
 
         Raises:
-            UserError: another rank is gone, or did not come within the timeout; likewise below.
+            UserError: another rank has ended, or did not arrive within the timeout; so do all collective operations.
         """
         if self.count == 1:
             return [data]
@@ -83,7 +83,14 @@ class ProcessGroup:
         return [some[: int(size)].numpy().tobytes() for some, size in zip(every, sizes)]
 
     def collect(self, data: bytes) -> list[bytes]:
-        """Hand bytes to the leader: what every rank gave, by rank; nothing on the others."""
+        """Send bytes to the leader.
+
+        Args:
+            data: this rank's bytes; the length may differ between ranks.
+
+        Returns:
+            On the leader the bytes of every rank, by rank; empty on the others.
+        """
         if self.count == 1:
             return [data]
         with self._peers():
@@ -129,7 +136,7 @@ class ProcessGroup:
         """Replace the gradients of a model that all ranks train by their sums, in one operation per dtype.
 
         Args:
-            parameters: the same on all ranks; without a gradient where nothing asked for one.
+            parameters: the same parameters on all ranks; a missing gradient counts as zero.
         """
         with self._peers():
             for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -145,32 +152,32 @@ class ProcessGroup:
                 parts = whole.split([p.numel() for p in some])
                 torch._foreach_copy_([p.grad for p in some], [part.view_as(p) for part, p in zip(parts, some)])
 
-    def raise_on_any_failure(self, error: BaseException | None, told: Sequence[str]) -> None:
+    def raise_on_any_failure(self, error: BaseException | None, messages: Sequence[str]) -> None:
         """End the run on all ranks if it failed on one.
 
         Args:
             error: this rank's error, None if there is none.
-            told: the error text of every rank, by rank; empty if there is none.
+            messages: the error text of every rank, by rank; empty if there is none.
 
         Raises:
-            UserError: on the leader, with what happened.
-            SystemExit: on a rank whose error the leader tells.
-            BaseException: the error itself, where it is one that nobody expected.
+            UserError: on the leader, with the first rank's message.
+            SystemExit: on the other ranks, whose errors the leader reports.
+            BaseException: this rank's error, if it is unexpected, that is, not a `UserError`.
         """
-        if not any(told):
+        if not any(messages):
             return
-        rank = next(i for i, text in enumerate(told) if text)
+        rank = next(i for i, text in enumerate(messages) if text)
         if error is not None and (self.leader or not isinstance(error, UserError)):
             raise error
         if self.leader:
-            raise UserError(f"{told[rank]} (on rank {rank})")
+            raise UserError(f"{messages[rank]} (on rank {rank})")
         sys.exit(2)
 
     def wrap_lost_peer(self, error: BaseException) -> None:
-        """Turn an error in the midst of sharded training into one that says that another rank is gone.
+        """Raise an error of sharded training as the loss of another rank, if a collective operation failed.
 
         Args:
-            error: what ended the run here.
+            error: the error that ended the run on this rank.
 
         Raises:
             UserError: the error came from a collective operation; any other error is left to the caller.
@@ -181,7 +188,7 @@ class ProcessGroup:
 
     @contextmanager
     def _peers(self) -> Iterator[None]:
-        """Say in one message that another rank is gone."""
+        """Turn an error of a collective operation in this context into one message about the lost rank."""
         try:
             yield
         except RuntimeError as error:  # torch's DistBackendError is one, too
@@ -196,8 +203,13 @@ class ProcessGroup:
         ) from error
 
 
-def nobody_came(error: RuntimeError, timeout: float) -> UserError:
-    """What to tell somebody whose processes did not find each other."""
+def missing_processes_error(error: RuntimeError, timeout: float) -> UserError:
+    """Return the error for processes that did not connect.
+
+    Args:
+        error: the error of torch.distributed.
+        timeout: seconds that this process has waited.
+    """
     return UserError(
         f"fabric: not all processes of the run have come together within {timeout:g} s (fabric.timeout): one of them "
         f"has ended, was never started, or does not reach MASTER_ADDR ({_short(error)})"

@@ -1,7 +1,7 @@
-"""Gradients of models of which every rank holds a part: what FSDP leaves to do before an optimiser may step.
+"""Gradients of sharded models: the work that FSDP leaves to do before an optimiser step.
 
-FSDP averages the gradients of parts over ranks. Those of what every rank has whole (scalars, helpers that are trained
-beside a model) are averaged here; the norm, and sums over all weights, are taken of all parts.
+FSDP averages the gradients of shards over ranks. Those of replicated parameters (scalars, helpers that are trained
+along with a model) are averaged here; the norm, and sums over all weights, are computed over all shards.
 """
 
 from __future__ import annotations
@@ -19,17 +19,27 @@ from fdl.state.shards import local_shard
 if TYPE_CHECKING:
     from fdl.engine.distributed.process_group import ProcessGroup
 
-Parameters = Sequence[nn.Parameter]
 
+def split_sharded(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Split parameters into sharded and replicated ones.
 
-def split_sharded(parameters: Parameters) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Those that are spread over ranks, and the others."""
+    Args:
+        parameters: parameters of a sharded model and its helpers.
+
+    Returns:
+        The sharded parameters, and the replicated ones.
+    """
     parts = [p for p in parameters if isinstance(p, DTensor)]
     return parts, [p for p in parameters if not isinstance(p, DTensor)]
 
 
-def average_replicated(parameters: Parameters, ranks: ProcessGroup) -> None:
-    """Average the gradients of what every rank has whole."""
+def average_replicated(parameters: Sequence[nn.Parameter], ranks: ProcessGroup) -> None:
+    """Average the gradients of replicated parameters over ranks.
+
+    Args:
+        parameters: the same parameters on all ranks; sharded ones are skipped.
+        ranks: the processes.
+    """
     others = [p for p in split_sharded(parameters)[1] if p.grad is not None]
     if others and ranks.count > 1:
         ranks.sum_gradients(others)
@@ -37,15 +47,20 @@ def average_replicated(parameters: Parameters, ranks: ProcessGroup) -> None:
             p.grad /= ranks.count
 
 
-def clip_all(parameters: Parameters, most: float, device: torch.device) -> None:
-    """Scale gradients so that the norm of all together, over all ranks, is no more than `most`.
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float, device: torch.device) -> None:
+    """Scale gradients so that their total norm, over all parameters and ranks, is no more than `most`.
 
-    As ``torch.nn.utils.clip_grad_norm_``, which takes parts or whole tensors, but not both.
+    The same as ``torch.nn.utils.clip_grad_norm_``, which accepts either sharded or replicated tensors, but not both.
+
+    Args:
+        parameters: the trained parameters, sharded and replicated.
+        most: largest norm.
+        device: device of the process group.
     """
     parts, others = ([local_shard(p.grad) for p in some if p.grad is not None] for some in split_sharded(parameters))
-    squares = _squares(parts, device)
+    squares = _sum_of_squares(parts, device)
     dist.all_reduce(squares)
-    norm = (squares + _squares(others, device)).sqrt()
+    norm = (squares + _sum_of_squares(others, device)).sqrt()
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
     for gradient in (*parts, *others):
         gradient.mul_(factor.to(gradient.dtype))
@@ -53,12 +68,15 @@ def clip_all(parameters: Parameters, most: float, device: torch.device) -> None:
 
 @torch.no_grad()
 def penalty(objective: Any, module: nn.Module, device: torch.device) -> Tensor:
-    """An objective's penalty, a sum over all weights: what every rank has whole counts once.
+    """Compute an objective's penalty, a sum over all weights in which replicated ones count once.
 
     Args:
-        objective: with ``penalty(parameters, anchor)`` and an `anchor` for each of the module's parameters.
-        module: not within a step, where some of its weights are whole.
-        device: of the result, float64.
+        objective: has ``penalty(parameters, anchor)`` and an `anchor` per parameter of the module.
+        module: the sharded module, outside of its forward pass, in which some weights are gathered.
+        device: device of the process group.
+
+    Returns:
+        float64 scalar on the device, the same on all ranks.
     """
     values = torch.zeros(2, dtype=torch.float64, device=device)
     pairs = list(zip(module.parameters(), objective.anchor, strict=True))
@@ -71,7 +89,12 @@ def penalty(objective: Any, module: nn.Module, device: torch.device) -> Tensor:
 
 
 def add_penalty_gradient(objective: Any, module: nn.Module) -> None:
-    """Add the gradient of an objective's penalty to those that are there; arguments as in `penalty`."""
+    """Add the gradient of an objective's penalty to the parameters' gradients.
+
+    Args:
+        objective: has ``penalty(parameters, anchor)`` and an `anchor` per parameter of the module.
+        module: the sharded module.
+    """
     own = list(module.parameters())
     leaves = [local_shard(p).detach().requires_grad_() for p in own]
     pulls = torch.autograd.grad(objective.penalty(leaves, [local_shard(a) for a in objective.anchor]), leaves)
@@ -81,8 +104,8 @@ def add_penalty_gradient(objective: Any, module: nn.Module) -> None:
             local_shard(p.grad).add_(gradient)
 
 
-def _squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The sum of all squares, float64 on a device."""
+def _sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of squares of all elements, a float64 scalar on a device."""
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)

@@ -1,7 +1,7 @@
-"""`fabric.strategy: fsdp`: every rank holds a part of every model, and all ranks train and ask all models together.
+"""`fabric.strategy: fsdp`: every rank holds a shard of every model, and all ranks train and predict together.
 
-The ranks run the same program on the same numbers, in the same order, as if each were alone; what they share are the
-weights, gradients and optimisers' states of models, and the samples of batches and questions.
+The ranks run the same program on the same numbers, in the same order, as if each were the only one; they divide the
+weights, gradients and optimiser states of models, and the samples of training batches and predictions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fdl.engine.distributed.sharded_gradients import (
     add_penalty_gradient,
     average_replicated,
-    clip_all,
+    clip_gradients,
     penalty,
     split_sharded,
 )
@@ -27,7 +27,7 @@ from fdl.engine.prediction_cache import PredictionCache
 from fdl.errors import UserError
 from fdl.modules.objectives import Objective, PenalizedObjective, training_step
 from fdl.state.sharded_handle import ShardedModelHandle
-from fdl.state.shards import gathered, is_sharded, shard, with_gathered_blocks
+from fdl.state.shards import full_parameters, is_sharded, shard, with_gathered_blocks
 from fdl.state.weights import module_state
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 
 class Sharder:
-    """Shards models over all ranks, and does with them what takes all ranks.
+    """Shards models over all ranks, and runs the operations on them that involve all ranks.
 
-    Gradients are averaged in 32 bits at least.
+    Gradients are averaged in at least 32 bits.
 
     Args:
-        fabric: launched, its default process group is that of the devices.
+        fabric: a launched Fabric, whose default process group is that of the devices.
         ranks: the processes.
     """
 
@@ -55,41 +55,58 @@ class Sharder:
         self._mesh = init_device_mesh(fabric.device.type, (ranks.count,))
 
     def place(self, module: LightningModule) -> LightningModule:
-        """Shard a new module, given in host memory and in the recipe's precision, the same on all ranks."""
+        """Shard a new module.
+
+        Args:
+            module: in host memory and in the recipe's precision, the same on all ranks.
+
+        Returns:
+            The same module, sharded in place.
+        """
         names = list(module_state(module))
         shard(module, self._mesh, torch.bfloat16 if self._precision == "bf16-mixed" else None)
         ShardedModelHandle(module, names)
         for part in module.modules():
             if isinstance(part, LightningModule):
-                part._device = self._fabric.device  # as Lightning's own `to` notes it
+                part._device = self._fabric.device  # as Lightning's own `to` sets it
         return module
 
     def wrap_objective(self, objective: Objective) -> Objective:
-        """The same objective, where it finds the weights that it needs; all ranks begin to train with it together.
+        """Wrap an objective so that the weights that it needs are gathered; all ranks call this together.
 
-        A `penalty` of an objective is a sum over all weights, of which nobody has them: every rank takes that of its
-        parts here, and its gradient in `finish_gradients`.
+        A penalty is a sum over all weights, which no rank has: every rank computes that of its shards here, and its
+        gradient in `finish_gradients`.
+
+        Args:
+            objective: the loss to minimise.
         """
-        self._ranks.any(False)  # a rank that is gone is told in words here, and not by the devices' own collectives
+        self._ranks.any(False)  # reports a lost rank in a sentence, which the devices' own collectives would not
         if not isinstance(objective, PenalizedObjective):
             return lambda module, batch: with_gathered_blocks(module, lambda: dict(objective(module, batch)))
 
-        def held(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        def with_penalty(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
             losses = with_gathered_blocks(module, lambda: dict(training_step(module, batch)))
             return objective.add_penalty(losses, penalty(objective, module, self._fabric.device))
 
-        return held
+        return with_penalty
 
     def groups(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
-        """Parameters for an optimiser, which cannot step with parts and whole tensors at once."""
+        """Group parameters for an optimiser, which cannot step sharded and replicated tensors in one group.
+
+        Args:
+            parameters: the parameters to train.
+        """
         parts, others = split_sharded(parameters)
         return [{"params": some} for some in (parts, others) if some]
 
     def step(self, optimizer: _FabricOptimizer) -> None:
-        """Let an optimiser step.
+        """Take an optimiser step.
+
+        Args:
+            optimizer: the optimiser of a sharded model.
 
         Raises:
-            UserError: it looks at more of a tensor than a rank has, in a way that torch does not know.
+            UserError: the optimiser uses an operation over whole tensors that torch does not support for sharded ones.
         """
         try:
             optimizer.step()
@@ -106,43 +123,61 @@ class Sharder:
     def finish_gradients(
         self, module: nn.Module, parameters: Sequence[nn.Parameter], objective: Objective, clip: float | None
     ) -> None:
-        """Make the ranks agree on gradients, and clip them; arguments as in `sharded_gradients`."""
+        """Average the gradients that FSDP does not, add a penalty's, and clip them.
+
+        Args:
+            module: the sharded module.
+            parameters: its trained parameters.
+            objective: the loss to minimise, whose penalty, if it has one, is added.
+            clip: largest norm over all gradients; None: they are not clipped.
+        """
         average_replicated(parameters, self._ranks)
         if isinstance(objective, PenalizedObjective):
             add_penalty_gradient(objective, module)
         if clip is not None:
-            clip_all(parameters, clip, self._fabric.device)
+            clip_gradients(parameters, clip, self._fabric.device)
 
     def predict(
         self, module: nn.Module, samples: Samples, what: OutputSelector, batch_size: int, cache: PredictionCache | None
     ) -> Tensor:
-        """Answer samples, each rank its share of them; arguments and result as in `fdl.engine.inference.predict`."""
+        """Predict, each rank for its share of the samples; results are the same on all ranks.
+
+        Args:
+            module: the model, sharded or not.
+            samples: n samples.
+            what: the field of `Output` to collect, or a function of module and inputs.
+            batch_size: samples per forward pass.
+            cache: looked up first, and filled afterwards; None: no cache.
+
+        Returns:
+            float32 on the CPU, [n, …].
+        """
         count, total = self._ranks.count, len(samples)
         if total == 0 or not is_sharded(module):
             return predict(self._fabric, module, samples, what, batch_size, cache=cache)
         key = None if cache is None else self._key(cache, module, samples, what, batch_size)
-        known = None if key is None else cache.get(key, total)
-        if key is not None and not self._ranks.any(known is None):
-            return known
+        cached = None if key is None else cache.get(key, total)
+        if key is not None and not self._ranks.any(cached is None):
+            return cached
         longest = -(-total // count)
         own = torch.arange(self._ranks.index, total, count)
-        # as many for every rank, since a forward pass takes all of them
+        # the same number on every rank, since all must run each forward pass
         own = torch.cat([own, torch.zeros(longest - len(own), dtype=torch.int64)])
-        with gathered(module):
-            said = predict(self._fabric, module, samples.subset(own), what, batch_size)
-        answers = torch.empty(total, *said.shape[1:])
-        for rank, data in enumerate(self._ranks.gather(said.contiguous().view(torch.uint8).numpy().tobytes())):
-            theirs = torch.frombuffer(bytearray(data), dtype=torch.float32).view(longest, *said.shape[1:])
-            rows = answers[rank::count]
-            rows.copy_(theirs[: len(rows)])
+        with full_parameters(module):
+            local = predict(self._fabric, module, samples.subset(own), what, batch_size)
+        predictions = torch.empty(total, *local.shape[1:])
+        for rank, data in enumerate(self._ranks.gather(local.contiguous().view(torch.uint8).numpy().tobytes())):
+            received = torch.frombuffer(bytearray(data), dtype=torch.float32).view(longest, *local.shape[1:])
+            rows = predictions[rank::count]
+            rows.copy_(received[: len(rows)])
         if key is not None:
-            cache.put(key, answers)
-        return answers
+            cache.put(key, predictions)
+        return predictions
 
     def _key(
         self, cache: PredictionCache, module: nn.Module, samples: Samples, what: Any, batch_size: int
     ) -> str | None:
-        """A name for an answer that all ranks agree on, though each knows only its part of the weights."""
+        """Return a cache key that is the same on all ranks, though each hashes only its shard of the weights."""
         how = (self._precision, self._fabric.device.type, batch_size, "fsdp")
         own = cache.key(module, samples, what, how)
         if own is None:

@@ -1,1 +1,1 @@
-"""Strategies for the step of a training loop beside `training_loop.EagerStep`, and the choice among all."""
+"""Strategies for the step of a training loop besides `training_loop.EagerStep`, and the choice among all."""

@@ -15,12 +15,12 @@ from fdl.modules.types import Batch
 class CompiledStep:
     """A step that computes full batches with its compiled objective.
 
-    The last batch of an epoch has a size of its own at every client, which is not worth compiling for.
+    The last batch of an epoch differs in size between clients, which is not worth compiling for.
 
     Args:
-        step: what is compiled.
+        step: the eager step.
         compiler: keeps compiled objectives from fit to fit.
-        mode: of ``torch.compile``.
+        mode: mode of ``torch.compile``.
     """
 
     def __init__(self, step: EagerStep, compiler: Compiler, mode: str):
@@ -29,11 +29,23 @@ class CompiledStep:
         self.update, self.reduce_losses = step.update, step.reduce_losses
 
     def place(self, batch: Batch, full: bool) -> tuple[Any, bool]:
-        """Move a batch to the device, as the step does, and note whether it is full."""
+        """Move a batch to the device; also return whether it is full.
+
+        Args:
+            batch: a batch in host memory.
+            full: True if it has as many samples as the recipe's batch size.
+        """
         return self._step.place(batch, full), full
 
     def backward(self, placed: tuple[Any, bool]) -> Mapping[str, Tensor]:
-        """As the step's, with the compiled objective where the batch is full."""
+        """Run a forward and a backward pass, with the compiled objective if the batch is full.
+
+        Args:
+            placed: the result of `place`.
+
+        Returns:
+            The named losses.
+        """
         batch, full = placed
         mode, step = self._mode if full else "none", self._step
         return self._compiler.run(lambda objective: step.gradients(objective, batch), step.module, step.objective, mode)

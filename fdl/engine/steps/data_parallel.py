@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.batch_split import rank_share
 from fdl.engine.distributed.process_group import ProcessGroup
 from fdl.engine.training_loop import EagerStep
 from fdl.modules.objectives import Objective, Terms
@@ -16,11 +16,11 @@ from fdl.modules.types import Batch
 
 
 class DataParallelStep(EagerStep):
-    """A step of which every rank computes its share of the samples.
+    """A step in which every rank computes its share of the samples.
 
     Args:
         ranks: the processes.
-        terms: how many terms the loss of a batch is the mean of, so that the ranks' losses can be weighted.
+        terms: returns the number of terms that the loss of a batch is the mean of, to weight the ranks' losses.
         eager: the arguments of `EagerStep`.
     """
 
@@ -29,12 +29,25 @@ class DataParallelStep(EagerStep):
         self._ranks, self._terms = ranks, terms
 
     def place(self, batch: Batch, full: bool) -> tuple[Batch, float]:
-        """Move this rank's samples to the device; also return the weight of their loss in that of the batch."""
-        own, weight = part_of(batch, self._terms, self._ranks.index, self._ranks.count)
+        """Move this rank's samples to the device; also return the weight of their loss in that of the batch.
+
+        Args:
+            batch: a batch in host memory, the same on all ranks.
+            full: True if it has as many samples as the recipe's batch size.
+        """
+        own, weight = rank_share(batch, self._terms, self._ranks.index, self._ranks.count)
         return super().place(own, full), weight
 
     def gradients(self, objective: Objective, placed: tuple[Batch, float]) -> Mapping[str, Tensor]:
-        """As `EagerStep.gradients`; losses are this rank's part of the batch's, gradients are not summed yet."""
+        """Run a forward and a backward pass over this rank's samples; gradients are not summed over ranks yet.
+
+        Args:
+            objective: the step's objective, or another form of it.
+            placed: the result of `place`.
+
+        Returns:
+            This rank's terms of the named losses, which `reduce_losses` sums.
+        """
         batch, weight = placed
         with self.fabric.autocast():
             losses = objective(self.module, batch)
@@ -43,12 +56,19 @@ class DataParallelStep(EagerStep):
         return losses
 
     def update(self) -> None:
-        """Sum the gradients of all ranks; then as `EagerStep.update`."""
+        """Sum the gradients over ranks, clip them, take an optimiser step, and drop them."""
         self._ranks.sum_gradients(self.parameters)
         super().update()
 
     def reduce_losses(self, means: dict[str, float]) -> dict[str, float]:
-        """Sum the ranks' parts of the losses."""
-        together = torch.tensor(list(means.values()), dtype=torch.float64)
-        self._ranks.sum(together)
-        return dict(zip(means, together.tolist()))
+        """Sum the ranks' terms of the losses.
+
+        Args:
+            means: the terms of this rank.
+
+        Returns:
+            The mean losses.
+        """
+        sums = torch.tensor(list(means.values()), dtype=torch.float64)
+        self._ranks.sum(sums)
+        return dict(zip(means, sums.tolist()))

@@ -1,4 +1,4 @@
-"""Which strategy takes the steps of a fit, and what strategies keep from fit to fit."""
+"""Selection of a fit's step strategy, and the objects that strategies keep from fit to fit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fdl.engine.steps.compiled import CompiledStep
 from fdl.engine.steps.data_parallel import DataParallelStep
 from fdl.engine.steps.sharded import ShardedDataParallelStep, ShardedStep
 from fdl.engine.steps.traced import TRACE_AFTER_STEPS, TracedStep
+from fdl.engine.tracing.step_recorder import StepTracer, TracedSteps
 from fdl.engine.training_loop import EagerStep, StepStrategy
 from fdl.engine.vectorized.stacked_models import SMALL, unstackable
-from fdl.engine.vectorized.step_recorder import StepTracer, TracedSteps
 from fdl.modules.objectives import Objective, Terms, marked_step, terms_of
 from fdl.state.weights import count_parameters
 
@@ -35,22 +35,22 @@ class StepSelection:
     """Chooses the strategy of a fit by the run's devices, the recipe's ``compile`` and the objective.
 
     Args:
-        fabric: launched.
+        fabric: a launched Fabric.
         ranks: the processes.
-        sharder: spreads models over ranks; None: every rank has whole ones.
+        sharder: shards models over ranks; None if models are not sharded.
         strategy: the recipe's ``fabric.strategy``.
 
     Attributes:
-        optimizers: one per module and optimiser's settings, emptied for every fit.
-        compiler: of objectives.
-        uses_all_ranks: all ranks train the same models now, and share the samples of every batch.
+        optimizers: one per module and settings, reset for every fit.
+        compiler: compiled objectives.
+        uses_all_ranks: True while all ranks train the same models, and split every batch.
     """
 
     def __init__(self, fabric: Fabric, ranks: ProcessGroup, sharder: Sharder | None, strategy: str):
         self._fabric = fabric
         self._ranks = ranks
         self._sharder = sharder
-        # there Fabric's wrappers add nothing but their own time, which small models feel
+        # in this case Fabric's wrappers have no effect but their overhead, which dominates for small models
         alone = isinstance(fabric.strategy, SingleDeviceStrategy | DDPStrategy) and sharder is None
         self._plain = alone and fabric.strategy.precision.precision == "32-true"
         self._shares = strategy in ("ddp", "fsdp") and ranks.count > 1
@@ -62,13 +62,13 @@ class StepSelection:
     def choose(
         self, module: nn.Module, parameters: Sequence[nn.Parameter], objective: Objective, config: Fit
     ) -> StepStrategy:
-        """The strategy for a fit, with an optimiser that has taken no step yet.
+        """Choose the strategy of a fit, with an optimiser that has taken no step yet.
 
         Args:
             module: the module to train.
-            parameters: those of its parameters that are trained.
-            objective: what to minimise.
-            config: gives the optimiser, clipping, and `compile`.
+            parameters: its parameters that are trained.
+            objective: loss to minimise.
+            config: its optimiser, clipping and `compile` are used.
         """
         optimizer = self.optimizers.fresh(module, parameters, config)
         eager = (self._fabric, module, parameters, objective, optimizer, config.gradient_clip, self._plain)
@@ -87,7 +87,7 @@ class StepSelection:
 
     @contextmanager
     def all_ranks(self) -> Iterator[None]:
-        """Within this context all ranks train the same models; under DDP they share the samples of every batch."""
+        """Mark a context in which all ranks train the same models; under DDP they split every batch."""
         self.uses_all_ranks = self._shares
         try:
             yield
@@ -95,17 +95,17 @@ class StepSelection:
             self.uses_all_ranks = self._shares and self._ranks.sharded
 
     def _terms(self, module: nn.Module, objective: Objective) -> Terms | None:
-        """What a loss is the mean of, where ranks may share the samples of a batch; None elsewhere.
+        """Return the function that counts the terms of a loss, if ranks may split a batch; else None.
 
-        Batch normalisation, and losses that compare the samples of a batch, need the whole of it: then every rank
-        trains on all, to the same result.
+        Batch normalisation, and losses that compare the samples of a batch, need the whole batch: then every rank
+        trains on all of it, with the same result.
         """
         if not self.uses_all_ranks or any(isinstance(m, _BatchNorm) for m in module.modules()):
             return None
         return terms_of(marked_step(module, objective))
 
     def _traces(self, module: nn.Module, objective: Objective) -> TracedSteps | None:
-        """The traced steps of a module and kind of objective; None where these are never traced."""
+        """Return the traced steps of a module and kind of objective; None if these cannot be traced."""
         if module not in self._tracers:
             small = count_parameters(module) <= SMALL.get(self._fabric.device.type, 0)
             self._tracers[module] = StepTracer() if self._plain and small and unstackable(module) is None else None

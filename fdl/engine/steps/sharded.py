@@ -1,4 +1,4 @@
-"""Steps on models of which every rank holds a part (``fabric.strategy: fsdp``)."""
+"""Steps on sharded models (``fabric.strategy: fsdp``)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class ShardedStep(EagerStep):
-    """A step for which FSDP gathers weights block by block, and averages gradients over ranks.
+    """A step in which FSDP gathers weights block by block, and averages gradients over ranks.
 
-    Every rank computes the whole batch, unless it is a `ShardedDataParallelStep`.
+    Every rank computes the whole batch, except in a `ShardedDataParallelStep`.
 
     Args:
-        sharder: holds what all ranks do together.
+        sharder: runs the operations that involve all ranks.
         eager: the arguments of `EagerStep`.
     """
 
@@ -31,11 +31,18 @@ class ShardedStep(EagerStep):
         self._sharder, self._gathering = sharder, sharder.wrap_objective(self.objective)
 
     def backward(self, placed: Any) -> Mapping[str, Tensor]:
-        """As `EagerStep.backward`, with the weights that the objective needs gathered."""
+        """Run a forward and a backward pass, with the weights that the objective needs gathered.
+
+        Args:
+            placed: the result of `place`.
+
+        Returns:
+            The named losses.
+        """
         return self.gradients(self._gathering, placed)
 
     def update(self) -> None:
-        """Make the ranks agree on gradients, clip them over all parts, let the optimiser step, and drop them."""
+        """Average gradients over ranks, clip them by their norm over all shards, take an optimiser step, drop them."""
         self._sharder.finish_gradients(self.module, self.parameters, self.objective, self.gradient_clip)
         self._sharder.step(self.optimizer)
         for parameter in self.parameters:
@@ -43,16 +50,16 @@ class ShardedStep(EagerStep):
 
 
 class ShardedDataParallelStep(ShardedStep, DataParallelStep):
-    """A sharded step of which every rank computes its share of the samples.
+    """A sharded step in which every rank computes its share of the samples.
 
     Args:
-        sharder: holds what all ranks do together.
+        sharder: runs the operations that involve all ranks.
         ranks: the processes.
-        terms: how many terms the loss of a batch is the mean of.
+        terms: returns the number of terms that the loss of a batch is the mean of.
         eager: the arguments of `EagerStep`.
     """
 
     def __init__(self, sharder: Sharder, ranks: ProcessGroup, terms: Terms, *eager: Any):
         super().__init__(sharder, ranks, terms, *eager)
-        # FSDP takes the mean of gradients over ranks, and here the sum is wanted
+        # FSDP averages gradients over ranks, but the ranks' losses are terms of a sum
         self.differentiate = lambda loss: self.fabric.backward(loss * ranks.count)

@@ -1,4 +1,4 @@
-"""Steps replayed from the operations that an earlier one recorded (`fdl.engine.vectorized.step_recorder`)."""
+"""Steps that replay the traced operations of an earlier one (`fdl.engine.tracing.step_recorder`)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fdl.engine.tracing.step_graph import Results
+from fdl.engine.tracing.step_recorder import TracedSteps
 from fdl.engine.training_loop import EagerStep
-from fdl.engine.vectorized.step_graph import Results
-from fdl.engine.vectorized.step_recorder import TracedSteps
 from fdl.modules.objectives import tensor_fields, training_step
 
 TRACE_AFTER_STEPS = 100
-"""Steps of one form after which it is traced: what is saved is worth its cost after 1,000."""
+"""Steps with the same shapes after which one is traced: the time saved exceeds the cost after 1,000 steps."""
 
 
 class TracedStep(EagerStep):
-    """A step that is replayed without its Python code once it has come often; only for objectives marked `traceable`.
+    """A step that is replayed without its Python code once it is frequent; only for objectives marked `traceable`.
 
     Args:
-        traces: of this module and kind of objective.
+        traces: traced steps of this module and kind of objective.
         eager: the arguments of `EagerStep`.
     """
 
@@ -34,7 +34,14 @@ class TracedStep(EagerStep):
             self._constants, self._spec = tree_flatten(tensor_fields(self.objective))
 
     def backward(self, placed: Any) -> Mapping[str, Tensor]:
-        """As `EagerStep.backward`, to the bit."""
+        """Run a forward and a backward pass, traced or eager, with the same results to the bit.
+
+        Args:
+            placed: the result of `place`.
+
+        Returns:
+            The named losses.
+        """
         if not all(part is None or isinstance(part, Tensor) for part in placed):
             return self.gradients(self.objective, placed)
         missing = tuple(part is None for part in placed)

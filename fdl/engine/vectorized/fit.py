@@ -15,8 +15,8 @@ from fdl.engine.batches import batches, gathered
 from fdl.engine.inference import OutputSelector, map_tensors, predict
 from fdl.engine.optimizers import schedule_of
 from fdl.engine.runtime import Runtime
+from fdl.engine.tracing.step_graph import Results
 from fdl.engine.vectorized.stack_batches import stacked
-from fdl.engine.vectorized.step_graph import Results
 from fdl.modules.objectives import Objective, is_padding_safe, kind_of, marked_step, tensor_fields
 from fdl.modules.optim import build_optimizer
 from fdl.recipe.learning_rates import alike_but_for_rates
@@ -31,8 +31,8 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "
 """Optimisers that treat every weight by itself, so that it does not matter which weights share a tensor."""
 
 
-TRACE_AFTER_STEPS = 10
-"""Steps of one form after which it is recorded (`step_recorder`): what is saved is worth its cost after 200."""
+TRACE_STACKED_AFTER_STEPS = 10
+"""Steps with the same shapes after which one is traced: the time saved exceeds the cost after 200 steps."""
 
 
 class NotVectorizableError(Exception):
@@ -192,7 +192,7 @@ class _Loss:
             self.objective = lambda module, batch, own: dataclasses.replace(first, **own)(module, batch)
         self.pads = is_padding_safe(marked_step(self.module, first))
         traced = jobs[0].config.compile == "traced"
-        self.recordings = stack.recorder.begin(self.module, first, TRACE_AFTER_STEPS) if traced else None
+        self.recordings = stack.recorder.begin(self.module, first, TRACE_STACKED_AFTER_STEPS) if traced else None
 
     def __call__(
         self, runtime: Runtime, weights: list[Tensor], gradients: list[Tensor], parts: Sequence[Batch]

@@ -14,14 +14,15 @@ from fdl.modules.objectives import IGNORED_LABEL
 
 
 def stacked(batches: Sequence[tuple]) -> tuple:
-    """Batches of K clients as one, [K, …].
+    """Stack batches of K clients, [K, …].
 
     Args:
-        batches: of one form. Texts may differ in width. Inputs [b, …] may differ in b where the second element of each
-            is labels [b]: shorter ones are filled up with copies of their first row, labelled `IGNORED_LABEL`.
+        batches: batches of the same structure. Texts may differ in width. Inputs [b, …] may differ in b if the second
+            element of each batch is labels [b]: shorter ones are padded with copies of their first row, labelled
+            `IGNORED_LABEL`.
 
     Raises:
-        RuntimeError: for tensors whose shapes differ in any other way.
+        RuntimeError: shapes of tensors differ in any other way.
     """
     sizes = tuple([len(batch[1]) if isinstance(batch[1], Tensor) else 0 for batch in batches])
     short = min(sizes) < max(sizes)
@@ -37,7 +38,7 @@ def stacked(batches: Sequence[tuple]) -> tuple:
             parts = [F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
         if not short:
             return torch.stack(parts)
-        # labels that fill up count for nothing
+        # padded labels are ignored by the loss
         whole = torch.cat([*parts, parts[0].new_full((1,), IGNORED_LABEL)] if labels else list(parts))
         rows = (labelled if labels else filled).to(whole.device)
         return whole.index_select(0, rows).unflatten(0, (len(sizes), -1))
@@ -47,11 +48,11 @@ def stacked(batches: Sequence[tuple]) -> tuple:
 
 @lru_cache(maxsize=256)
 def _rows(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Which rows of all inputs on end, and of all labels with one more behind them, make batches of one size."""
+    """Return the rows of concatenated inputs, and of labels followed by one padding row, for equally long batches."""
     ends = torch.tensor(sizes).cumsum(0)
     starts = ends - torch.tensor(sizes)
     place = torch.arange(max(sizes)).expand(len(sizes), -1)
     there = place < torch.tensor(sizes)[:, None]
-    # in the place of what is not there stands a row that the model knows to handle
+    # padding repeats a valid row, so that the model computes finite values
     filled = torch.where(there, starts[:, None] + place, starts[:, None])
     return filled.flatten(), torch.where(there, filled, ends[-1]).flatten()

@@ -1,4 +1,4 @@
-"""Models of one architecture side by side in memory, so that one pass serves many of them (`torch.func.vmap`)."""
+"""Models of one architecture stacked in memory, to train many of them in one vectorised pass (`torch.func.vmap`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from fdl.engine.inference import map_tensors
-from fdl.engine.vectorized.step_recorder import StepTracer
+from fdl.engine.tracing.step_recorder import StepTracer
 from fdl.state.flat_tensors import FlatTensors
 from fdl.state.model_handle import RowHandle
 from fdl.state.weights import module_state
@@ -25,22 +25,25 @@ if TYPE_CHECKING:
 
 
 SMALL = {"cpu": 60_000, "cuda": 1_000_000}
-"""Parameters up to which `auto` trains clients together, by kind of device; nowhere else.
+"""Parameters up to which ``auto`` vectorises clients' training, by kind of device; on other devices it never does.
 
-Clients that train together save the cost of calling operations, which only small models feel. Measured on one core,
-10 clients with batches of 32: rounds take 0.5 to 0.7 of the time with perceptrons and convolutional networks of up to
-50 000 parameters, as long at 170 000, and 1.3 times as long at 600 000, where the weights of all no longer fit into the
-cache. The figure for GPUs is a guess on the safe side.
+Vectorising saves the overhead of each operation, which matters for small models only. Measured on one core, 10 clients
+with batches of 32: rounds take 0.5 to 0.7 of the time with perceptrons and convolutional networks of up to 50 000
+parameters, as long at 170 000, and 1.3 times as long at 600 000, where the weights of all clients no longer fit into
+the cache. The figure for GPUs is a conservative guess.
 """
 
 _ALIGN = 16
-"""Rows begin where memory of their own would: on another boundary the same sums are rounded otherwise."""
+"""Elements: rows are aligned like separate tensors, since sums over memory with another alignment round differently."""
 
 
 def unstackable(module: nn.Module) -> str | None:
-    """Why models of this kind cannot be trained in one pass; None when nothing speaks against it.
+    """Return the reason why a model cannot be stacked; None if none is found.
 
-    What shows only when it is tried, e.g. control flow that depends on data, is not found here.
+    Obstacles that only appear when it is run, e.g. control flow that depends on data, are not found here.
+
+    Args:
+        module: a model of the architecture.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not named:
@@ -59,19 +62,20 @@ def unstackable(module: nn.Module) -> str | None:
 
 
 class StackedModels:
-    """Copies of a template whose trained weights are the rows of one matrix; frozen weights exist once.
+    """Copies of a template whose trained weights are the rows of one matrix; frozen weights are shared.
 
     Args:
         template: a module that is not `unstackable`.
-        count: copies.
+        count: number of copies.
 
     Attributes:
-        whole: the weights, float32 [count, P]; rows are filled up with zeros.
+        whole: the weights, float32 [count, P]; rows are padded with zeros.
         modules: the copies, whose weights are views of the rows.
-        names: of the trained weights, in order.
-        grad: room for their gradients, like `whole`.
-        optimizers: and `views`: what fits make of these and use again.
-        recorder: of their steps.
+        names: names of the trained weights, in order.
+        grad: buffer of their gradients, of the same shape.
+        optimizers: optimisers of the weights, kept for later fits.
+        views: views of the weights, kept for later fits.
+        recorder: traced steps of the stacked models.
     """
 
     def __init__(self, template: nn.Module, count: int):
@@ -102,17 +106,17 @@ class StackedModels:
                 part.forward = partial(_linear, part)
 
     def pieces(self, matrix: Tensor) -> list[Tensor]:
-        """Views of a matrix [K, P] as the stacked weights [K, …], by name."""
+        """View a matrix [K, P] as the stacked weights [K, …], in the order of `names`."""
         sizes = [*self.sizes, matrix.shape[1] - sum(self.sizes)]
         parts = zip(matrix.split(sizes, 1), self.shapes)
         return [part.unflatten(1, shape) if shape else part.squeeze(1) for part, shape in parts]
 
     def trained(self, row: int) -> list[nn.Parameter]:
-        """One copy's weights that were trained when the stack was made."""
+        """Return the weights of one copy that were trainable when the stack was created."""
         return self._trained[row]
 
     def skeleton(self, training: bool) -> nn.Module:
-        """The module that stands for all copies in `together`."""
+        """Return the module that `together` calls for all copies, in training or evaluation mode."""
         if self._skeleton.training != training:
             self._skeleton.train(training)
         return self._skeleton
@@ -123,16 +127,16 @@ class StackedModels:
         """Call a function of a module for several models at once.
 
         Args:
-            function: called with the module and, for each model, its part of the arguments.
-            weights: of K models, [K, …] each, as `pieces` gives them.
-            arguments: tensors, and tuples and lists of them; [K, …], or the same for all models.
+            function: called with the module and one model's arguments.
+            weights: weights of K models, [K, …] each, from `pieces`.
+            arguments: tensors, and tuples and lists of them; [K, …], or without K if `shared`.
             shared: the arguments are the same for all models.
 
         Returns:
-            What the function returns, every tensor with K as its first dimension.
+            The function's result, every tensor with K as its first dimension.
 
         Raises:
-            RuntimeError: it cannot be vectorised.
+            RuntimeError: the function cannot be vectorised.
         """
 
         def one(weights: list[Tensor], arguments: tuple[Any, ...]) -> Any:
@@ -163,7 +167,7 @@ class StackedModels:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b in operations that vmap does not take apart, which saves a tenth of a step."""
+    """Return x Wᵀ + b in operations that vmap does not decompose, which saves a tenth of a step."""
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     y = torch.mm(rows, layer.weight.t())
     y = y if layer.bias is None else y + layer.bias
@@ -171,12 +175,15 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def activations(module: nn.Module, samples: Samples, batch_size: int) -> int:
-    """Bytes that a training step on one batch keeps for its gradient; 0 where the module has no step for such samples.
+    """Measure the bytes that a training step on one batch keeps for its backward pass.
 
     Args:
-        module: left in training mode.
-        samples: at least one.
-        batch_size: samples of the batch.
+        module: the model; left in training mode.
+        samples: at least one sample.
+        batch_size: number of samples in the batch.
+
+    Returns:
+        The bytes; 0 if the module's own step fails on these samples.
     """
     seen: dict[int, int] = {}
 

@@ -17,7 +17,7 @@ from fdl.modules.base import HiddenStateModel
 from fdl.modules.objectives import Objective
 from fdl.modules.types import Batch
 from fdl.participants import Participant, Server, copy_of
-from fdl.state.shards import gathered
+from fdl.state.shards import full_parameters
 
 
 def require_equal_tokens(participant: Participant, module: LightningModule, pool: str) -> None:
@@ -58,7 +58,7 @@ def codistill_tokens(server: Server, weights: Mapping[str, Weights], temperature
             }
             teachers = [module.eval() for other, module in modules.items() if other != pool]
             objective = mixture_objective(teachers, vocabulary(server), temperature)
-            with gathered(*teachers):
+            with full_parameters(*teachers):
                 server.fit(
                     modules[pool], server.proxy, server.server_distil, objective, stream_of(server, "distil", pool)
                 )

@@ -15,7 +15,7 @@ import torch
 from fdl.comm.channel import Channel
 from fdl.comm.codec import Codec
 from fdl.comm.ledger import Ledger, LedgerEntry
-from fdl.engine.distributed.batch_split import part_of
+from fdl.engine.distributed.batch_split import rank_share
 from fdl.federation.scheduling import SLACK, largest_first
 from fdl.modules.objectives import mean_over, next_tokens_of, samples_of
 from tests import rank_jobs
@@ -182,7 +182,7 @@ def test_the_largest_first():
 def test_parts_of_a_batch_make_it_whole(size, ranks):
     """Every sample is some rank's once, and shares of the mean sum to one."""
     batch = (torch.arange(size).float().unsqueeze(1), torch.arange(size))
-    parts = [part_of(batch, samples_of, rank, ranks) for rank in range(ranks)]
+    parts = [rank_share(batch, samples_of, rank, ranks) for rank in range(ranks)]
     assert sum(share for _, share in parts) == pytest.approx(1)
     mean = sum(part[0].mean() * share for part, share in parts)
     assert float(mean) == pytest.approx(float(batch[0].mean()))
@@ -194,7 +194,7 @@ def test_texts_count_by_their_tokens():
     """A short text is a smaller share of a mean over tokens."""
     tokens = torch.tensor([[1, 2, 3, 4], [1, 2, -1, -1]])
     assert next_tokens_of((tokens, None)) == 4
-    shares = [part_of((tokens, None), next_tokens_of, rank, 2)[1] for rank in (0, 1)]
+    shares = [rank_share((tokens, None), next_tokens_of, rank, 2)[1] for rank in (0, 1)]
     assert shares == [0.75, 0.25]
     assert mean_over(samples_of)(lambda m, b: None).terms is samples_of
 

@@ -19,7 +19,7 @@ from fdl.knowledge.aggregation.lora import FedEx, FedIT, FLoRA
 from fdl.methods import fedlora
 from fdl.modules.cifar_resnet import CifarResNet
 from fdl.recipe import load
-from fdl.state.shards import LARGEST, blocks
+from fdl.state.shards import LARGEST, sharding_units
 from tests import shard_jobs
 from tests.methods import test_fedlora
 from tests.shared_runs import made_once
@@ -229,13 +229,13 @@ class Model(nn.Module):
 def test_blocks_are_what_can_be_gathered_alone():
     """Children of lists, but for those that share weights with others; small ones are not cut further."""
     model = Model()
-    assert blocks(model) == [*model.layers[1:], model.shared[1]][: len(model.layers)]
+    assert sharding_units(model) == [*model.layers[1:], model.shared[1]][: len(model.layers)]
 
 
 def test_large_blocks_are_cut_further():
     """The stages of a network, and the blocks within the larger ones, inner ones first."""
     network = CifarResNet(num_classes=10, input_shape=[3, 8, 8], depth=20)
-    found = blocks(network)
+    found = sharding_units(network)
     sizes = {id(block): sum(p.numel() for p in block.parameters()) for block in found}
     total = sum(p.numel() for p in network.parameters())
     inner = lambda b: sum(sizes.get(id(m), 0) for m in b.modules() if m is not b)  # noqa: E731

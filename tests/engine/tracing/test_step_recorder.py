@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import fdl.engine.vectorized.step_graph
-import fdl.engine.vectorized.step_recorder
+import fdl.engine.tracing.step_graph
+import fdl.engine.tracing.step_recorder
 from fdl.datamodules.samples import TensorSamples
 from fdl.engine.runtime import Runtime
+from fdl.engine.tracing.step_graph import trace_step
 from fdl.engine.vectorized.fit import StackedFit, fit_together
 from fdl.engine.vectorized.stacked_models import StackedModels
-from fdl.engine.vectorized.step_graph import trace_step
 from fdl.knowledge.distillation.targets import ResponseObjective, SoftLabelled
 from fdl.methods.fedprox import ProximalObjective
 from fdl.modules.classifier import ImageClassifier
@@ -53,7 +53,7 @@ def written(monkeypatch):
         found.append(trace_step(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(fdl.engine.vectorized.step_recorder, "trace_step", note)
+    monkeypatch.setattr(fdl.engine.tracing.step_recorder, "trace_step", note)
     return found
 
 
@@ -86,7 +86,7 @@ def test_written_down_steps_end_where_others_do(config, objective, written, monk
 @pytest.mark.parametrize("objective", [training_step, held], ids=["own", "held"])
 def test_stacked_steps_written_down_end_where_others_do(objective, written, monkeypatch):
     def trained(uses):
-        monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_AFTER_STEPS", uses)
+        monkeypatch.setattr("fdl.engine.vectorized.fit.TRACE_STACKED_AFTER_STEPS", uses)
         runtime, template, config = Runtime(accelerator="cpu"), small(), fit_of()
         stack, losses = StackedModels(template, 3), []
         for turn in range(6):
@@ -269,7 +269,7 @@ def test_gradients_of_weights_are_not_transposed_copies(batched):
 
 
 def test_products_that_round_otherwise_stay_as_they_are(monkeypatch):
-    monkeypatch.setattr(fdl.engine.vectorized.step_graph, "_rounds_alike", lambda product: False)
+    monkeypatch.setattr(fdl.engine.tracing.step_graph, "_rounds_alike", lambda product: False)
     weight, x = torch.randn(2, 5, 3).requires_grad_(), torch.randn(2, 4, 3)
 
     def whole(x, weight):

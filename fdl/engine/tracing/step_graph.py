@@ -15,7 +15,7 @@ log = logging.getLogger("fdl")
 Results = tuple[dict[str, Tensor], list[Tensor]]
 """Named losses, and gradients."""
 
-Step = Callable[..., Results]
+StepFunction = Callable[..., Results]
 """A function of tensors alone, by position."""
 
 aten = torch.ops.aten
@@ -29,21 +29,23 @@ _SAME = {
     aten.view.default,
     aten._unsafe_view.default,
 }
-"""Operations that change nothing where the result has the shape of what they are given."""
+"""Operations without effect if the result has the shape of the argument."""
 
 
-def trace_step(step: Step, tensors: Sequence[Tensor], expected: Results, own: Sequence[Tensor]) -> Step | None:
-    """Write a step down.
+def trace_step(
+    step: StepFunction, tensors: Sequence[Tensor], expected: Results, own: Sequence[Tensor]
+) -> StepFunction | None:
+    """Trace a step.
 
     Args:
-        step: what to do; it changes no tensor that it was given.
-        tensors: what it was given.
-        expected: what it returned.
+        step: the step; it changes none of its arguments.
+        tensors: its arguments.
+        expected: its results for these arguments.
         own: all other tensors that it may read, whose contents may change between two steps.
 
     Returns:
-        A function that does the same, with gradients of the same layout or contiguous ones; None where that cannot be
-        had: the step draws random numbers, looks at numbers in tensors, or does not repeat itself to the bit.
+        A function with the same results, whose gradients have the same layout or are contiguous; None if the step
+        cannot be traced: it draws random numbers, depends on values of tensors, or is not reproduced to the bit.
     """
     try:
         module = make_fx(step)(*tensors)
@@ -54,35 +56,35 @@ def trace_step(step: Step, tensors: Sequence[Tensor], expected: Results, own: Se
         before, after = ([*losses.values(), *gradients] for losses, gradients in (expected, again))
         for a, b in zip(before, after, strict=True):
             if not torch.equal(a, b) or (a.stride() != b.stride() and not b.is_contiguous()):
-                raise ValueError("it gives something else")
-    except Exception as error:  # make_fx runs whatever a module has, and says in many ways that it cannot
-        log.debug("a training step cannot be written down: %s", error)
+                raise ValueError("its results differ")
+    except Exception as error:  # make_fx runs any code of a module, and fails with many kinds of errors
+        log.debug("a training step cannot be traced: %s", error)
         return None
     return found
 
 
 def _check(module: fx.GraphModule, own: Sequence[Tensor]) -> None:
-    """Refuse what would not be the same the next time.
+    """Check that a traced step holds nothing that would differ in the next step.
 
     Raises:
-        ValueError: saying what.
+        ValueError: it draws random numbers, or reads a tensor that is not in `own`.
     """
-    known = {tensor.data_ptr() for tensor in own}
+    addresses = {tensor.data_ptr() for tensor in own}
     for node in module.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise ValueError(f"{node.target} draws random numbers")
         if node.op == "get_attr":
             tensor = getattr(module, node.target)
-            # a number that the code holds; anything larger may be another tensor by the next step
-            if tensor.ndim and tensor.data_ptr() not in known:
+            # scalars are constants of the code; anything larger may be another tensor in the next step
+            if tensor.ndim and tensor.data_ptr() not in addresses:
                 raise ValueError(f"it reads a tensor of shape {list(tensor.shape)} that is not the module's")
 
 
 def _simplify(graph: fx.Graph) -> None:
-    """Leave out what changes nothing, and what was done before."""
+    """Remove operations without effect, and repeated ones."""
     operations = [node for node in graph.nodes if node.op == "call_function"]
     if any(node.target._schema.is_mutable for node in operations if isinstance(node.target, torch._ops.OpOverload)):
-        return  # then it matters which results share memory
+        return  # with in-place operations it matters which results share memory
     done: dict[tuple, fx.Node] = {}
     for node in operations:
         instead = _instead(node) or done.setdefault((node.target, str(node.args), str(node.kwargs)), node)
@@ -95,7 +97,7 @@ def _simplify(graph: fx.Graph) -> None:
 
 
 def _fold_transpose(graph: fx.Graph, node: fx.Node) -> None:
-    """Make (A B)ᵀ of matrices Bᵀ Aᵀ, which lies in memory as it should: gradients of weights are such products."""
+    """Replace (A B)ᵀ by Bᵀ Aᵀ, which is contiguous: gradients of weights are products like this."""
     product = node.args[0] if _is_transpose(node) else None
     if product is None or len(product.users) > 1 or product.target not in _PRODUCTS or not _rounds_alike(product):
         return
@@ -111,7 +113,7 @@ def _fold_transpose(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _rounds_alike(product: fx.Node) -> bool:
-    """Whether Bᵀ Aᵀ is the transpose of A B to the bit: which sums are taken first depends on shapes alone."""
+    """Return True if Bᵀ Aᵀ is the transpose of A B to the bit: the order of summation depends on shapes alone."""
     a, b = (
         torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).normal_(
             generator=torch.Generator(v.device).manual_seed(0)
@@ -122,7 +124,7 @@ def _rounds_alike(product: fx.Node) -> bool:
 
 
 def _is_transpose(node: fx.Node) -> bool:
-    """Whether a node is a matrix, or several, transposed."""
+    """Return True if a node transposes a matrix, or a batch of them."""
     if node.target is aten.t.default:
         return node.meta["val"].ndim == 2
     if node.target is not aten.transpose.int:
@@ -132,7 +134,7 @@ def _is_transpose(node: fx.Node) -> bool:
 
 
 def _instead(node: fx.Node) -> fx.Node | None:
-    """What an operation that changes nothing is given; None for any other."""
+    """Return the argument that an operation without effect can be replaced by; None for any other operation."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
@@ -148,14 +150,14 @@ def _kind(node: fx.Node) -> tuple:
 
 
 def _as_function(module: fx.GraphModule) -> Callable[..., Results]:
-    """A graph as a Python function that calls torch's kernels by themselves, and lets go of what is needed no more.
+    """Compile a graph to a function that calls torch's operators directly, and frees tensors after their last use.
 
-    The code that `torch.fx` would write looks every operation up, and goes through a wrapper of it, each time.
+    The code that `torch.fx` generates looks up every operator, and goes through a wrapper of it, at every call.
     """
     scope: dict[str, Any] = {}
 
     def named(value: Any) -> str:
-        """How the code speaks of an argument."""
+        """Return an argument as source code."""
         if isinstance(value, fx.Node):
             return value.name
         if isinstance(value, list | tuple):

@@ -1,0 +1,1 @@
+"""Training steps traced once as plain tensor operations, and replayed."""
