@@ -57,7 +57,7 @@ class FederatedDistillation(Method):
         upload_policy: upload only on change; None uploads in each round.
         private_release: noise that makes the predictions private.
         robust: rule instead of the mean, against Byzantine clients; it has a limit of its own for a client's weight.
-        max_client_share: equal shares a client may have, ≥ 1: moves rows by ≤ √2 share / K on average; None: any.
+        max_client_share: most equal shares of one of K clients, ≥ 1; rows move by ≤ √2 share / K; None: no limit.
         max_client_share_over: apply the limit per round, or per row, which is safer if sites have the same classes.
     """
 
