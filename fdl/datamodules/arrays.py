@@ -109,7 +109,7 @@ class Arrays(ImageDataModule):
         if "y_train" not in labels or not len(labels["y_train"]):
             return []
         found = class_numbers(labels["y_train"], self.place("train", "y"))
-        if len(found) == 1:  # nothing to tell apart, which the checks of all data say
+        if len(found) == 1:  # a single class, which the checks of all data report
             found = np.unique(np.concatenate(list(labels.values())))
         for role, own in labels.items():
             arrays[role] = class_codes(own, found, f"{self._path}: {self._keys[role]!r}")
@@ -155,7 +155,7 @@ class Arrays(ImageDataModule):
             raise UserError(f"{self._path}: cannot be read ({error})") from error
 
     def _present(self, stored: Any) -> list[str]:
-        """Which of our arrays to read.
+        """Select the arrays to read.
 
         Raises:
             UserError: when one that is needed is missing.

@@ -1,6 +1,6 @@
 """From what data call classes to their numbers, in the same way whatever the format is.
 
-Numbers are classes in their order: labels 1 and 5 are classes 0 and 1, called ``1`` and ``5``, and a line says so.
+Numbers are classes in their order: labels 1 and 5 are classes 0 and 1, named ``1`` and ``5``, which is logged.
 Numbers that were written as 1.0, as pandas does after a missing value, are whole ones. What only a held-out sample
 has is no class, be it a number or a name, unless the classes are listed.
 """
@@ -134,9 +134,9 @@ def whole_numbers(labels: np.ndarray, place: str) -> np.ndarray:
 
 
 def class_numbers(train: np.ndarray, place: str) -> np.ndarray:
-    """Which numbers are the classes, where nothing else says so: those of the training samples, in order.
+    """Derive the class numbers from the training samples, in order, for data without names of classes.
 
-    A line tells of numbers that are not 0, 1, …, and another one of numbers that look like identifiers.
+    Numbers that are not 0, 1, …, and numbers that look like identifiers, are logged.
 
     Args:
         train: labels of the training samples, int64 [n].

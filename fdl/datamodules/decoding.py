@@ -1,4 +1,4 @@
-"""Text of a file, whatever its encoding, with messages that say what to do about one that is another."""
+"""Decoding of text files, with advice in the error messages for a wrong encoding."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _unmarked(first: bytes) -> str | None:
 
 
 def _undecodable(path: Path, name: str) -> str:
-    """What to say of a file that is not of an encoding; a decoder in use counts from somewhere within the file."""
+    """Compose the message for a file in another encoding; an incremental decoder counts from a position in the file."""
     with _opened(path) as file:
         content = file.read()
     try:

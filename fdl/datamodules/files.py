@@ -37,9 +37,9 @@ class FileSamples(ImageSamples):
         labels: classes [n]; None where unlabelled.
         size: images are cut to their central square and resized to size × size.
         channels: 3 for colour, 1 for greyscale.
-        mean: as in `ImageSamples`.
-        std: as in `ImageSamples`.
-        augment: as in `ImageSamples`.
+        mean: mean of each channel on the scale where white is 1; None: no normalisation.
+        std: standard deviation of each channel on the same scale; None: no normalisation.
+        augment: ``"crop_flip"`` or None.
         reading: what the files' values mean.
 
     Raises:
@@ -150,7 +150,7 @@ def decode_image(path: Path, size: int, channels: int, reading: Reading = PLAIN)
 
 @dataclass
 class Survey:
-    """What the headers of image files tell.
+    """Findings from the headers of image files.
 
     Attributes:
         problems: which files are no images, and why.

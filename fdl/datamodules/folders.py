@@ -1,4 +1,4 @@
-"""Which image in a tree of folders is of which class and domain; nothing that lies there is passed over in silence."""
+"""Classes and domains of images in a tree of folders; every file that is not read is logged."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fdl.errors import UserError
 log = logging.getLogger("fdl")
 
 _NO_PICTURES = {".h5", ".hdf", ".grib", ".bufr", ".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".fli", ".flc"}
-"""What Pillow lists, though it takes further programs to read it, or holds no photograph."""
+"""Suffixes that Pillow lists, but that need further programs to read, or are not those of photographs."""
 
 _USUAL = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 _OF_THE_SYSTEM = {"thumbs.db", "desktop.ini"}
 
 _NAMED = 5
-"""How many folders a message names."""
+"""Maximum number of folders that a message names."""
 
 
 class Photo(NamedTuple):
@@ -38,13 +38,13 @@ class Photo(NamedTuple):
 
 @cache
 def suffixes() -> frozenset[str]:
-    """How the names of image files end that can be read here, in lower case."""
+    """Return the suffixes of readable image files, in lower case."""
     known = Image.registered_extensions()
     return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN) - _NO_PICTURES
 
 
 def read_tree(root: Path, domains: bool) -> dict[str, list[Photo]]:
-    """List the images below a folder by split, class and domain, and say in lines what is left out.
+    """List the images below a folder by split, class and domain, and log the files left out.
 
     Args:
         root: the folder of the data set: class/*, or split/class/*.
@@ -97,7 +97,7 @@ class _Tree:
                 else "these hold images themselves; expected a folder for every class in each"
             )
             raise UserError(f"{self.root}: {_list([f'{label}/' for label in labels])}: {problem}")
-        self._tell(labels, len(found))
+        self._log_findings(labels, len(found))
         return found
 
     def _of(self, domain: Path) -> Iterator[Photo]:
@@ -172,8 +172,8 @@ class _Tree:
         kinds = _list([f"{count} {kind}" for kind, count in self.others.most_common()])
         return f"{self.others.total()} files of other kinds ({kinds})"
 
-    def _tell(self, labels: Sequence[str], count: int) -> None:
-        """Say what is left out, and what might be meant otherwise."""
+    def _log_findings(self, labels: Sequence[str], count: int) -> None:
+        """Log the files left out, and interpretations that may be unintended."""
         if self.deeper:
             named = _list([f"{place} ({number})" for place, number in sorted(self.deeper.items())])
             hint = "; if they are of sites or domains, set domain_folders: true" if self.deeper.total() == count else ""
@@ -199,7 +199,7 @@ def folders(folder: Path) -> list[Path]:
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether there are images in a folder or below it."""
+    """Test for images in a folder or below it."""
     return next(_Tree(folder, False)._below(folder), None) is not None
 
 

@@ -19,17 +19,17 @@ from fdl.errors import UserError
 log = logging.getLogger("fdl")
 
 _NAMED = 5
-"""How many files a message names."""
+"""Maximum number of files that a message names."""
 
 
 class ImageFolder(ImageDataModule):
-    """Images in one folder a class: path/class/*, or path/train/class/* with test and validation beside train.
+    """Images in one folder per class: path/class/*, or path/train/class/* with test and validation next to train.
 
     With `domain_folders` there is one more level, path/domain/class/* or path/train/domain/class/*, and the domains
     are the natural clients. Splits may have any usual name, in any case (`fdl.datamodules.splits`); a validation split
     without a test split is the test split. Images in folders below that of a class are of that class. All kinds of
-    images that Pillow reads are read; other files, empty folders and images without a class are left out, and a line
-    says which. Images are decoded when needed: upright, on the background where they are transparent, and in 8 bits.
+    images that Pillow reads are read; other files, empty folders and images without a class are left out and logged.
+    Images are decoded when needed: upright, on the background where they are transparent, and in 8 bits.
     Colour is the default; other arguments as in `ImageDataModule`.
 
     Args:

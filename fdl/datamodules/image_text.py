@@ -19,7 +19,7 @@ from fdl.errors import UserError
 log = logging.getLogger("fdl")
 
 _NAMED = 5
-"""How many files a message names."""
+"""Maximum number of files that a message names."""
 
 
 class ImageText(PairDataModule):

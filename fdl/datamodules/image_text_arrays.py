@@ -62,7 +62,7 @@ class ImageTextArrays(PairDataModule, Arrays):
         self._keys |= {"captions_train": captions_train, "captions_test": captions_test}
 
     def _present(self, stored: Any) -> list[str]:
-        """Which of our arrays to read; test arrays are all there, or none of them where the key is the default one."""
+        """Select the arrays to read: all test arrays, or none of them where they are missing under the default key."""
         roles = {role: key for role, key in self._keys.items() if key is not None}
         if "x_test" not in roles or (roles["x_test"] == "x_test" and "x_test" not in stored):
             roles = {role: key for role, key in roles.items() if not role.endswith("_test")}

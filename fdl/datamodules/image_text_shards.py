@@ -41,7 +41,7 @@ class ImageTextShards(PairDataModule):
         path: a tar file (also .tar.gz and .tgz), a folder of them, or a pattern such as ``data/train-*.tar`` or
             ``data/train-{000..012}.tar``.
         size: images are cut to their central square and resized to size × size.
-        test_path: tar files of the test split, likewise; None: there is none.
+        test_path: tar files of the test split, in the form of `path`; None: there is none.
         caption: key of the caption in a .json.
         label: key of the class in a .json, a whole number or a name; None: there are no classes.
         classes: names of the classes in the order of their numbers.
@@ -148,7 +148,7 @@ class ImageTextShards(PairDataModule):
         return pairs
 
     def _record(self, place: str, shard: Path, parts: dict[str, bytes]) -> Record:
-        """What is said of a pair, beside its image."""
+        """Return the record of a pair without its image."""
         fields: dict[str, Any] = {"shard": _ENDS.sub("", shard.name)}
         try:
             if "json" in parts:

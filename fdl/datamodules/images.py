@@ -1,4 +1,4 @@
-"""What all image data share: size, channels, normalisation, augmentation."""
+"""Base data module of images: size, channels, normalisation, augmentation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fdl.errors import UserError
 log = logging.getLogger("fdl")
 
 _NAMED = 5
-"""How many files a message names."""
+"""Maximum number of files that a message names."""
 
 
 class ImageDataModule(FederatedDataModule):
@@ -34,15 +34,15 @@ class ImageDataModule(FederatedDataModule):
         normalize: subtract the mean of each channel and divide by its standard deviation. Both come from `mean` and
             `std`, else from published constants of the data set, else from the public proxy set; never from the
             private pool.
-        mean: of each channel, white being 1.
-        std: likewise.
+        mean: mean of each channel, white being 1.
+        std: standard deviation of each channel, white being 1.
         augment: ``"crop_flip"`` (random crop and mirror of private training batches) or ``"none"``. The proxy set is
-            never augmented: student and specialists answer the same images.
+            never augmented: student and specialists predict the same images.
         value_range: which value is black and which is white in images that are not of 8 bits, e.g. ``[0, 4095]``, or a
             window of Hounsfield units; values beyond are cut off. None: whole numbers have 8, 10, 12, 14 or 16 bits,
-            whichever is enough for the largest of all images, and floating-point numbers are 0 … 1 or 0 … 255; a line
-            says which was taken.
-        background: what shows through where images in files are transparent: a colour's name, or ``"#rrggbb"``.
+            whichever is enough for the largest of all images, and floating-point numbers are 0 … 1 or 0 … 255; the
+            chosen range is logged.
+        background: colour behind transparent parts of image files: the name of a colour, or ``"#rrggbb"``.
         common: the arguments of `FederatedDataModule`.
 
     Raises:
@@ -94,7 +94,7 @@ class ImageDataModule(FederatedDataModule):
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What the data tell a module: also the normalisation that images come with, where they have one."""
+        """Arguments that the data supply to a module, including the normalisation of the images, if any."""
         mean, std = self.train.mean, self.train.std
         return super().model_kwargs | ({} if mean is None else {"normalization": (list(mean), list(std))})
 
@@ -120,7 +120,7 @@ class ImageDataModule(FederatedDataModule):
         return FileSamples(paths, y, size=self.size, channels=self.channels or 3, reading=self._reading)
 
     def survey(self, paths: Sequence[Path], whole: bool = False) -> Survey:
-        """Look at all image files of the data set, and find out what is black and white in those beyond 8 bits.
+        """Inspect all image files of the data set, and infer black and white of those of more than 8 bits.
 
         Args:
             paths: the files of all splits.
@@ -145,12 +145,12 @@ class ImageDataModule(FederatedDataModule):
         return found
 
     def reading_of(self, spread: dict[bool, Range], deep: int, total: int) -> Reading:
-        """What the values of images beyond 8 bits mean, said in a line.
+        """Infer black and white of images of more than 8 bits, and log them.
 
         Args:
-            spread: the smallest and largest value, by whether they are floating-point numbers.
-            deep: how many images have more than 8 bits.
-            total: of how many.
+            spread: smallest and largest value, keyed by True for floating-point images and False for whole numbers.
+            deep: number of images of more than 8 bits.
+            total: number of all images.
 
         Raises:
             UserError: the values are not those of an image.

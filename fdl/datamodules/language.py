@@ -1,4 +1,4 @@
-"""What all language-model data share: a tokenizer, documents, and windows of them."""
+"""Base data module of language models: a tokenizer, documents, and windows of them."""
 
 from __future__ import annotations
 

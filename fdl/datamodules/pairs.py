@@ -140,7 +140,7 @@ class PairDataModule(ImageDataModule):
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What images tell a module, but for their classes; tokenizer and context."""
+        """Arguments that images supply to a module, except their classes; tokenizer and context."""
         images = {name: value for name, value in super().model_kwargs.items() if name != "num_classes"}
         return images | {"tokenizer": self.tokenizer, "context": self.context}
 

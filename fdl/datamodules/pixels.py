@@ -1,4 +1,4 @@
-"""What stored images mean: which value is white, which side is up, and what lies behind transparent parts."""
+"""Interpretation of stored images: value range, orientation and background of transparent parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from fdl.errors import UserError
 
 Range = tuple[float, float]
-"""Which value is black, and which is white."""
+"""Values of black and of white."""
 
 _DEPTHS = (255, 1023, 4095, 16383, 65535)
 """White of whole numbers of 8, 10, 12, 14 and 16 bits, which cameras and scanners have."""
@@ -28,17 +28,17 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What puts an image upright, by its EXIF orientation (CIPA DC-008, tag 0x0112)."""
+"""Transposition that puts an image upright, by EXIF orientation (CIPA DC-008, tag 0x0112)."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How image files become pixels of 8 bits.
+    """Settings of the conversion of image files to pixels of 8 bits.
 
     Attributes:
         background: red, green and blue of what shows through where an image is transparent.
         integers: black and white of greyscale images of whole numbers beyond 8 bits; None: by the file's largest value.
-        floats: likewise of greyscale images of floating-point numbers.
+        floats: black and white of greyscale images of floating-point numbers; None: by the file's largest value.
     """
 
     background: tuple[int, int, int] = (255, 255, 255)
@@ -67,12 +67,12 @@ def colour(name: str) -> tuple[int, int, int]:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image is greyscale of more than 8 bits."""
+    """Test that an image is greyscale of more than 8 bits."""
     return image.mode.startswith(("I", "F"))
 
 
 def is_float(image: Image.Image) -> bool:
-    """Whether an image is of floating-point numbers."""
+    """Test that an image consists of floating-point numbers."""
     return image.mode.startswith("F")
 
 
@@ -90,7 +90,7 @@ def extremes(image: Image.Image) -> Range:
 
 
 def white(low: float, high: float, whole: bool) -> float:
-    """Tell from the values of images which one is white, black being 0.
+    """Infer the value of white from the values of images, black being 0.
 
     Whole numbers have 8, 10, 12, 14 or 16 bits, whichever is enough for the largest. Floating-point numbers are
     0 … 1 or 0 … 255.

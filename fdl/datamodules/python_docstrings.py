@@ -16,7 +16,7 @@ from fdl.datamodules.records import UNPAIRED
 from fdl.errors import UserError
 
 _SHORTEST = 40
-"""Docstrings of fewer characters say little, and are often the same in many places."""
+"""Minimum number of characters: shorter docstrings carry little information, and often repeat."""
 
 _LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3"}
 
@@ -35,7 +35,7 @@ class PythonDocstrings(LanguageDataModule):
         context: tokens of a window.
         proxy_packages: packages of which the docstrings are the public proxy set.
         limit_bytes: most bytes of a package's text, in UTF-8; the docstring that would exceed it ends its part.
-        test: as in `FederatedDataModule`, of the private docstrings.
+        test: number or fraction of the private docstrings held out for the report.
         common: the other arguments of `LanguageDataModule`.
 
     Raises:
@@ -129,7 +129,7 @@ def _sources(folder: Path) -> Iterator[Path]:
 
 
 def _order(file: Path) -> tuple[bool, tuple[str, ...]]:
-    """Public modules come first: what is internal says less in more lines."""
+    """Return a sort key with public modules first: internal ones carry less information in more lines."""
     return any(part[0] == "_" and part != "__init__.py" for part in file.parts), file.parts
 
 

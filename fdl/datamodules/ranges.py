@@ -1,4 +1,4 @@
-"""Images in memory whose values are floating-point numbers: on which scale they are, the same in all splits."""
+"""Scale of floating-point images in memory, which must be the same in all splits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("fdl")
 _SPLITS = ("train", "validation", "test")
 
 _OVERSHOT = 0.1
-"""How far below 0 values go that were 0 … 1 before they were resized with a sharp filter, at most."""
+"""Largest overshoot below 0 of images in 0 … 1 after resizing with a sharp filter."""
 
 _FEWEST_BYTES = 16
 """Values that are all below this are not taken for 0 … 255."""
@@ -30,12 +30,12 @@ def in_unit_range(source: Source, place: Callable[[str, str], str], given: bool 
     """Bring floating-point images to 0 … 1, where 8-bit ones are too.
 
     Those of 0 … 255 are divided by 255. Those with values below 0 are standardised already, and left as they are, as
-    are small values beyond 1. What was done is said in a line; all splits have to be on one scale.
+    are small values beyond 1. The conversion is logged; all splits have to be on one scale.
 
     Args:
         source: the data set.
         place: names a split's inputs, for messages.
-        given: whether the user said which values are black and white; then nothing is left to do.
+        given: whether the user set the values of black and white; then images are not rescaled.
 
     Returns:
         The data set, with the same samples where they were in 0 … 1.
@@ -100,7 +100,7 @@ def _scale(low: float, high: float) -> str | None:
 
 
 def _alike(scales: dict[str, str], floats: dict[str, tuple[float, float]], one: str, other: str) -> bool:
-    """Whether two splits are on one scale; where it is no known one, their values have to spread about as far."""
+    """Test that two splits are on one scale; on an unknown scale, the ranges of their values have to be similar."""
     if scales[one] != scales[other]:
         return False
     if scales[one] in ("unit", "bytes"):

@@ -14,7 +14,7 @@ SKIP = "; set skip_empty: true to leave such ones out"
 """Advice on empty texts, for data modules that have this argument."""
 
 TEXTS = (".txt", ".md", ".txt.gz", ".md.gz")
-"""How the names of files of plain text end."""
+"""Suffixes of plain-text files."""
 
 UNPAIRED = frozenset(map(chr, range(0xD800, 0xE000)))
 """Halves of surrogate pairs: escapes in JSON or Python can make them, UTF-8 and tokenizers have none."""
@@ -53,7 +53,7 @@ class Record:
         return checked_text(self[key], f"{self.place}: {key!r}", advice)
 
     def within(self, where: dict[str, Any] | None) -> bool:
-        """Whether every key of `where` has its value here; one of a list of values also does."""
+        """Test that every key of `where` has its value here, or one of its list of values."""
         wanted = {key: value if isinstance(value, list) else [value] for key, value in (where or {}).items()}
         return all(self[key] in values for key, values in wanted.items())
 
@@ -95,12 +95,12 @@ def existing(path: str) -> Path:
 
 
 def ends_with(path: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether it is a file whose name ends so, in whatever case."""
+    """Test for a file with one of the given suffixes, in any case."""
     return path.is_file() and not path.name.startswith(".") and path.name.lower().endswith(suffixes)
 
 
 def stem(path: Path) -> str:
-    """The name without what tells of the format, and of packing."""
+    """Return the file name without the suffixes of format and compression."""
     name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
     return name.rpartition(".")[0].removesuffix(".snappy") or name
 

@@ -20,7 +20,7 @@ from fdl.errors import UserError
 from fdl.utils.libraries import library
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".json", ".json.gz")
-"""How the names of files of records end."""
+"""Suffixes of files of records."""
 
 _JSON = (".json", ".json.gz")
 _DELIMITERS = (",", "\t", ";", "|")
@@ -98,7 +98,7 @@ def _tables_in(folder: Path) -> list[Path]:
 
 
 def _split_of(name: str, splits: Collection[str]) -> str | None:
-    """The split that a file's name tells of; None for a mere part of all."""
+    """Infer the split from a file's name; None for a part of the whole data set."""
     if name in splits:
         return name
     if name.isdecimal() or _PART.match(name):
@@ -209,7 +209,9 @@ def _delimited(path: Path, file: TextIO, delimiter: str | None) -> list[Record]:
                 records.append(Record(place, row))
                 last = lines.taken()
             if records and not plain:
-                list(csv.reader(last, delimiter=delimiter, strict=True))  # only this tells of a quote left open
+                list(
+                    csv.reader(last, delimiter=delimiter, strict=True)
+                )  # only strict parsing detects an unclosed quote
         except csv.Error as error:
             if "unexpected end of data" not in str(error):
                 raise UserError(f"{path}: line {rows.line_num + skipped}: {error}") from error
@@ -236,7 +238,7 @@ class _Lines:
 
 
 def _found_delimiter(sample: str, own: str, quoting: int) -> str:
-    """What is between the columns of a file's first lines: its suffix's own where that fits, else what gives most."""
+    """Detect the delimiter from a file's first lines: that of its suffix if it fits, else the one with most columns."""
     columns, regular = {}, {}
     for delimiter in (own, *_DELIMITERS):
         rows = csv.reader(StringIO(sample, newline=""), delimiter=delimiter, quoting=quoting)

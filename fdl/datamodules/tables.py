@@ -18,7 +18,7 @@ from fdl.utils.paths import expanded
 log = logging.getLogger("fdl")
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-"""What the field calls each split."""
+"""Usual names of each split."""
 
 _HUB = "hub:"
 _SAVED = ("dataset_dict.json", "dataset_info.json")
@@ -30,7 +30,7 @@ class Table:
 
     Attributes:
         splits: the records of ``"train"``, and of ``"validation"`` and ``"test"`` where there are any.
-        names: names of the classes by key, where a data set tells what its numbers mean.
+        names: names of the classes by key, where a data set documents its numbers.
     """
 
     splits: dict[str, list[Record]]
@@ -39,7 +39,7 @@ class Table:
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Where records are, and which of their keys say where they belong.
+    """Location of records, and the keys that assign them to splits.
 
     Args:
         path: a JSONL, JSON, CSV or TSV file (also .gz), or a parquet file; a folder of such files, called as their
@@ -116,7 +116,7 @@ class TableLayout:
         return Table({name: rows for name, rows in splits.items() if rows}, names or {})
 
     def _names(self, found: set[str]) -> dict[str, tuple[str, ...]]:
-        """What each of our splits is called in the data."""
+        """Map each split to its name in the data."""
         if self.splits is not None:
             for name in self.splits.values():
                 if name not in found:
@@ -154,7 +154,7 @@ class TableLayout:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the path is a folder that the library ``datasets`` has saved."""
+        """Test that the path is a folder saved by the library ``datasets``."""
         return any((expanded(self.path) / name).is_file() for name in _SAVED)
 
 

@@ -31,7 +31,7 @@ class TorchvisionDataModule(ImageDataModule):
     """
 
     folder: ClassVar[str] = ""
-    """Where torchvision keeps the data set below the path."""
+    """Folder of the data set below the path, as torchvision names it."""
 
     def __init__(self, path: str = "data", download: bool = False, normalize: bool = True, **common: Any):
         super().__init__(normalize=normalize, **common)
@@ -47,7 +47,7 @@ class TorchvisionDataModule(ImageDataModule):
         """One split as torchvision gives it."""
 
     def prepare_data(self) -> None:
-        """Download what is not there, if asked to."""
+        """Download missing files, if downloads are enabled."""
         super().prepare_data()
         if self._download:
             for split in self.splits:
