@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning import LightningModule
     from torch import nn
 
+    from fdl.engine.requests import Requests
     from fdl.knowledge.aggregation.base import Aggregate
     from fdl.knowledge.confidence.base import Confidence
     from fdl.knowledge.confidence.tokens import TokenConfidence
@@ -89,8 +90,8 @@ class Method(ABC):
             download: message received from the server; None if there was none.
 
         Returns:
-            The upload, or None if nothing is sent. A generator that yields `FitRequest` and `PredictRequest` objects and
-            then returns it lets several clients share a vectorised pass.
+            The upload, or None if nothing is sent. A generator that yields requests (`fdl.engine.requests`) and returns
+            the upload lets executors compute the requests of several clients in one pass.
         """
 
     def aggregate(self, server: Server) -> Aggregate | None:
