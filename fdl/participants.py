@@ -71,8 +71,8 @@ class Client(Participant):
             corrupted samples; None for an honest client.
         corruption_start: the round from which `data_corruption` is applied.
         data_gate: open while private samples may be read, under `dp_sgd`.
-        modules: the modules that it borrows: the runtime's, which all clients share, or its own while an executor
-            trains several clients side by side.
+        modules: lends the client its modules: the runtime, whose modules all clients share, or a stack of models while
+            an executor trains several clients at once.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""LightningDataModules: who gets which sample; the only place that reads data."""
+"""Lightning data modules, partitioners and arrival schedules; the only package that reads data sets."""

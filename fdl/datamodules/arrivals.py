@@ -1,8 +1,8 @@
-"""Private data that come in over the rounds: which sample is there when.
+"""Arrival schedules: private data that become available over the rounds.
 
-A schedule cuts a run into stages, each of so many rounds, and gives every sample the stage in which it arrives. What a
-participant holds is then a matter of the round alone, so that methods need not know of it and a resumed run goes on
-with the same samples. Numpy only, so that a recipe is checked without importing torch.
+A schedule divides a run into stages of equal numbers of rounds, and assigns each sample the stage in which it arrives.
+The samples of a participant then depend on the round alone, so that methods need no code for it and a resumed run
+continues with the same samples. Numpy only, so that a recipe is checked without importing torch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Arrival(ABC):
-    """When private samples arrive; a subclass writes `assign`.
+    """Base of arrival schedules of private samples; a subclass implements `assign`.
 
     Args:
-        stages: S, how many times new data come in.
-        rounds: of each stage; the last goes on to the end of the run.
-        keep: whether samples of earlier stages stay; otherwise they are gone when the next ones come.
+        stages: S, number of stages in which new data arrive.
+        rounds: number of rounds per stage; the last stage lasts to the end of the run.
+        keep: keep samples of earlier stages; otherwise they are dropped when the next stage begins.
 
     Attributes:
-        by_domain: whether it goes by samples' groups rather than by their classes.
+        by_domain: whether samples are assigned by group rather than by class.
 
     Raises:
         UserError: for values out of range.
@@ -43,15 +43,15 @@ class Arrival(ABC):
         self.stages, self.rounds, self.keep = stages, rounds, keep
 
     def stage(self, round: int) -> int:
-        """The stage of a round, from 0; preparations in round 0 belong to the first."""
+        """Return the stage of a round, from 0; preparations in round 0 belong to the first stage."""
         return min(max(round - 1, 0) // self.rounds, self.stages - 1)
 
     def visible(self, assigned: np.ndarray, stage: int) -> np.ndarray:
-        """Which samples are there in a stage.
+        """Select the samples that are available in a stage.
 
         Args:
-            assigned: the stage of each sample, as `assign` gives it.
-            stage: from 0.
+            assigned: stage of each sample as returned by `assign`, int64 [n].
+            stage: number of the stage, from 0.
 
         Returns:
             Positions, int64, ascending.
@@ -60,7 +60,7 @@ class Arrival(ABC):
 
     @abstractmethod
     def assign(self, labels: np.ndarray | None, groups: np.ndarray | None, classes: int) -> np.ndarray:
-        """Give every sample its stage.
+        """Assign a stage to each sample.
 
         Args:
             labels: class of each sample, int [n]; None where the data have none.
@@ -68,27 +68,27 @@ class Arrival(ABC):
             classes: C, number of classes.
 
         Returns:
-            int64 [n] of 0 … S-1.
+            Stage of each sample, int64 [n] in 0 … S-1.
 
         Raises:
-            UserError: the data do not have what this schedule goes by.
+            UserError: the data lack the labels or groups that the schedule needs.
         """
 
     def known_classes(self, stage: int, classes: int) -> list[int]:
-        """The classes of which samples have arrived up to and with a stage; here all of them."""
+        """List the classes with samples that have arrived by a stage, that stage included; by default all."""
         return list(range(classes))
 
 
 class ClassIncremental(Arrival):
     """New classes in every stage (Rebuffi et al., iCaRL, 2017).
 
-    Classes are cut into S runs, whose lengths differ by at most one.
+    Classes are divided into S consecutive blocks, whose sizes differ by at most one.
 
     Args:
-        stages: as in `Arrival`.
-        rounds: likewise.
-        keep: likewise.
-        order: numbers of the classes as they come; default as the data number them.
+        stages: S, number of stages.
+        rounds: number of rounds per stage; the last stage lasts to the end of the run.
+        keep: keep samples of earlier stages.
+        order: class numbers in order of arrival; None: in the order of the data.
     """
 
     name = "class_incremental"
@@ -98,7 +98,7 @@ class ClassIncremental(Arrival):
         self.order = order
 
     def assign(self, labels: np.ndarray | None, groups: np.ndarray | None, classes: int) -> np.ndarray:
-        """The stage of each sample's class."""
+        """Assign each sample the stage of its class."""
         if labels is None:
             raise UserError("class_incremental is for data with classes, and these have none")
         stage_of = np.empty(classes, dtype=np.int64)
@@ -107,7 +107,7 @@ class ClassIncremental(Arrival):
         return stage_of[labels]
 
     def known_classes(self, stage: int, classes: int) -> list[int]:
-        """Those of this and the earlier stages, by number."""
+        """List the class numbers of this stage and the earlier ones, ascending."""
         return sorted(int(c) for chosen in self._runs(classes)[: stage + 1] for c in chosen)
 
     def _runs(self, classes: int) -> list[np.ndarray]:
@@ -123,9 +123,9 @@ class DomainIncremental(Arrival):
     """Another domain in every stage, with the same classes.
 
     Args:
-        domains: the data's groups as they come, of which each is a stage.
-        rounds: as in `Arrival`.
-        keep: likewise.
+        domains: groups of the data in order of arrival, one per stage.
+        rounds: number of rounds per stage; the last stage lasts to the end of the run.
+        keep: keep samples of earlier stages.
     """
 
     name = "domain_incremental"
@@ -138,7 +138,7 @@ class DomainIncremental(Arrival):
             raise UserError(f"domains must differ, got {', '.join(self.domains)}")
 
     def assign(self, labels: np.ndarray | None, groups: np.ndarray | None, classes: int) -> np.ndarray:
-        """The place of each sample's domain."""
+        """Assign each sample the stage of its domain."""
         if groups is None:
             raise UserError("domain_incremental is for data with domains, and these have none")
         found = sorted({str(group) for group in groups})
@@ -152,19 +152,19 @@ class ScheduledSamples:
     """Samples that arrive in stages.
 
     Args:
-        samples: all that ever arrive.
-        assigned: the stage of each, int64 [n].
-        arrival: the schedule.
+        samples: samples of all stages.
+        assigned: stage of each sample, int64 [n].
+        arrival: the arrival schedule.
     """
 
     def __init__(self, samples: Samples, assigned: np.ndarray, arrival: Arrival):
         self.samples, self.assigned, self.arrival = samples, assigned, arrival
 
     def samples_at(self, stage: int) -> Samples:
-        """Select the samples that are visible in a stage; may be none."""
+        """Select the samples that are available in a stage; possibly none."""
         return self.samples.subset(self.arrival.visible(self.assigned, stage))
 
 
 def samples_at(samples: Samples | ScheduledSamples | None, stage: int) -> Samples | None:
-    """Select what is visible in a stage of samples that arrive; others are visible from the start."""
+    """Select the samples available in a stage; samples without a schedule are available from the start."""
     return samples.samples_at(stage) if isinstance(samples, ScheduledSamples) else samples

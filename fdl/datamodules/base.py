@@ -1,4 +1,4 @@
-"""The data of a federation: a private pool, public sets without and with labels, validation and test."""
+"""Base data module of a federation: a private pool, public sets without and with labels, validation and test."""
 
 from __future__ import annotations
 
@@ -22,46 +22,47 @@ from fdl.utils.seeding import numpy_stream, torch_stream
 
 
 class FederatedDataModule(LightningDataModule, ABC):
-    """Base of all data of a federation; also trains with a plain ``lightning.Trainer``.
+    """Base of all data modules of a federation; also usable with a plain ``lightning.Trainer``.
 
-    A subclass writes `load`; one whose samples are no labelled images also says what its `task` is and what it
+    A subclass implements `load`; one whose samples are not labelled images also sets `task` and overrides
     `model_kwargs`. Held-out sets are drawn from the training samples, in random order, by streams that depend on `seed`
     alone: with one seed, every method, number of clients and partition sees the same proxy set, validation set and
-    test set; another seed draws others, so that a spread over seeds is one over draws of the data, too. What is
-    measured on, validation and test, is drawn in proportion to the classes, which takes chance out of their shares.
-    Public sets are drawn as public data come, whatever their classes.
+    test set; another seed draws others, so that a spread over seeds includes the draws of the data. Validation and
+    test are drawn in proportion to the classes, so that chance does not change their class shares. Public sets are
+    drawn regardless of class, as public data come without labels.
 
     Args:
-        proxy: where the public proxy set comes from. A whole number: that many training samples, held out from the
-            private pool; a fraction below 1: that share; another data module: its training inputs, all of them; None
-            or 0: there is no proxy set. Its labels are dropped.
+        proxy: source of the public proxy set. A whole number: that many training samples, held out from the private
+            pool; a fraction below 1: that share; another data module: all its training inputs; None or 0: no proxy
+            set. Its labels are dropped.
         validation: labelled samples held out for model selection, a number or a fraction; None takes the source's
             own validation split where it has one, and holds out nothing otherwise.
         test: labelled samples held out for the report, only for a source without a test split of its own.
-        public: labelled samples held out for the server to train on, a number, or a share of what the other sets leave;
-            drawn last, so that it changes none of them.
+        public: labelled samples held out for training on the server, a number, or a share of the samples left by the
+            other sets; drawn last, so that it changes none of them.
         limit: use only this many training samples (before anything is held out), drawn in proportion to the classes;
             of a data set that is the proxy set of another, whatever their classes, unless that has `stratify_public`.
         stratify_public: draw `proxy` and `public`, too, in proportion to the classes. A real public set cannot be drawn
             so without labels.
         seed: of the held-out sets; None takes the run's seed (of nested data, the outer data's), and 0 without a run.
             A number keeps the same samples in all runs.
-        batch_size: of the loaders for a plain Trainer.
+        batch_size: number of samples per batch of the loaders for a plain Trainer.
 
     Attributes:
-        task: what models of these data are asked: ``"classification"``, ``"language"`` or ``"image_text"``.
-        counted: what `proxy`, `validation`, `test` and `limit` count, for messages.
-        seed: of the held-out sets.
+        task: task of models of these data: ``"classification"``, ``"language"`` or ``"image_text"``.
+        counted: unit of `proxy`, `validation`, `test` and `limit`, for messages.
+        seed: seed of the held-out sets.
         train: the pooled private samples, labelled where the task is classification.
-        proxy: the public proxy set, unlabelled; empty where none was asked for.
-        validation: likewise labelled; may be empty.
-        public: the server's own training samples, likewise labelled and augmented like `train`; may be empty.
-        test: likewise.
+        proxy: the public proxy set, unlabelled; empty where none is configured.
+        validation: validation samples, labelled where the task is classification; may be empty.
+        public: the server's own training samples, labelled and augmented like `train`; may be empty.
+        test: test samples, labelled where the task is classification.
         classes: names of the classes; empty where there are none.
-        num_classes: how many.
-        input_shape: of one input, (C, H, W).
+        num_classes: number of classes.
+        input_shape: shape of one input, (C, H, W).
         groups: natural client or domain of each sample of `train`, None where the source has none.
-        test_groups: likewise of `test`; None, too, where the source has a test split of its own.
+        test_groups: natural client or domain of each sample of `test`; None where the source has none, or has a test
+            split of its own.
 
     Raises:
         UserError: for values out of range; from `setup` when the source has too few samples or the proxy set another
@@ -119,16 +120,16 @@ class FederatedDataModule(LightningDataModule, ABC):
         """
 
     def set_default_seed(self, seed: int) -> None:
-        """Set the seed of data that were given none; before `setup`.
+        """Set the seed of a data module constructed without one; call before `setup`.
 
         Args:
-            seed: usually the run's.
+            seed: usually the seed of the run.
         """
         if not self._seed_given:
             self.seed = seed
 
     def source(self, stratify: bool = True) -> Source:
-        """The data set, at most `limit` training samples of it.
+        """Load and check the data set, reduced to at most `limit` training samples.
 
         Args:
             stratify: draw them in proportion to the classes.
@@ -142,7 +143,10 @@ class FederatedDataModule(LightningDataModule, ABC):
         return replace(source, train=source.train.subset(kept), groups=groups)
 
     def checked(self, source: Source) -> Source:
-        """What `load` gave, if models can be trained and tested with it.
+        """Return a loaded data set after checking that models can be trained and tested with it.
+
+        Args:
+            source: the data set as returned by `load`.
 
         Raises:
             UserError: naming the split and what is wrong with it.
@@ -151,7 +155,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         return source
 
     def place(self, split: str, part: str) -> str:
-        """Where a part of the data comes from, for messages; a subclass may name a file and key.
+        """Name the origin of a part of the data, for messages; a subclass may name a file and key.
 
         Args:
             split: ``"train"``, ``"validation"`` or ``"test"``.
@@ -160,7 +164,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         return f"{self.name}: {'classes' if part == 'classes' else split + {'x': ' samples', 'y': ' labels'}[part]}"
 
     def prepare_data(self) -> None:
-        """Download what is asked for; here only for a nested proxy set."""
+        """Download the data where a subclass does so; here only those of a nested proxy set."""
         if self._public is not None:
             self._public.prepare_data()
 
@@ -198,7 +202,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         self._ready = True
 
     def postprocess(self) -> None:
-        """What a subclass does to the four sets once they are there; here nothing."""
+        """Transform the four sets after they are drawn; a hook for subclasses, by default empty."""
 
     @property
     def num_classes(self) -> int:
@@ -212,22 +216,22 @@ class FederatedDataModule(LightningDataModule, ABC):
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What the data tell the constructors of modules and encoders, by the name of the argument."""
+        """Arguments that the data supply to the constructors of modules and encoders, by name."""
         return {"num_classes": self.num_classes, "input_shape": tuple(self.input_shape)}
 
     def partition(self, partitioner: Partitioner, clients: int, seed: int) -> list[np.ndarray]:
-        """Deal the private samples out to clients.
+        """Partition the private samples among clients.
 
         Args:
-            partitioner: decides who gets what.
+            partitioner: the partitioner that assigns the samples.
             clients: number of clients.
             seed: the run's seed; the stream depends on nothing else.
 
         Returns:
-            One sorted array of indices into `train` a client, disjoint.
+            One sorted array of indices into `train` per client, disjoint.
 
         Raises:
-            UserError: when the data cannot be dealt out so.
+            UserError: when the data cannot be partitioned in this way.
         """
         stream = numpy_stream(seed, "partition")
         labels = self.train.labels
@@ -237,7 +241,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         return partitioner.split(kinds, clients, stream, self.groups)
 
     def fingerprint(self) -> str:
-        """Hex digest of the contents and labels of all sets, computed once; files are read to the last byte."""
+        """Return a hex digest of the contents and labels of all sets, computed once; files are read in full."""
         if self._fingerprint is None:
             digest = hashlib.blake2b(digest_size=16)
             for split in ("train", "proxy", "validation", "test", *(("public",) if len(self.public) else ())):
@@ -251,29 +255,29 @@ class FederatedDataModule(LightningDataModule, ABC):
         return self._fingerprint
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled, augmented batches of the pooled private samples."""
+        """Return shuffled, augmented batches of the pooled private samples."""
         stream = torch_stream(self.seed, "loader")
         batches = _Batches(self.train, torch_stream(self.seed, "augment"))
         return DataLoader(batches, batch_size=self.batch_size, shuffle=True, generator=stream, collate_fn=_as_it_is)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Batches of the validation set; no loader where it is empty."""
+        """Return batches of the validation set; no loader where it is empty."""
         return self._in_order(self.validation)
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Batches of the test set."""
+        """Return batches of the test set."""
         return self._in_order(self.test)
 
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Unlabelled batches of the proxy set; no loader where it is empty."""
+        """Return unlabelled batches of the proxy set; no loader where it is empty."""
         return self._in_order(self.proxy)
 
     def _in_order(self, samples: Samples) -> DataLoader | list[DataLoader]:
-        # all by keyword: the Trainer builds the loader anew and would give a positional argument twice
+        # all by keyword: the Trainer rebuilds the loader and would pass a positional argument twice
         return DataLoader(_Batches(samples), batch_size=self.batch_size, collate_fn=_as_it_is) if len(samples) else []
 
     def _counts(self, source: Source) -> dict[str, int]:
-        """How many training samples to hold out for each split, checked against the source."""
+        """Compute the number of training samples to hold out for each split, checked against the source."""
         total = len(source.train)
         if source.train.labels is None and self.task == "classification":
             raise UserError(f"{self.name}: the training samples have no labels; such data can only be a proxy set")
@@ -291,10 +295,10 @@ class FederatedDataModule(LightningDataModule, ABC):
         return counts
 
     def _count(self, split: str, size: int | float | None, total: int) -> int:
-        """How many a number or share of `total` is.
+        """Convert a number or share of `total` to a count.
 
         Raises:
-            UserError: a share that comes to none.
+            UserError: a share that rounds to 0.
         """
         if not isinstance(size, float):
             return size or 0
@@ -304,20 +308,20 @@ class FederatedDataModule(LightningDataModule, ABC):
         return count
 
     def _advice(self) -> str:
-        """What to do about a share that comes to none."""
+        """Return the advice for a share that rounds to 0."""
         return "set a larger share, or a number"
 
     def _hold_out(
         self, split: str, rows: np.ndarray, pool: Samples, count: int, stratify: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw `count` of the rows, in random order so that the order tells nothing of the labels; and the rest."""
+        """Draw `count` rows, in random order so that it reveals nothing of the labels, and return the rest too."""
         alike = pool.labels is None or not stratify
         labels = np.zeros(len(rows), dtype=np.int64) if alike else pool.labels.numpy()[rows]
         chosen = stratified(labels, count, numpy_stream(self.seed, f"hold out {split}"))
         return rows[chosen], np.delete(rows, chosen)
 
     def _hold_out_public(self) -> Samples:
-        """Take the server's training samples out of those that are ready to be trained on, and leave the rest."""
+        """Move the server's training samples from the private pool to a set of their own."""
         size, total = self._public_size or 0, len(self.train)
         count = self._count("public", size, total)
         if count == 0:
@@ -330,7 +334,7 @@ class FederatedDataModule(LightningDataModule, ABC):
         return public
 
     def _proxy_from(self, public: FederatedDataModule) -> Samples:
-        """The inputs of another data set, in random order."""
+        """Return the inputs of another data set, in random order."""
         inputs = public.source(self.stratify_public).train.unlabelled()
         if inputs.input_shape != self.input_shape:
             raise UserError(
@@ -345,8 +349,8 @@ def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 
     Args:
         labels: class of each sample, int [n].
-        count: how many to draw, ≤ n.
-        rng: the stream.
+        count: number of samples to draw, ≤ n.
+        rng: random stream of the draw.
 
     Returns:
         Positions in random order, int64 [count].
@@ -354,7 +358,7 @@ def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.n
     classes, sizes = np.unique(labels, return_counts=True)
     quotas = count * sizes / max(len(labels), 1)
     takes = np.floor(quotas).astype(np.int64)
-    # what rounding down left over goes to the largest remainders, equal ones by chance
+    # the remainder from rounding down goes to the largest fractional parts, ties broken at random
     order = np.lexsort((rng.random(len(classes)), takes - quotas))
     takes[order[: count - takes.sum()]] += 1
     drawn = [rng.permutation(np.flatnonzero(labels == c))[:take] for c, take in zip(classes, takes)]
@@ -362,7 +366,7 @@ def stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 
 
 class _Batches(Dataset):
-    """What a loader draws from; it fetches a batch in one piece."""
+    """Dataset of a loader, which fetches a batch in one piece."""
 
     def __init__(self, samples: Samples, generator: torch.Generator | None = None):
         self.samples, self.generator = samples, generator

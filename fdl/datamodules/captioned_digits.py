@@ -25,19 +25,19 @@ TEMPLATES = (
     "this is the digit {word}",
     "a {word} in pencil",
 )
-"""Captions, of which each image has one."""
+"""Caption templates; one is drawn per image."""
 
 
 class CaptionedDigits(PairDataModule):
     """Handwritten digits of scikit-learn (see `Digits`), each with a sentence that names it.
 
-    Sentences are drawn at random from `TEMPLATES`. Classes are kept for partitions and zero-shot classification; no
-    batch has them.
+    Sentences are drawn at random from `TEMPLATES`. Classes are kept for partitions and zero-shot classification, and
+    are not part of a batch.
 
     Args:
-        proxy: as in `FederatedDataModule`.
-        validation: likewise.
-        test: likewise; the data have no test split of their own.
+        proxy: source or size of the public proxy set, see `FederatedDataModule`.
+        validation: number or fraction of samples held out for model selection.
+        test: number or fraction of samples held out for the report, as the data have no test split.
         common: the other arguments of `PairDataModule`.
     """
 

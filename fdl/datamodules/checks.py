@@ -1,4 +1,4 @@
-"""What every data set is checked for before anything is trained on it, whatever reads it."""
+"""Checks of every data set before training, independent of its format."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ MOST_UNUSED = 100
 """Numbers of classes may have gaps, since samples may be chosen; larger ones are codes of something else."""
 
 _NAMED = 8
-"""How many classes a message names."""
+"""Maximum number of classes that a message names."""
 
 Place = Callable[[str, str], str]
 """Names a part of a split for messages, as `FederatedDataModule.place` does."""
 
 
 def check_samples(source: Source, place: Place) -> None:
-    """Check what does not depend on what the samples are for.
+    """Check samples for errors that rule out any task.
+
+    Args:
+        source: the data set.
+        place: function that names a part of the data set for messages.
 
     Raises:
         UserError: there are no training samples, a test split is empty, values are not finite, or images of one split
@@ -55,15 +59,15 @@ def check_samples(source: Source, place: Place) -> None:
 
 
 def check_classes(source: Source, place: Place, needed: bool) -> None:
-    """Check the classes of a data set, and say in a line which of them have no training samples.
+    """Check the classes of a data set, and log those without training samples.
 
     Args:
         source: the data set.
-        place: names its parts.
-        needed: whether models are to tell the classes apart.
+        place: function that names a part of the data set for messages.
+        needed: whether models are trained to classify.
 
     Raises:
-        UserError: names are equal, labels are beyond the names, or there is nothing to tell apart.
+        UserError: names are equal, labels are beyond the names, or a classification has fewer than two classes.
     """
     names = [str(name) for name in source.classes]
     _check_names(names, place("train", "classes"))
@@ -101,15 +105,15 @@ def check_classes(source: Source, place: Place, needed: bool) -> None:
 
 
 def require_dense(top: int, kinds: int, place: str) -> None:
-    """Refuse labels that are codes of something, and not numbers of classes.
+    """Reject labels that are codes rather than class indices.
 
     Args:
         top: the largest label.
-        kinds: how many different ones there are.
-        place: where they are, for the message.
+        kinds: number of distinct labels.
+        place: name of the labels, for the message.
 
     Raises:
-        UserError: far more classes would be made than there are.
+        UserError: `top` implies far more classes than there are distinct labels.
     """
     if top > 2 * kinds + MOST_UNUSED:
         raise UserError(f"{place}: {kinds} different classes, but numbers up to {top}; number them from 0")
@@ -131,7 +135,7 @@ def _check_names(names: Sequence[str], place: str) -> None:
 
 
 def _images(samples: Samples | None) -> ImageSamples | None:
-    """The images of samples that are or have some."""
+    """Return the images of image or image-text samples; None for others."""
     samples = getattr(samples, "images", samples)
     return samples if isinstance(samples, ImageSamples) else None
 

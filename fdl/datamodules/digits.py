@@ -1,4 +1,4 @@
-"""The data set that needs no download."""
+"""Handwritten digits, a data set that needs no download."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Digits(ImageDataModule):
     UCI "Optical recognition of handwritten digits" (Alpaydin and Kaynak 1998). Pixels are 0 … 1.
 
     Args:
-        proxy: as in `FederatedDataModule`.
-        validation: likewise.
-        test: likewise; the data have no test split of their own.
+        proxy: source or size of the public proxy set, see `FederatedDataModule`.
+        validation: number or fraction of samples held out for model selection.
+        test: number or fraction of samples held out for the report, as the data have no test split.
         common: the other arguments of `ImageDataModule`.
     """
 

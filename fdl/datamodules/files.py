@@ -118,10 +118,10 @@ class _ImageStore:
         return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.shape), dtype=torch.uint8)
 
     def _decode_one(self, path: Path) -> np.ndarray:
-        return decode(path, self.size, self.channels, self.reading)
+        return decode_image(path, self.size, self.channels, self.reading)
 
 
-def decode(path: Path, size: int, channels: int, reading: Reading = PLAIN) -> np.ndarray:
+def decode_image(path: Path, size: int, channels: int, reading: Reading = PLAIN) -> np.ndarray:
     """Read one image as a viewer shows it: its central square, resized with antialiasing.
 
     Args:

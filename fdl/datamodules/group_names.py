@@ -1,4 +1,4 @@
-"""What clients are called whose samples come from natural groups, such as hospitals."""
+"""Names of clients whose samples come from natural groups, such as hospitals."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 log = logging.getLogger("fdl")
 
-_NAMED = 12
-"""How many clients a message names."""
+_MAX_CLIENTS = 12
+"""Maximum number of clients that a message names."""
 
-_TOGETHER = 4
-"""How many groups the name of a client names."""
+_MAX_GROUPS = 4
+"""Maximum number of groups in the name of a client."""
 
 
 def group_names(parts: Sequence[np.ndarray], groups: np.ndarray) -> list[str]:
@@ -25,8 +25,8 @@ def group_names(parts: Sequence[np.ndarray], groups: np.ndarray) -> list[str]:
         groups: natural client or domain of each sample, [n] of any type.
 
     Returns:
-        A name a client: ``"a"``, ``"a + b"`` where it has several, ``"a (2/3)"`` where it is the second of three that
-        have samples of a.
+        One name per client: ``"a"``, ``"a + b"`` for several groups, ``"a (2/3)"`` for the second of three clients with
+        samples of a.
 
     Example:
         >>> import numpy as np
@@ -40,21 +40,21 @@ def group_names(parts: Sequence[np.ndarray], groups: np.ndarray) -> list[str]:
     names = []
     for own in held:
         seen.update(own)
-        words = [f"{g} ({seen[g]}/{owners[g]})" if owners[g] > 1 else str(g) for g in own[:_TOGETHER]]
-        names.append(" + ".join(words) + (f" + {len(own) - _TOGETHER} more" if len(own) > _TOGETHER else ""))
+        words = [f"{g} ({seen[g]}/{owners[g]})" if owners[g] > 1 else str(g) for g in own[:_MAX_GROUPS]]
+        names.append(" + ".join(words) + (f" + {len(own) - _MAX_GROUPS} more" if len(own) > _MAX_GROUPS else ""))
     return names
 
 
-def tell(who: str, parts: Sequence[np.ndarray], groups: np.ndarray) -> None:
-    """Say in a warning which client has which groups, where these are not one each.
+def log_groups(partitioner: str, parts: Sequence[np.ndarray], groups: np.ndarray) -> None:
+    """Log the groups of each client as a warning, for groups that were merged or divided.
 
     Args:
-        who: what divided the samples, for the message.
+        partitioner: name of the partitioner, for the message.
         parts: indices of each client's samples.
         groups: natural client or domain of each sample, [n].
     """
     count, clients = len(np.unique(groups)), len(parts)
     done = "put together" if count > clients else "divided"
     names = [f"client {i}: {name}" for i, name in enumerate(group_names(parts, groups))]
-    named = "; ".join(names[:_NAMED]) + (f"; and {clients - _NAMED} more" if clients > _NAMED else "")
-    log.warning("%s: %d groups are %s to make %d clients: %s", who, count, done, clients, named)
+    named = "; ".join(names[:_MAX_CLIENTS]) + (f"; and {clients - _MAX_CLIENTS} more" if clients > _MAX_CLIENTS else "")
+    log.warning("%s: %d groups are %s to make %d clients: %s", partitioner, count, done, clients, named)

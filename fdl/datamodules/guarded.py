@@ -1,8 +1,8 @@
-"""Private samples that nobody reads but a training with noise.
+"""Private samples that can be read only by a training with noise.
 
-Whatever else is made of private data and sent, a temperature, a count, a mean, would go out without noise, and the ε
-that is reported would be wrong. So it is not left to methods to think of it: under DP-SGD a client's samples are
-closed, and open only while `fdl.privacy.dp_sgd` trains. How many there are is public.
+Any other statistic computed from private data and uploaded (a temperature, a count, a mean) would carry no noise, and
+the reported ε would be wrong. The guard is therefore not left to methods: under DP-SGD a client's samples are closed,
+and open only while `fdl.privacy.dp_sgd` trains. Their number is public.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _CARRIERS = (
     "fdl.engine.",
     "fdl.knowledge.transfer.extraction",
 )
-"""Modules that read samples for others: it is these others that a message should name."""
+"""Modules that read samples on behalf of a caller; error messages name the caller instead."""
 
 
 class PrivateDataGate:
-    """Whether a client's private samples may be read just now."""
+    """Gate that permits reads of a client's private samples while it is open."""
 
     def __init__(self) -> None:
         self._depth = 0
 
     @property
     def is_open(self) -> bool:
-        """Whether they may."""
+        """True while reads are permitted."""
         return self._depth > 0
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Within this context they may."""
+        """Permit reads within this context."""
         self._depth += 1
         try:
             yield
@@ -55,8 +55,8 @@ class GuardedSamples(Samples):
     """Samples behind a gate.
 
     Args:
-        samples: private ones.
-        gate: its client's.
+        samples: the private samples.
+        gate: the gate of their client.
     """
 
     def __init__(self, samples: Samples, gate: PrivateDataGate):
@@ -96,11 +96,11 @@ class GuardedSamples(Samples):
         return self._read().lengths
 
     def stored(self, indices: Tensor) -> Inputs:
-        """Inputs as they travel to a device, while the gate is open."""
+        """Return inputs in the form in which they are copied to a device, while the gate is open."""
         return self._read().stored(indices)
 
     def normalised(self, x: Inputs) -> Inputs:
-        """Stored inputs as those of `batch`."""
+        """Convert stored inputs to those of `batch`."""
         return self._read().normalised(x)
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
@@ -108,23 +108,23 @@ class GuardedSamples(Samples):
         return self._read().batch(indices, generator)
 
     def subset(self, indices: Any) -> GuardedSamples:
-        """The samples at these positions, behind the same gate."""
+        """Select the samples at the given positions, behind the same gate."""
         return GuardedSamples(self._samples.subset(indices), self._gate)
 
     def wrapped(self, wrap: Callable[[Samples], Samples]) -> GuardedSamples:
         """Wrap the samples behind the gate, without reading them.
 
         Args:
-            wrap: makes samples of samples, such as a wrapper that counts reads.
+            wrap: function from samples to samples, such as a wrapper that counts reads.
         """
         return GuardedSamples(wrap(self._samples), self._gate)
 
     def unlabelled(self) -> GuardedSamples:
-        """The same inputs without labels, behind the same gate."""
+        """Return the same inputs without labels, behind the same gate."""
         return GuardedSamples(self._samples.unlabelled(), self._gate)
 
     def content_hash(self) -> str:
-        """Hash of the inputs, while the gate is open."""
+        """Return the hash of the inputs, while the gate is open."""
         return self._read().content_hash()
 
     def _read(self) -> Samples:
@@ -138,7 +138,7 @@ class GuardedSamples(Samples):
 
 
 def is_guarded(samples: Samples) -> bool:
-    """Whether samples, or those within, as in `fdl.knowledge.distillation.targets.SoftLabelled`, are private."""
+    """Test for guarded samples, also inside wrappers such as `fdl.knowledge.distillation.targets.SoftLabelled`."""
     while samples is not None:
         if isinstance(samples, GuardedSamples):
             return True
@@ -147,7 +147,7 @@ def is_guarded(samples: Samples) -> bool:
 
 
 def _reader() -> str:
-    """The module that wants to read, seen from `GuardedSamples._read`."""
+    """Find the module on whose behalf `GuardedSamples._read` was called."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")

@@ -13,7 +13,7 @@ from fdl.datamodules.classes import Classes
 from fdl.datamodules.pairs import PairDataModule, PairSamples
 from fdl.datamodules.records import SKIP, Record
 from fdl.datamodules.source import Source
-from fdl.datamodules.tables import Layout
+from fdl.datamodules.tables import TableLayout
 from fdl.errors import UserError
 
 log = logging.getLogger("fdl")
@@ -42,8 +42,8 @@ class ImageText(PairDataModule):
         skip_unreadable: leave out files that cannot be decoded, and log which, at the price of decoding all of them
             once at the start; else an error names them.
         skip_empty: leave out records without a caption; else an error names the first one.
-        delimiter: as in `Layout`.
-        encoding: as in `Layout`.
+        delimiter: as in `TableLayout`.
+        encoding: as in `TableLayout`.
         common: the other arguments of `PairDataModule`.
 
     Raises:
@@ -74,7 +74,7 @@ class ImageText(PairDataModule):
     ):
         super().__init__(size=size, **common)
         full = (caption,) if skip_empty else ()
-        self._layout, self._skip = Layout(path, split, splits, where, full, delimiter, encoding), skip_unreadable
+        self._layout, self._skip = TableLayout(path, split, splits, where, full, delimiter, encoding), skip_unreadable
         table = Path(path).expanduser()
         folder = table if table.is_dir() else table.parent
         self._root = Path(image_root).expanduser() if image_root else folder

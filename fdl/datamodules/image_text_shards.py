@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fdl.datamodules.classes import Classes
-from fdl.datamodules.files import decode, spread_of, survey
+from fdl.datamodules.files import decode_image, spread_of, survey
 from fdl.datamodules.pairs import PairDataModule, PairSamples
 from fdl.datamodules.records import SKIP, Record
 from fdl.datamodules.source import Source
@@ -102,7 +102,7 @@ class ImageTextShards(PairDataModule):
         reading = self.reading_of(spread, len(deep), sum(map(len, splits.values())))
         return {
             split: [
-                (record, decode(io.BytesIO(image), self.size, self.channels or 3, reading))
+                (record, decode_image(io.BytesIO(image), self.size, self.channels or 3, reading))
                 if isinstance(image, bytes)
                 else (record, image)
                 for record, image in pairs
@@ -127,7 +127,9 @@ class ImageTextShards(PairDataModule):
                 try:
                     deep = self.value_range is None and bool(survey([io.BytesIO(image)]).deep)
                     pixels = (
-                        image if deep else decode(io.BytesIO(image), self.size, channels, self.reading_of({}, 0, 0))
+                        image
+                        if deep
+                        else decode_image(io.BytesIO(image), self.size, channels, self.reading_of({}, 0, 0))
                     )
                 except UserError as error:
                     reason = str(error).partition(": ")[2]

@@ -1,27 +1,27 @@
-"""Who holds which sample: every way of dealing one pool of labelled samples out to clients.
+"""Partitioners: assignments of a pool of labelled samples to clients.
 
-Every partitioner gives a disjoint cover: no sample twice, none lost. All randomness comes from the generator that is
-handed in, so the same stream gives the same split. Numpy only, so that a recipe is checked without importing torch.
+Every partitioner returns a disjoint cover: no sample twice, none lost. All randomness comes from the generator passed
+in, so the same stream gives the same split. Numpy only, so that a recipe is checked without importing torch.
 """
 
 from __future__ import annotations
 
-import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from fdl.datamodules.group_names import group_names, tell
+from fdl.datamodules.group_names import group_names, log_groups
+from fdl.datamodules.shares import divide_groups, merge_groups, split_by_shares, split_evenly
 from fdl.errors import UserError
 
 
 class Partitioner(ABC):
-    """Deals samples out to clients; a subclass writes `assign`.
+    """Base of partitioners of samples to clients; a subclass implements `assign`.
 
     Attributes:
-        needs_labels: whether it looks at the samples' classes.
+        needs_labels: whether the partition depends on the samples' classes.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Partitioner(ABC):
     def split(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        """Deal every sample to exactly one client.
+        """Assign every sample to exactly one client.
 
         Args:
             labels: class of each sample, int [n].
             clients: number of clients.
-            rng: the stream that decides.
+            rng: random stream of the partition.
             groups: natural client or domain of each sample, [n] of any type; None where the data have none.
 
         Returns:
-            One sorted array of int64 indices a client; disjoint, none empty, together 0 … n-1.
+            One sorted array of int64 indices per client; disjoint, none empty, their union 0 … n-1.
 
         Raises:
             UserError: when there are more clients than samples, or the settings leave a client without any.
@@ -59,11 +59,11 @@ class Partitioner(ABC):
         return parts
 
     def names(self, parts: Sequence[np.ndarray], groups: np.ndarray | None = None) -> list[str]:
-        """What people call each client; empty where it is only a number, as here.
+        """Return the display name of each client; by default empty: clients have only numbers.
 
         Args:
-            parts: what `split` gave.
-            groups: as in `split`.
+            parts: indices of each client's samples, as returned by `split`.
+            groups: natural client or domain of each sample, [n] of any type; None where the data have none.
         """
         return [""] * len(parts)
 
@@ -71,7 +71,14 @@ class Partitioner(ABC):
     def assign(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
     ) -> list[np.ndarray]:
-        """Give each client its indices, in any order; arguments as in `split`, already checked."""
+        """Return the indices of each client's samples, in any order; called by `split` with checked arguments.
+
+        Args:
+            labels: class of each sample, int [n].
+            clients: number of clients, at most n.
+            rng: random stream of the partition.
+            groups: natural client or domain of each sample, [n] of any type; None where the data have none.
+        """
 
 
 class IID(Partitioner):
@@ -103,14 +110,14 @@ class Dirichlet(Partitioner):
 
     Args:
         alpha: concentration, > 0; 100 is nearly uniform, 0.1 strong skew.
-        by: which of the two.
-        min_samples: fewest samples of a client for ``by="class"``; default 10, or a tenth of an equal share where that
-            is less, and at least 1.
+        by: scheme, ``"class"`` or ``"client"``.
+        min_samples: minimum number of samples per client for ``by="class"``; default 10, or a tenth of an equal share
+            where that is less, and at least 1.
         balance: for ``by="class"``: give nothing more to a client that already holds an equal share (FedDF).
-        max_tries: how many draws before giving up.
+        max_tries: maximum number of draws.
 
     Raises:
-        UserError: for values out of range; from `split` when no draw gave everybody enough.
+        UserError: for values out of range; from `split` when no draw gave every client `min_samples`.
     """
 
     name = "dirichlet"
@@ -139,7 +146,7 @@ class Dirichlet(Partitioner):
     def assign(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
     ) -> list[np.ndarray]:
-        """Draw how many samples of each class every client gets, then which."""
+        """Draw the number of samples per class and client, then the samples."""
         classes, sizes = np.unique(labels, return_counts=True)
         counts = self._draw(sizes, clients, rng)
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
@@ -150,7 +157,7 @@ class Dirichlet(Partitioner):
         return [np.concatenate(part) for part in parts]
 
     def _by_class(self, sizes: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
-        """Counts [C, K] whose rows are drawn from Dir(α·1_K)."""
+        """Draw counts [C, K] whose rows follow Dir(α·1_K)."""
         total = int(sizes.sum())
         least = self.min_samples if self.min_samples is not None else max(1, min(10, total // (10 * clients)))
         if least * clients > total:
@@ -158,7 +165,7 @@ class Dirichlet(Partitioner):
         best = 0
         for _ in range(self.max_tries):
             shares = rng.dirichlet(np.full(clients, self.alpha), len(sizes))
-            counts = self._balanced(shares, sizes, rng) if self.balance else _cut(shares, sizes[:, None])
+            counts = self._balanced(shares, sizes, rng) if self.balance else split_by_shares(shares, sizes[:, None])
             smallest = int(counts.sum(0).min())
             if smallest >= least:
                 return counts
@@ -171,7 +178,7 @@ class Dirichlet(Partitioner):
 
     @staticmethod
     def _balanced(shares: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Counts [C, K], class by class in random order, none of a class to clients that hold an equal share."""
+        """Draw counts [C, K], class by class in random order; clients with an equal share get no more."""
         counts = np.zeros(shares.shape, dtype=np.int64)
         equal = sizes.sum() / shares.shape[1]
         for c in rng.permutation(len(sizes)):
@@ -179,21 +186,21 @@ class Dirichlet(Partitioner):
             share = shares[c] * wanting
             # a very small alpha may have put all of the class on clients that are full
             share = share / share.sum() if share.sum() > 0 else wanting / wanting.sum()
-            counts[c] = _cut(share[None], sizes[c])
+            counts[c] = split_by_shares(share[None], sizes[c])
         return counts
 
     def _by_client(self, sizes: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
-        """Counts [C, K] whose columns follow each client's own mixture as far as the classes last."""
+        """Draw counts [C, K] whose columns follow each client's own mixture until classes are exhausted."""
         left = sizes.copy()
         counts = np.zeros((len(sizes), clients), dtype=np.int64)
-        for client, wanted in enumerate(_even(int(sizes.sum()), clients)):
+        for client, wanted in enumerate(split_evenly(int(sizes.sum()), clients)):
             mixture = rng.dirichlet(np.full(len(sizes), self.alpha))
             while wanted > 0:
                 # what an exhausted class cannot give is taken from the others, in the same proportions
                 open_mixture = mixture * (left > 0)
                 if not open_mixture.sum() > 0:
                     open_mixture = left.astype(float)
-                drawn = np.minimum(_cut((open_mixture / open_mixture.sum())[None], wanted)[0], left)
+                drawn = np.minimum(split_by_shares((open_mixture / open_mixture.sum())[None], wanted)[0], left)
                 counts[:, client] += drawn
                 left -= drawn
                 wanted -= int(drawn.sum())
@@ -203,11 +210,11 @@ class Dirichlet(Partitioner):
 class ClassSplit(Partitioner):
     """Label skew: each client holds a fixed number of classes.
 
-    Classes are dealt so that each has the same number of owners, give or take one, and is shared equally among them
+    Classes are assigned so that the numbers of their owners differ by at most one; owners share a class equally
     (#C = k in Li et al. 2022, NIID-Bench).
 
     Args:
-        classes_per_client: how many classes a client holds, ≥ 1.
+        classes_per_client: number of classes per client, ≥ 1.
 
     Raises:
         UserError: for values out of range; from `split` when clients cannot cover all classes.
@@ -256,10 +263,10 @@ class ClassSplit(Partitioner):
 class Shards(Partitioner):
     """Label skew: samples sorted by class are cut into shards, and each client gets a few at random.
 
-    The split of McMahan et al. 2017 with two shards a client.
+    The split of McMahan et al. 2017 for two shards per client.
 
     Args:
-        shards_per_client: how many, ≥ 1.
+        shards_per_client: number of shards per client, ≥ 1.
 
     Raises:
         UserError: for values out of range; from `split` when there are more shards than samples.
@@ -275,7 +282,7 @@ class Shards(Partitioner):
     def assign(
         self, labels: np.ndarray, clients: int, rng: np.random.Generator, groups: np.ndarray | None
     ) -> list[np.ndarray]:
-        """Sort by class, samples of one class in random order, cut, and deal the shards."""
+        """Sort by class, with samples of one class in random order, cut into shards, and assign these at random."""
         count = clients * self.shards_per_client
         if count > len(labels):
             raise UserError(
@@ -291,13 +298,13 @@ class Shards(Partitioner):
 class QuantitySkew(Partitioner):
     """Size skew: the same distribution everywhere, but some clients hold much more than others.
 
-    Everybody first gets `min_samples`; the rest is shared by p ~ Dir(α·1_K), or by a power law p_i ∝ i^(-exponent)
+    Every client first gets `min_samples`; the rest is shared by p ~ Dir(α·1_K), or by a power law p_i ∝ i^(-exponent)
     over clients in random order.
 
     Args:
         alpha: concentration of the Dirichlet distribution, > 0.
         exponent: of the power law, > 0; exactly one of the two is given.
-        min_samples: fewest samples of a client, ≥ 1.
+        min_samples: minimum number of samples per client, ≥ 1.
 
     Raises:
         UserError: for values out of range; from `split` when there are too few samples for `min_samples`.
@@ -329,15 +336,15 @@ class QuantitySkew(Partitioner):
         else:
             weights = np.arange(1, clients + 1, dtype=float) ** -self.exponent
             shares = rng.permutation(weights / weights.sum())
-        sizes = self.min_samples + _cut(shares[None], spare)[0]
+        sizes = self.min_samples + split_by_shares(shares[None], spare)[0]
         return np.split(rng.permutation(len(labels)), np.cumsum(sizes)[:-1])
 
 
 class ByGroup(Partitioner):
     """Natural clients: samples stay with the site, writer or domain that they came from.
 
-    With more groups than clients, whole groups are put together so that sizes are as equal as they can be; with
-    fewer, the largest groups are divided among several clients. Either is said in a warning: who went where.
+    With more groups than clients, whole groups are merged so that sizes are as equal as possible; with fewer, the
+    largest groups are divided among several clients. In both cases a warning lists the groups of each client.
 
     Raises:
         UserError: from `split` when the data name no groups.
@@ -361,55 +368,18 @@ class ByGroup(Partitioner):
         members = [rng.permutation(np.flatnonzero(codes == g)) for g in range(codes.max() + 1)]
         if len(members) == clients:
             return members
-        parts = _merged(members, clients) if len(members) > clients else _divided(members, clients)
-        tell(self.name, parts, groups)
+        parts = merge_groups(members, clients) if len(members) > clients else divide_groups(members, clients)
+        log_groups(self.name, parts, groups)
         return parts
 
     def names(self, parts: Sequence[np.ndarray], groups: np.ndarray | None = None) -> list[str]:
-        """The groups of each client, as `fdl.datamodules.group_names` writes them; arguments as in `Partitioner`."""
+        """Name each client after its groups, see `fdl.datamodules.group_names`.
+
+        Args:
+            parts: indices of each client's samples, as returned by `split`.
+            groups: natural client or domain of each sample, [n] of any type.
+        """
         return group_names(parts, groups)
-
-
-def _merged(members: list[np.ndarray], clients: int) -> list[np.ndarray]:
-    """Put each group, the largest first, to the client that holds least."""
-    heap = [(0, client) for client in range(clients)]
-    hands: list[list[np.ndarray]] = [[] for _ in range(clients)]
-    for group in sorted(members, key=len, reverse=True):
-        size, client = heapq.heappop(heap)
-        hands[client].append(group)
-        heapq.heappush(heap, (size + len(group), client))
-    return [np.concatenate(hand) for hand in hands]
-
-
-def _divided(members: list[np.ndarray], clients: int) -> list[np.ndarray]:
-    """Give each further client to the group that has most samples a client, and share every group equally."""
-    heap = [(-len(group), g, 1) for g, group in enumerate(members)]
-    heapq.heapify(heap)
-    for _ in range(clients - len(members)):
-        _, g, count = heapq.heappop(heap)
-        heapq.heappush(heap, (-len(members[g]) / (count + 1), g, count + 1))
-    counts = {g: count for _, g, count in heap}
-    return [part for g, group in enumerate(members) for part in np.array_split(group, counts[g])]
-
-
-def _cut(shares: np.ndarray, total: np.ndarray | int) -> np.ndarray:
-    """Whole counts by shares, each row summing to its total: cumulated shares are rounded, so nothing gets lost.
-
-    Args:
-        shares: rows that sum to one, [R, K].
-        total: what to share out, [R, 1] or one number.
-
-    Returns:
-        int64 [R, K].
-    """
-    edges = np.rint(np.cumsum(shares, axis=1) * total).astype(np.int64)
-    edges[:, -1:] = total
-    return np.diff(edges, axis=1, prepend=0)
-
-
-def _even(total: int, parts: int) -> list[int]:
-    """Whole numbers that sum to `total` and differ by at most one."""
-    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def _require_positive(key: str, value: float) -> None:

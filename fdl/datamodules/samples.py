@@ -1,7 +1,7 @@
-"""Examples that hand out whole batches.
+"""Sample sets that are read in whole batches.
 
-Clients are many and small and their steps are short, so a batch is made in one piece from tensors in memory: no loader
-workers, no per-sample transforms, no collating.
+Clients are many and small and their steps are short, so a batch is built in one piece from tensors in memory: no
+loader workers, no per-sample transforms, no collating.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch.nn import functional as F
 from fdl.modules.types import Batch, Inputs
 
 COPY_BELOW = 64 << 20
-"""Subsets of fewer bytes get their own copy of the rows: gathers stay cheap, and the pool they came from can go."""
+"""Subsets of fewer bytes copy their rows: gathers stay cheap, and the memory of the pool can be freed."""
 
 _CHUNK = 512
-"""Samples at a time where all of them are read one after another."""
+"""Number of samples per chunk in passes over all samples."""
 
 
 class Samples(ABC):
     """A fixed, ordered set of examples.
 
-    A subclass writes `__len__`, `nbytes`, `batch`, `subset`, `unlabelled` and `content_hash`; all else has a default.
+    A subclass implements `__len__`, `nbytes`, `batch`, `subset`, `unlabelled` and `content_hash`; others have defaults.
 
     Attributes:
         labels: classes, int64 [n]; None where unlabelled.
@@ -42,14 +42,14 @@ class Samples(ABC):
 
     @property
     def lengths(self) -> Tensor | None:
-        """Number of tokens of each text, int64 [n], for batches of like lengths; None for other inputs."""
+        """Number of tokens of each text, int64 [n], for batches of similar lengths; None for other inputs."""
         return None
 
     @property
     def at_once(self) -> bool:
-        """Whether several batches are one larger batch cut to pieces, also in training.
+        """True where several batches equal one larger batch cut into pieces, also in training.
 
-        Not so where a batch is padded to its longest text, or augmented.
+        False where a batch is padded to its longest text, or augmented.
         """
         return False
 
@@ -64,56 +64,60 @@ class Samples(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the inputs as they are stored: what sending these samples to somebody would cost."""
+        """Bytes of the inputs as stored: the cost of sending these samples."""
 
     @abstractmethod
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
         """Gather one batch.
 
         Args:
-            indices: which samples, int64 [B]; e.g. a slice of a permutation.
-            generator: given while training: augmentation is allowed and draws from this stream only.
+            indices: positions of the samples, int64 [B]; e.g. a slice of a permutation.
+            generator: stream of the augmentation, in training only; None: no augmentation.
         """
 
     def stored(self, indices: Tensor) -> Inputs:
-        """Return inputs in the form in which they travel to a device; `normalised` makes those of `batch` of them.
+        """Return inputs in the form that is copied to a device; `normalised` converts them to those of `batch`.
 
-        By default those of `batch`; a subclass whose inputs are smaller as they are stored, e.g. images as bytes,
-        overrides both functions.
+        By default the inputs of `batch`; a subclass whose inputs are smaller as stored, e.g. images as bytes, overrides
+        both methods.
 
         Args:
-            indices: which samples, int64 [B].
+            indices: positions of the samples, int64 [B].
         """
         return self.batch(indices)[0]
 
     def normalised(self, x: Inputs) -> Inputs:
-        """Turn stored inputs into those of `batch`, on whichever device they are.
+        """Convert stored inputs to those of `batch`, on the device where they are.
 
         Args:
-            x: what `stored` returned, perhaps on another device.
+            x: inputs as returned by `stored`, possibly moved to another device.
         """
         return x
 
     @abstractmethod
     def subset(self, indices: Any) -> Samples:
-        """The samples at these positions (tensor, array or list of integers), in this order."""
+        """Select samples by position, in the given order.
+
+        Args:
+            indices: positions, a tensor, array or list of integers.
+        """
 
     @abstractmethod
     def unlabelled(self) -> Samples:
-        """The same inputs, their labels gone for good."""
+        """Return the same inputs without labels."""
 
     @abstractmethod
     def content_hash(self) -> str:
-        """blake2b of the inputs in order, labels left out: the same as long as a model would see the same."""
+        """Return the blake2b hash of the inputs in order, without labels; equal for equal inputs of a model."""
 
 
 class ImageSamples(Samples):
-    """Images that are stored as they came, and normalised and augmented batch by batch.
+    """Images that are stored unchanged, and normalised and augmented per batch.
 
     Args:
         labels: classes, int64 [n]; None where unlabelled.
-        mean: of each channel on the scale where white is 1; None leaves images as they are.
-        std: likewise.
+        mean: mean of each channel on the scale where white is 1; None: no normalisation.
+        std: standard deviation of each channel on the same scale; None: no normalisation.
         augment: ``"crop_flip"`` (zero padding by an eighth, random crop, random mirror) or None.
     """
 
@@ -130,7 +134,7 @@ class ImageSamples(Samples):
 
     @property
     def at_once(self) -> bool:
-        """Whether there is no augmentation."""
+        """True without augmentation."""
         return self.augment is None
 
     @property
@@ -144,7 +148,7 @@ class ImageSamples(Samples):
 
     @abstractmethod
     def _take(self, indices: Tensor) -> dict[str, Any]:
-        """What changes in a copy of this object that holds only these inputs."""
+        """Return the attributes to change in a copy of this object that holds only the given inputs."""
 
     @abstractmethod
     def _hash_inputs(self, digest: Any) -> None:
@@ -158,11 +162,11 @@ class ImageSamples(Samples):
         return self.normalised(x), None if self.labels is None else self.labels.index_select(0, indices)
 
     def stored(self, indices: Tensor) -> Tensor:
-        """Inputs as stored, uint8 or float32 [B, …]: a quarter of the bytes to bring to a GPU; then `normalised`."""
+        """Return inputs as stored, uint8 or float32 [B, …]; bytes are a quarter of the transfer to a GPU."""
         return self._stored(indices)
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Turn stored inputs into those of `batch`, on whichever device they are."""
+        """Convert stored inputs to those of `batch`, on the device where they are."""
         scale, shift = self._byte_scale if x.dtype == torch.uint8 else self._scale, self._shift
         if x.device.type != "cpu":
             scale, shift = (t.to(x.device, non_blocking=True) if isinstance(t, Tensor) else t for t in (scale, shift))
@@ -172,28 +176,34 @@ class ImageSamples(Samples):
         return x if shift is None else x.mul(scale).add_(shift)
 
     def subset(self, indices: Any) -> ImageSamples:
-        """The samples at these positions; small sets in memory get their own copy of the pixels."""
+        """Select samples by position; small sets in memory copy their pixels."""
         indices = as_indices(indices, len(self))
         labels = None if self.labels is None else self.labels[indices]
         return self._changed(labels=labels, **self._take(indices))
 
     def unlabelled(self) -> ImageSamples:
-        """The same inputs without labels; the pixels are shared."""
+        """Return the same inputs without labels; the pixels are shared."""
         return self._changed(labels=None)
 
     def transformed(
         self, mean: Sequence[float] | None, std: Sequence[float] | None, augment: str | None = None
     ) -> ImageSamples:
-        """The same images with another normalisation and augmentation; the pixels are shared."""
+        """Return the same images with another normalisation and augmentation; the pixels are shared.
+
+        Args:
+            mean: mean of each channel, white being 1; None: no normalisation.
+            std: standard deviation of each channel; None: no normalisation.
+            augment: ``"crop_flip"`` or None.
+        """
         changed = self._changed()
         changed._set_transform(mean, std, augment)
         return changed
 
     def channel_statistics(self, at_most: int = 10_000) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel before normalisation, white being 1.
+        """Compute mean and standard deviation of each channel before normalisation, white being 1.
 
         Args:
-            at_most: larger sets are sampled evenly.
+            at_most: maximum number of images; larger sets are sampled evenly.
         """
         plain = self.transformed(None, None)
         chosen = torch.linspace(0, len(self) - 1, min(len(self), at_most)).long()
@@ -208,7 +218,7 @@ class ImageSamples(Samples):
         return [float(f"{m:.9g}") for m in mean.tolist()], [float(f"{s:.9g}") for s in std.tolist()]
 
     def content_hash(self) -> str:
-        """blake2b of pixels and normalisation, computed once."""
+        """Return the blake2b hash of pixels and normalisation, computed once."""
         if self._hash is None:
             digest = hashlib.blake2b(digest_size=16)
             digest.update(repr((len(self), self.input_shape, self.mean, self.std)).encode())
@@ -244,9 +254,9 @@ class TensorSamples(ImageSamples):
     Args:
         x: inputs [n, …], uint8 (255 is white) or floating point.
         y: classes [n]; None where unlabelled.
-        mean: as in `ImageSamples`.
-        std: as in `ImageSamples`.
-        augment: as in `ImageSamples`.
+        mean: mean of each channel on the scale where white is 1; None: no normalisation.
+        std: standard deviation of each channel on the same scale; None: no normalisation.
+        augment: ``"crop_flip"`` or None.
     """
 
     def __init__(
@@ -280,28 +290,32 @@ class TensorSamples(ImageSamples):
 
     @property
     def is_float(self) -> bool:
-        """Whether the inputs are stored as floating-point numbers."""
+        """True where the inputs are stored as floating-point numbers."""
         return self._x.is_floating_point()
 
     def extremes(self) -> tuple[float, float]:
-        """The smallest and the largest value of all inputs; there has to be one."""
+        """Return the smallest and the largest value of all inputs, of which there must be at least one."""
         parts = [self._stored(indices).aminmax() for indices in torch.arange(len(self)).split(_CHUNK)]
         return min(float(part.min) for part in parts), max(float(part.max) for part in parts)
 
     def not_finite(self) -> int:
-        """How many values are infinite or no number."""
+        """Count the values that are infinite or NaN."""
         if not self.is_float:
             return 0
         return sum(int((~self._stored(indices).isfinite()).sum()) for indices in torch.arange(len(self)).split(_CHUNK))
 
     def is_constant(self) -> bool:
-        """Whether all values of all inputs are the same."""
+        """Test that all values of all inputs are equal."""
         first = self._stored(torch.zeros(1, dtype=torch.int64)).flatten()[:1]
         chunks = torch.arange(len(self)).split(_CHUNK)
         return all(bool((self._stored(indices) == first).all()) for indices in chunks)
 
     def divided(self, by: float) -> TensorSamples:
-        """The same examples with every value divided by a number."""
+        """Return the same samples with every value divided by a number.
+
+        Args:
+            by: the divisor.
+        """
         return self._changed(_x=self._x / by)
 
     def _stored(self, indices: Tensor) -> Tensor:
@@ -320,7 +334,11 @@ class TensorSamples(ImageSamples):
 
 
 def as_indices(indices: Any, count: int) -> Tensor:
-    """Positions as an int64 tensor.
+    """Convert positions to an int64 tensor.
+
+    Args:
+        indices: positions, a tensor, array or list of integers.
+        count: number of samples; positions must be less.
 
     Raises:
         TypeError: when they are not integers, e.g. a mask.

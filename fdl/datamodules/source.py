@@ -11,7 +11,7 @@ from fdl.datamodules.samples import Samples
 
 @dataclass(frozen=True)
 class Source:
-    """What a data set consists of before anything is held out.
+    """Contents of a data set before anything is held out.
 
     Attributes:
         train: its training samples.

@@ -1,4 +1,4 @@
-"""What the field calls the splits of a data set, and which folders are those."""
+"""Usual names of the splits of a data set, and the folders of the splits."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in nam
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name stands for, in whichever case it is written; None where it is no usual one."""
+    """Map a name, in any case, to ``"train"``, ``"validation"`` or ``"test"``; None for an unusual name."""
     return _SPLIT_OF.get(name.strip().casefold())
 
 
 def are_splits(names: Iterable[str]) -> bool:
-    """Whether names are those of splits, with one to train on."""
+    """Test that all names are usual names of splits, a training split among them."""
     found = {split_of(name) for name in names}
     return None not in found and "train" in found
 
 
 def split_folders(root: Path, folders: list[Path], divided: Callable[[Path], bool]) -> dict[str, Path]:
-    """Which folder holds which split.
+    """Find the folder of each split.
 
     Args:
         root: the folder of the data set.
-        folders: those in it.
-        divided: whether there are folders with images in a folder, as in that of a split.
+        folders: the folders inside it.
+        divided: predicate for folders that contain folders with images, as the folder of a split does.
 
     Returns:
-        Folders by ``"train"``, ``"validation"`` and ``"test"``, as far as there are any. Where there is only one beside
-        ``"train"``, it is the test split. Where none is called like the training split, `root` itself is that.
+        Folders by ``"train"``, ``"validation"`` and ``"test"``, as far as they exist. A single folder besides
+        ``"train"`` is the test split. Without any folder of a split, `root` itself is the training split.
 
     Raises:
         UserError: two folders are one split, or there are others but none to train on.

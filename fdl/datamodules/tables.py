@@ -38,7 +38,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """Where records are, and which of their keys say where they belong.
 
     Args:

@@ -16,7 +16,7 @@ from fdl.datamodules.samples import COPY_BELOW, Samples, as_indices
 from fdl.errors import UserError
 from fdl.modules.types import Batch
 
-PADDING = -1
+TOKEN_PADDING = -1
 """Stands where a text has ended; no tokenizer has such an id."""
 
 _CHUNK = 4096
@@ -75,14 +75,14 @@ class TextSamples(Samples):
         return int(self._lengths.sum()) * self._tokens.itemsize
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Gather token ids, int64 [B, T], padded on the right with `PADDING`; texts are never augmented."""
+        """Gather token ids, int64 [B, T], padded on the right with `TOKEN_PADDING`; texts are never augmented."""
         rows = indices.numpy()
         lengths = self._lengths[rows]
         columns = np.arange(self._widest(lengths))
         places = self._starts[rows, None] + columns
         if len(lengths) and lengths.min() < len(columns):
             within = columns < lengths[:, None]
-            tokens = np.full(places.shape, PADDING, dtype=np.int64)
+            tokens = np.full(places.shape, TOKEN_PADDING, dtype=np.int64)
             tokens[within] = self._tokens[places[within]]
         else:
             tokens = self._tokens[places].astype(np.int64)

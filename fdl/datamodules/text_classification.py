@@ -13,7 +13,7 @@ from fdl.datamodules.base import FederatedDataModule
 from fdl.datamodules.classes import Classes
 from fdl.datamodules.records import SKIP, Record, existing
 from fdl.datamodules.source import Source
-from fdl.datamodules.tables import Layout, Table, read_folders
+from fdl.datamodules.tables import Table, TableLayout, read_folders
 from fdl.datamodules.text import TextSamples, from_ids, require_same_tokenizer, token_ids, token_limit
 from fdl.errors import UserError
 from fdl.utils.paths import expanded
@@ -31,7 +31,7 @@ class TextClassification(FederatedDataModule):
     regression, are not supported.
 
     Args:
-        path: as in `Layout`: a file, a folder with a file a split, or ``hub:name``; or a folder of folders.
+        path: as in `TableLayout`: a file, a folder with a file a split, or ``hub:name``; or a folder of folders.
         context: most tokens of a text, with the special ones.
         tokenizer: ``"bytes"``, a local file or folder, or a name on the Hugging Face hub.
         text: key of the text, or two keys for pairs, e.g. ``[sentence1, sentence2]``.
@@ -81,7 +81,7 @@ class TextClassification(FederatedDataModule):
         if len(self._texts) not in (1, 2):
             raise UserError(f"text must be one key, or two for pairs, got {text}")
         full = tuple(self._texts) if skip_empty else ()
-        self._layout = Layout(path, split, splits, where, full, delimiter, encoding)
+        self._layout = TableLayout(path, split, splits, where, full, delimiter, encoding)
         self._folders = expanded(path).is_dir() and not (self._layout.is_saved or self._layout.files())
         self.context, self._spec = context, tokenizer
         self._label, self._classes, self._group = label, classes, group

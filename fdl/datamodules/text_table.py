@@ -6,14 +6,14 @@ from typing import Any
 
 from fdl.datamodules.language import Documents, LanguageDataModule
 from fdl.datamodules.records import SKIP, Record, checked_text
-from fdl.datamodules.tables import Layout
+from fdl.datamodules.tables import TableLayout
 
 
 class TextTable(LanguageDataModule):
     """Texts from JSONL, JSON, CSV, TSV or parquet files, one record a text, or from a data set of Hugging Face.
 
     Args:
-        path: as in `Layout`: a file, a folder with a file a split, or ``hub:name``.
+        path: as in `TableLayout`: a file, a folder with a file a split, or ``hub:name``.
         context: tokens of a window.
         text: key of the text, or of a list of texts, of which each is then a document.
         group: key of the natural client, topic or source; None: there are no groups.
@@ -46,7 +46,7 @@ class TextTable(LanguageDataModule):
         **common: Any,
     ):
         super().__init__(context=context, **common)
-        self._layout = Layout(path, split, splits, where, (text,) if skip_empty else (), delimiter, encoding)
+        self._layout = TableLayout(path, split, splits, where, (text,) if skip_empty else (), delimiter, encoding)
         self._text, self._group = text, group
 
     def documents(self) -> dict[str, Documents]:

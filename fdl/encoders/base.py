@@ -1,4 +1,4 @@
-"""One public space for all sites: frozen encoders that know nothing but public data."""
+"""Frozen encoders: one embedding space for all sites, fitted on public data alone."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fdl.errors import UserError
 
 
 class Encoder(ABC):
-    """Maps samples into a space that every site shares, and is never trained on private data.
+    """Base of maps from samples to an embedding space that all sites share; never trained on private data.
 
-    Embeddings have length 1 unless the encoder says otherwise. Those of private samples stay at the site that owns
-    the samples; those of the proxy set are public, computed once and cached.
+    Embeddings have length 1 unless a subclass documents another default. Embeddings of private samples stay at the site
+    that owns the samples; those of the proxy set are public, computed once and cached.
 
     Args:
         normalize: scale every embedding to length 1.
-        batch_size: samples encoded at a time.
-        cache_dir: a folder that keeps embeddings of public samples between runs; None keeps them in memory only.
+        batch_size: number of samples per batch.
+        cache_dir: folder that keeps embeddings of public samples between runs; None keeps them in memory only.
     """
 
     def __init__(self, normalize: bool = True, batch_size: int = 256, cache_dir: str | None = None):
@@ -38,28 +38,32 @@ class Encoder(ABC):
 
     @abstractmethod
     def fit(self, proxy: Samples) -> None:
-        """Learn what there is to learn from the public proxy set alone."""
+        """Fit the encoder to the public proxy set alone.
+
+        Args:
+            proxy: samples of the proxy set.
+        """
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that it costs to ship the encoder to one site; 0 where each site makes the same one by itself."""
+        """Return the bytes needed to send the encoder to one site; 0 where each site can compute it."""
 
     @abstractmethod
     def identity(self) -> str:
-        """A text that changes whenever the embedding of some sample may change."""
+        """Return a text that changes whenever the embedding of any sample may change."""
 
     @abstractmethod
     def _encode(self, inputs: torch.Tensor) -> np.ndarray:
         """Embed one batch [B, …] as float [B, d]."""
 
     def encode(self, samples: Samples) -> np.ndarray:
-        """Embed samples, keeping nothing of them.
+        """Embed samples without caching the result.
 
         Args:
-            samples: n samples, private or public; their labels are not looked at.
+            samples: n samples, private or public; labels are not read.
 
         Returns:
-            float32 [n, d].
+            Embeddings, float32 [n, d].
 
         Raises:
             ValueError: there are no samples.
@@ -74,13 +78,13 @@ class Encoder(ABC):
         return embeddings
 
     def encode_public(self, samples: Samples) -> np.ndarray:
-        """Embed public samples once, and hand out the same read-only array from then on.
+        """Embed public samples once; later calls return the same read-only array.
 
         Args:
-            samples: n public samples, e.g. the proxy set; found again by the hash of their content.
+            samples: n public samples, e.g. the proxy set; the cache is keyed by the hash of their content.
 
         Returns:
-            float32 [n, d], not writeable.
+            Embeddings, float32 [n, d], not writeable.
         """
         key = hashlib.blake2b(
             f"{self.identity()}/{self.normalize}/{samples.content_hash()}".encode(), digest_size=16
@@ -95,7 +99,7 @@ class Encoder(ABC):
         return self._public[key]
 
     def _stored(self, key: str, count: int) -> np.ndarray | None:
-        """The embeddings in the cache folder; a file that cannot be read is as good as none."""
+        """Read embeddings from the cache folder; None where the file is missing or cannot be read."""
         if self.cache_dir is None:
             return None
         try:
@@ -105,7 +109,7 @@ class Encoder(ABC):
         return found if found.ndim == 2 and len(found) == count and found.dtype == np.float32 else None
 
     def _store(self, key: str, embeddings: np.ndarray) -> None:
-        """Write them under another name first, so that no reader finds half a file."""
+        """Write embeddings under a temporary name and rename the file, so that no reader finds a partial one."""
         if self.cache_dir is None:
             return
         self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,7 @@ class Encoder(ABC):
 
 
 class Pixels(Encoder):
-    """The inputs themselves, flattened; nothing to fit and nothing to ship."""
+    """Identity encoder: the flattened inputs; nothing to fit and nothing to send."""
 
     name = "pixels"
 
@@ -123,14 +127,14 @@ class Pixels(Encoder):
         super().__init__(normalize, batch_size)
 
     def fit(self, proxy: Samples) -> None:
-        """Nothing to learn."""
+        """Do nothing: the encoder has no parameters."""
 
     def nbytes(self) -> int:
-        """Nothing to ship."""
+        """Return 0: nothing is sent."""
         return 0
 
     def identity(self) -> str:
-        """Always the same."""
+        """Return a constant."""
         return "pixels"
 
     def _encode(self, inputs: torch.Tensor) -> np.ndarray:
@@ -138,14 +142,14 @@ class Pixels(Encoder):
 
 
 class PCA(Encoder):
-    """Principal components of the proxy set, which every site computes for itself from the data it already has.
+    """Principal components of the proxy set, which every site computes from its own copy of the proxy set.
 
     Args:
-        components: how many at most; there are fewer where the proxy set has fewer samples or values.
-        whiten: scale every component to unit variance on the proxy set, so that all count alike.
-        normalize: as in `Encoder`; off by default, since how far a sample lies from the proxy set's centre tells
-            something too.
-        batch_size: as in `Encoder`.
+        components: maximum number of components; fewer where the proxy set has fewer samples or values.
+        whiten: scale every component to unit variance on the proxy set, so that all have equal weight.
+        normalize: scale every embedding to length 1; off by default, since the distance of a sample from the proxy
+            set's centre carries information.
+        batch_size: number of samples per batch.
     """
 
     name = "pca"
@@ -159,7 +163,14 @@ class PCA(Encoder):
         self._identity = ""
 
     def fit(self, proxy: Samples) -> None:
-        """Find the components of the proxy set; the result depends on nothing else."""
+        """Compute the components of the proxy set; the result depends on nothing else.
+
+        Args:
+            proxy: samples of the proxy set, at least 2.
+
+        Raises:
+            UserError: there are fewer than 2 samples, or the inputs are token ids.
+        """
         from sklearn import decomposition
 
         if len(proxy) < 2:
@@ -176,11 +187,11 @@ class PCA(Encoder):
         self._identity = f"pca/{components}/{self.whiten}/{proxy.content_hash()}"
 
     def nbytes(self) -> int:
-        """Nothing to ship: it follows from the proxy set."""
+        """Return 0: each site computes the components from the proxy set."""
         return 0
 
     def identity(self) -> str:
-        """The settings and what it was fitted on."""
+        """Return the settings and the content hash of the proxy set."""
         return self._identity
 
     def _encode(self, inputs: torch.Tensor) -> np.ndarray:
@@ -189,10 +200,16 @@ class PCA(Encoder):
         return self._pca.transform(inputs.flatten(1).cpu().numpy())
 
     def decode(self, points: np.ndarray) -> np.ndarray:
-        """The inputs, flat, that lie nearest to points of the space: float64 [n, values] for [n, d].
+        """Reconstruct flattened inputs from points of the embedding space.
+
+        Args:
+            points: points of the space, [n, d].
+
+        Returns:
+            The nearest reconstructions, float64 [n, values].
 
         Raises:
-            RuntimeError: nothing was fitted yet.
+            RuntimeError: the encoder is not fitted yet.
         """
         if self._pca is None:
             raise RuntimeError("PCA.fit comes before PCA.decode")
@@ -200,14 +217,14 @@ class PCA(Encoder):
 
 
 class Frozen(Encoder):
-    """The embedding of a public pretrained model, which is shipped to every site once and never trained.
+    """Embedding of a public pretrained model, which is sent to every site once and never trained.
 
     Args:
-        module: a model whose answer has an ``embedding`` [B, d]; it is frozen and kept in evaluation mode.
-        image_size: resize images to this many pixels a side (bicubic) before the model sees them; None leaves them.
-        normalize: as in `Encoder`.
-        batch_size: as in `Encoder`.
-        cache_dir: as in `Encoder`.
+        module: a model whose output has an ``embedding`` [B, d]; it is frozen and kept in evaluation mode.
+        image_size: side length in pixels to which images are resized (bicubic) for the model; None: no resizing.
+        normalize: scale every embedding to length 1.
+        batch_size: number of samples per batch.
+        cache_dir: folder that keeps embeddings of public samples between runs; None: in memory only.
     """
 
     name = "frozen"
@@ -228,14 +245,14 @@ class Frozen(Encoder):
         self._identity: str | None = None
 
     def fit(self, proxy: Samples) -> None:
-        """Nothing to learn: the model is pretrained."""
+        """Do nothing: the model is pretrained."""
 
     def nbytes(self) -> int:
-        """Size of all weights and buffers."""
+        """Return the size in bytes of all weights and buffers."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
     def identity(self) -> str:
-        """Hash of the weights and settings, computed once: the model never changes."""
+        """Return a hash of weights and settings, computed once, since the model never changes."""
         if self._identity is None:
             digest = hashlib.blake2b(f"{type(self.module).__qualname__}/{self.image_size}".encode(), digest_size=16)
             for name, tensor in sorted(self._tensors().items()):

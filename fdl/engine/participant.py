@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -14,8 +15,6 @@ from fdl.modules.objectives import Objective
 from fdl.utils.seeding import stream_seed, torch_stream
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from lightning import LightningModule
     from torch import Tensor
 
@@ -80,16 +79,16 @@ class PrivateTrainer(Protocol):
 
 
 class ModuleSource(Protocol):
-    """Modules that a client can borrow and fill with weights; `Runtime` has those that all clients share."""
+    """Lends modules that a client may load with weights, as `Runtime` does with those that all clients share."""
 
     def borrow(
         self, architecture: str, weights: Mapping[str, Tensor] | None = None
     ) -> AbstractContextManager[LightningModule]:
-        """Lend an architecture's module for a block.
+        """Borrow an architecture's module for the length of a context.
 
         Args:
             architecture: the architecture's key.
-            weights: weights to fill it with; None leaves those that it has.
+            weights: tensors to load, by the names of `module_state`; None keeps the module's weights.
         """
         ...
 

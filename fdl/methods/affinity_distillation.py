@@ -102,7 +102,8 @@ class AffinityDistillation(Method):
         yield FitRequest(specialist, client.train, client.local_training)
         client.save_specialist(specialist)
         temperature = temperature_of(client, specialist) if self.calibrate else 1.0
-        vectors = scaled((yield PredictRequest(specialist, client.proxy, "embedding")), specialist, temperature)
+        embedding = yield PredictRequest(specialist, client.proxy, "embedding")
+        vectors = scaled(embedding, specialist, temperature)
         confidence = None if self.confidence is None else confidences(self.confidence, client, vectors)
         return Responses(vectors, "embeddings", None, confidence)
 

@@ -82,17 +82,17 @@ class FedLPFM(FedAvg):
         if self.weight == 0 or client.runtime.is_dry_run:  # a dry run measures messages, which predictions leave alone
             return (yield from super().local_update(client, download))
         with client.data_gate.open():  # predictions of a sample are used in the fit with that sample, and nowhere else
-            answers = yield from self._teacher_predictions(client)
+            predictions = yield from self._teacher_predictions(client)
             proxy = client.load(download.tensors, "student")
             client.metrics.update(self._costs(client, proxy))
-            labelled = SoftLabelled(client.train, client.train.labels, more=[answers])
+            labelled = SoftLabelled(client.train, client.train.labels, more=[predictions])
         yield FitRequest(proxy, labelled, client.local_training, self._loss)
         return Parameters(module_state(proxy), samples=client.reported_samples)
 
     def _loss(self, proxy: nn.Module, batch: Any) -> Mapping[str, Tensor]:
-        inputs, labels, answers = batch
+        inputs, labels, targets = batch
         logits = proxy(inputs).logits
-        hard, soft = cross_entropy(logits, labels), self.loss(logits, answers, self.temperature)
+        hard, soft = cross_entropy(logits, labels), self.loss(logits, targets, self.temperature)
         parts = {"cross_entropy": hard.detach(), "distillation": soft.detach()}
         return {**parts, "loss": (1 - self.weight) * hard + self.weight * soft}
 

@@ -57,8 +57,7 @@ class FederatedDistillation(Method):
         upload_policy: upload only on change; None uploads in each round.
         private_release: noise that makes the predictions private.
         robust: rule instead of the mean, against Byzantine clients; it has a limit of its own for a client's weight.
-        max_client_share: largest weight of a client in equal shares, ≥ 1: of K clients none moves a row of
-            probabilities by more than √2 share / K on average, whatever confidence it uploads; None: no limit.
+        max_client_share: equal shares a client may have, ≥ 1: moves rows by ≤ √2 share / K on average; None: any.
         max_client_share_over: apply the limit per round, or per row, which is safer if sites have the same classes.
     """
 

@@ -40,7 +40,7 @@ class ProximalObjective(PenalizedObjective):
         """
         return proximal(parameters, anchor, self.mu)
 
-    def combined(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
+    def add_penalty(self, losses: Mapping[str, Tensor], penalty: Tensor) -> dict[str, Tensor]:
         """Return the module's own losses with the proximal term added to ``"loss"``.
 
         Args:

@@ -15,7 +15,7 @@ from fdl.knowledge.aggregation.server_optimizers import SGD, Average
 from fdl.knowledge.aggregation.tensor_mean import MeanTensors, WeightedMean
 from fdl.messages import TensorMessage
 from fdl.methods.base import Method
-from fdl.modules.objectives import PenalizedObjective, pads
+from fdl.modules.objectives import PenalizedObjective, is_padding_safe
 from fdl.modules.tracing import traceable
 from fdl.participants import Client, Server
 from fdl.recipe.config import Fit
@@ -94,7 +94,8 @@ class Scaffold(Method):
         steps = local_steps(module, client.samples, fit)
         if steps == 0:
             return None
-        yield FitRequest(module, client.train, fit, CorrectedObjective(anchor, pads(module.training_step)))
+        objective = CorrectedObjective(anchor, is_padding_safe(module.training_step))
+        yield FitRequest(module, client.train, fit, objective)
         trained, scale = module_state(module), 1 / (steps * fit.optimizer.args["lr"])
         change = {n: scale * (weights[n] - trained[n].cpu()).to(c.dtype) - c for n, c in common.items()}
         client.state["control"] = {name: own[name] + change[name] for name in common}

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from fdl.datamodules import files
 from fdl.datamodules.base import _as_it_is, _Batches
-from fdl.datamodules.files import FileSamples, decode, survey
+from fdl.datamodules.files import FileSamples, decode_image, survey
 from fdl.errors import UserError
 
 
@@ -24,14 +24,16 @@ def photos(tmp_path):
 
 
 def test_pixels_are_those_in_the_file(photos):
-    pixels = decode(photos[0], 8, 3)
+    pixels = decode_image(photos[0], 8, 3)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels.transpose(1, 2, 0), np.asarray(Image.open(photos[0])))
 
 
 def test_the_central_square_is_taken(photos):
     # 12 rows of 8 columns: two rows go above and two below
-    np.testing.assert_array_equal(decode(photos[1], 8, 3).transpose(1, 2, 0), np.asarray(Image.open(photos[1]))[2:10])
+    np.testing.assert_array_equal(
+        decode_image(photos[1], 8, 3).transpose(1, 2, 0), np.asarray(Image.open(photos[1]))[2:10]
+    )
 
 
 def test_downscaling_averages(tmp_path):
@@ -39,13 +41,13 @@ def test_downscaling_averages(tmp_path):
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(path)
     # without antialiasing, every second pixel of a fine chequerboard is black or white
-    assert abs(decode(path, 8, 1).astype(int) - 127).max() <= 2
+    assert abs(decode_image(path, 8, 1).astype(int) - 127).max() <= 2
 
 
 def test_sixteen_bit_greyscale_is_scaled_not_clipped(tmp_path):
     path = tmp_path / "xray.png"
     Image.fromarray(np.array([[0, 256], [32768, 65535]], dtype=np.uint16)).save(path)
-    np.testing.assert_array_equal(decode(path, 2, 1)[0], [[0, 1], [128, 255]])
+    np.testing.assert_array_equal(decode_image(path, 2, 1)[0], [[0, 1], [128, 255]])
 
 
 @pytest.mark.parametrize("keep", [0, 1 << 30], ids=["decoded each time", "kept in memory"])
@@ -55,7 +57,7 @@ def test_batches_subsets_and_labels(photos, keep, monkeypatch):
     assert samples.input_shape == (3, 8, 8)
     for _ in range(2):  # read, then read again
         x, y = samples.batch(torch.tensor([5, 0, 3, 0, 1]))
-        expected = np.stack([decode(photos[i], 8, 3) for i in (5, 0, 3, 0, 1)]).astype(np.float32) / 127.5 - 1
+        expected = np.stack([decode_image(photos[i], 8, 3) for i in (5, 0, 3, 0, 1)]).astype(np.float32) / 127.5 - 1
         np.testing.assert_allclose(x.numpy(), expected, atol=1e-6)
         assert y.tolist() == [5, 0, 3, 0, 1]
     inner = samples.subset([4, 2, 0]).unlabelled().subset([2])
@@ -68,7 +70,7 @@ def test_batches_subsets_and_labels(photos, keep, monkeypatch):
 def test_an_image_is_decoded_once_for_all_subsets(photos, keep, reads, monkeypatch):
     monkeypatch.setattr(files, "CACHE_BELOW", keep)
     opened = []
-    monkeypatch.setattr(files, "decode", lambda *a: opened.append(a[0]) or decode(*a))
+    monkeypatch.setattr(files, "decode_image", lambda *a: opened.append(a[0]) or decode_image(*a))
     samples = FileSamples(photos, size=8)
     for part in (samples.subset([1, 2]), samples.subset([2, 1])):
         part.batch(torch.arange(2))

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet as pyarrow_parquet
 import pytest
 
-from fdl.datamodules.tables import Layout
+from fdl.datamodules.tables import TableLayout
 from fdl.errors import UserError
 
 ROWS = [{"text": f"t{i}", "n": i, "split": "train" if i < 4 else "dev"} for i in range(6)]
@@ -31,7 +31,7 @@ def numbers(table):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_splits_of_one_file(tmp_path, name):
     """The only held-out split is the test split, whatever it is called."""
-    table = Layout(jsonl(tmp_path / name)).read()
+    table = TableLayout(jsonl(tmp_path / name)).read()
     assert numbers(table) == {"train": [0, 1, 2, 3], "test": [4, 5]}
     assert table.splits["test"][0].place.endswith(f"{name}: line 5")
 
@@ -39,26 +39,26 @@ def test_splits_of_one_file(tmp_path, name):
 def test_chosen_splits_and_records(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [*ROWS, {"text": "u", "n": 6, "split": "extra"}])
     with pytest.raises(UserError, match="unknown split 'extra'; set splits"):
-        Layout(path).read()
-    assert numbers(Layout(path, splits={"train": "dev", "test": "extra"}).read()) == {"train": [4, 5], "test": [6]}
-    kept = Layout(path, splits={"train": "train", "validation": "dev"}).read()
+        TableLayout(path).read()
+    assert numbers(TableLayout(path, splits={"train": "dev", "test": "extra"}).read()) == {"train": [4, 5], "test": [6]}
+    kept = TableLayout(path, splits={"train": "train", "validation": "dev"}).read()
     assert numbers(kept) == {"train": [0, 1, 2, 3], "validation": [4, 5]}
     with pytest.raises(UserError, match="no split 'eval'; there are dev, extra, train"):
-        Layout(path, splits={"train": "train", "test": "eval"}).read()
+        TableLayout(path, splits={"train": "train", "test": "eval"}).read()
     with pytest.raises(UserError, match="splits: 'dev' is none of train, validation, test"):
-        Layout(path, splits={"dev": "dev"})
-    chosen = Layout(jsonl(tmp_path / "b.jsonl"), where={"n": [0, 2, 5], "split": "train"}).read()
+        TableLayout(path, splits={"dev": "dev"})
+    chosen = TableLayout(jsonl(tmp_path / "b.jsonl"), where={"n": [0, 2, 5], "split": "train"}).read()
     assert numbers(chosen) == {"train": [0, 2]}
     with pytest.raises(UserError, match=r"no training records; splits are dev"):
-        Layout(path, where={"split": "dev"}).read()
+        TableLayout(path, where={"split": "dev"}).read()
     with pytest.raises(UserError, match=r"a\.jsonl: line 1: no key 'colour'; there are 'text', 'n', 'split'"):
-        Layout(path, where={"colour": 1}).read()
+        TableLayout(path, where={"colour": 1}).read()
 
 
 def test_a_file_a_split_and_columns(tmp_path):
     (tmp_path / "train.csv").write_text('text,n\n"one, with ""quotes""",0\n"two\nlines",1\n')
     (tmp_path / "test.tsv").write_text('text\tn\n"not quoted\t2\n')
-    table = Layout(str(tmp_path)).read()
+    table = TableLayout(str(tmp_path)).read()
     assert [record["text"] for record in table.splits["train"]] == ['one, with "quotes"', "two\nlines"]
     assert [record["text"] for record in table.splits["test"]] == ['"not quoted']
     assert set(table.splits) == {"train", "test"}
@@ -66,7 +66,7 @@ def test_a_file_a_split_and_columns(tmp_path):
 
 def test_records_with_empty_texts_can_be_left_out(tmp_path, caplog):
     path = jsonl(tmp_path / "a.jsonl", [{"text": " ", "n": 0}, {"text": "x", "n": 1}, {"text": "", "n": 2}])
-    assert numbers(Layout(path, full=("text",)).read()) == {"train": [1]}
+    assert numbers(TableLayout(path, full=("text",)).read()) == {"train": [1]}
     assert "left out 2 records with empty texts" in caplog.text
 
 
@@ -83,7 +83,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        Layout(str(path)).read()
+        TableLayout(str(path)).read()
     assert str(path) in str(caught.value)
 
 
@@ -92,20 +92,20 @@ def test_damaged_and_missing_files(tmp_path):
     jsonl(packed, ROWS * 50)
     packed.write_bytes(packed.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be read"):
-        Layout(str(packed)).read()
+        TableLayout(str(packed)).read()
     (tmp_path / "b.csv").write_text("text,n\nx\n")
     with pytest.raises(UserError, match=r"b\.csv: line 2: expected 2 columns"):
-        Layout(str(tmp_path / "b.csv")).read()
+        TableLayout(str(tmp_path / "b.csv")).read()
     with pytest.raises(UserError, match=r"absent\.jsonl: no such file or folder"):
-        Layout(str(tmp_path / "absent.jsonl"))
+        TableLayout(str(tmp_path / "absent.jsonl"))
     (tmp_path / "c.xlsx").write_text("x")
     with pytest.raises(UserError, match=r"c\.xlsx: expected a file of \.jsonl"):
-        Layout(str(tmp_path / "c.xlsx"))
+        TableLayout(str(tmp_path / "c.xlsx"))
     with pytest.raises(UserError, match=r"cannot be read .*File name too long"):
-        Layout("x" * 300)
+        TableLayout("x" * 300)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no file of \.jsonl"):
-        Layout(str(tmp_path / "empty")).read()
+        TableLayout(str(tmp_path / "empty")).read()
 
 
 # -- formats -----------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def written(path, content):
 
 
 def texts(path, **options):
-    table = Layout(path, **options).read()
+    table = TableLayout(path, **options).read()
     return {split: [(r["text"], str(r["n"])) for r in records] for split, records in table.splits.items()}
 
 
@@ -190,33 +190,33 @@ def test_delimiters_that_are_found_or_given(tmp_path):
     assert texts(written(tmp_path / "a.csv", "text,n\na;b;c,1\nd;e,2\n")) == {"train": [("a;b;c", "1"), ("d;e", "2")]}
     assert texts(written(tmp_path / "b.csv", "text;n\na, b;1\nc;2\n")) == {"train": [("a, b", "1"), ("c", "2")]}
     assert texts(written(tmp_path / "c.csv", "text~n\na~1\n"), delimiter="~") == {"train": [("a", "1")]}
-    only = Layout(written(tmp_path / "d.csv", "text\nno columns; just text\n")).read()
+    only = TableLayout(written(tmp_path / "d.csv", "text\nno columns; just text\n")).read()
     assert [r["text"] for r in only.splits["train"]] == ["no columns; just text"]
     with pytest.raises(UserError, match=r"e\.csv: line 3: expected 2 columns, as in the first line, with ';' between"):
-        Layout(written(tmp_path / "e.csv", "text;n\na;1\nb;2;3\n")).read()
+        TableLayout(written(tmp_path / "e.csv", "text;n\na;1\nb;2;3\n")).read()
     with pytest.raises(UserError, match="delimiter must be one character"):
-        Layout(str(tmp_path / "a.csv"), delimiter=", ")
+        TableLayout(str(tmp_path / "a.csv"), delimiter=", ")
 
 
 def test_a_quote_that_never_ends(tmp_path):
     """What follows it would all be one text."""
     with pytest.raises(UserError, match=r"a\.csv: line 3: a quotation mark is opened here and never closed"):
-        Layout(written(tmp_path / "a.csv", 'n,text\n1,a\n2,"b\n3,c\n4,d\n')).read()
+        TableLayout(written(tmp_path / "a.csv", 'n,text\n1,a\n2,"b\n3,c\n4,d\n')).read()
     assert texts(written(tmp_path / "b.csv", 'n,text\n1,a\n2,"b\nc"')) == {"train": [("a", "1"), ("b\nc", "2")]}
 
 
 def test_encodings(tmp_path):
     path = written(tmp_path / "a.csv", columns(rows=[*ROWS[:2], {"text": "café", "n": 2}]).encode("latin-1"))
     with pytest.raises(UserError, match=r"a\.csv: line 4: not UTF-8 text .*; set encoding to .* cp1252 .* or latin-1"):
-        Layout(path).read()
+        TableLayout(path).read()
     assert texts(path, encoding="latin-1")["train"][2] == ("café", "2")
     with pytest.raises(UserError, match="there is no encoding of text 'latin-11'; did you mean 'latin-1'"):
-        Layout(path, encoding="latin-11")
+        TableLayout(path, encoding="latin-11")
     with pytest.raises(UserError, match="there is no encoding of text 'base64'"):
-        Layout(path, encoding="base64")
+        TableLayout(path, encoding="base64")
     bare = written(tmp_path / "b.csv", columns().encode("utf-16-le"))
     with pytest.raises(UserError, match=r"looks like UTF-16 without the mark .* set encoding: utf-16-le"):
-        Layout(bare).read()
+        TableLayout(bare).read()
     assert texts(bare, encoding="utf-16-le") == EXPECTED
     # a mark at the start goes before what is set
     assert texts(written(tmp_path / "c.csv", columns().encode("utf-16")), encoding="cp1252") == EXPECTED
@@ -224,13 +224,13 @@ def test_encodings(tmp_path):
 
 def test_json_that_is_no_table(tmp_path):
     with pytest.raises(UserError, match=r"a\.json: record 1: expected a JSON object, got 3"):
-        Layout(written(tmp_path / "a.json", '[{"text": "a"}, 3]')).read()
+        TableLayout(written(tmp_path / "a.json", '[{"text": "a"}, 3]')).read()
     with pytest.raises(UserError, match=r"b\.json: line 2: not valid JSON .*expected a list of objects, or one object"):
-        Layout(written(tmp_path / "b.json", "[1, 2]\n[3]\n")).read()
+        TableLayout(written(tmp_path / "b.json", "[1, 2]\n[3]\n")).read()
     with pytest.raises(UserError, match=r"c\.json: line 1: not valid JSON .*; expected one object a line"):
-        Layout(written(tmp_path / "c.json", json.dumps(ROWS[0], indent=1))).read()
+        TableLayout(written(tmp_path / "c.json", json.dumps(ROWS[0], indent=1))).read()
     with pytest.raises(UserError, match=r"d\.json: expected a list of objects.*orient='records'"):
-        Layout(written(tmp_path / "d.json", '{"text": {"0": "a"}, "n": {"0": 1}}')).read()
+        TableLayout(written(tmp_path / "d.json", '{"text": {"0": "a"}, "n": {"0": 1}}')).read()
 
 
 @pytest.mark.parametrize(
@@ -265,20 +265,20 @@ def test_parts_have_the_split_that_their_records_say(tmp_path):
 def test_shards_that_are_missing(tmp_path):
     written(tmp_path / "train-00000-of-00003.parquet", parquet())
     with pytest.raises(UserError, match="1 of the 3 files train-…-of-00003 are there"):
-        Layout(str(tmp_path)).read()
+        TableLayout(str(tmp_path)).read()
 
 
 def test_parquet_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
-        Layout(written(tmp_path / "a.parquet", "text")).read()
+        TableLayout(written(tmp_path / "a.parquet", "text")).read()
     table = pyarrow.Table.from_pylist([{"text": "a", "label": 1}])
     features = {"text": {"dtype": "string"}, "label": {"names": ["bad", "good"], "_type": "ClassLabel"}}
     noted = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pyarrow_parquet.write_table(noted, tmp_path / "b.parquet")
-    assert Layout(str(tmp_path / "b.parquet")).read().names == {"label": ["bad", "good"]}
+    assert TableLayout(str(tmp_path / "b.parquet")).read().names == {"label": ["bad", "good"]}
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r'b\.parquet: needs the library pyarrow; pip install "fdl\[parquet\]"'):
-        Layout(str(tmp_path / "b.parquet")).read()
+        TableLayout(str(tmp_path / "b.parquet")).read()
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def library(monkeypatch):
 
 
 def test_a_data_set_of_the_hub(library):
-    table = Layout("hub:somebody/reviews:small").read()
+    table = TableLayout("hub:somebody/reviews:small").read()
     assert library.asked == [("somebody/reviews", "small")]
     assert {split: [r["text"] for r in records] for split, records in table.splits.items()} == {
         "train": ["a"],
@@ -315,18 +315,18 @@ def test_a_data_set_of_the_hub(library):
     }
     assert table.names == {"label": ["bad", "good"]}
     with pytest.raises(UserError, match=r"nobody/nothing: the library datasets cannot load it \(Couldn't find it"):
-        Layout("hub:nobody/nothing").read()
+        TableLayout("hub:nobody/nothing").read()
 
 
 def test_a_data_set_that_the_library_has_saved(library, tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
-    assert [r["text"] for r in Layout(str(tmp_path)).read().splits["train"]] == [str(tmp_path)]
+    assert [r["text"] for r in TableLayout(str(tmp_path)).read().splits["train"]] == [str(tmp_path)]
 
 
 def test_without_the_library_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r'needs the library datasets; pip install "fdl\[datasets\]"'):
-        Layout("hub:somebody/reviews").read()
+        TableLayout("hub:somebody/reviews").read()
 
 
 def test_a_folder_called_as_the_library_is_no_library(tmp_path, monkeypatch):
@@ -337,5 +337,5 @@ def test_a_folder_called_as_the_library_is_no_library(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r'needs the library datasets; pip install "fdl\[datasets\]" .*/datasets has its'
     ):
-        Layout("hub:glue:sst2").read()
+        TableLayout("hub:glue:sst2").read()
     monkeypatch.delitem(sys.modules, "datasets", raising=False)

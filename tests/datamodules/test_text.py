@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fdl.datamodules import text as module
-from fdl.datamodules.text import PADDING, TextSamples, encoded
+from fdl.datamodules.text import TOKEN_PADDING, TextSamples, encoded
 from fdl.modules.tokenizers import make_tokenizer
 
 TEXTS = [[7, 8, 9], [1], [4, 5], [6, 6, 6, 6]]
@@ -18,7 +18,7 @@ def samples(texts=TEXTS, dtype=np.uint16, **columns):
 def rows(texts):
     """Each row of all texts, without padding."""
     tokens, _ = texts.batch(torch.arange(len(texts)))
-    return [[token for token in row if token != PADDING] for row in tokens.tolist()]
+    return [[token for token in row if token != TOKEN_PADDING] for row in tokens.tolist()]
 
 
 def test_batches_are_padded_to_their_longest_text():

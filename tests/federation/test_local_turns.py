@@ -82,6 +82,7 @@ def loop(tmp_path):
         "seed": 3,
         "data": {"target": "digits", "args": {"proxy": 60, "validation": 0, "test": 1400}},
         "partition": {"target": "dirichlet", "args": {"alpha": 1.0}},
+        "method": {"target": "fedavg"},
         "federation": {"clients": 4, "rounds": 1},
         "student": {"target": "mlp", "args": {"hidden": [12]}},
         "local_training": {"epochs": 1, "batch_size": 32},
