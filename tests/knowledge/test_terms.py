@@ -40,7 +40,7 @@ def aggregated(values, coverage):
 
 def test_the_response_term_is_the_divergence_from_the_targets():
     targets = torch.tensor([[0.75, 0.25]])
-    term = ResponseTerm("kd", 1.0, 0.5)
+    term = ResponseTerm("kl", 1.0, 0.5)
     loss = term.loss(student_output(torch.zeros(1, 2), torch.zeros(1, 2), targets), term.columns(), None, None)
     expected = (targets * (targets / 0.5).log()).sum()
     torch.testing.assert_close(loss.value, expected)
@@ -107,24 +107,24 @@ def test_the_prototype_term_compares_with_the_assigned_centroids():
 
 
 def test_soft_labels_leave_out_rows_without_predictions():
-    labels = SoftLabels("kd", "probabilities", None, "power", None)
+    labels = SoftLabels("kl", "probabilities", None, "power", None)
     fresh = labels.of(aggregated(torch.tensor([[0.8, 0.2], [0.5, 0.5]]), torch.tensor([1, 0])))
     assert fresh.rows.tolist() == [0] and torch.equal(fresh.values, torch.tensor([[0.8, 0.2]]))
     assert labels.of(aggregated(torch.eye(2), torch.tensor([1, 3]))).rows is None
 
 
 def test_soft_labels_are_sharpened_by_a_power():
-    labels = SoftLabels("kd", "probabilities", 2.0, "power", None)
+    labels = SoftLabels("kl", "probabilities", 2.0, "power", None)
     fresh = labels.of(aggregated(torch.tensor([[0.8, 0.2]]), torch.tensor([1])))
     torch.testing.assert_close(fresh.values, torch.tensor([[0.64, 0.04]]) / 0.68)
 
 
 def test_soft_labels_and_feedback_check_their_settings():
     with pytest.raises(UserError, match="sharpen must be > 0"):
-        SoftLabels("kd", "probabilities", 0.0, "power", None)
+        SoftLabels("kl", "probabilities", 0.0, "power", None)
     with pytest.raises(UserError, match="compares logits"):
         SoftLabels("mse", "probabilities", None, "power", None)
-    labels = SoftLabels("kd", "probabilities", None, "power", None)
+    labels = SoftLabels("kl", "probabilities", None, "power", None)
     with pytest.raises(UserError, match="feedback is none"):
         Feedback("none", labels, SimpleNamespace(check=lambda prototypes: None), None, False)
     assert not Feedback("aggregate", labels, None, None, False).needs_last_uploads
@@ -212,5 +212,5 @@ def test_group_ensembles_keep_dropped_clients_where_no_other_is_left():
     like = server.student.state_dict()
     ensemble = GroupEnsemble(server, lambda client: "small", lambda group: like, True, False, None)
     ensemble.add(weights([[0.0, 1.0], [1.0, 0.0]]), 0)
-    _, logits, teachers = ensemble.result()
-    assert teachers == 0 and torch.equal(logits, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    _, logits, averaged = ensemble.result()
+    assert averaged == 1 and torch.equal(logits, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))

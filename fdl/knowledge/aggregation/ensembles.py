@@ -138,7 +138,7 @@ class GroupEnsemble(Aggregate):
         self.counts[teaches] += 1
 
     def result(self) -> tuple[dict[str, Any], Tensor, int] | None:
-        """Mean weights by group, the teachers' mean logits [n, C], and the number of teachers; None without uploads.
+        """Mean weights by group, the teachers' mean logits [n, C], and the number of clients in these; or None.
 
         Where every client was dropped, the logits are the mean over all of them.
         """

@@ -1,4 +1,4 @@
-"""How much a client's answer to a proxy sample should count, as one number a sample."""
+"""Confidence: the log-weight of a client's prediction, one number per proxy sample."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ClientView(Protocol):
 
 
 class Confidence(ABC):
-    """Gives a client a log-weight for every proxy row; weights are the softmax over clients of these.
+    """A client's log-weight for each proxy row; weights are the softmax over clients of the log-weights.
 
     Only this number leaves the site, in 8 bits. A number that is added to all clients' log-weights of a row changes
     nothing.
@@ -55,20 +55,25 @@ class Confidence(ABC):
     reads_samples: bool = False
 
     def log_weights(self, client: ClientView, logits: Tensor) -> Tensor:
-        """Weigh one client's answers.
+        """Weigh one client's predictions.
 
         Args:
-            client: who answers; its private data stay with it.
-            logits: its answers to the proxy set, [n_proxy, C].
+            client: the client; its private data stay with it.
+            logits: its predictions of the proxy set, [n_proxy, C].
 
         Returns:
-            float32 [n_proxy], clipped to [-LIMIT, LIMIT]; NaN only where the answer itself is not finite.
+            float32 [n_proxy], clipped to [-LIMIT, LIMIT]; NaN only where the prediction itself is not finite.
         """
         return self.score(client, logits.detach().float().cpu()).float().clamp(-LIMIT, LIMIT)
 
     @abstractmethod
     def score(self, client: ClientView, logits: Tensor) -> Tensor:
-        """The log-weights before clipping, [n_proxy]; arguments as in `log_weights`, logits float32 on the CPU."""
+        """Compute the log-weights before clipping, [n_proxy].
+
+        Args:
+            client: the client; its private data stay with it.
+            logits: its predictions of the proxy set, float32 [n_proxy, C], on the CPU.
+        """
 
 
 def public_space(client: ClientView) -> Encoder:
@@ -90,7 +95,7 @@ _FITTED: WeakValueDictionary[str, PCA] = WeakValueDictionary()
 
 
 class Uniform(Confidence):
-    """All clients count alike."""
+    """Equal weights for all clients."""
 
     name = "uniform"
 
@@ -100,7 +105,7 @@ class Uniform(Confidence):
 
 
 class SampleCount(Confidence):
-    """A client counts by its number of private samples, as in FedAvg."""
+    """Weight by the client's number of private samples, as in FedAvg."""
 
     name = "sample_count"
 
@@ -110,7 +115,7 @@ class SampleCount(Confidence):
 
 
 class Validation(Confidence):
-    """A client counts by its specialist's accuracy on its held-out samples, and not at all below chance."""
+    """Weight by the specialist's accuracy on the client's held-out samples; no weight below chance."""
 
     name = "validation"
     needs_calibration = True
@@ -123,7 +128,7 @@ class Validation(Confidence):
 
 
 class Entropy(Confidence):
-    """The less certain an answer, by its entropy, the less it counts.
+    """Weight by the certainty of a prediction, measured by its entropy.
 
     Args:
         temperature: t in ``-H(p) / t``, in nats; small values leave only the most certain client. > 0.
@@ -141,7 +146,7 @@ class Entropy(Confidence):
 
 
 class MaxProbability(Confidence):
-    """An answer counts by the probability of its most likely class.
+    """Weight by the probability of the most likely class.
 
     Args:
         power: a in ``max_c p_c^a``; > 0.
@@ -158,7 +163,7 @@ class MaxProbability(Confidence):
 
 
 class Margin(Confidence):
-    """An answer counts by how far its most likely class lies above the second.
+    """Weight by the margin between the most likely class and the second.
 
     Args:
         temperature: t in ``(p_first - p_second) / t``; > 0.

@@ -1,4 +1,4 @@
-"""Temperature scaling: make a specialist's confidence mean what it says, without changing what it says."""
+"""Temperature scaling: calibrate a specialist's probabilities without changing its most likely classes."""
 
 from __future__ import annotations
 

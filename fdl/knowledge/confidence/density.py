@@ -1,4 +1,4 @@
-"""Confidence by density: a client knows most of what lies among its own data."""
+"""Confidence by density: a client knows most about samples close to its own data."""
 
 from __future__ import annotations
 

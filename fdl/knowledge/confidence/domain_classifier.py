@@ -1,4 +1,4 @@
-"""Confidence by a domain classifier: a client knows what looks like its own data rather than like the proxy set."""
+"""Confidence by a domain classifier, which tells a client's own data from the proxy set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdl.utils.arguments import positive
 
 
 class DomainClassifier(Confidence):
-    """An answer counts by the odds that the proxy sample is one of the client's rather than of the proxy set.
+    """Weight by the odds that the proxy sample belongs to the client's data rather than to the proxy set.
 
     Each client fits a logistic regression of its own data against the proxy set in the public space. Both sides weigh
     alike in the fit, however many samples they have, so the log-odds estimate ``log p_k(x) / p_proxy(x)``; the

@@ -1,4 +1,4 @@
-"""How much a dual encoder's answer to a public pair should count."""
+"""Confidence of a dual encoder's predictions of public pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fdl.utils.arguments import positive
 
 
 class PairConfidence(Confidence):
-    """An answer counts by the probability that a pair finds itself among the public pairs around it.
+    """Weight by the probability that a pair's image and text match each other among the public pairs of a block.
 
     Both ways, image to text and text to image, are averaged in logarithms and normalised again. Pairs with the same
     caption count as one another's match. The public pairs are looked at in blocks of at most 256.
@@ -38,7 +38,7 @@ class PairConfidence(Confidence):
 
 
 def confidences(confidence: Confidence, client: Client, given: Tensor) -> QuantizedLogWeights:
-    """How much each of a client's answers should count.
+    """Measure a client's confidence in its predictions of the public pairs.
 
     Any confidence serves: as logits it is shown a row's similarities to the pairs of its block, the mean of both ways,
     with the match, all pairs with the same caption, in column 0; as samples, images alone.
@@ -62,7 +62,7 @@ class _PairView:
         self.num_classes = max(min(PAIRS_PER_BLOCK, len(client.calibration)), 2)
 
     def calibration_accuracy(self) -> float:
-        """How often a held-out image finds its text; chance where there is none."""
+        """Accuracy of retrieving the text of a held-out image; chance without held-out pairs."""
         if len(self.calibration) < 2:
             return 1 / self.num_classes
         given = answers(self.client, self.client.specialist(), self.client.calibration)

@@ -1,4 +1,4 @@
-"""How much a client's answer should count at every token of a text."""
+"""Confidence of a language model's predictions, per token of a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fdl.utils.arguments import not_negative, one_of, positive
 
 
 class Certainty(NamedTuple):
-    """What a language model showed of itself at every position t of n windows; answers there are to token t + 1.
+    """Statistics of a language model's predictions of token t + 1 at every position t of n windows.
 
     Attributes:
         log_likelihood: log p(x_t | x_<t), float32 [n, T]; 0 for the first token and for padding.
@@ -27,18 +27,18 @@ class Certainty(NamedTuple):
 
 
 class TokenConfidence(ABC):
-    """Gives a client a log-weight at every position; weights are the softmax over clients of these.
+    """A client's log-weight at each position; weights are the softmax over clients of the log-weights.
 
     It is found by the client alone, from tokens up to t for the answer to token t + 1: a weight that looked at the
     answer would tell it. In the mixture only differences between clients matter.
     """
 
     def log_weights(self, client: ClientView, certainty: Certainty) -> Tensor:
-        """Weigh one client's answers.
+        """Weigh one client's predictions.
 
         Args:
-            client: who answers.
-            certainty: what its model showed of itself.
+            client: the client; its private data stay with it.
+            certainty: statistics of its model's predictions.
 
         Returns:
             float32 [n, T], at most LIMIT; without a least value, since what has become unlikely stays so.
@@ -47,7 +47,12 @@ class TokenConfidence(ABC):
 
     @abstractmethod
     def score(self, client: ClientView, certainty: Certainty) -> Tensor:
-        """The log-weights before clipping, [n, T]; arguments as in `log_weights`."""
+        """Compute the log-weights before clipping, [n, T].
+
+        Args:
+            client: the client; its private data stay with it.
+            certainty: statistics of its model's predictions.
+        """
 
 
 class BayesianMixture(TokenConfidence):
@@ -77,7 +82,7 @@ class BayesianMixture(TokenConfidence):
 
 
 class TokenEntropy(TokenConfidence):
-    """The less certain an answer, by its entropy, the less it counts.
+    """Weight by the certainty of a prediction, measured by its entropy.
 
     Args:
         temperature: t in ``-H(p) / t``, in nats; small values leave only the most certain client. > 0.
@@ -94,7 +99,7 @@ class TokenEntropy(TokenConfidence):
 
 
 class TokenMaxProbability(TokenConfidence):
-    """An answer counts by the probability of its most likely token.
+    """Weight by the probability of the most likely token.
 
     Args:
         power: a in ``max_v p_v^a``; > 0.

@@ -26,13 +26,13 @@ from fdl.modules.dual_encoder import logit_scale_of
 from fdl.participants import Client, Participant
 
 PAIRS_PER_BLOCK = 256
-"""Pairs among which one is looked for, where a client asks how sure it is."""
+"""Most pairs among which the match of one is searched, to measure a client's confidence."""
 
 _NEVER = -1e5
 """A logit so small that its probability is 0 in float64 at every temperature that is tried."""
 
 _SLACK = 0.1
-"""By how much, as a share, rounding on the way may lengthen a vector."""
+"""Relative tolerance for the length of a vector after rounding in transmission."""
 
 
 def answers(participant: Participant, module: LightningModule, samples: Samples, temperature: float = 1.0) -> Tensor:
@@ -88,14 +88,14 @@ class TeacherEmbeddings:
         self.weights = torch.softmax(log_weights, dim=0).nan_to_num(0.0)  # a pair that nobody answered weighs nothing
 
     def targets(self, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """What a student should say of a batch.
+        """Compute the soft labels of a batch.
 
         Args:
-            rows: of the pairs, int64 [B], on the CPU.
-            device: where to compute.
+            rows: numbers of the pairs in the proxy set, int64 [B], on the CPU.
+            device: device of the computation.
 
         Returns:
-            Image to text [B, B], text to image [B, B], and the pairs' weights [B]: 1, or 0 where nobody answered.
+            Image to text [B, B], text to image [B, B], and the pairs' weights [B]: 1, or 0 without any prediction.
         """
         total = [torch.zeros(len(rows), len(rows), device=device) for _ in range(2)]
         for answer, answered, weights in zip(self.answers, self.answered[:, rows], self.weights[:, rows]):
@@ -110,7 +110,7 @@ class TeacherEmbeddings:
 
 
 class EmbeddingPool(Aggregate):
-    """Collects the clients' answers of a round.
+    """Pool of the clients' embeddings of a round.
 
     They cannot be summed as they come, since their widths differ: the server holds them in 16 bits until it has learnt
     from them, 4 n D bytes a client, and forgets them then.
@@ -140,7 +140,7 @@ class EmbeddingPool(Aggregate):
         self._by_client[client] = values, log_weights
 
     def result(self) -> TeacherEmbeddings | None:
-        """All of them, by client; None when nobody was heard."""
+        """The embeddings of all clients; None without uploads."""
         if not self._by_client:
             return None
         clients = sorted(self._by_client)
@@ -150,7 +150,7 @@ class EmbeddingPool(Aggregate):
         return TeacherEmbeddings(list(values), logs.float(), clients)
 
     def _checked(self, message: Responses) -> Tensor:
-        """Which rows were answered, int64."""
+        """The rows that were predicted, int64 [m]."""
         if not isinstance(message, Responses) or message.form != "embeddings":
             raise RejectedMessageError(f"expected embeddings, got {getattr(message, 'form', message.kind)}")
         message.validate()

@@ -1,4 +1,4 @@
-"""What a model has to say of samples, in one pass: logits, embedding, and activations of named layers."""
+"""Extraction of logits, embedding, and activations of named layers in one forward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fdl.modules.features import matching_submodules
 from fdl.participants import Participant
 
 EMBEDDING = "embedding"
-"""Name of the layer that every model has: what its last layer sees."""
+"""Name of the layer that every model has: the input of its last layer."""
 
 _TRUNK = 0.9
 """A submodule with more than this share of the parameters is the trunk, not one block of it."""
@@ -25,7 +25,7 @@ _TRUNK = 0.9
 
 @dataclass(frozen=True, eq=False)
 class Extracted:
-    """A model's answers to n samples.
+    """Outputs of a model for n samples.
 
     Attributes:
         logits: float32 [n, C].
@@ -46,19 +46,27 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> Moments:
-        """Measure them on [n, d]; a feature that hardly varies gets an infinite deviation, so that it becomes 0."""
+        """Measure the moments; a feature that hardly varies gets an infinite deviation, so that it becomes 0.
+
+        Args:
+            values: features of the proxy set, [n, d].
+        """
         wide = values.double()
         mean, std = wide.mean(0), wide.std(0, correction=0)
         dead = std <= 1e-6 * wide.abs().amax(0).clamp_min(1e-12)
         return cls(mean.float(), std.masked_fill(dead, torch.inf).float())
 
     def standardize(self, values: Tensor) -> Tensor:
-        """Values [n, d] with mean 0 and deviation 1 on what the moments were measured on."""
+        """Standardise values to mean 0 and deviation 1 over the proxy set.
+
+        Args:
+            values: features, [n, d].
+        """
         return (values - self.mean) / self.std
 
 
 def pool(activation: Tensor) -> Tensor:
-    """One vector a sample: the mean over all positions of feature maps [B, C, …] or tokens [B, T, d].
+    """Pool activations to one vector per sample: the mean over positions of feature maps [B, C, …] or tokens [B, T, d].
 
     Args:
         activation: [B, d], [B, T, d], or [B, C, H, W] and the like.
@@ -76,12 +84,12 @@ def pool(activation: Tensor) -> Tensor:
 def block_names(network: nn.Module, head: str | None = None) -> list[str]:
     """The stages of a network, in order: the first level at which its parameters are spread over several submodules.
 
-    Starting from the whole network, as long as one submodule holds more than nine tenths of the parameters, its own
-    submodules are looked at. The classification head is no block, nor is what has no parameters.
+    From the whole network downwards, a submodule with more than nine tenths of the parameters is replaced by its own
+    submodules. The classification head is not a block, nor are submodules without parameters.
 
     Args:
-        network: e.g. a classifier's backbone.
-        head: dotted name of its classification layer; default ``"head"`` where there is such.
+        network: a network, e.g. a classifier's backbone.
+        head: dotted name of its classification layer; None for ``"head"``.
 
     Returns:
         Dotted names; at least one for a network with a parameter outside of its head.
@@ -135,10 +143,10 @@ def layer_names(module: SupportsFederation, layers: int | Sequence[str]) -> list
 def extract(
     participant: Participant, module: LightningModule, samples: Samples, names: Sequence[str] | None
 ) -> Extracted:
-    """Answer samples once, and keep logits, embedding and the named layers.
+    """Predict samples once, and return logits, embedding and the named layers.
 
     Args:
-        participant: who computes.
+        participant: the participant that computes.
         module: its forward takes `features` and gives an `Output`.
         samples: n samples.
         names: as `layer_names` gives them; None keeps the logits alone.
@@ -158,7 +166,7 @@ class _FlatOutput(NamedTuple):
 
 
 class _Flat(nn.Module):
-    """Lays all that is wanted of a model side by side, so that one pass and one buffer suffice."""
+    """Concatenation of a model's outputs, so that one pass and one buffer suffice."""
 
     def __init__(self, module: nn.Module, names: Sequence[str]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Features: what specialists of any width and depth see in the proxy set, as one target for the student."""
+"""Feature transfer: activations of specialists of any width and depth, as one target for the student."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDEST = 1 << 16
 """Most features that one client may send for a sample: the server makes a random row for each."""
 
 _SLACK = 1e-3
-"""How far rounding on the way may carry a log-weight out of its range."""
+"""Tolerance for a log-weight outside of its range after rounding in transmission."""
 
 
 class FeatureTransfer:
@@ -70,12 +70,12 @@ class FeatureTransfer:
         self.select = select
 
     def message(self, client: Client, extracted: Extracted, rows: Tensor | None) -> Features:
-        """What a client sends.
+        """Build a client's message.
 
         Args:
-            client: in whose state the components stay, so that they mean the same from round to round.
+            client: the client; its state keeps the components, so that they are the same from round to round.
             extracted: its specialist's layers on the whole proxy set, over which they are standardised.
-            rows: of the proxy set that are sent, None for all.
+            rows: rows of the proxy set that are uploaded, int64 [m]; None for all.
         """
         layers = extracted.layers
         if self.select is not None:
@@ -99,13 +99,13 @@ class FeatureTransfer:
 
 @dataclass(frozen=True, eq=False)
 class FeatureKnowledge:
-    """What the clients of a round see in the proxy set.
+    """Aggregated features of a round's clients.
 
     Attributes:
         values: float32 [n, width], the weighted sum over clients; or [n, P, width] of each of P clients.
-        known: bool [n], which rows anybody sent.
-        shares: float32 [n, P], each client's weight for a row, sums to 1 or, where nobody answered, 0; None for a sum.
-        participants: int64 [P], who they are; None for a sum.
+        known: bool [n], rows that at least one client uploaded.
+        shares: float32 [n, P], each client's weight per row; rows sum to 1, or to 0 without upload. None for a sum.
+        participants: int64 [P], ids of the clients; None for a sum.
     """
 
     values: Tensor
@@ -157,12 +157,12 @@ class FeatureMean:
             raise RejectedMessageError(f"a confidence of features lies outside of ±{LIMIT:g}")
 
     def add(self, features: Features, log_weights: Tensor, client: int) -> None:
-        """Take in one client's features, which `check` has accepted.
+        """Add one client's features, which `check` has accepted.
 
         Args:
-            features: of some rows or all.
-            log_weights: float64 [n_rows], used where the message has none of its own.
-            client: who sent them.
+            features: features of some rows or all.
+            log_weights: float64 [n_rows], used if the message has no confidence of its own.
+            client: id of the sender.
         """
         rows = torch.arange(self.n_rows) if features.rows is None else features.rows
         own = features.confidence
@@ -214,11 +214,11 @@ class FeatureMean:
 
 
 def principal(values: Tensor, count: int) -> Tensor:
-    """The directions in which rows vary most.
+    """Principal components of rows.
 
     Args:
         values: [n, d], of mean 0.
-        count: how many; no more than d.
+        count: number of components, at most d.
 
     Returns:
         float32 [d, count], orthonormal columns, the largest variance first; the largest entry of each is positive.

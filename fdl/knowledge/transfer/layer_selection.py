@@ -1,4 +1,4 @@
-"""Which layers are worth their bytes: a measured choice in the place of a list."""
+"""Selection of layers by the alignment with a target per transmitted byte."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class LayerSelection:
 def select(
     layers: Mapping[str, Tensor], target: Tensor, widths: Mapping[str, int], budget: int
 ) -> tuple[list[str], dict[str, float]]:
-    """Choose layers as `LayerSelection` says.
+    """Choose layers by the greedy rule of `LayerSelection`.
 
     Args:
         layers: by name, [n, d], not standardised.

@@ -67,12 +67,12 @@ class PrototypeTransfer:
         return self.space == "public"
 
     def message(self, client: Client, private: Callable[[], Extracted], proxy: Extracted) -> Prototypes:
-        """What a client sends.
+        """Build a client's message.
 
         Args:
-            client: whose data they are of.
-            private: its specialist's view of its private samples.
-            proxy: of the proxy set, over which embeddings are standardised.
+            client: the client whose data the prototypes summarise.
+            private: returns its specialist's outputs for its private samples.
+            proxy: its specialist's outputs for the proxy set, over which embeddings are standardised.
         """
         if len(client.train) == 0:
             width = proxy.embedding.shape[1] if self.space == EMBEDDING else _public(client).shape[1]
@@ -110,7 +110,7 @@ class PrototypeKnowledge:
     participants: Tensor | None = None
 
     def assignment(self, probabilities: Tensor, public: Tensor | None) -> Tensor:
-        """To what share every proxy row belongs to each prototype.
+        """Compute the share to which each proxy row belongs to each prototype.
 
         Args:
             probabilities: float [n, C], what the clients answer together.
@@ -171,11 +171,16 @@ class PrototypePool:
             raise RejectedMessageError(f"more than {most} prototypes of one class")
 
     def add(self, prototypes: Prototypes, client: int) -> None:
-        """Take in one client's prototypes, which `check` has accepted."""
+        """Add one client's prototypes, which `check` has accepted.
+
+        Args:
+            prototypes: its prototypes.
+            client: id of the sender.
+        """
         self._by_client[client] = prototypes
 
     def result(self) -> PrototypeKnowledge | None:
-        """The prototypes of all clients; None when there were none."""
+        """The prototypes of all clients; None without any."""
         values, labels, weights, owners = [], [], [], []
         for client in sorted(self._by_client):  # in the order of ids, not of turns
             prototypes = self._by_client[client]
