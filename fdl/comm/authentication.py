@@ -59,7 +59,7 @@ class Authentication:
         context = _CONTEXT.pack(_DIRECTIONS[direction], client, round) + self._run
         return hashlib.blake2b(context + digest, key=self._key(client), digest_size=TAG).digest()
 
-    def opened(self, sealed: bytes, client: int, round: int, direction: str) -> memoryview:
+    def verify(self, sealed: bytes, client: int, round: int, direction: str) -> memoryview:
         """Return the message in front of its tag, not copied; the other arguments are those that `tag` had.
 
         Raises:
@@ -84,11 +84,11 @@ def digest(message: Any) -> bytes:
     return hashlib.blake2b(message, digest_size=32).digest()
 
 
-def simulated(seed: int) -> Key:
+def simulated_keys(seed: int) -> Key:
     """Return keys that anybody who knows the recipe's seed can derive, for simulations only.
 
     Example:
-        >>> key = simulated(seed=0)
+        >>> key = simulated_keys(seed=0)
         >>> key(1) == key(1), key(1) == key(2)
         (True, False)
     """
@@ -102,7 +102,7 @@ def simulated(seed: int) -> Key:
     return key
 
 
-def read(path: str | Path, clients: Iterable[int] = ()) -> Key:
+def read_keys(path: str | Path, clients: Iterable[int] = ()) -> Key:
     """Read a file of keys: a line for each client, its id and its key in hexadecimal digits; ``#`` begins a comment.
 
     Args:
@@ -137,7 +137,7 @@ def read(path: str | Path, clients: Iterable[int] = ()) -> Key:
     return keys.__getitem__
 
 
-def write(path: str | Path, clients: int) -> None:
+def write_keys(path: str | Path, clients: int) -> None:
     """Write new random keys for clients 0 … clients - 1 into a file that only its owner can read.
 
     Raises:

@@ -225,7 +225,7 @@ class Channel:
             return decoded
         opened = received
         if self._authentication is not None:
-            opened = self._authentication.opened(received, client, round, direction)
+            opened = self._authentication.verify(received, client, round, direction)
         with self.clock.part("decode"):
             decoded = unpack(
                 opened,

@@ -1,4 +1,4 @@
-"""What goes wrong at clients."""
+"""Faults of clients: dropout, stragglers, NaN uploads and late joins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Vanish(ByChance):
         chance: of each client in each round, in [0, 1].
         when: before, during or after its upload.
         away: in how many rounds after that it cannot be reached.
-        clients: ids of those whom it may befall; None: all.
+        clients: ids of those whom it may apply; None: all.
     """
 
     name = "dropout"
@@ -35,17 +35,17 @@ class Vanish(ByChance):
             raise UserError(f"away must be at least 0 rounds, got {away}")
         self.when, self.away = when, away
 
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Away since an earlier round, or struck in this one."""
-        if any(self.strikes(stream(earlier)) for earlier in range(max(round - self.away, 1), round)):
-            fate.absent = True
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Mark the client absent after an earlier dropout, and apply a dropout of this round."""
+        if any(self.triggers(stream(earlier)) for earlier in range(max(round - self.away, 1), round)):
+            fault.absent = True
         now = stream(round)
-        if not self.strikes(now):
+        if not self.triggers(now):
             return
         if self.when == "before":
-            fate.silent = True
+            fault.silent = True
         elif self.when == "during":
-            fate.arrives = min(fate.arrives, float(now.random()))
+            fault.arrives = min(fault.arrives, float(now.random()))
 
 
 class Straggle(ByChance):
@@ -57,7 +57,7 @@ class Straggle(ByChance):
     Args:
         chance: of each client in each round, in [0, 1].
         seconds: how long, > 0.
-        clients: ids of those whom it may befall; None: all.
+        clients: ids of those whom it may apply; None: all.
     """
 
     name = "straggler"
@@ -68,10 +68,10 @@ class Straggle(ByChance):
             raise UserError(f"seconds must be > 0, got {seconds}")
         self.seconds = seconds
 
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Take longer."""
-        if self.strikes(stream(round)):
-            fate.seconds += self.seconds
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Add the computing time."""
+        if self.triggers(stream(round)):
+            fault.seconds += self.seconds
 
 
 class NotFinite(ByChance):
@@ -79,23 +79,23 @@ class NotFinite(ByChance):
 
     Args:
         chance: of each client in each round, in [0, 1].
-        clients: ids of those whom it may befall; None: all.
+        clients: ids of those whom it may apply; None: all.
     """
 
     name = "nan_upload"
 
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Spoil the upload."""
-        if self.strikes(stream(round)):
-            fate.finite = False
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Mark the upload as not finite."""
+        if self.triggers(stream(round)):
+            fault.finite = False
 
 
 class LateJoin(Fault):
-    """Clients that are not there before some round.
+    """Clients that join the federation after the first round.
 
     Args:
-        clients: their ids.
-        round: the first in which they can be asked.
+        clients: ids of the clients.
+        round: the first round in which they can be sampled, ≥ 1.
     """
 
     name = "late_join"
@@ -106,6 +106,6 @@ class LateJoin(Fault):
             raise UserError(f"round must be at least 1, got {round}")
         self.round = round
 
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Not there yet."""
-        fate.absent |= round < self.round
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Mark the client absent before its first round."""
+        fault.absent |= round < self.round

@@ -14,7 +14,7 @@ from fdl.messages.responses import Form, Responses
 from fdl.messages.scores import Scores
 from fdl.messages.serialization import (
     check_finite,
-    check_samples,
+    check_sample_count,
     pop_meta,
     reject_leftovers,
     samples_told,
@@ -41,7 +41,7 @@ __all__ = [
     "TensorMessage",
     "UploadStatus",
     "check_finite",
-    "check_samples",
+    "check_sample_count",
     "message_type",
     "parts_of",
     "pop_meta",

@@ -72,7 +72,7 @@ def codes_of(confidence: QuantizedLogWeights | None) -> dict[str, np.ndarray]:
     return {} if confidence is None else {"codes": to_numpy("codes", confidence.codes)}
 
 
-def scale_of(confidence: QuantizedLogWeights | None) -> Meta:
+def confidence_meta(confidence: QuantizedLogWeights | None) -> Meta:
     """The numbers to send with it."""
     return {} if confidence is None else {"lo": float(confidence.lo), "step": float(confidence.step)}
 

@@ -16,7 +16,7 @@ from fdl.messages.confidences import (
     QuantizedLogWeights,
     check_confidence,
     codes_of,
-    scale_of,
+    confidence_meta,
     select_rows,
     take_confidence,
 )
@@ -56,7 +56,7 @@ class Features(Message):
 
     def meta(self) -> Meta:
         """The confidence's scale."""
-        return scale_of(self.confidence)
+        return confidence_meta(self.confidence)
 
     def select_rows(self, keep: Tensor) -> Features:
         """Only the rows at some places (int64)."""

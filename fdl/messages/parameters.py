@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdl.messages.base import Message, Meta
-from fdl.messages.serialization import check_finite, check_samples, pop_meta, reject_leftovers, to_numpy, to_torch
+from fdl.messages.serialization import check_finite, check_sample_count, pop_meta, reject_leftovers, to_numpy, to_torch
 from fdl.state.flat_arrays import FlatArrays
 from fdl.state.flat_tensors import FlatTensors, flat_view
 
@@ -74,7 +74,7 @@ class Parameters(Message):
 
     @cached_property
     def _checked(self) -> None:
-        check_samples(self.samples)
+        check_sample_count(self.samples)
         if self.whole is None or not math.isfinite(self.whole.sum()):
             for name, tensor in self.tensors.items():
                 check_finite(f"tensor {name!r}", tensor)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import QuantizedLogWeights, check_confidence, codes_of, scale_of, take_confidence
+from fdl.messages.confidences import QuantizedLogWeights, check_confidence, codes_of, confidence_meta, take_confidence
 from fdl.messages.serialization import (
     check_finite,
     reject_leftovers,
@@ -53,7 +53,7 @@ class Prototypes(Message):
 
     def meta(self) -> Meta:
         """The confidence's scale."""
-        return scale_of(self.confidence)
+        return confidence_meta(self.confidence)
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Prototypes:

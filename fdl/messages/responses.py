@@ -15,7 +15,7 @@ from fdl.messages.base import Message, Meta
 from fdl.messages.confidences import QuantizedLogWeights, select_rows
 from fdl.messages.serialization import (
     check_finite,
-    check_samples,
+    check_sample_count,
     pop_meta,
     reject_leftovers,
     samples_told,
@@ -124,7 +124,7 @@ class Responses(Message):
 
     def validate(self) -> None:
         """A finite matrix; probabilities not negative; rows and confidence of the same length."""
-        check_samples(self.samples)
+        check_sample_count(self.samples)
         values, rows, confidence = self.values, self.rows, self.confidence
         if self.form not in _FORMS:
             raise RejectedMessageError(f"unknown form {self.form!r}")

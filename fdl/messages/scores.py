@@ -10,7 +10,7 @@ import numpy as np
 
 from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import QuantizedLogWeights, codes_of, scale_of, take_confidence
+from fdl.messages.confidences import QuantizedLogWeights, codes_of, confidence_meta, take_confidence
 from fdl.messages.serialization import reject_leftovers
 
 
@@ -33,7 +33,7 @@ class Scores(Message):
 
     def meta(self) -> Meta:
         """Their scale."""
-        return scale_of(self.confidence)
+        return confidence_meta(self.confidence)
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Scores:

@@ -58,7 +58,7 @@ def reject_leftovers(mapping: Mapping) -> None:
         raise RejectedMessageError(f"unexpected content {next(iter(mapping))!r:.80}")
 
 
-def check_samples(samples: int) -> None:
+def check_sample_count(samples: int) -> None:
     """Refuse a negative sample count."""
     if samples < 0:
         raise RejectedMessageError(f"sample count is negative: {samples}")

@@ -17,7 +17,7 @@ from fdl.messages import (
     Message,
     Meta,
     check_finite,
-    check_samples,
+    check_sample_count,
     pop_meta,
     reject_leftovers,
     samples_told,
@@ -134,7 +134,7 @@ class SparseResponses(Message):
 
     def fields(self) -> dict[str, np.ndarray]:
         """Packed distances of ids, values, tail, sizes where they differ, codes of the weights, rows."""
-        fields = {"ids": pack(self._distances, self._width), "values": self.values.numpy(force=True)}
+        fields = {"ids": pack_bits(self._distances, self._width), "values": self.values.numpy(force=True)}
         if self.tail is not None:
             fields["tail"] = self.tail.flatten().numpy(force=True)
         if not self._alike:
@@ -218,7 +218,7 @@ class SparseResponses(Message):
         rows = take_integers(fields, "rows", len(sizes))
         reject_leftovers(meta)
         reject_leftovers(fields)
-        ids = _ids(unpack(packed, width, values.size), sizes)
+        ids = _ids(unpack_bits(packed, width, values.size), sizes)
         if ids.size and int(ids.max()) >= min(vocab, 1 << 31):
             raise RejectedMessageError(f"an id lies outside of a vocabulary of {vocab}")
         tail = None if tail is None else to_torch(tail.reshape(sizes.shape))
@@ -227,7 +227,7 @@ class SparseResponses(Message):
 
     def validate(self) -> None:
         """Ids rise within a position and are of the vocabulary; log-probabilities; one weight a position."""
-        check_samples(self.samples)
+        check_sample_count(self.samples)
         ids, values, sizes = self.ids, self.values, self.sizes
         if sizes.ndim != 2 or ids.shape != values.shape or ids.ndim != 1 or int(sizes.sum()) != len(ids):
             raise RejectedMessageError(f"{int(sizes.sum())} ids announced, {len(ids)} with {len(values)} values sent")
@@ -262,12 +262,12 @@ class SparseResponses(Message):
                 raise RejectedMessageError("a proxy row is negative")
 
 
-def pack(values: np.ndarray, width: int) -> np.ndarray:
+def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
     """Numbers in [0, 2**width) as bits, the lowest first, one number behind the other, uint8 [⌈n·width/8⌉].
 
     Example:
         >>> import numpy as np
-        >>> pack(np.array([1, 2, 3]), width=2)
+        >>> pack_bits(np.array([1, 2, 3]), width=2)
         array([57], dtype=uint8)
     """
     places = np.arange(width)
@@ -278,12 +278,12 @@ def pack(values: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
 
-def unpack(packed: np.ndarray, width: int, count: int) -> np.ndarray:
-    """Undo `pack`: the first `count` numbers, int64.
+def unpack_bits(packed: np.ndarray, width: int, count: int) -> np.ndarray:
+    """Undo `pack_bits`: the first `count` numbers, int64.
 
     Example:
         >>> import numpy as np
-        >>> unpack(np.uint8([0b111001]), width=2, count=3)
+        >>> unpack_bits(np.uint8([0b111001]), width=2, count=3)
         array([1, 2, 3])
     """
     values = np.empty(count, np.int64)

@@ -15,7 +15,7 @@ from fdl.errors import RejectedMessageError, UserError
 from fdl.messages.base import Message, Meta, kind_owner
 from fdl.messages.serialization import (
     check_finite,
-    check_samples,
+    check_sample_count,
     pop_meta,
     reject_leftovers,
     take_samples,
@@ -114,7 +114,7 @@ class TensorMessage(Message):
         """Check names, metadata and sample count, and that every number is finite."""
         if fault := self._fault():
             raise RejectedMessageError(fault)
-        check_samples(self.samples)
+        check_sample_count(self.samples)
         for group, tensors in self.groups.items():
             for name, tensor in tensors.items():
                 check_finite(f"tensor {f'{group}/{name}'!r}", tensor)

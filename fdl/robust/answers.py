@@ -16,7 +16,7 @@ from fdl.messages import Responses
 from fdl.participants import Server
 from fdl.robust.base import Plain, RobustRule
 from fdl.robust.parameters import own_samples
-from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, cap_shares, log_client_weights
+from fdl.robust.votes import BLOCK_ELEMENTS, ClientUpdates, UpdateBlock, cap_shares, log_client_weights
 from fdl.utils.seeding import stream_seed, torch_stream
 
 log = logging.getLogger("fdl")
@@ -109,7 +109,7 @@ class RobustAnswers(ResponseMean):
         clients = sorted(self._held)
         logs = torch.stack([self._log_weights(client) for client in clients]).double()
         shares, answered = cap_shares(logs, max_client_share), torch.isfinite(logs)
-        height = max(BLOCK // (len(clients) * max(self.num_classes, len(clients))), 1)
+        height = max(BLOCK_ELEMENTS // (len(clients) * max(self.num_classes, len(clients))), 1)
         for start in range(0, self.n_rows, height):
             rows = slice(start, start + height)
 

@@ -16,7 +16,7 @@ from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Parameters
 from fdl.participants import Server
 from fdl.robust.base import Plain, RobustRule
-from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, log_client_weights
+from fdl.robust.votes import BLOCK_ELEMENTS, ClientUpdates, UpdateBlock, log_client_weights
 from fdl.state.weights import module_state
 
 log = logging.getLogger("fdl")
@@ -91,7 +91,7 @@ class RobustParameters(Aggregate):
         """One row; confidence does not exist here, so there is no share to cap."""
         vectors = [self._held[client][0] for client in sorted(self._held)]
         origin, count = self._vector(self._origin).double(), len(vectors)
-        width = max(BLOCK // count, 1)
+        width = max(BLOCK_ELEMENTS // count, 1)
 
         def blocks() -> Iterator[Tensor]:
             for start in range(0, len(origin), width):

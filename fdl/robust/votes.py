@@ -21,7 +21,7 @@ from fdl.knowledge.aggregation.shares import ceiling
 if TYPE_CHECKING:
     from fdl.participants import Server
 
-BLOCK = 1 << 21
+BLOCK_ELEMENTS = 1 << 21
 """Numbers in one block of vectors, so that a rule's working memory stays below some 100 MB."""
 
 _EQUAL = 1e-12

@@ -57,12 +57,12 @@ class UploadOnChange:
         """
         stale = server.state.get("plateau", {}).get("rounds", 0)
         expired = server.round - held > self.expiry
-        return UploadStatus(held, wanted=self.patience is None or stale < self.patience or expired)
+        return UploadStatus(held, requests_upload=self.patience is None or stale < self.patience or expired)
 
     def may_skip(self, client: Client, standing: UploadStatus | None) -> bool:
         """Whether a client need not even train: the server has its last upload and wants no other."""
         said = client.state.get("said", {"round": 0})
-        return standing is not None and not standing.wanted and standing.round == said["round"] > 0
+        return standing is not None and not standing.requests_upload and standing.round == said["round"] > 0
 
     def is_unchanged(self, client: Client, standing: UploadStatus | None, logits: Tensor, rows: Tensor | None) -> bool:
         """Whether what a client would say is what it has said; if not, note that it says it in this round.
