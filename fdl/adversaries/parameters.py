@@ -30,7 +30,7 @@ from fdl.utils.arguments import positive
 
 
 class SignFlip(Adversary):
-    """Flip the sign of the update: ``w_0 - scale · (w - w_0)`` of weights that started at w_0, ``-scale · z`` of logits.
+    """Flip the update's sign: ``w_0 - scale · (w - w_0)`` of weights that started at w_0, ``-scale · z`` of logits.
 
     Args:
         scale: factor of the flipped update, > 0.

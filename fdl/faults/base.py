@@ -36,14 +36,14 @@ class ClientFault:
 
 
 class Fault(ABC):
-    """Something that goes wrong at clients.
+    """Simulated failure of clients.
 
-    What it does depends on the seed, the round and the client alone, so a run with faults can be repeated, resumed and
-    spread over processes like any other. A client that was asked and whose upload is lost or refused has done its work
-    all the same: its own state goes on, and the server has not heard of it.
+    Its effect depends on the seed, the round and the client alone, so a run with faults can be repeated, resumed and
+    distributed over processes like any other. A client whose upload is lost or rejected has still done its work: its
+    own state is updated, and only the server has received nothing.
 
     Args:
-        clients: ids of those whom it may apply; None: all.
+        clients: ids of the clients that it may affect; None: all.
     """
 
     name: ClassVar[str]
@@ -52,17 +52,17 @@ class Fault(ABC):
         self.clients = None if clients is None else list(clients)
 
     def applies_to(self, client: int) -> bool:
-        """Tell whether it may apply a client."""
+        """Return True if the fault may affect a client, given by its id."""
         return self.clients is None or client in self.clients
 
     @abstractmethod
     def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
-        """Note in a client's fault what this fault does to it in a round (from 1).
+        """Record in `fault` the effect on a client in a round.
 
         Args:
-            fault: what other faults do to it already.
-            round: the round.
-            stream: gives the client's stream of any round, for this fault alone.
+            fault: the client's faults of the round so far; changed in place.
+            round: the round, from 1.
+            stream: returns the client's random stream of any round, for this fault alone.
         """
 
 

@@ -12,17 +12,17 @@ When = Literal["before", "during", "after"]
 
 
 class Vanish(ByChance):
-    """A client disappears before, during or after its upload, and may stay away.
+    """Dropout of a client before, during or after its upload, possibly for several rounds.
 
-    Before: it was sent the server's message and does nothing. During: it has done its work, and of its upload a part
-    arrives, which is refused; all of it counts as sent. After: its upload is used. When it comes back it goes on from
-    the state that it had when it was last there, which is then as old as it was long away.
+    Before: the client receives the download and does no work. During: the client has done its work, and only a part of
+    its upload arrives, which is rejected; all of it counts as sent. After: its upload is used. When the client returns
+    it continues from its last state, which is then stale by as many rounds as it was away.
 
     Args:
-        chance: of each client in each round, in [0, 1].
-        when: before, during or after its upload.
-        away: in how many rounds after that it cannot be reached.
-        clients: ids of those whom it may apply; None: all.
+        chance: probability per client and round, in [0, 1].
+        when: ``"before"``, ``"during"`` or ``"after"`` the upload.
+        away: number of following rounds in which the client cannot be reached.
+        clients: ids of the clients that it may affect; None: all.
     """
 
     name = "dropout"
@@ -49,15 +49,15 @@ class Vanish(ByChance):
 
 
 class Straggle(ByChance):
-    """A client computes for long; past `federation.deadline` its upload is refused as late.
+    """Slow client; past `federation.deadline` its upload is rejected as late.
 
-    The time is the one given here, not measured, and that which the client's link takes is added to it, so that a run
-    gives the same result on any machine.
+    The computing time is simulated, not measured, and the transfer time of the client's link is added to it, so that a
+    run gives the same result on any machine.
 
     Args:
-        chance: of each client in each round, in [0, 1].
-        seconds: how long, > 0.
-        clients: ids of those whom it may apply; None: all.
+        chance: probability per client and round, in [0, 1].
+        seconds: simulated computing time, > 0.
+        clients: ids of the clients that it may affect; None: all.
     """
 
     name = "straggler"
@@ -75,11 +75,11 @@ class Straggle(ByChance):
 
 
 class NotFinite(ByChance):
-    """A client sends NaN in the place of every real number.
+    """Upload with every real number replaced by NaN.
 
     Args:
-        chance: of each client in each round, in [0, 1].
-        clients: ids of those whom it may apply; None: all.
+        chance: probability per client and round, in [0, 1].
+        clients: ids of the clients that it may affect; None: all.
     """
 
     name = "nan_upload"
