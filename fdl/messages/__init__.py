@@ -1,4 +1,4 @@
-"""What may cross the wire: frozen, typed messages that check themselves.
+"""Messages between clients and server: frozen, typed, and self-validating.
 
 A message gives the wire named arrays (`fields`) and a few numbers (`meta`), and is built from them on the other side.
 The receiver trusts neither: `build` refuses what is missing or of a wrong type, `validate` what makes no sense.

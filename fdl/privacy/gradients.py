@@ -226,7 +226,7 @@ class GhostClipping:
 
 
 class _Scaled(torch.autograd.Function):
-    """A module's answer, whose gradient is scaled by example on its way back."""
+    """Identity on a module's output that scales its gradient per example in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ghost: GhostClipping) -> Tensor:

@@ -23,7 +23,7 @@ log = logging.getLogger("fdl")
 
 
 class RobustParameters(Aggregate):
-    """What a rule makes of the clients' weights, as displacements from the global model.
+    """Robust aggregate of the clients' weights, as displacements from the global model.
 
     All clients count alike: how many samples it has is what a client says of itself. Every upload is kept, 4 bytes a
     parameter and client. Of integers, e.g. BatchNorm's count of batches, the median is taken. How much each client
@@ -62,7 +62,7 @@ class RobustParameters(Aggregate):
         self._held.update(other._held)
 
     def result(self) -> Mapping[str, Tensor] | None:
-        """The new weights by name, in the dtypes of `like`; None when too few were heard, or nobody is trusted."""
+        """Return the new weights by name, in the dtypes of `like`; None if too few uploads or none is trusted."""
         if not self._held:
             return None
         clients = sorted(self._held)
