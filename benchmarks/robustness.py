@@ -186,7 +186,7 @@ def _by_client(record: Mapping[str, Any], what: str) -> dict[int, float]:
 
 def tabulate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """A row for each attack, share and defence: means over seeds."""
-    from fdl.adversaries.coalition import chosen
+    from fdl.adversaries.coalition import assign_adversaries
 
     minority = experts(cells)
     summaries = {cell[:4]: runs.read_summary(cell.folder) for cell in cells}
@@ -199,7 +199,7 @@ def tabulate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         gone, success = [], []
         for cell in same:
             entries, summary = cell.recipe.adversaries, summaries[cell[:4]]
-            liars = {id for ids in chosen(entries, cell.recipe.federation.clients, cell.seed) for id in ids}
+            liars = {id for ids in assign_adversaries(entries, cell.recipe.federation.clients, cell.seed) for id in ids}
             honest = summaries[HONEST, 0.0, defence, cell.seed]["history"]
             gone.append(suppressed(summary["history"], honest, minority[cell.seed], liars))
             success.append(summary["metrics"].get("student/backdoor/success"))

@@ -1,4 +1,4 @@
-"""Who of the clients is dishonest, and the one place where their uploads take the place of honest ones."""
+"""Groups of Byzantine clients, and the only place where their uploads replace honest ones."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Gather = Callable[[dict[int, Upload]], Mapping[int, Upload]]
 
 @dataclass(frozen=True)
 class AdversaryGroup:
-    """One entry of a recipe's adversaries: clients that do the same and know of each other.
+    """One entry of a recipe's adversaries: clients with the same attack that know each other.
 
     Attributes:
-        adversary: what they do.
-        clients: who they are, by id.
-        start: the round from which they do it.
+        adversary: the attack.
+        clients: the clients, by id.
+        start: the first round of the attack.
     """
 
     adversary: Adversary
@@ -37,97 +37,105 @@ class AdversaryGroup:
 
 
 class Adversaries:
-    """All dishonest clients of a run; maps what clients would honestly send to what is sent.
+    """All Byzantine clients of a run; maps honest uploads to the uploads that are sent.
 
     Args:
-        coalitions: by entry; no client is in two.
+        groups: one per recipe entry; no client is in two.
     """
 
-    def __init__(self, coalitions: Sequence[AdversaryGroup] = ()):
-        self.coalitions = tuple(coalitions)
+    def __init__(self, groups: Sequence[AdversaryGroup] = ()):
+        self.groups = tuple(groups)
         self._downloads: dict[int, Upload | None] = {}
 
     def active(self, round: int) -> dict[int, AdversaryGroup]:
-        """The coalition of every client that is dishonest in a round."""
-        return {id: one for one in self.coalitions if round >= one.start for id in one.clients}
+        """Return the group of every client that attacks in a round, by client id."""
+        return {id: one for one in self.groups if round >= one.start for id in one.clients}
 
     def needs_all_uploads(self, round: int) -> bool:
-        """Whether uploads of a round must be known to others before they are sent: the same on every rank."""
+        """Return True if an attack of the round needs other clients' uploads; the same on every rank."""
         return any(one.adversary.sees != "nobody" for one in self.active(round).values())
 
     def record_downloads(
         self, round: int, turns: Iterable[tuple[Client, Upload | None]]
     ) -> Iterator[tuple[Client, Any]]:
-        """Pass turns on, and keep what dishonest clients are sent in this round."""
-        hostile = self.active(round)
+        """Pass turns on, and keep the downloads of this round's attackers.
+
+        Args:
+            round: the current round.
+            turns: clients with their downloads.
+
+        Yields:
+            The same pairs in the same order.
+        """
+        attackers = self.active(round)
         self._downloads = {}
         for client, download in turns:
-            if client.id in hostile:
+            if client.id in attackers:
                 self._downloads[client.id] = download
             yield client, download
 
     def corrupt_uploads(
         self, round: int, pairs: Iterable[tuple[Client, Upload | None]], gather: Gather = dict
     ) -> Iterator[tuple[Client, Upload | None]]:
-        """Put what dishonest clients send in the place of what honest ones would.
+        """Replace the honest uploads of this round's attackers.
 
-        Where nobody needs to see others, uploads are passed on one by one. Otherwise all uploads of the round are
-        copied and held until the last is there; memory then grows with the clients of the round.
+        If no attack needs other clients' uploads, they are passed on one by one. Otherwise all uploads of the round are
+        copied and kept until the last has arrived; memory then grows with the size of the cohort.
 
         Args:
             round: the current round.
             pairs: clients of this process with their uploads, before anything is encoded.
-            gather: gives the uploads of all ranks, by client, for those of this one. It is called once, on every rank,
-                in rounds of which `needs_all_uploads` is true, and in no others.
+            gather: returns the uploads of all ranks, by client, given those of this one. It is called once, on every
+                rank, in rounds for which `needs_all_uploads` is true, and in no others.
 
         Yields:
-            The same clients in the same order, with what they send.
+            The same clients in the same order, with the uploads to send.
         """
-        hostile = self.active(round)
-        if not hostile:
+        attackers = self.active(round)
+        if not attackers:
             yield from pairs
             return
         if not self.needs_all_uploads(round):
             for client, upload in pairs:
-                yield client, self._sent(client, upload, hostile, {})
+                yield client, self._upload_of(client, upload, attackers, {})
             return
         held = [(client, copy.deepcopy(upload)) for client, upload in pairs]  # it may lie in a module others fill
-        everybody = gather({client.id: upload for client, upload in held if upload is not None})
+        uploads = gather({client.id: upload for client, upload in held if upload is not None})
         for client, upload in held:
-            yield client, self._sent(client, upload, hostile, everybody)
+            yield client, self._upload_of(client, upload, attackers, uploads)
 
-    def _sent(
-        self, client: Client, own: Upload | None, hostile: Mapping[int, AdversaryGroup], everybody: Mapping[int, Upload]
+    def _upload_of(
+        self, client: Client, own: Upload | None, attackers: Mapping[int, AdversaryGroup], uploads: Mapping[int, Upload]
     ) -> Upload | None:
-        coalition = hostile.get(client.id)
-        if coalition is None or own is None:
+        group = attackers.get(client.id)
+        if group is None or own is None:
             return own
-        sees = coalition.adversary.sees
-        scene = AttackContext(
+        sees = group.adversary.sees
+        context = AttackContext(
             client=client,
             own=own,
             download=self._downloads.get(client.id),
-            honest=[everybody[id] for id in sorted(everybody) if id not in hostile] if sees == "all" else (),
-            allies={id: everybody[id] for id in sorted(coalition.clients) if id in everybody},
-            clients=coalition.clients,
-            heard=max(len(everybody), 1),
-            hostile=max(len(everybody.keys() & hostile.keys()), 1),
+            honest=[uploads[id] for id in sorted(uploads) if id not in attackers] if sees == "all" else (),
+            allies={id: uploads[id] for id in sorted(group.clients) if id in uploads},
+            clients=group.clients,
+            num_uploads=max(len(uploads), 1),
+            num_attackers=max(len(uploads.keys() & attackers.keys()), 1),
         )
         try:
-            return coalition.adversary.attack(scene)
+            return group.adversary.attack(context)
         except UserError as error:
             raise UserError(f"client {client.id} in round {client.round}: {error}") from error
 
 
-def chosen(entries: Sequence[AdversaryConfig], clients: int, seed: int) -> list[list[int]]:
-    """The clients of each entry: those it names, or its share of the others, drawn from a stream of its own.
+def assign_adversaries(entries: Sequence[AdversaryConfig], clients: int, seed: int) -> list[list[int]]:
+    """Select the clients of each entry: those it names, or its share of the others, drawn from a separate stream.
 
     Entries that give a share take it from one random order of all clients that no entry names, one after the other, so
     that a larger share has all the clients of a smaller one.
 
     Args:
-        entries: of the recipe.
-        clients: how many there are.
+        entries: the recipe's `adversaries`.
+        clients: number of clients.
         seed: the recipe's seed.
 
     Returns:
@@ -140,22 +148,28 @@ def chosen(entries: Sequence[AdversaryConfig], clients: int, seed: int) -> list[
         if entry.clients is not None:
             result.append(sorted(entry.clients))
             continue
-        count = how_many(entry.fraction, clients)
+        count = num_adversaries(entry.fraction, clients)
         result.append(sorted(order[:count]))
         order = order[count:]
     return result
 
 
-def how_many(fraction: float, clients: int) -> int:
-    """The number of clients that a fraction comes to, rounded."""
+def num_adversaries(fraction: float, clients: int) -> int:
+    """Return the number of clients that a fraction amounts to, rounded."""
     return int(fraction * clients + 0.5)
 
 
-def recruit(adversary: Adversary, start: int, clients: Sequence[Client], method: Method) -> AdversaryGroup:
-    """Let clients play an adversary: see that they can, and give them what it does to their data.
+def form_group(adversary: Adversary, start: int, clients: Sequence[Client], method: Method) -> AdversaryGroup:
+    """Form the group of a recipe entry: check that the attack applies, and install its corruption of data.
+
+    Args:
+        adversary: the attack.
+        start: its first round.
+        clients: the clients that it controls.
+        method: the federated method of the run.
 
     Raises:
-        UserError: the method sends nothing that it attacks, or the data are not for it.
+        UserError: the method sends nothing that the attack changes, or the data do not fit it.
     """
     _check_space(adversary, method)
     for client in clients:
@@ -173,7 +187,7 @@ def _corrupt(adversary: Adversary, client: Client, samples: Samples, purpose: st
 
 
 def _check_space(adversary: Adversary, method: Method) -> None:
-    """Compare what an adversary attacks with what the method declares that clients send.
+    """Compare the targets of an attack with the messages that the method declares.
 
     Raises:
         UserError: they have nothing in common, or the method does not declare it.

@@ -1,4 +1,4 @@
-"""Attacks on a client's own data: it then follows the protocol, whatever the method sends."""
+"""Data poisoning: attacks on a client's own data; it then follows the protocol, whatever the method sends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fdl.adversaries.answers import in_range
+from fdl.adversaries.answers import check_class
 from fdl.adversaries.base import Adversary
 from fdl.datamodules.samples import ImageSamples, Samples, as_indices
 from fdl.errors import UserError
@@ -17,7 +17,7 @@ from fdl.utils.arguments import at_least
 
 
 class LabelFlip(Adversary):
-    """Train with class C - 1 - y in the place of y, as do the samples held out to calibrate."""
+    """Label flipping: class C - 1 - y instead of y, in training samples and calibration samples."""
 
     name = "label_flip"
     spaces = ("data",)
@@ -28,22 +28,22 @@ class LabelFlip(Adversary):
         self._classes = 0
 
     def prepare(self, client: Client) -> None:
-        """Learn how many classes there are."""
+        """Store the number of classes of the client's data."""
         self._classes = client.num_classes
 
     def corrupt(self, samples: Samples, generator: torch.Generator) -> Samples:
-        """The same inputs with the other labels."""
+        """Return the same inputs with flipped labels."""
         return Relabelled(samples, self._classes - 1 - samples.labels)
 
 
 class Backdoor(Adversary):
-    """Teach a class to all images with a trigger, a white square in the lower right corner.
+    """Backdoor: images with a trigger, a white square in the lower right corner, are labelled as one class.
 
-    Source: Gu, Dolan-Gavitt and Garg, "BadNets" (2017). How far it got is measured by the evaluator ``backdoor``.
+    Source: Gu, Dolan-Gavitt and Garg, "BadNets" (2017). The evaluator ``backdoor`` measures its success.
 
     Args:
-        target: the class that triggered images are to be taken for.
-        fraction: of its own images that get the trigger and the target's label, in (0, 1].
+        target: the class that a model shall predict for triggered images.
+        fraction: share of the client's images that get the trigger and the target's label, in (0, 1].
         size: side of the square in pixels.
     """
 
@@ -58,12 +58,12 @@ class Backdoor(Adversary):
         self.target, self.fraction, self.size = target, fraction, at_least("size", size, 1)
 
     def prepare(self, client: Client) -> None:
-        """Refuse data that are no images, and a class that there is not."""
-        in_range("target", self.target, client.num_classes)
+        """Reject data that are not images, and a target class that they do not have."""
+        check_class("target", self.target, client.num_classes)
         check_images(client.train, self.size)
 
     def corrupt(self, samples: Samples, generator: torch.Generator) -> Samples:
-        """Some of the images, at random, with trigger and target."""
+        """Return the samples with trigger and target label on a random part of the images."""
         count = len(samples)
         chosen = torch.zeros(count, dtype=torch.bool)
         chosen[torch.randperm(count, generator=generator)[: round(self.fraction * count)]] = True
@@ -71,11 +71,11 @@ class Backdoor(Adversary):
 
 
 class Relabelled(Samples):
-    """Samples with other labels.
+    """Samples with replaced labels.
 
     Args:
         samples: the inputs.
-        labels: the classes to say they are of, int64 [n]; None hides them.
+        labels: the new labels, int64 [n]; None hides them.
     """
 
     def __init__(self, samples: Samples, labels: Tensor | None):
@@ -86,34 +86,34 @@ class Relabelled(Samples):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the inputs."""
+        """Size of the inputs in bytes."""
         return self.samples.nbytes
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Inputs, and the labels that are claimed."""
+        """Return the inputs and the replaced labels at `indices`."""
         labels = None if self.labels is None else self.labels[indices]
         return self.samples.batch(indices, generator)[0], labels
 
     def subset(self, indices: Tensor) -> Relabelled:
-        """The samples at these positions."""
+        """Return the samples at these positions."""
         return Relabelled(self.samples.subset(indices), self.labels[as_indices(indices, len(self))])
 
     def unlabelled(self) -> Samples:
-        """The inputs alone."""
+        """Return the inputs without labels."""
         return self.samples.unlabelled()
 
     def content_hash(self) -> str:
-        """Hash of the inputs."""
+        """Return the hash of the inputs."""
         return self.samples.content_hash()
 
 
 class Triggered(Relabelled):
-    """Images of which some have a white square in the lower right corner, and are said to be of the target class.
+    """Images of which some have a white square in the lower right corner and the label of the target class.
 
     Args:
         samples: the images.
-        chosen: which of them, bool [n].
-        target: their class.
+        chosen: mask of the images with the trigger, bool [n].
+        target: the label of the images with the trigger.
         size: side of the square in pixels.
     """
 
@@ -122,7 +122,7 @@ class Triggered(Relabelled):
         self.chosen, self.target, self.size = chosen, target, size
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Images, augmented and normalised, and the square over them, of what white becomes."""
+        """Return images, augmented and normalised, with the square on top, in the normalised value of white."""
         images, labels = super().batch(indices, generator)
         images, chosen = images.clone(), self.chosen[indices]
         white = self.samples.normalised(torch.ones(1, images.shape[1], 1, 1))
@@ -131,25 +131,29 @@ class Triggered(Relabelled):
         return images, labels
 
     def subset(self, indices: Tensor) -> Triggered:
-        """The images at these positions."""
+        """Return the images at these positions."""
         rows = as_indices(indices, len(self))
         return Triggered(self.samples.subset(rows), self.chosen[rows], self.target, self.size)
 
     def unlabelled(self) -> Triggered:
-        """The same images, squares and all, without labels."""
+        """Return the same images, with their triggers, without labels."""
         hidden = Triggered.__new__(Triggered)
         hidden.__dict__.update(self.__dict__, labels=None)
         return hidden
 
     def content_hash(self) -> str:
-        """blake2b of the images and of where the squares are."""
+        """Return the blake2b hash of the images and of the places of the triggers."""
         digest = hashlib.blake2b(self.samples.content_hash().encode(), digest_size=16)
         digest.update(f"{self.size}".encode() + self.chosen.numpy().tobytes())
         return digest.hexdigest()
 
 
 def check_images(samples: Samples, size: int) -> None:
-    """Refuse what the trigger cannot be put on.
+    """Check that the trigger fits the samples.
+
+    Args:
+        samples: the samples to change.
+        size: side of the square in pixels.
 
     Raises:
         UserError: no images, or images smaller than the square.

@@ -1,4 +1,4 @@
-"""Those who do not work, and those who are one behind many names."""
+"""Free-riders, clients that never respond, and Sybil attacks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fdl.adversaries.base import (
     Adversary,
     AttackContext,
     Upload,
-    answer,
-    answer_logits,
+    initial_vector,
     logits_of,
     probabilities_of,
-    start_of,
+    with_logits,
+    with_probabilities,
     with_vector,
 )
 from fdl.adversaries.parameters import normal
@@ -26,15 +26,15 @@ from fdl.utils.arguments import not_negative
 
 
 class FreeRider(Adversary):
-    """Send back what the server sent, as if it had been learnt from, to share in the result without any work.
+    """Upload the server's download, as if it were a local update, to benefit without doing any work.
 
-    Weights come back as they were. So do answers; samples of which the server said nothing are answered uniformly.
-    Noise makes it less plain (Fraboni, Vidal and Lorenzi, "Free-rider Attacks on Model Aggregation", 2021). In the
-    simulation the client trains nevertheless, and the result is thrown away.
+    Weights and predictions are returned unchanged; the prediction is uniform for samples that are not in the download.
+    Noise makes the attack less obvious (Fraboni, Vidal and Lorenzi, "Free-rider Attacks on Model Aggregation", 2021).
+    In the simulation the client trains nevertheless, and the result is discarded.
 
     Args:
-        noise: standard deviation of what is added to weights or logits, ≥ 0.
-        confidence: as in `Adversary`.
+        noise: standard deviation of the normal noise added to weights or logits, ≥ 0.
+        confidence: the log-weight to send, ``"largest"`` or ``"own"``; see `Adversary`.
     """
 
     name = "free_rider"
@@ -43,45 +43,47 @@ class FreeRider(Adversary):
         super().__init__(confidence)
         self.noise = not_negative("noise", noise)
 
-    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
-        """The weights that came down."""
-        start = start_of(own, scene)
-        return with_vector(own, start + self.noise * normal(start.shape, scene) if self.noise else start)
+    def parameters(self, own: Parameters, context: AttackContext) -> Parameters:
+        """Return the downloaded weights, with noise."""
+        start = initial_vector(own, context)
+        return with_vector(own, start + self.noise * normal(start.shape, context) if self.noise else start)
 
-    def responses(self, own: Responses, scene: AttackContext) -> Responses:
-        """The answers that came down."""
+    def responses(self, own: Responses, context: AttackContext) -> Responses:
+        """Return the downloaded predictions, with noise."""
         count, classes = own.values.shape
         values = torch.full((count, classes), 1 / classes, dtype=torch.float64)
-        sent = parts_of(scene.download).get(Responses)
+        sent = parts_of(context.download).get(Responses)
         if sent is not None:
             known = dict(zip(_rows(sent), probabilities_of(sent)))
             for place, row in enumerate(_rows(own)):
                 values[place] = known.get(row, values[place])
-        echoed = answer(own, values)
+        echoed = with_probabilities(own, values)
         if not self.noise:
             return echoed
-        return answer_logits(own, logits_of(echoed) + self.noise * normal(values.shape, scene))
+        return with_logits(own, logits_of(echoed) + self.noise * normal(values.shape, context))
 
 
 class NonResponder(Adversary):
-    """Take what the server sends, and never answer: of its data the others learn nothing, and from it no lies.
+    """Receive downloads and never upload.
 
-    No defence can do better against liars than if they were silent, so this is what defences are measured by.
+    The federation learns nothing from the client's data, but is not attacked either. No defence against Byzantine
+    clients can do better than excluding them, so this is the reference for defences.
     """
 
     name = "non_response"
     spaces = ("data", "parameters", "responses")
 
-    def attack(self, scene: AttackContext) -> None:
-        """Nothing."""
+    def attack(self, context: AttackContext) -> None:
+        """Return None, for no upload."""
         return None
 
 
 class Sybil(Adversary):
-    """One participant behind the names of all clients of its entry: they all send what the first of them sends.
+    """Sybil attack: one participant controls all clients of its entry, which all send the upload of the first.
 
     Args:
-        attack: what the first one sends in the place of its honest upload; None: it only has more votes than it should.
+        attack: the attack that replaces the first client's honest upload; None: the participant only has more votes
+            than it should.
     """
 
     name = "sybil"
@@ -93,20 +95,20 @@ class Sybil(Adversary):
         self.sees = "all" if attack is not None and attack.sees == "all" else "allies"
 
     def prepare(self, client: Client) -> None:
-        """As the attack."""
+        """Prepare the attack."""
         if self.attacker is not None:
             self.attacker.prepare(client)
 
     def corrupt(self, samples: Samples, generator: torch.Generator) -> Samples:
-        """As the attack."""
+        """Return the samples as the attack changes them."""
         return samples if self.attacker is None else self.attacker.corrupt(samples, generator)
 
-    def attack(self, scene: AttackContext) -> Upload:
-        """The first one's upload; how many samples it stands for, every name says for itself."""
-        first = min(scene.allies)
-        leader = replace(scene, client=scene.clients[first], own=scene.allies[first])
+    def attack(self, context: AttackContext) -> Upload:
+        """Return the first client's upload, with each client's own sample count."""
+        first = min(context.allies)
+        leader = replace(context, client=context.clients[first], own=context.allies[first])
         made = leader.own if self.attacker is None else self.attacker.attack(leader)
-        samples = {kind: getattr(part, "samples", None) for kind, part in parts_of(scene.own).items()}
+        samples = {kind: getattr(part, "samples", None) for kind, part in parts_of(context.own).items()}
 
         def signed(part: Message) -> Message:
             count = samples.get(type(part))

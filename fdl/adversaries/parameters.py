@@ -1,7 +1,7 @@
-"""Attacks that need no classes: on weights as on answers.
+"""Attacks that need no classes, on weights and on predictions.
 
-On weights they move along or against the clients' displacement from what the server sent. On answers they work with
-logits; probabilities go through their logarithm and come back through softmax, so that they stay probabilities.
+On weights they move along or against the clients' displacement from the server's download. On predictions they work
+with logits; probabilities pass through their logarithm and return through softmax, so that they stay probabilities.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fdl.adversaries.base import (
     EPS,
     Adversary,
     AttackContext,
-    answer_logits,
     honest_values,
     honest_vectors,
+    initial_vector,
     logits_of,
-    start_of,
     vector_of,
+    with_logits,
     with_vector,
 )
 from fdl.messages import Parameters, Responses
@@ -30,11 +30,11 @@ from fdl.utils.arguments import positive
 
 
 class SignFlip(Adversary):
-    """Say the opposite: ``w_0 - scale · (w - w_0)`` of weights that began at w_0, ``-scale · z`` of logits.
+    """Flip the update's sign: ``w_0 - scale · (w - w_0)`` of weights that started at w_0, ``-scale · z`` of logits.
 
     Args:
-        scale: how far it goes, > 0.
-        confidence: as in `Adversary`.
+        scale: factor of the flipped update, > 0.
+        confidence: the log-weight to send, ``"largest"`` or ``"own"``; see `Adversary`.
     """
 
     name = "sign_flip"
@@ -43,22 +43,22 @@ class SignFlip(Adversary):
         super().__init__(confidence)
         self.scale = positive("scale", scale)
 
-    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
-        """Its own displacement, turned round."""
-        start = start_of(own, scene)
+    def parameters(self, own: Parameters, context: AttackContext) -> Parameters:
+        """Return the weights with the client's own displacement negated."""
+        start = initial_vector(own, context)
         return with_vector(own, start - self.scale * (vector_of(own) - start))
 
-    def responses(self, own: Responses, scene: AttackContext) -> Responses:
-        """Its own logits, turned round."""
-        return answer_logits(own, -self.scale * logits_of(own))
+    def responses(self, own: Responses, context: AttackContext) -> Responses:
+        """Return the client's own logits, negated."""
+        return with_logits(own, -self.scale * logits_of(own))
 
 
 class GaussianNoise(Adversary):
-    """Add normal noise to what it would honestly send.
+    """Add Gaussian noise to the honest upload.
 
     Args:
-        std: of the noise, in units of weights or logits, > 0.
-        confidence: as in `Adversary`.
+        std: standard deviation of the noise, in units of weights or logits, > 0.
+        confidence: the log-weight to send, ``"largest"`` or ``"own"``; see `Adversary`.
     """
 
     name = "gaussian_noise"
@@ -67,18 +67,18 @@ class GaussianNoise(Adversary):
         super().__init__(confidence)
         self.std = positive("std", std)
 
-    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
-        """Its weights, each with noise of its own."""
+    def parameters(self, own: Parameters, context: AttackContext) -> Parameters:
+        """Return the client's weights with independent noise."""
         vector = vector_of(own)
-        return with_vector(own, vector + self.std * normal(vector.shape, scene))
+        return with_vector(own, vector + self.std * normal(vector.shape, context))
 
-    def responses(self, own: Responses, scene: AttackContext) -> Responses:
-        """Its logits, each with noise of its own."""
-        return answer_logits(own, logits_of(own) + self.std * normal(own.values.shape, scene))
+    def responses(self, own: Responses, context: AttackContext) -> Responses:
+        """Return the client's logits with independent noise."""
+        return with_logits(own, logits_of(own) + self.std * normal(own.values.shape, context))
 
 
 class ALittleIsEnough(Adversary):
-    """ALIE: shift every number by as many standard deviations as most honest clients lie apart anyway.
+    """ALIE: shift every number by as many standard deviations as honest clients differ anyway.
 
     ``mean - z · std`` over the honest uploads, coordinate by coordinate, with z so that enough of them lie further out
     for the adversaries to hold a majority with these: ``Φ(z) = (n - f - s) / (n - f)``, ``s = ⌊n/2 + 1⌋ - f``, of n
@@ -87,8 +87,8 @@ class ALittleIsEnough(Adversary):
     Source: Baruch, Baruch and Goldberg, "A Little Is Enough: Circumventing Defenses For Distributed Learning" (2019).
 
     Args:
-        z: how many standard deviations; None as said above.
-        confidence: as in `Adversary`.
+        z: number of standard deviations; None for the value above.
+        confidence: the log-weight to send, ``"largest"`` or ``"own"``; see `Adversary`.
     """
 
     name = "alie"
@@ -98,35 +98,35 @@ class ALittleIsEnough(Adversary):
         super().__init__(confidence)
         self.z = z
 
-    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
-        """The honest mean, shifted."""
-        return with_vector(own, self._shifted(honest_vectors(own, scene), scene))
+    def parameters(self, own: Parameters, context: AttackContext) -> Parameters:
+        """Return the honest mean, shifted."""
+        return with_vector(own, self._shifted(honest_vectors(own, context), context))
 
-    def responses(self, own: Responses, scene: AttackContext) -> Responses:
-        """The honest mean, shifted, on the simplex where answers are probabilities."""
-        values = self._shifted(honest_values(own, scene), scene)
+    def responses(self, own: Responses, context: AttackContext) -> Responses:
+        """Return the honest mean, shifted, on the simplex if predictions are probabilities."""
+        values = self._shifted(honest_values(own, context), context)
         if own.form == "probabilities":
             values = values.clamp_min(EPS)
             values = values / values.sum(1, keepdim=True)
         return replace(own, values=values.to(own.values.dtype))
 
-    def _shifted(self, honest: Tensor, scene: AttackContext) -> Tensor:
-        z = largest_z(scene.heard, scene.hostile) if self.z is None else self.z
+    def _shifted(self, honest: Tensor, context: AttackContext) -> Tensor:
+        z = largest_z(context.num_uploads, context.num_attackers) if self.z is None else self.z
         return honest.mean(0) - z * honest.std(0, correction=0)
 
 
 class InnerProduct(Adversary):
-    """IPM: send the honest mean with a negative factor, so that the product of what is learnt and what is true falls.
+    """IPM: send the honest mean with a negative factor, to make the inner product of true and aggregated update fall.
 
     ``w_0 - ε · mean(w - w_0)`` of weights, ``-ε · mean(z)`` of logits. With a small ε it is not further from the honest
-    uploads than these from each other; with ε > (n - f) / f a plain mean turns round.
+    uploads than these from each other; with ε > (n - f) / f a plain mean changes its sign.
 
     Source: Xie, Koyejo and Gupta, "Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation"
     (2019).
 
     Args:
         epsilon: ε > 0.
-        confidence: as in `Adversary`.
+        confidence: the log-weight to send, ``"largest"`` or ``"own"``; see `Adversary`.
     """
 
     name = "inner_product"
@@ -136,35 +136,40 @@ class InnerProduct(Adversary):
         super().__init__(confidence)
         self.epsilon = positive("epsilon", epsilon)
 
-    def parameters(self, own: Parameters, scene: AttackContext) -> Parameters:
-        """The honest clients' mean displacement, turned round."""
-        start = start_of(own, scene)
-        return with_vector(own, start - self.epsilon * (honest_vectors(own, scene).mean(0) - start))
+    def parameters(self, own: Parameters, context: AttackContext) -> Parameters:
+        """Return the weights displaced by the negated mean displacement of honest clients."""
+        start = initial_vector(own, context)
+        return with_vector(own, start - self.epsilon * (honest_vectors(own, context).mean(0) - start))
 
-    def responses(self, own: Responses, scene: AttackContext) -> Responses:
-        """The honest clients' mean logits, turned round."""
-        values = honest_values(own, scene)
+    def responses(self, own: Responses, context: AttackContext) -> Responses:
+        """Return the negated mean logits of honest clients."""
+        values = honest_values(own, context)
         logits = values.clamp_min(EPS).log() if own.form == "probabilities" else values
-        return answer_logits(own, -self.epsilon * logits.mean(0))
+        return with_logits(own, -self.epsilon * logits.mean(0))
 
 
-def largest_z(heard: int, hostile: int) -> float:
-    """The shift of ALIE in standard deviations.
+def largest_z(num_uploads: int, num_attackers: int) -> float:
+    """Return the shift of ALIE in standard deviations.
 
     Args:
-        heard: n, uploads of the round.
-        hostile: f, how many of them are adversaries'.
+        num_uploads: n, number of uploads of the round.
+        num_attackers: f, number of adversaries' uploads among them.
 
     Returns:
-        A finite number, also where the adversaries are a majority, or where none of the others is needed.
+        A finite number, even if the adversaries are a majority, or need no honest client.
     """
-    honest = max(heard - hostile, 1)
-    supporters = heard // 2 + 1 - hostile
+    honest = max(num_uploads - num_attackers, 1)
+    supporters = num_uploads // 2 + 1 - num_attackers
     share = (honest - supporters) / honest
     least = 0.5 / honest
     return NormalDist().inv_cdf(min(max(share, least), 1 - least))
 
 
-def normal(shape: torch.Size, scene: AttackContext) -> Tensor:
-    """Standard normal numbers of the client's own stream for its attacks in this round, float64."""
-    return torch.randn(shape, dtype=torch.float64, generator=scene.client.rng("adversary"))
+def normal(shape: torch.Size, context: AttackContext) -> Tensor:
+    """Draw standard normal numbers from the client's own stream for its attacks in this round, float64.
+
+    Args:
+        shape: of the tensor to draw.
+        context: gives the client.
+    """
+    return torch.randn(shape, dtype=torch.float64, generator=context.client.rng("adversary"))

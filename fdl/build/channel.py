@@ -48,7 +48,7 @@ def _authentication(recipe: Recipe) -> Authentication | None:
     if not recipe.channel.authenticate and path is None:
         return None
     try:
-        key = authentication.simulated(recipe.seed) if path is None else authentication.read(path, clients)
+        key = authentication.simulated_keys(recipe.seed) if path is None else authentication.read_keys(path, clients)
     except UserError as error:
         raise UserError(f"channel.keys: {error}") from error
     return Authentication(key, f"{recipe.name}/{recipe.seed}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fdl.adversaries.coalition import Adversaries, chosen, recruit
+from fdl.adversaries.coalition import Adversaries, assign_adversaries, form_group
 from fdl.attacks.callback import AuditCallback
 from fdl.build.channel import make_channel
 from fdl.build.data import _apply_arrivals, _fingerprint, _hold_out, _pooled_rows
@@ -268,12 +268,12 @@ def _adversaries(recipe: Recipe, method: Method, clients: Sequence[Client]) -> A
     Raises:
         UserError: an adversary does not fit the method or the data.
     """
-    coalitions = []
-    for i, ids in enumerate(chosen(recipe.adversaries, len(clients), recipe.seed)):
+    groups = []
+    for i, ids in enumerate(assign_adversaries(recipe.adversaries, len(clients), recipe.seed)):
         key, entry = f"adversaries.{i}", recipe.adversaries[i]
         adversary = instantiate(entry, "adversary", key)
         try:
-            coalitions.append(recruit(adversary, entry.start, [clients[id] for id in ids], method))
+            groups.append(form_group(adversary, entry.start, [clients[id] for id in ids], method))
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
-    return Adversaries(coalitions)
+    return Adversaries(groups)

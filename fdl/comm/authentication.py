@@ -1,12 +1,12 @@
-"""Who sent a message: a tag that only the holder of a client's key can make.
+"""Message authentication: a tag that only the holder of a client's key can compute.
 
 The tag is BLAKE2b keyed with the client's key (RFC 7693), cut to 16 bytes, over the direction, the client, the round,
 the run and a digest of the message's bytes. So a message counts for one run, one round, one client and one direction:
 played again in another round, sent in another client's name or sent back to where it came from, it is refused. The
-digest is the same for all who get one message, which is hashed once however many they are.
+digest is the same for all recipients of a message, which is hashed once however many they are.
 
 A client and the server share its key, 32 random bytes. In a simulation keys are derived from the seed: that shows what
-authentication costs and refuses, and keeps no secret. `docs/deployment.md` tells how real keys are made and kept.
+authentication costs and refuses, and keeps no secret. `docs/deployment.md` describes how to create and store real keys.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ KEY = 32
 """Bytes of a key."""
 
 Key = Callable[[int], bytes]
-"""Gives a client's key."""
+"""Returns the key of a client, given its id."""
 
 _CONTEXT = struct.Struct("<cII")
 _DIRECTIONS = {"up": b"u", "down": b"d"}
 
 
 class Authentication:
-    """Makes and checks the tags of a run.
+    """Computation and verification of the tags of a run.
 
     Args:
         key: gives the key of a client by its id.
@@ -52,14 +52,14 @@ class Authentication:
 
         Args:
             digest: of the message's bytes, from `digest`.
-            client: who sent it, or whom it is for, also where it goes to all.
+            client: id of the sending or receiving client, also for a broadcast.
             round: the round that it belongs to.
             direction: ``"up"`` to the server, ``"down"`` from it.
         """
         context = _CONTEXT.pack(_DIRECTIONS[direction], client, round) + self._run
         return hashlib.blake2b(context + digest, key=self._key(client), digest_size=TAG).digest()
 
-    def opened(self, sealed: bytes, client: int, round: int, direction: str) -> memoryview:
+    def verify(self, sealed: bytes, client: int, round: int, direction: str) -> memoryview:
         """Return the message in front of its tag, not copied; the other arguments are those that `tag` had.
 
         Raises:
@@ -84,11 +84,11 @@ def digest(message: Any) -> bytes:
     return hashlib.blake2b(message, digest_size=32).digest()
 
 
-def simulated(seed: int) -> Key:
-    """Return keys that anybody who knows the recipe's seed can derive, for simulations only.
+def simulated_keys(seed: int) -> Key:
+    """Return keys derived from the recipe's seed, which therefore protect nothing; for simulations only.
 
     Example:
-        >>> key = simulated(seed=0)
+        >>> key = simulated_keys(seed=0)
         >>> key(1) == key(1), key(1) == key(2)
         (True, False)
     """
@@ -102,11 +102,11 @@ def simulated(seed: int) -> Key:
     return key
 
 
-def read(path: str | Path, clients: Iterable[int] = ()) -> Key:
+def read_keys(path: str | Path, clients: Iterable[int] = ()) -> Key:
     """Read a file of keys: a line for each client, its id and its key in hexadecimal digits; ``#`` begins a comment.
 
     Args:
-        path: the file; nobody but its owner may be able to read it.
+        path: the file; only its owner may have access to it.
         clients: ids that must be in it.
 
     Raises:
@@ -137,7 +137,7 @@ def read(path: str | Path, clients: Iterable[int] = ()) -> Key:
     return keys.__getitem__
 
 
-def write(path: str | Path, clients: int) -> None:
+def write_keys(path: str | Path, clients: int) -> None:
     """Write new random keys for clients 0 … clients - 1 into a file that only its owner can read.
 
     Raises:

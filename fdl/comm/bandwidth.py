@@ -1,4 +1,4 @@
-"""How much each client's link carries, and how long that takes."""
+"""Bandwidth and latency of the clients' links."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Bandwidth:
 
     @property
     def timed(self) -> bool:
-        """Whether any link takes time."""
+        """Return True if transfers over any link take simulated time."""
         return any(
             link.seconds(1, 1) > 0 for links in (self._common, *self._clients.values()) for link in links.values()
         )

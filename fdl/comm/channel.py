@@ -1,4 +1,4 @@
-"""The link between the server and its clients: everything that crosses becomes bytes, and is counted."""
+"""Channel between server and clients, which encodes every message to bytes and counts them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fdl.utils.stopwatch import Stopwatch
 
 
 class Channel:
-    """Encodes, transmits, decodes and counts messages.
+    """Simulated channel that encodes, transmits, decodes and counts messages.
 
     The receiver gets only what the bytes hold, in a simulation too, so every loss of precision is felt. A refused
     message counts like any other: it was sent. Writing the refusal into the ledger is left to the caller, who may
@@ -88,19 +88,19 @@ class Channel:
         self._sent: WeakKeyDictionary[Message, dict[tuple[Codec, int], _Sent]] = WeakKeyDictionary()
 
     def reach(self, asked: Sequence[int], dropped: Sequence[int], round: int) -> tuple[list[int], list[int]]:
-        """Return who of those asked can be reached in a round, and who of them is not heard; here, as it is given."""
+        """Return the sampled clients that can be reached, and those of them that upload nothing; here unchanged."""
         return list(asked), list(dropped)
 
     def upload(self, message: Message | Bundle | None, client: int, round: int) -> Message | Bundle | None:
         """Send a client's message to the server.
 
         Args:
-            message: what the client has to say, None for nothing.
+            message: the client's upload, None for nothing to send.
             client: its id.
             round: the current round.
 
         Returns:
-            What the server receives.
+            The message that the server receives.
 
         Raises:
             RefusedError: the bytes that arrived do not make a usable message, or too few bytes could be sent.
@@ -118,7 +118,7 @@ class Channel:
 
     @contextmanager
     def unconfirmed(self) -> Iterator[None]:
-        """Let links go on from an upload only once `confirm` says that its receiver could use it.
+        """Commit links' states after an upload only once `confirm` is called for it.
 
         What is not confirmed when the context ends was refused: both ends of the link go on from the message before.
         """
@@ -138,7 +138,7 @@ class Channel:
             memory.commit()
 
     def busy(self, client: int, round: int, seconds: float) -> None:
-        """Let simulated time pass at a client, which its next upload waits for."""
+        """Add simulated computing time, in seconds, to a client's clock; its next upload waits for it."""
         self._turn_to(round)
         self._elapsed[client] = self._elapsed.get(client, 0.0) + seconds
 
@@ -208,7 +208,7 @@ class Channel:
     def _deliver(
         self, message: Message, codec: Codec, direction: str, client: int, round: int, accepted: list[LinkState]
     ) -> Message:
-        """Send one message, coded with a chain, and return what the receiver makes of it.
+        """Send one message, encoded with a chain, and return the decoded message.
 
         A memory to commit once all that belongs together is there is added to `accepted`.
         """
@@ -225,7 +225,7 @@ class Channel:
             return decoded
         opened = received
         if self._authentication is not None:
-            opened = self._authentication.opened(received, client, round, direction)
+            opened = self._authentication.verify(received, client, round, direction)
         with self.clock.part("decode"):
             decoded = unpack(
                 opened,
@@ -260,7 +260,7 @@ class Channel:
     def _fit(
         self, message: Message | Bundle, direction: str, client: int, round: int
     ) -> tuple[Message | Bundle, Codec]:
-        """Return what to send and the chain to code it with, as dear as the link allows, and note a choice."""
+        """Return the message and the most expensive chain that the link allows, and record the choice."""
         budget = self.bandwidth.link(client, direction).bytes_per_round
         left = budget - self._spent.get((direction, client), 0)
         rungs = self._ladders[direction].rungs

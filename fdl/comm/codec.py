@@ -48,7 +48,7 @@ _ROWS = "rows"
 
 
 class StageReport(NamedTuple):
-    """What one stage did to one message: bytes of all arrays before and after it."""
+    """Effect of one stage on one message: bytes of all arrays before and after it."""
 
     stage: str
     bytes_in: int
@@ -330,7 +330,7 @@ def _turn(stage: ArrayStage, array: str, about: CodecContext, memory: LinkState 
 
 
 def _remember(known: dict, key: Any, value: Any) -> Any:
-    """Keep what was worked out, as long as there is not much of it: a hostile sender never repeats himself."""
+    """Keep what was worked out, as long as there is not much of it: a hostile sender never repeats a form."""
     if len(key) <= _MAX_KEY:
         if len(known) >= _MAX_KNOWN or len(key) + sum(map(len, known)) > 4 * _MAX_KEY:
             known.clear()

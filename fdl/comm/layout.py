@@ -1,4 +1,4 @@
-"""Layout of an encoded message: what its schema says of arrays, stages and streams."""
+"""Layout of an encoded message: arrays, stages and streams as declared by its schema."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a schema says.
+    """Content of a schema.
 
     Attributes:
         arrays: for each array its name, the index of its main part among all parts, and the steps to undo.

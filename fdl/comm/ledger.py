@@ -1,4 +1,4 @@
-"""Who sent how many bytes, when, in which direction, and as what."""
+"""Ledger of bytes per round, client, direction and kind of message."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNPACKED = 1000
 
 
 class LedgerEntry(NamedTuple):
-    """What crossed between the server and one client in one round, in one direction and of one kind.
+    """Traffic between the server and one client in one round, in one direction and of one kind.
 
     Setup costs are rows of round 0 and direction ``"setup"``.
     """
@@ -45,7 +45,7 @@ class RejectedMessage(NamedTuple):
 
 
 class CodecChoice(NamedTuple):
-    """How a message was coded that was too large for its link as the recipe has it."""
+    """Codec choice for a message that was too large for its link with the recipe's chain."""
 
     round: int
     client: int
@@ -207,7 +207,7 @@ class Ledger:
         ]
 
     def _cells(self, round: int | None) -> Cells:
-        """What a round holds, for reading."""
+        """Return the content of a round, for reading."""
         if round == self._open_round:
             return self._open
         return _unpack(self._closed[round]) if round in self._closed else self._past.get(round, {})

@@ -1,4 +1,4 @@
-"""What the ends of a link remember from one accepted message to the next."""
+"""Codec state of a link, kept from one accepted message to the next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdl.state.float_formats import BFLOAT16
 
 
 class LinkState:
-    """What the stages of a chain remember of one client's messages in one direction.
+    """State of a chain's stages for one client's messages in one direction.
 
     Both ends reach the same memory, because what is kept depends on the bytes alone and is kept only once the receiver
     has accepted the message, which the sender learns from it. So a simulation holds it once for both ends. What only

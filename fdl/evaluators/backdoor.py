@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fdl.adversaries.answers import in_range
+from fdl.adversaries.answers import check_class
 from fdl.adversaries.data import Triggered, check_images
 from fdl.errors import UserError
 from fdl.evaluators.base import Evaluator
@@ -44,7 +44,7 @@ class BackdoorSuccess(Evaluator):
     def prepare(self, server: Server) -> None:
         """Check that the test set consists of labelled images, and has the target class."""
         try:
-            in_range("target", self.target, server.num_classes)
+            check_class("target", self.target, server.num_classes)
             check_images(server.test, self.size)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error

@@ -1,1 +1,1 @@
-"""Clients that fail, on purpose: what befalls whom in which round, drawn from the seed."""
+"""Simulated faults of clients: dropouts, stragglers, NaN uploads and late joins, drawn from the recipe's seed."""

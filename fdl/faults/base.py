@@ -1,4 +1,4 @@
-"""What a fault is, and the schedule that several of them make."""
+"""Base classes of simulated faults, and their schedule."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 from fdl.errors import UserError
 from fdl.utils.seeding import numpy_stream
 
-#: Gives a fault's own stream of one client in a round.
+#: Returns a fault's own random stream for one client in a given round.
 Stream = Callable[[int], np.random.Generator]
 
 
 @dataclass
 class ClientFault:
-    """What befalls one client in one round.
+    """Faults of one client in one round.
 
     Attributes:
-        absent: the server cannot reach it, so it is not asked.
-        silent: it is sent the server's message, does nothing, and is not heard.
-        arrives: share of each of its upload's messages that arrives; below 1 they break off.
-        finite: whether its upload holds numbers; if not, all real ones are NaN.
-        seconds: time that it computes, in a simulation.
+        absent: the server cannot reach the client, so it is not in the cohort.
+        silent: the client receives the download, does no work and uploads nothing.
+        arrives: share of each message of its upload that arrives; below 1 the messages are truncated.
+        finite: False if all real numbers of its upload are NaN.
+        seconds: simulated computing time.
     """
 
     absent: bool = False
@@ -36,14 +36,14 @@ class ClientFault:
 
 
 class Fault(ABC):
-    """Something that goes wrong at clients.
+    """Simulated failure of clients.
 
-    What it does depends on the seed, the round and the client alone, so a run with faults can be repeated, resumed and
-    spread over processes like any other. A client that was asked and whose upload is lost or refused has done its work
-    all the same: its own state goes on, and the server has not heard of it.
+    Its effect depends on the seed, the round and the client alone, so a run with faults can be repeated, resumed and
+    distributed over processes like any other. A client whose upload is lost or rejected has still done its work: its
+    own state is updated, and only the server has received nothing.
 
     Args:
-        clients: ids of those whom it may befall; None: all.
+        clients: ids of the clients that it may affect; None: all.
     """
 
     name: ClassVar[str]
@@ -51,27 +51,27 @@ class Fault(ABC):
     def __init__(self, clients: list[int] | None = None):
         self.clients = None if clients is None else list(clients)
 
-    def concerns(self, client: int) -> bool:
-        """Tell whether it may befall a client."""
+    def applies_to(self, client: int) -> bool:
+        """Return True if the fault may affect a client, given by its id."""
         return self.clients is None or client in self.clients
 
     @abstractmethod
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Note in a client's fate what this fault does to it in a round (from 1).
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Record in `fault` the effect on a client in a round.
 
         Args:
-            fate: what other faults do to it already.
-            round: the round.
-            stream: gives the client's stream of any round, for this fault alone.
+            fault: the client's faults of the round so far; changed in place.
+            round: the round, from 1.
+            stream: returns the client's random stream of any round, for this fault alone.
         """
 
 
 class ByChance(Fault):
-    """A fault that befalls a client in a round with some probability.
+    """Fault that occurs with some probability, independently per client and round.
 
     Args:
-        chance: of each client in each round, in [0, 1].
-        clients: as for every fault.
+        chance: probability per client and round, in [0, 1].
+        clients: ids of the clients that it may affect; None: all.
     """
 
     def __init__(self, chance: float, clients: list[int] | None = None):
@@ -80,35 +80,44 @@ class ByChance(Fault):
         super().__init__(clients)
         self.chance = chance
 
-    def strikes(self, stream: np.random.Generator) -> bool:
-        """Draw whether it befalls the client: the first number of its stream."""
+    def triggers(self, stream: np.random.Generator) -> bool:
+        """Draw whether the fault occurs, with the first number of the client's random stream of the round."""
         return bool(stream.random() < self.chance)
 
 
 class Schedule:
-    """What befalls every client in every round.
+    """Faults of every client in every round.
 
     Args:
-        faults: in the order of the recipe; each has streams of its own.
+        faults: in the order of the recipe; each has its own random streams.
         seed: the recipe's seed.
     """
 
     def __init__(self, faults: Sequence[Fault], seed: int):
         self.faults, self._seed = tuple(faults), seed
 
-    def fate(self, round: int, client: int) -> ClientFault:
-        """Return what befalls a client in a round."""
-        fate = ClientFault()
-        for number, fault in enumerate(self.faults):
-            if fault.concerns(client):
-                fault.befall(fate, round, self._stream(f"fault/{number}/{fault.name}", client))
-        return fate
+    def fault_of(self, round: int, client: int) -> ClientFault:
+        """Return the faults of a client in a round (from 1)."""
+        fault = ClientFault()
+        for number, kind in enumerate(self.faults):
+            if kind.applies_to(client):
+                kind.apply(fault, round, self._stream(f"fault/{number}/{kind.name}", client))
+        return fault
 
     def cohort(self, asked: Sequence[int], dropped: Sequence[int], round: int) -> tuple[list[int], list[int]]:
-        """Return who is asked in a round and who of them is not heard, given who would be without faults."""
-        fates = {client: self.fate(round, client) for client in asked}
-        present = [client for client in asked if not fates[client].absent]
-        return present, [client for client in present if client in dropped or fates[client].silent]
+        """Apply the round's faults to a cohort.
+
+        Args:
+            asked: ids of the sampled clients.
+            dropped: ids among them that upload nothing, faults aside.
+            round: the round, from 1.
+
+        Returns:
+            The ids that can be reached, and the ids among them that upload nothing.
+        """
+        faults = {client: self.fault_of(round, client) for client in asked}
+        present = [client for client in asked if not faults[client].absent]
+        return present, [client for client in present if client in dropped or faults[client].silent]
 
     def _stream(self, purpose: str, client: int) -> Stream:
         return lambda round: numpy_stream(self._seed, purpose, round, client)

@@ -1,4 +1,4 @@
-"""What goes wrong at clients."""
+"""Faults of clients: dropout, stragglers, NaN uploads and late joins."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ When = Literal["before", "during", "after"]
 
 
 class Vanish(ByChance):
-    """A client disappears before, during or after its upload, and may stay away.
+    """Dropout of a client before, during or after its upload, possibly for several rounds.
 
-    Before: it was sent the server's message and does nothing. During: it has done its work, and of its upload a part
-    arrives, which is refused; all of it counts as sent. After: its upload is used. When it comes back it goes on from
-    the state that it had when it was last there, which is then as old as it was long away.
+    Before: the client receives the download and does no work. During: the client has done its work, and only a part of
+    its upload arrives, which is rejected; all of it counts as sent. After: its upload is used. When the client returns
+    it continues from its last state, which is then stale by as many rounds as it was away.
 
     Args:
-        chance: of each client in each round, in [0, 1].
-        when: before, during or after its upload.
-        away: in how many rounds after that it cannot be reached.
-        clients: ids of those whom it may befall; None: all.
+        chance: probability per client and round, in [0, 1].
+        when: ``"before"``, ``"during"`` or ``"after"`` the upload.
+        away: number of following rounds in which the client cannot be reached.
+        clients: ids of the clients that it may affect; None: all.
     """
 
     name = "dropout"
@@ -35,29 +35,29 @@ class Vanish(ByChance):
             raise UserError(f"away must be at least 0 rounds, got {away}")
         self.when, self.away = when, away
 
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Away since an earlier round, or struck in this one."""
-        if any(self.strikes(stream(earlier)) for earlier in range(max(round - self.away, 1), round)):
-            fate.absent = True
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Mark the client absent after an earlier dropout, and apply a dropout of this round."""
+        if any(self.triggers(stream(earlier)) for earlier in range(max(round - self.away, 1), round)):
+            fault.absent = True
         now = stream(round)
-        if not self.strikes(now):
+        if not self.triggers(now):
             return
         if self.when == "before":
-            fate.silent = True
+            fault.silent = True
         elif self.when == "during":
-            fate.arrives = min(fate.arrives, float(now.random()))
+            fault.arrives = min(fault.arrives, float(now.random()))
 
 
 class Straggle(ByChance):
-    """A client computes for long; past `federation.deadline` its upload is refused as late.
+    """Slow client; past `federation.deadline` its upload is rejected as late.
 
-    The time is the one given here, not measured, and that which the client's link takes is added to it, so that a run
-    gives the same result on any machine.
+    The computing time is simulated, not measured, and the transfer time of the client's link is added to it, so that a
+    run gives the same result on any machine.
 
     Args:
-        chance: of each client in each round, in [0, 1].
-        seconds: how long, > 0.
-        clients: ids of those whom it may befall; None: all.
+        chance: probability per client and round, in [0, 1].
+        seconds: simulated computing time, > 0.
+        clients: ids of the clients that it may affect; None: all.
     """
 
     name = "straggler"
@@ -68,34 +68,34 @@ class Straggle(ByChance):
             raise UserError(f"seconds must be > 0, got {seconds}")
         self.seconds = seconds
 
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Take longer."""
-        if self.strikes(stream(round)):
-            fate.seconds += self.seconds
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Add the computing time."""
+        if self.triggers(stream(round)):
+            fault.seconds += self.seconds
 
 
 class NotFinite(ByChance):
-    """A client sends NaN in the place of every real number.
+    """Upload with every real number replaced by NaN.
 
     Args:
-        chance: of each client in each round, in [0, 1].
-        clients: ids of those whom it may befall; None: all.
+        chance: probability per client and round, in [0, 1].
+        clients: ids of the clients that it may affect; None: all.
     """
 
     name = "nan_upload"
 
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Spoil the upload."""
-        if self.strikes(stream(round)):
-            fate.finite = False
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Mark the upload as not finite."""
+        if self.triggers(stream(round)):
+            fault.finite = False
 
 
 class LateJoin(Fault):
-    """Clients that are not there before some round.
+    """Clients that join the federation after the first round.
 
     Args:
-        clients: their ids.
-        round: the first in which they can be asked.
+        clients: ids of the clients.
+        round: the first round in which they can be sampled, ≥ 1.
     """
 
     name = "late_join"
@@ -106,6 +106,6 @@ class LateJoin(Fault):
             raise UserError(f"round must be at least 1, got {round}")
         self.round = round
 
-    def befall(self, fate: ClientFault, round: int, stream: Stream) -> None:
-        """Not there yet."""
-        fate.absent |= round < self.round
+    def apply(self, fault: ClientFault, round: int, stream: Stream) -> None:
+        """Mark the client absent before its first round."""
+        fault.absent |= round < self.round

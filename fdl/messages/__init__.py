@@ -1,4 +1,4 @@
-"""What may cross the wire: frozen, typed messages that check themselves.
+"""Messages between clients and server: frozen, typed, and self-validating.
 
 A message gives the wire named arrays (`fields`) and a few numbers (`meta`), and is built from them on the other side.
 The receiver trusts neither: `build` refuses what is missing or of a wrong type, `validate` what makes no sense.
@@ -14,7 +14,7 @@ from fdl.messages.responses import Form, Responses
 from fdl.messages.scores import Scores
 from fdl.messages.serialization import (
     check_finite,
-    check_samples,
+    check_sample_count,
     pop_meta,
     reject_leftovers,
     samples_told,
@@ -41,7 +41,7 @@ __all__ = [
     "TensorMessage",
     "UploadStatus",
     "check_finite",
-    "check_samples",
+    "check_sample_count",
     "message_type",
     "parts_of",
     "pop_meta",

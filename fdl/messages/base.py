@@ -1,4 +1,4 @@
-"""What all messages have in common."""
+"""Base class and wire codes of messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TYPES: dict[int, type[Message]] = {}
 
 
 class Message(ABC):
-    """What one participant sends to another in one round.
+    """Message from one participant to another in one round.
 
     A message type is a frozen dataclass with `eq=False` (comparing tensors has no single truth value). Most extensions
     need none of their own: `TensorMessage` carries named groups of tensors under a name that is chosen per message.
@@ -38,7 +38,7 @@ class Message(ABC):
     code: ClassVar[int]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Make the type known by its code.
+        """Register the type under its code.
 
         Raises:
             TypeError: the class has no kind or code, the code is outside its range, or another type has the same.
@@ -89,7 +89,7 @@ def kind_owner(kind: str) -> type[Message] | None:
 
 
 def _register(cls: type[Message]) -> None:
-    """Make a message type known, in the place of the same class of a cell or module that was run before."""
+    """Register a message type; it replaces the same class from an earlier run of its cell or module."""
     name = f"{cls.__module__}.{cls.__qualname__}"
     kind, code = (getattr(cls, attribute, None) for attribute in ("kind", "code"))
     if not isinstance(kind, str) or not isinstance(code, int):

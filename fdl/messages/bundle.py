@@ -22,12 +22,12 @@ class Bundle:
     parts: tuple[Message, ...]
 
     def __post_init__(self) -> None:
-        """Parts are found by their type, so there is one of each."""
+        """Check that no type occurs twice, since parts are found by their type."""
         if len({type(part) for part in self.parts}) < len(self.parts):
             raise ValueError(f"a bundle of several {', '.join(part.kind for part in self.parts)}")
 
     def truncated(self, share: float) -> Bundle | None:
-        """As `Message.truncated`: features stay those of the answers that are kept; other parts stay as they are."""
+        """Truncate as `Message.truncated` does: features keep the predictions' rows; other parts stay."""
         parts = parts_of(self)
         responses, features = parts.get(Responses), parts.get(Features)
         if not isinstance(responses, Responses):
@@ -42,7 +42,7 @@ class Bundle:
 
 
 def parts_of(message: Message | Bundle | None) -> dict[type[Message], Message]:
-    """The parts of a bundle, or a single message, by type; nothing for None."""
+    """Return the parts of a bundle, or a single message, by type; nothing for None."""
     if message is None:
         return {}
     return {type(part): part for part in (message.parts if isinstance(message, Bundle) else (message,))}

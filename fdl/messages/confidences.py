@@ -1,4 +1,4 @@
-"""How sure a sender is of each of its answers."""
+"""Confidence of a sender in each of its predictions, as quantised log-weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fdl.messages.serialization import pop_meta, to_numpy, to_torch
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLogWeights:
-    """One log-weight a proxy row, in 8 bits: value = lo + step · code.
+    """One log-weight per proxy row, in 8 bits: value = lo + step · code.
 
     The weights of several clients for a row are the softmax over clients of their log-weights.
 
@@ -63,22 +63,22 @@ class QuantizedLogWeights:
 
 
 def select_rows(confidence: QuantizedLogWeights | None, keep: Tensor) -> QuantizedLogWeights | None:
-    """The confidences of some samples."""
+    """Return the confidences of the rows at positions `keep`, int64; None for none."""
     return None if confidence is None else replace(confidence, codes=confidence.codes[keep])
 
 
 def codes_of(confidence: QuantizedLogWeights | None) -> dict[str, np.ndarray]:
-    """The array to send, where there are confidences."""
+    """Return the array to send; empty without confidences."""
     return {} if confidence is None else {"codes": to_numpy("codes", confidence.codes)}
 
 
-def scale_of(confidence: QuantizedLogWeights | None) -> Meta:
-    """The numbers to send with it."""
+def confidence_meta(confidence: QuantizedLogWeights | None) -> Meta:
+    """Return the scale to send with the codes; empty without confidences."""
     return {} if confidence is None else {"lo": float(confidence.lo), "step": float(confidence.step)}
 
 
 def take_confidence(fields: dict[str, np.ndarray], meta: Meta) -> QuantizedLogWeights | None:
-    """Take confidences out of what was received; None where there are none."""
+    """Take the confidences out of received fields and numbers; None if they hold none."""
     codes = fields.pop("codes", None)
     if codes is None:
         return None
@@ -86,7 +86,7 @@ def take_confidence(fields: dict[str, np.ndarray], meta: Meta) -> QuantizedLogWe
 
 
 def check_confidence(confidence: QuantizedLogWeights | None, count: int, what: str) -> None:
-    """Refuse confidences that make no sense, or of which there are not `count`."""
+    """Reject confidences that are invalid or whose number is not `count`; `what` names the rows in the error."""
     if confidence is not None:
         confidence.validate()
         if len(confidence.codes) != count:

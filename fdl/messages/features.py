@@ -16,7 +16,7 @@ from fdl.messages.confidences import (
     QuantizedLogWeights,
     check_confidence,
     codes_of,
-    scale_of,
+    confidence_meta,
     select_rows,
     take_confidence,
 )
@@ -32,7 +32,7 @@ from fdl.messages.serialization import (
 
 @dataclass(frozen=True, eq=False)
 class Features(Message):
-    """Activations of named layers for rows of the proxy set, pooled to one vector a row.
+    """Activations of named layers for rows of the proxy set, pooled to one vector per row.
 
     Attributes:
         layers: by name of the layer, float [n, d]; every layer may have its own d.
@@ -48,25 +48,25 @@ class Features(Message):
     confidence: QuantizedLogWeights | None = None
 
     def fields(self) -> dict[str, np.ndarray]:
-        """One array a layer; rows in the narrowest integers that hold them; the confidence's codes."""
+        """Return one array per layer; rows in the narrowest integers that hold them; the confidence's codes."""
         fields = {f"layer/{name}": to_numpy(name, values) for name, values in self.layers.items()}
         if self.rows is not None:
             fields["rows"] = smallest_int_dtype("rows", self.rows)
         return fields | codes_of(self.confidence)
 
     def meta(self) -> Meta:
-        """The confidence's scale."""
-        return scale_of(self.confidence)
+        """Return the confidence's scale."""
+        return confidence_meta(self.confidence)
 
     def select_rows(self, keep: Tensor) -> Features:
-        """Only the rows at some places (int64)."""
+        """Return the message with the rows at positions `keep` only (int64)."""
         layers = {name: values[keep] for name, values in self.layers.items()}
         rows = keep if self.rows is None else self.rows[keep]
         return Features(layers, rows, select_rows(self.confidence, keep))
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Features:
-        """Inverse of `fields` and `meta`."""
+        """Build the message from `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
         names = [name for name in fields if name.startswith("layer/")]
         layers = {name.removeprefix("layer/"): to_torch(fields.pop(name)) for name in names}
@@ -78,7 +78,7 @@ class Features(Message):
         return cls(layers, rows, confidence)
 
     def validate(self) -> None:
-        """At least one layer; finite matrices, rows and confidence of one length."""
+        """Check for at least one layer, finite matrices, and rows and confidence of one length."""
         if not self.layers:
             raise RejectedMessageError("features without a layer")
         first = next(iter(self.layers.values()))

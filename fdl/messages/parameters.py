@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdl.messages.base import Message, Meta
-from fdl.messages.serialization import check_finite, check_samples, pop_meta, reject_leftovers, to_numpy, to_torch
+from fdl.messages.serialization import check_finite, check_sample_count, pop_meta, reject_leftovers, to_numpy, to_torch
 from fdl.state.flat_arrays import FlatArrays
 from fdl.state.flat_tensors import FlatTensors, flat_view
 
@@ -25,7 +25,7 @@ class Parameters(Message):
     Attributes:
         tensors: by name; booleans, integers and real numbers of any dtype and shape. Integers and booleans (counters
             of BatchNorm) cross every chain unchanged.
-        samples: how many examples the sender trained on, 0 from the server.
+        samples: number of examples that the sender trained on, 0 from the server.
 
     Example:
         >>> import torch
@@ -41,18 +41,18 @@ class Parameters(Message):
     samples: int = 0
 
     def fields(self) -> Mapping[str, np.ndarray]:
-        """One array a tensor."""
+        """Return one array per tensor."""
         if isinstance(self.tensors, FlatTensors) and self.tensors.arrays is not None:
             return self.tensors.arrays
         return {name: to_numpy(name, tensor) for name, tensor in self.tensors.items()}
 
     def meta(self) -> Meta:
-        """The sample count."""
+        """Return the sample count."""
         return {"samples": int(self.samples)}
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Parameters:
-        """Inverse of `fields` and `meta`."""
+        """Build the message from `fields` and `meta`."""
         meta = dict(meta)
         samples = pop_meta(meta, "samples", int)
         reject_leftovers(meta)
@@ -62,7 +62,7 @@ class Parameters(Message):
 
     @cached_property
     def whole(self) -> Tensor | None:
-        """All tensors, in order, as one vector, where they lie side by side; see `flat_view`."""
+        """All tensors, in order, as one vector, if they are adjacent in memory, else None; see `flat_view`."""
         return self.tensors.buffer if isinstance(self.tensors, FlatTensors) else flat_view(self.tensors.values())
 
     @cached_property
@@ -74,11 +74,11 @@ class Parameters(Message):
 
     @cached_property
     def _checked(self) -> None:
-        check_samples(self.samples)
+        check_sample_count(self.samples)
         if self.whole is None or not math.isfinite(self.whole.sum()):
             for name, tensor in self.tensors.items():
                 check_finite(f"tensor {name!r}", tensor)
 
     def validate(self) -> None:
-        """Every number is finite. Looked at once: a message does not change."""
+        """Check that every number is finite; done once, since a message does not change."""
         return self._checked

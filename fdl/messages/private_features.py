@@ -1,4 +1,4 @@
-"""What no other message carries: features and labels of private samples, under a name that the ledger shows."""
+"""Features and labels of private samples as a message, under a kind that the ledger shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fdl.messages import Message, Meta, check_finite, reject_leftovers, smallest
 
 @dataclass(frozen=True, eq=False)
 class PrivateFeatures(Message):
-    """A row for each of the sender's *private* samples.
+    """One row per *private* sample of the sender.
 
     Attributes:
         features: float [n, d].
@@ -32,17 +32,17 @@ class PrivateFeatures(Message):
     labels: Tensor
 
     def fields(self) -> dict[str, np.ndarray]:
-        """Both matrices; labels in the narrowest integers that hold them."""
+        """Return both matrices; labels in the narrowest integers that hold them."""
         both = {"features": self.features.numpy(force=True), "logits": self.logits.numpy(force=True)}
         return both | {"labels": smallest_int_dtype("labels", self.labels)}
 
     def meta(self) -> Meta:
-        """Nothing."""
+        """Return no numbers."""
         return {}
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> PrivateFeatures:
-        """Inverse of `fields`."""
+        """Build the message from `fields`."""
         fields = dict(fields)
         if not {"features", "logits"} <= fields.keys():
             raise RejectedMessageError("private features without features or logits")
@@ -55,7 +55,7 @@ class PrivateFeatures(Message):
         return cls(features, logits, labels)
 
     def validate(self) -> None:
-        """Finite matrices and labels from 0, of one length."""
+        """Check for finite matrices and labels from 0, of one length."""
         for name, values in (("features", self.features), ("logits", self.logits)):
             if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
                 raise RejectedMessageError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import QuantizedLogWeights, check_confidence, codes_of, scale_of, take_confidence
+from fdl.messages.confidences import QuantizedLogWeights, check_confidence, codes_of, confidence_meta, take_confidence
 from fdl.messages.serialization import (
     check_finite,
     reject_leftovers,
@@ -29,8 +29,8 @@ class Prototypes(Message):
 
     Attributes:
         values: float [m, d].
-        labels: int64 [m], the class of each; -1 throughout where there are no classes.
-        counts: int64 [m], how many samples each stands for, at least 1.
+        labels: int64 [m], the class of each; -1 throughout for data without classes.
+        counts: int64 [m], number of samples that each represents, at least 1.
         confidence: the sender's log-weight of every prototype, or None.
     """
 
@@ -43,7 +43,7 @@ class Prototypes(Message):
     confidence: QuantizedLogWeights | None = None
 
     def fields(self) -> dict[str, np.ndarray]:
-        """The values; labels and counts in the narrowest integers that hold them; the confidence's codes."""
+        """Return the values; labels and counts in the narrowest integers that hold them; the confidence's codes."""
         fields = {"values": to_numpy("values", self.values)}
         fields |= {
             "labels": smallest_int_dtype("labels", self.labels),
@@ -52,12 +52,12 @@ class Prototypes(Message):
         return fields | codes_of(self.confidence)
 
     def meta(self) -> Meta:
-        """The confidence's scale."""
-        return scale_of(self.confidence)
+        """Return the confidence's scale."""
+        return confidence_meta(self.confidence)
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Prototypes:
-        """Inverse of `fields` and `meta`."""
+        """Build the message from `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
         if "values" not in fields:
             raise RejectedMessageError("prototypes without values")
@@ -71,7 +71,7 @@ class Prototypes(Message):
         return cls(values, labels, counts, confidence)
 
     def validate(self) -> None:
-        """A finite matrix; labels from -1, counts from 1 and confidence of the same length."""
+        """Check for a finite matrix, labels from -1, counts from 1, and confidence of the same length."""
         values = self.values
         if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < 1:
             raise RejectedMessageError(

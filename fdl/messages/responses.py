@@ -1,4 +1,4 @@
-"""Answers to proxy samples as a message."""
+"""Predictions for proxy samples as a message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdl.messages.base import Message, Meta
 from fdl.messages.confidences import QuantizedLogWeights, select_rows
 from fdl.messages.serialization import (
     check_finite,
-    check_samples,
+    check_sample_count,
     pop_meta,
     reject_leftovers,
     samples_told,
@@ -31,14 +31,14 @@ _FORMS = get_args(Form)  # the order is the wire format: new forms go to the end
 
 @dataclass(frozen=True, eq=False)
 class Responses(Message):
-    """What a model answers for rows of the proxy set.
+    """Predictions of a model for rows of the proxy set.
 
     Attributes:
         values: float [n, C], logits, probabilities or embeddings.
-        form: which of the three.
+        form: ``"logits"``, ``"probabilities"`` or ``"embeddings"``.
         rows: int64 [n], the rows of the proxy set, or None for the whole set in order.
         confidence: the sender's log-weight of every row, or None.
-        samples: how many examples the sender trained on; 0, which is not sent, where it does not tell.
+        samples: number of examples that the sender trained on; 0, which is not sent, if it does not report it.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ class Responses(Message):
     samples: int = 0
 
     def fields(self) -> dict[str, np.ndarray]:
-        """The values; rows in the narrowest unsigned integers that hold them; the confidence's codes."""
+        """Return the values; rows in the narrowest unsigned integers that hold them; the confidence's codes."""
         fields = {"values": to_numpy("values", self.values)}
         if self.rows is not None:
             rows = to_numpy("rows", self.rows)
@@ -70,19 +70,19 @@ class Responses(Message):
         return fields
 
     def meta(self) -> Meta:
-        """The form's number, the sample count where one is told, the confidence's scale."""
+        """Return the form's number, the sample count if reported, and the confidence's scale."""
         meta: Meta = {"form": _FORMS.index(self.form)} | samples_told(self.samples)
         if self.confidence is not None:
             meta |= {"lo": float(self.confidence.lo), "step": float(self.confidence.step)}
         return meta
 
     def truncated(self, share: float) -> Responses | None:
-        """The rows with the highest confidence, or with the clearest answer where none is sent, in their order."""
+        """Return the rows with the highest confidence, or the highest top probability without one, in their order."""
         keep = self.most_confident_rows(share)
         return self.select_rows(keep) if len(keep) else None
 
     def most_confident_rows(self, share: float) -> Tensor:
-        """Places, rising, of the share of answers that are most sure of themselves; of embeddings, evenly spread."""
+        """Return the ascending positions of the most confident share of rows; of embeddings, evenly spread ones."""
         total = len(self.values)
         count = int(share * total)
         if self.confidence is not None:
@@ -95,13 +95,13 @@ class Responses(Message):
         return certainty.cpu().argsort(descending=True, stable=True)[:count].sort().values
 
     def select_rows(self, keep: Tensor) -> Responses:
-        """Only the answers at some places (int64)."""
+        """Return the message with the rows at positions `keep` only (int64)."""
         rows = keep if self.rows is None else self.rows[keep]
         return replace(self, values=self.values[keep], rows=rows, confidence=select_rows(self.confidence, keep))
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Responses:
-        """Inverse of `fields` and `meta`."""
+        """Build the message from `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
         form, samples = pop_meta(meta, "form", int), take_samples(meta)
         if not 0 <= form < len(_FORMS) or "values" not in fields:
@@ -109,7 +109,7 @@ class Responses(Message):
         values, found, codes = fields.pop("values"), fields.pop("rows", None), fields.pop("codes", None)
         rows = None
         if found is not None:
-            # The length is looked at before the rows are widened: eight bytes a row are then no more than the values.
+            # The length is checked before the rows are widened: eight bytes per row are then no more than the values.
             if found.dtype.kind not in "iu" or found.size > values.size:
                 raise RejectedMessageError(f"{values.size} values with {found.size} rows of {found.dtype}")
             rows = torch.from_numpy(found.astype(np.int64))
@@ -123,8 +123,8 @@ class Responses(Message):
         return cls(to_torch(values), _FORMS[form], rows, confidence, samples)
 
     def validate(self) -> None:
-        """A finite matrix; probabilities not negative; rows and confidence of the same length."""
-        check_samples(self.samples)
+        """Check for a finite matrix, no negative probability, and rows and confidence of the same length."""
+        check_sample_count(self.samples)
         values, rows, confidence = self.values, self.rows, self.confidence
         if self.form not in _FORMS:
             raise RejectedMessageError(f"unknown form {self.form!r}")

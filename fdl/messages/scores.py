@@ -1,4 +1,4 @@
-"""How sure a client is of the proxy set, as a message of its own, beside weights that answer it."""
+"""Confidence of a client on the proxy set, as a message next to its weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from fdl.errors import RejectedMessageError
 from fdl.messages.base import Message, Meta
-from fdl.messages.confidences import QuantizedLogWeights, codes_of, scale_of, take_confidence
+from fdl.messages.confidences import QuantizedLogWeights, codes_of, confidence_meta, take_confidence
 from fdl.messages.serialization import reject_leftovers
 
 
 @dataclass(frozen=True, eq=False)
 class Scores(Message):
-    """A log-weight for every row of the proxy set, in order, of a client whose weights are sent, too.
+    """One log-weight per row of the proxy set, in order, of a client that also uploads its weights.
 
     Attributes:
         confidence: the log-weights, in 8 bits each.
@@ -28,16 +28,16 @@ class Scores(Message):
     confidence: QuantizedLogWeights
 
     def fields(self) -> dict[str, np.ndarray]:
-        """The codes."""
+        """Return the codes."""
         return codes_of(self.confidence)
 
     def meta(self) -> Meta:
-        """Their scale."""
-        return scale_of(self.confidence)
+        """Return the codes' scale."""
+        return confidence_meta(self.confidence)
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> Scores:
-        """Inverse of `fields` and `meta`."""
+        """Build the message from `fields` and `meta`."""
         fields, meta = dict(fields), dict(meta)
         confidence = take_confidence(fields, meta)
         if confidence is None:
@@ -47,5 +47,5 @@ class Scores(Message):
         return cls(confidence)
 
     def validate(self) -> None:
-        """A vector of 8-bit numbers on a finite scale."""
+        """Check for a vector of 8-bit numbers on a finite scale."""
         self.confidence.validate()

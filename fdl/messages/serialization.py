@@ -1,4 +1,4 @@
-"""Arrays and numbers of messages, on their way out and in."""
+"""Conversion and checks of messages' arrays and numbers, shared by the message types."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Value = TypeVar("_Value", int, float, str)
 
 
 def to_numpy(name: str, tensor: Tensor) -> np.ndarray:
-    """A tensor as an array that shares its memory where it can; `UserError` for one that cannot be sent."""
+    """Return a tensor as an array that shares its memory if possible; `UserError` for one that cannot be sent."""
     try:
         return tensor.numpy(force=True)
     except (TypeError, RuntimeError):
@@ -28,14 +28,14 @@ def to_numpy(name: str, tensor: Tensor) -> np.ndarray:
 
 
 def to_torch(array: np.ndarray) -> Tensor:
-    """A received array as a tensor that shares its memory."""
+    """Return a received array as a tensor that shares its memory."""
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def pop_meta(meta: Meta, key: str, kind: type[_Value]) -> _Value:
-    """Take a number or string out of what was received; refuses one that is missing or of another type."""
+    """Take a number or string out of received `meta`; reject one that is missing or of another type."""
     value = meta.pop(key, None)
     if type(value) is not kind:
         raise RejectedMessageError(f"{key!r} must be sent as {kind.__name__}, got {value!r:.40}")
@@ -43,36 +43,36 @@ def pop_meta(meta: Meta, key: str, kind: type[_Value]) -> _Value:
 
 
 def samples_told(samples: int) -> Meta:
-    """What is sent of a sample count: nothing where it is 0, so where the sender does not tell."""
+    """Return a sample count as metadata: nothing for 0, which stands for a count that is not reported."""
     return {"samples": int(samples)} if samples else {}
 
 
 def take_samples(meta: Meta) -> int:
-    """Take a sample count out of what was received, 0 where none was told."""
+    """Take a sample count out of received `meta`; 0 if none was reported."""
     return pop_meta(meta, "samples", int) if "samples" in meta else 0
 
 
 def reject_leftovers(mapping: Mapping) -> None:
-    """Refuse what is left of received fields or numbers after all that belongs there was taken out."""
+    """Reject received fields or numbers that are left after all expected ones were taken out."""
     if mapping:
         raise RejectedMessageError(f"unexpected content {next(iter(mapping))!r:.80}")
 
 
-def check_samples(samples: int) -> None:
-    """Refuse a negative sample count."""
+def check_sample_count(samples: int) -> None:
+    """Reject a negative sample count."""
     if samples < 0:
         raise RejectedMessageError(f"sample count is negative: {samples}")
 
 
 def check_finite(what: str, tensor: Tensor) -> None:
-    """Refuse a tensor with numbers that are none, or infinite."""
+    """Reject a tensor with NaN or infinity; `what` names it in the error."""
     # A sum is finite only if every term is; it may overflow without that, so a bad sum proves nothing.
     if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise RejectedMessageError(f"{what:.100} is not finite")
 
 
 def smallest_int_dtype(name: str, integers: Tensor) -> np.ndarray:
-    """Integers in the narrowest type that holds them all."""
+    """Return integers in the narrowest dtype that holds them all."""
     array = to_numpy(name, integers)
     if array.size == 0:
         return array.astype(np.uint8)
@@ -80,7 +80,7 @@ def smallest_int_dtype(name: str, integers: Tensor) -> np.ndarray:
 
 
 def take_integers(fields: dict[str, np.ndarray], name: str, most: int) -> Tensor | None:
-    """A vector of integers, widened; its length is looked at before that."""
+    """Take a vector of at most `most` integers, widened to int64; its length is checked before that."""
     array = fields.pop(name, None)
     if array is None:
         return None

@@ -1,4 +1,4 @@
-"""What a language model says of every token of proxy text, of which only the likeliest or a few drawn ids are sent."""
+"""Next-token predictions of a language model for proxy text, reduced to the likeliest or a few sampled ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fdl.messages import (
     Message,
     Meta,
     check_finite,
-    check_samples,
+    check_sample_count,
     pop_meta,
     reject_leftovers,
     samples_told,
@@ -42,7 +42,7 @@ _SLACK = 0.5  # how far above 0 rounding on the way may lift a log-probability
 
 @dataclass(frozen=True, eq=False)
 class TokenLogWeights:
-    """One log-weight a token, in 8 bits, however large they grow along a window.
+    """One log-weight per token, in 8 bits, however large they grow along a window.
 
     They lie on a grid, and what is sent is by how many steps each differs from the one before it in its window, the
     first from 0. So errors do not add up: no value moves by more than step/2.
@@ -89,7 +89,7 @@ class TokenLogWeights:
 
 @dataclass(frozen=True, eq=False)
 class SparseResponses(Message):
-    """What a language model answers at every position of proxy windows: which token comes next.
+    """Next-token predictions of a language model at every position of proxy windows.
 
     The ids of all positions lie one behind the other, as many a position as `sizes` says, rising within each. Either
     these are the likeliest ids (``"top"``), with log-probabilities and what is left for all others, the tail; or
@@ -102,12 +102,12 @@ class SparseResponses(Message):
     Attributes:
         ids: int32 [S], in 0 … vocab - 1.
         values: log-probabilities, float [S], or counts of draws, uint8 [S].
-        sizes: int32 [n, T], ids at each position; 0 where there is no answer.
+        sizes: int32 [n, T], ids at each position; 0 for positions without a prediction.
         vocab: size of the vocabulary that the ids are from.
         tail: logarithm of the probability of all other ids, float [n, T], for the form ``"top"``.
         weights: the sender's log-weight of every position, or None.
         rows: int64 [n], the windows of the proxy set, or None for the whole set in order.
-        samples: how many windows the sender trained on; 0, which is not sent, where it does not tell.
+        samples: number of windows that the sender trained on; 0, which is not sent, if it does not report it.
     """
 
     kind: ClassVar[str] = "sparse_responses"
@@ -124,17 +124,17 @@ class SparseResponses(Message):
 
     @property
     def form(self) -> Sparsity:
-        """Whether ids are the likeliest or drawn."""
+        """Form of the message: ``"top"`` for the likeliest ids, ``"sampled"`` for sampled ones."""
         return "sampled" if self.values.dtype == torch.uint8 else "top"
 
     @property
     def positions(self) -> Tensor:
-        """To which position, counted through all windows, each id belongs, int64 [S]."""
+        """Position of each id, counted through all windows, int64 [S]."""
         return torch.arange(self.sizes.numel()).repeat_interleave(self.sizes.flatten())
 
     def fields(self) -> dict[str, np.ndarray]:
         """Packed distances of ids, values, tail, sizes where they differ, codes of the weights, rows."""
-        fields = {"ids": pack(self._distances, self._width), "values": self.values.numpy(force=True)}
+        fields = {"ids": pack_bits(self._distances, self._width), "values": self.values.numpy(force=True)}
         if self.tail is not None:
             fields["tail"] = self.tail.flatten().numpy(force=True)
         if not self._alike:
@@ -166,7 +166,7 @@ class SparseResponses(Message):
 
     @cached_property
     def _alike(self) -> bool:
-        """Whether every position has the same number of ids, and has some."""
+        """Return True if every position has the same, non-zero number of ids."""
         return self.sizes.numel() > 0 and bool((self.sizes == self.sizes[0, 0]).all()) and int(self.sizes[0, 0]) > 0
 
     def truncated(self, share: float) -> SparseResponses | None:
@@ -218,7 +218,7 @@ class SparseResponses(Message):
         rows = take_integers(fields, "rows", len(sizes))
         reject_leftovers(meta)
         reject_leftovers(fields)
-        ids = _ids(unpack(packed, width, values.size), sizes)
+        ids = _ids(unpack_bits(packed, width, values.size), sizes)
         if ids.size and int(ids.max()) >= min(vocab, 1 << 31):
             raise RejectedMessageError(f"an id lies outside of a vocabulary of {vocab}")
         tail = None if tail is None else to_torch(tail.reshape(sizes.shape))
@@ -227,7 +227,7 @@ class SparseResponses(Message):
 
     def validate(self) -> None:
         """Ids rise within a position and are of the vocabulary; log-probabilities; one weight a position."""
-        check_samples(self.samples)
+        check_sample_count(self.samples)
         ids, values, sizes = self.ids, self.values, self.sizes
         if sizes.ndim != 2 or ids.shape != values.shape or ids.ndim != 1 or int(sizes.sum()) != len(ids):
             raise RejectedMessageError(f"{int(sizes.sum())} ids announced, {len(ids)} with {len(values)} values sent")
@@ -262,12 +262,12 @@ class SparseResponses(Message):
                 raise RejectedMessageError("a proxy row is negative")
 
 
-def pack(values: np.ndarray, width: int) -> np.ndarray:
+def pack_bits(values: np.ndarray, width: int) -> np.ndarray:
     """Numbers in [0, 2**width) as bits, the lowest first, one number behind the other, uint8 [⌈n·width/8⌉].
 
     Example:
         >>> import numpy as np
-        >>> pack(np.array([1, 2, 3]), width=2)
+        >>> pack_bits(np.array([1, 2, 3]), width=2)
         array([57], dtype=uint8)
     """
     places = np.arange(width)
@@ -278,12 +278,12 @@ def pack(values: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
 
-def unpack(packed: np.ndarray, width: int, count: int) -> np.ndarray:
-    """Undo `pack`: the first `count` numbers, int64.
+def unpack_bits(packed: np.ndarray, width: int, count: int) -> np.ndarray:
+    """Undo `pack_bits`: the first `count` numbers, int64.
 
     Example:
         >>> import numpy as np
-        >>> unpack(np.uint8([0b111001]), width=2, count=3)
+        >>> unpack_bits(np.uint8([0b111001]), width=2, count=3)
         array([1, 2, 3])
     """
     values = np.empty(count, np.int64)
@@ -297,7 +297,7 @@ def unpack(packed: np.ndarray, width: int, count: int) -> np.ndarray:
 
 
 def _distances(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """By how much each id lies above the least that it could be, int64: the first above 0, others above the last."""
+    """Distance of each id from the least possible one, int64: the first above 0, others above the last."""
     distances = np.diff(ids.astype(np.int64), prepend=-1) - 1
     firsts = _firsts(sizes)
     distances[firsts] = ids[firsts]
@@ -314,7 +314,7 @@ def _ids(distances: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _firsts(sizes: np.ndarray) -> np.ndarray:
-    """Where the ids of each position that has some begin."""
+    """Return the start of the ids of each position that has some."""
     counts = sizes.reshape(-1).astype(np.int64)
     return (np.cumsum(counts) - counts)[counts > 0]
 

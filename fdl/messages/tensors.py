@@ -15,7 +15,7 @@ from fdl.errors import RejectedMessageError, UserError
 from fdl.messages.base import Message, Meta, kind_owner
 from fdl.messages.serialization import (
     check_finite,
-    check_samples,
+    check_sample_count,
     pop_meta,
     reject_leftovers,
     take_samples,
@@ -35,7 +35,7 @@ _EMPTY = "empty"
 
 @dataclass(frozen=True, eq=False)
 class TensorMessage(Message):
-    """Groups of named tensors, with a few numbers beside them.
+    """Groups of named tensors, with a few numbers next to them.
 
     A method that sends anything but weights, responses, features or prototypes alone need not define a message class:
     SCAFFOLD, say, sends ``TensorMessage({"weights": w, "control": c}, kind="scaffold", samples=n)``. The message is
@@ -45,7 +45,7 @@ class TensorMessage(Message):
     Attributes:
         groups: tensors by name, by group. The name of a group is not empty and holds no slash; names of tensors are
             free. Dtypes and shapes may be any that a codec sends; a group may be empty. At most 256 groups.
-        samples: number of examples that the sender trained on, 0 where it does not tell; what `WeightedMean` weights
+        samples: number of examples that the sender trained on, 0 if it does not report it; what `WeightedMean` weights
             by.
         kind: name in the ledger of bytes, of lower-case letters, digits and underscores, at most 32 of them. Messages
             of different kinds are delta-coded independently of each other.
@@ -92,7 +92,7 @@ class TensorMessage(Message):
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> TensorMessage:
-        """Inverse of `fields` and `meta`; groups are in the order of their first tensors, empty ones last."""
+        """Build the message from `fields` and `meta`, groups ordered by first tensors, empty ones last."""
         meta = dict(meta)
         kind = pop_meta(meta, "kind", str)
         samples = take_samples(meta)
@@ -114,7 +114,7 @@ class TensorMessage(Message):
         """Check names, metadata and sample count, and that every number is finite."""
         if fault := self._fault():
             raise RejectedMessageError(fault)
-        check_samples(self.samples)
+        check_sample_count(self.samples)
         for group, tensors in self.groups.items():
             for name, tensor in tensors.items():
                 check_finite(f"tensor {f'{group}/{name}'!r}", tensor)
@@ -124,7 +124,7 @@ class TensorMessage(Message):
             raise UserError(f"{type(self).__name__}: {fault}")
 
     def _fault(self) -> str:
-        """What cannot be sent of the message's head; an empty string where all can."""
+        """Return the reason why the message's head cannot be sent; an empty string if it can."""
         if not isinstance(self.kind, str) or not _KIND.fullmatch(self.kind):
             return f"kind {self.kind!r:.80} is not 1 to 32 lower-case letters, digits and underscores"
         if (owner := kind_owner(self.kind)) is not None and owner is not type(self):

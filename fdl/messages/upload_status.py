@@ -1,4 +1,4 @@
-"""Where a client stands, as a message."""
+"""Upload status of a client: the round of its last accepted upload, and a request for a new one."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ from fdl.messages.serialization import pop_meta, reject_leftovers
 
 @dataclass(frozen=True, eq=False)
 class UploadStatus(Message):
-    """Which answers of a client are in force, in a few bytes: no others are sent while these still hold.
+    """Reference to a client's last uploaded predictions, in a few bytes, instead of predictions that did not change.
 
-    From the server it says of which round it holds answers; from a client, that these still are what it would say.
+    From the server it gives the round of the predictions that the server holds; from a client it confirms that these
+    are still up to date. The kind and the key on the wire, ``standing`` and ``wanted``, count in the recorded bytes.
 
     Attributes:
-        round: the round in which the answers were sent, 0 for none.
-        wanted: from the server, whether it wants others at all; from a client always true.
+        round: the round in which the predictions were uploaded, 0 for none.
+        requests_upload: from the server, whether it accepts new predictions at all; from a client always true.
     """
 
     kind: ClassVar[str] = "standing"
     code: ClassVar[int] = 5
 
     round: int
-    wanted: bool = True
+    requests_upload: bool = True
 
     def fields(self) -> dict[str, np.ndarray]:
-        """No arrays."""
+        """Return no arrays."""
         return {}
 
     def meta(self) -> Meta:
-        """Both numbers."""
-        return {"round": int(self.round), "wanted": int(self.wanted)}
+        """Return the round and the request."""
+        return {"round": int(self.round), "wanted": int(self.requests_upload)}
 
     @classmethod
     def build(cls, fields: Mapping[str, np.ndarray], meta: Meta) -> UploadStatus:
-        """Inverse of `meta`."""
+        """Build the message from `meta`."""
         meta = dict(meta)
-        round, wanted = pop_meta(meta, "round", int), pop_meta(meta, "wanted", int)
+        round, requested = pop_meta(meta, "round", int), pop_meta(meta, "wanted", int)
         reject_leftovers(meta)
         reject_leftovers(fields)
-        if wanted not in (0, 1):
-            raise RejectedMessageError(f"'wanted' must be 0 or 1, got {wanted}")
-        return cls(round, bool(wanted))
+        if requested not in (0, 1):
+            raise RejectedMessageError(f"'wanted' must be 0 or 1, got {requested}")
+        return cls(round, bool(requested))
 
     def validate(self) -> None:
-        """No negative round."""
+        """Check that the round is not negative."""
         if self.round < 0:
             raise RejectedMessageError(f"round is negative: {self.round}")

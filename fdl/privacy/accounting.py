@@ -1,4 +1,4 @@
-"""What a participant's data have given away: mechanisms noted as they are used, and the ε(δ) that they add up to.
+"""Privacy accounting: the mechanisms applied to a participant's data, and the (ε, δ) that they compose to.
 
 A participant keeps its account in ``state["privacy"]["events"]``, so that checkpoints carry it. An event is a dict of
 
@@ -50,7 +50,7 @@ _LOST = 1e-3
 
 @dataclass(frozen=True)
 class Policy:
-    """What an account is held against.
+    """Privacy policy: the budget and accountant of a run.
 
     Args:
         delta: δ of every ε.
@@ -103,7 +103,7 @@ def event(
 
 
 class HasAccount(Protocol):
-    """Whose data an account is kept of: a client, or the server.
+    """Owner of a privacy account: a client, or the server.
 
     Attributes:
         state: what survives a restart; the account is a part of it.
@@ -140,7 +140,7 @@ def spend(participant: HasAccount, event: Mapping[str, Any]) -> None:
 
 
 def affords(participant: HasAccount, event: Mapping[str, Any]) -> bool:
-    """Whether a participant's budget has room for one more event; it always has where there is no budget.
+    """Return True if a participant's budget allows one more event; always True without a budget.
 
     Args:
         participant: whose data.
@@ -163,7 +163,7 @@ def epsilon(
     accountant: Accountant = "pld",
     level: Level = "example",
 ) -> float:
-    """What all events together have spent.
+    """Return the ε that all events compose to.
 
     Args:
         events: an account.

@@ -1,4 +1,4 @@
-"""DP-SGD: training of which one example more or less can hardly be told (Abadi et al., 2016).
+"""DP-SGD: training whose result hardly depends on any single example (Abadi et al., 2016).
 
 In every step each example takes part by chance (Poisson sampling), its gradient is scaled down to a norm of at most C,
 and Gaussian noise of standard deviation z · C is added to their sum, which is divided by the *expected* batch size.
@@ -37,7 +37,7 @@ log = logging.getLogger("fdl")
 
 @dataclass(eq=False)
 class DPSGD:
-    """How clients train on private data; settings that all of them share.
+    """Training on private data with DP-SGD; settings shared by all clients.
 
     Args:
         policy: the budget.

@@ -90,7 +90,7 @@ class PerExampleGradients:
 
     def _one_by_one(self, batch: Batch, count: int) -> dict[str, Tensor]:
         trained = list(self._trained.values())
-        rows = [example_gradients(self._holder, trained, one_of(batch, i), self._fabric) for i in range(count)]
+        rows = [example_gradients(self._holder, trained, single_example(batch, i), self._fabric) for i in range(count)]
         return {name: torch.stack(column) for name, column in zip(self._trained, zip(*rows))}
 
 
@@ -183,10 +183,12 @@ class GhostClipping:
             said = self._hooks.get_norm_sample()
             self._share = torch.ones(1, device=said.device)
             with _quiet():
-                alone = [example_gradients(holder, trained, one_of(batch, i), self._fabric) for i in range(count)]
+                alone = [
+                    example_gradients(holder, trained, single_example(batch, i), self._fabric) for i in range(count)
+                ]
             with torch.no_grad(), self._fabric.autocast():
                 together = float(holder(batch))
-                mean = sum(float(holder(one_of(batch, i))) for i in range(count)) / count
+                mean = sum(float(holder(single_example(batch, i))) for i in range(count)) / count
         finally:
             for layer, mode in modes:
                 layer.training = mode
@@ -224,7 +226,7 @@ class GhostClipping:
 
 
 class _Scaled(torch.autograd.Function):
-    """A module's answer, whose gradient is scaled by example on its way back."""
+    """Identity on a module's output that scales its gradient per example in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ghost: GhostClipping) -> Tensor:
@@ -265,7 +267,7 @@ def example_gradients(holder: nn.Module, trained: Sequence[nn.Parameter], batch:
     return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(trained, found)]
 
 
-def one_of(batch: Batch, index: int) -> Batch:
+def single_example(batch: Batch, index: int) -> Batch:
     """The batch of one example of a batch."""
     return tuple(
         None if part is None else map_tensors(part, lambda tensor: tensor[index : index + 1]) for part in batch

@@ -20,7 +20,7 @@ from fdl.utils.arguments import positive
 
 
 class NoisyPrototypes(PrototypeTransfer):
-    """One prototype a class, of which the client, whom nobody needs to trust further, adds noise to sum and count.
+    """One prototype per class, of which the client, whom nobody needs to trust further, adds noise to sum and count.
 
     A sample's embedding in the public space is clipped to L2 norm S. Of every class go up the sum of embeddings and the
     number of samples. One sample more or less moves the sum of one class by S at most and its count by 1, so in units

@@ -1,4 +1,4 @@
-"""Noisy answers: logits with Gaussian noise, added by each client or by the server."""
+"""Noisy predictions: logits with Gaussian noise, added by each client or by the server."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class NoisyResponses(Release):
         self._event = event(self.name, self.noise_multiplier, level="institution")
 
     def message(self, client: Client, said: Responses, log_weights: Tensor | None) -> Responses | None:
-        """The clipped answers, with noise where the client adds it."""
+        """Return the clipped predictions, with noise if the client adds it."""
         # an answer that is not finite would be refused, which everybody sees
         values = clip_rows(said.values.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0), self.clip)
         sure = None if log_weights is None else log_weights.float().cpu().nan_to_num(0.0).clamp(-self.bound, self.bound)
@@ -83,7 +83,7 @@ class NoisyResponses(Release):
             if not spend_or_refuse(server, self._event):
                 return None
             asked = torch.arange(len(knowledge.values)) if rows is None else rows
-            # the sum over clients divided by all that were heard, whoever answered the row
+            # the sum over clients divided by the number of all that uploaded, whether or not they predict the row
             means = (knowledge.values * (knowledge.coverage / clients).unsqueeze(1))[asked]
             deviation = self.noise_multiplier * self.clip * response_sensitivity(len(asked)) / clients
             return released_only(knowledge, asked, add_noise(means, deviation, server.noise("release")), clients)
@@ -92,5 +92,5 @@ class NoisyResponses(Release):
 
 
 def response_sensitivity(rows: int, parts: int = 1) -> float:
-    """How far two messages lie apart at most (L2): ``2 √(rows · parts)``, for parts of norm at most 1 in each row."""
+    """Return the L2 sensitivity of a message: ``2 √(rows · parts)``, for parts of norm at most 1 in each row."""
     return 2 * math.sqrt(rows * parts)

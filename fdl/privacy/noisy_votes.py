@@ -49,7 +49,7 @@ class NoisyVotes(Release):
         self.threshold_noise = None if threshold_noise is None else not_negative("threshold_noise", threshold_noise)
 
     def message(self, client: Client, said: Responses, log_weights: Tensor | None) -> Responses:
-        """One vote a row, as a one-hot row."""
+        """Return one vote per row, as a one-hot row."""
         votes = torch.nn.functional.one_hot(said.values.argmax(1), said.values.shape[1])
         return Responses(votes.float(), "probabilities", said.rows)
 
@@ -73,7 +73,7 @@ class NoisyVotes(Release):
         return PrivateAggregate(mean, _ballot, release)
 
     def _passed(self, server: Server, tally: Tensor) -> Tensor | None:
-        """Which rows are answered, bool [n]; None where the check cannot be paid."""
+        """Return the mask of rows that are released, bool [n]; None if the budget does not allow the check."""
         if self.threshold is None:
             return torch.ones(len(tally), dtype=torch.bool)
         if not spend_or_refuse(

@@ -1,4 +1,4 @@
-"""What institutions say of the proxy set, with noise: differential privacy of all that one of them contributes.
+"""Noisy release of institutions' predictions: differential privacy of all that one institution contributes.
 
 One private example can move every answer of a model that was not trained with noise, so noise on answers is calibrated
 to the whole contribution of an institution: neighbours are two federations that differ in all data of one of them,
@@ -52,11 +52,11 @@ class PrivateAggregate(Aggregate):
         self._mean, self._bound, self._release = mean, bound, release
 
     def add(self, responses: Responses, client: int) -> None:
-        """Take in one client's answers; arguments and errors as in `ResponseMean.add`."""
+        """Add one client's predictions; arguments and errors as in `ResponseMean.add`."""
         self._mean.add(self._bound(responses), client)
 
     def result(self) -> AggregatedResponses | None:
-        """What is released; None when nobody was heard, or nothing is left of the budget."""
+        """Return the released aggregate; None if no client uploaded, or the budget is exhausted."""
         knowledge = self._mean.result()
         return None if knowledge is None else self._release(knowledge, self._mean.clients)
 
@@ -88,7 +88,7 @@ def released_only(before: AggregatedResponses, rows: Tensor, values: Tensor, cli
         before: what was known exactly; only its shape and form are taken over.
         rows: that were released, int64 [m].
         values: released answers to them, float [m, C].
-        clients: how many were heard, which is public; all count as having answered.
+        clients: number of clients that uploaded, which is public; all count as having predicted every row.
     """
     uniform = 1 / before.values.shape[1] if before.form == "probabilities" else 0.0
     whole = torch.full_like(before.values, uniform)

@@ -1,1 +1,1 @@
-"""Aggregation that holds where some of the clients lie: rules, and how they are applied to weights and to answers."""
+"""Byzantine-robust aggregation: rules, and their application to weights and to predictions."""

@@ -1,4 +1,4 @@
-"""Robust aggregation of answers to the proxy set."""
+"""Robust aggregation of predictions for the proxy set."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fdl.messages import Responses
 from fdl.participants import Server
 from fdl.robust.base import Plain, RobustRule
 from fdl.robust.parameters import own_samples
-from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, cap_shares, log_client_weights
+from fdl.robust.votes import BLOCK_ELEMENTS, ClientUpdates, UpdateBlock, cap_shares, log_client_weights
 from fdl.utils.seeding import stream_seed, torch_stream
 
 log = logging.getLogger("fdl")
 
 
 class RobustAnswers(ResponseMean):
-    """What a rule makes of the clients' answers, row by row of the proxy set, over the clients that answered it.
+    """Robust aggregate of the clients' predictions, per row of the proxy set, over the clients that predict the row.
 
     Answers are taken as displacements from "all classes alike": probabilities less 1/C, logits less their mean over
     classes, which changes no probability. A client's share of a row is the softmax of the log-weights, cut as the rule
@@ -44,7 +44,7 @@ class RobustAnswers(ResponseMean):
 
     @staticmethod
     def check(beside: Mapping[str, object], noisy_mean: bool) -> None:
-        """Refuse settings by which liars would go around the rule.
+        """Reject settings with which Byzantine clients would bypass the rule.
 
         Args:
             beside: options by name, None where one is off.
@@ -60,7 +60,7 @@ class RobustAnswers(ResponseMean):
             raise UserError("robust and release by the server: its noise covers a mean, and no other rule")
 
     def add(self, responses: Responses, client: int) -> None:
-        """Keep one client's answers; arguments and errors as for the mean."""
+        """Keep one client's predictions; arguments and errors as for the mean."""
         rows, log_weights, values = self.checked(responses)
         places = torch.full((self.n_rows,), len(rows), dtype=torch.int32)
         places[rows] = torch.arange(len(rows), dtype=torch.int32)
@@ -74,7 +74,7 @@ class RobustAnswers(ResponseMean):
         self.clients = len(self._held)
 
     def result(self) -> AggregatedResponses | None:
-        """What is left of the answers; None when nothing is known of any row."""
+        """Return the aggregated predictions; None if no row has any."""
         if not self._held:
             return None
         clients = sorted(self._held)
@@ -109,7 +109,7 @@ class RobustAnswers(ResponseMean):
         clients = sorted(self._held)
         logs = torch.stack([self._log_weights(client) for client in clients]).double()
         shares, answered = cap_shares(logs, max_client_share), torch.isfinite(logs)
-        height = max(BLOCK // (len(clients) * max(self.num_classes, len(clients))), 1)
+        height = max(BLOCK_ELEMENTS // (len(clients) * max(self.num_classes, len(clients))), 1)
         for start in range(0, self.n_rows, height):
             rows = slice(start, start + height)
 

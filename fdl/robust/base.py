@@ -1,4 +1,4 @@
-"""What a robust rule is."""
+"""Base classes of robust aggregation rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdl.robust.votes import Aggregated, ClientUpdates, UpdateBlock
 
 
 class RobustRule(ABC):
-    """Makes one vector a row of all clients' vectors; holds settings only.
+    """Aggregation of all clients' vectors to one vector per row; holds settings only.
 
     Every client's vector is needed at once, so memory grows with the number of clients, unlike that of a mean.
 
@@ -25,8 +25,8 @@ class RobustRule(ABC):
             whatever number of samples they claim.
 
     Attributes:
-        uploads_per_attacker: how many more uploads a row needs for every attacker that is tolerated.
-        extra_uploads: how many it needs besides those.
+        uploads_per_attacker: number of additional uploads that a row needs per tolerated attacker.
+        extra_uploads: number of uploads that a row needs besides those.
     """
 
     name: ClassVar[str]
@@ -39,19 +39,19 @@ class RobustRule(ABC):
 
     @property
     def min_clients(self) -> int:
-        """How many clients must say something of a row; with fewer, nothing is decided about it."""
+        """Least number of clients with a vector for a row; with fewer, the row is left undecided."""
         return self.extra_uploads
 
     @abstractmethod
     def decide(self, ballot: ClientUpdates) -> Aggregated:
-        """Make up one vector for every row."""
+        """Aggregate the clients' vectors to one vector per row."""
 
     def rows(self, ballot: ClientUpdates, combine: Callable[[UpdateBlock], tuple[Tensor, Tensor]]) -> Aggregated:
-        """Put together what is made of blocks of rows, without those that too few clients say something of.
+        """Aggregate block by block of rows, leaving out rows for which too few clients have a vector.
 
         Args:
-            ballot: all that clients say.
-            combine: makes values [R, D] and weights [n, R] of some rows.
+            ballot: the clients' vectors.
+            combine: aggregates a block of R rows to values [R, D] and weights [n, R].
         """
         values, weights = [], []
         for votes in ballot.votes(self.max_client_share):
@@ -63,7 +63,7 @@ class RobustRule(ABC):
 
 
 class RowRule(RobustRule):
-    """A rule for which every row stands by itself."""
+    """Rule that aggregates every row independently."""
 
     def decide(self, ballot: ClientUpdates) -> Aggregated:
         """Combine all rows."""
@@ -71,25 +71,25 @@ class RowRule(RobustRule):
 
     @abstractmethod
     def combine(self, votes: UpdateBlock) -> tuple[Tensor, Tensor]:
-        """Values [R, D] and weights [n, R] of some rows."""
+        """Return values [R, D] and weights [n, R] of a block of rows."""
 
 
 class WeighingRule(RowRule):
-    """A rule that multiplies each client's vector by a number."""
+    """Rule that sums clients' vectors, each multiplied by a coefficient."""
 
     def combine(self, votes: UpdateBlock) -> tuple[Tensor, Tensor]:
-        """The sum of vectors, each times its coefficient."""
+        """Return the sum of vectors, each times its coefficient, and the coefficients."""
         coefficients = self.coefficients(votes)
         return votes.total(coefficients), coefficients
 
     @abstractmethod
     def coefficients(self, votes: UpdateBlock) -> Tensor:
-        """What to multiply by, float64 [n, R], ≥ 0."""
+        """Return the coefficients, float64 [n, R], ≥ 0."""
 
 
 class Plain(WeighingRule):
-    """No rule: the mean by shares, for a dry run, in which nobody has learnt anything."""
+    """Plain mean by shares, for a dry run, in which no client has learnt anything."""
 
     def coefficients(self, votes: UpdateBlock) -> Tensor:
-        """The shares."""
+        """Return the shares."""
         return votes.shares

@@ -22,7 +22,7 @@ class TrimmedMean(RowRule):
     not jump with the weights. Answers are put back on the simplex.
 
     Args:
-        beta: β, the share at each side, in [0, 0.5); it must be no less than the share of liars.
+        beta: β, the share at each side, in [0, 0.5); it must be no less than the share of Byzantine clients.
         max_client_share: as for every rule.
 
     Example:

@@ -1,4 +1,4 @@
-"""A rule that remembers who was far off in earlier rounds."""
+"""Robust rule that weights clients by their distances in earlier rounds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ExpGuard(RobustRule):
         eta: η > 0.
         tolerance: distance that is forgiven, in medians, ≥ 0; 0 is the paper's.
         fade: factor on the logarithms of old weights in every round, in (0, 1]; 1 is the paper's.
-        limit: whoever's weight has fallen to exp(−limit) of the largest is not heard, > 0.
+        limit: clients whose weight has fallen to exp(−limit) of the largest are left out, > 0.
     """
 
     name = "expguard"
@@ -60,7 +60,7 @@ class ExpGuard(RobustRule):
 
     @property
     def min_clients(self) -> int:
-        """As many as the inner rule needs."""
+        """Least number of clients that the inner rule needs."""
         return self.rule.min_clients
 
     def decide(self, ballot: ClientUpdates) -> Aggregated:
@@ -72,7 +72,7 @@ class ExpGuard(RobustRule):
         return Aggregated(last.values, last.weights.where(inner.decided, 0.0))
 
     def _distances(self, ballot: ClientUpdates, inner: Aggregated) -> Tensor:
-        """Every client's distance from the inner result, averaged over decided rows by its claims on them, [n]."""
+        """Return clients' distances from the inner result, averaged over decided rows by its claims on them, [n]."""
         total, weight = (torch.zeros(len(ballot.clients), dtype=torch.float64) for _ in range(2))
         row = 0
         for votes in ballot.votes(self.max_client_share):

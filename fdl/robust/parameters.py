@@ -16,14 +16,14 @@ from fdl.knowledge.aggregation.means import ParameterMean
 from fdl.messages import Parameters
 from fdl.participants import Server
 from fdl.robust.base import Plain, RobustRule
-from fdl.robust.votes import BLOCK, ClientUpdates, UpdateBlock, log_client_weights
+from fdl.robust.votes import BLOCK_ELEMENTS, ClientUpdates, UpdateBlock, log_client_weights
 from fdl.state.weights import module_state
 
 log = logging.getLogger("fdl")
 
 
 class RobustParameters(Aggregate):
-    """What a rule makes of the clients' weights, as displacements from the global model.
+    """Robust aggregate of the clients' weights, as displacements from the global model.
 
     All clients count alike: how many samples it has is what a client says of itself. Every upload is kept, 4 bytes a
     parameter and client. Of integers, e.g. BatchNorm's count of batches, the median is taken. How much each client
@@ -62,7 +62,7 @@ class RobustParameters(Aggregate):
         self._held.update(other._held)
 
     def result(self) -> Mapping[str, Tensor] | None:
-        """The new weights by name, in the dtypes of `like`; None when too few were heard, or nobody is trusted."""
+        """Return the new weights by name, in the dtypes of `like`; None if too few uploads or none is trusted."""
         if not self._held:
             return None
         clients = sorted(self._held)
@@ -91,7 +91,7 @@ class RobustParameters(Aggregate):
         """One row; confidence does not exist here, so there is no share to cap."""
         vectors = [self._held[client][0] for client in sorted(self._held)]
         origin, count = self._vector(self._origin).double(), len(vectors)
-        width = max(BLOCK // count, 1)
+        width = max(BLOCK_ELEMENTS // count, 1)
 
         def blocks() -> Iterator[Tensor]:
             for start in range(0, len(origin), width):

@@ -1,4 +1,4 @@
-"""A rule that judges clients by what the server knows itself."""
+"""Robust rule that weights clients by their agreement with the server's own update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 class FLTrust(RobustRule):
-    """A client counts by how far it points in the direction of the server's own vector: relu(cos(g_i, g_0)).
+    """Weights of clients by agreement with the direction of the server's own vector: relu(cos(g_i, g_0)).
 
     Cao et al., "FLTrust", 2021. In the space of parameters g_0 is what the `local_training` settings make of the global
     model on the server's labelled samples, and every update is scaled to its length. In the space of knowledge it is

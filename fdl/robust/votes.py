@@ -1,4 +1,4 @@
-"""What a robust rule is given, and what it makes of it.
+"""Input and output of robust aggregation rules.
 
 A rule is given vectors of n clients for R rows: in the space of parameters one row of displacements from the global
 model, in the space of knowledge a row for every proxy sample, with answers as displacements from "all classes alike".
@@ -21,7 +21,7 @@ from fdl.knowledge.aggregation.shares import max_log_weight
 if TYPE_CHECKING:
     from fdl.participants import Server
 
-BLOCK = 1 << 21
+BLOCK_ELEMENTS = 1 << 21
 """Numbers in one block of vectors, so that a rule's working memory stays below some 100 MB."""
 
 _EQUAL = 1e-12
@@ -37,7 +37,7 @@ class UpdateBlock:
 
     Attributes:
         shares: float64 [n, R], weights before the rule: they sum to 1 in a row, and are 0 where a client says nothing.
-        answered: bool [n, R], who says something.
+        answered: bool [n, R], True if the client has a vector for the row.
         blocks: gives the vectors, some columns at a time: float64 [n, R, d], 0 where a client says nothing.
     """
 
@@ -47,12 +47,12 @@ class UpdateBlock:
 
     @cached_property
     def counts(self) -> Tensor:
-        """How many clients say something, int64 [R]."""
+        """Number of clients with a vector per row, int64 [R]."""
         return self.answered.sum(0)
 
     @cached_property
     def claims(self) -> Tensor:
-        """How much each client claims to know of a row, float64 [n, R] in [0, 1], against the upper quartile of shares.
+        """Relative confidence of each client in a row, float64 [n, R] in [0, 1], against the upper quartile of shares.
 
         It is ½ where all claim alike, near 1 where one claims to know more than most. Unlike a share it hardly depends
         on what a few liars claim.
@@ -82,7 +82,7 @@ class UpdateBlock:
         return squares
 
     def total(self, coefficients: Tensor) -> Tensor:
-        """``Σ_i a_ir x_ir``, float64 [R, D].
+        """Return ``Σ_i a_ir x_ir``, float64 [R, D].
 
         Args:
             coefficients: a, float64 [n, R].
@@ -92,7 +92,7 @@ class UpdateBlock:
 
 @dataclass(frozen=True, eq=False)
 class ClientUpdates:
-    """All that a round's clients say, one Votes after the other.
+    """Uploads of a round's clients, as a sequence of blocks of rows.
 
     Attributes:
         clients: their ids, ascending: what is decided does not depend on who came first.
@@ -111,7 +111,7 @@ class ClientUpdates:
     memory: str
 
     def reweighted(self, factors: Tensor) -> ClientUpdates:
-        """The same, each client's shares times its factor, [n]; those with 0 say nothing."""
+        """Return the updates with each client's shares times its factor, [n]; a factor of 0 removes the client."""
 
         def votes(max_client_share: float | None) -> Iterator[UpdateBlock]:
             for one in self.votes(max_client_share):
@@ -125,7 +125,7 @@ class ClientUpdates:
 
 @dataclass(frozen=True, eq=False)
 class Aggregated:
-    """What a rule makes of a ballot.
+    """Result of a robust rule.
 
     Attributes:
         values: float64 [rows, D].
@@ -137,7 +137,7 @@ class Aggregated:
 
     @property
     def decided(self) -> Tensor:
-        """Rows of which something is known, bool [rows]."""
+        """Mask of the rows with a result, bool [rows]."""
         return self.weights.sum(0) > 0
 
 
@@ -146,7 +146,7 @@ def _masked(blocks: Callable[[], Iterator[Tensor]], heard: Tensor) -> Callable[[
 
 
 def cap_shares(log_weights: Tensor, max_client_share: float | None) -> Tensor:
-    """Shares of each row's weight, none above a multiple of an equal share.
+    """Return shares of each row's weight, none above a multiple of an equal share.
 
     Args:
         log_weights: float64 [n, R]; -inf where a client says nothing.
@@ -172,10 +172,10 @@ def log_client_weights(ballot: ClientUpdates, decision: Aggregated, plain: Tenso
     """Log each client's share in the plain mean, by what the rule multiplies it, and how many are suppressed.
 
     Args:
-        ballot: who spoke.
-        decision: what a rule made of it.
+        ballot: the clients' updates.
+        decision: the result of the rule.
         plain: float64 [n, rows], weights in the plain mean.
-        what: of which model, where there are several.
+        what: name of the model, if the method aggregates several.
     """
     ours, theirs = (x[:, decision.decided].sum(1) for x in (decision.weights, plain))
     heard = theirs > 0

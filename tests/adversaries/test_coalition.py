@@ -5,7 +5,7 @@ import torch
 
 from fdl.adversaries.answers import FixedClass, LeastLikely, RandomClass
 from fdl.adversaries.base import AttackContext
-from fdl.adversaries.coalition import Adversaries, AdversaryGroup, chosen, recruit
+from fdl.adversaries.coalition import Adversaries, AdversaryGroup, assign_adversaries, form_group
 from fdl.adversaries.data import LabelFlip
 from fdl.adversaries.free_riders import FreeRider, Sybil
 from fdl.adversaries.parameters import ALittleIsEnough, GaussianNoise, SignFlip
@@ -15,14 +15,14 @@ from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedproto import FedProto
 from fdl.methods.single_site import SingleSite
 from fdl.recipe.config import AdversaryConfig
-from tests.adversaries.scenes import Player, answers, flat, weights
+from tests.adversaries.contexts import Player, answers, flat, weights
 from tests.test_loop import Crash, outcome
 from tests.toy import federation, weight
 
 
-def hostile(loop, adversary, clients=(1,), start=1):
+def attackers(loop, adversary, clients=(1,), start=1):
     players = [loop.clients[id] for id in clients]
-    loop.adversaries = Adversaries([recruit(adversary, start, players, loop.method)])
+    loop.adversaries = Adversaries([form_group(adversary, start, players, loop.method)])
     return loop
 
 
@@ -32,10 +32,10 @@ def test_before_they_start_adversaries_change_nothing(tmp_path, method):
     honest = federation(method(), tmp_path / "honest", **settings)
     honest.run()
     for i, adversary in enumerate((LabelFlip(), SignFlip(), ALittleIsEnough())):
-        loop = hostile(federation(method(), tmp_path / f"late-{i}", **settings), adversary, start=4)
+        loop = attackers(federation(method(), tmp_path / f"late-{i}", **settings), adversary, start=4)
         loop.run()
         assert outcome(loop) == outcome(honest)
-        early = hostile(federation(method(), tmp_path / f"early-{i}", **settings), adversary, start=3)
+        early = attackers(federation(method(), tmp_path / f"early-{i}", **settings), adversary, start=3)
         early.run()
         if not isinstance(adversary, ALittleIsEnough):  # of one honest client it repeats what that says
             assert early.history[-1] != honest.history[-1]
@@ -46,20 +46,20 @@ def test_the_fall_of_a_federated_average_is_that_of_the_formula(tmp_path):
     honest = federation(FedAvg(), tmp_path / "honest")
     honest.run()
     # from zero, one step: client 0 ([.5, 0], [-.5, 0]), client 1 ([0, -.5], [0, .5]) with three samples of four
-    loop = hostile(federation(FedAvg(), tmp_path / "flipped"), SignFlip())
+    loop = attackers(federation(FedAvg(), tmp_path / "flipped"), SignFlip())
     loop.run()
     torch.testing.assert_close(weight(honest.server.student), torch.tensor([[0.125, -0.375], [-0.125, 0.375]]))
     torch.testing.assert_close(weight(loop.server.student), torch.tensor([[0.125, 0.375], [-0.125, -0.375]]))
 
 
 def test_a_free_rider_pulls_towards_what_was(tmp_path):
-    loop = hostile(federation(FedAvg(), tmp_path), FreeRider())
+    loop = attackers(federation(FedAvg(), tmp_path), FreeRider())
     loop.run()
     torch.testing.assert_close(weight(loop.server.student), torch.tensor([[0.125, 0.0], [-0.125, 0.0]]))
 
 
 def test_flipped_labels_are_learnt_as_such(tmp_path):
-    loop = hostile(federation(FedAvg(), tmp_path), LabelFlip())
+    loop = attackers(federation(FedAvg(), tmp_path), LabelFlip())
     loop.run()  # client 1 says that its (0, 1) are of class 0
     torch.testing.assert_close(weight(loop.server.student), torch.tensor([[0.125, 0.375], [-0.125, -0.375]]))
     assert loop.clients[1].train.labels.tolist() == [0, 0, 0] and loop.clients[0].train.labels.tolist() == [0]
@@ -80,12 +80,12 @@ CASES = [
 @pytest.mark.parametrize(("method", "adversary"), CASES, ids=lambda case: getattr(case, "name", ""))
 def test_a_resumed_run_equals_the_straight_one(tmp_path, method, adversary):
     settings = {"rounds": 3, "local_training": 2}
-    straight = hostile(federation(method(), tmp_path / "straight", **settings), adversary, start=2)
+    straight = attackers(federation(method(), tmp_path / "straight", **settings), adversary, start=2)
     straight.run()
-    crashed = hostile(federation(method(), tmp_path / "x", callbacks=[Crash(3)], **settings), adversary, start=2)
+    crashed = attackers(federation(method(), tmp_path / "x", callbacks=[Crash(3)], **settings), adversary, start=2)
     with pytest.raises(RuntimeError, match="crash"):
         crashed.run()
-    resumed = hostile(federation(method(), tmp_path / "x", **settings), adversary, start=2)
+    resumed = attackers(federation(method(), tmp_path / "x", **settings), adversary, start=2)
     resumed.run(resume=True)
     assert resumed.resumed_from == 2
     assert outcome(resumed) == outcome(straight)
@@ -98,9 +98,9 @@ def test_what_is_seen_of_a_round():
     seen: dict[int, AttackContext] = {}
 
     class Spy(LeastLikely):
-        def attack(self, scene):
-            seen[scene.client.id] = scene
-            return scene.own
+        def attack(self, context):
+            seen[context.client.id] = context
+            return context.own
 
     players = {i: Player(i) for i in range(5)}
     uploads = {i: answers([[0.1 * i, 1 - 0.1 * i]]) for i in range(5)}
@@ -116,7 +116,7 @@ def test_what_is_seen_of_a_round():
     sent = list(both.corrupt_uploads(1, pairs))
     assert [client.id for client, _ in sent] == [4, 0, 2, 1, 3]
     assert [m.values.tolist() for m in seen[3].honest] == [uploads[i].values.tolist() for i in (1, 2)]
-    assert (seen[3].heard, seen[3].hostile, list(seen[3].allies)) == (5, 3, [3, 4])
+    assert (seen[3].num_uploads, seen[3].num_attackers, list(seen[3].allies)) == (5, 3, [3, 4])
     assert seen[3].download is uploads[3] and seen[4].download is None
     assert sent[1][1].values.tolist() == [[1.0, 0.0]]
     # as on two ranks: each holds some of the clients, and gets all uploads
@@ -159,10 +159,11 @@ def test_sybils_on_two_ranks_send_the_same():
 
 
 def test_larger_shares_have_the_clients_of_smaller_ones():
-    few, some = (set(chosen([AdversaryConfig("least_likely", fraction=share)], 20, seed=3)[0]) for share in (0.2, 0.4))
+    entries = ([AdversaryConfig("least_likely", fraction=share)] for share in (0.2, 0.4))
+    few, some = (set(assign_adversaries(entry, 20, seed=3)[0]) for entry in entries)
     assert few < some and (len(few), len(some)) == (4, 8)
-    assert chosen([AdversaryConfig("least_likely", fraction=0.2)], 20, 4)[0] != sorted(few)
-    named, drawn, more = chosen(
+    assert assign_adversaries([AdversaryConfig("least_likely", fraction=0.2)], 20, 4)[0] != sorted(few)
+    named, drawn, more = assign_adversaries(
         [
             AdversaryConfig("least_likely", clients=[7, 2]),
             AdversaryConfig("class_confusion", fraction=0.5),
@@ -178,14 +179,14 @@ def test_larger_shares_have_the_clients_of_smaller_ones():
 def test_what_cannot_work_is_refused_before_the_run(tmp_path):
     client = Player()
     with pytest.raises(UserError, match="least_likely attacks responses, and clients of method fedavg send parameters"):
-        recruit(LeastLikely(), 1, [client], FedAvg())
+        form_group(LeastLikely(), 1, [client], FedAvg())
     with pytest.raises(UserError, match=r"sign_flip attacks parameters and responses, and .* fedproto send prototypes"):
-        recruit(SignFlip(), 1, [client], FedProto())
-    recruit(LabelFlip(), 1, [client], FedProto())
+        form_group(SignFlip(), 1, [client], FedProto())
+    form_group(LabelFlip(), 1, [client], FedProto())
     with pytest.raises(UserError, match="single_site send nothing"):
-        recruit(LabelFlip(), 1, [client], SingleSite())
+        form_group(LabelFlip(), 1, [client], SingleSite())
     with pytest.raises(UserError, match="label_flip is for classification data; these are for language"):
-        recruit(LabelFlip(), 1, [Player(task="language")], FedAvg())
+        form_group(LabelFlip(), 1, [Player(task="language")], FedAvg())
 
 
 def test_an_upload_that_cannot_be_attacked_is_the_users_mistake(tmp_path):

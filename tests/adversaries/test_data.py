@@ -155,7 +155,7 @@ def test_a_recipe_with_adversaries_runs(tmp_path):
     probe = {"target": "backdoor", "args": {"target": 3}}
     entries = [{"target": "backdoor", "fraction": 0.2, "args": {"target": 3}}, {"target": "sign_flip", "clients": [4]}]
     loop = build(from_mapping({**RECIPE, "adversaries": entries, "evaluation": {"evaluators": [probe]}}), tmp_path)
-    drawn, named = (sorted(coalition.clients) for coalition in loop.adversaries.coalitions)
+    drawn, named = (sorted(group.clients) for group in loop.adversaries.groups)
     assert len(drawn) == 2 and named == [4] and 4 not in drawn
     metrics = loop.run()["metrics"]
     assert 0 <= metrics["student/backdoor/success"] <= 1

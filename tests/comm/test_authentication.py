@@ -25,7 +25,7 @@ from fdl.messages import Bundle, Features, Parameters, Responses
 from fdl.recipe import from_mapping
 from tests.toy import federation
 
-KEYS = authentication.simulated(7)
+KEYS = authentication.simulated_keys(7)
 
 
 class Link(Channel):
@@ -69,7 +69,7 @@ def test_one_message_for_all_is_encoded_and_hashed_once_and_tagged_for_each(monk
 
 
 def test_keys_of_clients_and_runs_differ():
-    keys = {authentication.simulated(seed)(client) for seed in (0, 1) for client in range(50)}
+    keys = {authentication.simulated_keys(seed)(client) for seed in (0, 1) for client in range(50)}
     assert len(keys) == 100 and {len(key) for key in keys} == {KEY}
 
 
@@ -192,9 +192,9 @@ RECIPE = {
 
 def test_keys_from_a_file(tmp_path):
     path = tmp_path / "keys"
-    authentication.write(path, 3)
+    authentication.write_keys(path, 3)
     assert path.stat().st_mode & 0o777 == 0o600
-    key = authentication.read(path, range(3))
+    key = authentication.read_keys(path, range(3))
     assert len({key(client) for client in range(3)}) == 3
     link, other = Link(key=key), Link()
     link.upload(weights(), 1, 1)
@@ -202,9 +202,9 @@ def test_keys_from_a_file(tmp_path):
     with pytest.raises(RejectedMessageError, match="not authentic"):
         other.upload(weights(), 1, 1)
     with pytest.raises(UserError, match="keys cannot be written: File exists"):
-        authentication.write(path, 3)
+        authentication.write_keys(path, 3)
     with pytest.raises(UserError, match="no key for client 3, 4"):
-        authentication.read(path, range(5))
+        authentication.read_keys(path, range(5))
 
 
 def test_unusable_keys_are_named_without_showing_them(tmp_path):
@@ -223,24 +223,24 @@ def test_unusable_keys_are_named_without_showing_them(tmp_path):
         path.write_text(text, encoding="utf-8")
         path.chmod(0o600)
         with pytest.raises(UserError, match=reason) as caught:
-            authentication.read(path)
+            authentication.read_keys(path)
         assert secret[:-2] not in str(caught.value)
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        authentication.read(tmp_path / "absent")
+        authentication.read_keys(tmp_path / "absent")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX files say who may read them")
 def test_keys_that_others_can_read_are_refused(tmp_path):
     path = tmp_path / "keys"
-    authentication.write(path, 1)
+    authentication.write_keys(path, 1)
     path.chmod(0o640)
     with pytest.raises(UserError, match=f"chmod 600 {path}"):
-        authentication.read(path)
+        authentication.read_keys(path)
 
 
 def test_recipes_authenticate_when_they_say_so_or_name_keys(tmp_path, monkeypatch):
     path = tmp_path / "keys"
-    authentication.write(path, 3)
+    authentication.write_keys(path, 3)
     monkeypatch.setenv("FDL_KEYS", str(path))
     sent = {}
     for name, channel in (

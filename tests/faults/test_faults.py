@@ -97,12 +97,12 @@ class Spared(Counted, Channel):
         return self.schedule.cohort(asked, dropped, round)
 
     def upload(self, message, client, round):
-        lost = is_lost(self.schedule.fate(round, client))
+        lost = is_lost(self.schedule.fault_of(round, client))
         return None if lost else super().upload(message, client, round)
 
 
-def is_lost(fate):
-    return fate.arrives < 1 or not fate.finite or fate.seconds > DEADLINE
+def is_lost(fault):
+    return fault.arrives < 1 or not fault.finite or fault.seconds > DEADLINE
 
 
 def federation(world, folder, link, schedule, method="fedavg", chain="raw", authenticate=True, narrow=False, seed=0):
@@ -139,7 +139,7 @@ def federation(world, folder, link, schedule, method="fedavg", chain="raw", auth
         ledger=Ledger(),
         seed=seed,
         bandwidth=Bandwidth({"upload": {"bytes_per_round": 900}}) if narrow else None,
-        authentication=Authentication(authentication.simulated(seed)) if authenticate else None,
+        authentication=Authentication(authentication.simulated_keys(seed)) if authenticate else None,
         deadline=DEADLINE,
     )
     return FederatedLoop(
@@ -225,7 +225,7 @@ def test_a_hundred_random_schedules_give_the_result_of_runs_without_the_lost_upl
         for record in loop.history:
             heard = [client for client in record["cohort"] if client not in record["dropped"]]
             assert record["clients"].keys() == {str(client) for client in heard}
-            fates = {client: schedule.fate(record["round"], client) for client in heard}
+            fates = {client: schedule.fault_of(record["round"], client) for client in heard}
             bad = {client for client in heard if is_lost(fates[client])}
             assert record["refused"].keys() == {str(client) for client in bad} and all(record["refused"].values())
             lost |= {(record["round"], client): fates[client] for client in bad}
@@ -252,38 +252,38 @@ def test_a_hundred_random_schedules_give_the_result_of_runs_without_the_lost_upl
 def fates(fault, rounds=200, clients=3, seed=1):
     schedule = Schedule([fault], seed)
     places = [(round, client) for round in range(1, rounds + 1) for client in range(clients)]
-    return {place: schedule.fate(*place) for place in places}
+    return {place: schedule.fault_of(*place) for place in places}
 
 
 def test_fates_depend_on_seed_round_and_client_only():
     faults = [Vanish(0.3, "before"), Vanish(0.3, "during", 2), NotFinite(0.3)]
     places = [(round, client) for round in range(1, 30) for client in range(5)]
     once, again, other = (Schedule(faults, seed) for seed in (1, 1, 2))
-    expected = {place: once.fate(*place) for place in places}
-    assert {place: again.fate(*place) for place in reversed(places)} == expected
-    assert {place: other.fate(*place) for place in places} != expected
-    silent = [fate.silent for fate in expected.values()]
-    assert silent != [not fate.finite for fate in expected.values()]  # every fault has a stream of its own
+    expected = {place: once.fault_of(*place) for place in places}
+    assert {place: again.fault_of(*place) for place in reversed(places)} == expected
+    assert {place: other.fault_of(*place) for place in places} != expected
+    silent = [fault.silent for fault in expected.values()]
+    assert silent != [not fault.finite for fault in expected.values()]  # every fault has a stream of its own
 
 
 def test_chances_are_met():
     found = fates(Vanish(0.25, "during"), rounds=1000)
-    struck = [fate.arrives for fate in found.values() if fate.arrives < 1]
+    struck = [fault.arrives for fault in found.values() if fault.arrives < 1]
     assert len(struck) / len(found) == pytest.approx(0.25, abs=0.02)
     assert np.mean(struck) == pytest.approx(0.5, abs=0.05)  # breaks off anywhere
-    assert not any(fate.absent or fate.silent or fate.seconds for fate in found.values())
-    assert {fate.finite for fate in fates(NotFinite(1.0)).values()} == {False}
-    assert {fate.seconds for fate in fates(Straggle(0.5, 3.0)).values()} == {0.0, 3.0}
+    assert not any(fault.absent or fault.silent or fault.seconds for fault in found.values())
+    assert {fault.finite for fault in fates(NotFinite(1.0)).values()} == {False}
+    assert {fault.seconds for fault in fates(Straggle(0.5, 3.0)).values()} == {0.0, 3.0}
 
 
 def test_who_vanishes_stays_away_for_some_rounds_and_comes_back():
     for when in ("before", "during", "after"):
         gone, away = fates(Vanish(0.1, when)), fates(Vanish(0.1, when, away=2))
         after = fates(Vanish(0.1, "before"))  # the same draws, and they show
-        for (round, client), fate in away.items():
+        for (round, client), fault in away.items():
             expected = any(after[earlier, client].silent for earlier in (round - 1, round - 2) if earlier >= 1)
-            assert fate.absent == expected
-            assert fate.silent == gone[round, client].silent == (when == "before" and after[round, client].silent)
+            assert fault.absent == expected
+            assert fault.silent == gone[round, client].silent == (when == "before" and after[round, client].silent)
 
 
 def test_who_joins_late_is_not_asked_before():
@@ -294,8 +294,8 @@ def test_who_joins_late_is_not_asked_before():
 
 def test_a_client_that_was_away_goes_on_from_its_old_state(world, tmp_path):
     class Away(LateJoin):
-        def befall(self, fate, round, stream):
-            fate.absent = round == 2
+        def apply(self, fault, round, stream):
+            fault.absent = round == 2
 
     loop = federation(world, tmp_path, Faulty, Schedule([Away([0], 1)], 0), "federated_distillation")
     loop.recipe.federation.client_fraction, loop.recipe.federation.dropout = 1.0, 0.0

@@ -1,4 +1,4 @@
-"""Features, prototypes, standing answers and bundles: on the wire and back, and what is refused."""
+"""Features, prototypes, upload status and bundles: on the wire and back, and what is refused."""
 
 import dataclasses
 
@@ -49,11 +49,11 @@ def test_scores_cross_the_wire_in_a_byte_a_row():
     assert link.ledger.totals()["upload_bytes"] < 200 + 64
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_standing_answers_take_a_few_bytes(wanted):
+@pytest.mark.parametrize("requests_upload", [True, False])
+def test_upload_status_take_a_few_bytes(requests_upload):
     link = channel()
-    got = link.upload(UploadStatus(7, wanted), 1, 1)
-    assert (got.round, got.wanted) == (7, wanted)
+    got = link.upload(UploadStatus(7, requests_upload), 1, 1)
+    assert (got.round, got.requests_upload) == (7, requests_upload)
     assert link.ledger.totals()["upload_bytes"] < 64
 
 

@@ -16,7 +16,7 @@ from fdl.comm.wire import pack as to_bytes
 from fdl.comm.wire import unpack as from_bytes
 from fdl.errors import RejectedMessageError
 from fdl.messages import message_type
-from fdl.messages.sparse_responses import SparseResponses, TokenLogWeights, pack, unpack
+from fdl.messages.sparse_responses import SparseResponses, TokenLogWeights, pack_bits, unpack_bits
 from tests.comm.strategies import CHAINS, LOSSLESS, allocates_at_most
 
 LIMIT = 1 << 24
@@ -132,7 +132,7 @@ def test_it_is_known_by_its_code():
 def test_the_wire_holds_distances_in_few_bits():
     fields, meta = example().fields(), example().meta()
     # 0, 4 - 0 - 1, 7 - 4 - 1; 2; 1, 3 - 1 - 1
-    assert unpack(fields["ids"], meta["width"], 6).tolist() == [0, 3, 2, 2, 1, 1]
+    assert unpack_bits(fields["ids"], meta["width"], 6).tolist() == [0, 3, 2, 2, 1, 1]
     assert meta["width"] == 2 and fields["ids"].nbytes == 2
     assert fields["sizes"].dtype == np.uint8 and fields["rows"].tolist() == [4, 9]
 
@@ -161,16 +161,16 @@ def test_bytes_of_a_token(k, vocab, bits):
 @given(width=st.integers(1, 31), count=st.integers(0, 200), seed=st.integers(0, 2**32))
 def test_numbers_are_packed_bit_by_bit(width, count, seed):
     values = np.random.default_rng(seed).integers(0, 1 << width, count)
-    packed = pack(values, width)
+    packed = pack_bits(values, width)
     assert packed.nbytes == -(-count * width // 8)
     bits = "".join(format(v, f"0{width}b")[::-1] for v in values.tolist())
     assert "".join(format(b, "08b")[::-1] for b in packed.tolist()).startswith(bits)
-    assert np.array_equal(unpack(packed, width, count), values)
+    assert np.array_equal(unpack_bits(packed, width, count), values)
 
 
 def test_packing_goes_chunk_by_chunk():
     values = np.arange((1 << 16) + 5) % 8191
-    assert np.array_equal(unpack(pack(values, 13), 13, values.size), values)
+    assert np.array_equal(unpack_bits(pack_bits(values, 13), 13, values.size), values)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 40.0, 1000.0])

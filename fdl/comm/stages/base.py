@@ -1,4 +1,4 @@
-"""What a stage of a codec chain is: one step that makes a message smaller, and its inverse."""
+"""Base classes of codec stages: one compression step and its inverse."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ CodecState = Mapping[str, "np.ndarray | int"]
 
 
 class CodecContext:
-    """What a stage may know beside the array that it is given.
+    """Context of a stage, besides the array that it encodes or decodes.
 
     A stage that remembers reads `kept`, what the last accepted message left, and writes `draft`, what this one will
     leave if it is accepted. Sender and receiver do so each at its own end, and they agree: what a receiver keeps
@@ -138,7 +138,7 @@ class Stage(ABC):
 
     @property
     def signature(self) -> str:
-        """What a decoder must know of this stage; two chains with equal signatures read each other's bytes.
+        """Settings that a decoder depends on; two chains with equal signatures read each other's bytes.
 
         By default the name and all constructor arguments but those in `encoder_only`, so that two sites whose settings
         differ reject each other's messages instead of misreading them.
@@ -246,7 +246,7 @@ class EntropyStage(Stage):
 
 
 def _shown(value: Any) -> str:
-    """An argument of a stage as its signature says it."""
+    """Return an argument of a stage in the form used by its signature."""
     if isinstance(value, Stage):
         return value.signature
     if isinstance(value, list | tuple):

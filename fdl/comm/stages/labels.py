@@ -54,7 +54,7 @@ class ArgmaxCodec(Label):
         return p.argmax(axis=1).astype(_index(p.shape[1]))
 
     def layout(self, spec: ArraySpec, variant: int, extents: tuple[int, ...] = ()) -> tuple[ArraySpec, ...]:
-        """One integer a row."""
+        """One integer per row."""
         if variant != 1:
             raise self.unknown(variant)
         return (ArraySpec(_index(spec.shape[1]), spec.shape[:1]),)

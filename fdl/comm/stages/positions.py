@@ -1,4 +1,4 @@
-"""Which of n places are meant: a sorted choice in as few bytes as two simple codes allow."""
+"""Codes for a sorted subset of n positions, in as few bytes as two simple codes allow."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def decode(data: np.ndarray, chosen: int, count: int) -> np.ndarray:
 
 
 def fits(size: int, chosen: int, count: int) -> bool:
-    """Tell whether the choice of `chosen` places among `count` may take so many bytes.
+    """Return True if the choice of `chosen` places among `count` may take so many bytes.
 
     Example:
         >>> fits(2, chosen=2, count=1000), fits(1, chosen=2, count=1000)

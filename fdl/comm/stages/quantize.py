@@ -38,7 +38,7 @@ class Quantize(ArrayStage):
     Args:
         bits: width of a code.
         rounding: to the nearest code, or to one of the two neighbours at random.
-        granularity: one scale a row, or one for the whole array.
+        granularity: one scale per row, or one for the whole array.
         schedule: pairs of a round and the bits from then on, rising in the round; before the first, `bits` holds.
 
     Example:

@@ -1,4 +1,4 @@
-"""A cache of rows: an answer that has hardly changed is not sent again until it expires."""
+"""Cache of rows: a prediction that has hardly changed is not sent again until it expires."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBER = ArraySpec(np.dtype("<u4"), (1,))
 
 
 class Cache(ArrayStage):
-    """Send those rows of an array whose answer changed since it was last sent; the receiver repeats the others.
+    """Send the rows of an array that changed since they were last sent; the receiver repeats the others.
 
     A row is sent when it is new, when a value in it differs by more than the tolerance from what the receiver holds,
     or when it was last sent `expiry` rounds ago; a tolerance of 0 still saves rows that are the same. The rows are

@@ -58,7 +58,7 @@ class UploadOnChange:
         """
         stale = server.state.get("plateau", {}).get("rounds", 0)
         expired = server.round - held > self.expiry
-        return UploadStatus(held, wanted=self.patience is None or stale < self.patience or expired)
+        return UploadStatus(held, requests_upload=self.patience is None or stale < self.patience or expired)
 
     def may_skip(self, client: Client, status: UploadStatus | None) -> bool:
         """Return True if a client need not even train: the server has its last upload and wants no other.
@@ -68,7 +68,7 @@ class UploadOnChange:
             status: status received from the server, None if there was none.
         """
         last = client.state.get("last_upload", {"round": 0})
-        return status is not None and not status.wanted and status.round == last["round"] > 0
+        return status is not None and not status.requests_upload and status.round == last["round"] > 0
 
     def is_unchanged(self, client: Client, status: UploadStatus | None, logits: Tensor, rows: Tensor | None) -> bool:
         """Compare a client's predictions with its last accepted upload; record them as uploaded if they have changed.

@@ -35,9 +35,11 @@ def weights(*values, samples=5):
     return Parameters({"w": w[:1], "steps": torch.tensor(7), "b": w[1:]}, samples)
 
 
-def scene(own, honest=(), download=None, heard=None, hostile=1, client=None, **more):
-    count = heard or len(honest) + hostile
-    return AttackContext(client or Player(), own, download, honest, heard=count, hostile=hostile, **more)
+def context(own, honest=(), download=None, num_uploads=None, num_attackers=1, client=None, **more):
+    count = num_uploads or len(honest) + num_attackers
+    return AttackContext(
+        client or Player(), own, download, honest, num_uploads=count, num_attackers=num_attackers, **more
+    )
 
 
 def flat(message):
