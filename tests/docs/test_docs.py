@@ -135,7 +135,7 @@ def test_modules_that_are_named_exist():
 def test_scale_says_the_numbers_of_the_code():
     assert f"{SMALL['cpu']:,}" in SCALE and f"{SMALL['cuda']:,}" in SCALE
     assert f"{SLACK:g} times" in SCALE and GRACE == 10 and "ten seconds" in SCALE
-    parts = section(SCALE, "Where the time goes").partition("With several ranks")[0]
+    parts = section(SCALE, "Time profile").partition("With several ranks")[0]
     assert set(PARTS) <= set(re.findall(r"`(\w+)`", parts))
     resumed = re.search(r"`fabric\.devices`, (.*?) may differ", SCALE, re.S).group(0)
     for key in re.findall(r"`([\w.]+)`", resumed):
