@@ -97,22 +97,22 @@ def test_every_piece_of_a_recipe_has_keys_of_one():
 
 
 def test_security_has_a_row_for_every_method():
-    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", section(SECURITY, "Who sees what"), re.M)
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", section(SECURITY, "Disclosure per method"), re.M)
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(named) == sorted(names("method"))
 
 
 def test_security_names_every_adversary_rule_attack_and_release():
-    liars = section(SECURITY, "Dishonest clients")
+    liars = section(SECURITY, "Byzantine clients")
     table = {name for row in re.findall(r"^\| (`[^|]+) \|", liars, re.M) for name in re.findall(r"`(\w+)`", row)}
     assert table - {"robust"} == names("robust_rule")
     said = set(re.findall(r"`(\w+)`", liars.partition("They are simulations")[0]))
     assert said - {"adversaries"} == names("adversary")
-    assert names("attack") <= set(spans(section(SECURITY, "Who sees what")))
+    assert names("attack") <= set(spans(section(SECURITY, "Disclosure per method")))
     assert {"noisy_responses", "noisy_votes"} == names("private_release") and "noisy_prototypes" in names(
         "prototype_transfer"
     )
-    confident = section(SECURITY, "Who sees what").split("**Confidence")[1]
+    confident = section(SECURITY, "Disclosure per method").split("**Confidence")[1]
     assert {"density", "domain_classifier", "validation", "sample_count", "entropy", "margin"} <= names("confidence")
     assert {"density", "domain_classifier", "validation", "sample_count"} <= set(re.findall(r"`(\w+)`", confident))
 
