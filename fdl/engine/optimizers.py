@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from fdl.engine.distributed.sharding import Sharder
-    from fdl.recipe.config import Component, Fit
+    from fdl.recipe.config import Fit
 
 
 class FitOptimizers:
@@ -33,7 +33,7 @@ class FitOptimizers:
 
     def __init__(self, fabric: Fabric, sharder: Sharder | None):
         self._fabric, self._sharder = fabric, sharder
-        self._reusable: WeakKeyDictionary[nn.Module, dict[Component, tuple]] = WeakKeyDictionary()
+        self._reusable: WeakKeyDictionary[nn.Module, dict[str, tuple]] = WeakKeyDictionary()
 
     def reusable(self) -> list[_FabricOptimizer]:
         """List the optimisers that are kept for later fits."""
@@ -48,7 +48,7 @@ class FitOptimizers:
             config: its `optimizer` is used; one with a `scheduler` is always built anew.
         """
         reusable = self._reusable.setdefault(module, {})
-        key = config.optimizer
+        key = config.optimizer_key
         if (
             key in reusable and config.scheduler is None
         ):  # a schedule wraps its optimiser's methods, so it gets a new one

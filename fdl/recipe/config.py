@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
@@ -68,6 +70,11 @@ class Fit:
         """Settle on one epoch where nothing is said."""
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 1)
+
+    @cached_property
+    def optimizer_key(self) -> str:
+        """The optimiser and its arguments as text, equal for equal settings: a key that is cheap to look up."""
+        return json.dumps(dataclasses.asdict(self.optimizer), sort_keys=True, default=repr)
 
 
 @dataclass

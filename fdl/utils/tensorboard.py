@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -45,7 +46,20 @@ def open_writer(folder: Path) -> SummaryWriter:
     """
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import, which runs without TensorBoard save
 
+    _wait_for_a_later_name(folder)
     return SummaryWriter(str(folder), purge_step=0, flush_secs=10)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until the next second if an event file of this second exists.
+
+    TensorBoard reads files in the order of their names, which begin with the second and end with a counter that sorts
+    as text, so that of two files of one second the newer may come first.
+    """
+    seconds = [part for path in folder.glob("events.out.tfevents.*") if (part := path.name.split(".")[3]).isdigit()]
+    now = time.time()
+    if seconds and int(max(seconds)) >= int(now):
+        time.sleep(1 - now % 1)
 
 
 def add_figure(writer: SummaryWriter, tag: str, draw: Callable[[], Figure], step: int) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fdl.datamodules.files import decode
+from fdl.datamodules.files import decode_image
 from fdl.datamodules.pixels import PLAIN, Reading, colour, white
 from fdl.errors import UserError
 
@@ -16,7 +16,7 @@ GREY[0, :2] = 0, 255
 
 def read(image, path, channels=3, reading=PLAIN, **options):
     image.save(path, **options)
-    return decode(path, 8, channels, reading).transpose(1, 2, 0)
+    return decode_image(path, 8, channels, reading).transpose(1, 2, 0)
 
 
 def test_what_is_transparent_shows_the_background_and_not_what_it_hides(tmp_path):
@@ -103,15 +103,15 @@ def test_a_window_of_values(tmp_path):
     with pytest.raises(
         UserError, match=r"ct\.tif: has values from -1024 to 3000, .* set value_range .* \[-1024, 3000\]"
     ):
-        decode(tmp_path / "ct.tif", 2, 1)
-    got = decode(tmp_path / "ct.tif", 2, 1, Reading(integers=(-160, 240)))[0]
+        decode_image(tmp_path / "ct.tif", 2, 1)
+    got = decode_image(tmp_path / "ct.tif", 2, 1, Reading(integers=(-160, 240)))[0]
     np.testing.assert_array_equal(got, [[0, 0], [128, 255]])  # 200 of 400 is 127.5
 
 
 def test_values_that_are_no_numbers(tmp_path):
     Image.fromarray(np.array([[0, np.nan], [1, 0]], np.float32)).save(tmp_path / "gap.tif")
     with pytest.raises(UserError, match=r"gap\.tif: holds values that are no finite numbers"):
-        decode(tmp_path / "gap.tif", 2, 1)
+        decode_image(tmp_path / "gap.tif", 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fdl.engine.runtime import Runtime
 from fdl.engine.steps.selection import StepSelection
 from fdl.engine.steps.traced import TracedStep
 from fdl.engine.training_loop import EagerStep
-from fdl.engine.vectorized.fit import FitRequest, fit_together
+from fdl.engine.vectorized.fit import StackedFit, fit_together
 from fdl.engine.vectorized.stacked_models import StackedModels
 from fdl.knowledge.distillation.targets import ResponseObjective
 from fdl.methods.fedprox import ProximalObjective
@@ -99,7 +99,7 @@ def test_stacked_unmarked_steps_are_called_once_for_all_models(compile, calls):
     stack = StackedModels(template, 3)
     for round in range(6):
         jobs = [
-            FitRequest(stack, row, samples(), fit_of(compile), torch_stream(row, "fit", round), training_step, 1)
+            StackedFit(stack, row, samples(), fit_of(compile), torch_stream(row, "fit", round), training_step, 1)
             for row in range(3)
         ]
         fit_together(runtime, jobs)

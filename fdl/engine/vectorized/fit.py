@@ -253,7 +253,7 @@ def _optimizer(
     As in `Runtime.fit`, it is built once and emptied: for one parameter; a group for each client is built anew.
     """
     config = configs[0]
-    known = stack.optimizers.get(config.optimizer) if config.scheduler is None else None
+    known = stack.optimizers.get(config.optimizer_key) if config.scheduler is None else None
     alike = all(other is config or other == config for other in configs)
     if known is not None and alike:
         parameter, optimizer, settings = known
@@ -274,7 +274,7 @@ def _optimizer(
         raise NotVectorizableError(f"{config.optimizer.target} looks at whole tensors")
     if alike and config.scheduler is None:  # a schedule wraps the optimiser's methods: such a one is not used again
         settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
-        stack.optimizers[config.optimizer] = parameters[0], optimizer, settings
+        stack.optimizers[config.optimizer_key] = parameters[0], optimizer, settings
     return parameters, optimizer
 
 

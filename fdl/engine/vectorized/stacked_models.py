@@ -21,7 +21,6 @@ from fdl.state.weights import module_state
 
 if TYPE_CHECKING:
     from fdl.datamodules.samples import Samples
-    from fdl.recipe.config import Component
 
 
 SMALL = {"cpu": 60_000, "cuda": 1_000_000}
@@ -85,7 +84,7 @@ class StackedModels:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.whole = next(iter(own.values())).new_zeros(count, -(-sum(self.sizes) // _ALIGN) * _ALIGN)
         self.grad = torch.zeros_like(self.whole)
-        self.optimizers: dict[Component, tuple] = {}
+        self.optimizers: dict[str, tuple] = {}
         self.views: dict[int, tuple] = {}
         self.recorder = StepTracer()
         public = {id(parameter): parameter for parameter in own.values() if not parameter.requires_grad}
