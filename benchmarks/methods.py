@@ -196,8 +196,8 @@ def markdown(table: Sequence[dict[str, Any]], title: str) -> list[str]:
     lines = [
         title,
         "",
-        "| method | who answers | test accuracy | KTE | mean client | MB | % of FedAvg | % of coded FedAvg | MB before "
-        "| best round | accuracy there | rounds to target | seconds | peak MB | clients also train |",
+        "| method | predictions by | test accuracy | KTE | mean client | MB | % of FedAvg | % of coded FedAvg "
+        "| MB before | best round | accuracy there | rounds to target | seconds | peak MB | clients also train |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     base, coded = (next((m["bytes"] for m in table if m["method"] == name), 0) for name in (FEDAVG, CODED))

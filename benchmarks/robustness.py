@@ -242,7 +242,12 @@ def markdown(rows: Sequence[Mapping[str, Any]], title: str) -> list[str]:
     if any(row["attack"] == "backdoor" for row in rows):
         parts += [("Triggered images taken for the target, %", "backdoor_success")]
     for heading, key in parts:
-        lines += [heading, "", f"| attack | liars | {' | '.join(defences)} |", "|---|---:|" + "---:|" * len(defences)]
+        lines += [
+            heading,
+            "",
+            f"| attack | Byzantine clients | {' | '.join(defences)} |",
+            "|---|---:|" + "---:|" * len(defences),
+        ]
         for attack, share in dict.fromkeys((row["attack"], row["share"]) for row in rows):
             if key == "backdoor_success" and attack not in ("backdoor", HONEST):
                 continue
@@ -281,7 +286,7 @@ def figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         image = place.imshow(lost, vmin=0, vmax=50, cmap="viridis_r", aspect="auto")
         place.set_xticks(range(len(defences)), defences, rotation=60, ha="right")
         place.set_yticks(range(len(attacks)), attacks)
-        place.set_title(f"{100 * share:g} % liars")
+        place.set_title(f"{100 * share:g} % Byzantine clients")
         for (y, x), value in np.ndenumerate(lost):
             if np.isfinite(value):
                 place.text(x, y, f"{value:.0f}", ha="center", va="center", color="w" if value > 25 else "k", size=8)

@@ -16,7 +16,7 @@ from fdl.modules.small_dual_encoder import SmallDualEncoder
 from fdl.modules.tokenizers import ByteTokenizer
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Fit, Recipe
-from fdl.recipe.config import Evaluation, Federation
+from fdl.recipe.config import Evaluation, FederationConfig
 
 
 class PairSamples(Samples):
@@ -135,7 +135,7 @@ def federation(
         name="pairs",
         seed=common["seed"],
         method=Component(method.name),
-        federation=Federation(clients=len(clients), rounds=more.get("rounds", 1)),
+        federation=FederationConfig(clients=len(clients), rounds=more.get("rounds", 1)),
         evaluation=Evaluation(metrics=["mean_recall"]),
     )
     channel = Channel(Codec(upload), Codec(), Ledger(), common["seed"])

@@ -18,7 +18,7 @@ from fdl.methods.feddf import FedDF
 from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.methods.fedprox import FedProx
 from fdl.methods.single_site import SingleSite
-from fdl.recipe.config import Federation
+from fdl.recipe.config import FederationConfig
 from fdl.utils.seeding import numpy_stream
 from tests.toy import federation, weight
 
@@ -122,7 +122,7 @@ def test_cohorts_are_drawn_by_seed_and_round_only(tmp_path):
 
 
 def test_a_cohort_is_that_of_its_own_stream():
-    federation = Federation(clients=9, client_fraction=0.5, dropout=0.3)
+    federation = FederationConfig(clients=9, client_fraction=0.5, dropout=0.3)
     for round in (1, 31, 32, 33, 700):
         stream = numpy_stream(7, "cohort", round)
         asked = sorted(stream.choice(9, size=5, replace=False).tolist())

@@ -19,7 +19,7 @@ from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Fit, Recipe
-from fdl.recipe.config import Evaluation, Federation
+from fdl.recipe.config import Evaluation, FederationConfig
 
 E0, E1 = [1.0, 0.0], [0.0, 1.0]
 
@@ -96,7 +96,7 @@ def federation(
         name="toy",
         seed=seed,
         method=Component(method.name),
-        federation=Federation(clients=len(private), rounds=rounds, **federation),
+        federation=FederationConfig(clients=len(private), rounds=rounds, **federation),
         evaluation=Evaluation(metrics=["accuracy"]),
     )
     channel = Channel(Codec(upload), Codec(), Ledger(), seed)

@@ -21,7 +21,7 @@ from fdl.modules.base import FederatedModule
 from fdl.modules.output import Output
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Recipe
-from fdl.recipe.config import Evaluation, Federation
+from fdl.recipe.config import Evaluation, FederationConfig
 from tests.toy import steps
 
 VOCAB, LENGTH = 5, 4
@@ -110,7 +110,7 @@ def federation(
     recipe = Recipe(
         name="toy",
         method=Component(method.name),
-        federation=Federation(clients=clients, rounds=rounds),
+        federation=FederationConfig(clients=clients, rounds=rounds),
         evaluation=Evaluation(metrics=["nll"]),
     )
     channel = Channel(Codec(upload), Codec(download), Ledger(), 0)

@@ -92,4 +92,4 @@ def format_times(parts: dict[str, float]) -> str:
     """
     total = sum(parts.values())
     rows = [f"{part:<12}{seconds:>10.3f} s{seconds / (total or 1):>8.1%}" for part, seconds in parts.items()]
-    return "\n".join(["Where the time went, all rounds", *rows, f"{'together':<12}{total:>10.3f} s"])
+    return "\n".join(["Time by part, all rounds", *rows, f"{'total':<12}{total:>10.3f} s"])

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from fdl.utils.seeding import numpy_stream
 
 if TYPE_CHECKING:
-    from fdl.recipe.config import Federation
+    from fdl.recipe.config import FederationConfig
 
 _BLOCK = 32
 """Number of rounds whose cohorts are drawn at once."""
 
 
-def sample_cohort(federation: Federation, clients: int, seed: int, round: int) -> tuple[list[int], list[int]]:
+def sample_cohort(federation: FederationConfig, clients: int, seed: int, round: int) -> tuple[list[int], list[int]]:
     """Draw a round's cohort from a random stream of its own, so that it depends on the seed and the round alone.
 
     Args:

@@ -45,7 +45,7 @@ def installed() -> tuple[list[InstalledPlugin], list[str]]:
         if not classes:
             problems.append(f"{where}: {_reason(point)}")
         for name, definition in classes:
-            kind = kind_of(definition)
+            kind = kind_of_class(definition)
             if kind is None:
                 problems.append(f"{where}: {definition.dotted} derives from no base class of fdl's plug-ins")
             else:
@@ -54,7 +54,7 @@ def installed() -> tuple[list[InstalledPlugin], list[str]]:
     return list(found.values()), problems
 
 
-def kind_of(base: Definition) -> Kind | None:
+def kind_of_class(base: Definition) -> Kind | None:
     """The kind whose base class `base` is, or derives from."""
     for kind in KINDS.values():
         root = lookup(kind.base)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdl.errors import UserError
-from fdl.registry.installed import kind_of
+from fdl.registry.installed import kind_of_class
 from fdl.registry.kinds import KINDS, Kind
 from fdl.registry.static_signatures import Parameter, argument_docs
 from fdl.registry.static_source import Definition, SourceModule, ancestors, parse_expression
@@ -206,7 +206,7 @@ class ConfigChecker:
         """Read a value where the annotation names a class: a component, if it is one of ours."""
         found = module.resolve(name) if module is not None else None
         if isinstance(found, Definition) and found.is_class:
-            kind = kind_of(found)
+            kind = kind_of_class(found)
             if kind is not None:
                 if not isinstance(value, str | Mapping):
                     return _MISMATCH

@@ -42,7 +42,7 @@ from fdl.methods.federated_distillation import FederatedDistillation
 from fdl.modules.small_classifiers import MLP
 from fdl.participants import Client, Server
 from fdl.recipe import Component, Fit, Recipe, from_mapping
-from fdl.recipe.config import Evaluation, Federation
+from fdl.recipe.config import Evaluation, FederationConfig
 from fdl.state import checkpoint
 from fdl.utils import files
 
@@ -125,7 +125,7 @@ def federation(world, folder, link, schedule, method="fedavg", chain="raw", auth
     ]
     student = world.runtime.create("student", seed)
     server = Server(validation=world.test, test=world.test, student=student, **common)
-    federation = Federation(clients=CLIENTS, rounds=ROUNDS, client_fraction=0.75, dropout=0.1, deadline=DEADLINE)
+    federation = FederationConfig(clients=CLIENTS, rounds=ROUNDS, client_fraction=0.75, dropout=0.1, deadline=DEADLINE)
     recipe = Recipe(
         seed=seed,
         method=Component(method.name),

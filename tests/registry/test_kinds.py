@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from fdl.errors import UserError
-from fdl.registry.installed import kind_of
+from fdl.registry.installed import kind_of_class
 from fdl.registry.kinds import KINDS, snake_case
 from fdl.registry.plugins import entries, short_names
 from fdl.registry.static_signatures import signature
@@ -273,9 +273,9 @@ def test_derives_knows_what_it_does_not_know(plugins):
 
 
 def test_kind_of_a_base_class():
-    assert kind_of(lookup("fdl.comm.stages.base.Stage")).name == "codec"
-    assert kind_of(lookup("fdl.modules.classifier.ImageClassifier")).name == "module"
-    assert kind_of(lookup("pathlib.PurePath")) is None
+    assert kind_of_class(lookup("fdl.comm.stages.base.Stage")).name == "codec"
+    assert kind_of_class(lookup("fdl.modules.classifier.ImageClassifier")).name == "module"
+    assert kind_of_class(lookup("pathlib.PurePath")) is None
 
 
 @pytest.mark.parametrize(
