@@ -32,7 +32,7 @@ MEMORY = 1 << 30
 
 @dataclass(frozen=True)
 class NotVectorized:
-    """Why clients of an architecture train one after another.
+    """Reason why clients of an architecture train one after another.
 
     Args:
         reason: a clause for the log.
@@ -131,7 +131,7 @@ class ClientModules:
 
     @property
     def any_row(self) -> bool:
-        """Whether it has been given a row."""
+        """True if it has been given a row."""
         return any(row is not None for row in self._rows.values())
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""How the clients of a round take their turns."""
+"""Executors: how the local updates of a cohort are run."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def _prepare(client: Client) -> None:
 
 
 def _kind(question: Any) -> Any:
-    """What is the same for a function of one kind in all rounds."""
+    """Return a key that is the same for one kind of function in all rounds."""
     return question if isinstance(question, str) else getattr(question, "__qualname__", type(question).__qualname__)
 
 

@@ -40,7 +40,7 @@ class LocalTurn:
 
     @property
     def is_generator(self) -> bool:
-        """Whether the local update yields requests; known once it has started."""
+        """True if the local update yields requests; known once it has started."""
         return self._requests is not None
 
     def start(self) -> None:

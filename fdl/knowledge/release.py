@@ -16,7 +16,7 @@ from fdl.participants import Client, Server
 
 
 class Release(ABC):
-    """How answers to the proxy set are made private.
+    """Private release of predictions of the proxy set.
 
     Attributes:
         by: who adds the noise.
@@ -55,7 +55,7 @@ class Release(ABC):
 
     @abstractmethod
     def message(self, client: Client, said: Responses, log_weights: Tensor | None) -> Responses | None:
-        """What a client sends; None where its budget is spent.
+        """Build a client's upload; None if its budget is exhausted.
 
         Args:
             client: who answers.
@@ -64,7 +64,7 @@ class Release(ABC):
         """
 
     def collect(self, mean: ResponseMean, server: Server, rows: Tensor | None) -> Aggregate:
-        """What takes in the clients' answers in a round.
+        """Return the aggregate that takes the clients' predictions of a round.
 
         Args:
             mean: that averages them.

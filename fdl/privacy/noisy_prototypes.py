@@ -54,7 +54,7 @@ class NoisyPrototypes(PrototypeTransfer):
         self.clip = None if clip is None else positive("clip", clip)
 
     def message(self, client: Client, private: Callable[[], Extracted], proxy: Extracted) -> Prototypes:
-        """What a client sends; arguments as of the method that this one takes the place of."""
+        """Build a client's noisy prototypes; arguments as of the overridden method."""
         if client.dp_sgd is None:  # the answers that go with them, of a specialist that was trained without noise
             spend(client, event("responses", 0.0))
         held = client.state.get("prototypes")

@@ -1,4 +1,4 @@
-"""What keys of a recipe mean together: combinations that no single key shows to be wrong.
+"""Cross-field checks of a recipe: combinations of keys that are invalid together.
 
 A rule speaks of keys that are right by themselves, so each is silent where one of them is not.
 """
@@ -205,7 +205,7 @@ def _compiled(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """What cannot be done with models of which every rank holds a part."""
+    """Find settings that sharded models do not support."""
     if "fabric" in broken or tree["fabric"]["strategy"] != "fsdp":
         return []
     fabric, problems = tree["fabric"], []
@@ -325,7 +325,7 @@ def _proxy(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _requires(tree: dict[str, Any]) -> tuple[str, ...]:
-    """What the method says it needs."""
+    """Find parts of the recipe that the method requires and that are missing."""
     method = find(tree["method"]["target"], KINDS["method"])
     if method.definition is not None:
         return method.definition.constant("requires") or ()

@@ -36,7 +36,7 @@ def rates_by_client(given: Any) -> dict[int, float]:
 
 
 def local_fits(recipe: Recipe, entries: Sequence[int] | None) -> list[Fit]:
-    """How each client trains on its own data: as ``local_training`` says, with the learning rate that is nearest to it.
+    """Return each client's settings of local training: ``local_training`` with its most specific learning rate.
 
     That is the client's own (``federation.learning_rates``), else that of its entry among ``specialists``, else the
     optimiser's.
@@ -62,7 +62,7 @@ def local_fits(recipe: Recipe, entries: Sequence[int] | None) -> list[Fit]:
 
 
 def alike_but_for_rates(a: Fit, b: Fit) -> bool:
-    """Whether two fits differ in their learning rates at most."""
+    """Return True if two trainings differ in their learning rates at most."""
     return a is b or _without_rate(a) == _without_rate(b)
 
 

@@ -197,7 +197,7 @@ def _interpolated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[st
 
 
 def _interpolates(value: Any) -> bool:
-    """Whether a string anywhere in a tree refers to another key."""
+    """Return True if a string anywhere in a tree refers to another key."""
     if isinstance(value, Mapping):
         return any(map(_interpolates, value.values()))
     return (

@@ -1,4 +1,4 @@
-"""How a tree of plain values is brought into the shape of nested dataclasses, and checked against it."""
+"""Completion and validation of a tree of plain values by nested dataclasses."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _modules(module: SourceModule | None) -> Iterator[SourceModule]:
 
 
 def _reason(point: EntryPoint) -> str:
-    """Why an entry point offers nothing."""
+    """Explain why an entry point offers no plug-in."""
     parts = _dotted(point).split(".")
     for end in range(1, len(parts) + 1):
         dotted = ".".join(parts[:end])

@@ -128,19 +128,19 @@ class ConfigChecker:
         return result
 
     def has(self, name: str, kind: Kind) -> bool:
-        """Whether fdl itself will give an argument."""
+        """Return True if fdl itself supplies an argument."""
         return name in kind.injected
 
     def made(self, found: ResolvedTarget, kind: Kind, key: str, tree: dict[str, Any]) -> Any:
-        """What becomes of a component whose parts were read."""
+        """Return the result for a component whose parts were read."""
         return tree
 
     def sequence(self, kind: str, items: list[Any]) -> Any:
-        """What becomes of a list whose items were read."""
+        """Return the result for a list whose items were read."""
         return items
 
     def path(self, text: str) -> Any:
-        """What becomes of a string where a path is expected."""
+        """Return the result for a string given as a path."""
         return text
 
     def read(self, value: Any, parameter: Parameter, key: str) -> Any:
@@ -268,7 +268,7 @@ _SCALARS = {
 
 
 def _meaning(found: ResolvedTarget, parameter: Parameter) -> str:
-    """What an argument is, as its type and docstring say."""
+    """Describe an argument by its type and docstring."""
     typed = "" if parameter.annotation is None else describe(parameter.annotation)
     said = argument_docs(found.definition).get(parameter.name, "") if found.definition is not None else ""
     words = ", ".join(filter(None, (typed, said.partition(";")[0].rstrip("."))))

@@ -1,4 +1,4 @@
-"""What can be plugged into a recipe: the kinds of plug-ins."""
+"""Kinds of plug-ins that a recipe can name."""
 
 from __future__ import annotations
 

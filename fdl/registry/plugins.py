@@ -71,7 +71,7 @@ def conflict(kind: Kind, name: str) -> str:
 
 
 def problems() -> list[str]:
-    """What is wrong with the plug-ins of installed packages, a sentence each."""
+    """List the problems of plug-ins of installed packages, one sentence each."""
     plugins, broken = installed()
     ambiguous = (conflict(KINDS[plugin.kind], plugin.name) for plugin in plugins)
     return [*broken, *dict.fromkeys(filter(None, ambiguous))]

@@ -1,4 +1,4 @@
-"""What classes and functions take, read from their source without importing it."""
+"""Signatures of classes and functions, read from their source without importing it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Parameter(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a constructor or function takes by keyword.
+    """Keyword arguments of a constructor or function.
 
     Attributes:
         parameters: the named ones, by name.
@@ -42,7 +42,7 @@ class Signature(NamedTuple):
 
 @cache
 def signature(definition: Definition) -> Signature | None:
-    """What a class or function takes by keyword; None when the source does not tell."""
+    """Return the keyword arguments of a class or function; None if the source does not tell."""
     if not definition.is_class:
         kinds = {last_name(d) for d in definition.node.decorator_list}
         bound = definition.owner is not None and "staticmethod" not in kinds
@@ -65,7 +65,7 @@ def signature(definition: Definition) -> Signature | None:
 
 @cache
 def argument_docs(definition: Definition) -> dict[str, str]:
-    """What docstrings say of arguments by their names, of a class itself before those of its bases."""
+    """Collect the descriptions of arguments from docstrings; a class's own precede those of its bases."""
     nodes = [cls.node for cls in ancestors(definition) if cls is not None] if definition.is_class else [definition.node]
     docs: dict[str, str] = {}
     for node in nodes:

@@ -1,4 +1,4 @@
-"""What Python source files define, read with `ast` and without importing anything.
+"""Definitions in Python source files, read with `ast` without importing anything.
 
 Importing torch and lightning takes seconds; a mistake in a recipe should be reported at once. So names, base classes
 and signatures of plug-ins are read from their source. What cannot be known this way (compiled modules, names made at
@@ -38,7 +38,7 @@ class Definition:
 
     @property
     def is_class(self) -> bool:
-        """Whether it is a class rather than a function."""
+        """True for a class, False for a function."""
         return isinstance(self.node, ast.ClassDef)
 
     @property
@@ -101,7 +101,7 @@ class SourceModule:
 
     @property
     def dynamic(self) -> bool:
-        """Whether it may have names at run time that its source does not show."""
+        """True if the module may have names at run time that its source does not show."""
         if "__getattr__" in self.names or not self.tree.body:
             return bool(self.file)
         return any(isinstance(n, ast.Name) and n.id == "globals" for n in ast.walk(self.tree)) or any(
@@ -118,7 +118,7 @@ class SourceModule:
         return _submodule(self, part)
 
     def member(self, part: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Definition | SourceModule | None:
-        """What the attribute `part` of this module is, followed through imports and aliases."""
+        """Look up the attribute `part` of this module, following imports and aliases."""
         step = (self.name, part)
         if step not in seen:
             seen |= {step}
@@ -136,7 +136,7 @@ class SourceModule:
     def resolve(
         self, expression: ast.expr, seen: frozenset[tuple[str, str]] = frozenset()
     ) -> Definition | SourceModule | None:
-        """What a name or attribute means in this file."""
+        """Resolve a name or attribute in this file."""
         if isinstance(expression, ast.Subscript):
             return self.resolve(expression.value, seen)
         if isinstance(expression, ast.Constant) and isinstance(expression.value, str):
@@ -231,7 +231,7 @@ def ancestors(definition: Definition) -> Iterator[Definition | None]:
 
 
 def derives(definition: Definition, base: Definition) -> bool | None:
-    """Whether a class is `base` or a subclass of it; None when the source does not tell."""
+    """Return True if a class is `base` or a subclass of it; None if the source does not tell."""
     unknown = False
     for ancestor in ancestors(definition):
         if ancestor is None:

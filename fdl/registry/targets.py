@@ -1,4 +1,4 @@
-"""What a recipe's `target` means: a short name or a dotted path, resolved without importing it."""
+"""Resolution of a recipe's `target`, a short name or dotted path, without importing it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fdl.utils.suggest import suggest
 
 @dataclass(frozen=True)
 class ResolvedTarget:
-    """What a recipe's `target` means.
+    """A resolved `target`.
 
     Attributes:
         path: its dotted path.
@@ -88,12 +88,12 @@ _READERS = {
 
 
 def _is_path(target: str) -> bool:
-    """Whether a file or folder stands where a name or dotted path should."""
+    """Return True if `target` looks like a file or folder."""
     return "/" in target or target.lower().endswith(tuple(end for ends in _READERS for end in ends))
 
 
 def _reader(target: str, kind: Kind) -> str:
-    """What to write in place of a path, where a data module reads it."""
+    """Suggest the data module that reads a path."""
     if kind.name != "datamodule":
         return ", or a dotted path"
     found = next((how for ends, how in _READERS.items() if target.lower().endswith(ends)), None)
@@ -103,7 +103,7 @@ def _reader(target: str, kind: Kind) -> str:
 
 
 def _fits(found: Definition, base: Definition | SourceModule | None) -> bool | None:
-    """Whether calling `found` makes a `base`; None when the source does not tell."""
+    """Return True if calling `found` makes a `base`; None if the source does not tell."""
     if not isinstance(base, Definition):
         return None
     if found.is_class:

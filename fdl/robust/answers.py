@@ -129,7 +129,7 @@ class RobustAnswers(ResponseMean):
         return values - 1 / self.num_classes if self.space == "probabilities" else values - values.mean(1, keepdim=True)
 
     def _reference(self) -> Tensor:
-        """What a model answers that has learnt from the server's labelled samples alone.
+        """Predict with a model trained on the server's labelled samples only.
 
         It begins with weights of its own, so that no client has had a part in it, and is the same in every round.
         """

@@ -88,7 +88,7 @@ class Median(TrimmedMean):
 
 
 def _spans(ordered: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each value begins and ends among the summed shares, both [n, R, d].
+    """Compute the start and end of each value among the cumulative shares, both [n, R, d].
 
     Equal values are one, so that all who said it have a part in it.
     """

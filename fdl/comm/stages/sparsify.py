@@ -42,7 +42,7 @@ class Sparsify(ArrayStage):
         return f"{self.name}/{self.fraction:g}"
 
     def follows(self, before: Sequence[Stage]) -> None:
-        """What `delta` leaves holds all that was not sent before; error feedback would count it twice."""
+        """Check the chain: what `delta` leaves holds everything unsent, which error feedback would count twice."""
         if self.error_feedback and any(stage.name == "delta" for stage in before):
             raise UserError(f"{self.name} with error_feedback after delta counts what was not sent twice: leave it out")
 
@@ -148,7 +148,7 @@ class RandomK(Sparsify):
         self.unbiased = unbiased
 
     def follows(self, before: Sequence[Stage]) -> None:
-        """What `delta` holds would overshoot by the scale."""
+        """Check the chain: unbiased scaling after `delta` would overshoot by the scale."""
         super().follows(before)
         if self.unbiased and any(stage.name == "delta" for stage in before):
             raise UserError(f"{self.name} with unbiased after delta overshoots what is to be reached: leave it out")

@@ -61,7 +61,7 @@ class StackedFit:
     round: int
 
     def alike(self, other: Any) -> bool:
-        """Whether one pass can serve both."""
+        """Return True if one pass can serve both."""
         return (
             isinstance(other, StackedFit)
             and self.stack is other.stack
@@ -86,7 +86,7 @@ class StackedPredict:
     what: OutputSelector
 
     def alike(self, other: Any) -> bool:
-        """Whether one pass can serve both: the same question about the same samples."""
+        """Return True if one pass can serve both: the same output of the same samples."""
         same = isinstance(other, StackedPredict) and self.stack is other.stack and self.samples is other.samples
         return same and self.what == other.what
 

@@ -19,7 +19,7 @@ LIMIT = 32.0
 
 
 class ClientView(Protocol):
-    """What a confidence may see: one client with its private data, and nothing of the others."""
+    """View of one client for a confidence: its private data, and nothing of other clients."""
 
     train: Samples
     calibration: Samples
@@ -30,7 +30,7 @@ class ClientView(Protocol):
 
     @property
     def samples(self) -> int:
-        """How many private samples it trains on."""
+        """Number of private training samples."""
         ...
 
     def calibration_accuracy(self) -> float:

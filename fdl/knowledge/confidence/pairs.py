@@ -53,7 +53,7 @@ def confidences(confidence: Confidence, client: Client, given: Tensor) -> Quanti
 
 
 class _PairView:
-    """What a confidence may see of a client: images, and a search among a block's pairs in the place of classes."""
+    """View of a client with pairs: its images, and retrieval among a block's pairs instead of classes."""
 
     def __init__(self, client: Client):
         self.client, self.samples, self.cache, self.encoder = client, client.samples, client.cache, client.encoder

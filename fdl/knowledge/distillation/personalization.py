@@ -63,7 +63,7 @@ class AdaptiveWeights:
 
 
 class ValidationGains:
-    """How much each client's answers of a round would lower the student's validation loss, as a cosine.
+    """Gain of each client's predictions for the student's validation loss, as a cosine.
 
     Args:
         server: with the student as it is before it learns from them.
@@ -93,7 +93,7 @@ class ValidationGains:
         self.by_client[client] = float(F.cosine_similarity(pull.flatten(), wanted.flatten(), dim=0))
 
     def _look_ahead(self) -> None:
-        """How the student answers the proxy set after a small step on validation samples, which is taken back."""
+        """Predict the proxy set after a small step on validation samples, and undo the step."""
         server, student = self.server, self.server.student
         size = min(len(server.validation), server.runtime.batch_size)
         step = Fit(epochs=None, steps=1, batch_size=size, optimizer=Component("sgd", {"lr": _STEP}))
@@ -150,7 +150,7 @@ class Similarity:
         empty: Callable[[], ResponseMean],
         answers: Callable[[AggregatedResponses], Responses],
     ) -> Responses | None:
-        """What the others know, as one client should hear it; None when nothing is held of it or of the others.
+        """Mix the other clients' predictions for one client; None if the server holds none of its own or of the others.
 
         Args:
             client: for whom.
@@ -201,6 +201,6 @@ def _probabilities(responses: Responses) -> tuple[Tensor, Tensor]:
 
 
 def _common(a: Tensor, b: Tensor) -> tuple[int, Tensor, Tensor]:
-    """How many rows two lists share, and where they stand in each."""
+    """Find the rows that two lists share, and their positions in each."""
     _, i, j = np.intersect1d(a.numpy(), b.numpy(), assume_unique=True, return_indices=True)
     return len(i), torch.from_numpy(i), torch.from_numpy(j)

@@ -1,4 +1,4 @@
-"""When training on public data at one place gives way to training at many, and back."""
+"""Schedules that alternate between centralised and federated phases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PhaseSchedule(ABC):
 
     @abstractmethod
     def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
-        """Whether a phase is over.
+        """Return True if a phase is over.
 
         Args:
             server: with the student as it is after the round.
@@ -39,7 +39,7 @@ class PhaseSchedule(ABC):
         return {}
 
     def log(self, memory: dict[str, Any]) -> dict[str, float]:
-        """What of its memory is worth logging."""
+        """Return the parts of its memory to log."""
         return {}
 
 
@@ -108,7 +108,7 @@ class PlateauPhases(PhaseSchedule):
         self.max_rounds = None if max_rounds is None else at_least("max_rounds", max_rounds, self.min_rounds)
 
     def is_over(self, server: Server, phase: str, rounds: int, memory: dict[str, Any]) -> bool:
-        """Whether the phase has stopped gaining, or is as long as it may be."""
+        """Return True if the phase has stopped improving, or has reached its maximum length."""
         self.note(self.score(server), memory)
         done = memory["stale"] >= self.patience and rounds >= self.min_rounds
         return done or (self.max_rounds is not None and rounds >= self.max_rounds)

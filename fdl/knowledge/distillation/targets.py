@@ -40,7 +40,7 @@ class SoftLabelled(Samples):
 
     @property
     def at_once(self) -> bool:
-        """Whether the samples' are."""
+        """True if the samples' batches can be gathered at once."""
         return self.samples.at_once
 
     @property
@@ -75,7 +75,7 @@ class SoftLabelled(Samples):
 @traceable
 @dataclass(frozen=True)
 class ResponseObjective:
-    """What a model minimises when it learns from answers.
+    """Loss of a model against soft labels.
 
     Attributes:
         loss: a name among `RESPONSE_LOSSES`.

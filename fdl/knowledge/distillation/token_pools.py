@@ -1,4 +1,4 @@
-"""What language models of several pools teach each other, token by token."""
+"""Codistillation between pools of language models, token by token."""
 
 from __future__ import annotations
 

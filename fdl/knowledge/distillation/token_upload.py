@@ -1,4 +1,4 @@
-"""What a client's language model says of proxy text, token by token."""
+"""A client's upload of next-token predictions of proxy text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STATISTICS = 4  # columns before the answer: whether there is a token, log-like
 
 @dataclass(frozen=True)
 class TokenUploadBuilder:
-    """How a client makes its upload of what its specialist knows; settings only.
+    """Settings by which a client builds its upload of its specialist's predictions.
 
     Args:
         k: send at most so many of the likeliest ids of a position.
@@ -71,7 +71,7 @@ class TokenUploadBuilder:
         return SparseResponses(ids, values, sizes, vocab, tail, weights, rows)
 
     def _output_selector(self, vocab: int, stream: torch.Generator) -> Callable[[LightningModule, Tensor], Tensor]:
-        """What the model is asked: [B, T, 4 + k + k] with ids and log-probabilities, or [B, T, 4 + N] with ids."""
+        """Return the output to compute: [B, T, 4 + k + k] with ids and log-probabilities, or [B, T, 4 + N] with ids."""
 
         def selector(module: LightningModule, tokens: Tensor) -> Tensor:
             following = F.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
@@ -189,7 +189,7 @@ def vocabulary(participant: Participant) -> int:
 
 
 def translates(module: LightningModule) -> bool:
-    """Whether a language model has a tokenizer of its own, and only answers in the data's tokens."""
+    """Return True if a model has a tokenizer of its own, and translates its predictions into the data's tokens."""
     return module.tokenizer is not module.data_tokenizer
 
 

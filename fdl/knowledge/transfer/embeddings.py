@@ -1,4 +1,4 @@
-"""What several dual encoders say together of image–text pairs, by affinities: the only thing that widths do not touch.
+"""Aggregated affinities of several dual encoders for image–text pairs, which do not depend on embedding widths.
 
 A client's answer to a pair is one row, its image's vector and then its text's, each multiplied with the square root of
 the client's scale: products of the rows are its logits, so that its certainty travels with its vectors, and no width,

@@ -63,7 +63,7 @@ class PrototypeTransfer:
 
     @property
     def needs_encoder(self) -> bool:
-        """Whether they lie in the space of the recipe's public encoder."""
+        """True if prototypes lie in the space of the recipe's public encoder."""
         return self.space == "public"
 
     def message(self, client: Client, private: Callable[[], Extracted], proxy: Extracted) -> Prototypes:
