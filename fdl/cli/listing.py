@@ -13,8 +13,8 @@ from fdl.errors import UserError
 from fdl.metrics.tasks import TASKS
 from fdl.recipe.config import Recipe
 from fdl.recipe.validate import keys
+from fdl.registry.checking import describe
 from fdl.registry.component import Component
-from fdl.registry.instantiate import describe
 from fdl.registry.kinds import KINDS, Kind
 from fdl.registry.plugins import PluginInfo, entries, problems, short_names
 from fdl.registry.static_signatures import argument_docs

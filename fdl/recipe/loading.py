@@ -20,8 +20,9 @@ from fdl.recipe.config import Fit, Recipe, Scheduler
 from fdl.recipe.overrides import Override, apply
 from fdl.recipe.renamed import explain
 from fdl.recipe.validate import check, fill
+from fdl.registry.checking import ConfigChecker
 from fdl.registry.component import Component
-from fdl.registry.instantiate import ConfigChecker, instantiate
+from fdl.registry.instantiate import instantiate
 from fdl.registry.static_source import SourceModule
 from fdl.utils.paths import expanded
 from fdl.utils.suggest import suggest

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from fdl.registry.checking import ConfigChecker, describe, plain, show
 from fdl.registry.component import Component
-from fdl.registry.instantiate import ConfigChecker, describe, show
 from fdl.registry.kinds import KINDS
 from fdl.registry.static_signatures import Parameter
 from fdl.registry.static_source import SourceModule, parse_expression
@@ -84,7 +84,7 @@ def check(
     for name, value in tree.items():
         where = f"{prefix}{name}"
         if name not in fields:
-            checker.problem(
+            checker.add_problem(
                 where, f"unknown key{suggest(str(name), fields) if prefix else _suggest_anywhere(name, schema)}"
             )
             continue
@@ -104,16 +104,16 @@ def check(
                     _component(v, kind, component, module, checker, f"{where}.{i}", also) for i, v in entries
                 ]
             else:
-                checker.problem(where, f"expected a list, each entry {kind}; got {show(value)}")
+                checker.add_problem(where, f"expected a list, each entry {kind}; got {show(value)}")
         elif dataclasses.is_dataclass(hint):
             if isinstance(value, Mapping):
                 result[name] = check(value, hint, module, checker, f"{where}.")
             else:
-                checker.problem(
+                checker.add_problem(
                     where, f"expected a mapping with keys such as {next(iter(shape(hint)))}, got {show(value)}"
                 )
         elif value == "???":
-            checker.problem(where, f"missing: {field.metadata['doc']}")
+            checker.add_problem(where, f"missing: {field.metadata['doc']}")
         else:
             result[name] = _leaf(value, field, module, checker, where)
     return result
@@ -159,7 +159,7 @@ def keys(schema: type, prefix: str = "") -> list[tuple[str, str, Any, str]]:
 def _component(
     value: Any, kind: Any, schema: type, module: SourceModule, checker: ConfigChecker, where: str, also: tuple[str, ...]
 ) -> Any:
-    result = checker.component(value, kind, where, also=also)
+    result = plain(checker.read_component(value, kind, where, also=also))
     for name in also:
         if isinstance(value, Mapping) and name in value:
             _leaf(value[name], shape(schema)[name][2], module, checker, f"{where}.{name}")
@@ -168,10 +168,10 @@ def _component(
 
 def _leaf(value: Any, field: dataclasses.Field, module: SourceModule, checker: ConfigChecker, where: str) -> Any:
     before = len(checker.problems)
-    value = checker.read(value, Parameter(field.name, False, parse_expression(field.type), module), where)
+    value = plain(checker.read(value, Parameter(field.name, False, parse_expression(field.type), module), where))
     bounds = field.metadata.get("bounds")
     if len(checker.problems) == before and bounds is not None and value is not None and value not in bounds:
-        checker.problem(where, f"must be {bounds}, got {value}")
+        checker.add_problem(where, f"must be {bounds}, got {value}")
     return value
 
 

@@ -693,6 +693,15 @@ def test_what_a_constructor_raises_comes_with_its_key(plugins):
         instantiate(Component(f"{plugins}.make_wrong", {}), "partitioner", "p")
 
 
+def test_nothing_is_constructed_before_all_arguments_are_checked(plugins):
+    inner = {"target": f"{plugins}.Part", "args": {"size": [-1, 2], "where": "x"}}
+    args = {"size": [1, 2], "where": "x", "inner": inner, "table": {"a": "b"}}
+    with pytest.raises(UserError, match=r"^partition\.args\.table\.a: expected float, got 'b'$"):
+        instantiate(Component(f"{plugins}.Part", args), "partitioner", "partition")
+    with pytest.raises(UserError, match=r"^partition\.args\.inner\.args\.size: size must not be negative "):
+        instantiate(Component(f"{plugins}.Part", {**args, "table": {}}), "partitioner", "partition")
+
+
 def test_a_function_may_make_a_component(plugins):
     assert recipe(partition={"target": f"{plugins}.make", "args": {"size": 3}}).partition.args == {"size": 3}
     assert instantiate(Component(f"{plugins}.make", {"size": 3}), "partitioner", "partition").given[0] == (3, 3)
