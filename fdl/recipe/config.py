@@ -27,8 +27,8 @@ class Scheduler(Component):
 class Specialist(Component):
     """A private architecture, and which clients have it."""
 
-    clients: list[int] | None = key(None, "ids of the clients that have it; null: those whom no entry names")
-    weight: float = key(1.0, "how often it is drawn, where assignment is random", bounds=Bounds(0, open_low=True))
+    clients: list[int] | None = key(None, "ids of the clients that have it; null: the clients in no entry")
+    weight: float = key(1.0, "relative frequency of it in a random assignment", bounds=Bounds(0, open_low=True))
     lr: float | None = key(
         None,
         "learning rate of its clients' training on their own data; null: local_training's",
@@ -40,11 +40,11 @@ class Specialist(Component):
 
 @dataclass
 class AdversaryConfig(Component):
-    """A kind of dishonest client, and which clients are of it, by id or as a fraction."""
+    """A kind of adversary and its clients, given by id or as a fraction."""
 
-    clients: list[int] | None = key(None, "ids of the clients; null: as fraction says")
+    clients: list[int] | None = key(None, "ids of the clients; null: drawn by fraction")
     fraction: float | None = key(None, "fraction of all clients, drawn at random", bounds=Bounds(0, 1))
-    start: int = key(1, "the round from which they are dishonest", bounds=_COUNT)
+    start: int = key(1, "first round of the attack", bounds=_COUNT)
 
     __hash__ = Component.__hash__
 
@@ -57,7 +57,7 @@ class Fit:
     steps: int | None = key(None, "optimiser steps, instead of epochs", bounds=Bounds(0))
     batch_size: int = key(32, "samples per step", bounds=_COUNT)
     optimizer: Component = key(
-        Component("sgd", {"lr": 0.1}), "the optimiser, created anew for each training", kind="optimizer"
+        Component("sgd", {"lr": 0.1}), "the optimiser, created for each training", kind="optimizer"
     )
     scheduler: Scheduler | None = key(None, "the learning-rate schedule", kind="scheduler")
     gradient_clip: float | None = key(None, "largest norm of a gradient", bounds=Bounds(0, open_low=True))
@@ -213,7 +213,7 @@ class Compare:
     reference: str = key("centralized", "variant or method whose score counts as 1")
     bytes_reference: str = key("fedavg", "variant or method whose bytes count as 1")
     single_site_reference: str = key(
-        "single_site", "variant or method whose clients train alone: where gains and the recovered gap count from"
+        "single_site", "variant or method whose clients train alone: the baseline of gains and of the recovered gap"
     )
     variants: dict[str, dict[str, Any]] = key({}, "the keys in which each variant differs, by name")
 

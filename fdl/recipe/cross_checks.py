@@ -1,6 +1,6 @@
 """Cross-field checks of a recipe: combinations of keys that are invalid together.
 
-A rule speaks of keys that are right by themselves, so each is silent where one of them is not.
+A rule applies to keys that are valid by themselves and reports nothing if one of them is not.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fdl.utils.suggest import suggest
 Problems = list[tuple[str, str]]
 
 PROXY = "a number of training samples or a share such as 0.3, which are held out for it, or another data set"
-"""What a proxy set can be, for messages."""
+"""Forms of a proxy set, for messages."""
 
 _LONGEST_NAME = 200
-"""File systems take 255 bytes, and names of files that go with a run have more."""
+"""File systems allow 255 bytes, and files of a run append to its name."""
 _FITS = ("local_training", "server_distil", "client_distil")
 
 
@@ -66,7 +66,7 @@ def violations(tree: dict[str, Any], known: set[str]) -> Problems:
 
 
 def _name(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Names that become folders."""
+    """Require names of runs and variants that are valid names of folders."""
     if "name" in broken:
         return []
     variants = (tree.get("compare") or {}).get("variants", {}) if "compare" not in broken else {}
@@ -85,7 +85,7 @@ def _name(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _fits(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Epochs or steps, not both."""
+    """Require epochs or steps, not both."""
     return [
         (part, f"give epochs or steps, not both; to count steps, set {part}.epochs to null")
         for part in _FITS
@@ -104,7 +104,7 @@ def _cohort(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _assigned(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Clients that specialists name are there, each is named once, and nobody is left without a model."""
+    """Require that clients of specialists exist, each in one entry, and that every client has a model."""
     if broken & {"specialists", "federation"} or not tree["specialists"]:
         return []
     count, owner, problems = tree["federation"]["clients"], {}, []
@@ -123,7 +123,7 @@ def _assigned(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _rates(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Learning rates of clients that there are, for an optimiser that has one."""
+    """Require that learning rates are of existing clients and that the optimiser has a learning rate."""
     if broken & {"specialists", "federation", "local_training"}:
         return []
     try:
@@ -147,7 +147,7 @@ def _rates(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _dishonest(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Adversaries are clients that there are, each in one entry, and named or drawn."""
+    """Require that adversaries are existing clients, each in one entry, given by id or by fraction."""
     if broken & {"adversaries", "federation"}:
         return []
     count, owner, problems, drawn = tree["federation"]["clients"], {}, [], 0
@@ -168,7 +168,7 @@ def _dishonest(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _outvoted(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """A robust rule hears as many clients in a round as it needs."""
+    """Require as many uploads per round as a robust rule needs."""
     if broken & {"method", "federation"}:
         return []
     clients, problems = tree["federation"]["clients"], []
@@ -191,7 +191,7 @@ _UNCOMPILED = ("none", "traced")
 
 
 def _compiled(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Clients that train in one pass have steps of their own."""
+    """Refuse compiled steps for clients that are trained in a vectorised pass, which has its own steps."""
     if "client_execution" in broken or tree["client_execution"] != "vectorized":
         return []
     message = (
@@ -232,7 +232,7 @@ def _sharded(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _links(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """The clients' links make sense, and are those of clients that there are."""
+    """Require valid links of existing clients."""
     if "channel" in broken:
         return []
     try:
@@ -251,14 +251,14 @@ def _links(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _keys(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Keys are for messages that are authenticated."""
+    """Refuse a file of keys if messages are not authenticated."""
     if "channel" in broken or tree["channel"]["authenticate"] is not False or tree["channel"]["keys"] is None:
         return []
     return [("channel.keys", "is not used: channel.authenticate is false")]
 
 
 def _faults(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Clients that faults name are there."""
+    """Require that clients of faults exist."""
     if broken & {"faults", "federation"}:
         return []
     count = tree["federation"]["clients"]
@@ -271,7 +271,7 @@ def _faults(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _private(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Clients that train with noise need to know how much, and nobody else may train on their data."""
+    """Require a budget or noise for private training, and that no private data are used without noise."""
     privacy = tree["privacy"] if not broken & {"privacy", "local_training", "fabric", "method"} else None
     if privacy is None or privacy["training"] == "none":
         return []
@@ -299,7 +299,7 @@ def _private(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _required_parts(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """The parts that the method says it needs."""
+    """Require the parts that the method declares."""
     if "method" in broken:
         return []
     return [
@@ -310,12 +310,12 @@ def _required_parts(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _proxy(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """A proxy set, where the method needs one and the data make none without being asked."""
+    """Require a proxy set if the method needs one and the data module makes none by default."""
     if broken & {"method", "data"} or "proxy" not in _requires(tree):
         return []
     args, taken = tree["data"]["args"], find(tree["data"]["target"], KINDS["datamodule"]).signature
     parameter = taken.parameters.get("proxy") if taken is not None else None
-    # by whatever name: some data make a proxy set of groups or packages
+    # any argument with this prefix: some data modules make a proxy set of groups or packages
     if parameter is None or any(value for name, value in args.items() if name.startswith("proxy")):
         return []
     if "proxy" not in args and not (isinstance(parameter.default, ast.Constant) and parameter.default.value is None):
@@ -348,7 +348,7 @@ def _comparison(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _metrics(tree: dict[str, Any], broken: set[str]) -> Problems:
-    """Names of metrics are those of some task; of which, the data tell once they are read."""
+    """Require metrics that some task has; the task itself is known only when the data are read."""
     if "evaluation" in broken or tree["evaluation"]["metrics"] is None:
         return []
     known = dict.fromkeys(name for task in TASKS.values() for name in task.metrics)
@@ -360,7 +360,7 @@ def _metrics(tree: dict[str, Any], broken: set[str]) -> Problems:
 
 
 def _constructed(tree: Mapping[str, Any], broken: set[str]) -> Problems:
-    """Construct those built-in parts that need no torch, so that their constructors' checks come early too."""
+    """Construct the built-in parts that do not import torch, so that errors of their constructors come early too."""
     problems = []
 
     def attempt(component: Mapping[str, Any], kind: str, where: str) -> Any:

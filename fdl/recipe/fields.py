@@ -14,9 +14,9 @@ class Bounds(typing.NamedTuple):
 
     Attributes:
         low: lower end.
-        high: upper end, None for none.
-        open_low: whether the lower end is excluded.
-        open_high: whether the upper end is excluded.
+        high: upper end; None for an unbounded interval.
+        open_low: True if the lower end is excluded.
+        open_high: True if the upper end is excluded.
     """
 
     low: float
@@ -35,13 +35,13 @@ class Bounds(typing.NamedTuple):
 
 
 def key(default: Any, doc: str, kind: str | None = None, bounds: Bounds | None = None) -> Any:
-    """A dataclass field with its help text.
+    """Create a dataclass field with its help text.
 
     Args:
-        default: its default; a list, dict or dataclass instance is copied for each use.
+        default: the default; a list, dict or dataclass instance is copied for each use.
         doc: one line of help.
         kind: for components, the kind of plug-in.
-        bounds: for numbers, which are allowed.
+        bounds: for numbers, the interval of allowed values.
     """
     metadata = {"doc": doc, "kind": kind, "bounds": bounds}
     if isinstance(default, list | dict) or dataclasses.is_dataclass(default):

@@ -1,4 +1,4 @@
-"""Learning rates that clients have of their own."""
+"""Learning rates of single clients."""
 
 from __future__ import annotations
 

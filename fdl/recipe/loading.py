@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that says all about an experiment.
+"""Loading of recipes, YAML files that describe an experiment completely.
 
 `load` reads it, applies overrides, and reports everything that is wrong at once, before torch is imported.
 """
@@ -39,8 +39,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), variant: Mapping[str, 
         variant: changes that come before the overrides, by dotted key; the recipe's other variants are not checked.
 
     Raises:
-        UserError: when there is no such file.
-        RecipeError: with all that is wrong in it.
+        UserError: the file does not exist or cannot be read.
+        RecipeError: the recipe is invalid; lists all its problems.
     """
     path = expanded(path)
     try:
@@ -79,15 +79,15 @@ def from_mapping(
     """Check a recipe given as plain dicts and lists.
 
     Args:
-        tree: as a YAML file would give it.
+        tree: the content of a YAML file.
         overrides: ``key=value`` strings; the later wins.
         variant: changes that come before the overrides, by dotted key.
-        source: what to call the recipe in messages.
-        name: the run's name where the recipe gives none.
+        source: the recipe's name in messages.
+        name: the run's name if the recipe gives none.
         lines: line numbers by key, for messages.
 
     Raises:
-        RecipeError: with all that is wrong in it.
+        RecipeError: the recipe is invalid; lists all its problems.
     """
     if isinstance(overrides, str):
         raise UserError(f"overrides: expected a list of key=value strings, got a string; write [{overrides!r}]")
@@ -102,11 +102,12 @@ def from_mapping(
     raw, found = _applied(tree, [*changes, *parsed])
     checked, more = _checked(raw, name)
     found += [one for one in more if one not in found]
-    # one variant of a recipe that was read whole before: the others were checked then
+    # given one variant, the whole recipe was read before, and the other variants were checked then
     for variant_name, mapping in _variants(raw) if variant is None else ():
         inside, broken = _applied(tree, [*_changes(mapping), *parsed])
         broken += _checked(inside, name)[1]
-        if broken and parsed:  # `fdl compare` says which override does not suit a variant; a single fit is none
+        # `fdl compare` reports overrides that are invalid for a variant; a single fit is no variant
+        if broken and parsed:
             alone, wrong = _applied(tree, _changes(mapping))
             wrong += _checked(alone, name)[1]
             broken = [problem for problem in broken if problem in wrong]
@@ -118,7 +119,11 @@ def from_mapping(
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in which two recipes, given as plain dicts, differ.
+    """List the dotted keys in which two recipes, given as plain dicts, differ.
+
+    Args:
+        a: a recipe.
+        b: another recipe.
 
     Example:
         >>> difference({"seed": 0, "data": {"target": "digits"}}, {"seed": 1, "data": {"target": "digits"}})
@@ -130,10 +135,10 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 _ABSENT = object()
 _LONGEST = 200
-"""Letters of an override that a message repeats."""
+"""Longest excerpt of an override in a message, in characters."""
 _MODULE = SourceModule(__name__, Path(__file__))
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The parser that omegaconf reads with: the one in Python refuses tabs that this one, and YAML, allow."""
+"""Omegaconf's parser: the pure Python parser refuses tabs that this one and YAML allow."""
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -154,7 +159,7 @@ def _changes(variant: Mapping[str, Any] | None) -> list[Override]:
 
 
 def _applied(tree: Mapping[str, Any], overrides: list[Override]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The filled tree with overrides, and which of them could not be applied."""
+    """Return the filled tree with overrides, and problems of overrides that could not be applied."""
     filled = fill(_plain(tree), Recipe)
     problems = apply(filled, overrides)
     return filled, problems
@@ -170,7 +175,7 @@ def _variants(raw: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def _checked(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Resolve interpolations and check everything; returns the complete tree, and problems by key."""
     resolved, problems = _interpolated(raw)
-    for part in ("student", "teacher"):  # "${specialists.0}" means its model, not who has it
+    for part in ("student", "teacher"):  # "${specialists.0}" refers to the model, not to its clients
         if isinstance(raw.get(part), str) and isinstance(resolved.get(part), Mapping):
             resolved[part] = {k: v for k, v in resolved[part].items() if k in ("target", "args")}
     checker = ConfigChecker()
@@ -207,23 +212,23 @@ def _interpolates(value: Any) -> bool:
 
 
 def _structured(tree: Mapping[str, Any]) -> Recipe:
-    """The dataclass, through omegaconf's structured config."""
+    """Convert a tree to the dataclass by omegaconf's structured config."""
     config = OmegaConf.structured(Recipe)
     for part in ("local_training", "server_distil"):
-        OmegaConf.set_readonly(config[part], False)  # omegaconf takes frozen dataclasses for finished ones
+        OmegaConf.set_readonly(config[part], False)  # omegaconf makes frozen dataclasses read-only
         config[part].optimizer.args = {}  # mappings merge: the default's arguments would stay
     return OmegaConf.to_object(OmegaConf.merge(config, tree))
 
 
 def _plain(value: Any) -> Any:
-    """A deep copy that overrides may change."""
+    """Return a deep copy that overrides may change."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _lines(text: str) -> dict[str, int]:
-    """The line of every key in a YAML text."""
+    """Return the line number of every key in a YAML text."""
     lines: dict[str, int] = {}
 
     def walk(node: yaml.Node, prefix: str) -> None:
@@ -242,13 +247,13 @@ def _lines(text: str) -> dict[str, int]:
 
 
 def _located(where: str, message: str, overrides: Sequence[Override], lines: Mapping[str, int]) -> str:
-    """A problem with the override or line that it comes from."""
+    """Append the override or line that caused a problem to its message."""
     for override in reversed(overrides):
-        # what is wrong with a component as a whole is wrong with its target
+        # a problem of a component as a whole is a problem of its target
         if where == override.key or override.key == f"{where}.target" or where.startswith(f"{override.key}."):
             return f"{where}: {message} (from the override {override.text[:_LONGEST]!r})"
     for override in reversed(overrides):
-        if where not in lines and override.key.startswith(f"{where}."):  # it is this one that made the section
+        if where not in lines and override.key.startswith(f"{where}."):  # this override created the section
             return f"{where}: {message} (from the override {override.text[:_LONGEST]!r})"
     parent = where
     while parent and parent not in lines:
@@ -257,7 +262,7 @@ def _located(where: str, message: str, overrides: Sequence[Override], lines: Map
 
 
 def _near_file(path: Path) -> str:
-    """Recipes that could have been meant."""
+    """Suggest existing recipes with a similar name."""
     known = {p.name: p for folder in (path.parent, Path("recipes")) for p in folder.glob("*.yaml")}
     near = suggest(path.name, known, few=0) or suggest(f"{path.name}.yaml", known, few=0)
     for name, found in known.items():

@@ -19,8 +19,8 @@ class Override:
 
     Attributes:
         key: dotted path, with numbers for the entries of lists.
-        value: what to put there.
-        text: as the user wrote it.
+        value: the new value.
+        text: the override as the user wrote it.
     """
 
     key: str
@@ -29,10 +29,13 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> Override:
-        """Read ``key=value``; the value is YAML.
+        """Parse ``key=value``; the value is YAML.
+
+        Args:
+            text: the override as the user wrote it.
 
         Raises:
-            UserError: when there is no key, no ``=``, or no valid YAML after it.
+            UserError: the key or ``=`` is missing, or the value is not valid YAML.
 
         Example:
             >>> override = Override.parse("optim.args.lr=0.01")
@@ -67,10 +70,10 @@ def apply(tree: dict[str, Any], overrides: Iterable[Override]) -> list[tuple[str
 
     Args:
         tree: plain dicts and lists.
-        overrides: the later wins.
+        overrides: the changes; later ones take precedence.
 
     Returns:
-        Pairs of key and problem, for those that could not be applied.
+        Pairs of key and problem, for overrides that could not be applied.
     """
     problems = []
     touched: set[str] = set()
@@ -107,7 +110,7 @@ def _apply(tree: dict[str, Any], override: Override, touched: set[str]) -> None:
 
 
 def _step(node: Any, part: str, following: str, where: str) -> Any:
-    """One level down, to a mapping or a list."""
+    """Descend one level, to a mapping or a list."""
     if isinstance(node, list):
         slot: Any = _index(node, part, where)
         value = node[slot]

@@ -56,11 +56,11 @@ _INTERPOLATION = re.compile(r"Interpolation key '(?P<key>[\w.\[\]]+)' not found"
 
 
 def explain(key: str, message: str, tree: Mapping[str, Any]) -> str:
-    """Return a problem's message, which names the new name where the recipe uses a former one.
+    """Return a problem's message, with the new name if the recipe uses a former one.
 
     Args:
         key: the full dotted key of the problem.
-        message: what is wrong there.
+        message: the problem.
         tree: the recipe as plain dicts and lists.
     """
     pattern = re.sub(r"\.\d+(?=\.|$)", ".*", key)
@@ -79,7 +79,7 @@ def explain(key: str, message: str, tree: Mapping[str, Any]) -> str:
 
 
 def _at(tree: Any, key: str) -> Any:
-    """The value at a dotted key, None where there is none that could be a former value."""
+    """Return the string at a dotted key; None for any other value."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree if isinstance(tree, str) else None

@@ -18,13 +18,13 @@ from fdl.utils.suggest import suggest
 
 
 def fill(tree: Any, schema: type, default: Any = None) -> Any:
-    """Write shorthand in full and add what is missing.
+    """Expand short forms and add missing keys with their defaults.
 
     A component that names a target starts without arguments, so that those of a default never leak into another
     optimiser. What does not fit the schema is left as it is, for `check` to report.
 
     Args:
-        tree: what the user wrote, plain dicts and lists.
+        tree: the user's recipe, plain dicts and lists.
         schema: a dataclass.
         default: plain default values; those of the schema when None.
     """
@@ -50,11 +50,15 @@ def fill(tree: Any, schema: type, default: Any = None) -> Any:
 
 
 def defaults(schema: type) -> dict[str, Any]:
-    """The default of every key, as plain values; ``"???"`` for what a recipe must give."""
+    """Return the default of every key as plain values; ``"???"`` for keys that a recipe must give.
+
+    Args:
+        schema: a dataclass.
+    """
     result = {}
     for name, (hint, optional, field) in shape(schema).items():
         if dataclasses.is_dataclass(hint) and not issubclass(hint, Component):
-            # read from the fields, since an instance may have completed itself
+            # read from the fields, since an instance may have changed them in __post_init__
             result[name] = None if optional else defaults(hint)
         elif field.default_factory is not dataclasses.MISSING:
             value = field.default_factory()
@@ -72,7 +76,7 @@ def check(
     Args:
         tree: from `fill`, without interpolations.
         schema: a dataclass.
-        module: the schema's source, in which its annotations have their meaning.
+        module: the schema's source module, in which its annotations are resolved.
         checker: collects the problems.
         prefix: the tree's own key with a dot, empty at the top.
 
@@ -121,7 +125,11 @@ def check(
 
 @cache
 def shape(schema: type) -> dict[str, tuple[Any, bool, dataclasses.Field]]:
-    """By field name: its type without None, whether None is allowed, and the field."""
+    """Return the fields of a schema by name: the type without None, True if None is allowed, and the field.
+
+    Args:
+        schema: a dataclass.
+    """
     hints = typing.get_type_hints(schema)
     result = {}
     for field in dataclasses.fields(schema):
@@ -136,7 +144,12 @@ def shape(schema: type) -> dict[str, tuple[Any, bool, dataclasses.Field]]:
 
 
 def keys(schema: type, prefix: str = "") -> list[tuple[str, str, Any, str]]:
-    """Every key of a schema: its path, type, default and help text."""
+    """List every key of a schema: its path, type, default and help text.
+
+    Args:
+        schema: a dataclass.
+        prefix: the schema's own key with a dot, empty at the top.
+    """
     result = []
     for name, (hint, optional, field) in shape(schema).items():
         default = None if field.default is dataclasses.MISSING else field.default
@@ -176,7 +189,7 @@ def _leaf(value: Any, field: dataclasses.Field, module: SourceModule, checker: C
 
 
 def _suggest_anywhere(name: Any, schema: type) -> str:
-    """The nearest key of the same level, else a key of that name further down."""
+    """Suggest the nearest key of the same level, else a key of that name further down."""
     near = suggest(str(name), shape(schema), few=0)
     deeper = [path for path, *_ in keys(schema) if path.rpartition(".")[2] == name]
     if deeper and not near.endswith(f"{name}'?"):
@@ -185,14 +198,14 @@ def _suggest_anywhere(name: Any, schema: type) -> str:
 
 
 def _item(hint: Any) -> type | None:
-    """The component type in ``list[Component]``."""
+    """Return the component type in ``list[Component]``; None for other types."""
     if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
         return typing.get_args(hint)[0]
     return None
 
 
 def _full(value: Any) -> Any:
-    """A component's short form written in full."""
+    """Expand a component's short form."""
     return {"target": value, "args": {}} if isinstance(value, str) and not value.startswith("${") else value
 
 

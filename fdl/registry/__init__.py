@@ -1,1 +1,1 @@
-"""Plug-ins: kinds, short names, and how a recipe's entry becomes an object."""
+"""Plug-ins: their kinds and short names, and the construction of objects from a recipe's components."""

@@ -51,11 +51,11 @@ class CheckedComponent:
 
 @dataclass(frozen=True)
 class Converted:
-    """A value that a constructor takes as a type which YAML lacks.
+    """A value that is converted for a constructor, to a type that YAML lacks.
 
     Attributes:
         value: the list or string in the recipe.
-        convert: the function that makes a tuple, set or path of it.
+        convert: the conversion to a tuple, set or path.
     """
 
     value: Any
@@ -297,17 +297,17 @@ _USUAL_NAMES = {
     "fraction": ("share", "ratio"),
     "proxy_fraction": ("subsample", "proxy_share"),
 }
-"""What other libraries call arguments, by our name."""
+"""Names of arguments in other libraries, by fdl's name."""
 
 
 def _also_called(name: str, known: list[str]) -> str:
-    """A hint at the argument that another library calls so."""
+    """Suggest the argument of fdl that has this name in another library."""
     ours = next((ours for ours, theirs in _USUAL_NAMES.items() if name.lower() in theirs and ours in known), None)
     return f"; did you mean {ours!r}?" if ours else ""
 
 
 def _alternatives(annotation: ast.expr) -> list[ast.expr]:
-    """The members of a union, however it is written."""
+    """Return the members of a union in any notation."""
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         return _alternatives(parse_expression(annotation.value))
     if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
@@ -325,7 +325,11 @@ def _alternatives(annotation: ast.expr) -> list[ast.expr]:
 
 
 def describe(annotation: ast.expr) -> str:
-    """An annotation in the words of a message: ``"int or null"``, ``"one of 'a', 'b'"``."""
+    """Describe an annotation for a message: ``"int or null"``, ``"one of 'a', 'b'"``.
+
+    Args:
+        annotation: the syntax tree of the annotation.
+    """
     words = []
     for one in _alternatives(annotation):
         text = ast.unparse(one)
@@ -341,7 +345,11 @@ def describe(annotation: ast.expr) -> str:
 
 
 def show(value: Any) -> str:
-    """A value and its type, short enough for a message."""
+    """Format a value and its type, short enough for a message.
+
+    Args:
+        value: a value in a recipe.
+    """
     if value is None:
         return "null"
     text = repr(value)

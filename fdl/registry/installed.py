@@ -1,4 +1,4 @@
-"""Plug-ins that installed packages bring along, by the entry points of group ``fdl.plugins``.
+"""Plug-ins of installed packages, found by the entry points of group ``fdl.plugins``.
 
 An entry point names a class (``package.module:Class``), or a module or package whose classes are all offered.
 Sources are read, nothing is imported: a package that is broken costs a line of ``fdl list``, and not the command.
@@ -19,13 +19,13 @@ GROUP = "fdl.plugins"
 
 
 class InstalledPlugin(NamedTuple):
-    """A class that an installed package offers.
+    """A plug-in of an installed package.
 
     Attributes:
         kind: the name of its kind.
         name: its short name: the class's attribute `name`, else the entry point's name.
-        definition: where it is defined.
-        distribution: the package's name, as pip knows it.
+        definition: its class definition.
+        distribution: the package's name on PyPI.
     """
 
     kind: str
@@ -36,7 +36,11 @@ class InstalledPlugin(NamedTuple):
 
 @cache
 def installed() -> tuple[list[InstalledPlugin], list[str]]:
-    """Find the plug-ins of all installed packages; returns these, and a sentence on each that cannot be offered."""
+    """Find the plug-ins of all installed packages.
+
+    Returns:
+        The plug-ins, and one sentence per entry point or class that is not usable.
+    """
     found: dict[tuple[str, str, str], InstalledPlugin] = {}
     problems: list[str] = []
     for point in sorted(entry_points(group=GROUP), key=lambda p: (_distribution(p), p.name)):
@@ -55,7 +59,11 @@ def installed() -> tuple[list[InstalledPlugin], list[str]]:
 
 
 def kind_of_class(base: Definition) -> Kind | None:
-    """The kind whose base class `base` is, or derives from."""
+    """Return the kind whose base class `base` is or derives from; None if there is none.
+
+    Args:
+        base: a class definition.
+    """
     for kind in KINDS.values():
         root = lookup(kind.base)
         if isinstance(root, Definition) and derives(base, root):
@@ -64,7 +72,7 @@ def kind_of_class(base: Definition) -> Kind | None:
 
 
 def _classes(point: EntryPoint) -> Iterator[tuple[str, Definition]]:
-    """Short names and classes that an entry point offers; none where its source cannot be read."""
+    """Yield the short names and classes of an entry point; none if its source cannot be read."""
     owner = lookup(_dotted(point))
     if isinstance(owner, Definition):
         if owner.is_class:
@@ -78,7 +86,7 @@ def _classes(point: EntryPoint) -> Iterator[tuple[str, Definition]]:
 
 
 def _modules(module: SourceModule | None) -> Iterator[SourceModule]:
-    """A module; of a package, also the modules in its folder."""
+    """Yield a module and, for a package, the modules in its folder."""
     if module is None:
         return
     yield module

@@ -32,7 +32,7 @@ def instantiate(component: Component | Mapping[str, Any], kind: str, key: str, *
         An instance of the kind's base class.
 
     Raises:
-        UserError: naming the key, when the component cannot be found or its constructor refuses the arguments.
+        UserError: the component cannot be found or its constructor refuses the arguments; the message has the key.
     """
     tree = component if isinstance(component, Mapping) else {"target": component.target, "args": component.args}
     checker = ConfigChecker(supplied)
@@ -68,13 +68,13 @@ def _construct(component: CheckedComponent, args: dict[str, Any], supplied: Mapp
 
 
 def _blamed(error: Exception, key: str, args: Mapping[str, Any]) -> str:
-    """The key of the argument that a constructor's message begins with, else the component's."""
+    """Return the key of the argument that a constructor's message begins with, else the component's key."""
     first = str(error).split(" ", 1)[0].rstrip(":,")
     return f"{key}.args.{first}" if first in args else key
 
 
 def _explain(error: Exception) -> str:
-    """A constructor's message; one that is not meant for users comes with its place."""
+    """Return a constructor's message, with file and line if it is not a UserError."""
     if isinstance(error, UserError):
         return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]

@@ -15,10 +15,10 @@ class Kind:
         name: as in ``fdl list``, in the singular.
         base: dotted path of the base class.
         search_paths: packages and modules whose classes have short names.
-        injected: arguments that fdl gives to the constructor, so that a recipe need not.
-        forbidden: those of them that a recipe must not give.
-        required_method: a method that fdl calls without arguments, so that it may not need any.
-        short_name: makes a short name of a class name, where the classes have no attribute `name` of their own.
+        injected: arguments that fdl passes to the constructor, so that they are optional in a recipe.
+        forbidden: the injected arguments that a recipe must not give.
+        required_method: a method that fdl calls without arguments, so that it may not require any.
+        short_name: converts a class name to a short name, for classes without an attribute `name`.
     """
 
     name: str
@@ -44,7 +44,11 @@ class Kind:
 
 
 def snake_case(name: str) -> str:
-    """``"CosineAnnealingLR"`` to ``"cosine_annealing_lr"``."""
+    """Convert ``"CosineAnnealingLR"`` to ``"cosine_annealing_lr"``.
+
+    Args:
+        name: a class name.
+    """
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 

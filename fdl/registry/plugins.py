@@ -1,4 +1,4 @@
-"""Short names of plug-ins: of fdl's own, and of those that installed packages bring along."""
+"""Short names of plug-ins: fdl's own and those of installed packages."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class PluginInfo:
     Attributes:
         name: its short name.
         path: its dotted path.
-        summary: one line on what it is.
-        file: where it is defined.
-        line: and on which line.
-        distribution: the installed package that brings it along; empty for fdl's own.
+        summary: the first line of its docstring.
+        file: the source file that defines it.
+        line: the line of its definition in that file.
+        distribution: the installed package that provides it; empty for fdl's own.
     """
 
     name: str
@@ -35,7 +35,11 @@ class PluginInfo:
 
 
 def entries(kind: Kind) -> list[PluginInfo]:
-    """All plug-ins of a kind that have a short name, by name."""
+    """List all plug-ins of a kind that have a short name, sorted by name.
+
+    Args:
+        kind: the kind of plug-in.
+    """
     found = []
     packages = {plugin.definition.dotted: plugin.distribution for plugin in installed()[0]}
     for name, path in sorted(short_names(kind).items()):
@@ -50,7 +54,11 @@ def entries(kind: Kind) -> list[PluginInfo]:
 
 @cache
 def short_names(kind: Kind) -> dict[str, str]:
-    """Dotted path by short name, for the plug-ins of a kind; names of two installed packages are left out."""
+    """Return the dotted path of each short name of a kind, without names that two installed packages share.
+
+    Args:
+        kind: the kind of plug-in.
+    """
     own = built_in(kind)
     offered = [plugin for plugin in installed()[0] if plugin.kind == kind.name]
     names = {plugin.name: plugin.definition.dotted for plugin in offered if not conflict(kind, plugin.name)}
@@ -59,7 +67,12 @@ def short_names(kind: Kind) -> dict[str, str]:
 
 @cache
 def conflict(kind: Kind, name: str) -> str:
-    """A message that names all who claim a short name; empty where one does, or nobody."""
+    """Return a message that lists all packages with the same short name; empty if at most one has it.
+
+    Args:
+        kind: the kind of plug-in.
+        name: the short name.
+    """
     claims = [
         f"{p.distribution} ({p.definition.dotted})" for p in installed()[0] if (p.kind, p.name) == (kind.name, name)
     ]
@@ -79,7 +92,11 @@ def problems() -> list[str]:
 
 @cache
 def built_in(kind: Kind) -> dict[str, str]:
-    """Dotted path by short name, for fdl's own plug-ins of a kind, and torch's optimisers and schedulers."""
+    """Return the dotted path of each short name of fdl's own plug-ins and of torch's optimisers and schedulers.
+
+    Args:
+        kind: the kind of plug-in.
+    """
     base = lookup(kind.base)
     found: dict[str, str] = {}
     for place in kind.search_paths if isinstance(base, Definition) else ():
@@ -90,7 +107,7 @@ def built_in(kind: Kind) -> dict[str, str]:
 
 
 def _named(kind: Kind, base: Definition, place: str, module: SourceModule, name: str, node: ast.AST) -> dict[str, str]:
-    """The short name and dotted path of one name in a module; empty when it is none of the kind."""
+    """Return the short name and dotted path of a name in a module; empty if it is not of the kind."""
     make = kind.short_name
     if isinstance(node, ast.ClassDef):
         definition = Definition(module, node)
@@ -100,13 +117,13 @@ def _named(kind: Kind, base: Definition, place: str, module: SourceModule, name:
         if name[0] != "_" and derives(definition, base) and definition.dotted != base.dotted:
             return {make(name): f"{place}.{name}"}
     elif make is not None and isinstance(node, ast.ImportFrom) and f"{node.module}".startswith(f"{place}."):
-        # imported by its package under a class's name: read only once it is asked for
+        # imported by its package under a class's name: read only when it is used
         return {make(name): f"{place}.{name}"} if name[0].isupper() and name not in base.dotted.split(".") else {}
     return {}
 
 
 def _files(place: str) -> list[SourceModule]:
-    """The modules of one of our packages; else the module itself, whose imports are its public names."""
+    """Return the modules of a package of fdl; for other packages the module itself, whose imports are public names."""
     module = lookup(place)
     if not isinstance(module, SourceModule):
         return []
@@ -117,7 +134,15 @@ def _files(place: str) -> list[SourceModule]:
 
 
 def missing_in_call(found: Definition, kind: Kind) -> str | None:
-    """The argument that a class's `kind.required_method` would need, which fdl does not have."""
+    """Return the first required argument of a class's `kind.required_method`, which fdl calls without arguments.
+
+    Args:
+        found: the class.
+        kind: the kind of plug-in.
+
+    Returns:
+        The argument's name; None if the method can be called without arguments.
+    """
     for cls in ancestors(found) if kind.required_method and found.is_class else ():
         method = member(cls, kind.required_method) if cls is not None else None
         if method is not None:

@@ -11,14 +11,14 @@ from fdl.registry.static_source import Definition, SourceModule, ancestors, last
 
 
 class Parameter(NamedTuple):
-    """One argument of a constructor or function.
+    """A parameter of a constructor or function.
 
     Attributes:
         name: its keyword.
-        required: whether it has no default.
-        annotation: its type as written, None where there is none.
-        module: the file in which the annotation's names have their meaning.
-        default: its default as written, None where there is none or the source does not tell.
+        required: True if it has no default.
+        annotation: its type annotation as written; None without one.
+        module: the source module in which names of the annotation are resolved.
+        default: its default as written; None without one, or if the source does not show it.
     """
 
     name: str
@@ -32,8 +32,8 @@ class Signature(NamedTuple):
     """Keyword arguments of a constructor or function.
 
     Attributes:
-        parameters: the named ones, by name.
-        open: whether it also takes keywords that it does not name.
+        parameters: the named parameters, by name.
+        open: True if it also takes arbitrary keywords.
     """
 
     parameters: dict[str, Parameter]
@@ -42,7 +42,14 @@ class Signature(NamedTuple):
 
 @cache
 def signature(definition: Definition) -> Signature | None:
-    """Return the keyword arguments of a class or function; None if the source does not tell."""
+    """Return the keyword arguments of a class or function.
+
+    Args:
+        definition: a class or function.
+
+    Returns:
+        The signature; None if the source does not show it.
+    """
     if not definition.is_class:
         kinds = {last_name(d) for d in definition.node.decorator_list}
         bound = definition.owner is not None and "staticmethod" not in kinds
@@ -65,7 +72,14 @@ def signature(definition: Definition) -> Signature | None:
 
 @cache
 def argument_docs(definition: Definition) -> dict[str, str]:
-    """Collect the descriptions of arguments from docstrings; a class's own precede those of its bases."""
+    """Collect the descriptions of arguments from docstrings; a class's own precede those of its bases.
+
+    Args:
+        definition: a class or function.
+
+    Returns:
+        The description of each argument, by name.
+    """
     nodes = [cls.node for cls in ancestors(definition) if cls is not None] if definition.is_class else [definition.node]
     docs: dict[str, str] = {}
     for node in nodes:
@@ -79,7 +93,7 @@ _WITHOUT_INIT = {"abc.ABC", "typing.Generic", "typing.Protocol", "typing_extensi
 
 
 def _of_function(node: ast.FunctionDef, module: SourceModule, skip_first: bool) -> tuple[Signature, set[str] | None]:
-    """A function's signature; and, when it hands ``**kwargs`` on to its base class, what it gives there itself."""
+    """Read a function's signature and, if it forwards ``**kwargs`` to its base class, the keywords it sets itself."""
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
@@ -111,7 +125,7 @@ def _with_inherited(own: Signature, given: set[str], definition: Definition) -> 
 
 
 def _of_dataclass(definition: Definition) -> Signature:
-    """The generated constructor of a dataclass, with the fields that it inherits."""
+    """Derive the generated constructor of a dataclass, including inherited fields."""
     parameters: dict[str, Parameter] = {}
     lineage = [c for c in ancestors(definition) if c is not None]
     for cls in reversed(lineage):

@@ -1,8 +1,8 @@
 """Definitions in Python source files, read with `ast` without importing anything.
 
 Importing torch and lightning takes seconds; a mistake in a recipe should be reported at once. So names, base classes
-and signatures of plug-ins are read from their source. What cannot be known this way (compiled modules, names made at
-run time) is answered with None, and the caller imports.
+and signatures of plug-ins are read from their source. Functions return None where the source does not show the result
+(compiled modules, names created at run time), and the caller imports.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ class Definition:
         return (ast.get_docstring(self.node) or "").partition("\n")[0]
 
     def own_constant(self, name: str) -> object:
-        """The literal that the class body itself assigns to `name`; None where it assigns none."""
+        """Return the literal that the class body itself assigns to `name`; None without an assignment.
+
+        Args:
+            name: a class attribute.
+        """
         for statement in self.node.body:
             target, value = _assignment(statement)
             if target == name and value is not None:
@@ -58,7 +62,11 @@ class Definition:
         return None
 
     def constant(self, name: str) -> object:
-        """The literal value of a class attribute, own or inherited; None where there is none."""
+        """Return the literal value of a class attribute, own or inherited; None without one.
+
+        Args:
+            name: the class attribute.
+        """
         values = (cls.own_constant(name) for cls in ancestors(self) if cls is not None)
         return next((value for value in values if value is not None), None)
 
@@ -69,7 +77,7 @@ class SourceModule:
     Args:
         name: the module's dotted name.
         file: the file, None for a namespace package.
-        folders: where submodules lie; empty for a module that is not a package.
+        folders: the folders of submodules; empty for a module that is not a package.
     """
 
     def __init__(self, name: str, file: Path | None, folders: Iterable[Path] = ()):
@@ -77,7 +85,7 @@ class SourceModule:
 
     @cached_property
     def tree(self) -> ast.Module:
-        """The syntax tree; empty where the file is no valid Python of this version."""
+        """The syntax tree; empty if the file is not valid Python of this version."""
         try:
             return ast.parse(self.file.read_bytes()) if self.file else ast.Module([], [])
         except (SyntaxError, ValueError, OSError):
@@ -109,12 +117,16 @@ class SourceModule:
         )
 
     def public(self) -> list[str]:
-        """Names and submodules without a leading underscore."""
+        """List names and submodules without a leading underscore."""
         files = {f.stem for folder in self.folders for f in folder.glob("*.py")}
         return sorted(name for name in {*self.names, *files} if not name.startswith("_") and name != "*")
 
     def submodule(self, part: str) -> SourceModule | None:
-        """The module `part` of this package."""
+        """Return the module `part` of this package; None if it does not exist.
+
+        Args:
+            part: the last part of the submodule's dotted name.
+        """
         return _submodule(self, part)
 
     def member(self, part: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Definition | SourceModule | None:
@@ -158,7 +170,7 @@ class SourceModule:
         return self.resolve(node, seen) if isinstance(node, ast.Name | ast.Attribute) else None
 
     def _imported(self, node: ast.ImportFrom) -> SourceModule | None:
-        """The module after ``from``, relative or not."""
+        """Return the module after ``from``, absolute or relative."""
         name = node.module or ""
         if node.level:
             package = self.name.split(".") if self.folders else self.name.split(".")[:-1]
@@ -172,7 +184,11 @@ class SourceModule:
 
 @cache
 def top_level(name: str) -> SourceModule | None:
-    """The top-level module or package of this name, where Python would find it; None when it is no Python source."""
+    """Find a top-level module or package on Python's search path; None if it is not Python source.
+
+    Args:
+        name: the module's name, without dots.
+    """
     try:
         spec = importlib.util.find_spec(name)
     except (ValueError, ImportError):  # a module without a spec, such as one made by hand
@@ -188,7 +204,11 @@ def top_level(name: str) -> SourceModule | None:
 
 @cache
 def module_of(dotted: str) -> SourceModule | None:
-    """The module that an import statement means by a dotted path."""
+    """Find the module that an import statement imports; None if it is not Python source.
+
+    Args:
+        dotted: the module's dotted name.
+    """
     first, *rest = dotted.split(".")
     found = top_level(first)
     for part in rest:
@@ -198,7 +218,11 @@ def module_of(dotted: str) -> SourceModule | None:
 
 @cache
 def lookup(dotted: str) -> Definition | SourceModule | None:
-    """The module, class or function that a dotted path means; None when the source does not tell."""
+    """Find the module, class or function at a dotted path; None if the source does not show it.
+
+    Args:
+        dotted: the dotted path.
+    """
     first, *rest = dotted.split(".")
     found: Definition | SourceModule | None = top_level(first)
     for part in rest:
@@ -209,7 +233,13 @@ def lookup(dotted: str) -> Definition | SourceModule | None:
 def member(
     owner: Definition | SourceModule | None, part: str, seen: frozenset[tuple[str, str]] = frozenset()
 ) -> Definition | SourceModule | None:
-    """The attribute `part` of a module or class."""
+    """Return the attribute `part` of a module or class; None if the source does not show it.
+
+    Args:
+        owner: the module or class; None for one that was not found.
+        part: the attribute's name.
+        seen: pairs of module and name on the way here, so that circular imports end.
+    """
     if isinstance(owner, SourceModule):
         return owner.member(part, seen)
     if owner is not None and owner.is_class:
@@ -220,7 +250,11 @@ def member(
 
 
 def ancestors(definition: Definition) -> Iterator[Definition | None]:
-    """A class and its bases, nearest first, depth first; None stands for a base that the source does not tell."""
+    """Yield a class and its bases depth first; None stands for a base that the source does not show.
+
+    Args:
+        definition: the class.
+    """
     yield definition
     for base in definition.node.bases if definition.is_class else ():
         found = definition.module.resolve(base)
@@ -231,7 +265,12 @@ def ancestors(definition: Definition) -> Iterator[Definition | None]:
 
 
 def derives(definition: Definition, base: Definition) -> bool | None:
-    """Return True if a class is `base` or a subclass of it; None if the source does not tell."""
+    """Return True if a class is `base` or a subclass of it; None if the source does not show it.
+
+    Args:
+        definition: the class.
+        base: the possible base class.
+    """
     unknown = False
     for ancestor in ancestors(definition):
         if ancestor is None:
@@ -242,7 +281,11 @@ def derives(definition: Definition, base: Definition) -> bool | None:
 
 
 def parse_expression(text: str) -> ast.expr:
-    """The syntax tree of an annotation given as text; a constant when it is not valid Python."""
+    """Parse an annotation given as text; the constant None if it is not valid Python.
+
+    Args:
+        text: a Python expression.
+    """
     try:
         return ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
@@ -250,7 +293,7 @@ def parse_expression(text: str) -> ast.expr:
 
 
 def _bindings(body: Iterable[ast.stmt], unconditional: bool = True) -> Iterator[tuple[str, ast.AST, bool]]:
-    """Names that statements bind; those of a second branch are conditional and never hide an earlier one."""
+    """Yield the names that statements bind; names of a second branch are conditional and never hide an earlier one."""
     for statement in body:
         if isinstance(statement, ast.ClassDef | ast.FunctionDef):
             yield statement.name, statement, unconditional
@@ -282,7 +325,7 @@ def _bindings(body: Iterable[ast.stmt], unconditional: bool = True) -> Iterator[
 
 
 def _runtime_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Top-level statements and those in the branches of if and try, without ``if TYPE_CHECKING`` blocks."""
+    """Yield top-level statements and those in branches of if and try, without ``if TYPE_CHECKING`` blocks."""
     for statement in body:
         if isinstance(statement, ast.If | ast.Try) and last_name(getattr(statement, "test", None)) != "TYPE_CHECKING":
             yield from _runtime_statements([*statement.body, *statement.orelse])
@@ -291,7 +334,7 @@ def _runtime_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _assignment(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
-    """The name and value of ``name = value`` and ``name: type = value``."""
+    """Return the name and value of ``name = value`` and ``name: type = value``."""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
         return statement.targets[0].id, statement.value
     if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
@@ -300,7 +343,11 @@ def _assignment(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
 
 
 def last_name(node: ast.AST | None) -> str:
-    """``"dataclass"`` for ``@dataclass``, ``@dataclasses.dataclass`` and ``@dataclass(frozen=True)``."""
+    """Return ``"dataclass"`` for ``@dataclass``, ``@dataclasses.dataclass`` and ``@dataclass(frozen=True)``.
+
+    Args:
+        node: an expression; None has the empty name.
+    """
     if isinstance(node, ast.Call):
         return last_name(node.func)
     if isinstance(node, ast.Subscript):

@@ -26,7 +26,7 @@ class ResolvedTarget:
     Attributes:
         path: its dotted path.
         definition: its source, None where only an import could tell.
-        signature: what it takes, None for a compiled class that does not say.
+        signature: its keyword arguments; None for a compiled class without a signature.
     """
 
     path: str
@@ -34,21 +34,21 @@ class ResolvedTarget:
     signature: Signature | None
 
     def load(self) -> Any:
-        """Import it."""
+        """Import the target."""
         return import_dotted(self.path)
 
 
 @cache
 def find(target: str, kind: Kind, base: str = "") -> ResolvedTarget:
-    """Resolve a `target` without importing it, as far as its source tells.
+    """Resolve a `target`, without importing it if its source suffices.
 
     Args:
         target: a short name of the kind, or a dotted path.
-        kind: what it has to be.
+        kind: the expected kind.
         base: dotted path of the class that it has to derive from; default the kind's.
 
     Raises:
-        UserError: when there is no such thing, or it is something else; without the recipe's key.
+        UserError: the target does not exist or is not of the kind; the message is without the recipe's key.
     """
     if _is_path(target):
         raise UserError(f"{target!r} is a path; expected the name of {kind}{_reader(target, kind)}")
@@ -84,7 +84,7 @@ _READERS = {
     (".npz",): "arrays, args: {path: PATH}",
     (".tar", ".tar.gz", ".tgz"): "image_text_shards, args: {path: PATH, size: 224}",
 }
-"""Which data module reads files of an ending, as one would write it."""
+"""Component of the data module that reads files, by their endings."""
 
 
 def _is_path(target: str) -> bool:
@@ -103,13 +103,13 @@ def _reader(target: str, kind: Kind) -> str:
 
 
 def _fits(found: Definition, base: Definition | SourceModule | None) -> bool | None:
-    """Return True if calling `found` makes a `base`; None if the source does not tell."""
+    """Return True if calling `found` makes a `base`; None if the source does not show it."""
     if not isinstance(base, Definition):
         return None
     if found.is_class:
         return derives(found, base)
     if found.node.returns is None:
-        return True  # a function without annotation: what it makes is checked once it is made
+        return True  # a function without annotation: its result is checked after the call
     made = found.module.resolve(found.node.returns)
     if made is None and hasattr(builtins, ast.unparse(found.node.returns)):
         return False
@@ -117,7 +117,7 @@ def _fits(found: Definition, base: Definition | SourceModule | None) -> bool | N
 
 
 def _import_target(target: str, kind: Kind, base: str) -> ResolvedTarget:
-    """Resolve by import what the source does not tell."""
+    """Resolve a target by importing it, for targets that the source does not show."""
     _refuse_missing(target)
     found = import_dotted(target)
     if not callable(found):
@@ -128,7 +128,7 @@ def _import_target(target: str, kind: Kind, base: str) -> ResolvedTarget:
 
 
 def _refuse_missing(target: str) -> None:
-    """Say that a dotted path leads nowhere, without importing, where its source shows that."""
+    """Raise UserError, without importing, if sources show that a dotted path does not exist."""
     parts = target.split(".")
     if top_level(parts[0]) is None and importlib.util.find_spec(parts[0]) is None:
         raise UserError(f"{target}: there is no module {parts[0]!r}{_near_package(parts[0])}")
@@ -144,7 +144,7 @@ def _compiled(package: SourceModule, part: str) -> bool:
 
 
 def _inspect(found: Any) -> Signature | None:
-    """The signature of an imported callable."""
+    """Return the signature of an imported callable; None if it has none."""
     try:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):
