@@ -181,7 +181,7 @@ def test_stochastic_rounding_repeats_with_its_stream():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("value", [0.0, -1.0, 1 / 3, 0.1, 1e-8, 60000.1, -1e37])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1 / 3, 0.1, 1e-8, 60000.1, -1e37, 1e-45])
 def test_constant_rows_come_back_exactly(value, rounding, bits, dtype):
     if dtype == "float16" and abs(value) > 6e4:
         value = 60000.0

@@ -100,7 +100,8 @@ class Quantize(ArrayStage):
         with np.errstate(all="ignore"):  # a row that is not finite gives ends that are not, and no warning
             low, high = _by_row(np.minimum, x), _by_row(np.maximum, x)
             if bits == 1 and self.rounding == "nearest":
-                above = x > (0.5 * low + 0.5 * high)[:, None]
+                # halves of the smallest numbers round to 0, and no row may lie above its middle as a whole
+                above = x > np.maximum(0.5 * low + 0.5 * high, low)[:, None]
                 width, ends = _round_ends(*_half_means(x, above, low, high), low, high)
                 codes = above.view(np.uint8)
             else:
