@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fdl.datamodules.base import FederatedDataModule
     from fdl.datamodules.samples import Samples, TensorSamples
     from fdl.datamodules.source import Source
+    from fdl.engine.requests import FitRequest, PredictRequest
     from fdl.errors import RecipeError, UserError
     from fdl.evaluators.base import Evaluator
     from fdl.knowledge.aggregation.base import Aggregate
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from fdl.messages.base import Message
     from fdl.messages.parameters import Parameters
     from fdl.messages.responses import Responses
+    from fdl.messages.tensors import TensorMessage
     from fdl.methods.base import Method
+    from fdl.modules.base import FederatedModule
     from fdl.modules.output import Output
     from fdl.participants import Client, Server
     from fdl.recipe.config import Recipe
@@ -44,10 +47,13 @@ __all__ = [
     "Evaluator",
     "FederatedDataModule",
     "FederatedLoop",
+    "FederatedModule",
+    "FitRequest",
     "Message",
     "Method",
     "Output",
     "Parameters",
+    "PredictRequest",
     "Recipe",
     "RecipeError",
     "Responses",
@@ -56,6 +62,7 @@ __all__ = [
     "Server",
     "Source",
     "Stage",
+    "TensorMessage",
     "TensorSamples",
     "UserError",
     "build",
@@ -70,6 +77,7 @@ _PLACES = {
     "fdl.datamodules.base": ["FederatedDataModule"],
     "fdl.datamodules.samples": ["Samples", "TensorSamples"],
     "fdl.datamodules.source": ["Source"],
+    "fdl.engine.requests": ["FitRequest", "PredictRequest"],
     "fdl.errors": ["RecipeError", "UserError"],
     "fdl.evaluators.base": ["Evaluator"],
     "fdl.knowledge.aggregation.base": ["Aggregate"],
@@ -77,7 +85,9 @@ _PLACES = {
     "fdl.messages.base": ["Message"],
     "fdl.messages.parameters": ["Parameters"],
     "fdl.messages.responses": ["Responses"],
+    "fdl.messages.tensors": ["TensorMessage"],
     "fdl.methods.base": ["Method"],
+    "fdl.modules.base": ["FederatedModule"],
     "fdl.modules.output": ["Output"],
     "fdl.participants": ["Client", "Server"],
     "fdl.recipe.config": ["Recipe"],

@@ -88,7 +88,18 @@ ALLOWED = {
     "errors": set(),
     # what it offers is imported on first use
     "__init__": {
-        *("build", "callbacks", "comm", "datamodules", "evaluators", "knowledge", "loop", "messages", "methods"),
+        *(
+            "build",
+            "callbacks",
+            "comm",
+            "datamodules",
+            "engine",
+            "evaluators",
+            "knowledge",
+            "loop",
+            "messages",
+            "methods",
+        ),
         *("modules", "participants", "recipe", "runs"),
     },
 }
