@@ -1,11 +1,13 @@
 """docs/security.md, docs/scale.md and benchmarks/README.md name what is there, and all of it where they list a kind."""
 
+import importlib
 import importlib.util
 import os
 import re
 import shlex
 import signal
 import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -125,6 +127,21 @@ def test_robust_is_said_to_be_for_those_methods_that_take_it():
         if re.search(r"\brobust: RobustRule", file.read_text(encoding="utf-8")):
             taking.add(name)
     assert set(re.findall(r"`(\w+)`", sentence)) == taking
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if 'python -c "from fdl' in text])
+def test_a_line_of_python_that_a_page_gives_runs(page, tmp_path):
+    for code in re.findall(r'python -c "(from fdl[^"]+)"', PAGES[page]):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{code}: {done.stderr[-500:]}"
+    assert any(tmp_path.iterdir())  # each of today's writes a file
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_imports_exists(page):
+    for module, found in re.findall(r"from (fdl[\w.]*) import (\w+(?:, \w+)*)", PAGES[page]):
+        for name in found.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_modules_that_are_named_exist():
