@@ -2,26 +2,20 @@
 
 import csv
 import gzip
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
 
 from fdl.runs.compare import plan
-
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("codistillation", ROOT / "benchmarks/codistillation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("codistillation")
 
 
 @pytest.fixture(scope="module")

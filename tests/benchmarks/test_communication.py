@@ -1,14 +1,13 @@
 """benchmarks/communication.py on its smallest job: the table is that of the runs, and the files are what it says."""
 
 import csv
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.scripts import load_script
+
 WEIGHTS = ["fedavg", "fedavg_coded", "fedprox", "feddf"]
 ANSWERS = ["ds_fl_like", "ds_fl_like_subsampled", "cfd_like", "confidence_weighted", "confidence_weighted_labels"]
 METHODS = [*WEIGHTS, *ANSWERS]
@@ -16,10 +15,7 @@ METHODS = [*WEIGHTS, *ANSWERS]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("communication", ROOT / "benchmarks/communication.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("communication")
 
 
 @pytest.fixture(scope="module")

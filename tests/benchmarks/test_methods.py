@@ -1,7 +1,6 @@
 """benchmarks/methods.py on its smallest job: the table is that of the runs, and unequal work is refused."""
 
 import csv
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,14 @@ import pytest
 from fdl.recipe import load
 from fdl.registry.kinds import KINDS
 from fdl.registry.plugins import short_names
+from tests.benchmarks.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("methods", ROOT / "benchmarks/methods.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("methods")
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +113,7 @@ def test_every_method_for_labelled_images_is_compared(script):
 
 
 def test_every_method_has_the_same_budget_of_trials(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("tune", ROOT / "benchmarks/tune.py")
-    tune = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tune)
+    tune = load_script("tune")
     trials = tune.space()
     variants = load(ROOT / "benchmarks/methods.yaml").compare.variants
     assert {len(settings) for settings in trials.values()} == {6} and all(s[0] == [] for s in trials.values())
@@ -135,9 +130,7 @@ def test_every_method_has_the_same_budget_of_trials(monkeypatch, tmp_path):
 
 
 def test_the_best_trial_is_the_one_that_does_best_on_validation_data(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("tune", ROOT / "benchmarks/tune.py")
-    tune = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tune)
+    tune = load_script("tune")
     found = {0: (0.8, 0.5), 1: (0.9, 0.7), 2: (0.9, 0.6), 3: (0.9, 0.6)}
     monkeypatch.setattr(
         tune, "score", lambda folder: dict(zip(("accuracy", "nll"), found[int(folder.name[-1])], strict=True))

@@ -1,14 +1,12 @@
 """benchmarks/privacy.py on its smallest job: noise covers what is claimed, and a broken claim fails the script."""
 
 import csv
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.scripts import load_script
 
 pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
@@ -16,10 +14,7 @@ pytest.importorskip("dp_accounting")
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("privacy_benchmark", ROOT / "benchmarks/privacy.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("privacy")
 
 
 @pytest.fixture(scope="module")

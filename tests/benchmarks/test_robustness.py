@@ -1,16 +1,12 @@
 """The grid of attacks and defences: which cells there are, and how its figures are worked out."""
 
 import csv
-import importlib.util
-from pathlib import Path
 
 import pytest
 
-SPEC = importlib.util.spec_from_file_location(
-    "benchmark_robustness", Path(__file__).parents[2] / "benchmarks" / "robustness.py"
-)
-robustness = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(robustness)
+from tests.benchmarks.scripts import load_script
+
+robustness = load_script("robustness")
 
 
 def test_the_recipe_has_every_adversary_and_the_grid_every_pair(tmp_path):

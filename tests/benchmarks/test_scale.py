@@ -1,22 +1,13 @@
 """The benchmarks of scale run, on little, from end to end."""
 
 import csv
-import importlib.util
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.benchmarks.scripts import load_script
 
 
 def rows_of(file):
@@ -27,7 +18,7 @@ def rows_of(file):
 @pytest.mark.slow
 def test_scaling(tmp_path):
     """Both series: a fixed total is shared out, a fixed share adds up; bytes grow with the clients."""
-    scaling = script("scaling")
+    scaling = load_script("scaling")
     assert scaling.main(["--clients", "2", "4", "--rounds", "2", "--methods", "fedavg", "--output", str(tmp_path)]) == 0
     rows = {(row["fixed"], int(row["clients"])): row for row in rows_of(tmp_path / "scaling.csv")}
     assert set(rows) == {(fixed, clients) for fixed in scaling.SERIES for clients in (2, 4)}
@@ -44,7 +35,7 @@ def test_scaling(tmp_path):
 @pytest.mark.slow
 def test_memory(tmp_path, monkeypatch):
     """A peak for each run, in a process of its own, and the work is the same in all."""
-    memory = script("memory")
+    memory = load_script("memory")
     arguments = ["memory.py", "--clients", "5", "10", "--jobs", "mlp", "--in-memory", "0", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     memory.main()
@@ -58,7 +49,7 @@ def test_memory(tmp_path, monkeypatch):
 
 
 def test_many_classes():
-    many_classes = script("many_classes")
+    many_classes = load_script("many_classes")
     before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     try:
         rows = [many_classes.measure(what, 7, 80) for what in ("macro_f1", "figure of confusions", many_classes.PEER)]

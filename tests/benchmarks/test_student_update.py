@@ -1,33 +1,18 @@
 """benchmarks/student_update.py on its smallest job."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-import torch
 from torch.nn import functional as F
 
 from fdl.engine.compile import Compiler
 from fdl.engine.runtime import Runtime
 from fdl.modules.small_classifiers import MLP
 from fdl.state.weights import module_state
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/student_update.py"
+from tests.benchmarks.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("student_update", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    return load_script("student_update")
 
 
 def test_both_tables_are_whole(benchmark, tmp_path, threads):

@@ -1,29 +1,16 @@
 """benchmarks/teacher_inference.py on its smallest job."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
-import torch
 from lightning.fabric import Fabric
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/teacher_inference.py"
+from tests.benchmarks.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("teacher_inference", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    return load_script("teacher_inference")
 
 
 def test_the_table_has_a_row_for_every_teacher(benchmark, tmp_path, threads):
