@@ -28,7 +28,7 @@ _EQUAL = 1e-12
 """Squared distance, as a share of the squared norms, that rounding may give to equal vectors."""
 
 _SURE = 0.75
-"""Where among the clients' shares of a row the one lies by which claims are measured: up to a fifth lie beyond it."""
+"""Quantile of the clients' shares of a row that claims are measured by; up to a fifth of the clients may exceed it."""
 
 
 @dataclass(frozen=True, eq=False)

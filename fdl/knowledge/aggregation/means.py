@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Space = Literal["probabilities", "logits"]
 
 _SLACK = 1e-3
-"""How far rounding on the way may carry a probability or a log-weight out of its range."""
+"""Distance by which rounding in transit may carry a probability or a log-weight out of its range."""
 
 
 @dataclass(frozen=True, eq=False)

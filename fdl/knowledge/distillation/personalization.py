@@ -191,7 +191,7 @@ LIKENESS: dict[str, Callable[[Parts, Parts], float]] = {
     "responses": response_likeness,
     "prototypes": prototype_likeness,
 }
-"""How alike two clients are."""
+"""Measures of the similarity of two clients, by name."""
 
 
 def _probabilities(responses: Responses) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from fdl.messages import Prototypes
 from fdl.modules.output import Output
 
 UNKNOWN = 30.0
-"""How far, in logits, a class without a prototype lies below the farthest of the others."""
+"""Logits by which a class without a prototype lies below the farthest class with one."""
 
 
 class NearestPrototype(nn.Module):
