@@ -129,19 +129,32 @@ def test_robust_is_said_to_be_for_those_methods_that_take_it():
     assert set(re.findall(r"`(\w+)`", sentence)) == taking
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if 'python -c "from fdl' in text])
-def test_a_line_of_python_that_a_page_gives_runs(page, tmp_path):
-    for code in re.findall(r'python -c "(from fdl[^"]+)"', PAGES[page]):
+EVERY_PAGE = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
+
+
+def test_lines_of_python_that_pages_give_run(tmp_path):
+    lines = [
+        code
+        for page in EVERY_PAGE
+        for code in re.findall(r'python -c "(from fdl[^"]+)"', page.read_text(encoding="utf-8"))
+    ]
+    assert lines
+    for code in lines:
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{code}: {done.stderr[-500:]}"
     assert any(tmp_path.iterdir())  # each of today's writes a file
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_imports_exists(page):
-    for module, found in re.findall(r"from (fdl[\w.]*) import (\w+(?:, \w+)*)", PAGES[page]):
-        for name in found.split(", "):
-            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+def test_what_pages_import_exists():
+    found = {
+        (module, name)
+        for page in EVERY_PAGE
+        for module, names in re.findall(r"from (fdl[\w.]*) import (\w+(?:, \w+)*)", page.read_text(encoding="utf-8"))
+        for name in names.split(", ")
+    }
+    assert found
+    for module, name in found:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_modules_that_are_named_exist():
