@@ -18,12 +18,17 @@ class Aggregate(ABC):
     for any `TensorMessage`, `ParameterMean` for weights, `ResponseMean` for responses to the proxy set.
 
     Attributes:
-        reduces: True if `reduce` is implemented. Without it every process adds all uploads, in the cohort's order, so
+        reduces: True if the class implements `reduce`. Without it every process adds all uploads, in the cohort's order, so
             that nothing has to be written for several processes; with it each process adds the uploads of its own
             clients only, and large messages do not travel.
     """
 
     reduces: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note whether the class implements `reduce`."""
+        super().__init_subclass__(**kwargs)
+        cls.reduces = cls.reduce is not Aggregate.reduce
 
     @abstractmethod
     def add(self, message: Any, client: int) -> None:

@@ -254,8 +254,6 @@ class ParameterMean(Aggregate):
         averaged: shapes of the floating-point tensors, by name.
     """
 
-    reduces = True
-
     def __init__(self, like: Mapping[str, Tensor]):
         self._like = {name: (tensor.shape, tensor.dtype) for name, tensor in like.items()}
         self._layout = [(name, tuple(shape), dtype) for name, (shape, dtype) in self._like.items()]

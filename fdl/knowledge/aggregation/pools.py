@@ -174,8 +174,6 @@ class PoolMeans(PoolAggregates):
         trained: names of the pools whose models a client uploads, by client.
     """
 
-    reduces = True
-
     def __init__(self, like: Mapping[str, Weights], trained: Mapping[int, Sequence[str]]):
         super().__init__(like, trained, lambda pool, like: ParameterMean(like))
 

@@ -43,8 +43,6 @@ class WeightedMean(Aggregate):
         by: ``"samples"`` weights a client by the examples that it trained on, ``"clients"`` weights all alike.
     """
 
-    reduces = True
-
     def __init__(self, like: Mapping[str, Mapping[str, Tensor]], by: Literal["samples", "clients"] = "samples"):
         self._by = one_of("by", by, ("samples", "clients"))
         self._names = {group: list(tensors) for group, tensors in like.items()}
