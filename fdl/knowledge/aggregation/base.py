@@ -18,9 +18,9 @@ class Aggregate(ABC):
     for any `TensorMessage`, `ParameterMean` for weights, `ResponseMean` for responses to the proxy set.
 
     Attributes:
-        reduces: True if the class implements `reduce`. Without it every process adds all uploads, in the cohort's order, so
-            that nothing has to be written for several processes; with it each process adds the uploads of its own
-            clients only, and large messages do not travel.
+        reduces: True if the class implements `reduce`. Without it every process adds all uploads, in the cohort's
+            order, so that nothing has to be written for several processes; with it each process adds the uploads of its
+            own clients only, and large messages do not travel.
     """
 
     reduces: ClassVar[bool] = False
